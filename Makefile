@@ -1,0 +1,55 @@
+# The few things one does here. `make help` lists them.
+
+# The first interpreter that is new enough; `make test PYTHON=python3.13` names one.
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+# What `make test` hands to pytest: `make test ARGS="tests/unit -k claim"`. Tests wait for processes more than they compute.
+WORKERS ?= 4
+ARGS ?=
+
+DEV := .venv/bin
+DEMO := .venv-demo/bin
+COMPILE = $(DEV)/uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-header \
+	--no-emit-index-url --no-emit-find-links --quiet
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check lock clean
+
+help:  ## list these targets
+	@sed -n 's/^\([a-z]*\):.*## *\(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+
+demo: .venv-demo/installed  ## the loan check: what a duplicate does without this library, and with it; needs only Python
+	@$(DEMO)/python -m example_project.demo
+
+test: .venv/installed  ## every test, on real servers: uses those that run, starts or installs those that do not
+	@$(DEV)/python -m tests.support.servers $(DEV)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+
+check: .venv/installed  ## format, lint, types, direction of imports
+	$(DEV)/ruff format --check .
+	$(DEV)/ruff check .
+	$(DEV)/mypy
+	$(DEV)/pyright
+	$(DEV)/lint-imports
+
+lock: .venv/installed  ## newest versions into requirements/*.lock
+	$(COMPILE) --upgrade --extra postgresql --extra mysql --extra gevent --extra flower --group dev -o requirements/dev.lock
+	$(COMPILE) --upgrade --group build -o requirements/demo.lock
+
+clean:  ## remove environments, caches and what was built
+	rm -rf .venv .venv-demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# An environment holds what its lock file pins, each file checked by its hash, and then this project from the work tree.
+# It is made anew when the lock file or pyproject.toml is newer.
+.venv/installed: requirements/dev.lock
+.venv-demo/installed: requirements/demo.lock
+.venv/installed .venv-demo/installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "celery-idempotent needs Python 3.11 or newer, and none was found: name one with PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "celery-idempotent needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1)" >&2; exit 1; }
+	@echo "$(@D): installing $(filter %.lock,$^) ..."
+	@rm -rf $(@D)
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip install -qq --disable-pip-version-check --require-hashes --no-deps -r $(filter %.lock,$^)
+	@$(@D)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@

@@ -1,0 +1,63 @@
+"""Keeps a Celery task from taking effect twice.
+
+A queue delivers at least once. ``base=IdempotentTask`` records each message in a table, ``queue_log``, that producer and consumer
+both consult, so that a repeated call, a redelivered message or a copy of it becomes a skip, and no message is lost for it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from celery_idempotent.errors import (
+    AlreadyFailedError,
+    AlreadyProcessingError,
+    ConfigurationError,
+    DuplicateMessageError,
+    IdempotentError,
+    LeaseLostError,
+    MessageMismatchError,
+    SchemaError,
+    StoreError,
+    StoreUnavailableError,
+)
+from celery_idempotent.message_ids import by_arguments
+from celery_idempotent.queue_log import QueueLog
+from celery_idempotent.task import IdempotentTask
+
+if TYPE_CHECKING:
+    from celery_idempotent.stores.sql import SQLStore, queue_log_table
+
+__all__ = [
+    "AlreadyFailedError",
+    "AlreadyProcessingError",
+    "ConfigurationError",
+    "DuplicateMessageError",
+    "IdempotentError",
+    "IdempotentTask",
+    "LeaseLostError",
+    "MessageMismatchError",
+    "QueueLog",
+    "SQLStore",
+    "SchemaError",
+    "StoreError",
+    "StoreUnavailableError",
+    "by_arguments",
+    "queue_log_table",
+]
+
+__version__ = "0.1.0"
+
+
+if not TYPE_CHECKING:  # or a type checker would take any name for one of ours
+
+    def __getattr__(name: str) -> Any:
+        # On first use: SQLAlchemy and its dialects take a while to import, and most modules only want to declare their tasks.
+        if name in {"SQLStore", "queue_log_table"}:
+            from celery_idempotent.stores import sql
+
+            return getattr(sql, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,284 @@
+"""One byte form for equal values: what fingerprints and ids by arguments are computed over.
+
+Equal calls must give equal forms in any process, whatever the hash seed and the order of a dict or a set, and on either
+side of the wire: a producer computes the form of what its caller passed, a consumer that of what arrived. So a value
+stands for what arrives in its place when kombu's JSON has carried it; what JSON cannot carry stands for itself.
+
+=========================================  ===========================================================================
+value                                      stands for
+=========================================  ===========================================================================
+``None``, ``bool``, ``int``, ``float``     itself: ``1``, ``True``, ``1.0`` and ``"1"`` are four values. ``-0.0`` is
+                                           ``0.0``, every NaN is one
+``str``                                    its text; two surrogates that make up one character are that character
+subclasses of the above                    the plain value, for that is what JSON sends: a ``StrEnum`` or ``IntEnum``
+                                           member is its value
+``list``, ``tuple``, a named tuple         a list
+``dict``, a Celery signature               its items, in no order. Keys that JSON makes into text (numbers, ``bool``,
+                                           ``None``) are that text: ``{1: x}`` is ``{"1": x}``. Only a dict that holds
+                                           both keys, which JSON cannot carry, tells them apart
+an object with ``__json__``                what that returns, as for kombu
+``datetime``                               aware: its instant, in any zone. Naive: its wall time, never an instant
+``date``, ``time``, ``timedelta``, UUID    itself; an aware ``time`` is taken at UTC, as Python compares it
+``Decimal``                                its number: ``1.0`` is ``1.00``
+``bytes``, ``bytearray``, ``memoryview``   its bytes, never a text
+other ``Enum`` members                     class and name
+``set``, ``frozenset``                     its elements, in no order
+a pydantic model                           its dump in JSON mode, as ``pydantic=True`` sends it
+a dataclass instance                       class, and the fields that take part in comparison
+a ``pathlib`` path                         its text and flavour
+=========================================  ===========================================================================
+
+Anything else, such as a generator, a function or an object of a class of your own, is refused: its ``repr`` may hold a
+memory address, and two processes would never agree on it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
+from enum import Enum, Flag
+from pathlib import PurePath, PureWindowsPath
+from typing import Any
+from uuid import UUID
+
+from celery_idempotent.errors import ConfigurationError
+
+__all__ = ["FORM", "canonical", "fingerprint"]
+
+#: Version of the form, part of every digest: a later form can never be taken for this one.
+FORM = b"celery-idempotent:1\n"
+
+# How a step into a value reads in an error.
+_ITEM, _FIELD, _KEY, _ELEMENT = "[{!r}]", ".{}", ".keys()", "{{...}}"
+
+_MICROSECOND = timedelta(microseconds=1)
+
+
+def canonical(value: object) -> bytes:
+    """The canonical form of a value: typed and length-delimited, so that no two values share one.
+
+    Args:
+        value: Plain data; see the module's table for what stands for what. An error names the place in it, and takes
+            the keys of a dict for argument names: ``order.items[2]``.
+
+    Returns:
+        The form. It is not meant to be read back.
+
+    Raises:
+        ConfigurationError: Something in it has no canonical form, or contains itself; the text says where.
+    """
+    form = _Form()
+    try:
+        return form.of(value)
+    except RecursionError:
+        # Not chained: the traceback of a thousand frames hides the sentence.
+        raise ConfigurationError(
+            f"{form.where(depth=1)} is nested too deeply to have a canonical form: pass flatter data"
+        ) from None
+
+
+def fingerprint(value: object) -> str:
+    """SHA-256 hex digest (64 characters) of the canonical form of ``value``.
+
+    Raises:
+        ConfigurationError: As :func:`canonical`.
+    """
+    return hashlib.sha256(FORM + canonical(value)).hexdigest()
+
+
+class _Form:
+    """One walk over a value; knows where it stands, for errors, and what it is inside of, for cycles."""
+
+    __slots__ = ("_above", "_path")
+
+    def __init__(self) -> None:
+        self._path: list[tuple[str, object]] = []
+        self._above: set[int] = set()
+
+    def of(self, value: object) -> bytes:
+        # What JSON has a native form for comes first, subclasses with it: the encoder asks about nothing else then.
+        if value is None:
+            return b"N"
+        if isinstance(value, bool):
+            return b"T" if value else b"F"
+        if isinstance(value, str):
+            return _delimited(b"s", _text(value))
+        if isinstance(value, int):
+            return _delimited(b"i", b"%x" % value)  # hex: decimal text is refused past 4300 digits
+        if isinstance(value, float):
+            return _delimited(b"f", float.__repr__(float(value) + 0.0).encode())  # + 0.0 turns -0.0 into 0.0
+        if isinstance(value, (list, tuple)):
+            return self._inside(value, self._list)
+        if isinstance(value, dict):
+            return self._inside(value, self._dict)
+        if hasattr(type(value), "__json__"):
+            return self._inside(value, self._reduced)
+        scalar = _scalar(value)
+        if scalar is not None:
+            return scalar
+        if isinstance(value, Enum):
+            return b"e" + _class(value) + self.of(value.value if isinstance(value, Flag) else value.name)
+        if isinstance(value, (set, frozenset)):
+            return self._inside(value, self._set)
+        if callable(getattr(type(value), "model_dump", None)):
+            return self._inside(value, self._model)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return self._inside(value, self._dataclass)
+        raise ConfigurationError(
+            f"{self.where()} is of type {_type_name(value)}, which has no canonical form: pass plain data in its place "
+            f"(text, numbers, dates, lists, dicts, dataclasses), or give a message_id that does not depend on it "
+            f"(a format string, or apply_async(message_id=...)) together with fingerprint=False"
+        )
+
+    def where(self, depth: int | None = None) -> str:
+        """Where the walk stands, as a Python expression: ``order.items[2]``; at most ``depth`` steps of it."""
+        if not self._path:
+            return "the value"
+        kind, key = self._path[0]
+        # The items of a dict of arguments are known by their bare names.
+        bare = kind == _ITEM and isinstance(key, str) and key.isidentifier()
+        first = str(key) if bare else kind.format(key)
+        return first + "".join(kind.format(key) for kind, key in self._path[1:depth])
+
+    def _at(self, kind: str, key: object, value: object) -> bytes:
+        self._path.append((kind, key))
+        form = self.of(value)
+        self._path.pop()  # not in a `finally`: a walk that raised is over, and its error tells where
+        return form
+
+    def _inside(self, value: Any, form: Callable[[Any], bytes]) -> bytes:
+        if id(value) in self._above:
+            raise ConfigurationError(
+                f"{self.where()} contains itself, so it has no canonical form: pass data without cycles"
+            )
+        self._above.add(id(value))
+        result = form(value)
+        self._above.discard(id(value))
+        return result
+
+    def _list(self, value: Sequence[object]) -> bytes:
+        return _counted(b"l", [self._at(_ITEM, index, item) for index, item in enumerate(value)])
+
+    def _dict(self, value: dict[object, object]) -> bytes:
+        names: Sequence[object] = [_json_key(key) for key in value]
+        if len(set(names)) < len(value):
+            names = list(value)
+        return _counted(
+            b"d",
+            sorted(
+                self._at(_KEY, key, name) + self._at(_ITEM, key, item)
+                for name, (key, item) in zip(names, value.items(), strict=True)
+            ),
+        )
+
+    def _set(self, value: Iterable[object]) -> bytes:
+        return _counted(b"S", sorted(self._at(_ELEMENT, None, element) for element in value))
+
+    def _reduced(self, value: Any) -> bytes:
+        return self.of(value.__json__())
+
+    def _model(self, value: Any) -> bytes:
+        try:
+            dump = value.model_dump(mode="json")
+        except ValueError as error:  # pydantic's serialization and validation errors are both of this class
+            raise ConfigurationError(
+                f"{self.where()} is of type {_type_name(value)}, which pydantic cannot dump in JSON mode ({error}), "
+                f"so it has no canonical form: pass plain data in its place"
+            ) from error
+        return self.of(dump)
+
+    def _dataclass(self, value: Any) -> bytes:
+        fields = [field.name for field in dataclasses.fields(value) if field.compare]
+        items = [_delimited(b"s", _text(name)) + self._at(_FIELD, name, getattr(value, name)) for name in fields]
+        return b"c" + _class(value) + _counted(b"d", sorted(items))
+
+
+def _scalar(value: object) -> bytes | None:
+    """The form of a value that holds no other and that JSON has no native form for; ``None`` when it is not one."""
+    match value:
+        case datetime():
+            wall = timedelta(days=value.toordinal()) + _since_midnight(value)
+            offset = value.utcoffset()
+            return _delimited(b"d", _micros(wall)) if offset is None else _delimited(b"D", _micros(wall - offset))
+        case date():
+            return _delimited(b"y", b"%d" % value.toordinal())
+        case time():
+            wall = _since_midnight(value)
+            offset = value.utcoffset()  # None for a zone that needs a date; its wall time is what JSON sends
+            return _delimited(b"t", _micros(wall)) if offset is None else _delimited(b"Z", _micros(wall - offset))
+        case Decimal():
+            return _delimited(b"n", _decimal(value).encode())
+        case UUID():
+            return _delimited(b"u", value.bytes)
+        case bytes() | bytearray() | memoryview():
+            return _delimited(b"b", bytes(value))
+        # Up to here JSON carries the value under its type; from here on nothing but pickle does.
+        case Enum():
+            return None
+        case timedelta():
+            return _delimited(b"P", _micros(value))
+        case PurePath():
+            return _delimited(b"W" if isinstance(value, PureWindowsPath) else b"p", _text(str(value)))
+        case _:
+            return None
+
+
+def _delimited(tag: bytes, content: bytes) -> bytes:
+    return b"%b%d:%b" % (tag, len(content), content)
+
+
+def _counted(tag: bytes, forms: list[bytes]) -> bytes:
+    return b"%b%d:%b" % (tag, len(forms), b"".join(forms))
+
+
+def _text(value: str) -> bytes:
+    try:
+        return str.encode(value)
+    except UnicodeEncodeError:
+        # Lone surrogates stay as they are; a pair of them is one character once JSON has carried it.
+        paired = str.encode(value, "utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
+        return paired.encode("utf-8", "surrogatepass")
+
+
+def _json_key(key: object) -> object:
+    """The text that JSON makes of a dict's key, or the key itself when it makes none."""
+    if isinstance(key, (int, float)) or key is None:
+        try:
+            return json.dumps(key)
+        except ValueError:  # an int too long for decimal text, which JSON cannot carry
+            return key
+    return key
+
+
+def _since_midnight(value: datetime | time) -> timedelta:
+    # Field by field: subclasses of datetime (pandas, pendulum) bring an arithmetic of their own.
+    return timedelta(hours=value.hour, minutes=value.minute, seconds=value.second, microseconds=value.microsecond)
+
+
+def _micros(value: timedelta) -> bytes:
+    return b"%d" % (value // _MICROSECOND)
+
+
+def _decimal(value: Decimal) -> str:
+    sign, digits, exponent = value.as_tuple()
+    if not isinstance(exponent, int):
+        return "nan" if value.is_nan() else "-inf" if sign else "inf"
+    # Not `normalize()`: that rounds to the precision of the thread's context.
+    every = "".join(map(str, digits))
+    significant = every.rstrip("0").lstrip("0")
+    if not significant:
+        return "0"
+    return f"{'-' if sign else ''}{significant}e{exponent + len(every) - len(every.rstrip('0'))}"
+
+
+def _class(value: object) -> bytes:
+    return _delimited(b"s", _text(_type_name(value)))
+
+
+def _type_name(value: object) -> str:
+    kind = type(value)
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"

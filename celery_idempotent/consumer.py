@@ -1,0 +1,379 @@
+"""The consumer's side: claim a delivered message, or do with it what its row asks for."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, assert_never
+
+from celery import states
+from celery.backends.base import DisabledBackend
+from celery.exceptions import Ignore
+from kombu.exceptions import OperationalError
+from kombu.utils.functional import retry_over_time
+
+from celery_idempotent import outage
+from celery_idempotent.decision import Delivery, DeliveryAction, DeliveryDecision, decide_delivery
+from celery_idempotent.errors import (
+    AlreadyFailedError,
+    AlreadyProcessingError,
+    MessageMismatchError,
+    StoreError,
+    StoreUnavailableError,
+)
+from celery_idempotent.producer import identify
+from celery_idempotent.records import Claim, Claimed, MessageKey, NewMessage, Note, ProcessedStatus, Row, Status, Taken
+from celery_idempotent.run import Run, RunState, describe, ignores_result, waited_on, worker_label
+from celery_idempotent.serialization import UndecodableError, decode_result, encode_message
+from celery_idempotent.wire import Marker
+
+if TYPE_CHECKING:
+    from celery.app.task import Context
+
+    from celery_idempotent.store import Store
+    from celery_idempotent.task import IdempotentTask
+
+__all__ = ["admit", "delivered_key"]
+
+logger = logging.getLogger("celery_idempotent")
+
+#: Times that a row may move under one decision before the message is held instead.
+_ATTEMPTS = 10
+
+#: Seconds for which a message is held whose row kept moving.
+_SETTLE = 1.0
+
+#: Seconds for which a copy of a running message is held at first. Each further hold is twice as long, up to what the decision
+#: says, in as many steps.
+_FIRST_HOLD = 1.0
+_LONGEST_HOLD = 20
+
+#: Seconds. To quorum queues Celery publishes whole seconds only, and raises ValueError for less than one.
+_SHORTEST_HOLD = 1.0
+
+#: Seconds by which copies of one message are spread, at most; also a tenth of the delay, if that is less.
+_JITTER = 1.0
+
+#: Seconds after which a broker delivers an unacknowledged message again, where kombu has a default for it.
+_VISIBILITY_TIMEOUT = {"redis": 3600, "rediss": 3600, "sentinel": 3600, "sqs": 1800}
+
+#: Why a row failed whose owner's lease ran out under ``on_abandoned="fail"``.
+ABANDONED = "abandoned: the worker that ran it died or lost its lease"
+
+
+def delivered_key(task_name: str, request: Context) -> MessageKey:
+    """The key of a delivered message: its ``message_id`` property, or for one without, the Celery task id."""
+    properties = request.properties or {}
+    marker = Marker.read(request.headers)
+    ours = marker is not None and marker.task_name == task_name
+    message_id = (
+        properties.get("message_id") or (marker.message_id if ours and marker is not None else None) or request.id
+    )
+    return MessageKey(message_id, task_name)
+
+
+def admit(task: IdempotentTask, request: Context) -> Run:
+    """Decide what becomes of a delivery, and do it as far as it comes before the body.
+
+    Args:
+        task: The task it is for.
+        request: Celery's traced request.
+
+    Returns:
+        A run that holds the message, or one that replays its result.
+
+    Raises:
+        Ignore: There is nothing to do here: it was done, or a copy was published to come again later.
+        AlreadyFailedError: The first run failed, and this copy's caller is to learn of it.
+        AlreadyProcessingError: Another delivery runs, and the task says ``on_processing="raise"``.
+        MessageMismatchError: The id is known with other arguments.
+        StoreUnavailableError: The store gave no answer, and the app says ``on_store_error="raise"``.
+    """
+    return _Admission(task, request).decide()
+
+
+class _Admission:
+    """One delivery at the door."""
+
+    def __init__(self, task: IdempotentTask, request: Context) -> None:
+        self.task = task
+        self.request = request
+        key = delivered_key(task.name, request)
+        marker = Marker.read(request.headers)
+        if marker is None or marker.task_name != task.name:
+            # From a producer without this library. Its id stands; whether its arguments are compared is ours to say.
+            named = key.message_id if key.message_id != request.id else None
+            _, fingerprint = identify(
+                task.idempotency,
+                request.args,
+                request.kwargs,
+                message_id=named,
+                task_id=request.id,
+                task_name=task.name,
+            )
+            marker = Marker(key.message_id, task.name, request.id, fingerprint)
+        self.holds = marker.holds
+        #: What the body's retry, and a copy that is held, take along in the headers.
+        self.marker = Marker(key.message_id, task.name, request.id, marker.fingerprint)
+        request.headers = self.marker.write(request.headers)
+        self.message = NewMessage(
+            key=key,
+            task_id=request.id,
+            queue=(request.delivery_info or {}).get("routing_key"),
+            fingerprint=marker.fingerprint,
+            attempt=request.retries or 0,
+        )
+        self.run = Run(task, request, self.message)
+        #: Whether the store was asked and its answer did not come, so that a claim of ours may stand, or may yet.
+        self.unanswered = False
+
+    @property
+    def _store(self) -> Store:
+        return self.task.queue_log.store
+
+    def decide(self) -> Run:
+        policy = self.task.queue_log.settings.on_store_error
+        try:
+            if policy == "retry" and not self.request.is_eager:
+                return outage.ask_until_deadline(self._admit, f"claim {self.run}", self._patience())
+            return self._admit()
+        except StoreError as error:  # also a table that was dropped: its messages wait for it to come back
+            if policy == "run":
+                logger.error("%s runs unguarded, the store gives no answer: %s", self.run, error)
+                self.run.attach()
+                return self.run
+            if policy == "raise" or self.request.is_eager:
+                raise
+            logger.error(
+                "%s is delivered again in %.0f s, the store gives no answer: %s",
+                self.run,
+                outage.REDELIVER_AFTER,
+                error,
+            )
+            raise self._hold(outage.REDELIVER_AFTER) from error
+
+    def _patience(self) -> float:
+        """Seconds to wait for the store in place: a time limit is for the body, and must not strike before that began."""
+        task, conf = self.task, self.task.app.conf
+        limits = (*(self.request.timelimit or ()), task.time_limit, task.soft_time_limit)
+        given = [float(limit) for limit in (*limits, conf.task_time_limit, conf.task_soft_time_limit) if limit]
+        return min([outage.WAIT_IN_PLACE, *(limit / 2 for limit in given)])
+
+    def _admit(self) -> Run:
+        try:
+            return self._claim_or_follow()
+        except StoreUnavailableError as error:
+            self.unanswered = self.unanswered or not error.unsent
+            raise
+
+    def _claim_or_follow(self) -> Run:
+        for _ in range(_ATTEMPTS):
+            answer = self._store.claim(
+                self.message,
+                worker=worker_label(self.request.hostname),
+                lease=self.task.idempotency.lease,
+                grace=self.task.idempotency.delivery.grace,
+                adopt=self._adopted,
+            )
+            run = self._claimed(answer) if isinstance(answer, Claimed) else self._follow(answer)
+            if run is not None:
+                run.attach()
+                return run
+        logger.warning("%s kept changing hands; it is delivered again", self.run)
+        raise self._hold(_SETTLE)
+
+    def _follow(self, taken: Taken) -> Run | None:
+        """Carry out the decision on a row that stands in the way; ``None`` when it moved and the decision is void."""
+        row = taken.row
+        if self.unanswered and row.status is Status.PROCESSING and row.worker == worker_label(self.request.hostname):
+            # The claim whose answer did not come: this process runs nothing else under its label.
+            return self._go_on(row)
+        decision = decide_delivery(row, self._delivery(row), self.task.idempotency.delivery)
+        match decision.action:
+            case DeliveryAction.CLAIM:
+                return None
+            case DeliveryAction.HOLD:
+                raise self._held(row, decision)
+            case DeliveryAction.TAKE_OVER:
+                return self._take_over(row)
+            case DeliveryAction.TAKE_OVER_AND_REPLAY:
+                return self._take_over_and_replay(row)
+            case DeliveryAction.ABANDON:
+                unique_for = self.task.idempotency.unique_for
+                if not self._store.abandon(row, error=ABANDONED, unique_for=unique_for):
+                    return None
+                raise AlreadyFailedError(row.key.message_id, ABANDONED)
+            case DeliveryAction.SKIP:
+                self._store.count_duplicate(row.key)
+                logger.info("%s is skipped: it is %s already", self.run, row.status)
+                raise Ignore(f"{self.run} is a duplicate: it is {row.status}")
+            case DeliveryAction.REPLAY:
+                return self._replay(row)
+            case DeliveryAction.RAISE_FAILED:
+                self._store.count_duplicate(row.key)
+                raise AlreadyFailedError(row.key.message_id, row.error)
+            case DeliveryAction.RAISE_PROCESSING:
+                self._store.count_duplicate(row.key)
+                raise AlreadyProcessingError(row.key.message_id, decision.delay)
+            case DeliveryAction.RAISE_MISMATCH:
+                raise MessageMismatchError(row.key.message_id, row.key.task_name)
+            case _:  # pragma: no cover - the type checker proves it away
+                assert_never(decision.action)
+
+    # -- runs ----------------------------------------------------------------------------------------------------------
+
+    def _claimed(self, claimed: Claimed) -> Run:
+        self.run.claim, self.run.state = claimed.claim, RunState.CLAIMED
+        return self.run
+
+    def _go_on(self, row: Row) -> Run | None:
+        mine = Claimed(Claim(row.key, row.token))
+        claimed = self._claimed(mine) if row.lease_left > 0 else self._take_over(row)
+        if claimed is not None and row.processed_status is ProcessedStatus.SUCCESS:
+            return self._replay_claimed(row)
+        return claimed
+
+    def _take_over(self, row: Row) -> Run | None:
+        claimed = self._store.take_over(
+            row,
+            task_id=self.message.task_id,
+            worker=worker_label(self.request.hostname),
+            lease=self.task.idempotency.lease,
+            attempt=self.message.attempt,
+        )
+        if claimed is None:
+            return None
+        logger.warning("%s is taken over from %s, whose lease ran out", self.run, row.worker)
+        return self._claimed(claimed)
+
+    def _take_over_and_replay(self, row: Row) -> Run | None:
+        return None if self._take_over(row) is None else self._replay_claimed(row)
+
+    def _replay_claimed(self, row: Row) -> Run:
+        value = self._stored_value(row)
+        if value is _NOTHING:
+            # The body's effects are there, so running it again is no way out.
+            error = "abandoned: its result could not be kept, so what waits on it cannot be served"
+            assert self.run.claim is not None, "a recovery point is replayed by its owner"
+            self._store.fail(self.run.claim, error=error, unique_for=self.task.idempotency.unique_for)
+            raise AlreadyFailedError(row.key.message_id, error)
+        self.run.value, self.run.state = value, RunState.CHECKPOINTED
+        return self.run
+
+    def _replay(self, row: Row) -> Run:
+        value = self._stored_value(row)
+        if value is _NOTHING:
+            value = self._first_result(row)
+        self._store.count_duplicate(row.key)
+        self.run.value, self.run.state = value, RunState.REPLAYED
+        return self.run
+
+    def _first_result(self, row: Row) -> Any:
+        """What the result backend has for the id under which the body ran, when the queue log has kept nothing."""
+        first = self.task.AsyncResult(row.ran_task_id or row.task_id)
+        if first.state == states.SUCCESS:
+            return first.result
+        if first.state in states.READY_STATES:
+            raise AlreadyFailedError(row.key.message_id, describe(first.result))
+        if row.error == Note.REPLACED and not self.request.is_eager:
+            # The task that took its place is still to answer.
+            raise self._hold(self.task.idempotency.lease / 2)
+        logger.warning("%s is replayed as None: its result was not kept, and the backend has none", self.run)
+        return None
+
+    def _stored_value(self, row: Row) -> Any:
+        if row.result is None:
+            return _NOTHING
+        try:
+            return decode_result(self.task.app, row.result)
+        except UndecodableError as error:
+            logger.warning("the stored result of %s cannot be read: %s", self.run, error)
+            return _NOTHING
+
+    # -- holding -------------------------------------------------------------------------------------------------------
+
+    def _held(self, row: Row, decision: DeliveryDecision) -> Exception:
+        if self.request.is_eager:
+            # There is no broker to hold it; the caller is here and can be told.
+            return AlreadyProcessingError(row.key.message_id, decision.delay)
+        # Most owners end long before their lease does, and somebody may wait for this copy's result.
+        delay = min(decision.delay, _FIRST_HOLD * 2 ** min(self.holds, _LONGEST_HOLD))
+        self.request.headers = replace(self.marker, holds=self.holds + 1).write(self.request.headers)
+        held: Exception = self._hold(delay)
+        return held
+
+    def _hold(self, delay: float) -> Ignore:
+        """Publish a delayed copy, so that this one can be acknowledged.
+
+        On Redis a restored copy shares its delivery tag with the running original: acknowledging either deletes the broker's
+        only copy. The delayed one is a message of its own, and it is there before the acknowledgement.
+        """
+        jitter = random.uniform(0, min(_JITTER, delay / 10 + 0.1))  # noqa: S311 - spreads copies, keeps no secret
+        countdown = max(delay + jitter, _SHORTEST_HOLD)
+        conf = self.task.app.conf
+        url = conf.broker_url[0] if isinstance(conf.broker_url, list) else conf.broker_url
+        scheme = (url or "").partition(":")[0]
+        timeout = (conf.broker_transport_options or {}).get("visibility_timeout", _VISIBILITY_TIMEOUT.get(scheme))
+        if timeout:
+            # A copy that waits in a worker is unacknowledged, so it must not wait past the broker's patience.
+            countdown = min(countdown, float(timeout) / 2)
+        logger.info("%s is held for %.1f s", self.run, countdown)
+        self._publish_copy(countdown)
+        return Ignore(f"{self.run} is held for {countdown:.1f} s")
+
+    def _publish_copy(self, countdown: float) -> None:
+        """Publish until the broker takes it: acknowledged without its copy, the message would be lost."""
+
+        def complain(error: Exception, pauses: Iterator[float], _: int) -> float:
+            logger.error("%s cannot be held, trying again: %s", self.run, error)
+            return next(pauses)
+
+        retry_over_time(
+            partial(self.task.publish_copy, self.request, self.message.key, countdown),
+            OperationalError,
+            errback=complain,
+            interval_start=0.5,
+            interval_step=0.5,
+            interval_max=5.0,
+        )
+
+    # -- the delivery --------------------------------------------------------------------------------------------------
+
+    def _delivery(self, row: Row) -> Delivery:
+        awaited = not ignores_result(self.task, self.request)
+        awaited = awaited and not isinstance(self.task.backend, DisabledBackend)
+        return Delivery(
+            task_id=self.message.task_id,
+            retries=self.message.attempt,
+            fingerprint=self.message.fingerprint,
+            awaited=awaited,
+            canvas=waited_on(self.request),
+            result_ready=awaited and row.status is Status.DONE and self._result_is_ready(),
+        )
+
+    def _result_is_ready(self) -> bool:
+        backend = self.task.backend
+        # An eager run has no stored result; rpc:// keeps results in their caller's queue, where a worker cannot look.
+        if self.request.is_eager or not backend.persistent:
+            return False
+        return bool(backend.get_state(self.request.id) in states.READY_STATES)
+
+    def _adopted(self) -> NewMessage:
+        """The full record of a message whose producer recorded none."""
+        request = self.request
+        if request.is_eager:
+            return self.message  # its arguments may be anything, and nobody publishes it again
+        signature = self.task.signature_from_request(request, retries=request.retries)
+        data = encode_message(
+            request.args,
+            request.kwargs,
+            signature.options,
+            serializer=self.task.serializer or self.task.app.conf.task_serializer,
+        )
+        return replace(self.message, message=data)
+
+
+_NOTHING = object()

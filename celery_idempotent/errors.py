@@ -1,0 +1,158 @@
+"""The errors of the library, in one tree.
+
+::
+
+    IdempotentError
+    ├── ConfigurationError(ValueError)
+    ├── DuplicateMessageError(message_id, task_id, status)    on_duplicate="raise"
+    ├── MessageMismatchError(message_id, task_name)           same id, other arguments
+    ├── AlreadyProcessingError(message_id, retry_after)       on_processing="raise"
+    ├── AlreadyFailedError(message_id, error)                 the first run failed
+    ├── LeaseLostError(message_id, token)
+    └── StoreError
+        ├── StoreUnavailableError                             transient
+        └── SchemaError                                       run `idempotent init`
+
+Celery carries an exception through the result backend as its type and its ``args`` and rebuilds it with
+``type(e)(*e.args)``; ``pickle`` does the same. So each class here keeps every constructor argument in ``args``, in order,
+and composes its message in ``__str__``.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AlreadyFailedError",
+    "AlreadyProcessingError",
+    "ConfigurationError",
+    "DuplicateMessageError",
+    "IdempotentError",
+    "LeaseLostError",
+    "MessageMismatchError",
+    "SchemaError",
+    "StoreError",
+    "StoreUnavailableError",
+]
+
+
+class IdempotentError(Exception):
+    """Base of every error that celery-idempotent raises."""
+
+
+class ConfigurationError(IdempotentError, ValueError):
+    """An option, a setting or a message id is not valid; the text names it and says what to do."""
+
+
+class DuplicateMessageError(IdempotentError):
+    """This message was sent before, and the task says ``on_duplicate="raise"``. Nothing was published.
+
+    Args:
+        message_id: The id that is taken.
+        task_id: The Celery task id first sent under it; ``AsyncResult(task_id)`` is its result.
+        status: The row's status: ``pending``, ``processing`` or ``done``.
+    """
+
+    def __init__(self, message_id: str, task_id: str | None = None, status: str | None = None) -> None:
+        super().__init__(message_id, task_id, status)
+        self.message_id = message_id
+        self.task_id = task_id
+        self.status = status
+
+    def __str__(self) -> str:
+        return (
+            f"message {self.message_id!r} was already sent as task {self.task_id} and is {self.status}; "
+            f"use another message_id, or on_duplicate='skip' to be given the first result"
+        )
+
+
+class MessageMismatchError(IdempotentError):
+    """The same message id came with other arguments than the first time. Nothing was published or run.
+
+    Args:
+        message_id: The id that is taken.
+        task_name: The task it belongs to.
+    """
+
+    def __init__(self, message_id: str, task_name: str | None = None) -> None:
+        super().__init__(message_id, task_name)
+        self.message_id = message_id
+        self.task_name = task_name
+
+    def __str__(self) -> str:
+        return (
+            f"message {self.message_id!r} of task {self.task_name} is already known with other arguments; "
+            f"make the id depend on every argument that matters, or set fingerprint=False to accept the first ones"
+        )
+
+
+class AlreadyProcessingError(IdempotentError):
+    """Another delivery of this message is running now, and the task says ``on_processing="raise"``.
+
+    Args:
+        message_id: The message being processed.
+        retry_after: Seconds until its lease runs out, unless its owner renews it.
+    """
+
+    def __init__(self, message_id: str, retry_after: float | None = None) -> None:
+        super().__init__(message_id, retry_after)
+        self.message_id = message_id
+        self.retry_after = retry_after
+
+    def __str__(self) -> str:
+        when = "" if self.retry_after is None else f"; its lease ends in {self.retry_after:.1f} s"
+        return f"message {self.message_id!r} is being processed by another delivery{when}"
+
+
+class AlreadyFailedError(IdempotentError):
+    """The first run of this message failed; its body was not run again for this copy.
+
+    Args:
+        message_id: The message that failed.
+        error: Type and text of the first run's error, as kept in the queue log.
+    """
+
+    def __init__(self, message_id: str, error: str | None = None) -> None:
+        super().__init__(message_id, error)
+        self.message_id = message_id
+        self.error = error
+
+    def __str__(self) -> str:
+        return (
+            f"message {self.message_id!r} already failed: {self.error}; "
+            f"set resubmit_failed=True to let a caller send it again under its id"
+        )
+
+
+class LeaseLostError(IdempotentError):
+    """This run's claim was taken over or ended while its body ran; what it produced was not recorded.
+
+    Args:
+        message_id: The message whose claim was lost.
+        token: The fencing token that this run held.
+    """
+
+    def __init__(self, message_id: str, token: int | None = None) -> None:
+        super().__init__(message_id, token)
+        self.message_id = message_id
+        self.token = token
+
+    def __str__(self) -> str:
+        return (
+            f"the claim on message {self.message_id!r} (token {self.token}) was lost: "
+            f"its lease ran out before the body ended, and another delivery owns the message"
+        )
+
+
+class StoreError(IdempotentError):
+    """The queue log could not be read or written."""
+
+
+class StoreUnavailableError(StoreError):
+    """The store gave no answer: it is down, unreachable or overloaded. Trying again later may succeed."""
+
+    #: Set by a store that is known not to have been reached. Otherwise what it was asked may have taken effect, or may yet.
+    #: A fact of the moment, for whoever asked; it does not travel through a result backend.
+    unsent: bool = False
+
+
+class SchemaError(StoreError):
+    """The queue log's table is missing or is not of this version. Run ``celery -A proj idempotent init``."""

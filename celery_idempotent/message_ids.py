@@ -1,0 +1,450 @@
+"""Where a message's id comes from: a task's ``message_id`` option turned into a function of the call's arguments.
+
+An id is decided once, by the producer. Arguments are bound to the task's parameters first, so that ``f(1)``, ``f(a=1)`` and
+``f(1, b=<default>)`` are one call. Nothing here knows Celery or a database.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+import string
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any, cast
+
+from celery_idempotent.canonical import canonical, fingerprint
+from celery_idempotent.errors import ConfigurationError
+
+__all__ = [
+    "MAX_BYTES",
+    "ByArguments",
+    "CallSignature",
+    "MessageIdSource",
+    "arguments_fingerprint",
+    "by_arguments",
+    "check_message_id",
+    "message_id_source",
+]
+
+#: Longest message id, in bytes of UTF-8: AMQP writes the property as a short string, whose length is one byte.
+MAX_BYTES = 255
+
+#: What the arguments of a call look like: ``apply_async`` takes ``None`` for none.
+Args = Sequence[Any] | None
+Kwargs = Mapping[str, Any] | None
+
+#: Gives the message id of a call with these positional and keyword arguments.
+MessageIdSource = Callable[[Args, Kwargs], str]
+
+
+class CallSignature:
+    """The parameters of a task's body, to which the arguments of a call are bound. Make it once per task.
+
+    Args:
+        run: The body. Decorators are seen through by ``__wrapped__``; one that changes the parameters must say so in
+            ``__signature__``, or arguments are bound to the parameters of the function inside it.
+        bound: Whether the task is its first parameter (``bind=True``) and not yet bound to it. It never counts among
+            the arguments; a method that is bound already may be given either way.
+
+    Raises:
+        ConfigurationError: ``run`` has no signature to be found, as some functions written in C.
+    """
+
+    __slots__ = ("_defaults", "_keywords", "_outer", "_signature", "name")
+
+    def __init__(self, run: Callable[..., Any], *, bound: bool = False) -> None:
+        #: What the body is called, for errors.
+        self.name: str = getattr(run, "__name__", type(run).__name__)
+        try:
+            signature = inspect.signature(run)
+            outer = inspect.signature(run, follow_wrapped=False)
+        except (TypeError, ValueError) as error:
+            raise ConfigurationError(
+                f"the parameters of {self.name} cannot be told ({error}): give the task a body written in Python"
+            ) from error
+        if bound and not _is_method(run):
+            signature, outer = _without_first(signature), _without_first(outer)
+        self._signature = signature
+        self._outer = outer
+        parameters = signature.parameters.values()
+        self._keywords = next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), None)
+        self._defaults = {p.name: _Default(p) for p in parameters}
+
+    def __repr__(self) -> str:
+        return f"<CallSignature {self.name}{self._signature}>"
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The names of the parameters, in order, without the task itself."""
+        return tuple(self._signature.parameters)
+
+    def bind(self, args: Args, kwargs: Kwargs) -> dict[str, Any]:
+        """The arguments of a call by parameter, defaults applied.
+
+        What ``*args`` and ``**kwargs`` take up stands under their own names, as a tuple and a dict.
+
+        Raises:
+            TypeError: The body cannot be called so.
+        """
+        try:
+            call = self._signature.bind(*(args or ()), **(kwargs or {}))
+        except TypeError as error:
+            raise self._misfit(error, args, kwargs) from None
+        call.apply_defaults()
+        return dict(call.arguments)
+
+    def names(self, args: Args, kwargs: Kwargs) -> dict[str, Any]:
+        """As :meth:`bind`, with what ``**kwargs`` took up by name as well; a parameter goes before a keyword of its name.
+
+        Raises:
+            TypeError: The body cannot be called so.
+        """
+        arguments = self.bind(args, kwargs)
+        return arguments if self._keywords is None else {**arguments[self._keywords], **arguments}
+
+    def digest(self, args: Args, kwargs: Kwargs, *, only: Sequence[str] = ()) -> str:
+        """SHA-256 hex digest (64 characters) of the call: equal for calls whose arguments are equal once bound.
+
+        An argument that equals its default counts as one not given. That tells calls apart just as well, and holds over
+        time: a parameter that a later version adds with a default changes nothing for the calls that do not give it,
+        those under way among them.
+
+        Args:
+            args: Positional arguments, without the task itself.
+            kwargs: Keyword arguments.
+            only: The arguments that count; empty for all.
+
+        Raises:
+            ConfigurationError: One that counts has no canonical form.
+            TypeError: The body cannot be called so.
+        """
+        if only:
+            names = self.names(args, kwargs)
+            arguments = {name: names[name] for name in only if name in names}
+        else:
+            arguments = self.bind(args, kwargs)
+        return fingerprint(
+            {
+                name: value
+                for name, value in arguments.items()
+                if name not in self._defaults or not self._defaults[name].equals(value)
+            }
+        )
+
+    def check_names(self, names: Iterable[str], option: str) -> None:
+        """Refuse names that no argument can have.
+
+        Args:
+            names: What an option takes for names of arguments.
+            option: The option as it was written, for the error.
+
+        Raises:
+            ConfigurationError: A name is not a parameter, and the body takes no ``**kwargs``.
+        """
+        if self._keywords is not None:
+            return
+        for name in names:
+            if name not in self._signature.parameters:
+                near = difflib.get_close_matches(name, self.parameters, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(self.parameters) or 'none'}"
+                raise ConfigurationError(f"{option}: {self.name} has no parameter {name!r}; {hint}")
+
+    def _misfit(self, error: TypeError, args: Args, kwargs: Kwargs) -> TypeError:
+        misfit = TypeError(f"{self.name}(): {error}")
+        try:
+            self._outer.bind(*(args or ()), **(kwargs or {}))
+        except TypeError:
+            return misfit
+        misfit.add_note(
+            f"A decorator around {self.name} accepts this call. "
+            f"If it changes the parameters, it must set __signature__ on the function it returns."
+        )
+        return misfit
+
+
+class _Default:
+    """What a parameter stands at when a call does not give it."""
+
+    __slots__ = ("_form", "_name", "_value")
+
+    def __init__(self, parameter: inspect.Parameter) -> None:
+        self._name = parameter.name
+        self._value: Any = parameter.default
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            self._value = ()
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            self._value = {}
+        self._form: bytes | None = None
+        with suppress(ConfigurationError):  # there is no default, or it is a sentinel, which nothing but itself equals
+            self._form = canonical({self._name: self._value})
+
+    def equals(self, value: Any) -> bool:
+        if value is self._value:
+            return True
+        # By the form, where True is not 1; under its name, so that an error tells where.
+        return self._form is not None and canonical({self._name: value}) == self._form
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class ByArguments:
+    """Message ids computed over arguments; made by :func:`by_arguments`."""
+
+    #: The arguments that count, sorted; empty for all.
+    names: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"by_arguments({', '.join(map(repr, self.names))})"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> str:
+        """The digest of a call whose parameters are not known: positional arguments have no names then.
+
+        As a task's option it is not called like this but bound to the task's parameters, where ``f(1)`` is ``f(a=1)``.
+
+        Raises:
+            ConfigurationError: An argument has no canonical form, or one that counts was not given by keyword.
+        """
+        for name in self.names:
+            if name not in kwargs:
+                raise ConfigurationError(
+                    f"{self!r}: argument {name!r} was not given by keyword; give it by keyword, "
+                    f"or make {self!r} itself the task's message_id, which knows the parameters"
+                )
+        return _ANY_CALL.digest(args, kwargs, only=self.names)
+
+
+def by_arguments(*names: str) -> ByArguments:
+    """A ``message_id`` option: calls with equal arguments are one message.
+
+    The id is a SHA-256 over the canonical form of the arguments (see :mod:`celery_idempotent.canonical`), bound to the task's
+    parameters and with defaults applied: ``f(1)``, ``f(a=1)`` and ``f(1, b=<default>)`` are one call; ``1`` and ``"1"`` are
+    two.
+
+    Args:
+        names: The arguments that tell messages apart; none for all of them. Order does not matter.
+
+    Hazard:
+        With all arguments, one that differs at every call (the time, a request id) makes every call a new message. With
+        some of them, name also whatever the effect depends on; a call that differs elsewhere is refused as a mismatch
+        unless ``fingerprint=False``.
+
+    Raises:
+        ConfigurationError: A name is not a non-empty string.
+    """
+    for name in cast("tuple[object, ...]", names):
+        if not isinstance(name, str) or not name:
+            raise ConfigurationError(
+                f"by_arguments takes names of arguments, not {name!r}: "
+                f'message_id=by_arguments("order_id"), or by_arguments() for all of them'
+            )
+    return ByArguments(tuple(sorted(set(names))))
+
+
+def message_id_source(
+    option: object, run: Callable[..., Any] | CallSignature, bound: bool = False
+) -> MessageIdSource | None:
+    """Turn a task's ``message_id`` option into a function of the call's arguments.
+
+    Args:
+        option: One of
+
+            * ``None``: the message is known by its task id;
+            * a format string over the bound arguments: ``"order:{order_id}"``, ``"order:{order.id}"``,
+              ``"{order[id]}"``, ``"{amount:.2f}"``;
+            * :func:`by_arguments`;
+            * a callable, called with the arguments as the task itself is, that returns the id.
+        run: The task's body, or its signature.
+        bound: As for :class:`CallSignature`; of no effect when ``run`` is one.
+
+    Hazard:
+        The fields of a format string are joined as text: ``"{a}:{b}"`` gives one id for ``("x:y", "z")`` and
+        ``("x", "y:z")``, and ``{a}`` one for ``1`` and ``"1"``. The fingerprint tells such calls apart, by an error.
+
+    Returns:
+        The function, which raises ``TypeError`` for arguments that the body does not accept, and ``ConfigurationError``
+        when they give no valid id: see :func:`check_message_id`, and a field that is ``None`` or whose text is not the same
+        in every process. ``None`` when the option is.
+
+    Raises:
+        ConfigurationError: The option is not valid for this task.
+    """
+    if option is None:
+        return None
+    signature = run if isinstance(run, CallSignature) else CallSignature(run, bound=bound)
+    if isinstance(option, str):
+        return _Template(option, signature)
+    if isinstance(option, ByArguments):
+        signature.check_names(option.names, repr(option))
+        names = option.names
+        return lambda args, kwargs: signature.digest(args, kwargs, only=names)
+    if callable(option) and option is not by_arguments:
+        return _Called(option, signature)
+    raise ConfigurationError(
+        f"message_id={option!r} of {signature.name} is not one of: None for the task id, "
+        f'a format string such as "order:{{order_id}}", by_arguments() or by_arguments("order_id"), '
+        f"a callable of the call's arguments that returns the id"
+    )
+
+
+def arguments_fingerprint(signature: CallSignature | None, args: Args, kwargs: Kwargs) -> str:
+    """SHA-256 hex digest (64 characters) of a call's arguments, by which a message id used for another call is found out.
+
+    Args:
+        signature: The task's; ``None`` when it is not known (``send_task`` by name). Positional arguments have no names
+            then, so the digest says nothing when compared with one made from the signature.
+        args: Positional arguments, without the task itself.
+        kwargs: Keyword arguments.
+
+    Raises:
+        ConfigurationError: An argument has no canonical form.
+        TypeError: The body cannot be called so.
+    """
+    return (signature or _ANY_CALL).digest(args, kwargs)
+
+
+def check_message_id(value: object) -> str:
+    """The message id, if it can be one.
+
+    A message id is any text from 1 to 255 bytes of UTF-8 without NUL. Blanks count, and so does case.
+
+    Raises:
+        ConfigurationError: It cannot; the text says why and what to do.
+    """
+    if not isinstance(value, str):
+        raise ConfigurationError(
+            f"a message_id is text, not {value!r} of type {type(value).__name__}: convert it to str"
+        )
+    text = str.__str__(value)  # the value of a member of a str enum, whose own __str__ gives its name
+    if not text:
+        raise ConfigurationError("a message_id cannot be empty: leave it out to have the message known by its task id")
+    if "\0" in text:
+        raise ConfigurationError(
+            f"message_id {text!r} contains a NUL character, which databases do not store: leave it out"
+        )
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        raise ConfigurationError(
+            f"message_id {text!r} contains a lone surrogate, which is not valid text: decode its source without surrogateescape"
+        ) from None
+    if size > MAX_BYTES:
+        raise ConfigurationError(
+            f"message_id {text[:32]!r}... is {size} bytes long in UTF-8, and AMQP carries {MAX_BYTES}: "
+            f"hash what it is made of, with message_id=by_arguments(...)"
+        )
+    return text
+
+
+class _Called:
+    """Ids by a callable of the call's arguments."""
+
+    __slots__ = ("_option", "_signature")
+
+    def __init__(self, option: Callable[..., str], signature: CallSignature) -> None:
+        self._option = option
+        self._signature = signature
+
+    def __call__(self, args: Args, kwargs: Kwargs) -> str:
+        self._signature.bind(args, kwargs)  # so that a wrong call is reported as the task's, not as the callable's
+        value = self._option(*(args or ()), **(kwargs or {}))
+        try:
+            return check_message_id(value)
+        except ConfigurationError as error:
+            raise ConfigurationError(
+                f"the message_id callable of {self._signature.name} returned {value!r}: {error}"
+            ) from None
+
+
+class _Template(string.Formatter):
+    """Ids by a format string over the bound arguments."""
+
+    def __init__(self, template: str, signature: CallSignature) -> None:
+        self._signature = signature
+        self._template = template
+        self._option = f"message_id={template!r}"
+        try:
+            fields = list(_fields(template))
+        except ValueError as error:
+            raise ConfigurationError(f"{self._option} is not a format string: {error}") from None
+        example = f"{{{next(iter(signature.parameters), 'order_id')}}}"
+        if not fields:
+            raise ConfigurationError(
+                f"{self._option} names no argument of {signature.name}, so that every call would be one message: "
+                f"name one, such as {example}, or use a callable that returns it if that is meant"
+            )
+        for name, conversion in fields:
+            if not name or name.isdigit():
+                raise ConfigurationError(
+                    f"{self._option} has a positional field, {{{name}}}: name the parameter, such as {example}"
+                )
+            if conversion not in {None, "", "s", "r", "a"}:
+                raise ConfigurationError(f"{self._option}: there is no conversion !{conversion}; use !s, !r or !a")
+        signature.check_names((name for name, _ in fields), self._option)
+
+    def __call__(self, args: Args, kwargs: Kwargs) -> str:
+        text = self.vformat(self._template, (), self._signature.names(args, kwargs))
+        try:
+            return check_message_id(text)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{self._option}: {error}") from None
+
+    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        try:
+            value, first = super().get_field(field_name, args, kwargs)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ConfigurationError(
+                f"{self._option}: {{{field_name}}} is not in the arguments of this call "
+                f"({type(error).__name__}: {error})"
+            ) from error
+        if value is None:
+            raise ConfigurationError(
+                f"{self._option}: {field_name} is None in this call, and unrelated calls would become one message: "
+                f"give it, or use by_arguments(...) where None is a value like another"
+            )
+        if isinstance(value, (set, frozenset)) or _is_anonymous(value):
+            raise ConfigurationError(
+                f"{self._option}: the text of {field_name}, of type {type(value).__name__}, "
+                f"is not the same in every process: use an attribute or an item of it, or by_arguments(...)"
+            )
+        return value, first
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        try:
+            return str(format(value, format_spec))
+        except (TypeError, ValueError) as error:
+            raise ConfigurationError(f"{self._option}: {error}") from error
+
+
+def _fields(template: str) -> Iterator[tuple[str, str | None]]:
+    """The names of a format string's fields, those inside of format specifications among them, with their conversions."""
+    for _, field, specification, conversion in string.Formatter().parse(template):
+        if field is not None:
+            yield re.split(r"[.\[]", field, maxsplit=1)[0], conversion
+            yield from _fields(specification or "")
+
+
+def _is_anonymous(value: object) -> bool:
+    """Whether the text of a value is the one that ``object`` makes up, with a memory address."""
+    kind = type(value)
+    return (kind.__format__, kind.__str__, kind.__repr__) == (object.__format__, object.__str__, object.__repr__)
+
+
+def _is_method(run: Callable[..., Any]) -> bool:
+    return isinstance(inspect.unwrap(run, stop=lambda f: isinstance(f, MethodType)), MethodType)
+
+
+def _without_first(signature: inspect.Signature) -> inspect.Signature:
+    parameters = list(signature.parameters.values())
+    if parameters and parameters[0].kind is not inspect.Parameter.VAR_POSITIONAL:
+        del parameters[0]
+    return signature.replace(parameters=parameters)
+
+
+def _any_call(*args: Any, **kwargs: Any) -> None:
+    """Stands for a body whose parameters are not known."""
+
+
+_ANY_CALL = CallSignature(_any_call)

@@ -1,0 +1,151 @@
+"""The options of one task: class attributes and decorator arguments over the app's settings over the defaults."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from celery_idempotent.decision import CallPolicy, DeliveryPolicy
+from celery_idempotent.errors import ConfigurationError
+from celery_idempotent.message_ids import CallSignature, message_id_source
+from celery_idempotent.settings import OPTION_NAMES, PREFIX, Settings, one_of, seconds, yes_or_no
+
+if TYPE_CHECKING:
+    from celery_idempotent.task import IdempotentTask
+
+__all__ = ["Options", "refuse_misspelt", "refuse_misspelt_call"]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a task says about its messages, checked.
+
+    Attributes:
+        message_id: Makes the message id of a call from its arguments; ``None`` uses the task id.
+        signature: Binds a call's arguments to the names of the body's parameters.
+        call: What the producer's decision depends on.
+        delivery: What the consumer's decision depends on.
+        lease: Seconds for which a claim lives without renewal.
+        unique_for: Seconds after completion for which the id stays taken; ``None`` until it is purged.
+        fingerprint: Whether calls under one id are compared; ``None`` when an id is set, by the option or for one call.
+        keep_result: Whether the return value is kept for replay.
+    """
+
+    message_id: Callable[[tuple[Any, ...], dict[str, Any]], str] | None
+    signature: CallSignature
+    call: CallPolicy
+    delivery: DeliveryPolicy
+    lease: float
+    unique_for: float | None
+    fingerprint: bool | None
+    keep_result: bool
+
+    @classmethod
+    def of(cls, task: IdempotentTask, settings: Settings) -> Options:
+        """Collect and check a task's options.
+
+        Raises:
+            ConfigurationError: An option has a wrong value; the text names the task, the option and what is valid.
+        """
+        try:
+            return cls._collect(task, settings)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"task {task.name}: {error}") from error
+
+    @classmethod
+    def _collect(cls, task: IdempotentTask, settings: Settings) -> Options:
+        conf = task.app.conf
+
+        def given(name: str) -> Any:
+            # From the class: a function stored there would become a method when read from the instance.
+            value = getattr(type(task), name, None)
+            return conf.get(PREFIX + name) if value is None else value
+
+        def chosen(name: str, default: str, *choices: str) -> Any:
+            value = given(name)
+            return default if value is None else one_of(name, value, *choices)
+
+        def flag(name: str, default: bool | None) -> Any:
+            value = given(name)
+            return default if value is None else yes_or_no(name, value)
+
+        if flag("atomic", False):
+            raise ConfigurationError(
+                "atomic=True is not available in this version; leave it out, and make the body's own writes idempotent"
+            )
+        lease, unique_for = given("lease"), given("unique_for")
+        run = inspect.getattr_static(type(task), "run")
+        signature = CallSignature(type(task).run, bound=not isinstance(run, staticmethod))
+        return cls(
+            message_id=message_id_source(given("message_id"), signature),
+            signature=signature,
+            call=CallPolicy(
+                on_duplicate=chosen("on_duplicate", "skip", "skip", "raise"),
+                resubmit_failed=flag("resubmit_failed", False),
+                lost_after=settings.lost_after,
+            ),
+            delivery=DeliveryPolicy(
+                on_processing=chosen("on_processing", "hold", "hold", "skip", "raise"),
+                on_abandoned=chosen("on_abandoned", "rerun" if task.acks_late else "fail", "rerun", "fail"),
+            ),
+            lease=60.0 if lease is None else seconds("lease", lease, positive=True),
+            unique_for=None if unique_for is None else seconds("unique_for", unique_for, positive=True),
+            fingerprint=flag("fingerprint", None),
+            keep_result=flag("keep_result", True),
+        )
+
+
+def refuse_misspelt_call(task_name: str, options: Iterable[str]) -> None:
+    """Refuse a keyword of ``apply_async`` that is nearly ``message_id``, or an option of the task.
+
+    Celery hands keywords it does not know on as properties of the message, so ``mesage_id="m"`` would silently do nothing.
+
+    Raises:
+        ConfigurationError: What is meant is named.
+    """
+    for name in options:
+        near = "" if name == "message_id" else _nearest(name)
+        if near == "message_id":
+            raise ConfigurationError(
+                f"apply_async() of {task_name}: unknown keyword {name!r}; did you mean 'message_id'?"
+            )
+        if near:
+            raise ConfigurationError(
+                f"apply_async() of {task_name}: {name!r} is no keyword of a call; {near!r} is an option of the task: "
+                f"give it to the decorator"
+            )
+
+
+def refuse_misspelt(cls: type[IdempotentTask], base: type) -> None:
+    """Refuse a class attribute or decorator argument that is nearly an option.
+
+    Celery accepts any attribute on a task, so ``on_duplicat="raise"`` would silently do nothing. Attributes that resemble no
+    option are the user's own and stay.
+
+    Raises:
+        ConfigurationError: The nearest option is named.
+    """
+    # Looked up without `hasattr`: the base's property `app` would bind it to an app, and its subclasses would share its stack
+    # of requests.
+    known = {name for owner in base.__mro__ for name in vars(owner)}
+    for owner in cls.__mro__:
+        if owner is base:
+            break
+        for name in vars(owner):
+            if name.startswith("_") or name in known:
+                continue
+            near = _nearest(name)
+            if near:
+                raise ConfigurationError(
+                    f"task {getattr(cls, 'name', None) or cls.__name__}: unknown option {name!r}; did you mean {near!r}?"
+                )
+
+
+@lru_cache(maxsize=1024)
+def _nearest(name: str) -> str:
+    """The option that a name is nearly, or is; empty when there is none. Kept, since every call has the same few keywords."""
+    return next(iter(get_close_matches(name.lower(), OPTION_NAMES, n=1, cutoff=0.85)), "")

@@ -1,0 +1,96 @@
+"""What is done while the store gives no answer: asking again for a while, in the two places where a caller can wait."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from kombu.utils.functional import retry_over_time
+
+from celery_idempotent.errors import StoreUnavailableError
+
+__all__ = ["REDELIVER_AFTER", "WAIT_IN_PLACE", "ask_again", "ask_until_answered", "ask_until_deadline"]
+
+logger = logging.getLogger("celery_idempotent")
+
+T = TypeVar("T")
+
+#: Seconds for which a consumer waits for the store in place, which keeps it from taking more messages it could not guard.
+WAIT_IN_PLACE = 10.0
+
+#: Seconds after which a message is delivered again that could not be claimed in that time.
+REDELIVER_AFTER = 10.0
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 2.0
+_COMPLAIN_EVERY = 30.0
+
+
+def ask_again(ask: Callable[[], T], policy: Mapping[str, Any]) -> T:
+    """Ask, and repeat as a producer repeats a publication.
+
+    Args:
+        ask: One call of the store.
+        policy: Celery's ``task_publish_retry_policy``: seconds and counts that the caller already knows from a broker that is down.
+
+    Raises:
+        StoreUnavailableError: The last attempt's.
+    """
+    answer: T = retry_over_time(
+        ask,
+        StoreUnavailableError,
+        max_retries=policy.get("max_retries", 3),
+        interval_start=policy.get("interval_start", 0),
+        interval_step=policy.get("interval_step", 0.2),
+        interval_max=policy.get("interval_max", 0.2),
+    )
+    return answer
+
+
+def ask_until_deadline(ask: Callable[[], T], what: str, wait: float) -> T:
+    """Ask, and repeat with growing pauses for some seconds; but once the store may have heard, until it answers.
+
+    Whoever gives up after a claim that may stand, or may yet be taken by a server that was frozen, leaves a message that nobody
+    runs and nobody else may run.
+
+    Args:
+        ask: One call of the store.
+        what: What is asked for, for the log.
+        wait: Seconds.
+
+    Raises:
+        StoreUnavailableError: The last attempt's; none of them reached the store.
+    """
+    deadline = time.monotonic() + wait
+    pause = _FIRST_PAUSE
+    while True:
+        try:
+            return ask()
+        except StoreUnavailableError as error:
+            if not error.unsent:
+                break
+            if time.monotonic() + pause > deadline:
+                raise
+        time.sleep(pause)
+        pause = min(pause * 2, _LONGEST_PAUSE)
+    return ask_until_answered(ask, what)
+
+
+def ask_until_answered(ask: Callable[[], T], what: str) -> T:
+    """Ask until there is an answer, complaining in the log meanwhile.
+
+    For the end of a body that has run: giving up would leave its row ``processing``, and the message would run again.
+    """
+    complained: float | None = None
+    pause = _FIRST_PAUSE
+    while True:
+        try:
+            return ask()
+        except StoreUnavailableError as error:
+            now = time.monotonic()
+            if complained is None or now - complained >= _COMPLAIN_EVERY:
+                complained = now
+                logger.error("cannot %s, asking again until the store answers: %s", what, error)
+        time.sleep(pause)
+        pause = min(pause * 2, _LONGEST_PAUSE)

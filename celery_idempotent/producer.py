@@ -1,0 +1,385 @@
+"""The producer's side: record, then publish, once per message id."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar, assert_never
+
+from celery import states
+from celery.result import EagerResult
+from celery.utils import uuid
+from celery.utils.time import maybe_iso8601, maybe_make_aware
+
+from celery_idempotent.decision import Call, CallAction, decide_call
+from celery_idempotent.errors import (
+    AlreadyFailedError,
+    DuplicateMessageError,
+    MessageMismatchError,
+    StoreError,
+    StoreUnavailableError,
+)
+from celery_idempotent.message_ids import arguments_fingerprint, check_message_id
+from celery_idempotent.outage import ask_again
+from celery_idempotent.records import Found, MessageKey, NewMessage, ProcessedStatus, Row, Status
+from celery_idempotent.run import Run
+from celery_idempotent.serialization import UndecodableError, decode_result, encode_message
+from celery_idempotent.wire import Marker
+
+if TYPE_CHECKING:
+    from celery.result import AsyncResult
+
+    from celery_idempotent.options import Options
+    from celery_idempotent.task import IdempotentTask
+
+__all__ = ["Sending", "delay_of", "identify", "send"]
+
+logger = logging.getLogger("celery_idempotent")
+
+T = TypeVar("T")
+
+
+def identify(
+    options: Options, args: Any, kwargs: Any, *, message_id: str | None, task_id: str, task_name: str
+) -> tuple[MessageKey, str | None]:
+    """The key and the fingerprint of a call, decided once, by its producer.
+
+    Args:
+        options: The task's options.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
+        message_id: An id given with the call; it comes before the task's option.
+        task_id: The Celery task id, which identifies a message that has no other id.
+        task_name: The task.
+
+    Raises:
+        ConfigurationError: The id is not valid, or an argument has no canonical form.
+        TypeError: The arguments do not fit the body's signature.
+    """
+    if message_id is not None:
+        chosen = check_message_id(message_id)
+    elif options.message_id is not None:
+        chosen = check_message_id(options.message_id(tuple(args or ()), dict(kwargs or {})))
+    else:
+        chosen = check_message_id(task_id)
+    known = message_id is not None or options.message_id is not None
+    wanted = known if options.fingerprint is None else options.fingerprint
+    fingerprint = arguments_fingerprint(options.signature, tuple(args or ()), dict(kwargs or {})) if wanted else None
+    return MessageKey(chosen, task_name), fingerprint
+
+
+def delay_of(task: IdempotentTask, options: Mapping[str, Any]) -> float | None:
+    """Seconds until a call is due by its ``countdown`` or ``eta``; ``None`` for at once."""
+    if options.get("countdown"):
+        return float(options["countdown"])
+    eta = options.get("eta")
+    if not eta:
+        return None
+    due: datetime = maybe_make_aware(maybe_iso8601(eta), task.app.timezone)
+    delay: float = (due - task.app.now()).total_seconds()
+    return delay
+
+
+def send(
+    task: IdempotentTask, args: Any, kwargs: Any, task_id: str | None, options: dict[str, Any]
+) -> AsyncResult[Any]:
+    """Send a call at most once under its message id.
+
+    Args:
+        task: The task that is called.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
+        task_id: The Celery id the caller chose, if any.
+        options: The other arguments of ``apply_async``.
+
+    Returns:
+        The message's AsyncResult, with ``duplicate`` set.
+
+    Raises:
+        DuplicateMessageError: It was sent before, and the task says so.
+        MessageMismatchError: The id is known with other arguments.
+        StoreUnavailableError: The store gave no answer and the call was not sent.
+
+    Atomicity: of N concurrent calls one records and publishes. Between the two a crash leaves a pending row, which a later call
+    of the same id publishes again once it is older than ``idempotent_lost_after``.
+    """
+    return Sending.of(task, args, kwargs, task_id, options).send()
+
+
+@dataclass
+class Sending:
+    """One call on its way out."""
+
+    task: IdempotentTask
+    args: Any
+    kwargs: Any
+    message: NewMessage
+    call: Call
+    options: dict[str, Any]
+    #: The guarded run that sends its own message on (retry, replace by itself), if this call does.
+    run: Run | None = None
+    #: Whether it is Celery that calls, behind a task that has run: that task must not pay for what is wrong with this one.
+    dispatched: bool = False
+    #: Whether the store was asked and its answer did not come, so that what this call wrote may stand, or may yet.
+    unanswered: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        task: IdempotentTask,
+        args: Any,
+        kwargs: Any,
+        task_id: str | None,
+        options: dict[str, Any],
+    ) -> Sending:
+        """Identify a call and encode its message; nothing is recorded yet."""
+        # As Celery says it, but before anything is recorded.
+        if args is not None and not isinstance(args, (list, tuple)):
+            raise TypeError(f"task args must be a list or tuple, not {type(args).__name__}")
+        if kwargs is not None and not isinstance(kwargs, Mapping):
+            raise TypeError(f"task keyword arguments must be a mapping, not {type(kwargs).__name__}")
+        options = dict(options)
+        message_id = options.pop("message_id", None)
+        marker = Marker.read(options.get("headers"))
+        run = Run.current(task.app)
+        mine = run is not None and run.request.id == task_id
+        dispatched = _dispatched(task, run, task_id, options)
+        if marker is not None and marker.belongs_to(task.name, task_id):
+            # A retry: of the running body, or by the parent of a worker that was lost, which has moved the row itself.
+            key, fingerprint = MessageKey(marker.message_id, marker.task_name), marker.fingerprint
+            call = Call(fingerprint, own=True)
+        else:
+            given, task_id = task_id, task_id or uuid()
+            key, fingerprint = identify(
+                task.idempotency, args, kwargs, message_id=message_id, task_id=task_id, task_name=task.name
+            )
+            replacing = mine and run is not None and run.replacing
+            canvas = replacing or dispatched or _waited_on(given, options)
+            call = Call(fingerprint, canvas=canvas, own=replacing and run.key == key)  # type: ignore[union-attr]
+        assert task_id is not None
+        message = NewMessage(
+            key=key,
+            task_id=task_id,
+            queue=_queue_of(task, args, kwargs, options),
+            fingerprint=fingerprint,
+            attempt=options.get("retries") or 0,
+            delay=delay_of(task, options),
+            message=encode_message(
+                args,
+                kwargs,
+                {**options, "task_id": task_id, "message_id": key.message_id},
+                serializer=options.get("serializer") or task.serializer or task.app.conf.task_serializer,
+                now=task.app.now(),
+            ),
+        )
+        return cls(task, args, kwargs, message, call, options, run if mine else None, dispatched)
+
+    def send(self) -> AsyncResult[Any]:
+        """Decide, and do it; see :func:`send`."""
+        if self.call.own:
+            return self._send_on()
+        while True:
+            try:
+                answer = self._ask(partial(self._store.record, self.message))
+                if not isinstance(answer, Found) or (self.unanswered and self._is_mine(answer.row)):
+                    return self._publish_or(self._withdraw)
+                result = self._send_again(answer.row)
+            except StoreUnavailableError as error:
+                if self.task.queue_log.settings.on_store_error != "run":
+                    raise
+                logger.error("%s is sent unguarded, the store gives no answer: %s", self._name, error)
+                return self._publish_now()
+            if result is not None:
+                return result
+            # The row moved between the statement and the decision: ask again.
+
+    def _send_again(self, row: Row) -> AsyncResult[Any] | None:
+        """What becomes of a call whose id is taken; ``None`` when the row moved and the decision is void."""
+        action = decide_call(row, self.call, self.task.idempotency.call)
+        match action:
+            case CallAction.RECORD:
+                return None
+            case CallAction.RETURN_FIRST:
+                self._count_duplicate()
+                return self._first_result(row)
+            case CallAction.RAISE_DUPLICATE:
+                self._count_duplicate()
+                raise DuplicateMessageError(row.key.message_id, row.task_id, str(row.status))
+            case CallAction.RAISE_MISMATCH:
+                if self.dispatched:
+                    return self._publish_now(duplicate=True)  # its consumer says so, under its own task id
+                raise MessageMismatchError(row.key.message_id, row.key.task_name)
+            case CallAction.PUBLISH_COPY:
+                return self._publish_now(duplicate=True)
+            case CallAction.PUBLISH_AGAIN:
+                # After an answer that did not come, whose the new publication time is cannot be told; a copy too many is absorbed.
+                if not self._ask(partial(self._store.republish, row)) and not self.unanswered:
+                    return None
+                logger.warning("%s is published again: it has waited since %s", self._name, row.waiting_since)
+                return self._publish_now(task_id=row.task_id, duplicate=True)
+            case CallAction.RESUBMIT:
+                if not self._ask(partial(self._store.resubmit, row, self.message)):
+                    return None
+                return self._publish_or(partial(self._take_back_resubmission, row))
+            case CallAction.TRANSITION:  # pragma: no cover - decided before the store is asked
+                raise AssertionError("a run's own message is sent on without a check")
+            case _:  # pragma: no cover - the type checker proves it away
+                assert_never(action)
+
+    def _is_mine(self, row: Row) -> bool:
+        """Whether a row is what this call wrote and got no answer to: it is not published yet."""
+        return row.status is Status.PENDING and row.worker is None and row.task_id == self.message.task_id
+
+    def _send_on(self) -> AsyncResult[Any]:
+        """Send the running task's own message on: its retry, or its replacement by itself."""
+        # A retry always has a moment from which it is due, so that older copies do not wait for a lost one for ever.
+        message = replace(self.message, delay=self.message.delay or 0.0)
+        if self.run is not None and not self.run.hand_on(message):
+            # The claim is gone, and with it the right to retry; the run ends without a word (see Run.perform).
+            return self._result(self.message.task_id, duplicate=True)
+        try:
+            return self._publish_now()
+        except BaseException as error:
+            if self.run is not None:
+                self.run.not_handed_on(message, error)
+            raise
+
+    # -- publishing ----------------------------------------------------------------------------------------------------
+
+    def _publish_now(self, *, task_id: str | None = None, duplicate: bool = False) -> AsyncResult[Any]:
+        key, task_id = self.message.key, task_id or self.message.task_id
+        marker = Marker(key.message_id, key.task_name, task_id, self.message.fingerprint)
+        options = {**self.options, "headers": marker.write(self.options.get("headers")), "message_id": key.message_id}
+        result = self.task.publish(self.args, self.kwargs, task_id=task_id, **options)
+        result.duplicate = duplicate
+        return result
+
+    def _publish_or(self, take_back: Callable[[], object]) -> AsyncResult[Any]:
+        try:
+            return self._publish_now()
+        except BaseException:
+            # Whatever it was, the caller is told and the id is free again. Should the broker have the message after all, its
+            # consumer inserts the row.
+            try:
+                self._ask(take_back)
+            except StoreError as error:
+                logger.warning("%s was not published, and its row stays pending: %s", self._name, error)
+            raise
+
+    def _withdraw(self) -> None:
+        self._store.withdraw(self.message.key, task_id=self.message.task_id)
+
+    def _take_back_resubmission(self, row: Row) -> None:
+        self._store.cancel(
+            row.key,
+            task_id=self.message.task_id,
+            error=row.error or "failed",
+            unique_for=self.task.idempotency.unique_for,
+        )
+
+    # -- answers -------------------------------------------------------------------------------------------------------
+
+    def _first_result(self, row: Row) -> AsyncResult[Any]:
+        app = self.task.app
+        result = self._eager_result(row) if app.conf.task_always_eager else self._result(row.task_id, duplicate=True)
+        if self.options.get("add_to_parent", True):
+            parent = app.current_worker_task
+            if parent:
+                parent.add_trail(result)
+        return result
+
+    def _result(self, task_id: str, *, duplicate: bool) -> AsyncResult[Any]:
+        result = self.task.AsyncResult(task_id)
+        result.duplicate = duplicate
+        return result
+
+    def _eager_result(self, row: Row) -> AsyncResult[Any]:
+        # An eager caller expects the outcome in its hands; the row has it.
+        task_id, name = row.task_id, self.task.name
+        if row.processed_status is ProcessedStatus.SUCCESS:
+            value = self._stored_value(row)
+            result = EagerResult(task_id, value, states.SUCCESS, name=name)
+        elif row.processed_status is ProcessedStatus.FAILURE:
+            error = AlreadyFailedError(row.key.message_id, row.error)
+            result = EagerResult(task_id, error, states.FAILURE, name=name)
+        else:
+            # The caller of a body that has not ended: only a call from inside of it, or from another thread.
+            result = EagerResult(task_id, None, states.PENDING, name=name)
+        result.duplicate = True
+        return result
+
+    def _stored_value(self, row: Row) -> Any:
+        try:
+            return None if row.result is None else decode_result(self.task.app, row.result)
+        except UndecodableError as error:
+            logger.warning("the stored result of %s cannot be read: %s", self._name, error)
+            return None
+
+    def _count_duplicate(self) -> None:
+        try:
+            self._store.count_duplicate(self.message.key)
+        except StoreUnavailableError as error:
+            logger.warning("a duplicate of %s was not counted: %s", self._name, error)
+
+    # -- the store -----------------------------------------------------------------------------------------------------
+
+    @property
+    def _store(self) -> Any:
+        return self.task.queue_log.store
+
+    @property
+    def _name(self) -> str:
+        return f"{self.message.key.task_name}[{self.message.key.message_id}]"
+
+    def _ask(self, ask: Callable[[], T]) -> T:
+        def note_silence() -> T:
+            try:
+                return ask()
+            except StoreUnavailableError as error:
+                self.unanswered = self.unanswered or not error.unsent
+                error.unsent = not self.unanswered  # the caller is told of the whole call
+                raise
+
+        # As for a broker that is down: the app's policy, or the one of this call.
+        conf, retry = self.task.app.conf, self.options.get("retry")
+        if self.task.queue_log.settings.on_store_error != "retry" or not (
+            conf.task_publish_retry if retry is None else retry
+        ):
+            return note_silence()
+        policy = {**(conf.task_publish_retry_policy or {}), **(self.options.get("retry_policy") or {})}
+        return ask_again(note_silence, policy)
+
+
+def _waited_on(task_id: str | None, options: Mapping[str, Any]) -> bool:
+    """Whether something else waits on a call under its own task id.
+
+    A worker that dispatches the last step of a chain passes an empty ``chain``; a chord's body, and whatever else was frozen in
+    a canvas, has its id fixed together with a ``reply_to``, which a plain call never names.
+    """
+    if any(options.get(name) for name in ("link", "link_error", "chord", "group_id")):
+        return True
+    return options.get("chain") is not None or (task_id is not None and bool(options.get("reply_to")))
+
+
+def _dispatched(task: IdempotentTask, run: Run | None, task_id: str | None, options: Mapping[str, Any]) -> bool:
+    """Whether Celery sends a call behind a task that has run: the next step of a chain, a link, an errback, a chord's body.
+
+    Only Celery names the parent; a chord's body has its id fixed instead, and is sent by a worker.
+    """
+    if run is not None and run.in_body:
+        return False
+    if options.get("parent_id"):
+        return True
+    return task_id is not None and bool(options.get("reply_to")) and bool(task.app.current_worker_task)
+
+
+def _queue_of(task: IdempotentTask, args: Any, kwargs: Any, options: Mapping[str, Any]) -> str | None:
+    if task.app.conf.task_always_eager:
+        return None
+    merged = {**task._get_exec_options(), **options}  # noqa: SLF001 - what apply_async itself routes by
+    queue = task.app.amqp.router.route(merged, task.name, args, kwargs, task).get("queue") or merged.get("routing_key")
+    name = getattr(queue, "name", queue)
+    return None if name is None else str(name)

@@ -1,0 +1,107 @@
+"""One queue log per app: its settings, its store, and the hooks that Celery needs."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from celery_idempotent.errors import ConfigurationError
+from celery_idempotent.renewal import Renewals
+from celery_idempotent.settings import Settings
+from celery_idempotent.stores import open_store
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+    from celery_idempotent.recovery import Recovery
+    from celery_idempotent.store import Store
+
+__all__ = ["QueueLog"]
+
+_ATTRIBUTE = "queue_log"
+
+
+class QueueLog:
+    """The queue log of an app.
+
+    Tasks with ``base=IdempotentTask`` make one for their app when they are bound; its store is opened at the first call or the
+    first delivery, in the process that needs it. Make one yourself, before the first call, to bring your own store::
+
+        QueueLog(app, store=SQLStore(engine))
+
+    Args:
+        app: The Celery app. A queue log that it already has is replaced.
+        store: The store to use instead of the setting ``idempotent_store``.
+
+    Raises:
+        ConfigurationError: ``store`` is no store.
+    """
+
+    def __init__(self, app: Celery, store: Store | None = None) -> None:
+        if store is not None and not callable(getattr(store, "record", None)):
+            raise ConfigurationError(
+                f"QueueLog(app, store=...) takes a store such as SQLStore(url), not one of type {type(store).__name__}; "
+                f"a URL is for the setting idempotent_store"
+            )
+        self.app = app
+        self._given_store = store
+        setattr(app, _ATTRIBUTE, self)
+
+    @classmethod
+    def of(cls, app: Celery) -> QueueLog:
+        """The app's queue log; made when there is none yet."""
+        found = vars(app).get(_ATTRIBUTE)
+        return found if isinstance(found, cls) else cls(app)
+
+    @cached_property
+    def settings(self) -> Settings:
+        """The app's ``idempotent_*`` settings, read once.
+
+        Raises:
+            ConfigurationError: One is unknown or has a wrong value.
+        """
+        return Settings.from_app(self.app)
+
+    @cached_property
+    def store(self) -> Store:
+        """The store, opened lazily: connections belong to the process that made them.
+
+        Raises:
+            ConfigurationError: The URL is not valid, or its driver is not installed.
+        """
+        if self._given_store is not None:
+            return self._given_store
+        settings = self.settings
+        try:
+            return open_store(settings.store, table=settings.table)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"setting idempotent_store: {error}") from error
+
+    @cached_property
+    def recovery(self) -> Recovery:
+        """What brings messages back that a worker, a broker or a producer lost."""
+        from celery_idempotent.recovery import Recovery
+
+        return Recovery(self)
+
+    @cached_property
+    def renewals(self) -> Renewals:
+        """The claims that this process keeps alive."""
+        return Renewals(lambda: self.store)
+
+    def init(self) -> bool:
+        """Create the table if it is missing; whether anything was created.
+
+        Raises:
+            SchemaError: A table of that name lacks columns.
+            StoreUnavailableError: The store gave no answer.
+        """
+        return self.store.init()
+
+    def close(self) -> None:
+        """Let go of the store's connections in this process; a store that was not opened stays so."""
+        if "store" in vars(self):
+            self.store.close()
+
+    def __repr__(self) -> str:
+        return f"<QueueLog of {self.app.main or 'app'}>"

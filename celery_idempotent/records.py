@@ -1,0 +1,215 @@
+"""What the queue log holds and what its store answers: plain, frozen records.
+
+Nothing here knows Celery or a database. Times are timezone-aware UTC, taken from the store's clock; durations are seconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+
+__all__ = [
+    "Claim",
+    "Claimed",
+    "Found",
+    "Holder",
+    "MessageKey",
+    "NewMessage",
+    "Note",
+    "Owner",
+    "ProcessedStatus",
+    "Recorded",
+    "Row",
+    "RowFilter",
+    "Status",
+    "Taken",
+    "TaskCount",
+]
+
+
+class Status(StrEnum):
+    """Where a message stands."""
+
+    PENDING = "pending"
+    PROCESSING = "processing"
+    DONE = "done"
+
+
+class Note(StrEnum):
+    """Why a message that succeeded has no result to replay; kept in ``error``."""
+
+    IGNORED = "ignored"  # the body raised Ignore
+    REPLACED = "replaced"  # the body replaced itself, and another task answers under its Celery id
+
+
+class ProcessedStatus(StrEnum):
+    """How a message ended.
+
+    ``SUCCESS`` beside ``Status.PROCESSING`` is a recovery point: the body ran and its result is stored, its callbacks are
+    not yet known to be dispatched.
+    """
+
+    SUCCESS = "success"
+    FAILURE = "failure"
+
+
+@dataclass(frozen=True, slots=True)
+class MessageKey:
+    """The primary key of the queue log: a message id belongs to one task."""
+
+    message_id: str
+    task_name: str
+
+
+@dataclass(frozen=True, slots=True)
+class NewMessage:
+    """A message about to be recorded.
+
+    Attributes:
+        key: Its message id and task name.
+        task_id: The Celery task id it is sent under.
+        queue: Where it is routed, if known.
+        fingerprint: SHA-256 hex digest of the canonical arguments; ``None`` when they are not compared.
+        attempt: Celery's ``retries`` of the delivery it waits for; 0 for the first.
+        delay: Seconds until it may run (countdown, ETA); ``None`` for at once. May be negative for an ETA that passed.
+        published: Whether the caller hands it to the broker itself; ``False`` leaves it for the relay (outbox).
+        message: Encoded arguments and options, so that it can be published again.
+    """
+
+    key: MessageKey
+    task_id: str
+    queue: str | None = None
+    fingerprint: str | None = None
+    attempt: int = 0
+    delay: float | None = None
+    published: bool = True
+    message: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row of the queue log as the store read it at ``read_at``; see DESIGN section 3 for each column."""
+
+    key: MessageKey
+    status: Status
+    processed_status: ProcessedStatus | None
+    created_timestamp: datetime
+    processed_timestamp: datetime | None
+    task_id: str
+    queue: str | None
+    fingerprint: str | None
+    attempt: int
+    token: int
+    worker: str | None
+    lease_expires_at: datetime | None
+    available_at: datetime | None
+    published_at: datetime | None
+    expires_at: datetime | None
+    duplicates: int
+    message: bytes | None
+    result: bytes | None
+    error: str | None
+    #: The store's clock when the row was read: every age and every expiry is judged against it, never the caller's clock.
+    read_at: datetime
+    #: How often a dead owner's claim on this attempt was taken over; it bounds how often a message may kill its worker.
+    takeovers: int = 0
+    #: The Celery id of the delivery that claimed last, whose callbacks and result Celery sends; ``task_id`` is the first sent.
+    ran_task_id: str | None = None
+
+    @property
+    def expired(self) -> bool:
+        """Whether the id is free again (``unique_for`` passed)."""
+        done = self.status is Status.DONE
+        return done and self.expires_at is not None and self.expires_at <= self.read_at
+
+    @property
+    def lease_left(self) -> float:
+        """Seconds until the lease runs out; 0 or less once it has, or when there is none."""
+        return 0.0 if self.lease_expires_at is None else (self.lease_expires_at - self.read_at).total_seconds()
+
+    @property
+    def available_in(self) -> float:
+        """Seconds until the message may run; negative once it may, 0 when it never had to wait."""
+        return 0.0 if self.available_at is None else (self.available_at - self.read_at).total_seconds()
+
+    @property
+    def waiting_since(self) -> datetime:
+        """Since when this row could have been consumed: the latest of its recording, its publication and its ETA."""
+        return max(t for t in (self.created_timestamp, self.published_at, self.available_at) if t is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """The right to finish one run of a message: every write is fenced by its token."""
+
+    key: MessageKey
+    token: int
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Whoever holds the message, named by worker: for a parent process that ends a dead child's claim without its token."""
+
+    key: MessageKey
+    worker: str
+
+
+#: What a write after a claim is fenced by.
+Holder = Claim | Owner
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """The message was not there, or its id was free again: it is now pending, and its producer publishes it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The id is taken; nothing was written."""
+
+    row: Row
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """The message is this caller's until the lease runs out."""
+
+    claim: Claim
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """The message could not be claimed as asked; nothing was written."""
+
+    row: Row
+
+
+@dataclass(frozen=True, slots=True)
+class RowFilter:
+    """Which rows to list. Conditions are joined by *and*; ``None`` leaves one out.
+
+    Attributes:
+        message_id: Exact id, or a pattern with ``*`` and ``?``.
+        task_name: Exact task name, or a pattern with ``*`` and ``?``.
+        status: Only rows in this status.
+        processed_status: Only rows that ended so.
+        limit: At most so many rows, newest first; > 0.
+    """
+
+    message_id: str | None = None
+    task_name: str | None = None
+    status: Status | None = None
+    processed_status: ProcessedStatus | None = None
+    limit: int = 100
+
+
+@dataclass(frozen=True, slots=True)
+class TaskCount:
+    """How many rows of one task stand where, and how many copies of them were skipped."""
+
+    task_name: str
+    status: Status
+    processed_status: ProcessedStatus | None
+    rows: int
+    duplicates: int

@@ -1,0 +1,209 @@
+"""Leases are kept alive here, by a thread beside the bodies.
+
+A claim is renewed at a third of its lease for as long as its owner is known to live, so a body that ends sooner costs nothing.
+Two processes renew in a prefork pool: the child that runs the body, which is what counts when its parent is killed, and the
+parent, which is what counts when the body holds the child's GIL. In the other pools there is one process, and a body that holds
+its GIL for longer than the lease stops the renewal with everything else.
+
+The thread outlives a worker's steps: during a warm shutdown they stop before the pool has drained.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from celery_idempotent.errors import StoreError
+from celery_idempotent.records import Claim, Holder
+
+if TYPE_CHECKING:
+    from celery_idempotent.store import Store
+
+__all__ = ["Held", "Renewals"]
+
+logger = logging.getLogger("celery_idempotent")
+
+#: Renewals in one lease: two may fail before it runs out.
+_PER_LEASE = 3
+
+_NEVER = float("inf")
+
+#: Seconds after which a claim that could not be renewed is asked for again, before it is called lost.
+_LOOK_AGAIN = 1.0
+
+
+@dataclass(slots=True, eq=False)
+class Held:
+    """A lease that is kept alive.
+
+    Attributes:
+        holder: The claim; or its owner, where a parent keeps its child's.
+        lease: Seconds that each renewal grants; the first is due after a third of it.
+        pid: For an owner: the child that runs the body.
+        ended: Whether the owner is known to be dead. Set it before the lease is ended in the store: a renewal that is under
+            way then ends the lease again.
+    """
+
+    holder: Holder
+    lease: float
+    pid: int | None = None
+    ended: bool = False
+    #: Whether the last renewal did not find it.
+    missed: bool = field(default=False, init=False)
+    due: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.due = time.monotonic() + self.lease / _PER_LEASE
+
+
+class Renewals:
+    """The leases that this process keeps alive.
+
+    Args:
+        store: Opens the store; called in the thread that renews.
+    """
+
+    def __init__(self, store: Callable[[], Store]) -> None:
+        self._store = store
+        # By process id. A forked child inherits what its parent holds, but not the thread, and perhaps a lock that nobody will
+        # release: it begins with nothing.
+        self._renewals: dict[int, _Renewal] = {}
+
+    def hold(self, holder: Holder, lease: float) -> None:
+        """Keep a claim of this process alive until it is let go."""
+        self._here().hold(Held(holder, lease))
+
+    def let_go(self, holder: Holder) -> None:
+        """Stop keeping a claim alive; it stays as it is."""
+        here = self._renewals.get(os.getpid())
+        if here is not None:
+            here.let_go(holder)
+
+    def hold_for_child(self, held: Held, children: Callable[[], Iterable[Held]]) -> None:
+        """Keep a child's lease alive for as long as it is among those that run.
+
+        Args:
+            held: The child's.
+            children: Gives what all children hold at the time it is called; one function for the whole process.
+        """
+        self._here().hold_for_child(held, children)
+
+    def _here(self) -> _Renewal:
+        """This process's. Without a lock, which a fork could have left locked; ``setdefault`` is atomic."""
+        return self._renewals.get(os.getpid()) or self._renewals.setdefault(os.getpid(), _Renewal(self._store))
+
+
+class _Renewal:
+    """What one process keeps alive, and the thread that does it, from the first lease on."""
+
+    def __init__(self, store: Callable[[], Store]) -> None:
+        self._store = store
+        self._process = os.getpid()
+        self._changed = threading.Condition()
+        self._held: dict[Holder, Held] = {}
+        self._children: Callable[[], Iterable[Held]] = tuple
+        self._thread: threading.Thread | None = None
+        self._wakes_at = _NEVER
+
+    def hold(self, held: Held) -> None:
+        with self._changed:
+            self._held[held.holder] = held
+            self._expect(held)
+
+    def let_go(self, holder: Holder) -> None:
+        with self._changed:
+            self._held.pop(holder, None)
+
+    def hold_for_child(self, held: Held, children: Callable[[], Iterable[Held]]) -> None:
+        with self._changed:
+            self._children = children
+            self._expect(held)
+
+    def _expect(self, held: Held) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="celery-idempotent-renewal", daemon=True)
+            self._thread.start()
+            atexit.register(self._give_up)
+        elif held.due < self._wakes_at:
+            self._changed.notify()
+
+    def _everything(self) -> list[Held]:
+        return [held for held in (*self._held.values(), *self._children()) if not held.ended]
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                now = time.monotonic()
+                everything = self._everything()
+                due = [held for held in everything if held.due <= now]
+                if not due:
+                    self._wakes_at = min((held.due for held in everything), default=_NEVER)
+                    self._changed.wait(None if self._wakes_at == _NEVER else self._wakes_at - now)
+            for lease in {held.lease for held in due}:
+                self._renew([held for held in due if held.lease == lease], lease)
+
+    def _renew(self, due: list[Held], lease: float) -> None:
+        pause = lease / _PER_LEASE
+        lost: list[Holder] = []
+        try:
+            lost = self._store().renew([held.holder for held in due], lease=lease)
+        except StoreError as error:
+            logger.warning("could not renew %d leases, asking again: %s", len(due), error)
+            pause /= _PER_LEASE
+        except Exception:
+            # The thread must outlive whatever it meets: without it every lease of this process runs out.
+            logger.exception("could not renew %d leases", len(due))
+        for held in due:
+            held.due = time.monotonic() + pause
+            if held.ended:  # meanwhile, and perhaps before it was renewed
+                self._expire(held)
+            # An owner that is not found has not claimed yet, or has finished; it is its request that ends it.
+            if isinstance(held.holder, Claim):
+                self._note_loss(held, lost=held.holder in lost)
+
+    def _note_loss(self, held: Held, *, lost: bool) -> None:
+        """Report a claim that is gone; but not that of a run which has just ended, and is about to be let go."""
+        if not lost:
+            held.missed = False
+        elif not held.missed:
+            held.missed = True
+            held.due = min(held.due, time.monotonic() + _LOOK_AGAIN)
+        elif held.holder in self._held:
+            self.let_go(held.holder)
+            logger.error("the claim on %s was lost while its body runs", held.holder.key.message_id)
+
+    def _expire(self, held: Held) -> None:
+        try:
+            self._store().expire(held.holder)
+        except Exception as error:  # noqa: BLE001 - it then runs out by itself
+            logger.warning("could not end the lease of %s, it runs out: %s", held.holder.key.message_id, error)
+
+    def _give_up(self) -> None:
+        """As this process ends, nobody keeps alive any more what did not end before, and nobody has to wait for that.
+
+        In a cold shutdown these are bodies of this very process, and children that were killed with their work.
+        """
+        if self._process != os.getpid():
+            return  # a child that was forked without `exec` leaves by this way too
+        with self._changed:
+            left = self._everything()
+        for held in left:
+            if not _lives(held.pid):
+                held.ended = True
+                self._expire(held)
+
+
+def _lives(pid: int | None) -> bool:
+    """Whether a child of ours still runs; without a child, it is this process, which is about to end."""
+    if pid is None:
+        return False
+    try:
+        return os.waitpid(pid, os.WNOHANG) == (0, 0)
+    except ChildProcessError:  # somebody has waited for it already
+        return False

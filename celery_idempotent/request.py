@@ -1,0 +1,145 @@
+"""The worker's side of a request: what its main process learns of a child that can no longer speak for itself."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
+from celery.exceptions import Terminated, TimeLimitExceeded, WorkerLostError
+from celery.worker.request import Request
+from celery.worker.state import active_requests
+
+from celery_idempotent.consumer import ABANDONED, delivered_key
+from celery_idempotent.errors import StoreError
+from celery_idempotent.producer import identify
+from celery_idempotent.records import NewMessage, Owner
+from celery_idempotent.renewal import Held
+from celery_idempotent.run import describe, worker_label
+from celery_idempotent.serialization import encode_message
+from celery_idempotent.wire import Marker
+
+__all__ = ["IdempotentRequest"]
+
+logger = logging.getLogger("celery_idempotent")
+
+
+class IdempotentRequest(Request):  # type: ignore[misc]
+    """Celery's request, which also ends the claim of a child that died, was killed at its time limit or was terminated.
+
+    Its writes are asked once: it runs in the worker's event loop, which must not wait for a store that is down. A claim that could
+    not be ended runs out with its lease.
+    """
+
+    held: Held | None = None
+
+    def on_accepted(self, pid: int, time_accepted: float) -> None:
+        """A child begins: keep its lease alive from here as well, for a body that holds the child's GIL."""
+        super().on_accepted(pid, time_accepted)
+        queue_log = self.task.queue_log
+        queue_log.recovery.saw(self.delivery_info["routing_key"], delivered_key(self.task.name, self._context))
+        if pid != os.getpid():
+            self.held = Held(self._owner(pid), self.task.idempotency.lease, pid)
+            queue_log.renewals.hold_for_child(self.held, _children)
+
+    def on_timeout(self, soft: bool, timeout: float) -> None:
+        """The hard limit ends the message as a failure, or gives it back when a timeout is not to be acknowledged."""
+        super().on_timeout(soft, timeout)
+        if soft:
+            return
+        if self.task.acks_late and not self.task.acks_on_timeout:
+            self._end("release", self.task.queue_log.store.release)
+        else:
+            self._fail(describe(TimeLimitExceeded(timeout)))
+
+    def on_failure(self, exc_info: ExceptionInfo, send_failed_event: bool = True, return_ok: bool = False) -> Any:
+        """A child that was lost ends its claim at once, before its message goes back to the broker."""
+        error = exc_info.exception
+        if isinstance(error, ExceptionWithTraceback):
+            error = error.exc
+        if not return_ok and isinstance(error, (Terminated, WorkerLostError, SystemExit, KeyboardInterrupt)):
+            cancelled = self._already_cancelled and not self._already_revoked
+            if self._already_revoked or (isinstance(error, Terminated) and not cancelled):
+                self._fail("revoked: it was terminated while it ran")
+            elif cancelled:
+                # Celery tells its caller that it will run again; whether it does is for its next delivery to decide, and to say.
+                self._end("expire", self.task.queue_log.store.expire)
+            else:
+                self._lost()
+        return super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
+
+    def _lost(self) -> None:
+        task = self.task
+        # As Celery decides it: the next attempt is sent from here, after this, and moves the row on.
+        retried = task.retry_on_worker_lost and (task.max_retries is None or self._context.retries < task.max_retries)
+        if retried or task.idempotency.delivery.on_abandoned == "rerun":
+            self._end("expire", self.task.queue_log.store.expire)
+        else:
+            self._fail(ABANDONED)
+
+    def _retry_worker_lost(self, exc: BaseException, exc_info: ExceptionInfo) -> Any:
+        # Celery sends the next attempt from here, outside of any run: move the row on first, and let the headers say whose it is.
+        context = self._context
+        key = delivered_key(self.task.name, context)
+        marker = Marker.read(context.headers)
+        fingerprint = marker.fingerprint if marker else self._fingerprint(key.message_id)
+        context.headers = Marker(key.message_id, self.task.name, self.id, fingerprint).write(context.headers)
+        attempt, delay = context.retries + 1, self.task.default_retry_delay or 0.0
+        message = NewMessage(
+            key=key,
+            task_id=self.id,
+            queue=(context.delivery_info or {}).get("routing_key"),
+            fingerprint=fingerprint,
+            attempt=attempt,
+            delay=delay,
+            message=encode_message(
+                context.args,
+                context.kwargs,
+                {**context.as_execution_options(), "retries": attempt, "message_id": key.message_id},
+                serializer=self.task.serializer or self.app.conf.task_serializer,
+            ),
+        )
+        self._end("hand on", lambda owner: self.task.queue_log.store.retry(owner, message))
+        return super()._retry_worker_lost(exc, exc_info)
+
+    def _fingerprint(self, message_id: str) -> str | None:
+        named = message_id if message_id != self.id else None
+        _, fingerprint = identify(
+            self.task.idempotency,
+            self.args,
+            self.kwargs,
+            message_id=named,
+            task_id=self.id,
+            task_name=self.task.name,
+        )
+        return fingerprint
+
+    def _owner(self, pid: int) -> Owner:
+        label = worker_label(self.hostname, None if pid == os.getpid() else pid)
+        return Owner(delivered_key(self.task.name, self._context), label)
+
+    def _fail(self, error: str) -> None:
+        unique_for = self.task.idempotency.unique_for
+        self._end("fail", lambda owner: self.task.queue_log.store.fail(owner, error=error, unique_for=unique_for))
+
+    def _end(self, what: str, write: Callable[[Owner], bool]) -> None:
+        if self.worker_pid is None:
+            return  # never accepted by a child, so never claimed
+        if self.held is not None:
+            self.held.ended = True
+        try:
+            write(self._owner(self.worker_pid))
+        except StoreError as error:
+            logger.error("could not %s the claim of %s; it runs out with its lease: %s", what, self, error)
+
+
+def _children() -> list[Held]:
+    """What the children of this worker hold that are running now."""
+    while True:
+        try:
+            running = list(active_requests)
+        except RuntimeError:  # the worker's loop added one meanwhile
+            continue
+        return [request.held for request in running if isinstance(request, IdempotentRequest) and request.held]

@@ -1,0 +1,370 @@
+"""One guarded run: from the claim to the outcome.
+
+A run lives on Celery's request for as long as the request is traced. Its writes are fenced by the claim's token; a write that
+finds the claim gone ends the run without a result, a callback or an acknowledged outcome of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from celery import states
+from celery.backends.base import DisabledBackend
+from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
+from kombu.exceptions import EncodeError
+
+from celery_idempotent.errors import AlreadyFailedError, LeaseLostError, StoreUnavailableError
+from celery_idempotent.outage import ask_until_answered
+from celery_idempotent.records import Claim, Claimed, MessageKey, NewMessage, Note, ProcessedStatus, Status
+from celery_idempotent.serialization import decode_result, encode_message, encode_result
+
+if TYPE_CHECKING:
+    from celery import Celery
+    from celery.app.task import Context
+
+    from celery_idempotent.store import Store
+    from celery_idempotent.task import IdempotentTask
+
+__all__ = ["Run", "RunState", "describe", "ignores_result", "waited_on", "worker_label"]
+
+logger = logging.getLogger("celery_idempotent")
+
+T = TypeVar("T")
+
+_ATTRIBUTE = "idempotent_run"
+_ERROR_LENGTH = 4000
+
+
+class RunState(StrEnum):
+    """How far a run has come."""
+
+    UNGUARDED = "unguarded"  # the store gives no answer, and the app says "run"
+    CLAIMED = "claimed"  # the body is to run, or runs
+    REPLAYED = "replayed"  # the stored result is returned; nothing is held
+    CHECKPOINTED = "checkpointed"  # the body ran; callbacks and result are being sent
+    HANDED_ON = "handed_on"  # the row waits for this message's retry or replacement
+    LOST = "lost"  # the claim is gone
+    FINISHED = "finished"
+
+
+class Run:
+    """A delivery's passage through the guard."""
+
+    def __init__(self, task: IdempotentTask, request: Context, message: NewMessage) -> None:
+        self.task = task
+        self.request = request
+        self.message = message
+        self.state = RunState.UNGUARDED
+        self.claim: Claim | None = None
+        #: What is returned without running the body, in REPLAYED and in a CHECKPOINTED run that was taken over.
+        self.value: Any = None
+        #: Whether the body is about to replace itself by another task under the same task id.
+        self.replacing = False
+        #: Whether the outermost guarded ``__call__`` is on the stack, and whether the body was reached through it.
+        self.performing = False
+        self.entered = False
+
+    @classmethod
+    def of(cls, request: Context | None) -> Run | None:
+        """The run of a request, if it was admitted."""
+        return cast("Run | None", getattr(request, _ATTRIBUTE, None))
+
+    @classmethod
+    def current(cls, app: Celery) -> Run | None:
+        """The run of the task that this worker executes here and now."""
+        task = app.current_worker_task
+        return None if task is None else cls.of(task.request)
+
+    def attach(self) -> None:
+        """Let the request carry this run, and keep its claim alive."""
+        setattr(self.request, _ATTRIBUTE, self)
+        if self.claim is not None:
+            self.task.queue_log.renewals.hold(self.claim, self.task.idempotency.lease)
+
+    def detach(self) -> None:
+        """The run is over: nothing keeps its claim alive any more."""
+        if self.claim is not None:
+            self.task.queue_log.renewals.let_go(self.claim)
+
+    @property
+    def key(self) -> MessageKey:
+        """The message's key."""
+        return self.message.key
+
+    @property
+    def in_body(self) -> bool:
+        """Whether the body has not ended yet."""
+        return self.state in (RunState.UNGUARDED, RunState.CLAIMED, RunState.HANDED_ON)
+
+    @property
+    def waited_on(self) -> bool:
+        """Whether callbacks, a chain or a chord are sent once the body has returned."""
+        return waited_on(self.request)
+
+    @property
+    def _store(self) -> Store:
+        return self.task.queue_log.store
+
+    # -- the body ------------------------------------------------------------------------------------------------------
+
+    def perform(self, body: Callable[[], T]) -> T:
+        """Run the body, or return the stored result, and record how it ended.
+
+        Raises:
+            Ignore: The claim was lost, or the message goes on elsewhere: this run has no outcome.
+        """
+        if self.state in (RunState.REPLAYED, RunState.CHECKPOINTED):
+            return cast("T", self.value)
+        if self.state is RunState.UNGUARDED:
+            return body()
+        try:
+            value = body()
+        except Retry as retry:
+            # Eager, or raised by hand: nothing was published, so nothing was handed on.
+            if self.state is RunState.CLAIMED:
+                self.hand_on(self._retried(retry))
+            self._stop_if_lost()
+            raise
+        except Ignore:
+            if self.state is RunState.CLAIMED:
+                self._finish(self._completed(None, note=Note.REPLACED if self.replacing else Note.IGNORED))
+            raise
+        except Reject as reject:
+            self._rejected(reject)
+            raise
+        except Exception as error:
+            if self._ran_on:
+                raise
+            self._stop_if_sent_on()
+            self._finish(self._failed(describe(error)))
+            raise
+        if self._ran_on:
+            return value
+        self._stop_if_sent_on()
+        self._succeed(value)
+        return value
+
+    def _succeed(self, value: Any) -> None:
+        wanted = self.task.idempotency.keep_result or self.waited_on
+        result = encode_result(self.task.app, value) if wanted else None
+        if self.waited_on:
+            # What waits on this result is sent after we return: until it is known to be, the row says so.
+            held = self._write("note a recovery point", lambda: self._store.checkpoint(self._claim, result=result))
+            self._continue(held, RunState.CHECKPOINTED)
+        else:
+            self._finish(self._completed(result))
+
+    def _rejected(self, reject: Reject) -> None:
+        if self.state is not RunState.CLAIMED:
+            return
+        if reject.requeue:
+            held = self._write("release a message", lambda: self._store.release(self._claim))
+            self._finish(held or self._is_pending(self.message.attempt))
+        else:
+            self._finish(self._failed(describe(reject)))
+
+    # -- what follows the body -----------------------------------------------------------------------------------------
+
+    def dispatched(self) -> None:
+        """Callbacks and result of a checkpointed run were sent."""
+        if self.state is RunState.CHECKPOINTED:
+            self.state = RunState.FINISHED if self._completed(None) else RunState.LOST
+
+    def not_dispatched(self, error: BaseException | None) -> None:
+        """The run is over: if its callbacks and result were still to be sent, they could not be.
+
+        Args:
+            error: Why, if that is known.
+        """
+        if self.state is not RunState.CHECKPOINTED:
+            return
+        if isinstance(error, EncodeError):  # no later attempt can succeed
+            self.state = RunState.FINISHED if self._failed(describe(error)) else RunState.LOST
+        else:
+            logger.error("%s ran, but what follows it was not sent; a later delivery sends it: %r", self, error)
+
+    # -- handing on ----------------------------------------------------------------------------------------------------
+
+    def hand_on(self, message: NewMessage) -> bool:
+        """Move the row on to this message's next attempt, just before that is published.
+
+        Returns:
+            Whether the claim still held; if not, nothing may be published.
+        """
+        if self.state is RunState.UNGUARDED:
+            return True
+        if self.state is not RunState.CLAIMED:
+            return False
+        held = self._write("hand a message on", lambda: self._store.retry(self._claim, message)) or self._is_pending(
+            message.attempt
+        )
+        self.state = RunState.HANDED_ON if held else RunState.LOST
+        self.detach()
+        return held
+
+    def not_handed_on(self, message: NewMessage, error: BaseException) -> None:
+        """The next attempt could not be published: end the message, unless a copy of it runs already."""
+        if self.state is not RunState.HANDED_ON:
+            return
+
+        def end() -> None:
+            again = self._store.claim(message, worker=worker_label(self.request.hostname), lease=1.0, grace=0.0)
+            if isinstance(again, Claimed):
+                self._store.fail(again.claim, error=describe(error), unique_for=self.task.idempotency.unique_for)
+
+        self._write("end a message whose retry was not published", end)
+
+    def retry_stored(self) -> None:
+        """The result backend was told RETRY just now, which must not hide how the next attempt has ended since.
+
+        Celery publishes a retry before it stores that state: with ``countdown=0`` another process may be through by then, and
+        its AsyncResult would be RETRY for ever. What it ended with is stored once more, from its row.
+        """
+        backend, task_id = self.task.backend, self.request.id
+        if self.state is not RunState.HANDED_ON or self.request.is_eager or isinstance(backend, DisabledBackend):
+            return
+        if ignores_result(self.task, self.request) or not backend.persistent:
+            return
+        row = self._store.find(self.key)
+        if row is None or row.ran_task_id != task_id or row.processed_status is None:
+            return
+        if backend.get_state(task_id) in states.READY_STATES:
+            return
+        if row.processed_status is ProcessedStatus.SUCCESS:
+            value = None if row.result is None else decode_result(self.task.app, row.result)
+            backend.store_result(task_id, value, states.SUCCESS, request=self.request)
+        else:
+            error = AlreadyFailedError(self.key.message_id, row.error)
+            backend.store_result(task_id, error, states.FAILURE, request=self.request)
+
+    def _is_pending(self, attempt: int) -> bool:
+        """Whether the row is where a write of ours put it whose answer was lost: pending, under our token."""
+        row = self._write("read a message", lambda: self._store.find(self.key))
+        return row is not None and (row.status, row.token, row.attempt) == (Status.PENDING, self._claim.token, attempt)
+
+    def _retried(self, retry: Retry) -> NewMessage:
+        request, signature = self.request, retry.sig
+        args = request.args if signature is None else signature.args
+        kwargs = request.kwargs if signature is None else signature.kwargs
+        options = {} if signature is None else dict(signature.options)
+        return NewMessage(
+            key=self.key,
+            task_id=self.message.task_id,
+            fingerprint=self.message.fingerprint,
+            attempt=request.retries + 1,
+            delay=0.0,
+            # The arguments of an eager run may be anything.
+            message=None
+            if request.is_eager
+            else encode_message(args, kwargs, options, serializer=self.task.serializer),
+        )
+
+    # -- writes --------------------------------------------------------------------------------------------------------
+
+    @property
+    def _claim(self) -> Claim:
+        assert self.claim is not None, "only a claimed run writes"
+        return self.claim
+
+    def _completed(self, result: bytes | None, note: Note | None = None) -> bool:
+        unique_for = self.task.idempotency.unique_for
+        return self._write(
+            "record a success",
+            lambda: self._store.complete(self._claim, result=result, note=note, unique_for=unique_for),
+        )
+
+    def _failed(self, error: str) -> bool:
+        unique_for = self.task.idempotency.unique_for
+        return self._write(
+            "record a failure", lambda: self._store.fail(self._claim, error=error, unique_for=unique_for)
+        )
+
+    def _write(self, what: str, ask: Callable[[], T]) -> T:
+        """Ask the store to write an outcome, however long it takes: see ``idempotent_on_store_error``."""
+
+        def write() -> T:
+            if self.request.is_eager or self.task.queue_log.settings.on_store_error != "retry":
+                return ask()
+            return ask_until_answered(ask, f"{what} for {self}")
+
+        try:
+            return write()
+        except SoftTimeLimitExceeded:
+            # The signal struck while the outcome of a finished body was being written; the write may be repeated.
+            return write()
+        except StoreUnavailableError as error:
+            if self.task.queue_log.settings.on_store_error == "run":
+                logger.error("could not %s for %s, so a copy of it may run again: %s", what, self, error)
+                return cast("T", True)
+            raise
+
+    def _finish(self, held: bool) -> None:
+        self._continue(held, RunState.FINISHED)
+
+    def _continue(self, held: bool, state: RunState) -> None:
+        self.state = state if held else RunState.LOST
+        self._stop_if_lost()
+
+    @property
+    def _ran_on(self) -> bool:
+        """Whether the body replaced itself by itself eagerly: that run is over and has written the outcome of both."""
+        return self.state is RunState.HANDED_ON and bool(self.request.is_eager)
+
+    def _stop_if_sent_on(self) -> None:
+        """``retry(throw=False)``: the body went on after it, but the retry is what decides."""
+        if self.state is RunState.HANDED_ON:
+            raise Ignore(f"{self} was handed on to its next attempt")
+        self._stop_if_lost()
+
+    def _stop_if_lost(self) -> None:
+        if self.state is RunState.LOST:
+            # Raised as LeaseLostError, it would be stored as this task's FAILURE over its new owner's result.
+            error = LeaseLostError(self.key.message_id, self._claim.token)
+            logger.error("%s: %s", self, error)
+            raise Ignore(str(error)) from error
+
+    def __str__(self) -> str:
+        return f"{self.key.task_name}[{self.key.message_id}]"
+
+
+def ignores_result(task: IdempotentTask, request: Context) -> bool:
+    """Whether Celery stores no result for a request."""
+    try:
+        from celery.app.task import get_actual_ignore_result
+    except ImportError:  # before Celery 5.7, where a call could not ask for a result that its task ignores
+        return bool(task.ignore_result or request.ignore_result)
+    return bool(get_actual_ignore_result(task, request))
+
+
+def waited_on(request: Context) -> bool:
+    """Whether callbacks, a chain or a chord wait on a request."""
+    return bool(request.callbacks or request.chain or request.chord)
+
+
+def describe(error: BaseException) -> str:
+    """Type and text of an error, for the column ``error``."""
+    kind = f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins.")
+    try:
+        return f"{kind}: {error}"[:_ERROR_LENGTH]
+    except Exception as broken:  # noqa: BLE001 - an error that cannot say what it is must not hide that the body failed
+        return f"{kind}, whose text cannot be had: {type(broken).__name__}"
+
+
+def worker_label(hostname: str | None, pid: int | None = None) -> str:
+    """Who claims: ``host:pid``, and the thread where several tasks share a process.
+
+    Args:
+        hostname: The worker's node name.
+        pid: The process that runs the body; by default this one, and the current thread.
+
+    A thread (or greenlet) runs one task at a time, so the label is of one delivery. A parent knows its child's.
+    """
+    label = f"{hostname or 'local'}:{pid or os.getpid()}"
+    if pid is None and threading.current_thread() is not threading.main_thread():
+        label = f"{label}:{threading.get_ident()}"
+    return label[-255:]

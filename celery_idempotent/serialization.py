@@ -1,0 +1,139 @@
+"""How messages and results are kept in the queue log: in the app's own serializer, with its content type beside it.
+
+What is read back is decoded only if the app accepts that content type, as it would from the broker or the result backend.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+from kombu.exceptions import ContentDisallowed, DecodeError, EncodeError
+from kombu.serialization import dumps, loads, prepare_accept_content, registry
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+__all__ = ["UndecodableError", "decode_message", "decode_result", "encode_message", "encode_result"]
+
+logger = logging.getLogger("celery_idempotent")
+
+#: Options of `apply_async` that belong to the caller's process, not to the message.
+_LOCAL_OPTIONS = frozenset(
+    (
+        *(
+            "producer",
+            "publisher",
+            "connection",
+            "router",
+            "result_cls",
+            "add_to_parent",
+            "task_type",
+            "event_dispatcher",
+        ),
+        *("declare", "retry", "retry_policy", "timeout", "confirm_timeout"),
+    )
+)
+
+
+#: Content type of the serializer ``raw``, whose data may be empty.
+_RAW = "application/data"
+
+
+class UndecodableError(Exception):
+    """What the queue log holds cannot be read by this app: the serializer is unknown, not accepted, or the data is damaged."""
+
+
+def encode_message(
+    args: Any, kwargs: Any, options: Mapping[str, Any], *, serializer: str, now: datetime | None = None
+) -> bytes:
+    """Encode a call so that it can be published again.
+
+    Args:
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
+        options: Its options; those that belong to the calling process are left out.
+        serializer: The serializer that the message itself is published with.
+        now: When the call was made: what it says relative to that (``countdown``, ``expires``) is kept as a moment.
+
+    Raises:
+        kombu.exceptions.EncodeError: The serializer cannot take the arguments; the publication would fail alike.
+    """
+    kept = {name: _plain(value) for name, value in options.items() if value is not None and name not in _LOCAL_OPTIONS}
+    if now is not None:
+        if "countdown" in kept:
+            kept["eta"] = now + timedelta(seconds=kept.pop("countdown"))
+        if isinstance(kept.get("expires"), (int, float)):
+            kept["expires"] = now + timedelta(seconds=kept["expires"])
+    return _pack([list(args or ()), dict(kwargs or {}), kept], serializer)
+
+
+def decode_message(app: Celery, data: bytes | None) -> tuple[list[Any], dict[str, Any], dict[str, Any]]:
+    """Decode what :func:`encode_message` made.
+
+    Raises:
+        UndecodableError: There is none, the app does not accept its content type, or it is damaged.
+    """
+    if data is None:
+        raise UndecodableError("the row has no message")
+    match _unpack(data, app.conf.accept_content):
+        case [list(args), dict(kwargs), dict(options)]:
+            return args, kwargs, options
+        case _:
+            raise UndecodableError("it is no message: not a list of arguments, keyword arguments and options")
+
+
+def encode_result(app: Celery, value: Any) -> bytes | None:
+    """Encode a return value for replay, or ``None`` when the app's result serializer cannot take it.
+
+    A result that cannot be kept never breaks the task: a copy of the message is then answered from the result backend.
+    """
+    try:
+        return _pack(value, app.conf.result_serializer)
+    except EncodeError as error:
+        logger.warning("the result is not kept for replay: %s cannot encode it: %s", app.conf.result_serializer, error)
+        return None
+
+
+def decode_result(app: Celery, data: bytes) -> Any:
+    """Decode what :func:`encode_result` made.
+
+    Raises:
+        UndecodableError: The app does not accept its content type, or it is damaged.
+    """
+    accept = app.conf.result_accept_content
+    return _unpack(data, app.conf.accept_content if accept is None else accept)
+
+
+def _plain(value: Any) -> Any:
+    # A queue or an exchange may be given as kombu's object; its name is what routes the message.
+    name = getattr(value, "name", None)
+    return name if type(value).__module__.startswith("kombu.") and isinstance(name, str) else value
+
+
+def _pack(value: Any, serializer: str) -> bytes:
+    content_type, encoding, payload = dumps(value, serializer)
+    if not isinstance(payload, (str, bytes, bytearray, memoryview)):
+        raise EncodeError(f"{type(payload).__name__} is neither text nor bytes")  # the serializer `raw` takes anything
+    body = payload.encode() if isinstance(payload, str) else bytes(payload)
+    return f"{content_type};{encoding}\n".encode() + body
+
+
+def _unpack(data: bytes, accept: Any) -> Any:
+    head, _, body = data.partition(b"\n")
+    content_type, _, encoding = head.decode(errors="replace").partition(";")
+    # kombu takes data of a type it does not know for text, and no data for a value.
+    if content_type not in {*registry.type_to_name, _RAW}:
+        raise UndecodableError(
+            f"it does not begin with the content type of a serializer, but with {content_type[:64]!r}"
+        )
+    if not body and content_type != _RAW:
+        raise UndecodableError(f"{content_type}: it ends after its head")
+    try:
+        return loads(body, content_type, encoding, accept=prepare_accept_content(accept))
+    except ContentDisallowed as error:
+        raise UndecodableError(f"{content_type} is not in the app's accept_content") from error
+    except (DecodeError, LookupError, ValueError) as error:
+        raise UndecodableError(f"{content_type}: it is damaged ({error})") from error

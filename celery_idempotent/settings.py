@@ -1,0 +1,151 @@
+"""The ``idempotent_*`` settings of an app: read, checked, and refused by name when they are wrong."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, Literal
+
+from celery_idempotent.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+__all__ = ["OPTION_NAMES", "PREFIX", "Settings", "one_of", "seconds", "yes_or_no"]
+
+PREFIX = "idempotent_"
+
+#: The task options; each is a setting too, under :data:`PREFIX`.
+OPTION_NAMES = (
+    "message_id",
+    "on_duplicate",
+    "on_processing",
+    "on_abandoned",
+    "resubmit_failed",
+    "lease",
+    "unique_for",
+    "fingerprint",
+    "atomic",
+    "keep_result",
+)
+
+#: How a setting begins that is meant to be one of ours.
+_LIKE_OURS = ("idemp", "idemo", "idepo", "indemp")
+
+_APP_NAMES = ("store", "table", "retention", "recovery_interval", "lost_after", "on_store_error")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an app says about its queue log as a whole.
+
+    Attributes:
+        store: URL of the store. Default: an SQLite file in the working directory.
+        table: Name of the table, ``schema.name`` where the database has schemas.
+        retention: Seconds for which a finished row is kept before it is purged.
+        recovery_interval: Seconds between two recovery steps of a worker; 0 turns recovery off in this worker.
+        lost_after: Seconds for which a message may stay pending before its publication is doubted.
+        on_store_error: What happens while the store gives no answer. ``retry``: wait, then have the message delivered
+            again. ``run``: run unguarded, with an error in the log. ``raise``: raise StoreUnavailableError.
+    """
+
+    store: str = "sqlite:///queue_log.db"
+    table: str = "queue_log"
+    retention: float = 7 * 86400.0
+    recovery_interval: float = 30.0
+    lost_after: float = 300.0
+    on_store_error: Literal["retry", "run", "raise"] = "retry"
+
+    @classmethod
+    def from_app(cls, app: Celery) -> Settings:
+        """Read and check an app's settings.
+
+        Raises:
+            ConfigurationError: A setting is unknown (its nearest valid name is given) or has a wrong value.
+        """
+        _refuse_unknown(app)
+        known = {name: value for name in _APP_NAMES if (value := app.conf.get(PREFIX + name)) is not None}
+        return cls(
+            store=_text("store", known.get("store", cls.store)),
+            table=_text("table", known.get("table", cls.table)),
+            retention=seconds("idempotent_retention", known.get("retention", cls.retention), positive=True),
+            recovery_interval=seconds(
+                "idempotent_recovery_interval", known.get("recovery_interval", cls.recovery_interval), positive=False
+            ),
+            lost_after=seconds("idempotent_lost_after", known.get("lost_after", cls.lost_after), positive=True),
+            on_store_error=one_of(
+                "idempotent_on_store_error", known.get("on_store_error", cls.on_store_error), "retry", "run", "raise"
+            ),
+        )
+
+
+def _refuse_unknown(app: Celery) -> None:
+    """Refuse whatever looks like one of our settings and is none.
+
+    ``config_from_object(..., namespace="CELERY")`` has them written ``CELERY_IDEMPOTENT_STORE``. Without a namespace Celery reads
+    lower case only.
+    """
+    keys = [str(key) for key in app.conf]  # which loads the configuration, and only then has it a namespace
+    namespace = getattr(app.conf, "prefix", None) or ""
+    plain = [PREFIX + name for name in (*_APP_NAMES, *OPTION_NAMES)]
+
+    def written(name: str) -> str:
+        return (namespace + name).upper() if namespace.isupper() else namespace + name
+
+    valid = {*plain, *map(written, plain)}
+    for key in keys:
+        name = key.lower().removeprefix(namespace.lower())
+        if key not in valid and name.startswith(_LIKE_OURS):
+            near = get_close_matches(name, plain, n=1, cutoff=0.0)[0]
+            raise ConfigurationError(f"unknown setting {key!r}; did you mean {written(near)!r}?")
+
+
+def _text(name: str, value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise ConfigurationError(f"setting {PREFIX + name} must be a non-empty string, not {value!r}")
+    return value
+
+
+def seconds(name: str, value: object, *, positive: bool) -> float:
+    """A duration given as a number of seconds or a ``timedelta``.
+
+    Args:
+        name: Option or setting, for the error.
+        value: What the user gave.
+        positive: Whether 0 is refused too.
+
+    Raises:
+        ConfigurationError: It is neither, not finite, or negative.
+    """
+    if isinstance(value, timedelta):
+        value = value.total_seconds()
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and value - value == 0
+    if not good or value < 0 or (positive and value == 0):  # type: ignore[operator]
+        bound = "> 0" if positive else ">= 0"
+        raise ConfigurationError(f"{name} must be a number of seconds or a timedelta, {bound}, not {value!r}")
+    return float(value)  # type: ignore[arg-type]
+
+
+def one_of(name: str, value: object, *choices: str) -> Any:
+    """A value out of a few.
+
+    Raises:
+        ConfigurationError: It is none of them; the nearest is named.
+    """
+    if value in choices:
+        return value
+    near = get_close_matches(str(value), choices, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ConfigurationError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}{hint}")
+
+
+def yes_or_no(name: str, value: object) -> bool:
+    """A flag.
+
+    Raises:
+        ConfigurationError: It is not a ``bool``; truthy strings such as ``"false"`` are a classic accident.
+    """
+    if isinstance(value, bool):
+        return value
+    raise ConfigurationError(f"{name} must be True or False, not {value!r}")

@@ -1,0 +1,169 @@
+"""The hooks on Celery's signals: calls by name, the end of a run, and messages that will not run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from celery import _state, current_app, signals, states
+
+from celery_idempotent.consumer import delivered_key
+from celery_idempotent.errors import StoreError
+from celery_idempotent.outage import ask_again
+from celery_idempotent.producer import delay_of, identify
+from celery_idempotent.records import NewMessage
+from celery_idempotent.run import Run
+from celery_idempotent.serialization import encode_message
+from celery_idempotent.steps import CheckStep, RecoveryStep
+from celery_idempotent.wire import Marker
+
+if TYPE_CHECKING:
+    from celery import Celery
+    from celery.app.task import Context
+
+    from celery_idempotent.queue_log import QueueLog
+
+__all__ = ["install"]
+
+logger = logging.getLogger("celery_idempotent")
+
+
+def install(queue_log: QueueLog) -> None:
+    """Connect the hooks for an app's queue log; doing so again changes nothing."""
+    hooks = vars(queue_log.app).setdefault("queue_log_hooks", _PublishHook(queue_log))
+    queue_log.app.steps["worker"].update({CheckStep, RecoveryStep})
+    signals.before_task_publish.connect(hooks.before_publish, weak=True)
+    signals.task_success.connect(_succeeded)
+    signals.task_postrun.connect(_after_run)
+    signals.task_revoked.connect(_revoked)
+
+
+def _is_guarded(task: object) -> bool:
+    return hasattr(type(task), "idempotency")  # the class itself imports this module
+
+
+class _PublishHook:
+    """Records messages that are sent by name: ``send_task``, and signatures of a task this process does not import.
+
+    A receiver cannot keep Celery from publishing, so a duplicate sent by name is published and resolved by its consumer.
+    """
+
+    def __init__(self, queue_log: QueueLog) -> None:
+        self.app = queue_log.app
+
+    def before_publish(
+        self,
+        sender: str,
+        body: Any = None,
+        headers: dict[str, Any] | None = None,
+        properties: dict[str, Any] | None = None,
+        declare: Any = None,
+        **_: Any,
+    ) -> None:
+        # Not `app.tasks`, which would finalize an app that only sends.
+        task = self.app._tasks.get(sender)  # noqa: SLF001
+        if headers is None or properties is None or not _is_guarded(task) or Marker.read(headers) is not None:
+            return
+        if "id" not in headers or not _publishes(self.app, declare):
+            return
+        args, kwargs, embed = body
+        task_id = headers["id"]
+        key, fingerprint = identify(
+            task.idempotency, args, kwargs, message_id=properties.get("message_id"), task_id=task_id, task_name=sender
+        )
+        properties["message_id"] = key.message_id
+        headers.update(Marker(key.message_id, sender, task_id, fingerprint).write(None))
+        options = {**_options(headers, embed), "message_id": key.message_id}
+        queue_log = task.queue_log
+        message = NewMessage(
+            key=key,
+            task_id=task_id,
+            queue=declare[0].name if declare else None,
+            fingerprint=fingerprint,
+            attempt=headers.get("retries") or 0,
+            delay=delay_of(task, {"eta": headers.get("eta")}),
+            message=encode_message(args, kwargs, options, serializer=task.serializer or self.app.conf.task_serializer),
+        )
+        try:
+            ask_again(lambda: queue_log.store.record(message), self.app.conf.task_publish_retry_policy or {})
+        except StoreError as error:
+            logger.error("%s[%s] is sent without a row, its consumer will insert it: %s", sender, key.message_id, error)
+
+
+def _publishes(app: Celery, declare: Any) -> bool:
+    """Whether it is this app that publishes: the signal does not say, but the queue it declares is one app's object."""
+    if not declare:
+        return bool(current_app == app)
+    name = getattr(declare[0], "name", None)
+    return name in app.amqp.queues and app.amqp.queues[name] is declare[0]
+
+
+def _finalize(sender: str, declare: Any = None, **message: Any) -> None:
+    """Bind the tasks of an app whose first act in this process is a call by name: until then it has none, and no hook."""
+    for app in list(_state._get_active_apps()):  # noqa: SLF001 - the signal does not say which one it is
+        if app.finalized or not app.autofinalize or "amqp" not in vars(app) or not _publishes(app, declare):
+            continue
+        app.finalize(auto=True)
+        hooks = vars(app).get("queue_log_hooks")
+        if hooks is not None:  # connected just now, so not called this time
+            hooks.before_publish(sender, declare=declare, **message)
+
+
+signals.before_task_publish.connect(_finalize)
+
+
+def _options(headers: Mapping[str, Any], embed: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of ``apply_async`` that a message was made from."""
+    limits = headers.get("timelimit") or (None, None)
+    return {
+        "task_id": headers["id"],
+        "link": embed.get("callbacks"),
+        "link_error": embed.get("errbacks"),
+        "chain": embed.get("chain"),
+        "chord": embed.get("chord"),
+        "group_id": headers.get("group"),
+        "group_index": headers.get("group_index"),
+        "root_id": headers.get("root_id"),
+        "parent_id": headers.get("parent_id"),
+        "eta": headers.get("eta"),
+        "expires": headers.get("expires"),
+        "retries": headers.get("retries"),
+        "time_limit": limits[0],
+        "soft_time_limit": limits[1],
+        "shadow": headers.get("shadow"),
+        "ignore_result": headers.get("ignore_result"),
+    }
+
+
+def _succeeded(sender: Any, **_: Any) -> None:
+    """Callbacks and result were sent."""
+    run = Run.of(sender.request_stack.top) if _is_guarded(sender) else None
+    if run is not None:
+        run.dispatched()
+
+
+def _after_run(sender: Any, state: str | None = None, retval: Any = None, **_: Any) -> None:
+    """The run is over; what was not dispatched by now was not dispatched.
+
+    The state is no proof: it stays SUCCESS when the result backend failed to take the result.
+    """
+    run = Run.of(sender.request_stack.top) if _is_guarded(sender) else None
+    if run is not None:
+        run.not_dispatched(retval if state == states.FAILURE else None)
+        run.detach()
+        if state == states.RETRY:
+            run.retry_stored()
+
+
+def _revoked(sender: Any, request: Context, terminated: bool = False, expired: bool = False, **_: Any) -> None:
+    """A message was revoked or has expired before it ran; a running one that was terminated is its request's to report."""
+    if terminated or not _is_guarded(sender):
+        return
+    key = delivered_key(sender.name, request)
+    reason = "expired: it was not started in time" if expired else "revoked"
+    try:
+        sender.queue_log.store.cancel(key, task_id=request.id, error=reason, unique_for=sender.idempotency.unique_for)
+    except StoreError as error:
+        # In the worker's event loop, which must not wait.
+        logger.error("%s[%s] was %s, but its row stays pending: %s", key.task_name, key.message_id, reason, error)

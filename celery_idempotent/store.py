@@ -1,0 +1,359 @@
+"""The port through which the queue log is read and written.
+
+A store keeps rows and answers by its own clock; it takes no decision that needs Celery. Every method is atomic and safe
+between threads, processes and hosts. Each raises :class:`~celery_idempotent.errors.StoreUnavailableError` when the store gave
+no answer (nothing is known to have been written, and the call may be repeated) and
+:class:`~celery_idempotent.errors.SchemaError` when the table is missing or behind. The suite in
+:mod:`celery_idempotent.testing` is the contract in executable form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
+from typing import Protocol
+
+from celery_idempotent.records import (
+    Claim,
+    Claimed,
+    Found,
+    Holder,
+    MessageKey,
+    NewMessage,
+    Note,
+    Recorded,
+    Row,
+    RowFilter,
+    Taken,
+    TaskCount,
+)
+
+__all__ = ["Store"]
+
+
+class Store(Protocol):
+    """Where the queue log lives."""
+
+    # -- producer ------------------------------------------------------------------------------------------------------
+
+    def record(self, message: NewMessage) -> Recorded | Found:
+        """Record a message as pending unless its id is taken.
+
+        An id whose ``expires_at`` has passed is free: its row starts anew, keeping only its token, so that a run of the old
+        message that still lives stays fenced.
+
+        Args:
+            message: What is about to be published.
+
+        Returns:
+            ``Recorded``, or ``Found`` with the row that has the id.
+
+        Atomicity: one statement when the id is new; of N concurrent callers exactly one is told ``Recorded``.
+        """
+        ...
+
+    def withdraw(self, key: MessageKey, *, task_id: str) -> bool:
+        """Take back a message whose publication failed.
+
+        Args:
+            key: The message.
+            task_id: The Celery task id it was recorded under.
+
+        Returns:
+            Whether a row was deleted: only one that is pending, unclaimed and of that task id is.
+
+        Atomicity: one statement.
+        """
+        ...
+
+    def resubmit(self, row: Row, message: NewMessage) -> bool:
+        """Make a failed message pending again, to be published once more.
+
+        Args:
+            row: The ``done``/``failure`` row as it was read.
+            message: What is published now; its task id, message, queue, attempt and delay replace the row's.
+
+        Returns:
+            Whether the row still stood as read; ``False`` means that somebody else was first.
+
+        Atomicity: one statement (compare and set on status, token and task id).
+        """
+        ...
+
+    def republish(self, row: Row) -> bool:
+        """Note that a message is handed to the broker again (``published_at`` is now).
+
+        Args:
+            row: A pending row, or a processing one whose lease ran out, as it was read.
+
+        Returns:
+            Whether the row still stood as read (same status, token and ``published_at``, lease still run out): of N callers one
+            publishes.
+
+        Atomicity: one statement.
+        """
+        ...
+
+    def count_duplicate(self, key: MessageKey) -> None:
+        """Add one to ``duplicates``: a copy of this message was skipped, on either side."""
+        ...
+
+    # -- consumer ------------------------------------------------------------------------------------------------------
+
+    def claim(
+        self,
+        message: NewMessage,
+        *,
+        worker: str,
+        lease: float,
+        grace: float,
+        adopt: Callable[[], NewMessage] | None = None,
+    ) -> Claimed | Taken:
+        """Take a delivered message, or report the row that stands in the way.
+
+        Claimed are: an absent message (inserted as claimed, for a producer without this library), an id that is free
+        again, and a pending one with ``attempt <= message.attempt`` or whose ``available_at`` passed more than ``grace``
+        ago. A row with another fingerprint is never claimed (either side ``None`` compares equal). ``message.attempt``
+        is the delivery's ``retries``; the row keeps the greater of both. A claim adds one to the token, clears
+        ``processed_status``, ``error`` and ``available_at``, and sets ``ran_task_id`` to ``message.task_id``.
+
+        Args:
+            message: The delivery.
+            worker: Who claims, as ``host:pid`` or ``host:pid:thread``; at most 255 characters.
+            lease: Seconds until others may take over; > 0.
+            grace: Seconds after ``available_at`` at which a copy with fewer retries may run too; >= 0.
+            adopt: Called when the message is absent, for the full record (with the encoded message) to insert;
+                ``None`` inserts ``message`` as it is.
+
+        Returns:
+            ``Claimed`` with a fresh token, or ``Taken`` with the row as it stands.
+
+        Atomicity: one statement for a recorded, pending message; of N concurrent callers exactly one claims.
+        """
+        ...
+
+    def take_over(self, row: Row, *, task_id: str, worker: str, lease: float, attempt: int) -> Claimed | None:
+        """Claim a message from an owner whose lease ran out.
+
+        ``processed_status`` and ``result`` stay: a recovery point is replayed by its new owner. ``attempt`` becomes the
+        greater of the row's and the delivery's; ``takeovers`` counts one more, until the next attempt is claimed.
+
+        Args:
+            row: The ``processing`` row as it was read.
+            task_id: The Celery id of the delivery; it becomes ``ran_task_id``.
+            worker: Who claims.
+            lease: Seconds until others may take over; > 0.
+            attempt: Celery's retry count of the delivery.
+
+        Returns:
+            ``Claimed`` with token + 1, or ``None`` when the row changed or its lease was renewed since.
+
+        Atomicity: one statement (compare and set on the token, and on the lease by the store's clock).
+        """
+        ...
+
+    def renew(self, holders: Sequence[Holder], *, lease: float) -> list[Holder]:
+        """Extend leases to ``lease`` seconds from now.
+
+        Args:
+            holders: Runs to keep alive, by their claims or their workers; an empty list asks nothing.
+            lease: Seconds; > 0.
+
+        Returns:
+            The holders that do not hold their message any more: their token or worker is no longer the row's, or the row is not
+            processing.
+
+        Atomicity: each lease on its own. A lease that ran out but was not taken over is renewed.
+        """
+        ...
+
+    def checkpoint(self, claim: Claim, *, result: bytes | None) -> bool:
+        """Note the recovery point: the body ran, its result is stored, its callbacks are about to be dispatched.
+
+        Returns:
+            Whether the claim still held; repeating a checkpoint that was written answers ``True``.
+
+        Atomicity: one statement.
+        """
+        ...
+
+    def complete(
+        self, claim: Claim, *, result: bytes | None, note: Note | None = None, unique_for: float | None = None
+    ) -> bool:
+        """End a message as ``done``/``success`` and empty its ``message``.
+
+        Args:
+            claim: The run that ends.
+            result: Encoded return value; ``None`` keeps what a checkpoint stored.
+            note: Why there is no result to replay; kept in ``error``.
+            unique_for: Seconds until the id becomes free again; ``None`` until it is purged.
+
+        Returns:
+            Whether the claim still held; repeating a completion that was written answers ``True``.
+
+        Atomicity: one statement when the claim holds.
+        """
+        ...
+
+    def fail(self, holder: Holder, *, error: str, unique_for: float | None = None) -> bool:
+        """End a message as ``done``/``failure``; its ``message`` stays, so that it can be requeued.
+
+        Args:
+            holder: The run that ends, by its claim, or by its worker (then only a processing row qualifies).
+            error: Type and text of the error.
+            unique_for: Seconds until the id becomes free again; ``None`` until it is purged.
+
+        Returns:
+            Whether the holder still held it; repeating a failure that was written answers ``True`` for a claim.
+
+        Atomicity: one statement when the holder holds.
+        """
+        ...
+
+    def retry(self, holder: Holder, message: NewMessage) -> bool:
+        """Hand a running message on to its next attempt: back to pending, waiting for ``message.attempt``.
+
+        Args:
+            holder: The run that hands over.
+            message: What is published next; its attempt, delay, fingerprint, queue and message replace the row's.
+
+        Returns:
+            Whether the holder still held it.
+
+        Atomicity: one statement.
+        """
+        ...
+
+    def release(self, holder: Holder) -> bool:
+        """Give a running message back as it was: pending, same attempt (``Reject(requeue=True)``).
+
+        Returns:
+            Whether the holder still held it.
+
+        Atomicity: one statement.
+        """
+        ...
+
+    def expire(self, holder: Holder) -> bool:
+        """End a lease now: its owner is known to be dead. The row stays ``processing``, open to a takeover.
+
+        Returns:
+            Whether the holder still held it.
+
+        Atomicity: one statement.
+        """
+        ...
+
+    def abandon(self, row: Row, *, error: str, unique_for: float | None = None) -> bool:
+        """End a message whose owner's lease ran out as ``done``/``failure``.
+
+        Returns:
+            Whether the row still stood as read, its lease still expired.
+
+        Atomicity: one statement (compare and set on the token, and on the lease by the store's clock).
+        """
+        ...
+
+    def cancel(self, key: MessageKey, *, task_id: str, error: str, unique_for: float | None = None) -> bool:
+        """End a pending message that will not run (revoked, expired) as ``done``/``failure``.
+
+        Args:
+            key: The message.
+            task_id: The Celery id that was revoked; a row first sent under another one is left alone.
+            error: Why.
+            unique_for: Seconds until the id becomes free again; ``None`` until it is purged.
+
+        Returns:
+            Whether a pending row was ended.
+
+        Atomicity: one statement.
+        """
+        ...
+
+    # -- recovery ------------------------------------------------------------------------------------------------------
+
+    def lapsed(self, *, again_after: float, limit: int) -> list[Row]:
+        """Processing rows whose lease ran out, and which were not published since, or not for ``again_after`` seconds.
+
+        Returns:
+            At most ``limit`` rows with their messages, those whose lease ran out first coming first.
+        """
+        ...
+
+    def waiting(
+        self, *, older_than: float, limit: int, queue: str | None = None, before: datetime | None = None
+    ) -> list[Row]:
+        """Pending rows that were published, and due, more than ``older_than`` seconds ago.
+
+        Args:
+            older_than: Seconds; >= 0.
+            limit: At most so many, those that were not published for longest first.
+            queue: Only those routed to this queue.
+            before: Only those published, and due, before this moment of the store's clock.
+
+        Returns:
+            The rows, with their messages.
+        """
+        ...
+
+    def unsent(self, *, limit: int) -> list[Row]:
+        """Pending rows that were never handed to the broker (``published_at`` is null), oldest first, with their messages."""
+        ...
+
+    def not_published(self, key: MessageKey, *, token: int) -> None:
+        """Take back a ``republish`` whose publication failed: ``published_at`` becomes null.
+
+        Args:
+            key: The message.
+            token: The token of the row that was republished; a row claimed since is left alone.
+        """
+        ...
+
+    def purge(self, *, older_than: float, limit: int) -> int:
+        """Delete rows that were done more than ``older_than`` seconds ago, but for ids that ``expires_at`` keeps taken.
+
+        Returns:
+            How many were deleted; fewer than ``limit`` when there are no more.
+
+        Atomicity: one transaction of at most ``limit`` rows; a row that starts anew meanwhile stays.
+        """
+        ...
+
+    # -- operators -----------------------------------------------------------------------------------------------------
+
+    def find(self, key: MessageKey) -> Row | None:
+        """The row of a message, or ``None``."""
+        ...
+
+    def rows(self, where: RowFilter) -> Iterator[Row]:
+        """Rows that match, newest first. ``message`` and ``result`` are left out (``None``): they can be large."""
+        ...
+
+    def counts(self) -> list[TaskCount]:
+        """How many rows stand where, by task; ordered by task name, status and processed status."""
+        ...
+
+    # -- life cycle ----------------------------------------------------------------------------------------------------
+
+    def init(self) -> bool:
+        """Create the table if it is missing.
+
+        Returns:
+            Whether anything was created.
+
+        Raises:
+            SchemaError: A table of that name is there and lacks columns; it is not touched.
+        """
+        ...
+
+    def check(self) -> None:
+        """Reach the store and compare its schema with this version's.
+
+        Raises:
+            SchemaError: The table is missing, or lacks columns.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of connections. The store may be used again and opens new ones."""
+        ...

@@ -1,0 +1,24 @@
+"""Stores: implementations of the port in :mod:`celery_idempotent.store`."""
+
+from __future__ import annotations
+
+from celery_idempotent.store import Store
+
+__all__ = ["open_store"]
+
+
+def open_store(url: str, *, table: str = "queue_log") -> Store:
+    """Open the store that a URL names. Nothing is connected yet.
+
+    Args:
+        url: ``postgresql://``, ``mysql://``, ``mariadb://`` or ``sqlite://``, as SQLAlchemy writes them; without a driver
+            psycopg and PyMySQL are meant. ``postgres://`` is understood.
+        table: The table's name, or ``schema.name``.
+
+    Raises:
+        ConfigurationError: The URL is not valid, names no kind of store there is, or its driver is not installed.
+    """
+    # On first use: SQLAlchemy takes a while to import, and a producer's module may only want to declare its tasks.
+    from celery_idempotent.stores.sql import SQLStore
+
+    return SQLStore(url, table=table)

@@ -1,0 +1,189 @@
+"""The consumer's verbs that begin and keep a run: claim, take over, renew.
+
+As in :mod:`~celery_idempotent.stores.sql.producer`, each takes the connection, and ``again`` says that it is a repeat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sqlalchemy import Connection, Table, case, literal_column, null, or_, update
+
+from celery_idempotent.errors import StoreUnavailableError
+from celery_idempotent.records import Claim, Claimed, Holder, NewMessage, Row, Status, Taken
+from celery_idempotent.stores.sql.clock import FromNow, Now, seconds
+from celery_idempotent.stores.sql.columns import (
+    PENDING,
+    PROCESSING,
+    Lookup,
+    anew,
+    free_again,
+    has_key,
+    holder_parameters,
+    key_parameters,
+    message_parameters,
+    new_key,
+    parameter,
+)
+from celery_idempotent.stores.sql.dialects import Dialect
+from celery_idempotent.stores.sql.producer import ROUNDS
+
+__all__ = ["Claims"]
+
+
+class Claims:
+    """Statements and verbs that take and keep messages, for one table."""
+
+    def __init__(self, table: Table, dialect: Dialect) -> None:
+        self._dialect = dialect
+        self._read = Lookup(table)
+        attempt, fingerprint = parameter(table, "attempt"), parameter(table, "fingerprint")
+        taken: dict[str, Any] = {
+            "status": PROCESSING,
+            "worker": parameter(table, "worker"),
+            "ran_task_id": parameter(table, "ran_task_id"),
+            "lease_expires_at": FromNow(seconds("p_lease")),
+        }
+        greater_attempt = case((table.c.attempt < attempt, attempt), else_=table.c.attempt)
+        next_token = dialect.next_token(table.c.token)
+        self._claim = dialect.telling_token(
+            update(table)
+            .where(
+                has_key(table),
+                table.c.status == PENDING,
+                or_(table.c.attempt <= attempt, table.c.available_at <= FromNow(seconds("p_grace_ago"))),
+                or_(table.c.fingerprint.is_(None), fingerprint.is_(None), table.c.fingerprint == fingerprint),
+            )
+            .values(
+                **taken,
+                token=next_token,
+                attempt=greater_attempt,
+                processed_status=null(),
+                error=null(),
+                available_at=null(),
+                takeovers=literal_column("0"),
+            ),
+            table,
+        )
+        restarted = {**anew(table), **taken, "available_at": null()}
+        self._insert = dialect.insert(table, {**new_key(table), "token": literal_column("1"), **restarted})
+        self._restart = dialect.telling_token(
+            update(table).where(has_key(table), free_again(table)).values(**restarted, token=next_token), table
+        )
+        self._take_over = (
+            update(table)
+            .where(
+                has_key(table),
+                table.c.status == PROCESSING,
+                table.c.token == parameter(table, "token"),
+                # A recovery point written since the row was read makes a rerun a replay.
+                table.c.processed_status.is_not_distinct_from(parameter(table, "processed_status")),
+                table.c.lease_expires_at <= Now(),
+            )
+            .values(
+                **taken,
+                token=table.c.token + literal_column("1"),
+                attempt=greater_attempt,
+                takeovers=table.c.takeovers + literal_column("1"),
+            )
+        )
+        renew = (
+            update(table)
+            .where(has_key(table), table.c.status == PROCESSING)
+            .values(lease_expires_at=FromNow(seconds("p_lease")))
+        )
+        self._renew_by_token = renew.where(table.c.token == parameter(table, "token"))
+        self._renew_by_worker = renew.where(table.c.worker == parameter(table, "worker"))
+
+    def claim(
+        self,
+        connection: Connection,
+        message: NewMessage,
+        *,
+        worker: str,
+        lease: float,
+        grace: float,
+        adopt: Callable[[], NewMessage] | None,
+        again: bool,
+    ) -> Claimed | Taken:
+        """One update for a recorded, pending message; what else there may be is found out after it."""
+        key = message.key
+        claim_parameters = {
+            **key_parameters(key),
+            "p_attempt": message.attempt,
+            "p_fingerprint": message.fingerprint,
+            "p_worker": worker,
+            "p_ran_task_id": message.task_id,
+            "p_lease": lease,
+            "p_grace_ago": -grace,
+        }
+        whole: dict[str, Any] | None = None
+        for _ in range(ROUNDS):
+            token = self._dialect.token(connection.execute(self._claim, claim_parameters))
+            if token is not None:
+                return Claimed(Claim(key, token))
+            row = self._read(connection, key)
+            if row is not None and not (row.status is Status.DONE and row.expired):
+                # The first attempt of this very call took effect, and its answer was lost.
+                if again and row.status is Status.PROCESSING and row.worker == worker:
+                    return Claimed(Claim(key, row.token))
+                if _claimable(row, message, grace):
+                    continue  # became so since
+                return Taken(row)
+            if whole is None:
+                adopted = message if adopt is None else adopt()
+                own = {name: claim_parameters[name] for name in ("p_worker", "p_ran_task_id", "p_lease")}
+                whole = {**message_parameters(adopted), **key_parameters(key), **own}
+            if row is None:
+                if self._dialect.inserted(connection, self._insert, whole):
+                    return Claimed(Claim(key, 1))
+            else:
+                token = self._dialect.token(connection.execute(self._restart, whole))
+                if token is not None:
+                    return Claimed(Claim(key, token))
+        raise StoreUnavailableError(f"message {key.message_id!r} could not be claimed: its row kept changing")
+
+    def take_over(
+        self, connection: Connection, row: Row, *, task_id: str, worker: str, lease: float, attempt: int, again: bool
+    ) -> Claimed | None:
+        """The next token, by compare and set on the last one and on the lease."""
+        parameters = {
+            **key_parameters(row.key),
+            "p_token": row.token,
+            "p_processed_status": None if row.processed_status is None else row.processed_status.value,
+            "p_worker": worker,
+            "p_ran_task_id": task_id,
+            "p_lease": lease,
+            "p_attempt": attempt,
+        }
+        claimed = Claimed(Claim(row.key, row.token + 1))
+        if connection.execute(self._take_over, parameters).rowcount:
+            return claimed
+        if again:
+            found = self._read(connection, row.key)
+            if found is not None and (found.status, found.token, found.worker) == (
+                Status.PROCESSING,
+                row.token + 1,
+                worker,
+            ):
+                return claimed
+        return None
+
+    def renew(self, connection: Connection, holders: Sequence[Holder], *, lease: float) -> list[Holder]:
+        """New leases, each on its own."""
+        # In the order of the key, so that two calls over the same rows do not wait for each other crosswise.
+        ordered = sorted(holders, key=lambda holder: (holder.key.message_id, holder.key.task_name))
+        renewed = set()
+        for holder in ordered:
+            statement = self._renew_by_token if isinstance(holder, Claim) else self._renew_by_worker
+            if connection.execute(statement, {**holder_parameters(holder), "p_lease": lease}).rowcount:
+                renewed.add(holder)
+        return [holder for holder in holders if holder not in renewed]
+
+
+def _claimable(row: Row, message: NewMessage, grace: float) -> bool:
+    """Whether the row as it was read would have been claimed: the ``WHERE`` of the claim, in Python."""
+    due = row.attempt <= message.attempt or (row.available_at is not None and row.available_in <= -grace)
+    same = None in (row.fingerprint, message.fingerprint) or row.fingerprint == message.fingerprint
+    return row.status is Status.PENDING and due and same

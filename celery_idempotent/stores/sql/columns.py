@@ -1,0 +1,196 @@
+"""What the statements share: conditions, values and parameters over the table's columns, and rows read back.
+
+Statements are built once per store and reused; a call only adds parameters. These are named ``p_<column>``, because one with
+a column's own name would become part of the ``SET`` clause.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import (
+    BindParameter,
+    ColumnElement,
+    Connection,
+    RowMapping,
+    String,
+    Table,
+    and_,
+    bindparam,
+    literal_column,
+    null,
+    select,
+)
+
+from celery_idempotent.errors import StoreError
+from celery_idempotent.records import Claim, Holder, MessageKey, NewMessage, ProcessedStatus, Row, Status
+from celery_idempotent.stores.sql.clock import FromNow, Now, seconds
+
+__all__ = [
+    "DONE",
+    "FAILURE",
+    "PENDING",
+    "PROCESSING",
+    "SUCCESS",
+    "Lookup",
+    "anew",
+    "free_again",
+    "has_key",
+    "holder_parameters",
+    "key_parameters",
+    "message_parameters",
+    "new_key",
+    "parameter",
+    "row_of",
+    "statuses_of",
+]
+
+
+def _word(value: Status | ProcessedStatus) -> ColumnElement[str]:
+    """A status as it stands in the SQL text: it is no parameter, and the planner sees it."""
+    return literal_column(f"'{value.value}'", String())
+
+
+PENDING, PROCESSING, DONE = _word(Status.PENDING), _word(Status.PROCESSING), _word(Status.DONE)
+SUCCESS, FAILURE = _word(ProcessedStatus.SUCCESS), _word(ProcessedStatus.FAILURE)
+
+
+def parameter(table: Table, column: str) -> BindParameter[Any]:
+    """The parameter of a column, of its type."""
+    return bindparam(f"p_{column}", type_=table.c[column].type)
+
+
+# -- conditions --------------------------------------------------------------------------------------------------------
+
+
+def has_key(table: Table) -> ColumnElement[bool]:
+    """It is the row of the message."""
+    return and_(
+        table.c.message_id == parameter(table, "message_id"),
+        table.c.task_name == parameter(table, "task_name"),
+    )
+
+
+def free_again(table: Table) -> ColumnElement[bool]:
+    """Its id may be taken by a new message."""
+    return and_(table.c.status == DONE, table.c.expires_at <= Now())
+
+
+# -- values ------------------------------------------------------------------------------------------------------------
+
+
+def new_key(table: Table) -> dict[str, Any]:
+    """The columns that a row keeps when it starts anew: its key."""
+    return {"message_id": parameter(table, "message_id"), "task_name": parameter(table, "task_name")}
+
+
+def anew(table: Table) -> dict[str, Any]:
+    """Every other column but the token, as a message is recorded."""
+    return {
+        "status": PENDING,
+        "processed_status": null(),
+        "created_timestamp": Now(),
+        "processed_timestamp": null(),
+        **{name: parameter(table, name) for name in ("task_id", "queue", "fingerprint", "attempt", "message")},
+        "worker": null(),
+        "lease_expires_at": null(),
+        "available_at": FromNow(seconds("p_delay")),
+        "published_at": FromNow(seconds("p_published")),
+        "expires_at": null(),
+        "duplicates": literal_column("0"),
+        "takeovers": literal_column("0"),
+        "ran_task_id": null(),
+        "result": null(),
+        "error": null(),
+    }
+
+
+# -- parameters --------------------------------------------------------------------------------------------------------
+
+
+def key_parameters(key: MessageKey) -> dict[str, Any]:
+    """Parameters of :func:`has_key`."""
+    return {"p_message_id": key.message_id, "p_task_name": key.task_name}
+
+
+def message_parameters(message: NewMessage) -> dict[str, Any]:
+    """Parameters of :func:`has_key` and :func:`anew`."""
+    return {
+        "p_message_id": message.key.message_id,
+        "p_task_name": message.key.task_name,
+        "p_task_id": message.task_id,
+        "p_queue": message.queue,
+        "p_fingerprint": message.fingerprint,
+        "p_attempt": message.attempt,
+        "p_message": message.message,
+        "p_delay": message.delay,
+        # Published means now, which is no seconds from now; a null duration makes it null.
+        "p_published": 0.0 if message.published else None,
+    }
+
+
+def holder_parameters(holder: Holder) -> dict[str, Any]:
+    """Parameters of :func:`has_key` and of the fence: the token, or the worker."""
+    fence: dict[str, Any] = {"p_token": holder.token} if isinstance(holder, Claim) else {"p_worker": holder.worker}
+    return {**key_parameters(holder.key), **fence}
+
+
+# -- rows --------------------------------------------------------------------------------------------------------------
+
+
+class Lookup:
+    """The row of a message, read together with the clock."""
+
+    def __init__(self, table: Table) -> None:
+        self._select = select(table, Now().label("read_at")).where(has_key(table))
+
+    def __call__(self, connection: Connection, key: MessageKey) -> Row | None:
+        """Read it; ``None`` when there is none."""
+        read = connection.execute(self._select, key_parameters(key)).mappings().first()
+        return None if read is None else row_of(read)
+
+
+def statuses_of(read: RowMapping) -> tuple[Status, ProcessedStatus | None]:
+    """Both statuses of a row.
+
+    Raises:
+        StoreError: One is a word that this library does not write.
+    """
+    status, processed = read["status"], read["processed_status"]
+    try:
+        return Status(status), None if processed is None else ProcessedStatus(processed)
+    except ValueError:
+        which = " and ".join(repr(read[name]) for name in ("message_id", "task_name") if name in read)
+        raise StoreError(
+            f"the queue log's row of {which} is damaged: status {status!r} and processed_status {processed!r} are not among "
+            f"{', '.join(Status)} and {', '.join(ProcessedStatus)}; correct the row, or delete it"
+        ) from None
+
+
+def row_of(read: RowMapping) -> Row:
+    """A row as a record. Columns that were not selected are ``None``."""
+    status, processed = statuses_of(read)
+    return Row(
+        key=MessageKey(read["message_id"], read["task_name"]),
+        status=status,
+        processed_status=processed,
+        created_timestamp=read["created_timestamp"],
+        processed_timestamp=read["processed_timestamp"],
+        task_id=read["task_id"],
+        queue=read["queue"],
+        fingerprint=read["fingerprint"],
+        attempt=read["attempt"],
+        token=read["token"],
+        worker=read["worker"],
+        lease_expires_at=read["lease_expires_at"],
+        available_at=read["available_at"],
+        published_at=read["published_at"],
+        expires_at=read["expires_at"],
+        duplicates=read["duplicates"],
+        message=read.get("message"),
+        result=read.get("result"),
+        error=read["error"],
+        read_at=read["read_at"],
+        takeovers=read["takeovers"],
+        ran_task_id=read["ran_task_id"],
+    )

@@ -1,0 +1,264 @@
+"""Connections: one pool per process, one round trip per statement, and what to do when the database does not answer.
+
+Every statement of the store stands on its own, so connections are in autocommit: no ``BEGIN``, ``COMMIT`` or ``ROLLBACK``
+travels around it, and no ping before it. A pooled connection that its server has closed meanwhile is told by its socket, without
+a round trip. One that breaks under a statement has the statement repeated once on a fresh one; what an operation does on such a
+repeat is its own matter (its ``again``), because the first attempt may have taken effect. A server that does not answer at all is
+not waited for longer than :data:`ANSWER`.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import select
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from sqlalchemy import URL, Connection, Engine, Pool, StaticPool, create_engine, event
+from sqlalchemy.engine.default import DefaultDialect
+from sqlalchemy.exc import DBAPIError, DisconnectionError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from celery_idempotent.errors import ConfigurationError, IdempotentError, SchemaError, StoreError, StoreUnavailableError
+from celery_idempotent.stores.sql import forks
+from celery_idempotent.stores.sql.address import masked
+from celery_idempotent.stores.sql.dialects import Dialect, Fault
+from celery_idempotent.stores.sql.watch import Watch
+
+__all__ = ["Database"]
+
+T = TypeVar("T")
+
+#: A collision (deadlock, serialization failure, busy) is repeated so often, and not once this many seconds have passed: a
+#: lock that was waited for in vain for a minute is not waited for again.
+COLLISIONS = 8
+PATIENCE = 10.0
+
+#: Seconds for the answer to a statement of a producer or a consumer; operators' statements may take as long as they need. Far more
+#: than an answer takes, and less than a broker waits for a heartbeat.
+ANSWER = 20.0
+
+_USED = "celery_idempotent.used"
+
+
+@dataclass(slots=True, eq=False)
+class _Opened:
+    """What one process has opened."""
+
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    autocommit: Engine | None = None
+    transactions: Engine | None = None
+    #: An in-memory SQLite database is one connection, which its threads take in turn; with a file, so do forks.
+    turn: AbstractContextManager[Any] = field(default_factory=nullcontext)
+    ready: bool = False
+    watch: Watch = field(default_factory=lambda: Watch(ANSWER))
+
+
+class Database:
+    """A database as the store's operations see it: somewhere to run them.
+
+    Args:
+        target: A URL, for connections of its own; or an engine, which stays its owner's: it is not disposed of, and used
+            in autocommit by an execution option. After a fork its inherited pool is dropped, unclosed, as SQLAlchemy asks.
+        dialect: What is peculiar to it.
+        prepare: Called once per process, on a connection, before the first operation; until it succeeds.
+    """
+
+    def __init__(self, target: URL | Engine, dialect: Dialect, prepare: Callable[[Connection], None]) -> None:
+        self._target = target
+        self._dialect = dialect
+        self._prepare = prepare
+        self._made_in = os.getpid()
+        # By process id: after a fork, what the parent opened is left alone, but referred to, lest the garbage collector
+        # closes the parent's connections from the child.
+        self._opened: dict[int, _Opened] = {}
+        self._inherited_pools: list[Pool] = []
+
+    def __str__(self) -> str:
+        return masked(self._target.url if isinstance(self._target, Engine) else self._target)
+
+    @property
+    def engine(self) -> Engine:
+        """An engine for transactions on the same database; its connections are not the autocommit ones.
+
+        The owner's engine where there is one. Opened lazily, per process.
+        """
+        opened = self._here()
+        with opened.lock:
+            if opened.transactions is None:
+                opened.transactions = self._open_transactions(self._autocommit(opened))
+            return opened.transactions
+
+    def run(self, operation: Callable[[Connection, bool], T], *, prepared: bool = True, patient: bool = False) -> T:
+        """Run an operation on a connection, repeating it as far as that can help.
+
+        Args:
+            operation: Given the connection, and whether an earlier attempt broke off with its connection.
+            prepared: Whether the table has to be there; ``False`` for operations that look after it themselves.
+            patient: Whether it may take as long as it needs: a person waits for it, and the table may be large.
+
+        Raises:
+            StoreUnavailableError: No connection, or it broke twice, or no answer, or collisions did not end.
+            SchemaError: A table or column is missing.
+            StoreError: Any other error of the database, which repeating would not change.
+        """
+        again = inspected = False
+        collisions = 0
+        began = time.monotonic()
+        while True:
+            try:
+                return self._attempt(operation, again, prepared, patient)
+            except PoolTimeoutError as error:
+                raise _unavailable(f"the queue log at {self}: every connection is in use ({error})", again) from error
+            except DBAPIError as error:
+                fault = self._dialect.fault(error)
+                # An error that belongs to no statement is one of connecting.
+                lost = fault is Fault.LOST and error.statement is not None
+                if lost and not again:
+                    again = True
+                elif fault is Fault.COLLISION and collisions < COLLISIONS and time.monotonic() - began < PATIENCE:
+                    collisions += 1
+                    time.sleep(random.uniform(0, 0.005 * 2**collisions))  # noqa: S311 - spreads contenders, no secret
+                elif fault is Fault.SCHEMA and not inspected:
+                    # The table is not what it was when it was looked at. Looking again says what is missing.
+                    inspected = True
+                    self._here().ready = False
+                else:
+                    raise self._explained(fault, error, again) from error
+
+    def close(self) -> None:
+        """Close this process's own connections. The next operation opens new ones."""
+        opened = self._opened.pop(os.getpid(), None)
+        if opened is None or isinstance(self._target, Engine):
+            return
+        for engine in (opened.autocommit, opened.transactions):
+            if engine is not None:
+                engine.dispose()
+
+    def _attempt(self, operation: Callable[[Connection, bool], T], again: bool, prepared: bool, patient: bool) -> T:
+        opened = self._here()
+        with opened.turn, self._connect(opened) as connection, nullcontext() if patient else self._watched(connection):
+            try:
+                if prepared and not opened.ready:
+                    self._prepare(connection)
+                    opened.ready = True
+                return operation(connection, again)
+            except (DBAPIError, IdempotentError):
+                raise
+            except BaseException:
+                # Celery's soft time limit and the like are raised by signal, perhaps in the middle of an answer: whoever
+                # used this connection next would read the rest of it.
+                connection.invalidate()
+                raise
+
+    def _connect(self, opened: _Opened) -> Connection:
+        try:
+            return self._autocommit(opened).connect()
+        except (TypeError, ValueError) as error:
+            # An option of the URL, which some drivers take for an argument of their own.
+            raise ConfigurationError(
+                f"the queue log at {self} cannot be opened, its URL has a wrong option: {error}"
+            ) from error
+
+    @contextmanager
+    def _watched(self, connection: Connection) -> Iterator[None]:
+        """Whatever is asked of the connection is answered in time, or it is cut and the store is unavailable."""
+        descriptor = self._dialect.socket(connection.connection.dbapi_connection)
+        if descriptor is None:
+            yield
+            return
+        watch = self._here().watch
+        with watch.over(descriptor) as watched:
+            try:
+                yield
+            except DBAPIError as error:
+                if watched.cut:
+                    # Not repeated, as a connection that broke is: the server is there, and had its time.
+                    text = f"the queue log at {self} gave no answer within {watch.patience:g} s"
+                    raise StoreUnavailableError(text) from error
+                raise
+
+    def _here(self) -> _Opened:
+        """What this process has opened. Without a lock, which a fork could have left locked; ``setdefault`` is atomic."""
+        return self._opened.get(os.getpid()) or self._opened.setdefault(os.getpid(), _Opened())
+
+    def _autocommit(self, opened: _Opened) -> Engine:
+        if opened.autocommit is None:
+            with opened.lock:
+                if opened.autocommit is None:
+                    opened.autocommit = self._open_autocommit(opened)
+        return opened.autocommit
+
+    def _open_autocommit(self, opened: _Opened) -> Engine:
+        if isinstance(self._target, Engine):
+            if self._made_in != os.getpid():
+                self._inherited_pools.append(self._target.pool)
+                self._target.dispose(close=False)
+            engine: Engine = self._target.execution_options(isolation_level="AUTOCOMMIT")
+        else:
+            engine = self._create(self._target, isolation_level="AUTOCOMMIT", **_without_rollbacks())
+        if isinstance(engine.pool, StaticPool):
+            opened.turn = opened.lock
+        elif engine.dialect.name == "sqlite":
+            opened.turn = forks.turn()
+        return engine
+
+    def _open_transactions(self, autocommit: Engine) -> Engine:
+        if isinstance(self._target, Engine):
+            return self._target
+        if isinstance(autocommit.pool, StaticPool):
+            return autocommit.execution_options(isolation_level="SERIALIZABLE")
+        # A pool of its own: bodies that hold a connection for minutes must not keep a lease from being renewed.
+        return self._create(self._target)
+
+    def _create(self, url: URL, **arguments: Any) -> Engine:
+        # Parameters hold messages and results, which have no place in logs and error texts.
+        engine = create_engine(url, hide_parameters=True, **self._dialect.options(url), **arguments)
+        self._dialect.prepare(engine)
+        event.listen(engine, "checkout", self._refuse_closed)
+        if engine.dialect.name == "sqlite":
+            forks.close_before_forks(engine)
+        return engine
+
+    def _refuse_closed(self, connection: Any, record: ConnectionPoolEntry, proxy: object) -> None:  # noqa: ARG002
+        """Have the pool replace a connection that its server has closed, before a statement is sent after it in vain."""
+        if _USED not in record.info:  # a new connection may have something to say, and is not closed
+            record.info[_USED] = True
+            return
+        descriptor = self._dialect.socket(connection)
+        if descriptor is not None and _has_something_to_say(descriptor):
+            raise DisconnectionError("closed by the server")
+
+    def _explained(self, fault: Fault, error: DBAPIError, sent: bool) -> StoreError:
+        cause = " ".join(str(error.orig).split())
+        match fault:
+            case Fault.SCHEMA:
+                return SchemaError(f"the queue log at {self}: {cause}; run `celery -A proj idempotent init`")
+            case Fault.OTHER:
+                return StoreError(f"the queue log at {self} refused: {cause}")
+            case _:
+                return _unavailable(f"the queue log at {self} gave no answer: {cause}", sent)
+
+
+def _unavailable(text: str, sent: bool) -> StoreUnavailableError:
+    error = StoreUnavailableError(text)
+    error.unsent = not sent
+    return error
+
+
+def _has_something_to_say(descriptor: int) -> bool:
+    """Whether something waits to be read where nothing was asked: the end, or words of farewell."""
+    waiting = select.poll()
+    waiting.register(descriptor, select.POLLIN)
+    return bool(waiting.poll(0))
+
+
+def _without_rollbacks() -> dict[str, Any]:
+    """The option by which closing a connection in autocommit sends nothing, where SQLAlchemy has it (2.0.43)."""
+    return {"skip_autocommit_rollback": True} if hasattr(DefaultDialect, "detect_autocommit_setting") else {}

@@ -1,0 +1,120 @@
+"""The strategy that each database fills in."""
+
+# ruff: noqa: ARG002, D102 - documented where they are abstract
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
+from enum import Enum, auto
+from typing import Any, ClassVar
+
+from sqlalchemy import URL, ColumnElement, Connection, CursorResult, Engine, Executable, Table, Update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import DBAPIError
+
+__all__ = ["Dialect", "Fault", "OnConflict"]
+
+
+class Fault(Enum):
+    """What a database error means for the operation that met it."""
+
+    LOST = auto()  # the connection broke: whether the statement took effect is not known
+    COLLISION = auto()  # deadlock, serialization failure, busy: it did not take effect, and may at once be repeated
+    UNAVAILABLE = auto()  # it did not take effect, and will not until somebody or time helps
+    SCHEMA = auto()  # a table or column is not there
+    OTHER = auto()  # the statement or its data are at fault: repeating it changes nothing
+
+
+class Dialect(ABC):
+    """How one kind of database says what the statements need."""
+
+    #: Whether the table is made on first use: an embedded database needs no set-up.
+    creates_table: ClassVar[bool] = False
+
+    @abstractmethod
+    def insert(
+        self,
+        table: Table,
+        values: Mapping[str, Any],
+        *,
+        replaced: Collection[str] = (),
+        free: ColumnElement[bool] | None = None,
+    ) -> Executable:
+        """An insert that yields to a row that has the key, without an error to the transaction around it.
+
+        Where the database can say so in the same statement, a row that has the key and is ``free`` takes on the values
+        of the ``replaced`` columns instead; where it cannot, the caller does that next.
+        """
+
+    @abstractmethod
+    def inserted(self, connection: Connection, insert: Executable, parameters: Mapping[str, Any]) -> bool:
+        """Execute such an insert. Returns whether a row was written."""
+
+    @abstractmethod
+    def next_token(self, token: ColumnElement[int]) -> ColumnElement[int]:
+        """The token's next value, for the ``SET`` clause of an update whose token is asked for."""
+
+    @abstractmethod
+    def telling_token(self, update: Update, table: Table) -> Executable:
+        """The update, made to tell the token that it wrote."""
+
+    @abstractmethod
+    def token(self, result: CursorResult[Any]) -> int | None:
+        """What such an update told; ``None`` when it changed no row."""
+
+    def like(self, column: ColumnElement[str], pattern: str) -> ColumnElement[bool]:
+        """Whether the column matches a pattern with ``*`` and ``?``, by case."""
+        escaped = pattern.replace("!", "!!").replace("%", "!%").replace("_", "!_")
+        return column.like(escaped.replace("*", "%").replace("?", "_"), escape="!")
+
+    @abstractmethod
+    def fault(self, error: DBAPIError) -> Fault:
+        """What an error means."""
+
+    def socket(self, connection: Any) -> int | None:
+        """The descriptor of a driver's connection; ``None`` when there is none, or it is closed, or the driver does not tell."""
+        return None
+
+    def options(self, url: URL) -> dict[str, Any]:
+        """Arguments to ``create_engine`` for a store that opens its own connections."""
+        return {}
+
+    def prepare(self, opened: Engine) -> None:
+        """Set up an engine that the store opened itself, before its first connection."""
+        return
+
+
+class OnConflict(Dialect):
+    """A dialect with ``ON CONFLICT`` and ``RETURNING``: one statement decides, and tells what it decided."""
+
+    #: The dialect's own ``insert()``; both have the same methods.
+    _insert: ClassVar[type[postgresql.Insert | sqlite.Insert]]
+
+    def insert(
+        self,
+        table: Table,
+        values: Mapping[str, Any],
+        *,
+        replaced: Collection[str] = (),
+        free: ColumnElement[bool] | None = None,
+    ) -> Executable:
+        insert = self._insert(table).values(values)
+        key = list(table.primary_key.columns)
+        if free is None:
+            return insert.on_conflict_do_nothing(index_elements=key).returning(table.c.token)
+        excluded = {name: insert.excluded[name] for name in replaced}
+        return insert.on_conflict_do_update(index_elements=key, set_=excluded, where=free).returning(table.c.token)
+
+    def inserted(self, connection: Connection, insert: Executable, parameters: Mapping[str, Any]) -> bool:
+        return connection.execute(insert, parameters).first() is not None
+
+    def next_token(self, token: ColumnElement[int]) -> ColumnElement[int]:
+        return token + 1
+
+    def telling_token(self, update: Update, table: Table) -> Executable:
+        return update.returning(table.c.token)
+
+    def token(self, result: CursorResult[Any]) -> int | None:
+        token: int | None = result.scalar_one_or_none()
+        return token

@@ -1,0 +1,144 @@
+"""MySQL and MariaDB: neither ``ON CONFLICT`` nor, in common, ``RETURNING``."""
+
+# ruff: noqa: ARG001, ARG002, D102 - documented in the base class
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from sqlalchemy import (
+    URL,
+    ColumnElement,
+    Connection,
+    CursorResult,
+    Engine,
+    Executable,
+    Table,
+    Update,
+    event,
+    func,
+    insert,
+)
+from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError
+
+from celery_idempotent.stores.sql.dialects.base import Dialect, Fault
+
+__all__ = ["MySQL"]
+
+_DUPLICATE_KEY = 1062
+#: Deadlock, lock wait timeout.
+_COLLISIONS = {1205, 1213}
+#: Unknown column, unknown table.
+_SCHEMA = {1054, 1146}
+#: Errors that time or an operator ends, out of those that PyMySQL calls OperationalError (anything it has no name for).
+_UNAVAILABLE = {
+    *(1040, 1203, 1226),  # too many connections, of a user, of a resource
+    *(1021, 1030, 1037, 1041, 1114, 3675),  # disk full, storage error, out of memory, table full
+    *(1053, 1077, 1079, 1317, 1927),  # shutting down, interrupted, killed
+    *(1158, 1159, 1160, 1161),  # packets not read or written
+    *(1290, 1792, 1836),  # read only, after a failover
+    *(1969, 3024),  # statement took too long
+    *(1047, 1180, 3101),  # cluster member not ready, error at commit
+    *(1044, 1045, 1049, 1698),  # access or database not there (yet)
+}
+
+#: Seconds to reach the server, and for each of its words until it has let us in.
+_CONNECT_TIMEOUT = 10
+
+
+class MySQL(Dialect):
+    """A plain insert whose duplicate key is the answer; ``LAST_INSERT_ID(token + 1)`` carries a token out of an update."""
+
+    def insert(
+        self,
+        table: Table,
+        values: Mapping[str, Any],
+        *,
+        replaced: Collection[str] = (),
+        free: ColumnElement[bool] | None = None,
+    ) -> Executable:
+        return insert(table).values(values)
+
+    def inserted(self, connection: Connection, insert: Executable, parameters: Mapping[str, Any]) -> bool:
+        try:
+            connection.execute(insert, parameters)
+        except IntegrityError as error:
+            # A statement that fails leaves an InnoDB transaction around it intact.
+            if _code(error) == _DUPLICATE_KEY:
+                return False
+            raise
+        return True
+
+    def next_token(self, token: ColumnElement[int]) -> ColumnElement[int]:
+        return func.last_insert_id(token + 1, type_=token.type)
+
+    def telling_token(self, update: Update, table: Table) -> Executable:
+        return update
+
+    def token(self, result: CursorResult[Any]) -> int | None:
+        # It travels in the OK packet of the update itself. SQLAlchemy asks for CLIENT.FOUND_ROWS: a matched row counts.
+        return result.lastrowid if result.rowcount else None
+
+    def fault(self, error: DBAPIError) -> Fault:
+        code = _code(error)
+        if error.connection_invalidated:
+            return Fault.LOST
+        if code in _COLLISIONS:
+            return Fault.COLLISION
+        if code in _SCHEMA:
+            return Fault.SCHEMA
+        # Errors of the client library itself (2000 and up) are about the connection.
+        if code in _UNAVAILABLE or isinstance(error, InterfaceError):
+            return Fault.UNAVAILABLE
+        return Fault.UNAVAILABLE if isinstance(error, OperationalError) and 2000 <= code < 3000 else Fault.OTHER
+
+    def socket(self, connection: Any) -> int | None:
+        # PyMySQL does not tell in public; of another driver's connections nothing is known.
+        descriptor = getattr(getattr(connection, "_sock", None), "fileno", lambda: -1)()
+        return None if descriptor < 0 else int(descriptor)
+
+    def options(self, url: URL) -> dict[str, Any]:
+        if url.get_driver_name() != "pymysql":
+            return {}
+        # PyMySQL's connect_timeout ends with TCP's handshake; a server that accepts and says nothing is read_timeout's.
+        timeouts = ("connect_timeout", "read_timeout", "write_timeout")
+        return {"connect_args": {name: _CONNECT_TIMEOUT for name in timeouts if name not in url.query}}
+
+    def prepare(self, opened: Engine) -> None:
+        event.listen(opened, "connect", _be_strict)
+        if "read_timeout" in self.options(opened.url).get("connect_args", ()):
+            event.listen(opened, "connect", _take_your_time)
+        if not hasattr(opened.dialect, "detect_autocommit_setting"):  # SQLAlchemy before 2.0.43
+            _skip_autocommit_rollback(opened)
+
+
+def _code(error: DBAPIError) -> int:
+    code = error.orig.args[0] if error.orig is not None and error.orig.args else 0
+    return code if isinstance(code, int) else 0
+
+
+def _be_strict(connection: Any, record: Any) -> None:
+    """Without strict mode an id that is too long would be cut, and two ids become one."""
+    with connection.cursor() as cursor:
+        cursor.execute("SET SESSION sql_mode = CONCAT_WS(',', @@SESSION.sql_mode, 'STRICT_ALL_TABLES')")
+
+
+def _take_your_time(connection: Any, record: Any) -> None:
+    """Once connected, it is for the store to say how long an answer may take."""
+    connection._read_timeout = None  # noqa: SLF001 - it has no other name
+
+
+def _skip_autocommit_rollback(opened: Engine) -> None:
+    """Do what ``create_engine(skip_autocommit_rollback=True)`` does since SQLAlchemy 2.0.43.
+
+    Otherwise a ``ROLLBACK`` follows each statement on its own: PyMySQL, unlike psycopg, sends it whether or not a
+    transaction is open.
+    """
+    rollback = opened.dialect.do_rollback
+
+    def do_rollback(connection: Any) -> None:
+        if not connection.get_autocommit():
+            rollback(connection)
+
+    opened.dialect.do_rollback = do_rollback  # type: ignore[method-assign, assignment]

@@ -1,0 +1,80 @@
+"""SQLite: a file between processes of one host, or memory within one process."""
+
+# ruff: noqa: ARG001, D102 - documented in the base class
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import URL, ColumnElement, Engine, StaticPool, event
+from sqlalchemy.dialects import sqlite
+from sqlalchemy.exc import DBAPIError, OperationalError
+
+from celery_idempotent.stores.sql.dialects.base import Fault, OnConflict
+
+if TYPE_CHECKING:
+    import sqlite3
+
+__all__ = ["SQLite", "in_memory"]
+
+#: Seconds for which a writer waits for the others: SQLite has one at a time.
+BUSY_TIMEOUT = 30.0
+
+
+class SQLite(OnConflict):
+    """As PostgreSQL, in one file: write-ahead log, every commit synced to disk."""
+
+    creates_table = True
+    _insert = sqlite.Insert
+
+    def like(self, column: ColumnElement[str], pattern: str) -> ColumnElement[bool]:
+        # LIKE takes no notice of case here; GLOB does, and its only other wildcard is the bracket.
+        return column.op("GLOB", is_comparison=True)(pattern.replace("[", "[[]"))
+
+    def fault(self, error: DBAPIError) -> Fault:
+        text = str(error.orig)
+        if not isinstance(error, OperationalError):
+            return Fault.LOST if error.connection_invalidated else Fault.OTHER
+        if "locked" in text or "schema has changed" in text:
+            return Fault.COLLISION
+        if "no such table" in text or "no such column" in text or "has no column" in text:
+            return Fault.SCHEMA
+        if any(
+            word in text for word in ("unable to open", "disk", "readonly", "interrupted", "out of memory", "locking")
+        ):
+            return Fault.UNAVAILABLE
+        return Fault.OTHER
+
+    def options(self, url: URL) -> dict[str, Any]:
+        arguments: dict[str, Any] = {"connect_args": {"check_same_thread": False}}
+        if "timeout" not in url.query:
+            arguments["connect_args"]["timeout"] = BUSY_TIMEOUT
+        if in_memory(url):
+            arguments["poolclass"] = StaticPool
+        return arguments
+
+    def prepare(self, opened: Engine) -> None:
+        event.listen(opened, "connect", _set_pragmas)
+
+
+def in_memory(url: URL) -> bool:
+    """Whether the database lives in the memory of one process."""
+    return url.database in (None, "", ":memory:") or url.query.get("mode") == "memory"
+
+
+def _set_pragmas(connection: sqlite3.Connection, record: Any) -> None:
+    import sqlite3  # a driver like any other: not before there is a store that needs it
+
+    # Changing the journal's mode answers "locked" without waiting busy_timeout out when another process does the same.
+    deadline = time.monotonic() + BUSY_TIMEOUT
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL").close()
+            break
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+    # NORMAL loses the last commits at a power cut: a lost claim or completion runs a task twice.
+    connection.execute("PRAGMA synchronous = FULL").close()

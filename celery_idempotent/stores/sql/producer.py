@@ -1,0 +1,176 @@
+"""The producer's verbs: record, withdraw, resubmit, republish, count a duplicate.
+
+Each takes the connection to work on. ``again`` says that it is a repeat: an earlier attempt of the same call broke off with
+its connection, and may have taken effect. A repeat that finds what that attempt would have written answers as if it had.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import Connection, Table, bindparam, delete, literal_column, null, or_, update
+
+from celery_idempotent.errors import StoreUnavailableError
+from celery_idempotent.records import Found, MessageKey, NewMessage, Recorded, Row, Status
+from celery_idempotent.stores.sql.clock import FromNow, JustAfter, Now, seconds
+from celery_idempotent.stores.sql.columns import (
+    DONE,
+    FAILURE,
+    PENDING,
+    Lookup,
+    anew,
+    free_again,
+    has_key,
+    key_parameters,
+    message_parameters,
+    new_key,
+    parameter,
+)
+from celery_idempotent.stores.sql.dialects import Dialect
+
+__all__ = ["ROUNDS", "Producer"]
+
+#: How often a verb of several statements starts over because the row changed between two of them. Each time somebody
+#: else got on, so that this many in a row mean that something is wrong.
+ROUNDS = 20
+
+
+class Producer:
+    """Statements and verbs of the producer's side, for one table."""
+
+    def __init__(self, table: Table, dialect: Dialect) -> None:
+        self._dialect = dialect
+        self._read = Lookup(table)
+        restarted = anew(table)
+        self._insert = dialect.insert(
+            table,
+            {**new_key(table), "token": literal_column("0"), **restarted},
+            replaced=list(restarted),
+            free=free_again(table),
+        )
+        self._restart = update(table).where(has_key(table), free_again(table)).values(restarted)
+        unclaimed = (
+            table.c.status == PENDING,
+            table.c.worker.is_(None),
+            table.c.task_id == parameter(table, "task_id"),
+        )
+        self._withdraw_new = delete(table).where(has_key(table), *unclaimed, table.c.token == literal_column("0"))
+        self._withdraw_restarted = (
+            update(table)
+            .where(has_key(table), *unclaimed)
+            .values(
+                status=DONE,
+                processed_status=FAILURE,
+                processed_timestamp=Now(),
+                expires_at=Now(),
+                error=literal_column("'withdrawn: the message could not be published'"),
+                message=null(),
+            )
+        )
+        self._resubmit = (
+            update(table)
+            .where(
+                has_key(table),
+                table.c.status == DONE,
+                table.c.processed_status == FAILURE,
+                table.c.token == parameter(table, "token"),
+                table.c.task_id == bindparam("p_task_id_read", type_=table.c.task_id.type),
+            )
+            .values(
+                status=PENDING,
+                processed_status=null(),
+                processed_timestamp=null(),
+                **{name: parameter(table, name) for name in ("task_id", "queue", "attempt", "message")},
+                worker=null(),
+                available_at=FromNow(seconds("p_delay")),
+                published_at=FromNow(seconds("p_published")),
+                expires_at=null(),
+                result=null(),
+                error=null(),
+            )
+        )
+        self._republish = (
+            update(table)
+            .where(
+                has_key(table),
+                table.c.status == parameter(table, "status"),
+                or_(table.c.lease_expires_at.is_(None), table.c.lease_expires_at <= Now()),
+                table.c.token == parameter(table, "token"),
+                table.c.published_at.is_not_distinct_from(parameter(table, "published_at")),
+            )
+            .values(published_at=JustAfter(table.c.published_at))
+        )
+        self._count_duplicate = (
+            update(table).where(has_key(table)).values(duplicates=table.c.duplicates + literal_column("1"))
+        )
+
+    def record(self, connection: Connection, message: NewMessage, *, again: bool) -> Recorded | Found:
+        """Insert, or replace a row whose id is free again, or report the row."""
+        parameters = message_parameters(message)
+        for _ in range(ROUNDS):
+            if self._dialect.inserted(connection, self._insert, parameters):
+                return Recorded()
+            row = self._read(connection, message.key)
+            if row is None:
+                continue  # withdrawn or purged since
+            if row.status is Status.DONE and row.expired:
+                # Where the insert could not replace it; or it expired since, and the next round replaces it.
+                if connection.execute(self._restart, parameters).rowcount:
+                    return Recorded()
+                continue
+            if again and row.status is Status.PENDING and row.worker is None and row.task_id == message.task_id:
+                return Recorded()
+            return Found(row)
+        raise StoreUnavailableError(f"message {message.key.message_id!r} could not be recorded: its row kept changing")
+
+    def withdraw(self, connection: Connection, key: MessageKey, *, task_id: str, again: bool) -> bool:
+        """Delete a pending row that was never claimed; free its id if the row had an earlier life."""
+        parameters = {**key_parameters(key), "p_task_id": task_id}
+        if connection.execute(self._withdraw_new, parameters).rowcount:
+            return True
+        # A row that started anew has a token that must outlive it: an old run may still hold it. So it becomes free again
+        # rather than absent.
+        if connection.execute(self._withdraw_restarted, parameters).rowcount:
+            return True
+        if not again:
+            return False
+        row = self._read(connection, key)
+        return row is None or (row.status is Status.DONE and row.expired and row.task_id == task_id)
+
+    def resubmit(self, connection: Connection, row: Row, message: NewMessage, *, again: bool) -> bool:
+        """Failed to pending, by compare and set."""
+        parameters = {
+            **message_parameters(message),
+            **key_parameters(row.key),
+            "p_token": row.token,
+            "p_task_id_read": row.task_id,
+        }
+        if connection.execute(self._resubmit, parameters).rowcount:
+            return True
+        if not again:
+            return False
+        found = self._read(connection, row.key)
+        return (
+            found is not None
+            and (found.status, found.token, found.task_id) == (Status.PENDING, row.token, message.task_id)
+            and found.worker is None
+        )
+
+    def republish(self, connection: Connection, row: Row, *, again: bool) -> bool:
+        """A new ``published_at``, by compare and set."""
+        parameters = {
+            **key_parameters(row.key),
+            "p_status": row.status.value,
+            "p_token": row.token,
+            "p_published_at": row.published_at,
+        }
+        if connection.execute(self._republish, parameters).rowcount:
+            return True
+        if not again:
+            return False
+        # Whether this call or another wrote it cannot be told; a message published twice is absorbed by its claim, one
+        # that nobody publishes is lost.
+        found = self._read(connection, row.key)
+        return found is not None and (found.status, found.token) == (row.status, row.token)
+
+    def count_duplicate(self, connection: Connection, key: MessageKey) -> None:
+        """One more. Counted twice if a connection breaks off between the writing and the answer."""
+        connection.execute(self._count_duplicate, key_parameters(key))

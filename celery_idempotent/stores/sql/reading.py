@@ -1,0 +1,63 @@
+"""What operators read: a row, rows, counts."""
+
+from __future__ import annotations
+
+from sqlalchemy import ColumnElement, Connection, Table, func, select
+
+from celery_idempotent.records import MessageKey, Row, RowFilter, TaskCount
+from celery_idempotent.stores.sql.clock import Now
+from celery_idempotent.stores.sql.columns import Lookup, row_of, statuses_of
+from celery_idempotent.stores.sql.dialects import Dialect
+
+__all__ = ["Reading"]
+
+#: Left out of listings: they can be large, and a listing is for people.
+_LARGE = {"message", "result"}
+
+
+class Reading:
+    """Statements that only read, for one table."""
+
+    def __init__(self, table: Table, dialect: Dialect) -> None:
+        self._table = table
+        self._dialect = dialect
+        self._read = Lookup(table)
+        self._rows = select(
+            *(column for column in table.c if column.name not in _LARGE), Now().label("read_at")
+        ).order_by(table.c.created_timestamp.desc(), table.c.message_id, table.c.task_name)
+        kind = (table.c.task_name, table.c.status, table.c.processed_status)
+        self._counts = select(
+            *kind, func.count().label("rows"), func.sum(table.c.duplicates).label("duplicates")
+        ).group_by(*kind)
+
+    def find(self, connection: Connection, key: MessageKey) -> Row | None:
+        """The row of a message."""
+        return self._read(connection, key)
+
+    def rows(self, connection: Connection, where: RowFilter) -> list[Row]:
+        """Rows that match, newest first, without what is large."""
+        listed = self._rows.limit(where.limit)
+        if where.message_id is not None:
+            listed = listed.where(self._matches(self._table.c.message_id, where.message_id))
+        if where.task_name is not None:
+            listed = listed.where(self._matches(self._table.c.task_name, where.task_name))
+        if where.status is not None:
+            listed = listed.where(self._table.c.status == where.status.value)
+        if where.processed_status is not None:
+            listed = listed.where(self._table.c.processed_status == where.processed_status.value)
+        return [row_of(read) for read in connection.execute(listed).mappings()]
+
+    def counts(self, connection: Connection) -> list[TaskCount]:
+        """How many rows stand where."""
+        counts = [
+            # A sum is a Decimal to some drivers.
+            TaskCount(read["task_name"], *statuses_of(read), rows=read["rows"], duplicates=int(read["duplicates"]))
+            for read in connection.execute(self._counts).mappings()
+        ]
+        # Here and not in SQL: collations and the place of nulls differ between databases.
+        return sorted(counts, key=lambda count: (count.task_name, count.status, count.processed_status or ""))
+
+    def _matches(self, column: ColumnElement[str], pattern: str) -> ColumnElement[bool]:
+        if "*" in pattern or "?" in pattern:
+            return self._dialect.like(column, pattern)
+        return column == pattern

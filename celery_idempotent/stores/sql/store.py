@@ -1,0 +1,211 @@
+"""The store: the port's verbs, each run on a connection."""
+
+# ruff: noqa: D102 - the verbs are documented in the port
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
+
+from sqlalchemy import URL, Connection, Engine, MetaData
+
+from celery_idempotent.records import (
+    Claim,
+    Claimed,
+    Found,
+    Holder,
+    MessageKey,
+    NewMessage,
+    Note,
+    Recorded,
+    Row,
+    RowFilter,
+    Taken,
+    TaskCount,
+)
+from celery_idempotent.stores.sql import schema
+from celery_idempotent.stores.sql.address import parse
+from celery_idempotent.stores.sql.claims import Claims
+from celery_idempotent.stores.sql.connection import Database
+from celery_idempotent.stores.sql.dialects import dialect_named
+from celery_idempotent.stores.sql.endings import Endings
+from celery_idempotent.stores.sql.producer import Producer
+from celery_idempotent.stores.sql.reading import Reading
+from celery_idempotent.stores.sql.recovering import Recovering
+from celery_idempotent.stores.sql.table import queue_log_table
+
+__all__ = ["SQLStore"]
+
+
+class SQLStore:
+    """The queue log in a table of PostgreSQL, MySQL, MariaDB or SQLite; implements :class:`~celery_idempotent.store.Store`.
+
+    Safe between threads, greenlets and processes, and across forks: nothing is connected before the first verb, and each
+    process connects for itself. Before a process's first verb the table is looked at; on SQLite it is made if missing.
+
+    Args:
+        url_or_engine: A URL, as for :func:`~celery_idempotent.stores.open_store`; or a SQLAlchemy engine of yours, which
+            stays yours: it is never disposed of, except that after a fork its inherited pool is dropped (unclosed, by
+            ``dispose(close=False)``). On MySQL and MariaDB an engine of yours takes some more round trips per
+            verb, to switch its connections to autocommit and back, and ought to be in strict SQL mode.
+        table: The table's name, or ``schema.name``.
+
+    Raises:
+        ConfigurationError: The URL is not valid, its driver is missing, or the database is of another kind.
+
+    An in-memory SQLite database (``sqlite://``) lives and dies with its process and with :meth:`close`.
+    """
+
+    def __init__(self, url_or_engine: str | URL | Engine, *, table: str = "queue_log") -> None:
+        target = url_or_engine if isinstance(url_or_engine, Engine) else parse(url_or_engine)
+        dialect = dialect_named(target.dialect.name if isinstance(target, Engine) else target.get_backend_name())
+        namespace, _, name = table.rpartition(".")
+        self._table = queue_log_table(MetaData(), name, schema=namespace or None)
+        self._creates_table = dialect.creates_table
+        self._database = Database(target, dialect, self._prepare)
+        self._run = self._database.run
+        self._producer = Producer(self._table, dialect)
+        self._claims = Claims(self._table, dialect)
+        self._endings = Endings(self._table)
+        self._reading = Reading(self._table, dialect)
+        self._recovering = Recovering(self._table)
+
+    def __repr__(self) -> str:
+        return f"SQLStore({str(self._database)!r}, table={self._table.fullname!r})"
+
+    @property
+    def engine(self) -> Engine:
+        """An engine for transactions of your own on the store's database: the one you gave, or one with its own pool.
+
+        Opened lazily, per process; :meth:`close` disposes of the store's own.
+        """
+        return self._database.engine
+
+    # -- producer ------------------------------------------------------------------------------------------------------
+
+    def record(self, message: NewMessage) -> Recorded | Found:
+        return self._run(lambda on, again: self._producer.record(on, message, again=again))
+
+    def withdraw(self, key: MessageKey, *, task_id: str) -> bool:
+        return self._run(lambda on, again: self._producer.withdraw(on, key, task_id=task_id, again=again))
+
+    def resubmit(self, row: Row, message: NewMessage) -> bool:
+        return self._run(lambda on, again: self._producer.resubmit(on, row, message, again=again))
+
+    def republish(self, row: Row) -> bool:
+        return self._run(lambda on, again: self._producer.republish(on, row, again=again))
+
+    def count_duplicate(self, key: MessageKey) -> None:
+        self._run(lambda on, _: self._producer.count_duplicate(on, key))
+
+    # -- consumer ------------------------------------------------------------------------------------------------------
+
+    def claim(
+        self,
+        message: NewMessage,
+        *,
+        worker: str,
+        lease: float,
+        grace: float,
+        adopt: Callable[[], NewMessage] | None = None,
+    ) -> Claimed | Taken:
+        return self._run(
+            lambda on, again: self._claims.claim(
+                on, message, worker=worker, lease=lease, grace=grace, adopt=adopt, again=again
+            )
+        )
+
+    def take_over(self, row: Row, *, task_id: str, worker: str, lease: float, attempt: int) -> Claimed | None:
+        return self._run(
+            lambda on, again: self._claims.take_over(
+                on, row, task_id=task_id, worker=worker, lease=lease, attempt=attempt, again=again
+            )
+        )
+
+    def renew(self, holders: Sequence[Holder], *, lease: float) -> list[Holder]:
+        return self._run(lambda on, _: self._claims.renew(on, holders, lease=lease)) if holders else []
+
+    def checkpoint(self, claim: Claim, *, result: bytes | None) -> bool:
+        return self._run(lambda on, _: self._endings.checkpoint(on, claim, result=result))
+
+    def complete(
+        self, claim: Claim, *, result: bytes | None, note: Note | None = None, unique_for: float | None = None
+    ) -> bool:
+        return self._run(
+            lambda on, _: self._endings.complete(on, claim, result=result, note=note, unique_for=unique_for)
+        )
+
+    def fail(self, holder: Holder, *, error: str, unique_for: float | None = None) -> bool:
+        return self._run(
+            lambda on, again: self._endings.fail(on, holder, error=error, unique_for=unique_for, again=again)
+        )
+
+    def retry(self, holder: Holder, message: NewMessage) -> bool:
+        return self._run(lambda on, again: self._endings.retry(on, holder, message, again=again))
+
+    def release(self, holder: Holder) -> bool:
+        return self._run(lambda on, again: self._endings.release(on, holder, again=again))
+
+    def expire(self, holder: Holder) -> bool:
+        return self._run(lambda on, _: self._endings.expire(on, holder))
+
+    def abandon(self, row: Row, *, error: str, unique_for: float | None = None) -> bool:
+        return self._run(
+            lambda on, again: self._endings.abandon(on, row, error=error, unique_for=unique_for, again=again)
+        )
+
+    def cancel(self, key: MessageKey, *, task_id: str, error: str, unique_for: float | None = None) -> bool:
+        return self._run(
+            lambda on, again: self._endings.cancel(
+                on, key, task_id=task_id, error=error, unique_for=unique_for, again=again
+            )
+        )
+
+    # -- recovery ------------------------------------------------------------------------------------------------------
+
+    def lapsed(self, *, again_after: float, limit: int) -> list[Row]:
+        return self._run(lambda on, _: self._recovering.lapsed(on, again_after=again_after, limit=limit))
+
+    def waiting(
+        self, *, older_than: float, limit: int, queue: str | None = None, before: datetime | None = None
+    ) -> list[Row]:
+        return self._run(
+            lambda on, _: self._recovering.waiting(on, older_than=older_than, limit=limit, queue=queue, before=before)
+        )
+
+    def unsent(self, *, limit: int) -> list[Row]:
+        return self._run(lambda on, _: self._recovering.unsent(on, limit=limit))
+
+    def not_published(self, key: MessageKey, *, token: int) -> None:
+        self._run(lambda on, _: self._recovering.not_published(on, key, token=token))
+
+    def purge(self, *, older_than: float, limit: int) -> int:
+        return self._run(lambda on, _: self._recovering.purge(on, older_than=older_than, limit=limit))
+
+    # -- operators -----------------------------------------------------------------------------------------------------
+
+    def find(self, key: MessageKey) -> Row | None:
+        return self._run(lambda on, _: self._reading.find(on, key))
+
+    def rows(self, where: RowFilter) -> Iterator[Row]:
+        return iter(self._run(lambda on, _: self._reading.rows(on, where), patient=True))
+
+    def counts(self) -> list[TaskCount]:
+        return self._run(lambda on, _: self._reading.counts(on), patient=True)
+
+    # -- life cycle ----------------------------------------------------------------------------------------------------
+
+    def init(self) -> bool:
+        return self._run(lambda on, _: schema.create(on, self._table), prepared=False, patient=True)
+
+    def check(self) -> None:
+        self._run(lambda on, _: self._prepare(on), prepared=False)
+
+    def close(self) -> None:
+        self._database.close()
+
+    def _prepare(self, connection: Connection) -> None:
+        if self._creates_table:
+            schema.create(connection, self._table)
+        else:
+            schema.verify(connection, self._table)

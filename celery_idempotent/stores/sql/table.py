@@ -1,0 +1,130 @@
+"""The table ``queue_log``: its columns, their types, its indexes."""
+
+# ruff: noqa: ARG001, ARG002, D102 - signatures and meaning are SQLAlchemy's
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    ColumnElement,
+    Dialect,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    literal_column,
+)
+from sqlalchemy.dialects import mysql
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.compiler import TypeCompiler
+from sqlalchemy.types import TypeDecorator, TypeEngine
+
+from celery_idempotent.stores.sql.clock import MYSQL_NAMES, UtcTimestamp
+
+__all__ = ["ErrorText", "ExactText", "queue_log_table", "storable"]
+
+
+class ExactText(String):
+    """Text compared byte for byte: ``A`` is not ``a``, and a trailing blank counts.
+
+    So it is on PostgreSQL and SQLite anyway; MySQL and MariaDB need to be told, each by a collation the other lacks.
+    """
+
+
+@compiles(ExactText, *MYSQL_NAMES)
+def _exact_text_mysql(type_: ExactText, compiler: TypeCompiler, **kw: Any) -> str:
+    collation = "utf8mb4_nopad_bin" if getattr(compiler.dialect, "is_mariadb", False) else "utf8mb4_0900_bin"
+    return f"VARCHAR({type_.length}) CHARACTER SET utf8mb4 COLLATE {collation}"
+
+
+class ErrorText(TypeDecorator[str]):
+    """The text of an error, which may hold anything: what no database can store is written as an escape."""
+
+    impl = Text
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        if dialect.name in MYSQL_NAMES:
+            return dialect.type_descriptor(mysql.LONGTEXT(charset="utf8mb4"))
+        return dialect.type_descriptor(Text())
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+        return None if value is None else storable(value)
+
+
+def storable(text: str) -> str:
+    """The text with NULs (refused by PostgreSQL) and lone surrogates (not UTF-8) as backslash escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8").replace("\0", "\\x00")
+
+
+def queue_log_table(metadata: MetaData, name: str = "queue_log", schema: str | None = None) -> Table:
+    """The queue log's table, in your metadata: for Alembic, and for joins with your own tables.
+
+    The library only asks that a table of that name has these columns; more columns (nullable or with a server default)
+    and more indexes are yours to add. Keep ``status`` and the timestamps out of indexes on PostgreSQL: each index over
+    a column that a claim or a completion changes is written at every message.
+
+    Args:
+        metadata: Where the table is declared. A table of that name already in it is returned as it is.
+        name: The table's name, as in the setting ``idempotent_table``.
+        schema: The schema (PostgreSQL) or database (MySQL, MariaDB) it lives in; ``None`` for the connection's default.
+
+    Returns:
+        The table. Nothing is created: that is for your migration, or ``celery -A proj idempotent init``.
+    """
+    declared = metadata.tables.get(f"{schema or metadata.schema}.{name}" if schema or metadata.schema else name)
+    if declared is not None:
+        return declared
+    blob = LargeBinary().with_variant(mysql.LONGBLOB(), *MYSQL_NAMES)
+    table = Table(
+        name,
+        metadata,
+        Column("message_id", ExactText(255), primary_key=True),
+        Column("task_name", ExactText(255), primary_key=True),
+        Column("status", String(16), nullable=False),
+        Column("processed_status", String(16)),
+        Column("created_timestamp", UtcTimestamp(), nullable=False),
+        Column("processed_timestamp", UtcTimestamp()),
+        Column("task_id", ExactText(255), nullable=False),
+        Column("queue", ExactText(255)),
+        Column("fingerprint", ExactText(64)),
+        Column("attempt", Integer, nullable=False),
+        Column("token", BigInteger, nullable=False),
+        # The last claimer since the message was recorded; null means that it was never claimed since.
+        Column("worker", ExactText(255)),
+        # Null unless processing.
+        Column("lease_expires_at", UtcTimestamp()),
+        Column("available_at", UtcTimestamp()),
+        Column("published_at", UtcTimestamp()),
+        Column("expires_at", UtcTimestamp()),
+        Column("duplicates", Integer, nullable=False),
+        Column("takeovers", Integer, nullable=False),
+        Column("ran_task_id", ExactText(255)),
+        Column("message", blob),
+        Column("result", blob),
+        Column("error", ErrorText()),
+        schema=schema,
+        # Rows and their locks need InnoDB; its DYNAMIC format lets a key have 3072 bytes (this one has up to 2040).
+        mysql_engine="InnoDB",
+        mysql_charset="utf8mb4",
+        mysql_row_format="DYNAMIC",
+        mariadb_engine="InnoDB",
+        mariadb_charset="utf8mb4",
+        mariadb_row_format="DYNAMIC",
+    )
+    # What recovery reads besides the key. Where an index can be partial, each holds only as many entries as messages are
+    # running, or waiting, or done, and a recovery step costs what it finds, however long the log or the backlog is.
+    _recovery_index(table, table.c.lease_expires_at, where=table.c.lease_expires_at.is_not(None))
+    _recovery_index(table, table.c.published_at, where=table.c.status == literal_column("'pending'"))
+    _recovery_index(table, table.c.processed_timestamp, where=table.c.processed_timestamp.is_not(None))
+    return table
+
+
+def _recovery_index(table: Table, column: Column[Any], where: ColumnElement[bool]) -> None:
+    Index(f"{table.name}_{column.name}", column, postgresql_where=where, sqlite_where=where)

@@ -1,0 +1,251 @@
+"""The task base class: what a user writes ``base=IdempotentTask`` for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from functools import cached_property, partial, wraps
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from celery import Task
+from celery.exceptions import Ignore
+from celery.result import EagerResult
+from celery.utils import uuid
+
+from celery_idempotent.consumer import admit
+from celery_idempotent.options import Options, refuse_misspelt, refuse_misspelt_call
+from celery_idempotent.producer import identify, send
+from celery_idempotent.queue_log import QueueLog
+from celery_idempotent.records import NewMessage
+from celery_idempotent.run import Run
+from celery_idempotent.signals import install
+from celery_idempotent.wire import Marker
+
+if TYPE_CHECKING:
+    from celery import Celery
+    from celery.app.task import Context
+    from celery.canvas import Signature
+    from celery.result import AsyncResult
+
+    from celery_idempotent.records import MessageKey
+    from celery_idempotent.result import IdempotentResult
+
+__all__ = ["IdempotentTask"]
+
+
+def _guarded(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Put the guard around a ``__call__``, so that a subclass that overrides it without ``super()`` is guarded all the same."""
+
+    @wraps(call)
+    def __call__(self: IdempotentTask, *args: Any, **kwargs: Any) -> Any:  # noqa: N807 - it is one
+        request = self.request_stack.top
+        if request is None or request.called_directly:
+            return call(self, *args, **kwargs)  # a direct call runs unguarded
+        run = Run.of(request)
+        if run is None:
+            run = admit(self, request)  # a subclass overrode before_start without super()
+        if run.performing:
+            return call(self, *args, **kwargs)
+        run.performing = True
+        return run.perform(partial(call, self, *args, **kwargs))
+
+    return __call__
+
+
+class IdempotentTask(Task):  # type: ignore[misc]
+    """A Celery task that takes effect once per message.
+
+    Use it as ``base=IdempotentTask``, or subclass it. The options below are class attributes or arguments of the decorator; each
+    is also a setting of the app under ``idempotent_``, and ``None`` leaves it to that setting. Options that do not exist are
+    refused by name when the task is bound.
+
+    A redelivered, repeated or copied message is skipped, replayed or held as the decision tables say. A call of the task as a
+    function, and ``map``, ``starmap`` and ``chunks``, run unguarded.
+
+    Hazard:
+        The body is not interrupted when its lease runs out; another worker may then run it too. What it writes itself is
+        therefore at most once only as far as it is fenced or idempotent.
+    """
+
+    abstract = True
+
+    #: Where the message id comes from: ``None`` (the task id: safe against redelivery), a format string over the bound
+    #: arguments (``"order:{order_id}"``), or a callable of the call's arguments returning ``str``; ``by_arguments()`` is one.
+    message_id: ClassVar[str | Callable[..., str] | None] = None
+
+    #: What the caller of a duplicate gets: the first message's AsyncResult (``"skip"``) or a DuplicateMessageError (``"raise"``).
+    #: Default: ``"skip"``.
+    on_duplicate: ClassVar[Literal["skip", "raise"] | None] = None
+
+    #: What becomes of a copy that arrives while another delivery runs: ``"hold"`` brings it back when the lease has run out,
+    #: ``"skip"`` drops it, ``"raise"`` fails it with AlreadyProcessingError. Default: ``"hold"``. Hazard: a copy may be the
+    #: broker's last; without recovery, ``"skip"`` and ``"raise"`` lose the message if the owner then dies.
+    on_processing: ClassVar[Literal["hold", "skip", "raise"] | None] = None
+
+    #: What becomes of a message whose owner's lease ran out: run it again, or fail it. Default: ``"rerun"`` with ``acks_late``,
+    #: else ``"fail"``.
+    on_abandoned: ClassVar[Literal["rerun", "fail"] | None] = None
+
+    #: Whether a message that ended in failure may be sent again under its id. Default: ``False``.
+    resubmit_failed: ClassVar[bool | None] = None
+
+    #: How long a claim lives without renewal, in seconds or as a timedelta; > 0. Default: 60 s.
+    lease: ClassVar[float | timedelta | None] = None
+
+    #: How long after completion the id stays taken, in seconds or as a timedelta; ``None`` until the row is purged.
+    unique_for: ClassVar[float | timedelta | None] = None
+
+    #: Whether the same id with other arguments is refused. Default: when a message id is set, by option or for one call.
+    fingerprint: ClassVar[bool | None] = None
+
+    #: Whether the body runs in a transaction of the store. Not available in this version: ``True`` is refused.
+    atomic: ClassVar[bool | None] = None
+
+    #: Whether the return value is kept for replay. Default: ``True``.
+    keep_result: ClassVar[bool | None] = None
+
+    #: The worker's side of a request, which learns of dead children and time limits.
+    Request = "celery_idempotent.request:IdempotentRequest"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        call = cls.__dict__.get("__call__")
+        if call is not None:
+            cls.__call__ = _guarded(call)  # type: ignore[method-assign]
+
+    @classmethod
+    def bind(cls, app: Celery) -> Celery:
+        """Bind the task to an app, and give the app what the guard needs: a queue log and the signal hooks.
+
+        Raises:
+            ConfigurationError: An option is misspelt.
+        """
+        bound = super().bind(app)
+        refuse_misspelt(cls, IdempotentTask)
+        install(QueueLog.of(app))
+        return bound
+
+    @property
+    def queue_log(self) -> QueueLog:
+        """The app's queue log."""
+        return QueueLog.of(self.app)
+
+    @cached_property
+    def idempotency(self) -> Options:
+        """The task's options, collected and checked at the first use.
+
+        Raises:
+            ConfigurationError: One has a wrong value.
+        """
+        return Options.of(self, self.queue_log.settings)
+
+    # -- producer ------------------------------------------------------------------------------------------------------
+
+    def apply_async(  # noqa: D417 - the rest is Celery's
+        self,
+        args: Any = None,
+        kwargs: Any = None,
+        task_id: str | None = None,
+        producer: Any = None,
+        link: Any = None,
+        link_error: Any = None,
+        shadow: str | None = None,
+        **options: Any,
+    ) -> IdempotentResult:
+        """Send the task, once per message id.
+
+        Takes what Celery's ``apply_async`` takes, and ``message_id``.
+
+        Args:
+            message_id: The id of this one message, instead of what the option ``message_id`` makes of the arguments; at most
+                255 characters.
+
+        Returns:
+            The message's AsyncResult. Its attribute ``duplicate`` is true when the message was sent before.
+
+        Raises:
+            ConfigurationError: The message id is not valid, a keyword is misspelt, or an argument has no canonical form. Nothing
+                was sent.
+            DuplicateMessageError: The message was sent before, and ``on_duplicate="raise"``.
+            MessageMismatchError: The id is known with other arguments.
+            StoreUnavailableError: The store gave no answer within ``task_publish_retry_policy``, or at once with
+                ``idempotent_on_store_error="raise"``. Nothing was sent.
+            kombu.exceptions.OperationalError: The broker did not take the message; its id is free again.
+
+        Atomicity: of N concurrent calls with one message id exactly one is recorded and published.
+        """
+        refuse_misspelt_call(self.name, options)
+        named = {"producer": producer, "link": link, "link_error": link_error, "shadow": shadow}
+        given = {name: value for name, value in named.items() if value is not None}
+        result: IdempotentResult = send(self, args, kwargs, task_id, {**options, **given})
+        return result
+
+    def delay(self, *args: Any, **kwargs: Any) -> IdempotentResult:
+        """Send the task with these arguments; see :meth:`apply_async`."""
+        return self.apply_async(args, kwargs)
+
+    def apply(self, args: Any = None, kwargs: Any = None, **options: Any) -> EagerResult[Any]:
+        """Run the task here and now, guarded by its message id as a worker would; see Celery's ``apply``."""
+        refuse_misspelt_call(self.name, options)
+        task_id = options.pop("task_id", None) or uuid()
+        message_id = options.pop("message_id", None)
+        marker = Marker.read(options.get("headers"))
+        if marker is None or not marker.belongs_to(self.name, task_id):
+            key, fingerprint = identify(
+                self.idempotency, args, kwargs, message_id=message_id, task_id=task_id, task_name=self.name
+            )
+            marker = Marker(key.message_id, self.name, task_id, fingerprint)
+            run = Run.of(self.request_stack.top)
+            if run is not None and run.replacing and run.key == key:
+                run.hand_on(
+                    NewMessage(key=key, task_id=task_id, fingerprint=fingerprint)
+                )  # replaced by itself, eagerly
+        return super().apply(
+            args, kwargs, task_id=task_id, **{**options, "headers": marker.write(options.get("headers"))}
+        )
+
+    def publish(self, args: Any, kwargs: Any, **options: Any) -> AsyncResult[Any]:
+        """Publish a message whose row is there: Celery's own ``apply_async``, without the guard."""
+        return super().apply_async(args, kwargs, **options)
+
+    def publish_copy(self, request: Context, key: MessageKey, countdown: float) -> None:
+        """Publish a running delivery's message once more, to arrive in ``countdown`` seconds; same task id, same retries."""
+        signature: Signature[Any] = self.signature_from_request(request, retries=request.retries)
+        options = {**signature.options, "message_id": key.message_id, "add_to_parent": False, "countdown": countdown}
+        options.pop("redelivered", None)
+        self.publish(signature.args, signature.kwargs, **options)
+
+    # -- consumer ------------------------------------------------------------------------------------------------------
+
+    def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:  # noqa: ARG002 - Celery's signature
+        """Decide what becomes of the delivered message; a duplicate does not reach the body.
+
+        A subclass that overrides this should call ``super()`` first; if it does not, ``__call__`` decides.
+        """
+        request = self.request_stack.top
+        if Run.of(request) is None:
+            admit(self, request)
+
+    @_guarded
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the body: guarded in a traced run, as it is when called directly."""
+        run = Run.of(self.request_stack.top)
+        if run is None or run.entered:
+            return super().__call__(*args, **kwargs)
+        # In a traced run Celery's own __call__ would push the request a second time (the worker hides that by patching it).
+        run.entered = True
+        return self.run(*args, **kwargs)
+
+    def replace(self, sig: Signature[Any]) -> Any:
+        """Replace this task by another one under the same task id; see Celery's ``replace``."""
+        run = Run.of(self.request_stack.top)
+        if run is None:
+            return super().replace(sig)
+        run.replacing = True
+        try:
+            return super().replace(sig)
+        except Ignore:
+            raise
+        except Exception:
+            run.replacing = False
+            raise

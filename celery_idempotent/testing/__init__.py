@@ -1,0 +1,55 @@
+"""The contract of a store as a test suite, to be run on every implementation of :class:`~celery_idempotent.store.Store`.
+
+Importing this module imports pytest. A store passes when a subclass such as this passes::
+
+    class TestMyStore(StoreContract):
+        @pytest.fixture
+        def open_store_again(self, tmp_path):
+            return functools.partial(MyStore, tmp_path / "queue_log")
+"""
+
+from __future__ import annotations
+
+import pytest
+
+# Before they are imported: pytest explains only the asserts of modules that it knows.
+for _module in (
+    "base",
+    "claiming",
+    "ending",
+    "examples",
+    "handing_on",
+    "operating",
+    "publishing",
+    "races",
+    "recording",
+    "recovering",
+    "taking_over",
+):
+    pytest.register_assert_rewrite(f"celery_idempotent.testing.{_module}")
+
+from celery_idempotent.testing.claiming import ClaimContract  # noqa: E402 - see above
+from celery_idempotent.testing.ending import EndingContract  # noqa: E402
+from celery_idempotent.testing.handing_on import HandingOnContract  # noqa: E402
+from celery_idempotent.testing.operating import OperatorContract  # noqa: E402
+from celery_idempotent.testing.publishing import PublishContract  # noqa: E402
+from celery_idempotent.testing.races import RaceContract  # noqa: E402
+from celery_idempotent.testing.recording import RecordContract  # noqa: E402
+from celery_idempotent.testing.recovering import RecoveryContract  # noqa: E402
+from celery_idempotent.testing.taking_over import TakeOverContract  # noqa: E402
+
+__all__ = ["StoreContract"]
+
+
+class StoreContract(
+    RecordContract,
+    PublishContract,
+    ClaimContract,
+    TakeOverContract,
+    EndingContract,
+    HandingOnContract,
+    RecoveryContract,
+    OperatorContract,
+    RaceContract,
+):
+    """Every promise of the port, a test each. Override the fixture ``open_store_again``; nothing else is needed."""

@@ -1,0 +1,115 @@
+"""Messages and rows that the contract's tests begin with, and how they wait."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+from celery_idempotent.records import Claim, Claimed, MessageKey, NewMessage, Recorded, Row, Taken
+from celery_idempotent.store import Store
+
+__all__ = [
+    "GRACE",
+    "KEY",
+    "LEASE",
+    "WORKER",
+    "claim",
+    "done",
+    "expired_id",
+    "new_message",
+    "pending",
+    "processing",
+    "read",
+    "same_row",
+    "take",
+    "try_claim",
+    "wait_until",
+]
+
+KEY = MessageKey("order:1", "shop.charge")
+WORKER = "host-a:101"
+LEASE = 60.0
+GRACE = 30.0
+
+
+def new_message(key: MessageKey = KEY, **changes: Any) -> NewMessage:
+    """A message as a producer sends it, with a value in every field that may have one."""
+    values: dict[str, Any] = {
+        "key": key,
+        "task_id": "task-1",
+        "queue": "celery",
+        "fingerprint": "a" * 64,
+        "message": b'{"args": ["o-1", 500]}',
+    }
+    return NewMessage(**{**values, **changes})
+
+
+def read(store: Store, key: MessageKey = KEY) -> Row:
+    """The row, which has to be there."""
+    row = store.find(key)
+    assert row is not None, f"{key} has no row"
+    return row
+
+
+def same_row(first: Row, second: Row) -> bool:
+    """Whether two rows differ in nothing but when they were read."""
+    names = [field.name for field in fields(Row) if field.name != "read_at"]
+    return all(getattr(first, name) == getattr(second, name) for name in names)
+
+
+def try_claim(
+    store: Store, message: NewMessage | None = None, *, worker: str = WORKER, lease: float = LEASE
+) -> Claimed | Taken:
+    """What a claim of the message answers."""
+    return store.claim(new_message() if message is None else message, worker=worker, lease=lease, grace=GRACE)
+
+
+def claim(store: Store, message: NewMessage | None = None, *, worker: str = WORKER, lease: float = LEASE) -> Claim:
+    """The claim on a message, which has to succeed."""
+    answer = try_claim(store, message, worker=worker, lease=lease)
+    assert isinstance(answer, Claimed), f"not claimed: {answer}"
+    return answer.claim
+
+
+def pending(store: Store, **changes: Any) -> Row:
+    """A message just recorded."""
+    message = new_message(**changes)
+    assert store.record(message) == Recorded()
+    return read(store, message.key)
+
+
+def processing(store: Store, **changes: Any) -> Claim:
+    """A message recorded and claimed."""
+    message = new_message(**changes)
+    assert store.record(message) == Recorded()
+    return claim(store, message)
+
+
+def take(store: Store, row: Row, *, worker: str = "host-b:202", lease: float = LEASE, attempt: int = 0) -> Claim | None:
+    """The claim on a message taken over from its owner, or ``None``."""
+    answer = store.take_over(row, task_id="task-2", worker=worker, lease=lease, attempt=attempt)
+    return None if answer is None else answer.claim
+
+
+def done(store: Store, *, unique_for: float | None = None, **changes: Any) -> Claim:
+    """A message recorded, claimed and completed; the claim that did it."""
+    held = processing(store, **changes)
+    assert store.complete(held, result=b'"receipt"', unique_for=unique_for)
+    return held
+
+
+def expired_id(store: Store, **changes: Any) -> Claim:
+    """A message that is done and whose id is free again; the claim that did it."""
+    held = done(store, unique_for=0.001, **changes)
+    wait_until(lambda: read(store, held.key).expired)
+    return held
+
+
+def wait_until(condition: Callable[[], bool], *, timeout: float = 10.0) -> None:
+    """Ask until the answer is true; fail after ``timeout`` seconds."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {timeout} s in vain"
+        time.sleep(0.002)

@@ -1,0 +1,210 @@
+"""The contract of what recovery asks for: ``lapsed``, ``waiting``, ``unsent``, ``not_published``, ``purge``."""
+
+# ruff: noqa: D102 - a test's name says what it shows
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from celery_idempotent.records import MessageKey, Recorded, Row, Status
+from celery_idempotent.store import Store
+from celery_idempotent.testing.base import StoreFixtures
+from celery_idempotent.testing.examples import (
+    KEY,
+    LEASE,
+    claim,
+    done,
+    expired_id,
+    new_message,
+    pending,
+    processing,
+    read,
+    same_row,
+    take,
+    wait_until,
+)
+
+__all__ = ["RecoveryContract"]
+
+LONG = 3600.0
+
+
+def overdue(store: Store, name: str = "order:1") -> Row:
+    """A message whose lease ran out."""
+    held = processing(store, key=MessageKey(name, "t"))
+    assert store.expire(held)
+    return read(store, held.key)
+
+
+def ids(rows: list[Row]) -> list[str]:
+    """The message ids, in their order."""
+    return [row.key.message_id for row in rows]
+
+
+class RecoveryContract(StoreFixtures):
+    """What there is to recover, and taking turns at it."""
+
+    # -- lapsed --------------------------------------------------------------------------------------------------------
+
+    def test_leases_that_ran_out_are_listed_with_their_messages(self, store: Store) -> None:
+        row = overdue(store)
+        processing(store, key=MessageKey("live", "t"))
+        pending(store, key=MessageKey("pending", "t"))
+        done(store, key=MessageKey("done", "t"))
+
+        (lapsed,) = store.lapsed(again_after=LONG, limit=10)
+
+        assert (lapsed.key, lapsed.token, lapsed.message) == (row.key, row.token, row.message)
+
+    def test_no_more_are_listed_than_asked_for(self, store: Store) -> None:
+        for number in range(3):
+            overdue(store, f"m{number}")
+            pending(store, key=MessageKey(f"w{number}", "t"))
+            pending(store, key=MessageKey(f"u{number}", "t"), published=False)
+        wait_until(lambda: len(store.waiting(older_than=0.0, limit=10)) == 3)
+        assert ids(store.lapsed(again_after=LONG, limit=2)) == ["m0", "m1"]
+        assert ids(store.waiting(older_than=0.0, limit=2)) == ["w0", "w1"]
+        assert ids(store.unsent(limit=2)) == ["u0", "u1"]
+
+    def test_a_lapsed_message_published_again_is_listed_again_after_a_while(self, store: Store) -> None:
+        row = overdue(store)
+        assert store.republish(row)
+        assert store.lapsed(again_after=LONG, limit=10) == []
+        wait_until(lambda: ids(store.lapsed(again_after=0.0, limit=10)) == [KEY.message_id])
+
+    def test_of_two_that_publish_a_lapsed_message_again_one_succeeds(self, store: Store) -> None:
+        row = overdue(store)
+        assert store.republish(row)
+        assert not store.republish(row)
+
+    def test_a_message_whose_lease_lives_is_not_published_again(self, store: Store) -> None:
+        held = processing(store)
+        assert not store.republish(read(store))
+        store.expire(held)
+        row = read(store)
+        store.renew([held], lease=LEASE)
+        assert not store.republish(row)
+
+    def test_a_message_taken_over_is_not_published_again(self, store: Store) -> None:
+        row = overdue(store)
+        assert take(store, row) is not None
+        assert not store.republish(row)
+
+    # -- waiting -------------------------------------------------------------------------------------------------------
+
+    def test_messages_that_wait_are_listed_with_their_messages(self, store: Store) -> None:
+        row = pending(store)
+        done(store, key=MessageKey("done", "t"))
+        processing(store, key=MessageKey("running", "t"))
+        pending(store, key=MessageKey("unsent", "t"), published=False)
+        wait_until(lambda: store.waiting(older_than=0.0, limit=10) != [])
+        (waiting,) = store.waiting(older_than=0.0, limit=10)
+        assert (waiting.key, waiting.message) == (row.key, row.message)
+        assert store.waiting(older_than=LONG, limit=10) == []
+
+    def test_a_message_is_not_waiting_before_it_is_due(self, store: Store) -> None:
+        pending(store, key=MessageKey("later", "t"), delay=LONG)
+        pending(store, key=MessageKey("due", "t"), delay=-LONG)
+        wait_until(lambda: store.waiting(older_than=0.0, limit=10) != [])
+        assert ids(store.waiting(older_than=0.0, limit=10)) == ["due"]
+
+    def test_messages_of_one_queue_are_listed(self, store: Store) -> None:
+        pending(store, key=MessageKey("a", "t"), queue="a")
+        pending(store, key=MessageKey("b", "t"), queue="b")
+        wait_until(lambda: len(store.waiting(older_than=0.0, limit=10)) == 2)
+        assert ids(store.waiting(older_than=0.0, limit=10, queue="b")) == ["b"]
+
+    def test_messages_published_before_a_moment_are_listed(self, store: Store) -> None:
+        row = pending(store)
+        assert row.published_at is not None
+        wait_until(lambda: store.waiting(older_than=0.0, limit=10) != [])
+        assert store.waiting(older_than=0.0, limit=10, before=row.published_at) == []
+        after = row.published_at + timedelta(milliseconds=1)
+        assert ids(store.waiting(older_than=0.0, limit=10, before=after)) == [KEY.message_id]
+
+    def test_a_message_published_again_waits_anew_behind_the_others(self, store: Store) -> None:
+        first = pending(store, key=MessageKey("first", "t"))
+        pending(store, key=MessageKey("second", "t"))
+        assert store.republish(first)
+        wait_until(lambda: len(store.waiting(older_than=0.0, limit=10)) == 2)
+        assert ids(store.waiting(older_than=0.0, limit=10)) == ["second", "first"]
+
+    # -- unsent --------------------------------------------------------------------------------------------------------
+
+    def test_messages_left_to_the_relay_are_listed_until_published(self, store: Store) -> None:
+        row = pending(store, published=False)
+        pending(store, key=MessageKey("sent", "t"))
+        (unsent,) = store.unsent(limit=10)
+        assert (unsent.key, unsent.message) == (row.key, row.message)
+        assert store.republish(unsent)
+        assert store.unsent(limit=10) == []
+
+    def test_a_publication_that_failed_is_taken_back(self, store: Store) -> None:
+        row = pending(store, published=False)
+        store.republish(row)
+        store.not_published(KEY, token=row.token)
+        assert ids(store.unsent(limit=10)) == [KEY.message_id]
+
+    def test_a_publication_that_was_claimed_is_not_taken_back(self, store: Store) -> None:
+        row = pending(store)
+        claim(store)
+        store.not_published(KEY, token=row.token)
+        assert read(store).published_at is not None
+
+    def test_a_lapsed_message_whose_publication_failed_is_listed_at_once(self, store: Store) -> None:
+        row = overdue(store)
+        assert store.republish(row)
+        store.not_published(row.key, token=row.token)
+        (lapsed,) = store.lapsed(again_after=LONG, limit=10)
+        assert (lapsed.key, lapsed.published_at) == (row.key, None)
+        assert store.republish(lapsed)
+
+    def test_a_publication_of_what_is_done_since_is_not_taken_back(self, store: Store) -> None:
+        held = done(store)
+        before = read(store)
+        store.not_published(KEY, token=held.token)
+        assert same_row(read(store), before)
+
+    # -- purge ---------------------------------------------------------------------------------------------------------
+
+    def test_what_was_done_long_ago_is_purged(self, store: Store) -> None:
+        done(store, key=MessageKey("done", "t"))
+        store.fail(processing(store, key=MessageKey("failed", "t")), error="ValueError: no")
+        pending(store, key=MessageKey("pending", "t"))
+        processing(store, key=MessageKey("running", "t"))
+        overdue(store, "overdue")
+
+        assert store.purge(older_than=LONG, limit=10) == 0
+        purged = 0
+
+        def purge() -> bool:
+            nonlocal purged
+            purged += store.purge(older_than=0.0, limit=10)
+            return purged == 2
+
+        wait_until(purge)
+        assert {count.status for count in store.counts()} == {Status.PENDING, Status.PROCESSING}
+        assert store.record(new_message(MessageKey("done", "t"))) == Recorded()
+
+    def test_no_more_are_purged_than_asked_for(self, store: Store) -> None:
+        held = [done(store, key=MessageKey(f"m{number}", "t")) for number in range(3)]
+        ended = read(store, held[-1].key).processed_timestamp
+        assert ended is not None
+        wait_until(lambda: read(store, held[-1].key).read_at > ended)
+        assert store.purge(older_than=0.0, limit=2) == 2
+        assert store.purge(older_than=0.0, limit=2) == 1
+        assert store.purge(older_than=0.0, limit=2) == 0
+
+    def test_an_id_that_stays_taken_for_longer_is_not_purged(self, store: Store) -> None:
+        held = processing(store)
+        store.complete(held, result=b"1", unique_for=LONG)
+        ended = read(store, held.key).processed_timestamp
+        assert ended is not None
+        wait_until(lambda: read(store, held.key).read_at > ended)
+        assert store.purge(older_than=0.0, limit=10) == 0
+
+    def test_an_id_in_its_second_life_is_not_purged(self, store: Store) -> None:
+        expired_id(store)
+        store.record(new_message())
+        assert store.purge(older_than=0.0, limit=10) == 0
+        assert read(store).status is Status.PENDING

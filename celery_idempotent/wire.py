@@ -1,0 +1,71 @@
+"""What travels with a message: its id, and what its consumer must not compute again.
+
+The id is the AMQP property ``message_id``, which any producer can set. A producer with this library also sends the header
+``idempotent``: ``Task.retry`` drops properties and keeps headers, an eager run has headers only, and a fingerprint computed once
+by the producer stays right when a body changes its arguments and retries with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["HEADER", "Marker"]
+
+HEADER = "idempotent"
+
+
+@dataclass(frozen=True, slots=True)
+class Marker:
+    """The header of a recorded message.
+
+    Attributes:
+        message_id: Its message id.
+        task_name: The task that the id belongs to.
+        task_id: The Celery id it was published under. With ``task_name`` it tells a message sent on by its own run from
+            headers that a user copied to another call.
+        fingerprint: SHA-256 of its canonical arguments; ``None`` when they are not compared.
+        holds: How often this copy was held already; each hold is longer than the one before.
+    """
+
+    message_id: str
+    task_name: str
+    task_id: str
+    fingerprint: str | None = None
+    holds: int = 0
+
+    @classmethod
+    def read(cls, headers: Mapping[str, Any] | None) -> Marker | None:
+        """The marker among a message's headers, or ``None``; anything malformed counts as none."""
+        found = headers.get(HEADER) if isinstance(headers, Mapping) else None
+        if not isinstance(found, Mapping):
+            return None
+        message_id, task_name, task_id = (found.get(name) for name in ("message_id", "task", "task_id"))
+        if not (isinstance(message_id, str) and isinstance(task_name, str) and isinstance(task_id, str)):
+            return None
+        fingerprint, holds = found.get("fingerprint"), found.get("holds")
+        return cls(
+            message_id,
+            task_name,
+            task_id,
+            fingerprint if isinstance(fingerprint, str) else None,
+            holds if isinstance(holds, int) and holds > 0 else 0,
+        )
+
+    def write(self, headers: Mapping[str, Any] | None) -> dict[str, Any]:
+        """The headers with this marker among them."""
+        marker: dict[str, str | int] = {
+            "message_id": self.message_id,
+            "task": self.task_name,
+            "task_id": self.task_id,
+        }
+        if self.fingerprint is not None:
+            marker["fingerprint"] = self.fingerprint
+        if self.holds:
+            marker["holds"] = self.holds
+        return {**(headers or {}), HEADER: marker}
+
+    def belongs_to(self, task_name: str, task_id: str | None) -> bool:
+        """Whether a call with this header sends on the marker's own message."""
+        return self.task_name == task_name and self.task_id == task_id

@@ -1,0 +1,1 @@
+"""Tests, in layers: unit, contract, integration, acceptance, chaos. What they share is in :mod:`tests.support`."""

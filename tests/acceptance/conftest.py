@@ -1,0 +1,105 @@
+"""What the acceptance tests share: a guarded and a plain worker on each broker, started once.
+
+``guarded`` and ``plain`` are stands (see :mod:`tests.support.stand`); a test that asks for one runs once per broker::
+
+    @pytest.mark.parametrize("stands", ["redis"], indirect=True)    # on one only
+
+All tests on one broker's stands run in one process of pytest-xdist (``--dist loadgroup``), so that there is one pair of workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import _attach_log, missing
+from tests.support.brokers import Broker, filesystem_broker, rabbitmq_broker, redis_broker
+from tests.support.servers import NotInstalledError, PrivateRedis
+from tests.support.stand import SideBySide, Stand, open_stands
+from tests.support.stores import mariadb_store, postgresql_store, sqlite_store
+
+#: Each broker beside another store, so that every store is under real workers too.
+STORE_BESIDE = {
+    "redis": "postgresql",
+    "rabbitmq-classic": "mariadb",
+    "rabbitmq-quorum": "postgresql",
+    "filesystem": "sqlite",
+}
+
+
+@pytest.fixture(scope="session")
+def shared_redis() -> Iterator[PrivateRedis]:
+    """A Redis for the stands of this session: results in database 0, messages in 1 (guarded) and 2 (plain)."""
+    try:
+        server = PrivateRedis().__enter__()
+    except NotInstalledError as error:
+        missing("a private Redis", str(error))
+        raise
+    yield server
+    server.close()
+
+
+@pytest.fixture(
+    scope="session",
+    params=[pytest.param(name, marks=pytest.mark.xdist_group(f"stands-{name}")) for name in STORE_BESIDE],
+)
+def stands(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, shared_redis: PrivateRedis
+) -> Iterator[SideBySide]:
+    """A guarded and a plain worker on one kind of broker."""
+    directory = tmp_path_factory.mktemp(f"stands-{request.param}")
+    with ExitStack() as stack:
+        guarded, plain = (
+            _broker(stack, request, name, directory / name, database)
+            for database, name in enumerate(("guarded", "plain"), 1)
+        )
+        yield stack.enter_context(
+            open_stands(
+                directory,
+                backend=shared_redis.url,
+                store=_store(stack, request, directory),
+                guarded=guarded,
+                plain=plain,
+            )
+        )
+
+
+def _broker(stack: ExitStack, request: pytest.FixtureRequest, name: str, directory: Path, database: int) -> Broker:
+    kind = request.param
+    if kind == "redis":
+        server: PrivateRedis = request.getfixturevalue("shared_redis")
+        return redis_broker(f"{server.url.removesuffix('/0')}/{database}")
+    if kind == "filesystem":
+        return filesystem_broker(directory)
+    url = request.getfixturevalue("rabbitmq_url")
+    return stack.enter_context(rabbitmq_broker(url, queue_type=kind.removeprefix("rabbitmq-")))
+
+
+def _store(stack: ExitStack, request: pytest.FixtureRequest, directory: Path) -> str:
+    match STORE_BESIDE[request.param]:
+        case "postgresql":
+            return stack.enter_context(postgresql_store(request.getfixturevalue("postgresql_url")))
+        case "mariadb":
+            return stack.enter_context(mariadb_store(request.getfixturevalue("mariadb_url")))
+        case _:
+            return sqlite_store(directory)
+
+
+@pytest.fixture
+def guarded(stands: SideBySide, request: pytest.FixtureRequest) -> Stand:
+    """The guarded worker and its app."""
+    return _with_log(stands.guarded, request)
+
+
+@pytest.fixture
+def plain(stands: SideBySide, request: pytest.FixtureRequest) -> Stand:
+    """The same tasks on Celery's own class."""
+    return _with_log(stands.plain, request)
+
+
+def _with_log(stand: Stand, request: pytest.FixtureRequest) -> Stand:
+    _attach_log(request, f"worker {stand.worker.hostname}", stand.worker.log_tail)
+    return stand

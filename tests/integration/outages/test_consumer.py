@@ -1,0 +1,321 @@
+"""A worker whose store goes away: it waits, puts back what it cannot claim, and no message is lost or run twice for it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from celery import Celery
+from celery.result import AsyncResult
+
+from celery_idempotent import StoreUnavailableError
+from celery_idempotent.records import MessageKey, ProcessedStatus, Row, RowFilter, Status
+from tests.support.apps import AppSpec, OpenApp
+from tests.support.ledger import Ledger
+from tests.support.proxy import Proxy
+from tests.support.servers import PrivatePostgreSQL
+from tests.support.waiting import wait_until
+from tests.support.worker import WorkerProcess
+
+StartImpatient = Callable[..., WorkerProcess]
+
+early_and_late = pytest.mark.parametrize("task", ["echo", "late"], ids=["early ack", "late ack"])
+
+#: What a worker says of an outage: that it puts a message back, or that it must wait for an answer.
+PUTS_BACK, WAITS = "is delivered again in 1 s", "asking again until the store answers"
+
+
+def wait_for_log(worker: WorkerProcess, *texts: str, count: int = 1) -> None:
+    """Wait until a worker has said any of the texts so often in all."""
+    wait_until(
+        lambda: sum(worker.log.read_text(errors="replace").count(text) for text in texts) >= count,
+        timeout=60,
+        describe=lambda: f"{count} of {texts} from {worker.hostname}:\n{worker.log_tail()}",
+    )
+
+
+def row_of(app: Celery, message_id: str, task: str) -> Row:
+    row: Row | None = app.queue_log.store.find(MessageKey(message_id, task))
+    assert row is not None
+    return row
+
+
+def assert_ran_once_each(app: Celery, ledger: Ledger, task: str, message_ids: list[str]) -> None:
+    """The ledger, the table and the broker agree: one run of each, nothing left over."""
+    assert sorted(note.message_id or "" for note in ledger.starts(task)) == sorted(message_ids)
+    assert sorted(note.message_id or "" for note in ledger.ends(task)) == sorted(message_ids)
+    rows = list(app.queue_log.store.rows(RowFilter(task_name=task, limit=1000)))
+    assert sorted(row.key.message_id for row in rows) == sorted(message_ids)
+    assert {(row.status, row.processed_status) for row in rows} == {(Status.DONE, ProcessedStatus.SUCCESS)}
+    assert app.backend.client.llen(app.conf.task_default_queue) == 0
+
+
+class Caller:
+    """Sends messages one after the other, each until it is taken, whatever the store does meanwhile."""
+
+    def __init__(self, app: Celery, task: str) -> None:
+        self.app = app
+        self.task = task
+        self.results: dict[str, AsyncResult[Any]] = {}
+        self.refusals = 0
+        #: Those whose first call got no answer: it may have been recorded by then, without ever having been sent.
+        self.doubtful: list[str] = []
+
+    def call(self, message_id: str) -> AsyncResult[Any]:
+        while True:
+            try:
+                return self.app.tasks[self.task].apply_async((message_id,), message_id=message_id)
+            except StoreUnavailableError as error:
+                self.refusals += 1
+                if not error.unsent:
+                    self.doubtful.append(message_id)
+
+    def call_all(self, message_ids: list[str]) -> None:
+        for message_id in message_ids:
+            self.results[message_id] = self.call(message_id)
+
+    @contextmanager
+    def calling(self, message_ids: list[str]) -> Iterator[None]:
+        """Call them all beside the block."""
+        thread = threading.Thread(target=self.call_all, args=(message_ids,), daemon=True)
+        thread.start()
+        yield
+        thread.join(60)
+        assert not thread.is_alive(), f"{len(self.results)} of {len(message_ids)} messages were sent"
+
+    def assert_answered(self) -> None:
+        # As a caller does who was told that it is not known: call again, which sends it once it is taken for lost.
+        for message_id in self.doubtful:
+            wait_until(lambda: self.call(message_id).ready(), interval=0.5, describe=f"the doubtful {message_id}")  # noqa: B023
+        for message_id, result in self.results.items():
+            if message_id not in self.doubtful:
+                assert result.get(timeout=60) == message_id
+
+
+@early_and_late
+@pytest.mark.parametrize("go_down", ["stop", "kill"])
+def test_two_hundred_messages_run_once_each_while_the_server_goes_and_comes(
+    spec: AppSpec,
+    open_app: OpenApp,
+    start_impatient: StartImpatient,
+    ledger: Ledger,
+    postgresql: PrivatePostgreSQL,
+    task: str,
+    go_down: str,
+) -> None:
+    app = open_app(replace(spec, settings={**spec.settings, "idempotent_lost_after": 2}))
+    caller = Caller(app, task)
+    message_ids = [f"m-{number}" for number in range(200)]
+    worker = start_impatient(pool="prefork", concurrency=2)
+
+    # A worker that keeps up has nothing left at the moment the server goes: these come due while it is away.
+    due_ids = [f"due-{number}" for number in range(4)]
+
+    with caller.calling(message_ids):
+        wait_until(lambda: len(ledger.ends(task)) >= 20, describe="the first runs")
+        due = [app.tasks[task].apply_async((name,), message_id=name, countdown=3) for name in due_ids]
+        getattr(postgresql, go_down)()
+        wait_for_log(worker, PUTS_BACK, WAITS, count=2)
+        wait_until(lambda: caller.refusals, describe="a refusal")
+        postgresql.start()
+
+    caller.assert_answered()
+    assert [result.get(timeout=60) for result in due] == due_ids
+    assert_ran_once_each(app, ledger, task, [*message_ids, *due_ids])
+
+
+@early_and_late
+def test_what_arrives_during_the_outage_is_put_back_and_runs_after_it(
+    app: Celery, start_impatient: StartImpatient, ledger: Ledger, postgresql: PrivatePostgreSQL, task: str
+) -> None:
+    worker = start_impatient(pool="prefork", concurrency=2)
+    app.tasks[task].apply_async(("warm",), message_id="warm").get(timeout=60)
+    message_ids = [f"m-{number}" for number in range(8)]
+    results = [app.tasks[task].apply_async((number,), message_id=number, countdown=2) for number in message_ids]
+
+    postgresql.stop()
+    by_name = app.send_task(task, ("by name",), message_id="by-name")
+    # Some of them twice by now.
+    wait_for_log(worker, PUTS_BACK, count=10)
+    assert len(ledger.starts(task)) == 1
+    postgresql.start()
+
+    assert [result.get(timeout=60) for result in results] == message_ids
+    assert by_name.get(timeout=60) == "by name"
+    assert_ran_once_each(app, ledger, task, ["warm", "by-name", *message_ids])
+    assert {row.duplicates for row in app.queue_log.store.rows(RowFilter(task_name=task))} == {0}
+
+
+def test_bodies_that_end_during_the_outage_are_kept_until_it_is_over(
+    app: Celery, start_impatient: StartImpatient, ledger: Ledger, postgresql: PrivatePostgreSQL, tmp_path: Any
+) -> None:
+    worker = start_impatient(pool="prefork", concurrency=4)
+    gate = tmp_path / "gate"
+    ends = app.tasks["ends"]
+    succeeded = ends.apply_async((str(gate), "succeed"), message_id="succeed")
+    linked = ends.apply_async((str(gate), "link"), message_id="link", link=app.tasks["echo"].si("linked"))
+    failed = ends.apply_async((str(gate), "fail"), message_id="fail")
+    retried = ends.apply_async((str(gate), "retry"), message_id="retry")
+    wait_until(lambda: len(ledger.starts("ends")) == 4, describe="all starts")
+
+    postgresql.stop()
+    gate.touch()
+    for what in ("record a success", "note a recovery point", "record a failure", "hand a message on"):
+        wait_for_log(worker, f"cannot {what} for ends[")
+    assert not any(result.ready() for result in (succeeded, linked, failed, retried))
+    postgresql.start()
+
+    assert (succeeded.get(timeout=60), linked.get(timeout=60), retried.get(timeout=60)) == ("succeed", "link", "retry")
+    with pytest.raises(ValueError, match="fail"):
+        failed.get(timeout=60)
+    wait_until(lambda: ledger.ends("echo"), describe="the callback")
+    starts = sorted((note.message_id, note.retries) for note in ledger.starts("ends"))
+    assert starts == [("fail", 0), ("link", 0), ("retry", 0), ("retry", 1), ("succeed", 0)]
+    wait_until(
+        lambda: all(row_of(app, name, "ends").status is Status.DONE for name in ("succeed", "link", "fail", "retry")),
+        describe="the ends of all rows",
+    )
+    assert row_of(app, "fail", "ends").processed_status is ProcessedStatus.FAILURE
+    assert row_of(app, "link", "ends").processed_status is ProcessedStatus.SUCCESS
+
+
+@pytest.mark.parametrize(
+    ("how", "moment", "starts"),
+    [("succeed", "claim", 1), ("succeed", "success", 1), ("fail", "failure", 1), ("retry", "retry", 2)],
+    ids=["of a claim", "of a success", "of a failure", "of a retry"],
+)
+def test_an_answer_that_was_lost_on_its_way(
+    spec: AppSpec,
+    app: Celery,
+    start_impatient: StartImpatient,
+    ledger: Ledger,
+    tmp_path: Any,
+    how: str,
+    moment: str,
+    starts: int,
+) -> None:
+    gate = tmp_path / "gate"
+    with Proxy(spec.store) as proxy:
+        worker = start_impatient(settings={"idempotent_store": proxy.url}, pool="prefork")
+        app.tasks["ends"].apply_async((__file__, "succeed"), message_id="warm").get(timeout=60)
+        if moment == "claim":
+            proxy.swallow_answer_to(b"UPDATE")
+            gate.touch()
+        result = app.tasks["ends"].apply_async((str(gate), how), message_id="m")
+        if moment != "claim":
+            wait_until(lambda: ledger.starts("ends", task_id=result.id), describe="the start")
+            proxy.swallow_answer_to(b"UPDATE")
+            gate.touch()
+        assert proxy.swallowed.wait(60)
+        wait_for_log(worker, WAITS)
+        written = {"claim": "processing", "success": "done", "failure": "done", "retry": "pending"}[moment]
+        assert row_of(app, "m", "ends").status == written, "the server has done what it was asked"
+
+        proxy.reopen()
+        assert str(result.get(timeout=60, propagate=False)) == how
+
+        row = wait_until(
+            lambda: row if (row := row_of(app, "m", "ends")).status is Status.DONE else None, describe="the end"
+        )
+        assert (row.token, row.duplicates) == (starts, 0)
+        assert len(ledger.starts("ends", task_id=result.id)) == starts
+        worker.stop()
+
+
+@early_and_late
+def test_a_frozen_server_hangs_nobody_and_loses_nothing(
+    spec: AppSpec,
+    open_app: OpenApp,
+    start_impatient: StartImpatient,
+    ledger: Ledger,
+    postgresql: PrivatePostgreSQL,
+    task: str,
+) -> None:
+    app = open_app(replace(spec, settings={**spec.settings, "idempotent_lost_after": 2}))
+    caller = Caller(app, task)
+    message_ids = [f"m-{number}" for number in range(60)]
+    worker = start_impatient(pool="prefork", concurrency=2)
+
+    with caller.calling(message_ids):
+        wait_until(lambda: len(ledger.ends(task)) >= 10, describe="the first runs")
+        postgresql.pause()
+        wait_for_log(worker, WAITS, count=2)
+        postgresql.resume()
+
+    caller.assert_answered()
+    assert_ran_once_each(app, ledger, task, message_ids)
+
+
+def test_a_frozen_server_does_not_stop_the_main_process(
+    spec: AppSpec, app: Celery, start_impatient: StartImpatient, postgresql: PrivatePostgreSQL
+) -> None:
+    worker = start_impatient(pool="prefork")
+    app.tasks["echo"].apply_async((1,), message_id="warm").get(timeout=60)
+    revoked = app.tasks["echo"].apply_async((1,), message_id="m", countdown=3)
+    app.control.revoke(revoked.id)
+    worker.wait_for_log("Tasks flagged as revoked")
+
+    postgresql.pause()
+    worker.wait_for_log("echo[m] was revoked, but its row stays pending", timeout=60)
+    answers = wait_until(lambda: app.control.ping(destination=[worker.hostname], timeout=5), describe="a pong")
+
+    assert answers == [{worker.hostname: {"ok": "pong"}}]
+    assert app.tasks["echo"].AsyncResult(revoked.id).state == "REVOKED"
+
+
+def test_run_goes_on_unguarded_and_loudly(
+    spec: AppSpec,
+    open_app: OpenApp,
+    start_impatient: StartImpatient,
+    ledger: Ledger,
+    postgresql: PrivatePostgreSQL,
+    tmp_path: Any,
+) -> None:
+    app = open_app(replace(spec, settings={**spec.settings, "idempotent_on_store_error": "run"}))
+    worker = start_impatient(settings={"idempotent_on_store_error": "run"}, pool="threads")
+    gate = tmp_path / "gate"
+    running = app.tasks["ends"].apply_async((str(gate), "succeed"), message_id="running")
+    wait_until(lambda: ledger.starts("ends"), describe="the start")
+
+    postgresql.stop()
+    gate.touch()
+    assert running.get(timeout=60) == "succeed"
+    arriving = app.tasks["echo"].apply_async((1,), message_id="arriving")
+    assert arriving.get(timeout=60) == 1
+
+    log = worker.log.read_text()
+    assert "could not record a success for ends[running], so a copy of it may run again" in log
+    assert "echo[arriving] runs unguarded, the store gives no answer" in log
+    postgresql.start()
+    assert row_of(app, "running", "ends").status is Status.PROCESSING
+    assert app.queue_log.store.find(MessageKey("arriving", "echo")) is None
+
+
+def test_raise_tells_the_caller(
+    spec: AppSpec,
+    open_app: OpenApp,
+    start_impatient: StartImpatient,
+    ledger: Ledger,
+    postgresql: PrivatePostgreSQL,
+    tmp_path: Any,
+) -> None:
+    app = open_app(spec)
+    start_impatient(settings={"idempotent_on_store_error": "raise"}, pool="threads", concurrency=2)
+    gate = tmp_path / "gate"
+    running = app.tasks["ends"].apply_async((str(gate), "succeed"), message_id="running")
+    arriving = app.tasks["echo"].apply_async((1,), message_id="arriving", countdown=2)
+    wait_until(lambda: ledger.starts("ends"), describe="the start")
+
+    postgresql.stop()
+    gate.touch()
+
+    for result in (running, arriving):
+        error = result.get(timeout=60, propagate=False)
+        assert (result.state, type(error)) == ("FAILURE", StoreUnavailableError)
+        assert "the queue log at postgresql+psycopg://postgres@127.0.0.1" in str(error)
+        assert "gave no answer" in str(error)
+    assert ledger.starts("echo") == []

@@ -1,0 +1,117 @@
+"""Schedules: two beats that fire the same entry send one message."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import Celery
+from celery.beat import ScheduleEntry, Scheduler
+
+from celery_idempotent.records import ProcessedStatus
+from tests.support.apps import AppSpec
+from tests.support.bench import PATIENCE, Bench, close
+from tests.support.processes import kill_tree
+from tests.support.waiting import wait_until
+from tests.support.worker import ROOT
+
+SUCCESS = ProcessedStatus.SUCCESS
+
+
+@contextmanager
+def beat(spec: AppSpec, schedule: dict[str, Any], directory: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A ``celery beat`` with a schedule and a file of its own."""
+    settings = {**spec.settings, "beat_schedule": schedule, "beat_max_loop_interval": 0.2}
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "celery", "-A", "tests.support.apps.worker", "beat", "--loglevel=INFO"),
+                *(f"--schedule={directory / (log.stem + '.db')}", "--pidfile="),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=directory,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **replace(spec, settings=settings).environment()},
+            start_new_session=True,
+        )
+    try:
+        yield process
+    finally:
+        kill_tree(process)
+
+
+def test_two_beats_send_each_entry_once(bench: Bench, tmp_path: Path) -> None:
+    """Two ``celery beat`` processes; the entries' ids are fixed, so all that they ever send of one is one message."""
+    by_id, order = bench.fresh(), bench.fresh("order")
+    schedule = {
+        "by id": {"task": "echo", "schedule": 0.5, "args": ["tick"], "options": {"message_id": by_id}},
+        "by format": {"task": "order.raise", "schedule": 0.5, "args": [order]},
+    }
+    logs = [tmp_path / "beat-1.log", tmp_path / "beat-2.log"]
+
+    def fired(log: Path, name: str) -> int:
+        return log.read_text(errors="replace").count(f"Scheduler: Sending due task {name}") if log.exists() else 0
+
+    with (
+        beat(bench.spec, schedule, tmp_path, logs[0]) as first,
+        beat(bench.spec, schedule, tmp_path, logs[1]) as second,
+    ):
+        wait_until(
+            lambda: all(fired(log, name) >= 3 for log in logs for name in schedule),
+            timeout=2 * PATIENCE,
+            describe=lambda: "\n".join(log.read_text() for log in logs if log.exists()),
+        )
+        # Nothing of the library holds a beat up that is told to stop.
+        for process in (first, second):
+            assert process.poll() is None
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=PATIENCE) == 0
+
+    rows = [bench.done("echo", by_id), bench.done("order.raise", f"order:{order}")]
+    assert [(row.processed_status, row.token) for row in rows] == [(SUCCESS, 1), (SUCCESS, 1)]
+    assert [row.duplicates >= 3 for row in rows] == [True, True]
+    assert (len(bench.starts("echo", by_id)), len(bench.starts("order.raise", f"order:{order}"))) == (1, 1)
+    # A duplicate that is raised is an entry in beat's log, and beat goes on.
+    assert "DuplicateMessageError" in logs[0].read_text() + logs[1].read_text()
+
+
+@pytest.fixture
+def schedulers(bench: Bench) -> Iterator[list[Scheduler]]:
+    """What two beats are made of; the second one does not import the tasks, and sends by name."""
+    apps = [bench.spec.build(), Celery("beat", broker=bench.spec.broker, set_as_current=False)]
+    apps[1].conf.update(task_default_queue=bench.spec.queue, result_backend=bench.spec.backend)
+    yield [Scheduler(app, lazy=True) for app in apps]
+    for app in apps:
+        close(app)
+
+
+def test_a_beat_without_the_tasks_is_guarded_by_the_consumer(bench: Bench, schedulers: list[Scheduler]) -> None:
+    m = bench.fresh()
+
+    def apply(scheduler: Scheduler) -> Any:
+        entry = ScheduleEntry(
+            name="every day",
+            task="echo",
+            schedule=timedelta(days=1),
+            args=("tick",),
+            options={"message_id": m},
+            app=scheduler.app,
+        )
+        return scheduler.apply_async(entry, advance=False)
+
+    results = [apply(scheduler) for scheduler in (*schedulers, *schedulers)]
+
+    assert [bench.app.AsyncResult(result.id).get(timeout=PATIENCE) for result in results] == ["tick"] * 4
+    row = bench.wait_for_row("echo", m, lambda row: row.duplicates == 3)
+    assert (row.processed_status, row.token) == (SUCCESS, 1)
+    assert len(bench.starts("echo", m)) == 1

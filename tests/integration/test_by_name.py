@@ -1,0 +1,151 @@
+"""``send_task``: calls by name, which do not pass through the task's class."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from celery import signature
+
+from celery_idempotent import MessageMismatchError
+from celery_idempotent.records import ProcessedStatus, Status
+from tests.support.bench import PATIENCE, Bench, close
+
+SUCCESS = ProcessedStatus.SUCCESS
+
+
+def test_a_call_by_name_is_recorded_before_it_is_published(bench: Bench) -> None:
+    m = bench.fresh()
+
+    result = bench.app.send_task("echo", ("value",), message_id=m, countdown=600)
+
+    row = bench.row("echo", m)
+    assert (row.status, row.task_id, row.queue, row.token) == (Status.PENDING, result.id, bench.spec.queue, 0)
+    assert (row.fingerprint is None, row.message is None, row.attempt) == (False, False, 0)
+    assert row.available_at is not None
+    assert 500 < (row.available_at - row.created_timestamp).total_seconds() < 610
+
+
+@pytest.mark.parametrize("given", ["an id with the call", "the task's format", "the task's callable"])
+def test_however_often_it_is_sent_by_name_it_is_one_run(bench: Bench, given: str) -> None:
+    order = bench.fresh("order")
+    task, args, options, m = {
+        "an id with the call": ("echo", ("value",), {"message_id": order}, order),
+        "the task's format": ("order", (order,), {}, f"order:{order}"),
+        "the task's callable": ("order.daily", (order, "monday"), {}, f"day:monday:{order}"),
+    }[given]
+
+    results = [bench.app.send_task(task, args, **options) for _ in range(5)]
+
+    values = [result.get(timeout=PATIENCE) for result in results]
+    assert len({result.id for result in results}) == 5
+    assert values == [values[0]] * 5
+    assert len(bench.starts(task, m)) == 1
+    row = bench.wait_for_row(task, m, lambda row: row.duplicates == 4)
+    assert (row.status, row.processed_status, row.token) == (Status.DONE, SUCCESS, 1)
+
+
+def test_keywords_and_defaults_are_bound_by_name_too(bench: Bench) -> None:
+    order = bench.fresh("order")
+
+    results = [
+        bench.app.send_task("order.arguments", (order,)),
+        bench.app.send_task("order.arguments", kwargs={"order_id": order}),
+        bench.app.send_task("order.arguments", (order,), {"amount": 1}),
+        bench.task("order.arguments").delay(order),
+    ]
+
+    assert results[-1].duplicate
+    assert [result.get(timeout=PATIENCE) for result in results] == [{"order": order, "amount": 1}] * 4
+    runs = [bench.ledger.starts("order.arguments", task_id=result.id) for result in results[:3]]
+    assert sorted(map(len, runs)) == [0, 0, 1]
+
+
+def test_a_call_and_a_call_by_name_are_one_message(bench: Bench) -> None:
+    m = bench.fresh()
+
+    called = bench.task("echo").apply_async(("value",), message_id=m)
+    assert called.get(timeout=PATIENCE) == "value"
+    named = bench.app.send_task("echo", ("value",), message_id=m)
+    again = bench.task("echo").apply_async(("value",), message_id=m)
+
+    assert named.get(timeout=PATIENCE) == "value"
+    assert (again.id, again.duplicate) == (called.id, True)
+    assert len(bench.starts("echo", m)) == 1
+
+
+def test_without_an_id_each_call_by_name_is_a_message(bench: Bench) -> None:
+    results = [bench.app.send_task("add", (1, 2)) for _ in range(2)]
+
+    assert [result.get(timeout=PATIENCE) for result in results] == [3, 3]
+    for result in results:
+        row = bench.row("add", result.id)
+        assert (row.task_id, row.token, row.duplicates) == (result.id, 1, 0)
+
+
+def test_the_same_task_id_by_name_is_the_same_message(bench: Bench) -> None:
+    chosen = bench.fresh("task")
+    first = bench.app.send_task("add", (1, 2), task_id=chosen)
+    assert first.get(timeout=PATIENCE) == 3
+
+    bench.app.send_task("add", (1, 2), task_id=chosen)
+
+    row = bench.wait_for_row("add", chosen, lambda row: row.duplicates == 1)
+    assert (row.processed_status, row.token) == (SUCCESS, 1)
+    assert len(bench.starts("add", chosen)) == 1
+
+
+def test_other_arguments_by_name_fail_that_call_alone(bench: Bench) -> None:
+    m = bench.fresh()
+    first = bench.app.send_task("echo", (1,), message_id=m)
+    assert first.get(timeout=PATIENCE) == 1
+
+    second = bench.app.send_task("echo", (2,), message_id=m)
+
+    with pytest.raises(MessageMismatchError):
+        second.get(timeout=PATIENCE)
+    row = bench.row("echo", m)
+    assert (row.processed_status, row.task_id) == (SUCCESS, first.id)
+    assert len(bench.starts("echo", m)) == 1
+
+
+def test_signatures_by_name_are_guarded(bench: Bench) -> None:
+    m = bench.fresh()
+
+    results = [
+        signature("echo", args=("value",), app=bench.app).set(message_id=m).apply_async(),
+        bench.app.signature("echo", args=("value",)).set(message_id=m).apply_async(),
+    ]
+
+    assert results[0].get(timeout=PATIENCE) == "value"
+    assert len(bench.starts("echo", m)) == 1
+    row = bench.done("echo", m)
+    assert (row.processed_status, row.token) == (SUCCESS, 1)
+
+
+def test_a_process_that_has_not_touched_its_tasks_yet_is_guarded(bench: Bench) -> None:
+    """Tasks are bound to their app at its first use, which may be this very call."""
+    order = bench.fresh("order")
+    # One module: another registers a class, which touches all tasks.
+    app = replace(bench.spec, tasks=("tests.support.apps.identified",)).build()
+    assert not app.finalized
+
+    result = app.send_task("order", (order,))
+
+    try:
+        assert result.get(timeout=PATIENCE) == {"order": order, "amount": 1}
+        row = bench.done("order", f"order:{order}")
+        assert (row.task_id, row.duplicates) == (result.id, 0)
+        assert bench.task("order").delay(order).duplicate
+    finally:
+        close(app)
+
+
+def test_another_apps_messages_are_left_alone(bench: Bench) -> None:
+    """Celery's signals are one for all apps of a process."""
+    m = bench.fresh()
+
+    result = bench.deliver("echo", ("value",), message_id=m, countdown=600)
+
+    assert result.id
+    assert bench.find("echo", m) is None

@@ -1,0 +1,110 @@
+"""A copy that arrives while its message runs: held, skipped or refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from celery import states
+
+from celery_idempotent import AlreadyProcessingError
+from celery_idempotent.records import ProcessedStatus, Status
+from tests.support.bench import PATIENCE, Bench
+
+SUCCESS = ProcessedStatus.SUCCESS
+
+
+@pytest.mark.parametrize("same_task_id", [True, False], ids=["redelivered", "another task id"])
+def test_a_copy_is_held_until_its_message_has_ended(bench: Bench, same_task_id: bool) -> None:
+    m, gate = bench.fresh(), bench.path("gate")
+    first = bench.task("busy.hold").apply_async((gate, "value"), message_id=m)
+    bench.wait_for_starts("busy.hold", m)
+
+    copy = bench.deliver("busy.hold", (gate, "value"), message_id=m, task_id=first.id if same_task_id else None)
+    bench.wait_until_held("busy.hold", m)
+    row = bench.row("busy.hold", m)
+    assert (row.status, row.token, row.duplicates) == (Status.PROCESSING, 1, 0)
+    Path(gate).touch()
+
+    assert first.get(timeout=PATIENCE) == "value"
+    assert copy.get(timeout=PATIENCE) == "value"
+    row = bench.wait_for_row("busy.hold", m, lambda row: row.duplicates == 1)
+    assert (row.processed_status, row.token) == (SUCCESS, 1)
+    assert len(bench.starts("busy.hold", m)) == 1
+
+
+def test_a_copy_is_held_as_often_as_it_takes(bench: Bench) -> None:
+    """Each hold is longer than the one before."""
+    m, gate = bench.fresh(), bench.path("gate")
+    first = bench.task("busy.hold").apply_async((gate, "value"), message_id=m)
+    bench.wait_for_starts("busy.hold", m)
+
+    copy = bench.deliver("busy.hold", (gate, "value"), message_id=m)
+    for seconds in ("1.", "2."):
+        bench.wait_until_held("busy.hold", m, seconds)
+    Path(gate).touch()
+
+    assert (first.get(timeout=PATIENCE), copy.get(timeout=PATIENCE)) == ("value", "value")
+    assert len(bench.starts("busy.hold", m)) == 1
+
+
+def test_a_copy_is_skipped_where_the_task_says_so(bench: Bench) -> None:
+    m, gate = bench.fresh(), bench.path("gate")
+    first = bench.task("busy.skip").apply_async((gate, "value"), message_id=m)
+    bench.wait_for_starts("busy.skip", m)
+
+    copy = bench.deliver("busy.skip", (gate, "value"), message_id=m)
+    row = bench.wait_for_row("busy.skip", m, lambda row: row.duplicates == 1)
+    assert (row.status, row.token) == (Status.PROCESSING, 1)
+    Path(gate).touch()
+
+    assert first.get(timeout=PATIENCE) == "value"
+    assert copy.state == states.PENDING, "what is skipped says nothing"
+    assert len(bench.starts("busy.skip", m)) == 1
+
+
+def test_a_copy_is_refused_where_the_task_says_so(bench: Bench) -> None:
+    m, gate = bench.fresh(), bench.path("gate")
+    first = bench.task("busy.raise").apply_async((gate, "value"), message_id=m)
+    bench.wait_for_starts("busy.raise", m)
+
+    copy = bench.deliver("busy.raise", (gate, "value"), message_id=m)
+
+    with pytest.raises(AlreadyProcessingError) as caught:
+        copy.get(timeout=PATIENCE)
+    assert caught.value.message_id == m
+    assert caught.value.retry_after is not None
+    assert 0 < caught.value.retry_after <= 60
+    assert bench.row("busy.raise", m).duplicates == 1
+    Path(gate).touch()
+    assert first.get(timeout=PATIENCE) == "value"
+    assert bench.row("busy.raise", m).processed_status is SUCCESS
+
+
+def test_a_call_while_a_message_runs_is_a_duplicate(bench: Bench) -> None:
+    m, gate = bench.fresh(), bench.path("gate")
+    first = bench.task("gated").apply_async((gate, "value"), message_id=m)
+    bench.wait_for_starts("gated", m)
+
+    second = bench.task("gated").apply_async((gate, "value"), message_id=m)
+
+    assert (second.id, second.duplicate) == (first.id, True)
+    row = bench.row("gated", m)
+    assert (row.status, row.processed_status, row.token) == (Status.PROCESSING, None, 1)
+    assert row.lease_expires_at is not None
+    assert 0 < row.lease_left <= 60
+    (start,) = bench.starts("gated", m)
+    assert row.worker == f"{start.worker}:{start.pid}"
+    Path(gate).touch()
+    assert second.get(timeout=PATIENCE) == "value"
+
+
+def test_one_id_of_two_tasks_does_not_wait_for_each_other(bench: Bench) -> None:
+    m, gate = bench.fresh(), bench.path("gate")
+    running = bench.task("gated").apply_async((gate, "value"), message_id=m)
+    bench.wait_for_starts("gated", m)
+
+    assert bench.task("echo").apply_async((1,), message_id=m).get(timeout=PATIENCE) == 1
+
+    Path(gate).touch()
+    assert running.get(timeout=PATIENCE) == "value"

@@ -1,0 +1,327 @@
+"""Nothing is lost: workers die and brokers forget, and the row brings the message back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+import sqlalchemy as sa
+from celery import Celery
+from celery.result import AsyncResult
+from kombu.exceptions import OperationalError
+
+from celery_idempotent import AlreadyFailedError, IdempotentTask, QueueLog
+from celery_idempotent.decision import MAX_TAKEOVERS
+from celery_idempotent.records import Claimed, MessageKey, NewMessage, ProcessedStatus, Row, Status
+from celery_idempotent.recovery import Recovered
+from celery_idempotent.serialization import encode_message
+from celery_idempotent.stores.sql import SQLStore
+from tests.support.apps import AppSpec, OpenApp
+from tests.support.ledger import Entry, Ledger
+from tests.support.servers import PrivateRedis
+from tests.support.waiting import wait_until
+from tests.support.worker import StartWorker
+
+SUCCESS, FAILURE = ProcessedStatus.SUCCESS, ProcessedStatus.FAILURE
+
+LEASE = 2.0
+PATIENCE = 60.0
+
+TASKS = ("tests.support.apps.generic", "tests.support.apps.lasting", "tests.support.apps.outcomes")
+
+on_redis = pytest.mark.parametrize("broker", ["redis"], indirect=True)
+on_files = pytest.mark.parametrize("broker", ["filesystem"], indirect=True)
+on_sqlite = pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
+
+
+@dataclass
+class Scene:
+    """An app whose workers recover every second."""
+
+    spec: AppSpec
+    app: Celery
+    ledger: Ledger
+    directory: Path
+
+    def send(self, task: str, *args: Any, **options: Any) -> AsyncResult[Any]:
+        result: AsyncResult[Any] = self.app.tasks[task].apply_async(args, **options)
+        return result
+
+    def wait_for_starts(self, task: str, result: AsyncResult[Any], count: int = 1) -> list[Entry]:
+        def starts() -> list[Entry] | None:
+            found = self.ledger.starts(task, task_id=result.id)
+            return found if len(found) >= count else None
+
+        return wait_until(starts, timeout=PATIENCE, describe=lambda: f"{count} starts: {self.ledger.entries()}")
+
+    def row(self, task: str, result: AsyncResult[Any]) -> Row:
+        row: Row | None = self.app.queue_log.store.find(MessageKey(result.id, task))
+        assert row is not None
+        return row
+
+    def wait_for_row(self, task: str, result: AsyncResult[Any], condition: Callable[[Row], bool]) -> Row:
+        wait_until(lambda: condition(self.row(task, result)), timeout=PATIENCE, describe=lambda: self.row(task, result))
+        return self.row(task, result)
+
+    def gate(self) -> Path:
+        return self.directory / f"gate-{uuid4().hex[:8]}"
+
+    def files(self) -> dict[str, Path]:
+        """The messages that wait on the filesystem broker, by task id."""
+        found = {}
+        for path in Path(self.spec.transport_options["data_folder_out"]).glob(f"*{self.spec.queue}.msg"):
+            try:
+                found[json.loads(path.read_text())["headers"]["id"]] = path
+            except FileNotFoundError:
+                continue  # a worker has just taken it
+        return found
+
+
+@pytest.fixture
+def make_scene(spec: AppSpec, open_app: OpenApp, ledger: Ledger, tmp_path: Path) -> Callable[..., Scene]:
+    def make_scene(**settings: Any) -> Scene:
+        given = {**spec.settings, "idempotent_lease": LEASE, "idempotent_recovery_interval": 1.0, **settings}
+        scene_spec = replace(spec, tasks=TASKS, settings=given)
+        app = open_app(scene_spec)
+        app.finalize()
+        return Scene(scene_spec, app, ledger, tmp_path)
+
+    return make_scene
+
+
+@on_files
+@on_sqlite
+class TestABrokerThatKeepsNoCopy:
+    def test_a_message_comes_back_from_its_row(
+        self, make_scene: Callable[..., Scene], start_worker: StartWorker
+    ) -> None:
+        scene = make_scene()
+        worker = start_worker(scene.spec)
+        gate = scene.gate()
+
+        result = scene.send("last.late", str(gate), "back")
+        scene.wait_for_starts("last.late", result)
+        worker.kill()
+        assert scene.files() == {}
+        worker.start()
+        starts = scene.wait_for_starts("last.late", result, 2)
+        gate.touch()
+
+        assert result.get(timeout=PATIENCE) == "back"
+        assert [start.retries for start in starts] == [0, 0]
+        row = scene.wait_for_row("last.late", result, lambda row: row.status is Status.DONE)
+        assert (row.processed_status, row.token, row.takeovers) == (SUCCESS, 2, 1)
+        assert len(scene.ledger.starts("last.late", task_id=result.id)) == 2
+
+    def test_an_early_acknowledged_message_fails_and_its_caller_is_told(
+        self, make_scene: Callable[..., Scene], start_worker: StartWorker
+    ) -> None:
+        """It may have had its effect, and only ``on_abandoned="rerun"`` says that it may have it again."""
+        scene = make_scene()
+        worker = start_worker(scene.spec)
+
+        errback = scene.app.tasks["errback"].s()
+        result = scene.send("last.early", str(scene.gate()), link_error=errback)
+        scene.wait_for_starts("last.early", result)
+        worker.kill()
+        worker.start()
+
+        error = result.get(timeout=PATIENCE, propagate=False)
+        assert isinstance(error, AlreadyFailedError)
+        assert error.message_id == result.id
+        assert str(error.error).startswith("abandoned")
+        row = scene.row("last.early", result)
+        assert (row.status, row.processed_status, row.token) == (Status.DONE, FAILURE, 1)
+        assert str(row.error).startswith("abandoned")
+
+        def told() -> bool:
+            return any(note.detail == result.id for note in scene.ledger.ends("errback"))
+
+        wait_until(told, timeout=PATIENCE, describe="the errback")
+        assert len(scene.ledger.starts("last.early", task_id=result.id)) == 1
+
+    def test_a_message_that_was_lost_is_found_when_it_is_overtaken(
+        self, make_scene: Callable[..., Scene], start_worker: StartWorker
+    ) -> None:
+        """And a backlog on a queue that nobody consumes is left alone until somebody asks."""
+        scene = make_scene(idempotent_lost_after=1.0)
+        paused = f"{scene.spec.queue}-paused"
+        waiting = [scene.send("echo", number, queue=paused) for number in range(3)]
+        lost = scene.send("echo", "lost")
+        kept = scene.send("echo", "kept")
+        scene.files()[lost.id].unlink()
+        wait_until(lambda: scene.row("echo", kept).read_at.timestamp() - created(scene, kept) > 1.5)
+        worker = start_worker(scene.spec)
+        assert kept.get(timeout=PATIENCE) == "kept"
+
+        # Recorded more than a second after it, and claimed.
+        later = scene.send("echo", "later")
+        assert later.get(timeout=PATIENCE) == "later"
+        assert lost.get(timeout=PATIENCE) == "lost"
+
+        assert [starts(scene, result) for result in (lost, kept, later)] == [1, 1, 1]
+        rows = [scene.row("echo", result) for result in waiting]
+        assert all(row.published_at == row.created_timestamp for row in rows)
+        assert all(row.read_at.timestamp() - row.created_timestamp.timestamp() > 1.0 for row in rows)
+        worker.wait_for_log("is published again: it was pending")
+
+        # All copies are there, and more of them are published for whoever says so; the claims absorb what is too much.
+        assert scene.app.queue_log.recovery.publish_waiting(1.0) == 3
+        scene.app.control.add_consumer(paused, destination=[worker.hostname])
+        assert [result.get(timeout=PATIENCE) for result in waiting] == [0, 1, 2]
+        for result in waiting:
+            scene.wait_for_row("echo", result, lambda row: row.duplicates == 1)
+        assert [starts(scene, result) for result in waiting] == [1, 1, 1]
+
+
+def created(scene: Scene, result: AsyncResult[Any]) -> float:
+    return scene.row("echo", result).created_timestamp.timestamp()
+
+
+def starts(scene: Scene, result: AsyncResult[Any]) -> int:
+    return len(scene.ledger.starts("echo", task_id=result.id))
+
+
+@on_redis
+@on_sqlite
+class TestOneWorkerThatDies:
+    @pytest.mark.timeout(240)
+    def test_a_message_that_kills_whoever_runs_it_is_given_up(
+        self, make_scene: Callable[..., Scene], start_worker: StartWorker
+    ) -> None:
+        scene = make_scene()
+        start_worker(scene.spec)
+
+        result = scene.send("poison")
+
+        # Six children die, and Celery may take seconds to notice each.
+        error = result.get(timeout=3 * PATIENCE, propagate=False)
+        assert isinstance(error, AlreadyFailedError)
+        row = scene.row("poison", result)
+        assert (row.status, row.processed_status, row.takeovers) == (Status.DONE, FAILURE, MAX_TAKEOVERS)
+        assert str(row.error).startswith("abandoned")
+        assert len(scene.ledger.starts("poison", task_id=result.id)) == MAX_TAKEOVERS + 1
+        # It is over for the worker too.
+        assert scene.send("echo", "alive").get(timeout=PATIENCE) == "alive"
+
+    def test_an_unacknowledged_message_that_celery_gave_up_runs_again(
+        self, make_scene: Callable[..., Scene], start_worker: StartWorker
+    ) -> None:
+        """``acks_late`` alone: Celery acknowledges the message of a child that was killed. Its lease is an hour."""
+        scene = make_scene()
+        start_worker(scene.spec)
+
+        result = scene.send("die.late", str(scene.gate()))
+
+        scene.wait_for_starts("die.late", result, 2)
+        row = scene.wait_for_row("die.late", result, lambda row: row.status is Status.DONE)
+        assert (row.processed_status, row.token) == (SUCCESS, 2)
+        wait_until(
+            lambda: scene.app.AsyncResult(result.id).successful(), timeout=PATIENCE, describe="the second run's result"
+        )
+        assert len(scene.ledger.starts("die.late", task_id=result.id)) == 2
+
+
+@on_redis
+@on_sqlite
+def test_what_a_broker_that_is_down_did_not_take_is_left_to_the_next_step(
+    make_scene: Callable[..., Scene], private_redis: PrivateRedis
+) -> None:
+    scene = make_scene()
+    store = scene.app.queue_log.store
+    lapsed, unsent = (uuid4().hex for _ in range(2))
+    for name, published in ((lapsed, True), (unsent, False)):
+        message = encode_message(("x",), {}, {}, serializer="json")
+        store.record(NewMessage(MessageKey(name, "echo"), name, message=message, published=published))
+    claimed = store.claim(NewMessage(MessageKey(lapsed, "echo"), lapsed), worker="w:1", lease=60.0, grace=0.0)
+    assert isinstance(claimed, Claimed)
+    store.expire(claimed.claim)
+
+    private_redis.stop()
+    for _ in range(2):
+        with pytest.raises(OperationalError):
+            scene.app.queue_log.recovery.step()
+        assert store.find(MessageKey(unsent, "echo")).published_at is None
+        assert store.find(MessageKey(lapsed, "echo")).published_at is None
+    private_redis.start()
+
+    assert scene.app.queue_log.recovery.step() == Recovered(taken_back=1, relayed=1)
+    assert scene.app.queue_log.recovery.step() == Recovered()
+    with scene.app.connection_for_read() as connection, closing(connection.SimpleQueue(scene.spec.queue)) as queue:
+        assert {queue.get(timeout=PATIENCE).properties["message_id"] for _ in range(2)} == {lapsed, unsent}
+        with pytest.raises(queue.Empty):
+            queue.get_nowait()
+        # Whoever recovers a message does not wait for its result.
+        assert connection.default_channel.client.pubsub_channels("celery-task-meta-*") == []
+
+
+@pytest.mark.parametrize("store_url", ["postgresql", "mariadb"], indirect=True)
+class TestManySteps:
+    """Fifty workers' worth of steps on one database."""
+
+    STEPS = 50
+    ROWS = 200
+
+    @pytest.fixture
+    def app(self, store_url: str) -> Iterator[Celery]:
+        app = Celery("many", broker=f"memory://{uuid4().hex}", set_as_current=False)
+        store = SQLStore(store_url)
+        QueueLog(app, store=store)
+        app.conf.update(task_default_queue=f"many-{uuid4().hex}", idempotent_retention=3600.0)
+
+        @app.task(name="work", base=IdempotentTask, shared=False)
+        def work(number: int) -> int:
+            return number
+
+        app.finalize()
+        store.init()
+        yield app
+        store.close()
+        app.close()
+
+    def fill(self, store: SQLStore) -> list[str]:
+        """Rows whose leases ran out, rows never published, and rows past retention."""
+        message = encode_message((1,), {}, {}, serializer="json")
+        names = [f"{kind}:{number}" for kind in ("lapsed", "unsent", "old") for number in range(self.ROWS)]
+        for name in names:
+            new = NewMessage(MessageKey(name, "work"), name, message=message, published=not name.startswith("unsent"))
+            store.record(new)
+        table = store._table
+        past: sa.ColumnElement[Any] = sa.literal_column("TIMESTAMP '2020-01-01 00:00:00'")
+        with store.engine.begin() as connection:
+            update = sa.update(table)
+            connection.execute(
+                update.where(table.c.message_id.like("lapsed:%")).values(
+                    status="processing", token=1, worker="w:1", lease_expires_at=past, published_at=past
+                )
+            )
+            connection.execute(
+                update.where(table.c.message_id.like("old:%")).values(
+                    status="done", processed_status="success", processed_timestamp=past
+                )
+            )
+        return [name for name in names if not name.startswith("old")]
+
+    def test_get_in_nobodys_way(self, app: Celery) -> None:
+        store = app.queue_log.store
+        names = self.fill(store)
+        purged = 0
+
+        for _ in range(2):  # nothing is left for the second time
+            with ThreadPoolExecutor(self.STEPS) as threads:
+                done = list(threads.map(lambda _: app.queue_log.recovery.step(), range(self.STEPS)))
+            purged += sum(step.purged for step in done)
+
+        with app.connection_for_read() as connection:
+            queue = app.amqp.queues[app.conf.task_default_queue](connection.default_channel)
+            queue.declare()
+            published = [message.properties["message_id"] for message in iter(lambda: queue.get(no_ack=True), None)]
+        assert sorted(published) == sorted(names)
+        assert purged == self.ROWS

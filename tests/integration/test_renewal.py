@@ -1,0 +1,345 @@
+"""A lease lives as long as its owner is known to live, and ends with it: real workers, with leases of a second or two."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import psutil
+import pytest
+from celery import Celery
+from celery.result import AsyncResult
+
+from celery_idempotent.records import MessageKey, ProcessedStatus, Row, Status
+from tests.support.apps import AppSpec, OpenApp
+from tests.support.ledger import Entry, Ledger
+from tests.support.servers import PrivatePostgreSQL
+from tests.support.waiting import wait_until
+from tests.support.worker import Pool, StartWorker, WorkerProcess
+
+SUCCESS, FAILURE = ProcessedStatus.SUCCESS, ProcessedStatus.FAILURE
+
+#: Seconds. Long enough for a busy machine to renew in time, short enough to see many of them.
+LEASE = 2.0
+
+PATIENCE = 60.0
+
+TASKS = ("tests.support.apps.generic", "tests.support.apps.lasting")
+
+on_redis = pytest.mark.parametrize("broker", ["redis"], indirect=True)
+
+
+@dataclass
+class Scene:
+    """A worker that has a message, and another one that waits for it to die.
+
+    The broker's patience is a second, so that what runs for longer is delivered to the other one, again and again.
+    """
+
+    spec: AppSpec
+    app: Celery
+    ledger: Ledger
+    start_worker: StartWorker
+    directory: Path
+
+    def worker(self, *, waiting: bool = False, **options: Any) -> WorkerProcess:
+        """Start a worker; one that waits consumes only once :meth:`let_wait` says so."""
+        if waiting:
+            options["queues"] = [f"{self.spec.queue}-aside"]
+        return self.start_worker(self.spec, wait=False, **options)
+
+    def let_wait(self, worker: WorkerProcess, queue: str, result: AsyncResult[Any]) -> None:
+        """Have the other worker look for messages where the first one does, and wait until it was given this one."""
+        worker.wait_until_ready()
+        self.app.control.add_consumer(queue, destination=[worker.hostname])
+        worker.wait_for_log(f"{result.id}] received", timeout=PATIENCE)
+
+    def send(self, task: str, *args: Any) -> AsyncResult[Any]:
+        result: AsyncResult[Any] = self.app.tasks[task].delay(*args)
+        return result
+
+    def started(self, task: str, result: AsyncResult[Any], count: int = 1) -> list[Entry]:
+        """The starts of the body, once there are so many."""
+
+        def starts() -> list[Entry] | None:
+            found = self.ledger.starts(task, task_id=result.id)
+            return found if len(found) >= count else None
+
+        return wait_until(starts, timeout=PATIENCE, describe=lambda: f"{count} starts: {self.ledger.entries()}")
+
+    def row(self, task: str, result: AsyncResult[Any]) -> Row:
+        row: Row | None = self.app.queue_log.store.find(MessageKey(result.id, task))
+        assert row is not None
+        return row
+
+    def wait_for_renewals(self, task: str, result: AsyncResult[Any], *, since: datetime, seconds: float) -> None:
+        """Wait until the lease has been renewed, without a break, for so long."""
+
+        def renewed() -> bool:
+            row = self.row(task, result)
+            assert row.status is Status.PROCESSING
+            assert row.token == 1, f"taken over: {row}"
+            assert row.lease_expires_at is not None
+            return (row.lease_expires_at - since).total_seconds() > seconds + LEASE
+
+        wait_until(renewed, timeout=PATIENCE, describe=lambda: f"renewals: {self.row(task, result)}")
+
+    def gate(self) -> Path:
+        return self.directory / f"gate-{uuid4().hex[:8]}"
+
+    def starts(self, task: str, result: AsyncResult[Any]) -> list[Entry]:
+        return self.ledger.starts(task, task_id=result.id)
+
+
+@pytest.fixture
+def make_scene(
+    spec: AppSpec, open_app: OpenApp, ledger: Ledger, start_worker: StartWorker, tmp_path: Path
+) -> Callable[..., Scene]:
+    def make_scene(**settings: Any) -> Scene:
+        scene_spec = replace(
+            spec,
+            tasks=TASKS,
+            transport_options={**spec.transport_options, "visibility_timeout": 1},
+            settings={
+                **spec.settings,
+                "idempotent_lease": LEASE,
+                "idempotent_recovery_interval": 1.0,
+                **settings,
+            },
+        )
+        app = open_app(scene_spec)
+        app.finalize()
+        return Scene(scene_spec, app, ledger, start_worker, tmp_path)
+
+    return make_scene
+
+
+@on_redis
+class TestWhileTheOwnerLives:
+    def test_a_body_that_holds_the_gil_runs_once(self, make_scene: Callable[..., Scene]) -> None:
+        """No thread of the child can renew: its parent does."""
+        scene = make_scene()
+        worker, other = scene.worker(), scene.worker(waiting=True)
+        worker.wait_until_ready()
+        other.wait_until_ready()
+
+        result = scene.send("last.gil", 3 * LEASE)
+        scene.started("last.gil", result)
+        scene.let_wait(other, scene.spec.queue, result)
+
+        assert result.get(timeout=PATIENCE) == "awake"
+        (start,) = scene.starts("last.gil", result)
+        (end,) = scene.ledger.ends("last.gil", task_id=result.id)
+        assert start.worker == worker.hostname
+        assert end.at - start.at >= 3 * LEASE
+        row = scene.row("last.gil", result)
+        assert (row.processed_status, row.token, row.takeovers) == (SUCCESS, 1, 0)
+
+    def test_a_body_longer_than_its_lease_runs_once_on_every_pool(self, make_scene: Callable[..., Scene]) -> None:
+        """One worker of each kind, on a queue of its own, and another one that waits on all of these."""
+        scene = make_scene()
+        pools: tuple[Pool, ...] = ("prefork", "threads", "solo", "gevent")
+        queues = {pool: f"{scene.spec.queue}-{pool}" for pool in pools}
+        workers = {pool: scene.worker(pool=pool, queues=[queues[pool]]) for pool in pools}
+        other = scene.worker(waiting=True, concurrency=4)
+        for worker in workers.values():
+            worker.wait_until_ready()
+        gate = scene.gate()
+
+        task = scene.app.tasks["last.late"]
+        results = {pool: task.apply_async((str(gate), pool), queue=queues[pool]) for pool in pools}
+        for result in results.values():
+            scene.started("last.late", result)
+        began = scene.row("last.late", result).read_at
+        for pool in pools:
+            scene.let_wait(other, queues[pool], results[pool])
+        for result in results.values():
+            scene.wait_for_renewals("last.late", result, since=began, seconds=3 * LEASE)
+        gate.touch()
+
+        for pool, result in results.items():
+            assert result.get(timeout=PATIENCE) == pool
+            (start,) = scene.starts("last.late", result)
+            assert start.worker == workers[pool].hostname
+            assert scene.row("last.late", result).token == 1
+
+    def test_a_warm_shutdown_longer_than_the_lease_is_waited_for(self, make_scene: Callable[..., Scene]) -> None:
+        scene = make_scene()
+        worker, other = scene.worker(), scene.worker(waiting=True)
+        worker.wait_until_ready()
+        gate = scene.gate()
+
+        result = scene.send("last.late", str(gate), "drained")
+        scene.started("last.late", result)
+        worker.signal(signal.SIGTERM)
+        worker.wait_for_log("Warm shutdown", timeout=PATIENCE)
+        stopping = scene.row("last.late", result).read_at
+        scene.let_wait(other, scene.spec.queue, result)
+        scene.wait_for_renewals("last.late", result, since=stopping, seconds=3 * LEASE)
+        gate.touch()
+
+        assert result.get(timeout=PATIENCE) == "drained"
+        wait_until(lambda: not worker.is_alive, timeout=PATIENCE, describe=worker.log_tail)
+        assert worker.exit_status == 0
+        assert len(scene.starts("last.late", result)) == 1
+
+    @pytest.mark.parametrize("pool", ["prefork", "threads"])
+    def test_short_tasks_cost_no_renewal(self, make_scene: Callable[..., Scene], store_url: str, pool: Pool) -> None:
+        scene = make_scene(idempotent_lease=6.0)
+        count = count_renewals(store_url)
+        worker = scene.worker(pool=pool)
+        worker.wait_until_ready()
+
+        first = scene.send("add", 0, 0)
+        for number in range(20):
+            assert scene.send("add", number, number).get(timeout=PATIENCE) == 2 * number
+        assert count(first.id) == 0
+        gate = scene.gate()
+        long = scene.send("gated", str(gate))
+        wait_until(lambda: count(long.id), timeout=PATIENCE, describe="a renewal of the long one")
+        gate.touch()
+        long.get(timeout=PATIENCE)
+
+        # All the time that the long one took, the short ones were due for a renewal, had they still been held.
+        renewed = count(None)
+        assert renewed == count(long.id) > 0
+
+
+@on_redis
+class TestWhenTheOwnerEnds:
+    def test_a_killed_child_is_replaced_at_once(self, make_scene: Callable[..., Scene]) -> None:
+        """Its lease of ten minutes ends with it."""
+        scene = make_scene()
+        worker = scene.worker()
+        worker.wait_until_ready()
+        gate = scene.gate()
+
+        result = scene.send("last.late.long", str(gate), "again")
+        scene.started("last.late.long", result)
+        worker.kill_children()
+        scene.started("last.late.long", result, 2)
+        gate.touch()
+
+        assert result.get(timeout=PATIENCE) == "again"
+        row = scene.row("last.late.long", result)
+        assert (row.processed_status, row.token) == (SUCCESS, 2)
+        assert len(scene.starts("last.late.long", result)) == 2
+
+    @pytest.mark.parametrize(
+        "signals", [(signal.SIGQUIT,), (signal.SIGINT, signal.SIGINT)], ids=["SIGQUIT", "SIGINT twice"]
+    )
+    def test_a_cold_shutdown_gives_up_its_leases(
+        self, make_scene: Callable[..., Scene], signals: tuple[signal.Signals, ...]
+    ) -> None:
+        scene = make_scene()
+        worker, other = scene.worker(), scene.worker(waiting=True)
+        worker.wait_until_ready()
+        gate = scene.gate()
+
+        result = scene.send("last.late.long", str(gate), "by the other")
+        scene.started("last.late.long", result)
+        scene.let_wait(other, scene.spec.queue, result)
+        for number, signum in enumerate(signals):
+            if number:
+                worker.wait_for_log("initiate cold shutdown", timeout=PATIENCE)
+            worker.signal(signum)
+        starts = scene.started("last.late.long", result, 2)
+        gate.touch()
+
+        assert result.get(timeout=PATIENCE) == "by the other"
+        assert [start.worker for start in starts] == [worker.hostname, other.hostname]
+        wait_until(lambda: not worker.is_alive, timeout=PATIENCE, describe=worker.log_tail)
+        assert scene.row("last.late.long", result).token == 2
+
+    @pytest.mark.parametrize("all_of_it", [True, False], ids=["all of it", "its main process"])
+    def test_a_message_whose_worker_was_killed_runs_again_after_its_lease(
+        self, make_scene: Callable[..., Scene], all_of_it: bool
+    ) -> None:
+        """Celery has the kernel kill a child whose parent died, so that there are no orphans."""
+        scene = make_scene()
+        worker, other = scene.worker(), scene.worker(waiting=True)
+        worker.wait_until_ready()
+        gate = scene.gate()
+
+        result = scene.send("last.late", str(gate), "by the other")
+        scene.started("last.late", result)
+        (child,) = worker.children()
+        if all_of_it:
+            worker.kill()
+        else:
+            os.kill(worker.pid, signal.SIGKILL)
+        wait_until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, timeout=PATIENCE)
+        left = scene.row("last.late", result)
+        assert left.lease_expires_at is not None
+        assert 0 < left.lease_left <= LEASE
+        scene.let_wait(other, scene.spec.queue, result)
+        starts = scene.started("last.late", result, 2)
+        gate.touch()
+
+        assert result.get(timeout=PATIENCE) == "by the other"
+        # The clock of SQLite is this machine's; a millisecond is what it tells.
+        assert starts[1].at >= left.lease_expires_at.timestamp() - 0.001
+        assert len(scene.starts("last.late", result)) == 2
+
+
+@on_redis
+def test_a_database_that_is_away_for_less_than_a_lease_costs_nothing(
+    make_scene: Callable[..., Scene], private_postgresql: PrivatePostgreSQL, spec: AppSpec
+) -> None:
+    lease = 12.0
+    scene = make_scene(idempotent_lease=lease)
+    worker = scene.worker()
+    worker.wait_until_ready()
+    gate = scene.gate()
+
+    result = scene.send("last.late", str(gate), "after the blink")
+    scene.started("last.late", result)
+    private_postgresql.stop()
+    # A renewal is due after a third of the lease, and is asked for in vain.
+    worker.wait_for_log("could not renew", timeout=PATIENCE)
+    private_postgresql.start()
+    back = scene.row("last.late", result)
+    assert back.lease_left > 0, "the machine is too slow to tell"
+    scene.wait_for_renewals("last.late", result, since=back.read_at, seconds=lease)
+    gate.touch()
+
+    assert result.get(timeout=PATIENCE) == "after the blink"
+    assert len(scene.starts("last.late", result)) == 1
+
+
+@pytest.fixture
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """SQLite, or the PostgreSQL that the test has to itself."""
+    if "private_postgresql" in request.fixturenames:
+        private: PrivatePostgreSQL = request.getfixturevalue("private_postgresql")
+        return private.url
+    return f"sqlite:///{tmp_path / 'store.db'}"
+
+
+def count_renewals(store_url: str) -> Callable[[str | None], int]:
+    """Have the database count what prolongs a lease; of one message, or of all."""
+    path = store_url.removeprefix("sqlite:///")
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript(
+            """
+            CREATE TABLE renewals (message_id TEXT);
+            CREATE TRIGGER renewed AFTER UPDATE OF lease_expires_at ON queue_log
+            WHEN new.token = old.token AND new.lease_expires_at > old.lease_expires_at
+            BEGIN INSERT INTO renewals VALUES (new.message_id); END;
+            """
+        )
+
+    def count(message_id: str | None) -> int:
+        with closing(sqlite3.connect(path)) as connection:
+            query = "SELECT count(*) FROM renewals WHERE ? IS NULL OR message_id = ?"
+            return int(connection.execute(query, (message_id, message_id)).fetchone()[0])
+
+    return count

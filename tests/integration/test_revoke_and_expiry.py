@@ -1,0 +1,120 @@
+"""Messages that are taken back: revoked or expired before they start, terminated while they run."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import states
+from celery.exceptions import TaskRevokedError
+
+from celery_idempotent.records import ProcessedStatus, Status
+from tests.support.bench import PATIENCE, Bench
+from tests.support.waiting import wait_until
+
+FAILURE = ProcessedStatus.FAILURE
+
+
+def revoke(bench: Bench, task_id: str, **options: Any) -> str:
+    """Revoke a task, wait until the worker says that it knows, and answer its id."""
+    (answer,) = wait_until(
+        lambda: bench.app.control.revoke(task_id, reply=True, timeout=PATIENCE, limit=1, **options),
+        describe="the worker's answer to a revoke",
+    )
+    assert all("ok" in reply for reply in answer.values()), answer
+    return task_id
+
+
+def test_a_message_revoked_before_it_starts_is_a_failure(bench: Bench) -> None:
+    m = bench.fresh()
+    task_id = revoke(bench, bench.fresh("task"))
+
+    result = bench.task("echo").apply_async((1,), message_id=m, task_id=task_id)
+
+    with pytest.raises(TaskRevokedError):
+        result.get(timeout=PATIENCE)
+    row = bench.done("echo", m)
+    assert (row.processed_status, row.error, row.token) == (FAILURE, "revoked", 0)
+    assert row.message is not None
+    assert bench.starts("echo", m) == []
+
+
+def test_a_copy_of_a_revoked_message_does_not_run(bench: Bench) -> None:
+    m = bench.fresh()
+    bench.task("echo").apply_async((1,), message_id=m, task_id=revoke(bench, bench.fresh("task")))
+    bench.done("echo", m)
+
+    copy = bench.deliver("echo", (1,), message_id=m)
+
+    error = copy.get(timeout=PATIENCE, propagate=False)
+    assert (type(error).__name__, error.args) == ("AlreadyFailedError", (m, "revoked"))
+    assert bench.starts("echo", m) == []
+
+
+def test_a_revoked_message_may_be_sent_again_where_the_task_says_so(bench: Bench) -> None:
+    order, flag = bench.fresh("order"), bench.path("flag")
+    Path(flag).touch()
+    first = bench.task("order.again").apply_async((order, flag), task_id=revoke(bench, bench.fresh("task")))
+    bench.done("order.again", f"order:{order}")
+
+    second = bench.task("order.again").delay(order, flag)
+
+    assert second.id != first.id
+    assert second.get(timeout=PATIENCE) == f"{order} at last"
+
+
+def test_a_message_that_is_terminated_while_it_runs_is_a_failure(bench: Bench) -> None:
+    m, gate = bench.fresh(), bench.path("gate")
+    result = bench.task("gated").apply_async((gate,), message_id=m)
+    (start,) = bench.wait_for_starts("gated", m)
+
+    revoke(bench, result.id, terminate=True, signal="SIGKILL")
+
+    with pytest.raises(TaskRevokedError):
+        result.get(timeout=PATIENCE)
+    row = bench.done("gated", m)
+    assert (row.processed_status, row.error) == (FAILURE, "revoked: it was terminated while it ran")
+    assert (row.token, row.lease_expires_at) == (1, None)
+    assert bench.starts("gated", m) == [start]
+    assert bench.ledger.ends(task_id=result.id) == []
+
+
+@pytest.mark.parametrize("how", ["seconds", "date"])
+def test_a_message_that_expired_before_it_started_is_a_failure(bench: Bench, how: str) -> None:
+    m = bench.fresh()
+    due = datetime.now(UTC) + timedelta(seconds=0.2)
+
+    # It is not looked at before its countdown is over.
+    result = bench.task("echo").apply_async((1,), message_id=m, countdown=0.6, expires=0.2 if how == "seconds" else due)
+
+    with pytest.raises(TaskRevokedError):
+        result.get(timeout=PATIENCE)
+    row = bench.done("echo", m)
+    assert (row.processed_status, row.token) == (FAILURE, 0)
+    assert row.error is not None
+    assert row.error.startswith("expired")
+    assert bench.starts("echo", m) == []
+    assert result.state == states.REVOKED
+
+
+def test_a_message_that_is_in_time_runs(bench: Bench) -> None:
+    m = bench.fresh()
+
+    result = bench.task("echo").apply_async((1,), message_id=m, expires=600)
+
+    assert result.get(timeout=PATIENCE) == 1
+    assert bench.row("echo", m).status is Status.DONE
+
+
+def test_a_revoked_copy_leaves_the_row_of_the_first_message_alone(bench: Bench) -> None:
+    m = bench.fresh()
+    first = bench.task("echo").apply_async((1,), message_id=m, countdown=600)
+
+    copy = bench.deliver("echo", (1,), message_id=m, task_id=revoke(bench, bench.fresh("task")))
+
+    with pytest.raises(TaskRevokedError):
+        copy.get(timeout=PATIENCE)
+    row = bench.row("echo", m)
+    assert (row.status, row.task_id, row.error) == (Status.PENDING, first.id, None)

@@ -1,0 +1,106 @@
+"""Classes derived by users, with hooks of their own, with and without ``super()``: guarded all the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from celery_idempotent.records import ProcessedStatus, Status
+from tests.support.apps.subclasses import HOOKS
+from tests.support.bench import PATIENCE, Bench
+from tests.support.waiting import wait_until
+
+SUCCESS, FAILURE = ProcessedStatus.SUCCESS, ProcessedStatus.FAILURE
+
+#: The hooks that a class has, in the order in which a successful run calls them.
+CALLED_ON_SUCCESS = {
+    "before_start": ["before_start"],
+    "before_start.super": ["before_start"],
+    "call": ["__call__"],
+    "call.super": ["__call__"],
+    "flask": ["push", "pop"],
+    "hooks": ["on_success", "after_return"],
+    "hooks.super": ["on_success", "after_return"],
+    "everything": ["before_start", "__call__", "on_success", "after_return"],
+}
+every_class = pytest.mark.parametrize("name", [*HOOKS, "request", "class"])
+
+
+def called(bench: Bench, task_id: str) -> list[str]:
+    """The hooks that were called for a task, in order."""
+    lines = Path(f"{bench.ledger.path}.hooks").read_text().splitlines()
+    return [line.split()[2] for line in lines if line.split()[1] == task_id]
+
+
+@every_class
+def test_a_message_and_its_copies_are_one_run(bench: Bench, name: str) -> None:
+    task, m = f"sub.{name}", bench.fresh()
+
+    first = bench.task(task).apply_async(message_id=m)
+    again = bench.task(task).apply_async(message_id=m)
+    assert first.get(timeout=PATIENCE) == "success"
+    redelivered = bench.deliver(task, message_id=m, task_id=first.id)
+    other = bench.deliver(task, message_id=m)
+
+    assert (again.id, again.duplicate) == (first.id, True)
+    assert other.get(timeout=PATIENCE) == "success"
+    assert redelivered.get(timeout=PATIENCE) == "success"
+    row = bench.wait_for_row(task, m, lambda row: row.duplicates == 3)
+    assert (row.status, row.processed_status, row.token) == (Status.DONE, SUCCESS, 1)
+    assert len(bench.starts(task, m)) == 1
+
+
+@every_class
+def test_a_failure_is_recorded(bench: Bench, name: str) -> None:
+    task, m = f"sub.{name}", bench.fresh()
+
+    result = bench.task(task).apply_async(("failure",), message_id=m)
+
+    with pytest.raises(ValueError, match="as told"):
+        result.get(timeout=PATIENCE)
+    row = bench.row(task, m)
+    assert (row.status, row.processed_status, row.error) == (Status.DONE, FAILURE, "ValueError: as told")
+
+
+@every_class
+def test_a_retry_is_a_second_run_of_one_row(bench: Bench, name: str) -> None:
+    task, m = f"sub.{name}", bench.fresh()
+
+    result = bench.task(task).apply_async(("retry", bench.path("flag")), message_id=m)
+
+    assert result.get(timeout=PATIENCE) == "retry"
+    assert [start.retries for start in bench.starts(task, m)] == [0, 1]
+    row = bench.row(task, m)
+    assert (row.processed_status, row.attempt, row.token) == (SUCCESS, 1, 2)
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_the_hooks_are_called_as_celery_calls_them(bench: Bench, name: str) -> None:
+    result = bench.task(f"sub.{name}").delay()
+    assert result.get(timeout=PATIENCE) == "success"
+
+    expected = CALLED_ON_SUCCESS[name]
+    wait_until(lambda: len(called(bench, result.id)) >= len(expected), describe=f"the hooks {expected}")
+    assert called(bench, result.id) == expected
+
+
+@pytest.mark.parametrize("name", ["call", "call.super", "flask", "everything"])
+def test_a_replay_does_not_enter_the_users_call(bench: Bench, name: str) -> None:
+    task, m = f"sub.{name}", bench.fresh()
+    assert bench.task(task).apply_async(message_id=m).get(timeout=PATIENCE) == "success"
+
+    copy = bench.deliver(task, message_id=m)
+
+    assert copy.get(timeout=PATIENCE) == "success"
+    assert not {"__call__", "push"} & set(called(bench, copy.id))
+
+
+def test_a_direct_call_goes_through_the_users_call_once(bench: Bench) -> None:
+    for name in ("call", "call.super"):
+        hooks = Path(f"{bench.ledger.path}.hooks")
+        before = hooks.read_text().count("None __call__") if hooks.exists() else 0
+
+        assert bench.task(f"sub.{name}")() == "success"
+
+        assert hooks.read_text().count("None __call__") == before + 1

@@ -1,0 +1,80 @@
+"""A pool's process is killed inside the body: its claim ends at once, and Celery's options say what follows."""
+
+from __future__ import annotations
+
+import pytest
+from billiard.exceptions import WorkerLostError
+
+from celery_idempotent.records import ProcessedStatus, Status
+from tests.support.bench import PATIENCE, Bench
+
+SUCCESS, FAILURE = ProcessedStatus.SUCCESS, ProcessedStatus.FAILURE
+
+
+def test_an_early_acknowledged_message_fails(bench: Bench) -> None:
+    m = bench.fresh()
+
+    result = bench.task("die.early").apply_async((bench.path("flag"),), message_id=m)
+
+    row = bench.done("die.early", m)
+    assert (row.processed_status, row.token, row.lease_expires_at) == (FAILURE, 1, None)
+    assert row.error is not None
+    assert row.error.startswith("abandoned")
+    assert isinstance(result.get(timeout=PATIENCE, propagate=False), WorkerLostError)
+    assert len(bench.starts("die.early", m)) == 1
+
+
+def test_a_rejected_message_runs_again_at_once(bench: Bench) -> None:
+    """``acks_late`` with ``reject_on_worker_lost``: its lease of an hour is not waited for."""
+    m = bench.fresh()
+
+    result = bench.task("die.late.rejected").apply_async((bench.path("flag"),), message_id=m)
+
+    assert result.get(timeout=PATIENCE) == "survived"
+    starts = bench.starts("die.late.rejected", m)
+    assert [(start.task_id, start.retries) for start in starts] == [(result.id, 0)] * 2
+    row = bench.row("die.late.rejected", m)
+    assert (row.status, row.processed_status, row.token, row.attempt) == (Status.DONE, SUCCESS, 2, 0)
+
+
+def test_a_rejected_message_that_must_not_run_twice_fails(bench: Bench) -> None:
+    m = bench.fresh()
+
+    result = bench.task("die.late.rejected.fail").apply_async((bench.path("flag"),), message_id=m)
+
+    row = bench.done("die.late.rejected.fail", m)
+    assert (row.processed_status, row.token) == (FAILURE, 1)
+    assert row.error is not None
+    assert row.error.startswith("abandoned")
+    assert type(result.get(timeout=PATIENCE, propagate=False)).__name__ == "AlreadyFailedError"
+    assert len(bench.starts("die.late.rejected.fail", m)) == 1
+
+
+@pytest.mark.parametrize("task", ["die.retried", "die.late.retried"])
+def test_a_message_that_is_retried_runs_again_as_its_next_attempt(bench: Bench, task: str) -> None:
+    m = bench.fresh()
+
+    result = bench.task(task).apply_async((bench.path("flag"),), message_id=m)
+
+    assert result.get(timeout=PATIENCE) == "survived"
+    starts = bench.starts(task, m)
+    assert [(start.task_id, start.retries) for start in starts] == [(result.id, 0), (result.id, 1)]
+    row = bench.done(task, m)
+    assert (row.processed_status, row.token, row.attempt, row.duplicates) == (SUCCESS, 2, 1, 0)
+
+
+def test_an_unacknowledged_message_is_open_to_a_takeover(bench: Bench) -> None:
+    """``acks_late`` alone: Celery stores a failure and acknowledges, so that only the row still knows of the message."""
+    m, flag = bench.fresh(), bench.path("flag")
+
+    result = bench.task("die.late").apply_async((flag,), message_id=m)
+
+    assert isinstance(result.get(timeout=PATIENCE, propagate=False), WorkerLostError)
+    row = bench.wait_for_row("die.late", m, lambda row: row.status is Status.DONE or row.lease_left <= 0)
+    assert (row.status, row.token) == (Status.PROCESSING, 1)
+    # A copy takes it over, now and not in an hour.
+    bench.deliver("die.late", (flag,), message_id=m, task_id=result.id)
+    row = bench.done("die.late", m)
+    assert (row.processed_status, row.token) == (SUCCESS, 2)
+    assert len(bench.starts("die.late", m)) == 2
+    assert bench.task("die.late").AsyncResult(result.id).get(timeout=PATIENCE) == "survived"

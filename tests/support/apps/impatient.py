@@ -1,0 +1,36 @@
+"""A worker to which an outage of two seconds is a long one: ``celery -A tests.support.apps.impatient worker``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from celery_idempotent import outage
+from celery_idempotent.stores.sql import connection
+from celery_idempotent.stores.sql.dialects import mysql, postgresql
+
+__all__ = ["be_impatient"]
+
+
+def be_impatient(set_attribute: Callable[[Any, str, Any], object]) -> None:
+    """Shorten every time for which the store is waited for, in this process.
+
+    Args:
+        set_attribute: ``setattr``, or a ``monkeypatch.setattr`` that takes it back.
+    """
+    set_attribute(outage, "WAIT_IN_PLACE", 0.5)
+    set_attribute(outage, "_LONGEST_PAUSE", 0.5)
+    set_attribute(outage, "REDELIVER_AFTER", 1.0)
+    set_attribute(connection, "ANSWER", 2.0)
+    set_attribute(postgresql, "_CONNECT_TIMEOUT", 2)  # libpq takes less for as much
+    set_attribute(mysql, "_CONNECT_TIMEOUT", 2)
+
+
+def __getattr__(name: str) -> Any:
+    # Celery asks for `app`; whoever only wants the function has none.
+    if name == "app":
+        be_impatient(setattr)
+        from tests.support.apps.worker import app
+
+        return app
+    raise AttributeError(name)

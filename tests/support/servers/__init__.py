@@ -1,0 +1,24 @@
+"""Real servers for the tests: those that run already, and private ones that a test may stop, kill and pause.
+
+``python -m tests.support.servers COMMAND ...`` runs a command with all of them at hand; see :mod:`.__main__`.
+"""
+
+from tests.support.servers.kinds import KINDS, Kind, missing
+from tests.support.servers.mariadb import PrivateMariaDB
+from tests.support.servers.postgresql import PrivatePostgreSQL
+from tests.support.servers.private import NotInstalledError, PrivateServer, free_port
+from tests.support.servers.rabbitmq import PrivateRabbitMQ
+from tests.support.servers.redis import PrivateRedis
+
+__all__ = [
+    "KINDS",
+    "Kind",
+    "NotInstalledError",
+    "PrivateMariaDB",
+    "PrivatePostgreSQL",
+    "PrivateRabbitMQ",
+    "PrivateRedis",
+    "PrivateServer",
+    "free_port",
+    "missing",
+]

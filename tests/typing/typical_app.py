@@ -1,0 +1,124 @@
+"""What a user's code looks like. Never run: `make check` has pyright read it."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any, assert_type
+
+from celery import Celery
+from celery.result import AsyncResult
+
+from celery_idempotent import (
+    AlreadyFailedError,
+    DuplicateMessageError,
+    IdempotentError,
+    IdempotentTask,
+    MessageMismatchError,
+    QueueLog,
+    StoreUnavailableError,
+    by_arguments,
+)
+
+app = Celery("shop", broker="redis://localhost", backend="redis://localhost")
+app.conf.idempotent_store = "postgresql+psycopg://localhost/shop"
+
+
+@app.task(base=IdempotentTask)
+def resize(image_id: int) -> str:
+    return f"{image_id}.png"
+
+
+@app.task(base=IdempotentTask, message_id="order:{order_id}", on_duplicate="raise")
+def charge(order_id: str, amount: int) -> None: ...
+
+
+@app.task(
+    base=IdempotentTask,
+    bind=True,
+    acks_late=True,
+    message_id=by_arguments("order_id"),
+    on_duplicate="skip",
+    on_processing="hold",
+    on_abandoned="rerun",
+    resubmit_failed=True,
+    lease=timedelta(minutes=2),
+    unique_for=timedelta(days=1),
+    fingerprint=True,
+    keep_result=False,
+)
+def settle(self: IdempotentTask, order_id: str) -> dict[str, Any]:
+    return {"order": order_id, "retries": self.request.retries, "worker": self.request.hostname}
+
+
+class Payment(IdempotentTask):
+    """Options as attributes; the subclass is the base of several tasks."""
+
+    abstract = True
+    acks_late = True
+    message_id = "payment:{payment_id}"
+    on_duplicate = "raise"
+    on_processing = "hold"
+    on_abandoned = "rerun"
+    resubmit_failed = True
+    lease = 90.0
+    unique_for = timedelta(hours=6)
+    fingerprint = True
+    keep_result = True
+
+
+def of_customer(customer: int, **_: object) -> str:
+    return f"customer:{customer}"
+
+
+class Remind(IdempotentTask):
+    """A task as a class, its id from a function."""
+
+    name = "shop.remind"
+    message_id = of_customer
+
+    def run(self, customer: int, text: str = "") -> int:
+        return customer + len(text)
+
+
+remind = app.register_task(Remind())
+
+
+@app.task(base=Payment)
+def pay(payment_id: str, amount: int) -> None: ...
+
+
+def checkout(order_id: str, amount: int) -> str | None:
+    """A caller: sends, looks whether it was a duplicate, and copes with each error."""
+    first = charge.delay(order_id, amount)
+    second = charge.apply_async((order_id, amount), message_id=f"order-{order_id}", countdown=10)
+    if second.duplicate:
+        return first.id
+    try:
+        settle.apply_async(args=[order_id], kwargs={})
+        pay.delay(payment_id=order_id, amount=amount)
+    except DuplicateMessageError as error:
+        assert_type(error.message_id, str)
+        assert_type(error.task_id, str | None)
+        return error.task_id
+    except MessageMismatchError as error:
+        raise ValueError(error.message_id) from error
+    except AlreadyFailedError as error:
+        return error.error
+    except StoreUnavailableError:
+        return None
+    except IdempotentError as error:
+        raise RuntimeError from error
+    return second.id
+
+
+def by_hand(task: Remind) -> AsyncResult[Any]:
+    """Where the task's class is known, so is what its methods take and return."""
+    result = task.apply_async((7,), message_id="reminder-7")
+    assert_type(result.id, str)
+    assert_type(task.queue_log, QueueLog)
+    return result
+
+
+def set_up() -> bool:
+    """The queue log of an app."""
+    return QueueLog.of(app).init()

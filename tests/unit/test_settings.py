@@ -1,0 +1,215 @@
+"""The ``idempotent_*`` settings: from wherever Celery takes its own, in lower case, each checked by name."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from types import ModuleType
+from typing import Any
+
+import pytest
+from celery import Celery
+
+from celery_idempotent import ConfigurationError, IdempotentTask, QueueLog
+from celery_idempotent.settings import OPTION_NAMES, PREFIX, Settings, one_of, seconds, yes_or_no
+
+
+def configured(**settings: Any) -> Celery:
+    app = Celery("settings", set_as_current=False)
+    app.conf.update(settings)
+    return app
+
+
+def module(**names: Any) -> ModuleType:
+    made = ModuleType("settings_of_a_test")
+    vars(made).update(names)
+    return made
+
+
+def test_the_defaults() -> None:
+    settings = Settings.from_app(configured())
+
+    assert settings == Settings(
+        store="sqlite:///queue_log.db",
+        table="queue_log",
+        retention=7 * 86400.0,
+        recovery_interval=30.0,
+        lost_after=300.0,
+        on_store_error="retry",
+    )
+
+
+def test_every_setting_is_read() -> None:
+    app = configured(
+        idempotent_store="postgresql://there/db",
+        idempotent_table="ops.queue_log",
+        idempotent_retention=timedelta(days=1),
+        idempotent_recovery_interval=0,
+        idempotent_lost_after=1.5,
+        idempotent_on_store_error="raise",
+    )
+
+    assert Settings.from_app(app) == Settings("postgresql://there/db", "ops.queue_log", 86400.0, 0.0, 1.5, "raise")
+
+
+class TestWhereTheyComeFrom:
+    """All the ways in which an app is configured lead to the same place."""
+
+    def test_an_attribute(self) -> None:
+        app = Celery("settings", set_as_current=False)
+        app.conf.idempotent_store = "sqlite:///here.db"
+        assert Settings.from_app(app).store == "sqlite:///here.db"
+
+    def test_a_keyword_of_the_app(self) -> None:
+        app = Celery("settings", set_as_current=False, idempotent_store="sqlite:///here.db")
+        assert Settings.from_app(app).store == "sqlite:///here.db"
+
+    @pytest.mark.parametrize(
+        "source", [module(idempotent_store="sqlite:///here.db"), {"idempotent_store": "sqlite:///here.db"}]
+    )
+    def test_config_from_object(self, source: object) -> None:
+        app = Celery("settings", set_as_current=False)
+        app.config_from_object(source)
+        assert Settings.from_app(app).store == "sqlite:///here.db"
+
+    def test_a_namespace_as_django_projects_have_it(self) -> None:
+        app = Celery("settings", set_as_current=False)
+        app.config_from_object(
+            module(CELERY_IDEMPOTENT_STORE="sqlite:///here.db", CELERY_IDEMPOTENT_ON_DUPLICATE="raise", DEBUG=True),
+            namespace="CELERY",
+        )
+
+        @app.task(base=IdempotentTask, shared=False)
+        def task() -> None: ...
+
+        assert Settings.from_app(app).store == "sqlite:///here.db"
+        assert app.tasks[task.name].idempotency.call.on_duplicate == "raise"
+
+    def test_a_later_change_wins_over_the_object(self) -> None:
+        app = Celery("settings", set_as_current=False)
+        app.config_from_object(module(idempotent_table="first"))
+        app.conf.idempotent_table = "second"
+        assert Settings.from_app(app).table == "second"
+
+    def test_none_is_the_default(self) -> None:
+        app = configured(**dict.fromkeys([PREFIX + "store", PREFIX + "table", PREFIX + "on_store_error"]))
+        assert Settings.from_app(app) == Settings()
+
+    def test_what_is_set_after_the_tasks_were_declared_counts(self) -> None:
+        app = Celery("settings", set_as_current=False)
+
+        @app.task(base=IdempotentTask, shared=False)
+        def task() -> None: ...
+
+        assert task.name in app.tasks, "the task is bound"
+        app.conf.idempotent_store = "sqlite://"
+        app.conf.idempotent_on_duplicate = "raise"
+
+        assert app.tasks[task.name].queue_log.settings.store == "sqlite://"
+        assert app.tasks[task.name].idempotency.call.on_duplicate == "raise"
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("idempotent_stor", "idempotent_store"),
+        ("idempotency_store", "idempotent_store"),
+        ("idempotent_on_duplicates", "idempotent_on_duplicate"),
+        ("idempotent_retension", "idempotent_retention"),
+        ("idemopotent_table", "idempotent_table"),
+        ("IDEMPOTENT_LEASE", "idempotent_lease"),
+        ("idempotent_recovery", "idempotent_recovery_interval"),
+    ],
+)
+def test_an_unknown_setting_is_refused_and_the_nearest_named(name: str, nearest: str) -> None:
+    app = Celery("settings", set_as_current=False)
+    app.config_from_object({name: 1})
+
+    with pytest.raises(ConfigurationError, match=rf"unknown setting '{name}'; did you mean '{nearest}'\?"):
+        Settings.from_app(app)
+
+
+def test_in_a_namespace_too() -> None:
+    app = Celery("settings", set_as_current=False)
+    app.config_from_object(module(CELERY_IDEMPOTENT_STOR="sqlite://"), namespace="CELERY")
+
+    with pytest.raises(ConfigurationError, match=r"'CELERY_IDEMPOTENT_STOR'; did you mean 'CELERY_IDEMPOTENT_STORE'\?"):
+        Settings.from_app(app)
+
+
+def test_other_peoples_settings_are_theirs() -> None:
+    app = configured(store="s3://", independent_store="mine", lease=5)
+    assert Settings.from_app(app) == Settings()
+
+
+@pytest.mark.parametrize("name", OPTION_NAMES)
+def test_each_task_option_is_a_setting(name: str) -> None:
+    Settings.from_app(configured(**{PREFIX + name: None}))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "says"),
+    [
+        ("idempotent_store", "", "setting idempotent_store must be a non-empty string, not ''"),
+        ("idempotent_store", 5, "setting idempotent_store must be a non-empty string, not 5"),
+        ("idempotent_table", "", "setting idempotent_table must be a non-empty string, not ''"),
+        ("idempotent_retention", 0, "idempotent_retention must be a number of seconds or a timedelta, > 0, not 0"),
+        (
+            "idempotent_retention",
+            "7d",
+            "idempotent_retention must be a number of seconds or a timedelta, > 0, not '7d'",
+        ),
+        ("idempotent_recovery_interval", -1, "idempotent_recovery_interval must be .*, >= 0, not -1"),
+        ("idempotent_lost_after", float("nan"), "idempotent_lost_after must be .*, > 0, not nan"),
+        ("idempotent_lost_after", True, "idempotent_lost_after must be .*, > 0, not True"),
+        (
+            "idempotent_on_store_error",
+            "rerun",
+            r"idempotent_on_store_error must be one of 'retry', 'run', 'raise', not 'rerun'; did you mean 'run'\?",
+        ),
+    ],
+)
+def test_a_wrong_value_is_refused_with_the_settings_name(setting: str, value: object, says: str) -> None:
+    with pytest.raises(ConfigurationError, match=says):
+        Settings.from_app(configured(**{setting: value}))
+
+
+def test_they_are_read_at_the_first_use_and_not_before() -> None:
+    app = configured(idempotent_stor="sqlite://")
+    queue_log = QueueLog(app)
+    with pytest.raises(ConfigurationError, match="idempotent_stor"):
+        _ = queue_log.settings
+
+
+class TestSeconds:
+    @pytest.mark.parametrize(("value", "is_"), [(5, 5.0), (0.5, 0.5), (timedelta(minutes=2), 120.0)])
+    def test_numbers_and_timedeltas(self, value: object, is_: float) -> None:
+        assert seconds("lease", value, positive=True) == is_
+        assert isinstance(seconds("lease", value, positive=True), float)
+
+    @pytest.mark.parametrize("value", ["5", None, True, float("nan"), float("inf"), -1, timedelta(seconds=-1), [5], 1j])
+    def test_nothing_else(self, value: object) -> None:
+        with pytest.raises(ConfigurationError, match="lease must be a number of seconds or a timedelta, >= 0, not"):
+            seconds("lease", value, positive=False)
+
+    def test_zero_where_it_makes_sense(self) -> None:
+        assert seconds("interval", 0, positive=False) == 0.0
+        with pytest.raises(ConfigurationError, match="> 0, not 0"):
+            seconds("lease", 0, positive=True)
+
+
+class TestOneOf:
+    def test_a_choice(self) -> None:
+        assert one_of("on_duplicate", "skip", "skip", "raise") == "skip"
+
+    @pytest.mark.parametrize(("value", "hint"), [("skp", r"'skp'; did you mean 'skip'\?"), ("no", "'no'"), (1, "1")])
+    def test_nothing_else(self, value: object, hint: str) -> None:
+        with pytest.raises(ConfigurationError, match=f"on_duplicate must be one of 'skip', 'raise', not {hint}$"):
+            one_of("on_duplicate", value, "skip", "raise")
+
+
+@pytest.mark.parametrize("value", ["false", "", 0, 1, None, []])
+def test_a_flag_is_a_bool(value: object) -> None:
+    assert yes_or_no("atomic", True) is True
+    assert yes_or_no("atomic", False) is False
+    with pytest.raises(ConfigurationError, match="atomic must be True or False, not"):
+        yes_or_no("atomic", value)

@@ -1,0 +1,77 @@
+"""The header beside the message id: written once, read back as it was, and never a reason to fail."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from celery_idempotent.wire import HEADER, Marker
+
+MARKER = Marker("order:1", "shop.charge", "0b51", "f" * 64, holds=2)
+
+
+@pytest.mark.parametrize(
+    "marker", [MARKER, Marker("order:1", "shop.charge", "0b51"), Marker("ключ:1", "задача", "0b51")]
+)
+def test_it_survives_the_wire(marker: Marker) -> None:
+    assert Marker.read(json.loads(json.dumps(marker.write(None)))) == marker
+
+
+def test_it_leaves_other_headers_as_they_are() -> None:
+    headers = {"trace": "t-1", HEADER: "somebody's"}
+    assert MARKER.write(headers) == {"trace": "t-1", HEADER: MARKER.write(None)[HEADER]}
+    assert headers == {"trace": "t-1", HEADER: "somebody's"}, "the caller's headers are not changed"
+
+
+def test_it_carries_no_more_than_it_must() -> None:
+    assert Marker("m", "t", "i").write({}) == {HEADER: {"message_id": "m", "task": "t", "task_id": "i"}}
+
+
+GOOD: dict[str, Any] = {"message_id": "m", "task": "t", "task_id": "i"}
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        None,
+        {},
+        {"other": GOOD},
+        "text",
+        {HEADER: None},
+        {HEADER: "m"},
+        {HEADER: ["m", "t", "i"]},
+        {HEADER: {}},
+        *({HEADER: {key: value for key, value in GOOD.items() if key != missing}} for missing in GOOD),
+        *({HEADER: {**GOOD, wrong: 5}} for wrong in GOOD),
+        *({HEADER: {**GOOD, wrong: None}} for wrong in GOOD),
+    ],
+    ids=repr,
+)
+def test_what_is_malformed_counts_as_none(headers: Any) -> None:
+    assert Marker.read(headers) is None
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("fingerprint", 5), ("fingerprint", None), ("holds", "many"), ("holds", -1), ("holds", None)]
+)
+def test_a_detail_that_is_malformed_is_left_out(key: str, value: object) -> None:
+    assert Marker.read({HEADER: {**GOOD, key: value}}) == Marker("m", "t", "i")
+
+
+def test_a_later_versions_details_do_no_harm() -> None:
+    assert Marker.read({HEADER: {**GOOD, "colour": "red"}}) == Marker("m", "t", "i")
+
+
+@pytest.mark.parametrize(
+    ("task_name", "task_id", "belongs"),
+    [
+        ("shop.charge", "0b51", True),
+        ("shop.charge", "other", False),
+        ("shop.refund", "0b51", False),
+        ("shop.charge", None, False),
+    ],
+)
+def test_it_belongs_to_its_own_task_and_celery_id_only(task_name: str, task_id: str | None, belongs: bool) -> None:
+    assert MARKER.belongs_to(task_name, task_id) is belongs
