@@ -66,8 +66,12 @@ def capture(app: Celery, queue: str, count: int = 1) -> list[Captured]:
 
 
 def put(app: Celery, queue: str, messages: Sequence[Captured], *, times: int = 1) -> None:
-    """Put messages on the broker by hand, each so many times, past Celery and past the library."""
-    with app.connection_for_write() as connection, connection.Producer() as producer:
+    """Put messages on the broker by hand, each so many times, past Celery and past the library.
+
+    Confirmed: RabbitMQ forgets what a connection that is closed at once had not yet handed to a quorum queue.
+    """
+    options = {**app.conf.broker_transport_options, "confirm_publish": True}
+    with app.connection_for_write(transport_options=options) as connection, connection.Producer() as producer:
         for message in [message for message in messages for _ in range(times)]:
             producer.publish(
                 message.body,

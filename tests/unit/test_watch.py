@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -85,10 +84,14 @@ def test_nothing_is_left_behind(ends: tuple[socket.socket, socket.socket]) -> No
     client, _ = ends
     watch = Watch(0.05)
     descriptors = len(list(DESCRIPTORS.iterdir()))
+    threads = set()
     for _ in range(20):
         with watch.over(client.fileno()):
-            pass
+            threads.add(watch._thread)
     wait_until(lambda: watch._thread is None, describe="the end of the watch")
+    for thread in threads:
+        assert thread is not None
+        thread.join(timeout=30)
+        assert not thread.is_alive()
 
     assert len(list(DESCRIPTORS.iterdir())) == descriptors
-    assert [thread.name for thread in threading.enumerate() if thread.name == "celery-idempotent-watch"] == []
