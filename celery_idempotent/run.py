@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -38,6 +39,10 @@ T = TypeVar("T")
 
 _ATTRIBUTE = "idempotent_run"
 _ERROR_LENGTH = 4000
+
+#: Seconds that an attempt which has ended its row is given to store its result, and between two looks for that.
+_OWN_RESULT_WITHIN = 2.0
+_ASK_EVERY = 0.05
 
 
 class RunState(StrEnum):
@@ -233,7 +238,13 @@ class Run:
         row = self._store.find(self.key)
         if row is None or row.ran_task_id != task_id or row.processed_status is None:
             return
-        if backend.get_state(task_id) in states.READY_STATES:
+        # The row is written before the result: the attempt that ended may be about to store it, with the error itself.
+        deadline = time.monotonic() + _OWN_RESULT_WITHIN
+        while backend.get_state(task_id) not in states.READY_STATES:
+            if time.monotonic() >= deadline:
+                break
+            time.sleep(_ASK_EVERY)
+        else:
             return
         if row.processed_status is ProcessedStatus.SUCCESS:
             value = None if row.result is None else decode_result(self.task.app, row.result)

@@ -300,3 +300,36 @@ class TestWorkerLabel:
 )
 def test_waited_on(request_: dict[str, Any], waits: bool) -> None:
     assert waited_on(Context(**request_)) is waits
+
+
+class TestARetryStoredLate:
+    """Celery stores RETRY after it has published the next attempt, which may have ended by then."""
+
+    @pytest.fixture
+    def handed_on(self, task: IdempotentTask, store: SQLStore) -> Run:
+        task.backend = Celery("results", set_as_current=False, backend="cache+memory://").backend
+        run = claimed(task, store)
+        assert run.hand_on(NewMessage(KEY, "task-id", attempt=1))
+        again = store.claim(NewMessage(KEY, "task-id", attempt=1), worker="w2", lease=60.0, grace=30.0)
+        assert isinstance(again, Claimed)
+        assert store.fail(again.claim, error="ValueError: the reason")
+        task.backend.store_result("task-id", Retry(), "RETRY")
+        return run
+
+    def test_the_end_that_it_hid_is_stored_again(self, handed_on: Run) -> None:
+        handed_on.retry_stored()
+
+        backend = handed_on.task.backend
+        assert backend.get_state("task-id") == "FAILURE"
+        assert "ValueError: the reason" in str(backend.get_result("task-id"))
+
+    def test_an_attempt_that_has_yet_to_store_its_end_is_waited_for(self, handed_on: Run) -> None:
+        """Its row is done before its result is stored, and what it stores is the error itself."""
+        backend = handed_on.task.backend
+        attempt = threading.Timer(0.3, backend.store_result, ("task-id", ValueError("the reason"), "FAILURE"))
+        attempt.start()
+
+        handed_on.retry_stored()
+
+        attempt.join()
+        assert isinstance(backend.get_result("task-id"), ValueError)
