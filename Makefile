@@ -13,16 +13,25 @@ COMPILE = $(DEV)/uv pip compile pyproject.toml --universal --python-version 3.11
 	--no-emit-index-url --no-emit-find-links --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lock clean
+.PHONY: help demo test check chaos chaos-peers lock clean
 
 help:  ## list these targets
-	@sed -n 's/^\([a-z]*\):.*## *\(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## *\(.*\)/  make \1\t\2/p' Makefile | expand -t 16
 
 demo: .venv-demo/installed  ## the loan check: what a duplicate does without this library, and with it; needs only Python
 	@$(DEMO)/python -m example_project.demo
 
 test: .venv/installed  ## every test, on real servers: uses those that run, starts or installs those that do not
 	@$(DEV)/python -m tests.support.servers $(DEV)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+
+# The runs whose figures docs/explanation/chaos.md has; SEED, TASKS and KILLS are for each of them.
+CHAOS = $(if $(SEED),--seed $(SEED)) $(if $(TASKS),--tasks $(TASKS)) $(if $(KILLS),--kills $(KILLS))
+
+chaos: .venv/installed  ## kill, restart, pause and cut everything, and audit what ran; SEED= TASKS= KILLS=; 20 minutes
+	@$(DEV)/python -m tests.chaos $(CHAOS)
+
+chaos-peers: .venv-peers/installed  ## the same, shorter, for plain Celery and the packages that promise something alike
+	@.venv-peers/bin/python -m tests.chaos --output chaos-peers --place postgresql+redis --every-variant $(CHAOS)
 
 check: .venv/installed  ## format, lint, types, direction of imports
 	$(DEV)/ruff format --check .
@@ -34,16 +43,18 @@ check: .venv/installed  ## format, lint, types, direction of imports
 lock: .venv/installed  ## newest versions into requirements/*.lock
 	$(COMPILE) --upgrade --extra postgresql --extra mysql --extra gevent --extra flower --group dev -o requirements/dev.lock
 	$(COMPILE) --upgrade --group build -o requirements/demo.lock
+	$(COMPILE) --upgrade --extra postgresql --extra mysql --group build --group test --group peers -o requirements/peers.lock
 
 clean:  ## remove environments, caches and what was built
-	rm -rf .venv .venv-demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-demo .venv-peers chaos chaos-peers build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An environment holds what its lock file pins, each file checked by its hash, and then this project from the work tree.
 # It is made anew when the lock file or pyproject.toml is newer.
 .venv/installed: requirements/dev.lock
 .venv-demo/installed: requirements/demo.lock
-.venv/installed .venv-demo/installed: pyproject.toml
+.venv-peers/installed: requirements/peers.lock
+.venv/installed .venv-demo/installed .venv-peers/installed: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "celery-idempotent needs Python 3.11 or newer, and none was found: name one with PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "celery-idempotent needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1)" >&2; exit 1; }

@@ -1,28 +1,35 @@
 """The command line: ``celery -A proj idempotent``.
 
-Text for people, ``--json`` for programs. Exit status 0: done; 1: not found, or the store could not be asked; 2: wrong usage or
-configuration.
+Text for people, ``--json`` for programs. Exit status 0: done; 1: not found, or the store could not be asked, or the broker took no
+message; 2: wrong usage or configuration.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import math
+import re
+import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import asdict, fields
 from datetime import date, datetime, time
 from decimal import Decimal
+from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any
 from unicodedata import combining, east_asian_width
 from uuid import UUID
 
 import click
 from celery.bin.base import CeleryCommand, handle_preload_options
+from kombu.exceptions import OperationalError
 
-from celery_idempotent.errors import ConfigurationError, StoreError
+from celery_idempotent.errors import ConfigurationError, StoreError, StoreUnavailableError
 from celery_idempotent.queue_log import QueueLog
 from celery_idempotent.records import MessageKey, ProcessedStatus, Row, RowFilter, Status
+from celery_idempotent.recovery import Recovered
 from celery_idempotent.serialization import UndecodableError, decode_message, decode_result
 from celery_idempotent.settings import Settings
 
@@ -32,6 +39,8 @@ if TYPE_CHECKING:
     from celery import Celery
 
 __all__ = ["idempotent"]
+
+logger = logging.getLogger("celery_idempotent")
 
 #: Columns of a row as they are listed; the rest is shown by `show`.
 _LISTED = (
@@ -44,6 +53,39 @@ _LISTED = (
     "duplicates",
     "created_timestamp",
 )
+
+#: What a step did, in the words of people.
+_RECOVERED = {
+    "taken_back": "taken back {} whose worker died",
+    "relayed": "relayed {} never published",
+    "lost": "published again {} presumed lost",
+    "purged": "purged {}",
+}
+
+#: The longest pause in seconds of `recover --watch` while the store or the broker is not there, unless its interval is longer.
+_LONGEST_BACK_OFF = 60.0
+
+#: How soon, in seconds, `recover --watch` notices between two steps that it is to end.
+_NOTICE = 0.2
+
+#: What may follow a number of seconds, by how many of them it stands for.
+_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+
+
+def _duration(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
+    """An option's seconds, which may be given with a unit."""
+    if value is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+) ?([smhdw]?)", value, re.ASCII)
+    seconds = float(found[1]) * _UNITS[found[2]] if found else math.nan
+    if not math.isfinite(seconds):
+        raise click.BadParameter(
+            f"{value!r} is not a number of seconds, 0 or more, nor one with s, m, h, d or w after it, like 7d",
+            ctx,
+            param,
+        )
+    return seconds
+
 
 as_json = click.option("--json", "json_", is_flag=True, help="Print JSON, for programs.")
 
@@ -142,6 +184,107 @@ def show(ctx: click.Context, message_id: str, task_name: str | None, json_: bool
     _print(json_, records, lambda: _sheets(records))
 
 
+@idempotent.command(cls=CeleryCommand)
+@click.option("--watch", is_flag=True, help="Go on, step after step, until interrupted or terminated.")
+@click.option(
+    "--interval",
+    metavar="SECONDS",
+    callback=_duration,
+    help="Pause between two steps of --watch.  [default: idempotent_recovery_interval, or 30 where that is 0]",
+)
+@click.option(
+    "--lost-after",
+    metavar="SECONDS",
+    callback=_duration,
+    help="Publish every message again that has waited for longer, overtaken or not: for a broker that was emptied. "
+    "Whatever it still has gets a copy. With --watch, once.",
+)
+@as_json
+@click.pass_context
+def recover(ctx: click.Context, watch: bool, interval: float | None, lost_after: float | None, json_: bool) -> None:
+    """Publish what a dead worker, broker or producer left behind, and purge.
+
+    This is what a worker does every idempotent_recovery_interval seconds: it takes back messages whose worker died, relays those
+    that were recorded and never published, publishes those again that the broker is presumed to have lost, and deletes rows
+    past idempotent_retention. Which messages were published goes to the log.
+
+    Any number may run at once, beside workers too. Should a message be published that the broker still has, the claim absorbs the
+    copy: it is skipped, and counted as a duplicate. A message that was published again goes to the end of its queue.
+    """
+    if interval is not None and (interval == 0 or not watch):
+        raise click.UsageError("--interval is the pause of --watch, and more than 0")
+    with _queue_log(ctx) as queue_log:
+        queue_log.app.loader.import_default_modules()  # a message whose task is not known is left alone
+        if watch:
+            _watch(queue_log, interval or queue_log.settings.recovery_interval or 30.0, lost_after, json_)
+        else:
+            done = sum(queue_log.recovery.steps(lost_after=lost_after), start=Recovered())
+            _print(json_, asdict(done), lambda: [_recovered(done) or "nothing was due"])
+
+
+@idempotent.command(cls=CeleryCommand)
+@click.option(
+    "--older-than",
+    metavar="SECONDS",
+    callback=_duration,
+    help="Only what was done so long ago, e.g. 7d.  [default: idempotent_retention]",
+)
+@as_json
+@click.pass_context
+def purge(ctx: click.Context, older_than: float | None, json_: bool) -> None:
+    """Delete the rows of messages that are done.
+
+    Workers do this by themselves. With its row a message is forgotten: a late copy of it would run, and its id may be used again.
+    An id that unique_for still keeps taken keeps its row.
+    """
+    with _queue_log(ctx) as queue_log:
+        purged = queue_log.recovery.purge(older_than=older_than, within=math.inf)
+    _print(json_, {"purged": purged}, lambda: [f"purged {purged}"])
+
+
+def _watch(queue_log: QueueLog, interval: float, lost_after: float | None, json_: bool) -> None:
+    """Recover every so many seconds until told to stop; a store or a broker that is not there is waited for."""
+    with _told_to_stop() as stopped:
+        in_vain = 0
+        while not stopped():
+            try:
+                for done in queue_log.recovery.steps(lost_after=lost_after, stopped=stopped):
+                    if done != Recovered():
+                        click.echo(json.dumps(asdict(done)) if json_ else _recovered(done))
+            except (StoreUnavailableError, OperationalError) as error:
+                in_vain += 1
+                pause = min(interval * 2**in_vain, max(interval, _LONGEST_BACK_OFF))
+                logger.error("recovery goes on in %g s: %s", pause, _one_line(error))
+            else:
+                in_vain, pause = 0, interval
+                lost_after = None  # again and again, it would publish a backlog for being one
+            until = monotonic() + pause
+            while not stopped() and (left := until - monotonic()) > 0:
+                sleep(min(left, _NOTICE))
+
+
+@contextmanager
+def _told_to_stop() -> Iterator[Callable[[], bool]]:
+    """Whether SIGINT or SIGTERM came: what is under way is ended in good order. The second one means it at once."""
+    told: list[int] = []
+
+    def stop(signum: int, _: object) -> None:
+        told.append(signum)
+        signal.signal(signum, before[signal.Signals(signum)])
+
+    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(told)
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _recovered(done: Recovered) -> str:
+    """What was done, in a line; empty if nothing was."""
+    return ", ".join(_RECOVERED[name].format(count) for name, count in asdict(done).items() if count)
+
+
 @contextmanager
 def _queue_log(ctx: click.Context) -> Iterator[QueueLog]:
     """The queue log of the app given by ``-A``; what is wrong with it becomes one line and an exit status."""
@@ -155,8 +298,16 @@ def _queue_log(ctx: click.Context) -> Iterator[QueueLog]:
         raise click.UsageError(str(error)) from error
     except StoreError as error:
         raise click.ClickException(str(error)) from error
+    except OperationalError as error:
+        raise click.ClickException(
+            f"the broker took no message: {_one_line(error)}; what was not published waits in the queue log"
+        ) from error
     finally:
         queue_log.close()
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _tasks_of(queue_log: QueueLog, message_id: str) -> list[str]:

@@ -16,6 +16,7 @@ from kombu.exceptions import OperationalError
 from kombu.utils.functional import retry_over_time
 
 from celery_idempotent import outage
+from celery_idempotent.chords import claimed_for
 from celery_idempotent.decision import Delivery, DeliveryAction, DeliveryDecision, decide_delivery
 from celery_idempotent.errors import (
     AlreadyFailedError,
@@ -26,7 +27,7 @@ from celery_idempotent.errors import (
 )
 from celery_idempotent.producer import identify
 from celery_idempotent.records import Claim, Claimed, MessageKey, NewMessage, Note, ProcessedStatus, Row, Status, Taken
-from celery_idempotent.run import Run, RunState, describe, ignores_result, waited_on, worker_label
+from celery_idempotent.run import Run, RunState, answered, describe, ignores_result, waited_on, worker_label
 from celery_idempotent.serialization import UndecodableError, decode_result, encode_message
 from celery_idempotent.wire import Marker
 
@@ -57,8 +58,12 @@ _SHORTEST_HOLD = 1.0
 #: Seconds by which copies of one message are spread, at most; also a tenth of the delay, if that is less.
 _JITTER = 1.0
 
-#: Seconds after which a broker delivers an unacknowledged message again, where kombu has a default for it.
-_VISIBILITY_TIMEOUT = {"redis": 3600, "rediss": 3600, "sentinel": 3600, "sqs": 1800}
+#: Seconds after which a broker delivers an unacknowledged message again, where kombu or RabbitMQ (``consumer_timeout``, which also
+#: ends the worker that kept it) has a default for it.
+_VISIBILITY_TIMEOUT = {
+    **dict.fromkeys(("redis", "rediss", "sentinel"), 3600),
+    **dict.fromkeys(("sqs", "amqp", "amqps", "pyamqp"), 1800),
+}
 
 #: Why a row failed whose owner's lease ran out under ``on_abandoned="fail"``.
 ABANDONED = "abandoned: the worker that ran it died or lost its lease"
@@ -117,7 +122,7 @@ class _Admission:
             marker = Marker(key.message_id, task.name, request.id, fingerprint)
         self.holds = marker.holds
         #: What the body's retry, and a copy that is held, take along in the headers.
-        self.marker = Marker(key.message_id, task.name, request.id, marker.fingerprint)
+        self.marker = Marker(key.message_id, task.name, request.id, marker.fingerprint, copied=marker.copied)
         request.headers = self.marker.write(request.headers)
         self.message = NewMessage(
             key=key,
@@ -200,6 +205,7 @@ class _Admission:
             case DeliveryAction.TAKE_OVER:
                 return self._take_over(row)
             case DeliveryAction.TAKE_OVER_AND_REPLAY:
+                self._wait_for_the_chord()
                 return self._take_over_and_replay(row)
             case DeliveryAction.ABANDON:
                 unique_for = self.task.idempotency.unique_for
@@ -208,9 +214,11 @@ class _Admission:
                 raise AlreadyFailedError(row.key.message_id, ABANDONED)
             case DeliveryAction.SKIP:
                 self._store.count_duplicate(row.key)
+                answered(self.task, self.request)
                 logger.info("%s is skipped: it is %s already", self.run, row.status)
                 raise Ignore(f"{self.run} is a duplicate: it is {row.status}")
             case DeliveryAction.REPLAY:
+                self._wait_for_the_chord()
                 return self._replay(row)
             case DeliveryAction.RAISE_FAILED:
                 self._store.count_duplicate(row.key)
@@ -262,6 +270,12 @@ class _Admission:
             raise AlreadyFailedError(row.key.message_id, error)
         self.run.value, self.run.state = value, RunState.CHECKPOINTED
         return self.run
+
+    def _wait_for_the_chord(self) -> None:
+        """Come again later if an owner that died may seem to be still about to send the body of this message's chord."""
+        seconds = 0.0 if self.request.is_eager else claimed_for(self.task, self.request)
+        if seconds:
+            raise self._hold(seconds)
 
     def _replay(self, row: Row) -> Run:
         value = self._stored_value(row)
@@ -351,8 +365,14 @@ class _Admission:
             fingerprint=self.message.fingerprint,
             awaited=awaited,
             canvas=waited_on(self.request),
-            result_ready=awaited and row.status is Status.DONE and self._result_is_ready(),
+            result_ready=awaited and row.status is Status.DONE and self._result_is_ready() and not self._is_owed(),
         )
+
+    def _is_owed(self) -> bool:
+        """Whether what waits on this copy has yet to go on: its result is stored before that."""
+        if not (self.marker.copied and waited_on(self.request)):
+            return False
+        return self._store.find(self.marker.row_of_its_own) is not None
 
     def _result_is_ready(self) -> bool:
         backend = self.task.backend

@@ -13,6 +13,7 @@ from celery import states
 from celery.result import EagerResult
 from celery.utils import uuid
 from celery.utils.time import maybe_iso8601, maybe_make_aware
+from kombu.exceptions import OperationalError
 
 from celery_idempotent.decision import Call, CallAction, decide_call
 from celery_idempotent.errors import (
@@ -213,7 +214,7 @@ class Sending:
                     return self._publish_now(duplicate=True)  # its consumer says so, under its own task id
                 raise MessageMismatchError(row.key.message_id, row.key.task_name)
             case CallAction.PUBLISH_COPY:
-                return self._publish_now(duplicate=True)
+                return self._publish_copy()
             case CallAction.PUBLISH_AGAIN:
                 # After an answer that did not come, whose the new publication time is cannot be told; a copy too many is absorbed.
                 if not self._ask(partial(self._store.republish, row)) and not self.unanswered:
@@ -242,6 +243,11 @@ class Sending:
             return self._result(self.message.task_id, duplicate=True)
         try:
             return self._publish_now()
+        except OperationalError as error:
+            # The broker takes nothing now. Celery gives a message up whose retry it cannot publish; the row keeps it.
+            if self.run is None or not self.run.leave_to_recovery(error):
+                raise
+            return self._result(self.message.task_id, duplicate=False)
         except BaseException as error:
             if self.run is not None:
                 self.run.not_handed_on(message, error)
@@ -249,17 +255,28 @@ class Sending:
 
     # -- publishing ----------------------------------------------------------------------------------------------------
 
-    def _publish_now(self, *, task_id: str | None = None, duplicate: bool = False) -> AsyncResult[Any]:
+    def _publish_copy(self) -> AsyncResult[Any]:
+        """Publish under its own task id, with a row of its own that lasts until its consumer has answered it."""
+        own = MessageKey(self.message.task_id, self.message.key.task_name)
+        if own == self.message.key or self.task.app.conf.task_always_eager:
+            return self._publish_now(duplicate=True)
+        self._ask(partial(self._store.record, replace(self.message, key=own)))
+        take_back = partial(self._store.withdraw, own, task_id=self.message.task_id)
+        return self._publish_or(take_back, copied=True)
+
+    def _publish_now(
+        self, *, task_id: str | None = None, duplicate: bool = False, copied: bool = False
+    ) -> AsyncResult[Any]:
         key, task_id = self.message.key, task_id or self.message.task_id
-        marker = Marker(key.message_id, key.task_name, task_id, self.message.fingerprint)
+        marker = Marker(key.message_id, key.task_name, task_id, self.message.fingerprint, copied=copied)
         options = {**self.options, "headers": marker.write(self.options.get("headers")), "message_id": key.message_id}
         result = self.task.publish(self.args, self.kwargs, task_id=task_id, **options)
         result.duplicate = duplicate
         return result
 
-    def _publish_or(self, take_back: Callable[[], object]) -> AsyncResult[Any]:
+    def _publish_or(self, take_back: Callable[[], object], *, copied: bool = False) -> AsyncResult[Any]:
         try:
-            return self._publish_now()
+            return self._publish_now(duplicate=copied, copied=copied)
         except BaseException:
             # Whatever it was, the caller is told and the id is free again. Should the broker have the message after all, its
             # consumer inserts the row.

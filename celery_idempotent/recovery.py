@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import astuple, dataclass
 from datetime import datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Protocol
 from kombu.exceptions import OperationalError
 
 from celery_idempotent.consumer import ABANDONED
+from celery_idempotent.forks import no_fork
 from celery_idempotent.records import MessageKey, Row, Status
 from celery_idempotent.serialization import UndecodableError, decode_message
 from celery_idempotent.wire import Marker
@@ -44,6 +45,9 @@ _LONGEST_PAUSE = timedelta(days=1)
 #: Seconds that a step spends on purging before it leaves the rest to the next.
 _PURGE_FOR = 5.0
 
+#: How many messages that run, and how many that ended, are looked at for what they have overtaken.
+_NEWEST = 1000
+
 
 class _Read(Protocol):
     """A verb of the store that lists rows."""
@@ -66,6 +70,15 @@ class Recovered:
     relayed: int = 0
     lost: int = 0
     purged: int = 0
+
+    def __add__(self, other: Recovered) -> Recovered:
+        return Recovered(*map(sum, zip(astuple(self), astuple(other), strict=True)))
+
+    @property
+    def more(self) -> bool:
+        """Whether there may be more to do: something was done up to its limit."""
+        published = max(self.taken_back, self.relayed, self.lost)
+        return published >= BATCH or (self.purged > 0 and self.purged % BATCH == 0)
 
 
 class Recovery:
@@ -105,11 +118,36 @@ class Recovery:
             purged=self.purge(),
         )
 
-    def publish_waiting(self, lost_after: float) -> int:
+    def steps(
+        self, *, lost_after: float | None = None, stopped: Callable[[], bool] = lambda: False
+    ) -> Iterator[Recovered]:
+        """Step until nothing more is due: for a process that does nothing else.
+
+        It has not seen any delivery, so that it looks in the table for what runs or ran lately, and may have overtaken others.
+
+        Args:
+            lost_after: As for :meth:`publish_waiting`, which comes last then; ``None`` leaves it out.
+            stopped: Asked after each batch whether the rest is to be left.
+
+        Raises:
+            StoreError: As for :meth:`step`.
+            kombu.exceptions.OperationalError: As for :meth:`step`.
+        """
+        more = True
+        while more and not stopped():
+            self._see_what_ran()
+            done = self.step()
+            yield done
+            more = done.more
+        if lost_after is not None and not stopped():
+            yield Recovered(lost=self.publish_waiting(lost_after, stopped=stopped))
+
+    def publish_waiting(self, lost_after: float, *, stopped: Callable[[], bool] = lambda: False) -> int:
         """Publish every pending message again that has waited longer, overtaken or not: for a broker that was emptied.
 
         Args:
             lost_after: Seconds; a message that the broker still has gets a copy, which its claim absorbs.
+            stopped: Asked after each batch whether the rest is to be left.
 
         Returns:
             How many were published.
@@ -118,19 +156,30 @@ class Recovery:
             StoreError: As for :meth:`step`.
             kombu.exceptions.OperationalError: As for :meth:`step`.
         """
-        return self._publish_due(self._store.unsent, at_most=_ALL) + self._publish_due(
-            partial(self._store.waiting, older_than=lost_after), at_most=_ALL
+        return sum(
+            self._publish_due(read, at_most=_ALL, stopped=stopped)
+            for read in (self._store.unsent, partial(self._store.waiting, older_than=lost_after))
         )
 
-    def purge(self) -> int:
-        """Delete rows past ``idempotent_retention``, in small batches.
+    def purge(self, *, older_than: float | None = None, within: float | None = None) -> int:
+        """Delete rows of messages that are done, in small batches; their ids are free again.
+
+        Args:
+            older_than: Seconds since they were done; ``None`` for ``idempotent_retention``.
+            within: Seconds after which the rest is left to the next time; ``None`` for a step's share of them.
 
         Returns:
             How many were deleted.
+
+        Raises:
+            StoreError: As for :meth:`step`.
         """
-        purged, deadline = 0, time.monotonic() + _PURGE_FOR
+        if older_than is None:
+            older_than = self._queue_log.settings.retention
+        purged, deadline = 0, time.monotonic() + (_PURGE_FOR if within is None else within)
         while time.monotonic() < deadline:
-            deleted = self._store.purge(older_than=self._queue_log.settings.retention, limit=BATCH)
+            with no_fork():
+                deleted = self._store.purge(older_than=older_than, limit=BATCH)
             purged += deleted
             if deleted < BATCH:
                 break
@@ -138,11 +187,17 @@ class Recovery:
 
     # -- publishing ----------------------------------------------------------------------------------------------------
 
+    def _see_what_ran(self) -> None:
+        """The newest message of each queue that ran or runs stands for the deliveries that other processes have seen."""
+        self._latest.update({row.queue: row.key for row in reversed(self._store.newest(limit=_NEWEST))})
+
     def _publish_overtaken(self, lost_after: float) -> int:
         published = 0
         for key in list(self._latest.values()):
-            latest = self._store.find(key)
-            if latest is None or latest.worker is None:
+            with no_fork():
+                latest = self._store.find(key)
+            # Of a message whose queue is not known nobody knows what it has overtaken.
+            if latest is None or latest.worker is None or latest.queue is None:
                 continue
             overtaken = partial(
                 self._store.waiting,
@@ -157,16 +212,24 @@ class Recovery:
             )
         return published
 
-    def _publish_due(self, read: _Read, *, due: Callable[[Row], bool] = lambda _: True, at_most: float = BATCH) -> int:
+    def _publish_due(
+        self,
+        read: _Read,
+        *,
+        due: Callable[[Row], bool] = lambda _: True,
+        at_most: float = BATCH,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> int:
         """Publish what is due among the rows that a verb lists; how many were.
 
         Rows that pause, that no task of this app is for or that cannot be published stay where they are, first in the list: they
         are read past, lest they keep all others from being recovered.
         """
         published, seen, left = 0, set[MessageKey](), 0
-        while published < at_most:
+        while published < at_most and not stopped():
             limit = BATCH + 2 * left
-            rows = read(limit=limit)
+            with no_fork():
+                rows = read(limit=limit)
             fresh = [row for row in rows if row.key not in seen]
             seen.update(row.key for row in fresh)
             now = sum(due(row) and self._publish(row) for row in fresh)
@@ -176,6 +239,10 @@ class Recovery:
         return published
 
     def _publish(self, row: Row) -> bool:
+        with no_fork():
+            return self._publish_row(row)
+
+    def _publish_row(self, row: Row) -> bool:
         task = self._queue_log.app.tasks.get(row.key.task_name)
         if task is None or not hasattr(type(task), "idempotency"):
             return False  # another app's, on the same store: its own workers recover it
@@ -204,7 +271,10 @@ class Recovery:
                 self._store.abandon(row, error=f"{ABANDONED}; {error}", unique_for=task.idempotency.unique_for)
             return None
         args, kwargs, options = call
-        marker = Marker(row.key.message_id, row.key.task_name, row.task_id, row.fingerprint)
+        # A copy's own row is known by its task id; the message in it says which message it is a copy of.
+        message_id = options.get("message_id") or row.key.message_id
+        copied = message_id != row.key.message_id
+        marker = Marker(message_id, row.key.task_name, row.task_id, row.fingerprint, copied=copied)
         # What the row knows better, and what was true of one delivery only.
         replaced = ("eta", "task_id", "message_id", "headers", "retries", "redelivered", "is_eager", "ignore_result")
         kept = {name: value for name, value in options.items() if name not in replaced}
@@ -220,7 +290,7 @@ class Recovery:
             args,
             kwargs,
             task_id=row.task_id,
-            message_id=row.key.message_id,
+            message_id=message_id,
             headers=marker.write(headers),
             retries=row.attempt,
             ignore_result=True,

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from celery_idempotent.errors import StoreError
+from celery_idempotent.forks import no_fork
 from celery_idempotent.records import Claim, Holder
 
 if TYPE_CHECKING:
@@ -146,7 +147,8 @@ class _Renewal:
                     self._wakes_at = min((held.due for held in everything), default=_NEVER)
                     self._changed.wait(None if self._wakes_at == _NEVER else self._wakes_at - now)
             for lease in {held.lease for held in due}:
-                self._renew([held for held in due if held.lease == lease], lease)
+                with no_fork():
+                    self._renew([held for held in due if held.lease == lease], lease)
 
     def _renew(self, due: list[Held], lease: float) -> None:
         pause = lease / _PER_LEASE

@@ -19,10 +19,11 @@ from celery.backends.base import DisabledBackend
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 from kombu.exceptions import EncodeError
 
-from celery_idempotent.errors import AlreadyFailedError, LeaseLostError, StoreUnavailableError
+from celery_idempotent.errors import AlreadyFailedError, LeaseLostError, StoreError, StoreUnavailableError
 from celery_idempotent.outage import ask_until_answered
 from celery_idempotent.records import Claim, Claimed, MessageKey, NewMessage, Note, ProcessedStatus, Status
 from celery_idempotent.serialization import decode_result, encode_message, encode_result
+from celery_idempotent.wire import Marker
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -212,6 +213,21 @@ class Run:
         self.detach()
         return held
 
+    def leave_to_recovery(self, error: Exception) -> bool:
+        """The broker does not take the next attempt: note that its row is still to be published.
+
+        Returns:
+            Whether there is such a row.
+        """
+        if self.state is not RunState.HANDED_ON:
+            return False
+        logger.error("%s goes on when recovery can publish it: %s", self, error)
+        try:
+            self._store.not_published(self.key, token=self._claim.token)
+        except StoreError as unknown:
+            logger.error("%s has to be overtaken first, the store gives no answer: %s", self, unknown)
+        return True
+
     def not_handed_on(self, message: NewMessage, error: BaseException) -> None:
         """The next attempt could not be published: end the message, unless a copy of it runs already."""
         if self.state is not RunState.HANDED_ON:
@@ -341,6 +357,18 @@ class Run:
 
     def __str__(self) -> str:
         return f"{self.key.task_name}[{self.key.message_id}]"
+
+
+def answered(task: IdempotentTask, request: Context) -> None:
+    """The caller of a delivery has its answer: if that was a copy with a row of its own, nobody has to publish it again."""
+    marker = Marker.read(request.headers)
+    if marker is None or not marker.copied:
+        return
+    own = marker.row_of_its_own
+    try:
+        task.queue_log.store.withdraw(own, task_id=own.message_id)
+    except StoreError as error:
+        logger.warning("%s[%s] was answered, and will be published once more: %s", task.name, request.id, error)
 
 
 def ignores_result(task: IdempotentTask, request: Context) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from celery import _state, current_app, signals, states
@@ -12,8 +13,8 @@ from celery_idempotent.consumer import delivered_key
 from celery_idempotent.errors import StoreError
 from celery_idempotent.outage import ask_again
 from celery_idempotent.producer import delay_of, identify
-from celery_idempotent.records import NewMessage
-from celery_idempotent.run import Run
+from celery_idempotent.records import Found, NewMessage
+from celery_idempotent.run import Run, answered
 from celery_idempotent.serialization import encode_message
 from celery_idempotent.steps import CheckStep, RecoveryStep
 from celery_idempotent.wire import Marker
@@ -86,7 +87,12 @@ class _PublishHook:
             message=encode_message(args, kwargs, options, serializer=task.serializer or self.app.conf.task_serializer),
         )
         try:
-            ask_again(lambda: queue_log.store.record(message), self.app.conf.task_publish_retry_policy or {})
+            policy = self.app.conf.task_publish_retry_policy or {}
+            found = ask_again(lambda: queue_log.store.record(message), policy)
+            if isinstance(found, Found) and task_id not in (found.row.task_id, key.message_id):
+                copy = Marker(key.message_id, sender, task_id, fingerprint, copied=True)
+                ask_again(lambda: queue_log.store.record(replace(message, key=copy.row_of_its_own)), policy)
+                headers.update(copy.write(None))
         except StoreError as error:
             logger.error("%s[%s] is sent without a row, its consumer will insert it: %s", sender, key.message_id, error)
 
@@ -141,6 +147,7 @@ def _succeeded(sender: Any, **_: Any) -> None:
     run = Run.of(sender.request_stack.top) if _is_guarded(sender) else None
     if run is not None:
         run.dispatched()
+        answered(run.task, run.request)
 
 
 def _after_run(sender: Any, state: str | None = None, retval: Any = None, **_: Any) -> None:
@@ -148,7 +155,12 @@ def _after_run(sender: Any, state: str | None = None, retval: Any = None, **_: A
 
     The state is no proof: it stays SUCCESS when the result backend failed to take the result.
     """
-    run = Run.of(sender.request_stack.top) if _is_guarded(sender) else None
+    if not _is_guarded(sender):
+        return
+    request = sender.request_stack.top
+    run = Run.of(request)
+    if state == states.FAILURE and request is not None:
+        answered(sender, request)
     if run is not None:
         run.not_dispatched(retval if state == states.FAILURE else None)
         run.detach()
@@ -160,6 +172,7 @@ def _revoked(sender: Any, request: Context, terminated: bool = False, expired: b
     """A message was revoked or has expired before it ran; a running one that was terminated is its request's to report."""
     if terminated or not _is_guarded(sender):
         return
+    answered(sender, request)
     key = delivered_key(sender.name, request)
     reason = "expired: it was not started in time" if expired else "revoked"
     try:

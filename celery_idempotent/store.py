@@ -319,6 +319,14 @@ class Store(Protocol):
         """
         ...
 
+    def newest(self, *, limit: int) -> list[Row]:
+        """Rows that were claimed, newest first, out of those that run and those that ended last, without ``message`` and ``result``.
+
+        Args:
+            limit: At most so many of either, > 0; it costs no more than these, however long the log is.
+        """
+        ...
+
     # -- operators -----------------------------------------------------------------------------------------------------
 
     def find(self, key: MessageKey) -> Row | None:

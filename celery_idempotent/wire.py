@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from celery_idempotent.records import MessageKey
+
 __all__ = ["HEADER", "Marker"]
 
 HEADER = "idempotent"
@@ -27,6 +29,8 @@ class Marker:
             headers that a user copied to another call.
         fingerprint: SHA-256 of its canonical arguments; ``None`` when they are not compared.
         holds: How often this copy was held already; each hold is longer than the one before.
+        copied: Whether it was published although its message id was known, with a row of its own until its caller is answered:
+            see :meth:`row_of_its_own`.
     """
 
     message_id: str
@@ -34,6 +38,7 @@ class Marker:
     task_id: str
     fingerprint: str | None = None
     holds: int = 0
+    copied: bool = False
 
     @classmethod
     def read(cls, headers: Mapping[str, Any] | None) -> Marker | None:
@@ -51,6 +56,7 @@ class Marker:
             task_id,
             fingerprint if isinstance(fingerprint, str) else None,
             holds if isinstance(holds, int) and holds > 0 else 0,
+            found.get("copied") is True,
         )
 
     def write(self, headers: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -64,8 +70,19 @@ class Marker:
             marker["fingerprint"] = self.fingerprint
         if self.holds:
             marker["holds"] = self.holds
+        if self.copied:
+            marker["copied"] = True
         return {**(headers or {}), HEADER: marker}
 
     def belongs_to(self, task_name: str, task_id: str | None) -> bool:
         """Whether a call with this header sends on the marker's own message."""
         return self.task_name == task_name and self.task_id == task_id
+
+    @property
+    def row_of_its_own(self) -> MessageKey:
+        """The key of a copy's own row: its task id.
+
+        The row under its message id keeps the first message, and a broker that loses the copy would leave the copy's caller, and
+        the rest of its chain or chord, without an answer.
+        """
+        return MessageKey(self.task_id, self.task_name)

@@ -165,6 +165,22 @@ class RecoveryContract(StoreFixtures):
         store.not_published(KEY, token=held.token)
         assert same_row(read(store), before)
 
+    # -- newest ----------------------------------------------------------------------------------------------------
+
+    def test_messages_that_ran_or_run_are_listed_newest_first(self, store: Store) -> None:
+        keys = [MessageKey(f"m{number}", "t") for number in range(3)]
+        done(store, key=keys[0])
+        wait_until(lambda: read(store, keys[0]).read_at > read(store, keys[0]).created_timestamp)
+        processing(store, key=keys[1])
+        wait_until(lambda: read(store, keys[1]).read_at > read(store, keys[1]).created_timestamp)
+        done(store, key=keys[2])
+        pending(store, key=MessageKey("pending", "t"))
+        never_ran = pending(store, key=MessageKey("cancelled", "t"))
+        assert store.cancel(never_ran.key, task_id=never_ran.task_id, error="revoked")
+        assert [row.key for row in store.newest(limit=10)] == keys[::-1]
+        # One that runs, and the one that ended last.
+        assert [row.key for row in store.newest(limit=1)] == [keys[2], keys[1]]
+
     # -- purge ---------------------------------------------------------------------------------------------------------
 
     def test_what_was_done_long_ago_is_purged(self, store: Store) -> None:

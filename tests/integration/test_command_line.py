@@ -5,20 +5,28 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
 import sqlalchemy as sa
 from celery import Celery
+from kombu import Connection
 
-from celery_idempotent import QueueLog, SQLStore
-from celery_idempotent.records import Claimed, MessageKey, NewMessage
+from celery_idempotent import QueueLog, SQLStore, queue_log_table
+from celery_idempotent.records import Claimed, MessageKey, NewMessage, RowFilter
 from celery_idempotent.serialization import encode_message, encode_result
+from tests.support.processes import kill_tree
+from tests.support.servers import PrivatePostgreSQL, PrivateRedis
+from tests.support.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,13 +35,32 @@ import os
 from celery import Celery
 from celery_idempotent import IdempotentTask
 
-app = Celery("proj", broker="memory://", backend="cache+memory://")
+app = Celery("proj", broker=os.environ.get("BROKER", "memory://"), backend="cache+memory://")
 app.conf.update(idempotent_store=os.environ["STORE"], **eval(os.environ.get("SETTINGS", "{}")))
 
 @app.task(base=IdempotentTask, name="shop.charge", message_id="order:{order_id}")
 def charge(order_id, amount=0):
     return amount
 """
+
+#: A module that only the setting `imports` names.
+IMPORTED = """
+from proj import app
+from celery_idempotent import IdempotentTask
+
+@app.task(base=IdempotentTask, name="shop.late")
+def late(amount):
+    return amount
+"""
+
+SETTINGS = {
+    "imports": ["imported"],
+    "idempotent_lost_after": 300,
+    "idempotent_retention": 86400,
+    "broker_transport_options": {"socket_connect_timeout": 2},
+}
+
+DAY, PATIENCE = 86400.0, 60.0
 
 Run = subprocess.CompletedProcess[str]
 RunCelery = Callable[..., Run]
@@ -68,9 +95,26 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project on an SQLite file with some rows."""
     directory = Path(tmp_path_factory.mktemp("project"))
     (directory / "proj.py").write_text(PROJECT)
+    (directory / "imported.py").write_text(IMPORTED)
     with closing(SQLStore(f"sqlite:///{directory / 'filled.db'}")) as store:
         fill(store)
     return directory
+
+
+def command(project: Path, *arguments: str, app: str | None, store: str, **environment: str) -> dict[str, Any]:
+    """What starts ``celery -A proj ...``: arguments of :class:`subprocess.Popen`."""
+    given = () if app is None else ("-A", app)
+    return {
+        "args": [sys.executable, "-m", "celery", *given, *arguments],
+        "cwd": project,
+        "env": {
+            **{name: value for name, value in os.environ.items() if not name.startswith("CELERY_")},
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(project)]),
+            "PYTHONWARNINGS": "error",
+            "STORE": store,
+            **environment,
+        },
+    }
 
 
 @pytest.fixture
@@ -78,17 +122,8 @@ def celery(project: Path) -> RunCelery:
     """Run ``celery -A proj ...``."""
 
     def run(*arguments: str, app: str | None = "proj", store: str = "sqlite:///filled.db", **environment: str) -> Run:
-        given = () if app is None else ("-A", app)
         return subprocess.run(
-            [sys.executable, "-m", "celery", *given, *arguments],
-            cwd=project,
-            env={
-                **{name: value for name, value in os.environ.items() if not name.startswith("CELERY_")},
-                "PYTHONPATH": os.pathsep.join([str(ROOT), str(project)]),
-                "PYTHONWARNINGS": "error",
-                "STORE": store,
-                **environment,
-            },
+            **command(project, *arguments, app=app, store=store, **environment),
             capture_output=True,
             text=True,
             encoding="utf-8",
@@ -271,10 +306,20 @@ def test_a_terminal_without_unicode(celery: RunCelery) -> None:
         (["list", "--limit", "0"], "sqlite://", 2, "0 is not in the range x>=1"),
         (["show"], "sqlite://", 2, "Missing (argument|parameter)"),
         (["show", "m"], "sqlite://", 1, "no message 'm'"),
+        (["recover", "--lost-after", "-1"], "sqlite://", 2, "'-1' is not a number of seconds, 0 or more"),
+        (["recover", "--lost-after", "nan"], "sqlite://", 2, "'nan' is not a number of seconds"),
+        (["recover", "--watch", "--interval", "0"], "sqlite://", 2, "the pause of --watch, and more than 0"),
+        (["recover", "--interval", "5"], "sqlite://", 2, "the pause of --watch"),
+        (["purge", "--older-than", "7y"], "sqlite://", 2, "'7y' is not .* with s, m, h, d or w after it, like 7d"),
+        (["recover"], "postgresql://u:secret@127.0.0.1:1/shop", 1, r"u:\*\*\*@127.0.0.1:1/shop gave no answer"),
+        (["purge"], "postgresql://u:secret@127.0.0.1:1/shop", 1, r"u:\*\*\*@127.0.0.1:1/shop gave no answer"),
         (["stats"], "redis://localhost", 2, "the queue log cannot live in Redis"),
         (["stats"], "postgresql://u:secret@127.0.0.1:1/shop", 1, r"u:\*\*\*@127.0.0.1:1/shop gave no answer"),
     ],
-    ids=["command", "choice", "range", "argument", "message", "store", "server"],
+    ids=[
+        *("command", "choice", "range", "argument", "message"),
+        *("negative", "nan", "no-pause", "no-watch", "unit", "recover", "purge", "store", "server"),
+    ],
 )
 def test_what_goes_wrong_has_a_status_and_a_text(
     filled: Celery, arguments: list[str], store: str, status: int, says: str
@@ -315,5 +360,263 @@ def test_it_is_one_of_celerys_commands(celery: RunCelery) -> None:
     assert overview.returncode == own.returncode == report.returncode == 0
     assert "idempotent" in overview.stdout
     assert "worker" in overview.stdout
-    assert all(f"  {command} " in own.stdout for command in ("init", "list", "show", "stats"))
+    assert all(f"  {name} " in own.stdout for name in ("init", "list", "purge", "recover", "show", "stats"))
     assert "idempotent_store: 'sqlite:///filled.db'" in report.stdout
+
+
+# -- recover, purge --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Losses:
+    """A queue log and a broker, between which messages went missing."""
+
+    project: Path
+    url: str
+    store: SQLStore
+    broker: PrivateRedis
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {"store": self.url, "BROKER": self.broker.url, "SETTINGS": repr(SETTINGS)}
+
+    def pending(self, name: str, task: str = "shop.charge", queue: str | None = "celery", **changes: Any) -> MessageKey:
+        key = MessageKey(name, task)
+        message = encode_message((7,), {}, {"queue": queue} if queue else {}, serializer="json")
+        self.store.record(NewMessage(key, f"id of {name}", queue, message=message, **changes))
+        return key
+
+    def unsent(self, name: str) -> MessageKey:
+        return self.pending(name, published=False)
+
+    def claimed(self, name: str, **changes: Any) -> Claimed:
+        key = self.pending(name, **changes)
+        claimed = self.store.claim(NewMessage(key, f"id of {name}"), worker="w:1", lease=3600.0, grace=0.0)
+        assert isinstance(claimed, Claimed)
+        return claimed
+
+    def lapsed(self, name: str, **changes: Any) -> MessageKey:
+        claim = self.claimed(name, **changes).claim
+        self.store.expire(claim)
+        return claim.key
+
+    def done(self, name: str) -> MessageKey:
+        claim = self.claimed(name).claim
+        self.store.complete(claim, result=b"1")
+        return claim.key
+
+    def age(self, seconds: float, *keys: MessageKey) -> None:
+        """Let time pass for some rows."""
+        table = queue_log_table(sa.MetaData())
+        with self.store.engine.begin() as connection:
+            for key in keys:
+                where = (table.c.message_id == key.message_id, table.c.task_name == key.task_name)
+                row = connection.execute(sa.select(table).where(*where)).mappings().one()
+                times = ("created_timestamp", "processed_timestamp", "published_at")
+                older = {name: row[name] - timedelta(seconds=seconds) for name in times if row[name] is not None}
+                connection.execute(sa.update(table).where(*where).values(older))
+
+    def published(self) -> list[str]:
+        """The ids of the messages on the queue, which is empty then."""
+        with Connection(self.broker.url) as connection, closing(connection.SimpleQueue("celery", no_ack=True)) as queue:
+            found = []
+            with suppress(queue.Empty):
+                while True:
+                    found.append(queue.get_nowait().properties["message_id"])
+        return sorted(found)
+
+
+@pytest.fixture
+def losses(project: Path, private_redis: PrivateRedis, tmp_path: Path) -> Iterator[Losses]:
+    url = f"sqlite:///{tmp_path / 'lost.db'}"
+    with closing(SQLStore(url)) as store:
+        store.init()
+        yield Losses(project, url, store, private_redis)
+
+
+def test_recover_publishes_what_is_due_and_says_so(celery: RunCelery, losses: Losses) -> None:
+    losses.lapsed("lapsed", task="shop.late")
+    losses.unsent("unsent")
+    losses.age(2 * DAY, losses.done("old:1"), losses.done("old:2"))
+    losses.pending("waits")
+    losses.lapsed("of another app", task="another.task")
+
+    first = celery("idempotent", "recover", **losses.environment)
+    second = celery("idempotent", "recover", **losses.environment)
+
+    said = "taken back 1 whose worker died, relayed 1 never published, purged 2\n"
+    assert (first.returncode, first.stdout) == (0, said)
+    assert first.stderr.splitlines() == [
+        "shop.late[lapsed] is published again: it was processing",
+        "shop.charge[unsent] is published at last: it was pending",
+    ]
+    assert (second.returncode, second.stdout, second.stderr) == (0, "nothing was due\n", "")
+    assert losses.published() == ["lapsed", "unsent"]
+
+
+def test_recover_goes_on_until_nothing_more_is_due(celery: RunCelery, losses: Losses) -> None:
+    names = sorted(losses.unsent(f"m:{number:03}").message_id for number in range(450))
+    run = celery("idempotent", "recover", "--json", **losses.environment)
+    assert (run.returncode, json.loads(run.stdout)) == (0, {"taken_back": 0, "relayed": 450, "lost": 0, "purged": 0})
+    assert losses.published() == names
+
+
+@pytest.mark.parametrize("over", [False, True], ids=["runs", "ran"])
+def test_recover_knows_by_what_runs_or_ran_what_was_overtaken(celery: RunCelery, losses: Losses, over: bool) -> None:
+    older = [losses.pending("lost"), losses.pending("backlog", queue="other"), losses.pending("somewhere", queue=None)]
+    losses.age(1000.0, *older)
+
+    losses.claimed("of unknown queue", queue=None)
+    before = celery("idempotent", "recover", "--json", **losses.environment)
+    overtaking = losses.claimed("overtaking").claim
+    if over:
+        losses.store.complete(overtaking, result=b"1")
+    after = celery("idempotent", "recover", "--json", **losses.environment)
+
+    assert [json.loads(run.stdout)["lost"] for run in (before, after)] == [0, 1]
+    assert losses.published() == ["lost"]
+
+
+def test_recover_all_that_waits_for_a_broker_that_was_emptied(celery: RunCelery, losses: Losses) -> None:
+    older = [losses.pending("a"), losses.pending("b", queue="celery"), losses.pending("c", task="shop.late")]
+    losses.age(120.0, *older)
+    losses.pending("young")
+    assert json.loads(celery("idempotent", "recover", "--json", **losses.environment).stdout)["lost"] == 0
+
+    run = celery("idempotent", "recover", "--lost-after", "1m", **losses.environment)
+
+    assert (run.returncode, run.stdout) == (0, "published again 3 presumed lost\n")
+    assert losses.published() == ["a", "b", "c"]
+
+
+def test_recover_without_a_broker_loses_nothing(celery: RunCelery, losses: Losses) -> None:
+    losses.unsent("unsent")
+    losses.lapsed("lapsed")
+    losses.broker.stop()
+    run = celery("idempotent", "recover", **losses.environment)
+
+    assert (run.returncode, run.stdout) == (1, "")
+    (line,) = run.stderr.splitlines()
+    assert line.startswith("Error: the broker took no message: ")
+    assert line.endswith("; what was not published waits in the queue log")
+
+    losses.broker.start()
+    assert celery("idempotent", "recover", **losses.environment).returncode == 0
+    assert losses.published() == ["lapsed", "unsent"]
+
+
+def test_purge(celery: RunCelery, losses: Losses) -> None:
+    old, young, waiting = losses.done("old"), losses.done("young"), losses.pending("waiting")
+    losses.age(2 * DAY, old, waiting)
+    losses.age(2 * 3600.0, young)
+
+    by_retention = celery("idempotent", "purge", **losses.environment)
+    by_age = [
+        celery("idempotent", "purge", "--older-than", age, "--json", **losses.environment) for age in ("3h", "1h")
+    ]
+
+    assert (by_retention.returncode, by_retention.stdout, by_retention.stderr) == (0, "purged 1\n", "")
+    assert [(run.returncode, json.loads(run.stdout)) for run in by_age] == [(0, {"purged": 0}), (0, {"purged": 1})]
+    assert [row.key for row in losses.store.rows(RowFilter())] == [waiting]
+
+
+class Watch:
+    """``celery -A proj idempotent recover --watch``, which runs until it is told to stop."""
+
+    def __init__(self, losses: Losses, directory: Path, *options: str) -> None:
+        self._out, self._err = directory / "out", directory / "err"
+        arguments = ("idempotent", "recover", "--watch", "--interval", "0.2", *options)
+        with self._out.open("wb") as out, self._err.open("wb") as err:
+            self.process = subprocess.Popen(
+                **command(losses.project, *arguments, app="proj", **losses.environment), stdout=out, stderr=err
+            )
+
+    @property
+    def lines(self) -> list[str]:
+        return self._out.read_text().splitlines()
+
+    @property
+    def log(self) -> str:
+        return self._err.read_text()
+
+    def wait_for(self, condition: Callable[[], object]) -> None:
+        def holds() -> bool:
+            assert self.process.poll() is None, self.log
+            return bool(condition())
+
+        wait_until(holds, timeout=PATIENCE, describe=lambda: f"{self.lines}\n{self.log}")
+
+    def stop(self, signum: signal.Signals) -> int:
+        self.process.send_signal(signum)
+        return self.process.wait(PATIENCE)
+
+
+@pytest.fixture
+def watch(losses: Losses, tmp_path: Path) -> Iterator[Callable[..., Watch]]:
+    watches: list[Watch] = []
+
+    def watch(*options: str) -> Watch:
+        watches.append(Watch(losses, tmp_path, *options))
+        return watches[-1]
+
+    yield watch
+    for started in watches:
+        if started.process.poll() is None:
+            kill_tree(started.process)
+
+
+def test_watch_says_each_step_that_did_something_and_waits_for_the_broker(
+    losses: Losses, watch: Callable[..., Watch]
+) -> None:
+    losses.unsent("first")
+    watching = watch("--json")
+    watching.wait_for(lambda: len(watching.lines) == 1)
+
+    losses.broker.stop()
+    losses.unsent("second")
+    watching.wait_for(lambda: watching.log.count("recovery goes on in") >= 2)
+    losses.broker.start()
+    watching.wait_for(lambda: len(watching.lines) == 2)
+
+    assert watching.stop(signal.SIGTERM) == 0
+    relayed = {"taken_back": 0, "relayed": 1, "lost": 0, "purged": 0}
+    assert [json.loads(line) for line in watching.lines] == [relayed, relayed]
+    assert "recovery goes on in 0.4 s" in watching.log
+    assert "recovery goes on in 0.8 s" in watching.log
+    assert "Traceback" not in watching.log
+    assert losses.published() == ["first", "second"]
+
+
+def test_watch_waits_for_the_store(
+    losses: Losses, private_postgresql: PrivatePostgreSQL, watch: Callable[..., Watch]
+) -> None:
+    with closing(SQLStore(private_postgresql.url)) as store:
+        store.init()
+        losses.url, losses.store = private_postgresql.url, store
+        losses.unsent("first")
+        watching = watch()
+        watching.wait_for(lambda: watching.lines)
+        private_postgresql.stop()
+        watching.wait_for(lambda: "recovery goes on in" in watching.log)
+        private_postgresql.start()
+        losses.unsent("second")
+        watching.wait_for(lambda: len(watching.lines) == 2)
+
+    assert watching.stop(signal.SIGINT) == 0
+    assert watching.lines == ["relayed 1 never published"] * 2
+    assert "Traceback" not in watching.log
+    assert losses.published() == ["first", "second"]
+
+
+def test_watch_publishes_all_that_waits_once(losses: Losses, watch: Callable[..., Watch]) -> None:
+    """Again and again, a backlog would be published for being one."""
+    names = [losses.pending(f"waiting:{number}").message_id for number in range(3)]
+    losses.age(60.0, *(MessageKey(name, "shop.charge") for name in names))
+    watching = watch("--lost-after", "0")
+    watching.wait_for(lambda: watching.lines)
+    losses.unsent("later")
+    watching.wait_for(lambda: len(watching.lines) == 2)
+
+    assert watching.stop(signal.SIGTERM) == 0
+    assert watching.lines == ["published again 3 presumed lost", "relayed 1 never published"]
+    assert losses.published() == ["later", *names]

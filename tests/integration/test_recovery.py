@@ -191,6 +191,33 @@ def starts(scene: Scene, result: AsyncResult[Any]) -> int:
 
 @on_redis
 @on_sqlite
+def test_a_retry_that_the_broker_does_not_take_goes_on_later(
+    spec: AppSpec, open_app: OpenApp, start_worker: StartWorker
+) -> None:
+    """Celery itself gives the message up: it turns what the publication raised into a rejection."""
+    with PrivateRedis() as broker:
+        settings = {"task_publish_retry": False, "idempotent_lease": LEASE, "idempotent_recovery_interval": 1.0}
+        spec = replace(spec, broker=broker.url, tasks=TASKS, settings=settings)
+        scene = Scene(spec, open_app(spec), Ledger(spec.ledger), Path(spec.ledger).parent)
+        start_worker(spec)
+
+        gate = scene.gate()
+        result = scene.send("last.retry", str(gate))
+        scene.wait_for_starts("last.retry", result)
+        broker.kill()
+        gate.touch()
+        row = scene.wait_for_row("last.retry", result, lambda row: row.attempt == 1 and row.published_at is None)
+        assert row.status is Status.PENDING
+        broker.start()
+        # kombu 5.7 does not survive a Redis that is gone while a message is unacknowledged: its worker ends, and is replaced.
+        start_worker(spec)
+
+        assert result.get(timeout=PATIENCE) == 1
+        assert [start.retries for start in scene.ledger.starts("last.retry", task_id=result.id)] == [0, 1]
+
+
+@on_redis
+@on_sqlite
 class TestOneWorkerThatDies:
     @pytest.mark.timeout(240)
     def test_a_message_that_kills_whoever_runs_it_is_given_up(

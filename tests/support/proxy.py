@@ -82,7 +82,11 @@ class Proxy:
             if refused:
                 client.close()
                 continue
-            server = socket.create_connection((self._target.host or "127.0.0.1", self._target.port or 0))
+            try:
+                server = socket.create_connection((self._target.host or "127.0.0.1", self._target.port or 0))
+            except OSError:  # the server is down: so is this
+                client.close()
+                continue
             with self._lock:
                 self._open |= {client, server}
             swallowing = threading.Event()

@@ -26,9 +26,10 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from celery_idempotent.errors import ConfigurationError, IdempotentError, SchemaError, StoreError, StoreUnavailableError
-from celery_idempotent.stores.sql import forks
+from celery_idempotent.forks import no_fork
 from celery_idempotent.stores.sql.address import masked
 from celery_idempotent.stores.sql.dialects import Dialect, Fault
+from celery_idempotent.stores.sql.forks import close_before_forks
 from celery_idempotent.stores.sql.watch import Watch
 
 __all__ = ["Database"]
@@ -206,7 +207,7 @@ class Database:
         if isinstance(engine.pool, StaticPool):
             opened.turn = opened.lock
         elif engine.dialect.name == "sqlite":
-            opened.turn = forks.turn()
+            opened.turn = no_fork()
         return engine
 
     def _open_transactions(self, autocommit: Engine) -> Engine:
@@ -223,7 +224,7 @@ class Database:
         self._dialect.prepare(engine)
         event.listen(engine, "checkout", self._refuse_closed)
         if engine.dialect.name == "sqlite":
-            forks.close_before_forks(engine)
+            close_before_forks(engine)
         return engine
 
     def _refuse_closed(self, connection: Any, record: ConnectionPoolEntry, proxy: object) -> None:  # noqa: ARG002

@@ -8,25 +8,15 @@ forks while it works: it replaces a child that died, while it ends that child's 
 
 from __future__ import annotations
 
-import os
-import threading
-from contextlib import AbstractContextManager
-from typing import Any
 from weakref import WeakSet
 
 from sqlalchemy import Engine, StaticPool
 
-__all__ = ["close_before_forks", "turn"]
+from celery_idempotent.forks import before_forks
 
-#: Taken for a statement on a file, and by whoever forks.
-_turn = threading.RLock()
+__all__ = ["close_before_forks"]
 
 _engines: WeakSet[Engine] = WeakSet()
-
-
-def turn() -> AbstractContextManager[Any]:
-    """What to hold while working on a file."""
-    return _turn
 
 
 def close_before_forks(engine: Engine) -> None:
@@ -35,10 +25,9 @@ def close_before_forks(engine: Engine) -> None:
         _engines.add(engine)
 
 
-def _before() -> None:
-    _turn.acquire()
+def _close() -> None:
     for engine in list(_engines):
         engine.dispose()
 
 
-os.register_at_fork(before=_before, after_in_parent=_turn.release, after_in_child=_turn.release)
+before_forks(_close)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sqlalchemy import ColumnElement, Connection, Table, func, select
 
-from celery_idempotent.records import MessageKey, Row, RowFilter, TaskCount
+from celery_idempotent.records import MessageKey, Row, RowFilter, Status, TaskCount
 from celery_idempotent.stores.sql.clock import Now
 from celery_idempotent.stores.sql.columns import Lookup, row_of, statuses_of
 from celery_idempotent.stores.sql.dialects import Dialect
@@ -22,9 +22,13 @@ class Reading:
         self._table = table
         self._dialect = dialect
         self._read = Lookup(table)
-        self._rows = select(
-            *(column for column in table.c if column.name not in _LARGE), Now().label("read_at")
-        ).order_by(table.c.created_timestamp.desc(), table.c.message_id, table.c.task_name)
+        small = select(*(column for column in table.c if column.name not in _LARGE), Now().label("read_at"))
+        self._rows = small.order_by(table.c.created_timestamp.desc(), table.c.message_id, table.c.task_name)
+        self._ended = small.where(
+            table.c.processed_timestamp.is_not(None),
+            # Null if it ended without having run.
+            table.c.worker.is_not(None),
+        ).order_by(table.c.processed_timestamp.desc())
         kind = (table.c.task_name, table.c.status, table.c.processed_status)
         self._counts = select(
             *kind, func.count().label("rows"), func.sum(table.c.duplicates).label("duplicates")
@@ -43,9 +47,17 @@ class Reading:
             listed = listed.where(self._matches(self._table.c.task_name, where.task_name))
         if where.status is not None:
             listed = listed.where(self._table.c.status == where.status.value)
+            if where.status is not Status.DONE:  # of which there is an index
+                listed = listed.where(self._table.c.processed_timestamp.is_(None))
         if where.processed_status is not None:
             listed = listed.where(self._table.c.processed_status == where.processed_status.value)
         return [row_of(read) for read in connection.execute(listed).mappings()]
+
+    def newest(self, connection: Connection, *, limit: int) -> list[Row]:
+        """Rows that were claimed, of either end of what there is an index of."""
+        running = self.rows(connection, RowFilter(status=Status.PROCESSING, limit=limit))
+        ended = [row_of(read) for read in connection.execute(self._ended.limit(limit)).mappings()]
+        return sorted(running + ended, key=lambda row: row.created_timestamp, reverse=True)
 
     def counts(self, connection: Connection) -> list[TaskCount]:
         """How many rows stand where."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, Select, Table, delete, null, or_, select, tuple_, update
+from sqlalchemy import Connection, Select, Table, delete, func, null, or_, select, tuple_, update
 
 from celery_idempotent.records import MessageKey, Row
 from celery_idempotent.stores.sql.clock import FromNow, Now, seconds
@@ -23,12 +24,13 @@ __all__ = ["Recovering"]
 
 
 class Recovering:
-    """Statements of the recovery step, for one table; each reads one index from its old end."""
+    """Statements of the recovery step, for one table; each finds its rows together in one index."""
 
     def __init__(self, table: Table) -> None:
         self._table = table
         ago = FromNow(seconds("p_ago"))
-        read = select(table, Now().label("read_at"))
+        # Of what is not done there is an index, and by this the databases know that it serves.
+        read = select(table, Now().label("read_at")).where(table.c.processed_timestamp.is_(None))
         self._lapsed = (
             read.where(
                 table.c.status == PROCESSING,
@@ -39,7 +41,7 @@ class Recovering:
                     table.c.published_at <= ago,
                 ),
             )
-            # An ending lease is what the index is over.
+            # Sorted by hand: only as many rows are processing as there are messages that run.
             .order_by(table.c.lease_expires_at)
         )
         self._waiting = read.where(
@@ -47,7 +49,13 @@ class Recovering:
             table.c.published_at <= ago,
             or_(table.c.available_at.is_(None), table.c.available_at <= ago),
         ).order_by(table.c.published_at)
-        self._unsent = read.where(table.c.status == PENDING, table.c.published_at.is_(None)).order_by(
+        # The first queue with pending rows, or the next one: the index leads from each to the next, past what waits on it.
+        self._first_queue = select(func.min(table.c.queue)).where(
+            table.c.processed_timestamp.is_(None), table.c.status == PENDING
+        )
+        self._next_queue = self._first_queue.where(table.c.queue > parameter(table, "queue"))
+        # Neither done nor processing, which is pending, said so that none looks for them among all that is pending.
+        self._unsent = read.where(table.c.status != PROCESSING, table.c.published_at.is_(None)).order_by(
             table.c.created_timestamp
         )
         self._not_published = (
@@ -74,14 +82,19 @@ class Recovering:
     ) -> list[Row]:
         """Pending for a while."""
         waiting, table = self._waiting, self._table
-        if queue is not None:
-            waiting = waiting.where(table.c.queue == queue)
         if before is not None:
             waiting = waiting.where(
                 table.c.published_at < before,
                 or_(table.c.available_at.is_(None), table.c.available_at < before),
             )
-        return self._rows(connection, waiting.limit(limit), older_than)
+        waiting = waiting.limit(limit)
+        if queue is not None:
+            return self._rows(connection, waiting.where(table.c.queue == queue), older_than)
+        # Queue by queue, each in the order of the index: read at once, the whole backlog would have to be sorted.
+        rows = self._rows(connection, waiting.where(table.c.queue.is_(None)), older_than)
+        for name in self._queues(connection):
+            rows += self._rows(connection, waiting.where(table.c.queue == name), older_than)
+        return sorted(rows, key=_published)[:limit]
 
     def unsent(self, connection: Connection, *, limit: int) -> list[Row]:
         """Pending, never published."""
@@ -99,5 +112,17 @@ class Recovering:
             return 0
         return connection.execute(self._delete.where(self._key.in_(keys)), parameters).rowcount
 
+    def _queues(self, connection: Connection) -> Iterator[str]:
+        """The queues that pending rows wait on."""
+        name: str | None = connection.execute(self._first_queue).scalar()
+        while name is not None:
+            yield name
+            name = connection.execute(self._next_queue, {"p_queue": name}).scalar()
+
     def _rows(self, connection: Connection, statement: Select[Any], ago: float) -> list[Row]:
         return [row_of(read) for read in connection.execute(statement, {"p_ago": -ago}).mappings()]
+
+
+def _published(row: Row) -> datetime:
+    assert row.published_at is not None  # which was asked for
+    return row.published_at

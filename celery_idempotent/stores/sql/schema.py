@@ -33,7 +33,7 @@ def verify(connection: Connection, table: Table) -> None:
 
 
 def create(connection: Connection, table: Table) -> bool:
-    """Make the table and its index, whichever is missing; any number of processes at once.
+    """Make the table and its indexes, whatever is missing; any number of processes at once.
 
     Returns:
         Whether anything was made.

@@ -182,6 +182,9 @@ class SQLStore:
     def purge(self, *, older_than: float, limit: int) -> int:
         return self._run(lambda on, _: self._recovering.purge(on, older_than=older_than, limit=limit))
 
+    def newest(self, *, limit: int) -> list[Row]:
+        return self._run(lambda on, _: self._reading.newest(on, limit=limit))
+
     # -- operators -----------------------------------------------------------------------------------------------------
 
     def find(self, key: MessageKey) -> Row | None:

@@ -18,7 +18,7 @@ from sqlalchemy import (
     String,
     Table,
     Text,
-    literal_column,
+    or_,
 )
 from sqlalchemy.dialects import mysql
 from sqlalchemy.ext.compiler import compiles
@@ -118,13 +118,17 @@ def queue_log_table(metadata: MetaData, name: str = "queue_log", schema: str | N
         mariadb_charset="utf8mb4",
         mariadb_row_format="DYNAMIC",
     )
-    # What recovery reads besides the key. Where an index can be partial, each holds only as many entries as messages are
-    # running, or waiting, or done, and a recovery step costs what it finds, however long the log or the backlog is.
-    _recovery_index(table, table.c.lease_expires_at, where=table.c.lease_expires_at.is_not(None))
-    _recovery_index(table, table.c.published_at, where=table.c.status == literal_column("'pending'"))
-    _recovery_index(table, table.c.processed_timestamp, where=table.c.processed_timestamp.is_not(None))
+    # What recovery reads besides the key: two indexes, since each costs every message. In both, what is looked for stands together,
+    # so that a step costs what it finds and what runs, however long the log or the backlog is, where an index cannot be partial too.
+    # None is over the lease: it would be written at each renewal, to find what is among the rows that run anyway.
+    processed, published = table.c.processed_timestamp, table.c.published_at
+    # What is not done. The condition is not on the status, which other statements name beside the key: while few rows were
+    # running PostgreSQL would plan to look for a row among them rather than by its key, and keep to it when there are many.
+    _recovery_index(table, "open", table.c.status, table.c.queue, published, where=processed.is_(None))
+    # What is done, by its age; and at the other end, not done and never published, what waits for the relay.
+    _recovery_index(table, "processed", processed, published, where=or_(processed.is_not(None), published.is_(None)))
     return table
 
 
-def _recovery_index(table: Table, column: Column[Any], where: ColumnElement[bool]) -> None:
-    Index(f"{table.name}_{column.name}", column, postgresql_where=where, sqlite_where=where)
+def _recovery_index(table: Table, name: str, *columns: Column[Any], where: ColumnElement[bool]) -> None:
+    Index(f"{table.name}_{name}", *columns, postgresql_where=where, sqlite_where=where)

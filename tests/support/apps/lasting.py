@@ -29,6 +29,14 @@ def register(app: Celery, *, base: type[Task], ledger: Ledger) -> None:
     app.task(last, base=base, bind=True, name="last.early")
     app.task(last, base=base, bind=True, name="last.early.long", lease=600)
 
+    @app.task(base=base, bind=True, name="last.retry", acks_late=True)
+    def last_retry(self: Task, gate: str) -> int:
+        with ledger.run(self):
+            wait_until(Path(gate).exists, timeout=100.0, describe=f"the gate {gate}")
+            if not self.request.retries:
+                raise self.retry(countdown=0)
+            return int(self.request.retries)
+
     @app.task(base=base, bind=True, name="last.gil", acks_late=True)
     def last_gil(self: Task, seconds: float) -> str:
         """Sleep without letting go of the interpreter: no thread of this process does anything meanwhile."""

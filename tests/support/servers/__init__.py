@@ -9,6 +9,7 @@ from tests.support.servers.postgresql import PrivatePostgreSQL
 from tests.support.servers.private import NotInstalledError, PrivateServer, free_port
 from tests.support.servers.rabbitmq import PrivateRabbitMQ
 from tests.support.servers.redis import PrivateRedis
+from tests.support.servers.sentinel import PrivateSentinel
 
 __all__ = [
     "KINDS",
@@ -18,6 +19,7 @@ __all__ = [
     "PrivatePostgreSQL",
     "PrivateRabbitMQ",
     "PrivateRedis",
+    "PrivateSentinel",
     "PrivateServer",
     "free_port",
     "missing",

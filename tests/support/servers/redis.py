@@ -12,16 +12,19 @@ __all__ = ["PrivateRedis"]
 class PrivateRedis(PrivateServer):
     """Redis that writes every change to disk before it answers, so that ``kill`` and ``start`` lose nothing.
 
-    A Redis without persistence, which forgets everything when it is restarted, is what ``persistent=False`` gives.
+    Args:
+        persistent: ``False`` for a Redis without persistence, which forgets everything when it is restarted.
+        replica_of: Another one, running, whose data it copies.
     """
 
     name = "redis"
     account = "redis"
     patience = 10.0
 
-    def __init__(self, *, persistent: bool = True) -> None:
+    def __init__(self, *, persistent: bool = True, replica_of: PrivateRedis | None = None) -> None:
         super().__init__()
         self.persistent = persistent
+        self.replica_of = replica_of
 
     @property
     def url(self) -> str:
@@ -39,5 +42,9 @@ class PrivateRedis(PrivateServer):
             "appendonly": "yes" if self.persistent else "no",
             # `no`: hand it to the kernel and let the kernel write; a killed process loses nothing by that.
             "appendfsync": "no",
+            # A replica is served at once.
+            "repl-diskless-sync-delay": "0",
         }
+        if self.replica_of is not None:
+            options["replicaof"] = f"127.0.0.1 {self.replica_of.port}"
         return [program, *(part for name, value in options.items() for part in (f"--{name}", value))]

@@ -1,0 +1,283 @@
+"""The verdict on a run of chaos, from what was noted: by the sender, by the bodies, and by whoever did the faults.
+
+The ledger of the bodies is the witness; the queue log is asked only whether it agrees. Whatever cannot be explained by a death or a
+pause that was noted is a violation.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations, pairwise
+from statistics import quantiles
+
+from tests.chaos.plan import KILLS, LEASE, Step
+from tests.chaos.site import Done
+from tests.support.ledger import Entry
+
+__all__ = ["Audit", "Outcome", "Recovery", "Run", "audit", "runs_of"]
+
+#: Faults in which a process dies whose body then counts as ended.
+DEADLY = (*KILLS, "shut down a worker cold")
+
+#: What keeps a server from answering.
+OUTAGES = tuple(f"{verb} the {server}" for verb in ("restart", "kill", "pause") for server in ("store", "broker"))
+
+#: Seconds by which a death may be noted late.
+CLOCK = 0.2
+
+#: Seconds over the lease within which a message runs again whose owner was killed.
+MARGIN = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One body.
+
+    Attributes:
+        key: The step's.
+        retries: Celery's count.
+        pid: The process that ran it.
+        start: When it was entered.
+        end: When it returned or raised; ``None`` when it never did.
+    """
+
+    key: str
+    retries: int
+    pid: int
+    start: float
+    end: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """A body that died and was run again.
+
+    Attributes:
+        key: The step's.
+        died, again: When; a kill counts from its beginning.
+        outage: Whether a server was away meanwhile.
+    """
+
+    key: str
+    died: float
+    again: float
+    outage: bool
+
+    @property
+    def seconds(self) -> float:
+        """How long it took."""
+        return self.again - self.died
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the caller of a step can see in the end.
+
+    Attributes:
+        task_id: What the caller asks under.
+        key: The step's.
+        state: Celery's.
+        result: The value, or the error as text.
+    """
+
+    task_id: str
+    key: str
+    state: str
+    result: str
+
+
+@dataclass(slots=True)
+class Audit:
+    """What a run of chaos came to.
+
+    Attributes:
+        sent: Messages that had to run.
+        bodies: Bodies that were entered.
+        lost: Steps whose last body never ended.
+        abandoned: Steps of at-most-once tasks that their owner's death ended, as they are meant to.
+        again: Runs beyond the first of one attempt: of bodies that died or ended just before their process did.
+        doubled: The same, without a death or a pause to explain them.
+        zombies: Bodies that ran on behind a pause longer than their lease while another ran.
+        concurrent: Two bodies of one message at once, without such a pause.
+        overrun: Bodies of at-most-once tasks that were entered twice.
+        unreadable: Results that do not say what they should.
+        unfinished: Rows that are not done.
+        recoveries: Bodies that died and were run again.
+    """
+
+    sent: int = 0
+    bodies: int = 0
+    lost: list[str] = field(default_factory=list)
+    abandoned: list[str] = field(default_factory=list)
+    again: list[str] = field(default_factory=list)
+    doubled: list[str] = field(default_factory=list)
+    zombies: list[str] = field(default_factory=list)
+    concurrent: list[str] = field(default_factory=list)
+    overrun: list[str] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+    unfinished: list[str] = field(default_factory=list)
+    recoveries: list[Recovery] = field(default_factory=list)
+
+    def seconds_to_recovery(self, *, with_outages: bool) -> list[float]:
+        """How long each took, sorted; those during which a server was away are left out unless wanted."""
+        return sorted(recovery.seconds for recovery in self.recoveries if with_outages or not recovery.outage)
+
+    def violations(self) -> list[str]:
+        """What the library promises and this run has not seen; empty when all is well."""
+        return [
+            f"{what}: {', '.join(keys[:8])}{', ...' if len(keys) > 8 else ''} ({len(keys)})"
+            for what, keys in (
+                ("lost", self.lost),
+                ("run again without a death", self.doubled),
+                ("two at once", self.concurrent),
+                ("at most once, and run twice", self.overrun),
+                ("result not readable", self.unreadable),
+                ("row not done", self.unfinished),
+            )
+            if keys
+        ]
+
+    def delays(self) -> list[str]:
+        """What took longer than it may on a machine that has time for it; empty when all is well."""
+        seconds = self.seconds_to_recovery(with_outages=False)
+        if not seconds or percentile(seconds, 99) <= LEASE + MARGIN:
+            return []
+        return [f"recovery p99 of {percentile(seconds, 99):.1f} s is beyond the lease of {LEASE:g} s + {MARGIN:g} s"]
+
+
+def percentile(values: Sequence[float], percent: int) -> float:
+    """A percentile of sorted values."""
+    return values[0] if len(values) == 1 else quantiles(values, n=100, method="inclusive")[percent - 1]
+
+
+def runs_of(entries: Iterable[Entry]) -> list[Run]:
+    """The bodies that a ledger tells of, by their start."""
+    runs: list[Run] = []
+    open_: dict[tuple[str, int], int] = {}
+    for entry in entries:
+        assert entry.detail is not None, "each note of a run of chaos has the key of its step"
+        if entry.event == "start":
+            open_[entry.detail, entry.pid] = len(runs)
+            runs.append(Run(entry.detail, entry.retries, entry.pid, entry.at, None))
+        else:
+            place = open_.pop((entry.detail, entry.pid))
+            run = runs[place]
+            runs[place] = Run(run.key, run.retries, run.pid, run.start, entry.at)
+    return sorted(runs, key=lambda run: run.start)
+
+
+def audit(
+    steps: Mapping[str, Step],
+    runs: Sequence[Run],
+    faults: Sequence[Done],
+    outcomes: Iterable[Outcome],
+    *,
+    rows: Mapping[str, str] | None = None,
+) -> Audit:
+    """Judge a run.
+
+    Args:
+        steps: What had to run, by key.
+        runs: What ran.
+        faults: What was done meanwhile.
+        outcomes: What callers see in the end.
+        rows: Status of each row of the queue log that is not done, by message id; ``None`` without one.
+    """
+    found = Audit(
+        sent=len(steps), bodies=len(runs), unfinished=[f"{key} {status}" for key, status in (rows or {}).items()]
+    )
+    fates = _Fates(runs, faults)
+    by_key: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        by_key[run.key].append(run)
+    for step in steps.values():
+        _judge(found, step, by_key[step.key], fates)
+    abandoned = set(found.abandoned)
+    found.unreadable = [
+        f"{outcome.key} ({outcome.task_id}) {outcome.state} {outcome.result}"
+        for outcome in outcomes
+        if not _readable(outcome, steps[outcome.key], abandoned=outcome.key in abandoned)
+    ]
+    return found
+
+
+class _Fates:
+    """What became of processes, and of the bodies in them."""
+
+    def __init__(self, runs: Sequence[Run], faults: Sequence[Done]) -> None:
+        deadly = [fault for fault in faults if fault.kind in DEADLY]
+        self._deaths = {pid: gone for fault in deadly for pid, gone in fault.pids.items()}
+        self._kills = {pid: fault.at for fault in deadly for pid in fault.pids}
+        self._pauses: dict[int, list[Done]] = defaultdict(list)
+        for fault in faults:
+            if fault.kind == "pause a worker past its lease":
+                for pid in fault.pids:
+                    self._pauses[pid].append(fault)
+        self._outages = [fault for fault in faults if fault.kind in OUTAGES]
+        self._starts: dict[int, list[float]] = defaultdict(list)
+        for run in runs:
+            self._starts[run.pid].append(run.start)
+
+    def death(self, run: Run) -> float | None:
+        """When the process died that had begun no other body since this one."""
+        died = self._deaths.get(run.pid)
+        starts = self._starts[run.pid]
+        last = bisect_right(starts, run.start) == len(starts)
+        return died if died is not None and last and run.start <= died else None
+
+    def killed(self, run: Run) -> float:
+        """When the kill of its process began, which may take a second."""
+        return max(self._kills[run.pid], run.start)
+
+    def over(self, run: Run) -> float:
+        """When a body was over at the latest that is known: by itself, or with its process."""
+        return run.end if run.end is not None else self.death(run) or float("inf")
+
+    def paused(self, run: Run, during: float) -> bool:
+        """Whether its process was paused past its lease, before another body began at the time given."""
+        return any(run.start <= pause.until and pause.at <= during for pause in self._pauses[run.pid])
+
+    def outage(self, begin: float, end: float) -> bool:
+        """Whether a server was away at some time between."""
+        return any(outage.at <= end and begin <= outage.until for outage in self._outages)
+
+
+def _judge(found: Audit, step: Step, runs: Sequence[Run], fates: _Fates) -> None:
+    last = [run for run in runs if run.retries >= step.retries]
+    if not any(run.end is not None for run in last):
+        if step.at_most_once and len(runs) == 1 and fates.death(runs[0]) is not None:
+            found.abandoned.append(step.key)
+        else:
+            found.lost.append(step.key)
+    if step.at_most_once and len(runs) > 1:
+        found.overrun.append(step.key)
+    for retries in {run.retries for run in runs}:
+        # A body that retries publishes its next attempt before it ends: only runs of one attempt are one too many.
+        attempt = [run for run in runs if run.retries == retries]
+        for before, after in pairwise(attempt):
+            _judge_again(found, before, after, fates)
+        for one, other in combinations(attempt, 2):
+            if fates.over(one) > other.start + CLOCK and one.pid != other.pid:
+                (found.zombies if fates.paused(one, other.start) else found.concurrent).append(step.key)
+
+
+def _judge_again(found: Audit, before: Run, after: Run, fates: _Fates) -> None:
+    died = fates.death(before)
+    if died is not None and died <= after.start + CLOCK:
+        found.again.append(before.key)
+        if before.end is None:
+            killed = fates.killed(before)
+            found.recoveries.append(Recovery(before.key, killed, after.start, fates.outage(killed, after.start)))
+    elif fates.paused(before, after.start):
+        found.again.append(before.key)
+    else:
+        found.doubled.append(before.key)
+
+
+def _readable(outcome: Outcome, step: Step, *, abandoned: bool) -> bool:
+    if step.fails or abandoned:
+        return outcome.state == "FAILURE"
+    return outcome.state == "SUCCESS" and outcome.result == step.key

@@ -1,0 +1,240 @@
+"""The faults: each is done to a site at once, and noted."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import amqp
+import psutil
+import redis
+import sqlalchemy as sa
+from kombu import Connection
+
+from tests.chaos.plan import LEASE, Fault
+from tests.chaos.site import QUEUE, Done, Site
+from tests.support.processes import process_tree, signal_all
+from tests.support.servers import PrivateMariaDB, PrivateRabbitMQ, PrivateServer
+from tests.support.worker import WorkerProcess
+
+__all__ = ["Faults"]
+
+#: Seconds for which a server or a worker is paused at most: the claims of the living must outlive it. They were renewed a third of
+#: their lease ago at worst.
+SHORT_PAUSE = LEASE / 3
+
+#: Debian's program of this name in /usr/sbin insists on an account; the one that it calls does not.
+RABBITMQCTL = "/usr/lib/rabbitmq/bin/rabbitmqctl"
+
+#: Copies that are put on the broker in one go, at most.
+COPIES = 5
+
+
+@dataclass(slots=True)
+class _Note:
+    count: int = 0
+
+
+class Faults:
+    """Does faults to a site.
+
+    Args:
+        site: The site.
+        seed: For the choices that a fault's own does not cover.
+
+    Attributes:
+        done: What was done so far.
+    """
+
+    def __init__(self, site: Site, seed: int) -> None:
+        self.site = site
+        self.done: list[Done] = []
+        self._rng = random.Random(seed)
+        self._deeds: dict[str, Callable[[float], None]] = {
+            "kill a child": lambda choice: self._end_child(choice, signal.SIGKILL, "kill a child"),
+            "terminate a child": lambda choice: self._end_child(choice, signal.SIGTERM, "terminate a child"),
+            "kill a worker": self._kill_worker,
+            "kill a main process": self._kill_main,
+            "kill the sender": self._kill_sender,
+            "shut down a worker": lambda choice: self._shut_down(choice, signal.SIGTERM, "shut down a worker"),
+            "shut down a worker cold": lambda choice: self._shut_down(
+                choice, signal.SIGQUIT, "shut down a worker cold"
+            ),
+            "pause a worker": lambda choice: self._pause_worker(choice, choice * SHORT_PAUSE, "pause a worker"),
+            "pause a worker past its lease": lambda choice: self._pause_worker(
+                choice, LEASE * (1.3 + choice / 2), "pause a worker past its lease"
+            ),
+            "cut the store's connections": lambda _: self._cut_store(),
+            "restart the store": lambda _: self._restart(site.store, "restart the store"),
+            "kill the store": lambda _: self._kill_server(site.store, "kill the store"),
+            "pause the store": lambda choice: self._pause_server(site.store, choice, "pause the store"),
+            "cut the broker's connections": lambda _: self._cut_broker(),
+            "restart the broker": lambda _: self._restart(site.broker, "restart the broker"),
+            "kill the broker": lambda _: self._kill_server(site.broker, "kill the broker"),
+            "pause the broker": lambda choice: self._pause_server(site.broker, choice, "pause the broker"),
+            "put copies on the broker": self._put_copies,
+        }
+
+    def do(self, fault: Fault) -> None:
+        """Do one; it is over, or what follows from it has begun, when this returns."""
+        self._deeds[fault.kind](fault.choice)
+
+    # -- workers ----------------------------------------------------------------------------------------------------------
+
+    def _worker(self, choice: float) -> WorkerProcess:
+        deadline = time.monotonic() + 60
+        while not (ready := self.site.ready()):
+            assert time.monotonic() < deadline, "no worker is ready: " + "\n".join(
+                worker.log_tail(20) for worker in self.site.workers
+            )
+            time.sleep(0.05)
+        return ready[int(choice * len(ready))]
+
+    def _end_child(self, choice: float, signum: signal.Signals, kind: str) -> None:
+        children = self._worker(choice).children()
+        child = children[int(choice * 1000) % len(children)]
+        with self._noting(kind, [child]):
+            signal_all([child], signum)
+
+    def _kill_worker(self, choice: float) -> None:
+        worker = self._worker(choice)
+        with self._noting("kill a worker", process_tree(worker.pid)):
+            worker.kill()
+        self.site.replace(worker)
+
+    def _kill_main(self, choice: float) -> None:
+        # Its children die with it: billiard asks the kernel for that.
+        worker = self._worker(choice)
+        with self._noting("kill a main process", process_tree(worker.pid)):
+            os.kill(worker.pid, signal.SIGKILL)
+        self.site.replace(worker)
+
+    def _kill_sender(self, _: float) -> None:
+        with self._noting("kill the sender") as note:
+            note.count = int(self.site.kill_sender())
+        self.site.resume_sending()
+
+    def _shut_down(self, choice: float, signum: signal.Signals, kind: str) -> None:
+        worker = self._worker(choice)
+        # Warm, it runs what it has begun to its end; cold, its children die with their bodies.
+        with self._noting(kind, process_tree(worker.pid) if signum == signal.SIGQUIT else []):
+            worker.signal(signum)
+        self.site.replace(worker)
+
+    def _pause_worker(self, choice: float, seconds: float, kind: str) -> None:
+        worker = self._worker(choice)
+        with self._noting(kind, process_tree(worker.pid), deadly=False):
+            worker.pause()
+            time.sleep(seconds)
+            worker.resume()
+
+    # -- notes ------------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _noting(self, kind: str, processes: Sequence[psutil.Process] = (), *, deadly: bool = True) -> Iterator[_Note]:
+        """Note what the block does; of processes, also when each was gone."""
+        note, at, gone = _Note(), time.time(), dict[int, float]()
+        yield note
+        if deadly:
+            _, alive = psutil.wait_procs(
+                processes, timeout=60, callback=lambda process: gone.setdefault(process.pid, time.time())
+            )
+            assert not alive, f"{kind}: {alive} did not die"
+        until = time.time()
+        pids = gone if deadly else {process.pid: until for process in processes}
+        self.done.append(Done(kind, at, until, pids, note.count))
+        with (self.site.directory / "faults").open("a") as notes:
+            notes.write(json.dumps(asdict(self.done[-1])) + "\n")
+
+    # -- servers ----------------------------------------------------------------------------------------------------------
+
+    def _restart(self, server: PrivateServer, kind: str) -> None:
+        with self._noting(kind):
+            server.restart()
+
+    def _kill_server(self, server: PrivateServer, kind: str) -> None:
+        with self._noting(kind):
+            server.kill()
+            server.start()
+
+    def _pause_server(self, server: PrivateServer, choice: float, kind: str) -> None:
+        with self._noting(kind):
+            server.pause()
+            time.sleep(choice * SHORT_PAUSE)
+            server.resume()
+
+    def _cut_store(self) -> None:
+        with self._noting("cut the store's connections") as note, self._administering() as connection:
+            if isinstance(self.site.store, PrivateMariaDB):
+                ids = connection.execute(
+                    sa.text("SELECT id FROM information_schema.processlist WHERE id <> connection_id() AND db = 'test'")
+                ).scalars()
+                for number in list(ids):
+                    with suppress(sa.exc.DBAPIError):  # it has gone by itself
+                        connection.execute(sa.text(f"KILL {number}"))
+                        note.count += 1
+            else:
+                note.count = len(
+                    connection.execute(
+                        sa.text(
+                            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                            "WHERE datname = 'test' AND pid <> pg_backend_pid()"
+                        )
+                    ).all()
+                )
+
+    @contextmanager
+    def _administering(self) -> Iterator[sa.Connection]:
+        engine = sa.create_engine(self.site.store.url, isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
+        with engine.connect() as connection:
+            yield connection
+
+    def _cut_broker(self) -> None:
+        with self._noting("cut the broker's connections") as note:
+            broker = self.site.broker
+            if isinstance(broker, PrivateRabbitMQ):
+                broker.run(RABBITMQCTL, "--quiet", "close_all_connections", "chaos")
+            else:
+                with redis.Redis.from_url(broker.url) as client:
+                    note.count = sum(int(client.client_kill_filter(_type=kind)) for kind in ("normal", "pubsub"))
+
+    # -- copies -----------------------------------------------------------------------------------------------------------
+
+    def _put_copies(self, choice: float) -> None:
+        wanted = 1 + int(choice * COPIES)
+        with self._noting("put copies on the broker") as note:
+            if isinstance(self.site.broker, PrivateRabbitMQ):
+                note.count = _copy_on_rabbitmq(self.site.broker.url, wanted)
+            else:
+                note.count = self._copy_on_redis(wanted)
+
+    def _copy_on_redis(self, wanted: int) -> int:
+        """Copies of messages that wait and of messages that run, byte by byte: the delivery tags are the same."""
+        with redis.Redis.from_url(self.site.broker.url) as client:
+            waiting: list[Any] = client.lrange(QUEUE, 0, -1)
+            running = [json.dumps(json.loads(held)[0]).encode() for held in client.hvals("unacked")]
+            found = self._rng.sample(waiting + running, min(wanted, len(waiting + running)))
+            for message in found:
+                client.lpush(QUEUE, message)
+            return len(found)
+
+
+def _copy_on_rabbitmq(url: str, wanted: int) -> int:
+    """Copies of messages that wait; those that run are delivered again when their connection is cut."""
+    copies = 0
+    with Connection(url, transport_options={"confirm_publish": True}) as connection:
+        channel = connection.default_channel
+        taken = [message for _ in range(wanted) if (message := channel.basic_get(QUEUE)) is not None]
+        for message in taken:
+            channel.basic_publish(amqp.Message(message.body, **message.properties), exchange="", routing_key=QUEUE)
+            copies += 1
+        for message in taken:
+            channel.basic_reject(message.delivery_tag, requeue=True)
+    return copies

@@ -1,0 +1,182 @@
+"""One run of chaos, from the plan to the verdict."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kombu.exceptions import OperationalError
+
+from celery_idempotent import StoreError
+from celery_idempotent.errors import LeaseLostError
+from celery_idempotent.records import RowFilter, Status
+from tests.chaos.audit import Audit, Outcome, Run, audit, runs_of
+from tests.chaos.faults import Faults
+from tests.chaos.plan import Plan, make_plan, message_id
+from tests.chaos.site import Done, Site, open_site
+from tests.chaos.variants import VARIANTS
+
+__all__ = ["Chaos", "run"]
+
+#: Seconds that are waited for what is still missing when all was sent, and for which nothing may have happened before it is given up.
+SETTLE_WITHIN, QUIET = 120.0, 25.0
+
+#: Faults whose sendings may be sent before it is their turn: what is under way while a fault lasts.
+AHEAD = 4
+
+
+@dataclass(frozen=True)
+class Chaos:
+    """A run of chaos that is over.
+
+    Attributes:
+        variant, store, broker: Where it took place.
+        plan: What was planned.
+        done: The faults, as they came about.
+        runs: The bodies.
+        audit: The verdict.
+        refused: What zombies came back with and the store did not take.
+        gave_up: Workers that ended by themselves when their broker was gone, and were replaced.
+        seconds: From the first sending to the last body.
+        began: Seconds since the epoch.
+    """
+
+    variant: str
+    store: str
+    broker: str
+    plan: Plan
+    done: list[Done]
+    runs: list[Run]
+    audit: Audit
+    refused: int
+    gave_up: int
+    seconds: float
+    began: float
+
+    @property
+    def faults(self) -> Counter[str]:
+        """How many there were of each kind; those that found nobody are not counted."""
+        return Counter(done.kind for done in self.done if done.kind != "kill the sender" or done.count)
+
+
+def run(
+    directory: Path,
+    *,
+    seed: int,
+    tasks: int,
+    kills: int,
+    variant: str = "idempotent",
+    store: str = "postgresql",
+    broker: str = "redis",
+    say: Callable[[str], None] = lambda _: None,
+) -> Chaos:
+    """Run it.
+
+    Args:
+        directory: For logs, ledger and journals.
+        seed: Of the plan.
+        tasks: Of the plan.
+        kills: Of the plan.
+        variant: One of :data:`tests.chaos.variants.VARIANTS`.
+        store: Kind of server; one is started for this run.
+        broker: Likewise.
+        say: Is told how it goes.
+
+    Raises:
+        NotInstalledError: A server's programs are not on this machine.
+        AssertionError: A server, a worker or the sender did not do what it is there for; that is no verdict.
+    """
+    plan = make_plan(seed, tasks=tasks, kills=kills)
+    steps = plan.steps()
+    with open_site(directory, variant=VARIANTS[variant], store=store, broker=broker) as site:
+        faults = Faults(site, seed)
+        site.start_sender(plan, tasks=tasks, kills=kills)
+        began, gave_up = time.time(), 0
+        for place, fault in enumerate(plan.faults):
+            ahead = plan.faults[place + AHEAD].after if place + AHEAD < len(plan.faults) else len(plan.sendings)
+            site.allow(max(fault.after, ahead))
+            _wait_for_sender(site, fault.after)
+            gave_up += site.supervise()
+            faults.do(fault)
+            if place % 10 == 9:
+                say(
+                    f"{time.time() - began:4.0f} s: {site.count_sent()} of {len(plan.sendings)} sent, {place + 1} faults"
+                )
+        site.allow(len(plan.sendings))
+        _wait_for_sender(site, len(plan.sendings))
+        say(f"{time.time() - began:4.0f} s: all was sent")
+        _settle(site, set(steps))
+        runs = [run for run in runs_of(site.ledger.entries()) if run.key in steps]
+        last = max((run.end or run.start for run in runs), default=began)
+        outcomes = list(_outcomes(site))
+        rows = _rows_not_done(site) if site.variant.guarded else None
+        if rows:
+            site.dump_stacks()
+        refused = sum(log.count(_REFUSED) for log in site.logs())
+        return Chaos(
+            variant=variant,
+            store=store,
+            broker=broker,
+            plan=plan,
+            done=faults.done,
+            runs=runs,
+            audit=audit(steps, runs, faults.done, outcomes, rows=rows),
+            refused=refused,
+            gave_up=gave_up,
+            seconds=last - began,
+            began=began,
+        )
+
+
+#: What the library logs when a body ends whose claim is another's by then.
+_REFUSED = str(LeaseLostError("", 0)).partition(": ")[2]
+
+
+def _wait_for_sender(site: Site, sendings: int) -> None:
+    deadline = time.monotonic() + 300
+    while site.count_sent() < sendings:
+        assert site.sender_status in (None, 0), (site.directory / "sender.log").read_text()[-3000:]
+        assert time.monotonic() < deadline, (
+            f"the sender is stuck: {(site.directory / 'sender.log').read_text()[-3000:]}"
+        )
+        time.sleep(0.02)
+
+
+def _settle(site: Site, keys: set[str]) -> None:
+    """Wait until all has run and its rows are done, or nothing happens any more.
+
+    A message that the broker has lost is found by what overtakes it, so there has to be traffic.
+    """
+    begin = changed = time.monotonic()
+    seen, number = -1, 0
+    while time.monotonic() - begin < SETTLE_WITHIN and time.monotonic() - changed < QUIET:
+        site.supervise()
+        with suppress(OperationalError, StoreError):
+            site.app.tasks["plain"].apply_async((f"tail-{number}", 0.0))
+            number += 1
+        time.sleep(0.5)
+        ended = [entry for entry in site.ledger.entries("end") if entry.detail in keys]
+        if len(ended) != seen:
+            seen, changed = len(ended), time.monotonic()
+        if site.variant.guarded and not _rows_not_done(site):
+            return
+
+
+def _rows_not_done(site: Site) -> dict[str, str]:
+    store = site.app.queue_log.store
+    return {
+        row.key.message_id: f"{row.status} {row.processed_status}"
+        for status in (Status.PENDING, Status.PROCESSING)
+        for row in store.rows(RowFilter(message_id=message_id("*"), status=status, limit=1000))
+    }
+
+
+def _outcomes(site: Site) -> Iterator[Outcome]:
+    for task_id, key in {result for sent in site.sent() for result in sent.results}:
+        meta: Any = site.app.backend.get_task_meta(task_id)
+        yield Outcome(task_id, key, meta["status"], str(meta["result"]))

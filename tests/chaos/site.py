@@ -1,0 +1,262 @@
+"""Where a run of chaos takes place: private servers, workers that are replaced when they die, and a sender."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from celery import Celery
+
+from tests.chaos.plan import LEASE, Plan
+from tests.chaos.sender import Orders, Sent, journal
+from tests.chaos.variants import Variant
+from tests.support.apps import AppSpec, close_app
+from tests.support.ledger import Ledger
+from tests.support.processes import kill_tree, process_tree
+from tests.support.servers import PrivateMariaDB, PrivatePostgreSQL, PrivateRabbitMQ, PrivateRedis, PrivateServer
+from tests.support.worker import ROOT, WorkerProcess
+
+__all__ = ["BROKERS", "STORES", "Done", "Site", "open_site"]
+
+STORES: dict[str, type[PrivateServer]] = {"postgresql": PrivatePostgreSQL, "mariadb": PrivateMariaDB}
+BROKERS: dict[str, type[PrivateServer]] = {"redis": PrivateRedis, "rabbitmq": PrivateRabbitMQ}
+
+#: Workers, and processes of each.
+WORKERS, CONCURRENCY = 3, 3
+
+#: Seconds. Less than the bodies that outlive their lease take, and than the longest countdown.
+VISIBILITY_TIMEOUT = LEASE
+
+QUEUE = "chaos"
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A fault, as it came about.
+
+    Attributes:
+        kind: What was done.
+        at, until: From when to when, seconds since the epoch.
+        pids: The processes that it killed or paused, and when each was gone, or went on.
+        count: How many connections were cut, or copies put on the broker.
+    """
+
+    kind: str
+    at: float
+    until: float
+    pids: Mapping[int, float] = field(default_factory=dict)
+    count: int = 0
+
+
+class Site:
+    """Servers, workers and a sender.
+
+    Attributes:
+        spec: What the workers' and the sender's app is made of.
+        app: The same app, in this process.
+        store, broker, backend: The servers. The backend is left alone.
+        workers: Those that are to run.
+        sender: The process that sends.
+        directory: Logs and journals.
+    """
+
+    def __init__(
+        self, directory: Path, variant: Variant, store: PrivateServer, broker: PrivateServer, backend: PrivateServer
+    ) -> None:
+        self.directory, self.variant = directory, variant
+        self.store, self.broker, self.backend = store, broker, backend
+        redis = isinstance(broker, PrivateRedis)
+        guarded = {
+            "idempotent_lease": LEASE,
+            "idempotent_recovery_interval": 1.0,
+            "idempotent_lost_after": 5.0,
+        }
+        self.spec = AppSpec(
+            broker=broker.url,
+            backend=backend.url,
+            store=store.url,
+            queue=QUEUE,
+            ledger=str(directory / "ledger"),
+            base="idempotent" if variant.guarded else "plain",
+            tasks=("tests.chaos.tasks",),
+            transport_options={
+                "visibility_timeout": VISIBILITY_TIMEOUT,
+                "unacked_restore_interval": 1,
+                "unacked_restore_throttle": 1,
+            }
+            if redis
+            else {},
+            settings={
+                **(guarded if variant.guarded else {}),
+                **variant.app_settings(backend.url),
+                "broker_connection_max_retries": None,
+                "broker_connection_timeout": 2,
+                # As for any app with long tasks: what is reserved by a worker that is busy waits although others are idle.
+                "worker_prefetch_multiplier": 1,
+                **({} if redis else {"task_default_queue_type": "quorum", "task_default_exchange_type": "topic"}),
+            },
+        )
+        self.ledger = Ledger(self.spec.ledger)
+        self.app: Celery = self.spec.build()
+        self.app.finalize()
+        self.workers: list[WorkerProcess] = []
+        self.retired: list[WorkerProcess] = []
+        self.orders: Orders | None = None
+        self._sender: subprocess.Popen[bytes] | None = None
+        self._names = itertools.count(1)
+        self._sent, self._read = 0, 0
+
+    # -- workers ----------------------------------------------------------------------------------------------------------
+
+    def hire(self) -> WorkerProcess:
+        """Start a worker beside the others; it is not waited for."""
+        worker = WorkerProcess(
+            self.directory,
+            {**self.spec.environment(), Variant.VARIABLE: self.variant.name},
+            concurrency=CONCURRENCY,
+            hostname=f"w{next(self._names)}@chaos",
+        )
+        self.workers.append(worker.start(wait=False))
+        return worker
+
+    def replace(self, worker: WorkerProcess) -> None:
+        """Start another for one that is gone, or is about to go."""
+        self.workers.remove(worker)
+        self.retired.append(worker)
+        self.hire()
+
+    def supervise(self) -> int:
+        """Replace the workers that have ended by themselves, as whatever starts them in production does; how many.
+
+        kombu 5.7 does not survive a Redis that is gone while a message is unacknowledged.
+        """
+        ended = [worker for worker in self.workers if not worker.is_alive]
+        for worker in ended:
+            self.replace(worker)
+        return len(ended)
+
+    def ready(self) -> list[WorkerProcess]:
+        """The workers that have started, with their children."""
+        return [worker for worker in self.workers if worker.is_alive and len(worker.children()) >= CONCURRENCY]
+
+    # -- the sender -------------------------------------------------------------------------------------------------------
+
+    def start_sender(self, plan: Plan, *, tasks: int, kills: int) -> None:
+        """Start the sender; it waits until it may send."""
+        self.orders = Orders(plan.seed, tasks, kills, str(self.directory))
+        self.allow(0)
+        self.resume_sending()
+
+    def allow(self, sendings: int) -> None:
+        """Let the sender send so many in all."""
+        assert self.orders is not None
+        fresh = self.orders.limit.with_suffix(".fresh")
+        fresh.write_text(str(sendings))
+        fresh.replace(self.orders.limit)
+
+    def resume_sending(self) -> None:
+        """Start a sender that goes on where the last one was killed."""
+        assert self.orders is not None
+        with (self.directory / "sender.log").open("ab") as log:
+            self._sender = subprocess.Popen(
+                [sys.executable, "-m", "tests.chaos.sender"],
+                cwd=ROOT,
+                env={
+                    **os.environ,
+                    **self.spec.environment(),
+                    **self.orders.environment(),
+                    Variant.VARIABLE: self.variant.name,
+                },
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def sent(self) -> list[Sent]:
+        """What the senders have sent, by their journal."""
+        assert self.orders is not None
+        return journal(self.orders.journal)
+
+    def count_sent(self) -> int:
+        """How much that is, at little cost."""
+        assert self.orders is not None
+        with suppress(FileNotFoundError), self.orders.journal.open("rb") as notes:
+            notes.seek(self._read)
+            fresh = notes.read()
+            self._read += len(fresh)
+            self._sent += fresh.count(b"]\n")
+        return self._sent
+
+    def kill_sender(self) -> bool:
+        """``SIGKILL`` the sender, if it is there; whether it was."""
+        sender, self._sender = self._sender, None
+        if sender is None or sender.poll() is not None:
+            return False
+        kill_tree(sender)
+        return True
+
+    @property
+    def sender_status(self) -> int | None:
+        """The sender's exit status; ``None`` while it sends."""
+        return None if self._sender is None else self._sender.poll()
+
+    # -- the end ----------------------------------------------------------------------------------------------------------
+
+    def logs(self) -> Iterator[str]:
+        """What the workers wrote, each's whole."""
+        for worker in (*self.retired, *self.workers):
+            if worker.log.exists():
+                yield worker.log.read_text(errors="replace")
+
+    def dump_stacks(self) -> None:
+        """Write down what each process of the workers is doing, where py-spy is installed."""
+        program = Path(sys.executable).with_name("py-spy")
+        if not program.exists():
+            return
+        with (self.directory / "stacks").open("ab") as stacks:
+            for worker in self.workers:
+                for process in process_tree(worker.pid) if worker.is_alive else ():
+                    subprocess.run(
+                        [program, "dump", "--pid", str(process.pid)],
+                        stdin=subprocess.DEVNULL,
+                        stdout=stacks,
+                        stderr=stacks,
+                        check=False,
+                        timeout=30,
+                    )
+
+    def close(self) -> None:
+        """End whatever still runs."""
+        self.kill_sender()
+        for worker in (*self.workers, *self.retired):
+            worker.stop()
+        with suppress(Exception):
+            close_app(self.app)
+
+
+@contextmanager
+def open_site(directory: Path, *, variant: Variant, store: str, broker: str) -> Iterator[Site]:
+    """Start the servers and make the table; everything is ended, and the servers' data removed, on the way out.
+
+    Raises:
+        NotInstalledError: A server's programs are not on this machine.
+    """
+    with ExitStack() as stack:
+        opened: list[Any] = [stack.enter_context(make()) for make in (STORES[store], BROKERS[broker], PrivateRedis)]
+        site = Site(directory, variant, *opened)
+        stack.callback(site.close)
+        if variant.guarded:
+            site.app.queue_log.init()
+        for _ in range(WORKERS):
+            site.hire()
+        for worker in site.workers:
+            worker.wait_until_ready()
+        yield site

@@ -1,0 +1,96 @@
+"""The tasks of a run of chaos, in every variant that is compared: each body notes its key when it starts and when it ends."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from celery import Celery, Task, chain, chord
+from celery.canvas import Signature
+
+from tests.chaos.plan import Sending, message_id
+from tests.chaos.variants import Variant
+from tests.support.apps.scenarios import noted
+from tests.support.ledger import Ledger
+
+__all__ = ["BrokenError", "register", "signature"]
+
+
+class BrokenError(Exception):
+    """What the tasks that fail raise."""
+
+
+def register(app: Celery, *, base: type[Task], ledger: Ledger) -> None:
+    """Register the tasks; which base they have is the variant's affair."""
+    variant = Variant.of_this_process()
+    variant.prepare(app)
+    late = {"acks_late": True, "reject_on_worker_lost": True}
+    early = {"acks_late": False}
+
+    def task(name: str, **options: Any) -> Any:
+        return app.task(bind=True, name=name, **variant.task_options, **options)
+
+    def run(task: Task, key: str, seconds: float) -> str:
+        with noted(ledger, task, key):
+            time.sleep(seconds)
+        return key
+
+    @task("plain", **late)
+    def plain(self: Task, key: str, seconds: float) -> str:
+        return run(self, key, seconds)
+
+    @task("early", **early, **variant.if_guarded(on_abandoned="rerun"))
+    def early_acknowledged(self: Task, key: str, seconds: float) -> str:
+        return run(self, key, seconds)
+
+    @task("at_most_once", **early)
+    def at_most_once(self: Task, key: str, seconds: float) -> str:
+        return run(self, key, seconds)
+
+    @task("retrying", max_retries=None, **late)
+    def retrying(self: Task, key: str, seconds: float, retries: int, countdown: float) -> str:
+        with noted(ledger, self, key):
+            time.sleep(seconds)
+            if self.request.retries < retries:
+                raise self.retry(countdown=countdown)
+        return key
+
+    @task("failing", **late)
+    def failing(self: Task, key: str, seconds: float) -> str:
+        with noted(ledger, self, key):
+            time.sleep(seconds)
+            raise BrokenError(key)
+
+    @task("body", **late)
+    def body(self: Task, values: list[str], key: str, seconds: float) -> str:
+        with noted(ledger, self, key):
+            time.sleep(seconds)
+            if sorted(values) != [f"{key.removesuffix('.body')}.{place}" for place in range(3)]:
+                raise BrokenError(f"{key} was given {values}")
+        return key
+
+
+def signature(app: Celery, sending: Sending) -> Signature:
+    """What a sending calls, each step under its message id."""
+
+    def one(key: str, name: str = "plain") -> Signature:
+        return app.tasks[name].si(key, sending.seconds).set(message_id=message_id(key))
+
+    keys = [step.key for step in sending.steps()]
+    match sending.kind:
+        case "chain":
+            return chain(*map(one, keys), app=app)
+        case "chord":
+            body = app.tasks["body"].s(keys[3], sending.seconds).set(message_id=message_id(keys[3]))
+            return chord([one(key) for key in keys[:3]], body, app=app)
+        case "linked":
+            return one(keys[0]).set(link=one(keys[1]))
+        case "retrying":
+            arguments = (keys[0], sending.seconds, sending.retries, sending.countdown)
+            return app.tasks["retrying"].si(*arguments).set(message_id=message_id(keys[0]))
+        case "eta":
+            return one(keys[0]).set(countdown=sending.countdown)
+        case "plain" | "slow":
+            return one(keys[0])
+        case named:
+            return one(keys[0], named)

@@ -1,0 +1,135 @@
+"""The verdict itself: what it must find, and what it must not take for a fault."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tests.chaos.audit import Audit, Outcome, Run, audit, runs_of
+from tests.chaos.plan import FAULTS, KILLS, LEASE, SENDINGS, Step, make_plan
+from tests.chaos.site import Done
+from tests.support.ledger import Entry
+
+STEP = Step("step")
+FIRST = Run("step", retries=0, pid=1, start=10.0, end=11.0)
+DIED = replace(FIRST, end=None)
+SECOND = Run("step", retries=0, pid=2, start=14.0, end=15.0)
+KILL = Done("kill a child", at=12.0, until=12.1, pids={1: 12.1})
+PAUSE = Done("pause a worker past its lease", at=10.5, until=10.5 + 1.5 * LEASE, pids={1: 10.5 + 1.5 * LEASE})
+READABLE = Outcome("id", "step", "SUCCESS", "step")
+
+
+def judged(*runs: Run, faults: tuple[Done, ...] = (), step: Step = STEP, outcome: Outcome = READABLE) -> Audit:
+    return audit({step.key: step}, runs, faults, [outcome])
+
+
+def test_one_run_is_as_it_should_be() -> None:
+    assert judged(FIRST).violations() == []
+
+
+@pytest.mark.parametrize("runs", [(), (DIED,)], ids=["never run", "died"])
+def test_what_never_ended_is_lost(runs: tuple[Run, ...]) -> None:
+    assert judged(*runs, faults=(KILL,)).lost == ["step"]
+
+
+def test_a_retry_that_did_not_come_is_a_loss() -> None:
+    assert judged(FIRST, step=Step("step", retries=1)).lost == ["step"]
+
+
+def test_another_run_of_a_body_that_died_is_a_recovery() -> None:
+    found = judged(DIED, SECOND, faults=(KILL,))
+    assert found.violations() == []
+    assert [(recovery.died, recovery.again) for recovery in found.recoveries] == [(12.0, 14.0)]
+
+
+def test_another_run_without_a_death_is_a_violation() -> None:
+    assert judged(FIRST, SECOND).doubled == ["step"]
+
+
+def test_the_death_of_another_process_explains_nothing() -> None:
+    assert judged(FIRST, SECOND, faults=(replace(KILL, pids={3: 12.1}),)).doubled == ["step"]
+
+
+def test_a_death_after_the_process_went_on_to_another_body_explains_nothing() -> None:
+    """What it did before was recorded: it does one thing after another."""
+    other = Run("other", retries=0, pid=1, start=11.5, end=None)
+    steps = {"step": STEP, "other": Step("other")}
+    assert audit(steps, [FIRST, other, SECOND], [KILL], []).doubled == ["step"]
+
+
+def test_two_at_once_are_a_violation() -> None:
+    assert judged(FIRST, replace(SECOND, start=10.4)).concurrent == ["step"]
+
+
+def test_two_at_once_behind_a_pause_past_the_lease_are_a_zombie() -> None:
+    found = judged(replace(FIRST, end=20.0), replace(SECOND, start=17.0, end=18.0), faults=(PAUSE,))
+    assert (found.concurrent, found.zombies, found.doubled) == ([], ["step"], [])
+    assert found.violations() == []
+
+
+def test_a_short_pause_explains_nothing() -> None:
+    short = replace(PAUSE, kind="pause a worker")
+    found = judged(replace(FIRST, end=20.0), replace(SECOND, start=17.0, end=18.0), faults=(short,))
+    assert (found.concurrent, found.doubled) == (["step"], ["step"])
+
+
+def test_a_retry_is_another_attempt() -> None:
+    """It is published before the body that asks for it has ended."""
+    again = Run("step", retries=1, pid=2, start=10.9, end=12.0)
+    assert judged(FIRST, again, step=Step("step", retries=1)).violations() == []
+
+
+def test_an_at_most_once_task_may_be_abandoned_and_not_run_twice() -> None:
+    step, failed = replace(STEP, at_most_once=True), replace(READABLE, state="FAILURE", result="abandoned")
+    found = judged(DIED, faults=(KILL,), step=step, outcome=failed)
+    assert (found.abandoned, found.violations()) == (["step"], [])
+    assert judged(DIED, SECOND, faults=(KILL,), step=step).overrun == ["step"]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "step"),
+    [
+        (replace(READABLE, state="PENDING", result="None"), STEP),
+        (replace(READABLE, result="another"), STEP),
+        (replace(READABLE, state="FAILURE"), STEP),
+        (READABLE, replace(STEP, fails=True)),
+    ],
+    ids=["never stored", "another's", "a failure", "a success that should have failed"],
+)
+def test_a_result_that_says_something_else_is_a_violation(outcome: Outcome, step: Step) -> None:
+    assert len(judged(FIRST, step=step, outcome=outcome).unreadable) == 1
+
+
+def test_a_row_that_is_not_done_is_a_violation() -> None:
+    assert audit({"step": STEP}, [FIRST], [], [READABLE], rows={"chaos-step": "pending None"}).unfinished
+
+
+def test_a_late_recovery_is_found_unless_a_server_was_away() -> None:
+    late = replace(SECOND, start=12.0 + LEASE + 3.0, end=30.0)
+    assert len(judged(DIED, late, faults=(KILL,)).delays()) == 1
+    outage = Done("restart the store", at=13.0, until=14.0)
+    assert judged(DIED, late, faults=(KILL, outage)).delays() == []
+
+
+def test_a_ledger_is_read_by_process() -> None:
+    def note(event: str, pid: int, at: float) -> Entry:
+        return Entry(event, "plain", "id", "m", 0, "w", pid, at, "step")  # type: ignore[arg-type]
+
+    entries = [note("start", 1, 1.0), note("start", 2, 2.0), note("raise", 1, 3.0)]
+    assert runs_of(entries) == [Run("step", 0, 1, 1.0, 3.0), Run("step", 0, 2, 2.0, None)]
+
+
+class TestPlan:
+    def test_the_same_seed_makes_the_same_plan(self) -> None:
+        assert make_plan(5, tasks=300, kills=20) == make_plan(5, tasks=300, kills=20)
+        assert make_plan(5, tasks=300, kills=20) != make_plan(6, tasks=300, kills=20)
+
+    def test_a_plan_has_what_it_was_asked_for_and_some_of_each_kind(self) -> None:
+        plan = make_plan(7, tasks=2000, kills=25)
+        kinds = [fault.kind for fault in plan.faults]
+        assert len(plan.steps()) >= 2000
+        assert sum(kind in KILLS for kind in kinds) == 25
+        assert set(FAULTS) | set(KILLS) == set(kinds)
+        assert {sending.kind for sending in plan.sendings} == set(SENDINGS)
+        assert [fault.after for fault in plan.faults] == sorted(fault.after for fault in plan.faults)

@@ -1,0 +1,58 @@
+"""RabbitMQ's ``consumer_timeout``: a task runs for longer, so its channel is closed and its message delivered again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+
+from tests.conftest import StartWorker, missing
+from tests.integration.brokers.conftest import PATIENCE, MakeSite, wait_until_logged
+from tests.support.brokers import rabbitmq_broker
+from tests.support.servers import NotInstalledError, PrivateRabbitMQ
+from tests.support.waiting import wait_until
+
+pytestmark = pytest.mark.xdist_group("rabbitmq-consumer-timeout")
+
+#: Seconds.
+TIMEOUT = 6.0
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[PrivateRabbitMQ]:
+    try:
+        server = PrivateRabbitMQ(consumer_timeout=TIMEOUT).__enter__()
+    except NotInstalledError as error:
+        missing("a private server", str(error))
+    yield server
+    server.close()
+
+
+def test_a_task_that_runs_for_longer_than_the_consumer_timeout(
+    make_site: MakeSite, start_worker: StartWorker, server: PrivateRabbitMQ
+) -> None:
+    """Its worker stops, as Celery's do, once the task has ended; meanwhile another worker has the message."""
+    with ExitStack() as stack:
+        brokers = [stack.enter_context(rabbitmq_broker(server.url, queue_type=kind)) for kind in ("classic", "quorum")]
+        # A held copy waits for no longer than the lease, in the worker: not long enough to be timed out itself.
+        sites = [make_site(broker, idempotent_lease=TIMEOUT / 3) for broker in brokers]
+        owners = [start_worker(site.spec) for site in sites]
+        gate = sites[0].gate()
+        results = [site.send("gated", str(gate), "once") for site in sites]
+        for site, result in zip(sites, results, strict=True):
+            site.wait_for_starts(result)
+        others = [start_worker(site.spec, wait=False) for site in sites]
+
+        for owner, other, result in zip(owners, others, results, strict=True):
+            wait_until_logged([owner], "delivery acknowledgement on channel 1 timed out")
+            wait_until_logged([other], f"gated[{result.id}] is held for", 4)
+        gate.touch()
+
+        for site, owner, other, result in zip(sites, owners, others, results, strict=True):
+            site.assert_ran_once("gated", {result: "once"})
+            site.settled(result, "gated", duplicates=1)
+            wait_until(lambda: not owner.is_alive, timeout=PATIENCE, describe=owner.log_tail)  # noqa: B023
+            site.assert_ran_once("echo", {site.send("echo", "after it"): "after it"})
+            assert len(site.starts(result)) == 1
+            other.stop()

@@ -1,0 +1,181 @@
+"""SQS by its documented behaviour: each copy looks like the first, has a handle of its own, and comes while the first still runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import Celery
+from celery.app.task import Context
+from celery.exceptions import Ignore
+
+from celery_idempotent import IdempotentTask, QueueLog, SQLStore
+from celery_idempotent.consumer import admit
+from celery_idempotent.records import Claimed, MessageKey, NewMessage
+from celery_idempotent.wire import Marker
+from tests.conftest import StartWorker
+from tests.integration.brokers.conftest import PATIENCE, MakeSite, Site, wait_until_logged
+from tests.integration.brokers.sqs import MAX_DELAY_SECONDS
+from tests.support.brokers import Broker, filesystem_broker
+from tests.support.waiting import wait_until
+
+#: Seconds after which a message that was received and not deleted is received again.
+VISIBILITY = 2
+
+MakeSQS = Callable[..., Site]
+
+
+@pytest.fixture
+def make_sqs(make_site: MakeSite, tmp_path: Path) -> MakeSQS:
+    """An app on such a broker; says whether an old receipt handle deletes."""
+
+    def make_sqs(stale_handles_delete: bool, **settings: Any) -> Site:
+        files = filesystem_broker(tmp_path)
+        broker = Broker(
+            name="sqs",
+            url=files.url,
+            queue=files.queue,
+            transport_options={
+                **files.transport_options,
+                "visibility_timeout": VISIBILITY,
+                "stale_handles_delete": stale_handles_delete,
+            },
+            settings={"broker_transport": "tests.integration.brokers.sqs:Transport"},
+        )
+        return make_site(broker, **settings)
+
+    return make_sqs
+
+
+def messages(site: Site) -> list[Path]:
+    """What is in the queue, visible or not."""
+    return list(Path(site.spec.transport_options["data_folder_in"]).glob(f"*.{site.spec.queue}.msg"))
+
+
+def wait_until_nothing_is_left(site: Site) -> None:
+    wait_until(lambda: not messages(site), timeout=PATIENCE, describe=lambda: messages(site))
+
+
+either = pytest.mark.parametrize(
+    "stale_handles_delete", [False, True], ids=["stale handles void", "stale handles delete"]
+)
+
+
+@either
+def test_a_task_that_runs_for_longer_than_the_visibility_timeout(
+    make_sqs: MakeSQS, start_worker: StartWorker, stale_handles_delete: bool
+) -> None:
+    site = make_sqs(stale_handles_delete)
+    workers = [start_worker(site.spec, wait=False) for _ in range(2)]
+    for worker in workers:
+        worker.wait_until_ready()
+    gate = site.gate()
+    result = site.send("gated", str(gate), "once")
+
+    wait_until_logged(workers, f"gated[{result.id}] is held for", 3)
+    gate.touch()
+
+    site.assert_ran_once("gated", {result: "once"})
+    wait_until_nothing_is_left(site)
+    assert len(site.starts(result)) == 1
+    assert site.row(result, "gated").duplicates >= 1
+
+
+@either
+def test_the_owner_dies_after_its_copy_was_held(
+    make_sqs: MakeSQS, start_worker: StartWorker, stale_handles_delete: bool
+) -> None:
+    """The hold deletes the broker's only copy, by the latest handle: the delayed one is there by then."""
+    site = make_sqs(stale_handles_delete, idempotent_lease=4, idempotent_recovery_interval=0)
+    owner = start_worker(site.spec)
+    gate = site.gate()
+    result = site.send("gated", str(gate), "at last")
+    site.wait_for_starts(result)
+    other = start_worker(site.spec)
+    wait_until_logged([other], f"gated[{result.id}] is held for")
+
+    owner.kill()
+    gate.touch()
+
+    assert result.get(timeout=PATIENCE) == "at last"
+    wait_until_nothing_is_left(site)
+    row = site.settled(result, "gated")
+    assert (row.processed_status, row.token) == ("success", 2)
+    assert (len(site.starts(result)), len(site.ledger.ends(task_id=result.id))) == (2, 1)
+
+
+def test_an_eta_beyond_the_visibility_timeout(make_sqs: MakeSQS, start_worker: StartWorker) -> None:
+    """It is no delay of the broker's, which could not be as long: workers keep a copy each, and all come due at once."""
+    site = make_sqs(False)
+    workers = [start_worker(site.spec, wait=False) for _ in range(2)]
+    for worker in workers:
+        worker.wait_until_ready()
+
+    sent_at = time.time()
+    result = site.send("slow", 3, "on time", countdown=5)
+
+    (start,) = site.wait_for_starts(result)
+    assert sent_at + 5 <= start.at < sent_at + 15
+    site.assert_ran_once("slow", {result: "on time"})
+    wait_until_nothing_is_left(site)
+    assert len(site.starts(result)) == 1
+    wait_until_logged(workers, f"Task slow[{result.id}] received", 2)
+
+
+def test_a_countdown_beyond_what_the_broker_can_delay(make_sqs: MakeSQS) -> None:
+    site = make_sqs(False)
+
+    site.send("echo", "tomorrow", countdown=MAX_DELAY_SECONDS * 96)
+    with pytest.raises(ValueError, match="DelaySeconds"):
+        site.send("echo", "delayed by the broker", delay_seconds=MAX_DELAY_SECONDS + 1)
+
+    assert len(messages(site)) == 1
+
+
+@pytest.mark.parametrize(
+    ("url", "transport_options", "longest"),
+    [
+        ("sqs://", {}, 900.0),
+        ("sqs://", {"visibility_timeout": 60}, 30.0),
+        ("redis://", {}, 1800.0),
+        ("rediss://", {}, 1800.0),
+        ("sentinel://one:26379;sentinel://two:26379", {}, 1800.0),
+        (["redis://one", "redis://two"], {}, 1800.0),
+        ("filesystem://", {"visibility_timeout": 2}, 1.0),
+        ("amqp://", {}, 900.0),
+        ("memory://", {}, None),
+    ],
+)
+def test_a_copy_is_held_for_no_longer_than_half_the_visibility_timeout(
+    monkeypatch: pytest.MonkeyPatch, url: str | list[str], transport_options: dict[str, Any], longest: float | None
+) -> None:
+    """It waits in a worker, unacknowledged. Where there is no such timeout, the lease is the limit."""
+    lease, countdowns = 7200.0, list[float]()
+    app = Celery("holds", set_as_current=False, broker=url, backend="disabled://")
+    app.conf.broker_transport_options = transport_options
+    store = SQLStore("sqlite://")
+    QueueLog(app, store=store)
+
+    @app.task(base=IdempotentTask, name="task", shared=False, lease=lease)
+    def task() -> None: ...
+
+    bound = app.tasks["task"]
+    monkeypatch.setattr(type(bound), "publish_copy", lambda self, request, key, countdown: countdowns.append(countdown))
+    owned = NewMessage(MessageKey("m", "task"), "m")
+    assert isinstance(store.claim(owned, worker="owner", lease=lease, grace=0.0), Claimed)
+    # Held so often before that it is not the first, short hold which is the limit.
+    headers = Marker("m", "task", "m", holds=20).write(None)
+
+    with pytest.raises(Ignore):
+        admit(bound, Context(id="m", task="task", retries=0, args=[], kwargs={}, headers=headers))
+
+    (countdown,) = countdowns
+    if longest is None:
+        assert lease - 60 < countdown < lease + 60
+    else:
+        assert countdown == longest
+    store.close()
+    app.close()

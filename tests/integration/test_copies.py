@@ -1,0 +1,164 @@
+"""A call that is published although its id is known, because something waits on it: its broker may lose it too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import chain, chord
+from celery.result import AsyncResult
+
+from celery_idempotent.records import Claimed, NewMessage, Row, Status
+from celery_idempotent.serialization import encode_result
+from tests.support.bench import PATIENCE, Bench
+from tests.support.waiting import wait_until
+
+Send = Callable[[Bench, str, str], AsyncResult[Any]]
+
+
+def in_a_chain(bench: Bench, m: str, queue: str) -> AsyncResult[Any]:
+    first = bench.task("echo").si("value").set(message_id=m, queue=queue)
+    return chain(first, bench.task("told").s("behind"), app=bench.app).apply_async()
+
+
+def with_a_link(bench: Bench, m: str, queue: str) -> AsyncResult[Any]:
+    return bench.task("echo").apply_async(("value",), message_id=m, queue=queue, link=bench.task("told").s("behind"))
+
+
+def by_name(bench: Bench, m: str, queue: str) -> AsyncResult[Any]:
+    return bench.app.send_task("echo", ("value",), message_id=m, queue=queue)
+
+
+SENDS = pytest.mark.parametrize("send", [in_a_chain, with_a_link, by_name], ids=["chain", "link", "by name"])
+
+
+def copys_id(result: AsyncResult[Any]) -> str:
+    """The task id of the message with the known id."""
+    return str((result.parent or result).id)
+
+
+def own_row(bench: Bench, result: AsyncResult[Any]) -> Row | None:
+    return bench.find("echo", copys_id(result))
+
+
+def purge(bench: Bench, queue: str) -> None:
+    with bench.app.connection_for_write() as connection:
+        assert connection.default_channel.queue_purge(queue) == 1
+
+
+@contextmanager
+def consumed(bench: Bench, queue: str) -> Iterator[None]:
+    """Have the worker consume from one more queue."""
+    bench.app.control.add_consumer(queue, reply=True, timeout=PATIENCE, limit=1)
+    try:
+        yield
+    finally:
+        bench.app.control.cancel_consumer(queue, reply=True, timeout=PATIENCE, limit=1)
+
+
+@SENDS
+def test_a_copy_that_the_broker_lost_comes_back(bench: Bench, send: Send) -> None:
+    m, queue = bench.fresh(), bench.fresh("queue")
+    assert bench.task("echo").apply_async(("value",), message_id=m).get(timeout=PATIENCE) == "value"
+
+    result = send(bench, m, queue)
+    row = own_row(bench, result)
+    assert row is not None
+    assert (row.status, row.task_id) == (Status.PENDING, copys_id(result))
+    purge(bench, queue)
+    assert bench.app.queue_log.recovery.publish_waiting(0.0) >= 1
+    with consumed(bench, queue):
+        assert result.get(timeout=PATIENCE) == (["value", "behind"] if send is in_a_chain else "value")
+        wait_until(lambda: own_row(bench, result) is None, timeout=PATIENCE, describe="the end of the copy's row")
+    if send is with_a_link:
+        assert result.children[0].get(timeout=PATIENCE) == ["value", "behind"]
+    assert len(bench.starts("echo", m)) == 1
+
+
+@SENDS
+def test_a_copy_that_arrives_leaves_no_row_behind(bench: Bench, send: Send) -> None:
+    m = bench.fresh()
+    assert bench.task("echo").apply_async(("value",), message_id=m).get(timeout=PATIENCE) == "value"
+
+    result = send(bench, m, bench.spec.queue)
+
+    assert result.get(timeout=PATIENCE) == (["value", "behind"] if send is in_a_chain else "value")
+    wait_until(lambda: own_row(bench, result) is None, timeout=PATIENCE, describe="the end of the copy's row")
+
+
+def test_the_copy_of_a_failed_message_leaves_no_row_behind(bench: Bench) -> None:
+    m = bench.fresh()
+    first = bench.task("fail").apply_async(message_id=m)
+    assert isinstance(first.get(timeout=PATIENCE, propagate=False), ValueError)
+
+    copy = bench.task("fail").apply_async(message_id=m, link=bench.task("told").s())
+
+    assert "as told" in str(copy.get(timeout=PATIENCE, propagate=False))
+    wait_until(lambda: bench.find("fail", copy.id) is None, timeout=PATIENCE, describe="the end of the copy's row")
+
+
+def test_a_copy_that_is_held_keeps_its_row_until_it_is_answered(bench: Bench) -> None:
+    m, gate, told = bench.fresh(), bench.path("gate"), bench.task("told")
+    bench.task("busy.hold").apply_async((gate, "value"), message_id=m)
+    bench.wait_for_starts("busy.hold", m)
+
+    copy = bench.task("busy.hold").apply_async((gate, "value"), message_id=m, link=told.s())
+    bench.wait_until_held("busy.hold", m)
+
+    row = bench.find("busy.hold", copy.id)
+    assert row is not None
+    assert row.status is Status.PENDING
+    Path(gate).touch()
+    assert copy.get(timeout=PATIENCE) == "value"
+    wait_until(lambda: bench.find("busy.hold", copy.id) is None, timeout=PATIENCE, describe="the end of the copy's row")
+
+
+def test_a_copy_that_could_not_be_published_leaves_no_row_behind(bench: Bench) -> None:
+    m = bench.fresh()
+    assert bench.task("echo").apply_async(("value",), message_id=m).get(timeout=PATIENCE) == "value"
+    unreachable = bench.producer(broker="redis://127.0.0.1:1/0", task_publish_retry=False)
+
+    with pytest.raises(Exception, match="refused"):
+        unreachable.tasks["echo"].apply_async(
+            ("value",), message_id=m, task_id=(copy := bench.fresh()), link=unreachable.tasks["told"].s()
+        )
+
+    assert bench.find("echo", copy) is None
+
+
+@pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")  # Celery's own
+def test_a_copy_that_died_between_its_result_and_what_waits_on_it_goes_on(bench: Bench) -> None:
+    m, queue = bench.fresh(), bench.fresh("queue")
+    assert bench.task("echo").apply_async(("value",), message_id=m).get(timeout=PATIENCE) == "value"
+    result = in_a_chain(bench, m, queue)
+    bench.app.backend.store_result(copys_id(result), "value", "SUCCESS")
+
+    with consumed(bench, queue):
+        assert result.get(timeout=PATIENCE) == ["value", "behind"]
+
+    wait_until(lambda: own_row(bench, result) is None, timeout=PATIENCE, describe="the end of the copy's row")
+
+
+def test_a_part_of_a_chord_waits_for_the_claim_of_an_owner_that_died(bench: Bench) -> None:
+    """Celery's Redis backend lets one worker at a time send a chord's body, and forgets a dead one's claim after a while."""
+    m, queue, echo = bench.fresh(), bench.fresh("queue"), bench.task("echo")
+    last = echo.s("last").set(message_id=m, queue=queue)
+    result = chord([echo.s("first"), last], bench.task("told").s(), app=bench.app).apply_async()
+    assert result.parent.results[0].get(timeout=PATIENCE) == "first"
+    row, store = bench.row("echo", m), bench.app.queue_log.store
+    claim = store.claim(NewMessage(row.key, row.task_id, queue, row.fingerprint), worker="dead", lease=60.0, grace=30.0)
+    assert isinstance(claim, Claimed)
+    assert store.checkpoint(claim.claim, result=encode_result(bench.app, "last"))
+    store.expire(claim.claim)
+    key = bench.app.backend.get_key_for_group(result.parent.id, ".c")
+    bench.app.backend.client.set(key, "the dead one's", ex=3)
+
+    with consumed(bench, queue):
+        bench.wait_until_held("echo", m)
+        assert result.get(timeout=PATIENCE) == [["first", "last"]]
+
+    assert bench.starts("echo", m) == []
+    assert bench.done("echo", m).processed_status == "success"
