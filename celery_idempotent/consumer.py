@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -176,6 +177,7 @@ class _Admission:
 
     def _claim_or_follow(self) -> Run:
         for _ in range(_ATTEMPTS):
+            self.run.claimed_at = time.monotonic()
             answer = self._store.claim(
                 self.message,
                 worker=worker_label(self.request.hostname),

@@ -129,8 +129,11 @@ class IdempotentRequest(Request):  # type: ignore[misc]
             return  # never accepted by a child, so never claimed
         if self.held is not None:
             self.held.ended = True
+        owner = self._owner(self.worker_pid)
         try:
-            write(self._owner(self.worker_pid))
+            # A body that had ended has left a recovery point: what waits on it is still to be sent.
+            if not write(owner):
+                self.task.queue_log.store.expire(owner)
         except StoreError as error:
             logger.error("could not %s the claim of %s; it runs out with its lease: %s", what, self, error)
 

@@ -67,6 +67,8 @@ class Run:
         self.message = message
         self.state = RunState.UNGUARDED
         self.claim: Claim | None = None
+        #: When the claim was asked for, by the monotonic clock.
+        self.claimed_at = time.monotonic()
         #: What is returned without running the body, in REPLAYED and in a CHECKPOINTED run that was taken over.
         self.value: Any = None
         #: Whether the body is about to replace itself by another task under the same task id.
@@ -128,6 +130,8 @@ class Run:
             return cast("T", self.value)
         if self.state is RunState.UNGUARDED:
             return body()
+        if self.claim is not None and time.monotonic() - self.claimed_at > self.task.idempotency.lease:
+            self._make_sure()
         try:
             value = body()
         except Retry as retry:
@@ -154,6 +158,16 @@ class Run:
         self._stop_if_sent_on()
         self._succeed(value)
         return value
+
+    def _make_sure(self) -> None:
+        """The process slept between its claim and the body for longer than the lease: somebody else may have run it since."""
+        try:
+            lost = self._store.renew([self._claim], lease=self.task.idempotency.lease)
+        except StoreError as error:
+            logger.warning("%s runs although its claim may be lost, the store gives no answer: %s", self, error)
+            return
+        if lost:
+            self._continue(held=False, state=RunState.CLAIMED)
 
     def _succeed(self, value: Any) -> None:
         wanted = self.task.idempotency.keep_result or self.waited_on

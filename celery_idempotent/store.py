@@ -199,7 +199,8 @@ class Store(Protocol):
         """End a message as ``done``/``failure``; its ``message`` stays, so that it can be requeued.
 
         Args:
-            holder: The run that ends, by its claim, or by its worker (then only a processing row qualifies).
+            holder: The run that ends, by its claim, or by its worker: then only a processing row qualifies, and no recovery
+                point, whose body has had its effect.
             error: Type and text of the error.
             unique_for: Seconds until the id becomes free again; ``None`` until it is purged.
 
@@ -214,7 +215,7 @@ class Store(Protocol):
         """Hand a running message on to its next attempt: back to pending, waiting for ``message.attempt``.
 
         Args:
-            holder: The run that hands over.
+            holder: The run that hands over; by its worker, no recovery point is.
             message: What is published next; its attempt, delay, fingerprint, queue and message replace the row's.
 
         Returns:
@@ -226,6 +227,9 @@ class Store(Protocol):
 
     def release(self, holder: Holder) -> bool:
         """Give a running message back as it was: pending, same attempt (``Reject(requeue=True)``).
+
+        Args:
+            holder: The run that gives it back; by its worker, no recovery point is.
 
         Returns:
             Whether the holder still held it.

@@ -175,6 +175,15 @@ class EndingContract(StoreFixtures):
         assert store.fail(owner, error="WorkerLostError")
         assert not store.fail(owner, error="WorkerLostError")
 
+    def test_a_recovery_point_does_not_fail_by_worker(self, store: Store) -> None:
+        """Whoever finds its process dead does not know that the body had ended."""
+        held = processing(store)
+        store.checkpoint(held, result=b"result")
+        assert not store.fail(Owner(KEY, WORKER), error="WorkerLostError")
+        row = read(store)
+        assert (row.status, row.processed_status, row.result) == (Status.PROCESSING, ProcessedStatus.SUCCESS, b"result")
+        assert store.fail(held, error="its result cannot be stored")
+
     def test_a_message_of_another_worker_does_not_fail(self, store: Store) -> None:
         processing(store)
         assert not store.fail(Owner(KEY, WORKER + " "), error="WorkerLostError")

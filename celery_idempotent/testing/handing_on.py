@@ -109,6 +109,14 @@ class HandingOnContract(StoreFixtures):
         assert not store.release(held)
         assert not store.release(Owner(KEY, WORKER))
 
+    def test_a_recovery_point_is_not_handed_on_by_worker(self, store: Store) -> None:
+        held = processing(store)
+        store.checkpoint(held, result=b"result")
+        assert not store.release(Owner(KEY, WORKER))
+        assert not store.retry(Owner(KEY, WORKER), new_message(attempt=1))
+        row = read(store)
+        assert (row.status, row.processed_status, row.result) == (Status.PROCESSING, ProcessedStatus.SUCCESS, b"result")
+
     def test_a_finished_message_is_not_released(self, store: Store) -> None:
         held = done(store)
         assert not store.release(held)

@@ -240,6 +240,12 @@ class _Fates:
         """Whether its process was paused past its lease, before another body began at the time given."""
         return any(run.start <= pause.until and pause.at <= during for pause in self._pauses[run.pid])
 
+    def woke(self, run: Run) -> bool:
+        """Whether this is the first body of a process since it was paused past its lease: it may have claimed it before."""
+        starts = self._starts[run.pid]
+        before = starts[bisect_right(starts, run.start) - 2] if bisect_right(starts, run.start) > 1 else float("-inf")
+        return any(before < pause.at and pause.until <= run.start + CLOCK for pause in self._pauses[run.pid])
+
     def outage(self, begin: float, end: float) -> bool:
         """Whether a server was away at some time between."""
         return any(outage.at <= end and begin <= outage.until for outage in self._outages)
@@ -271,7 +277,7 @@ def _judge_again(found: Audit, before: Run, after: Run, fates: _Fates) -> None:
         if before.end is None:
             killed = fates.killed(before)
             found.recoveries.append(Recovery(before.key, killed, after.start, fates.outage(killed, after.start)))
-    elif fates.paused(before, after.start):
+    elif fates.paused(before, after.start) or fates.woke(after):
         found.again.append(before.key)
     else:
         found.doubled.append(before.key)

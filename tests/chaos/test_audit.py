@@ -68,6 +68,14 @@ def test_two_at_once_behind_a_pause_past_the_lease_are_a_zombie() -> None:
     assert found.violations() == []
 
 
+def test_a_body_that_a_paused_process_had_claimed_before_is_a_zombie_too() -> None:
+    ended, woken = replace(FIRST, pid=2, start=18.0, end=18.5), replace(FIRST, start=PAUSE.until + 0.1, end=25.0)
+    assert judged(ended, woken, faults=(PAUSE,)).violations() == []
+    other = Run("other", retries=0, pid=1, start=PAUSE.until + 0.05, end=PAUSE.until + 0.06)
+    steps = {"step": STEP, "other": Step("other")}
+    assert audit(steps, [ended, other, woken], [PAUSE], []).doubled == ["step"]
+
+
 def test_a_short_pause_explains_nothing() -> None:
     short = replace(PAUSE, kind="pause a worker")
     found = judged(replace(FIRST, end=20.0), replace(SECOND, start=17.0, end=18.0), faults=(short,))

@@ -53,7 +53,8 @@ class Endings:
 
         def fenced(**values: Any) -> _Fenced:
             written = update(table).where(has_key(table), processing).values(values)
-            return _Fenced(written.where(token), written.where(worker))
+            # Whoever ends a run from outside knows that its process died, not that its body had ended before.
+            return _Fenced(written.where(token), written.where(worker, table.c.processed_status.is_(None)))
 
         ended = {
             "status": DONE,
@@ -79,7 +80,8 @@ class Endings:
         )
         # The broker has it again as of now: how long it has been waiting does not count the time it ran.
         self._release = fenced(**returned, published_at=Now())
-        self._expire = fenced(lease_expires_at=Now())
+        expired = update(table).where(has_key(table), processing).values(lease_expires_at=Now())
+        self._expire = _Fenced(expired.where(token), expired.where(worker))
         self._abandon = (
             update(table)
             .where(

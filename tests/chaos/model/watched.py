@@ -1,0 +1,61 @@
+"""A store that is looked at: each verb is a point at which its caller may be interrupted, and is held to the laws."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, cast
+
+from celery_idempotent.records import MessageKey, Row, RowFilter
+from celery_idempotent.store import Store
+from tests.chaos.model.laws import Act, judge
+
+__all__ = ["Watched"]
+
+_READS = {"find", "rows", "counts", "lapsed", "waiting", "unsent", "check", "init", "close"}
+
+
+class Watched:
+    """A store as its users see it.
+
+    Args:
+        store: The one that is asked.
+        gate: Called before and after each verb; what it raises keeps the verb from being asked, or its answer from being heard.
+        saw: Called with each change of a row.
+    """
+
+    def __init__(
+        self, store: Store, gate: Callable[[], None], saw: Callable[[Act, Row | None, Row | None], None]
+    ) -> None:
+        self._store = store
+        self._gate = gate
+        self._saw = saw
+        #: The rows as they stand.
+        self.rows: dict[MessageKey, Row] = self._read()
+
+    def as_store(self) -> Store:
+        """Itself, by the port's type."""
+        return cast("Store", self)
+
+    def __getattr__(self, name: str) -> Any:
+        verb = getattr(self._store, name)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            self._gate()
+            answer = verb(*args, **kwargs)
+            if name not in _READS:
+                given = inspect.signature(getattr(Store, name)).bind(self, *args, **kwargs).arguments
+                self._witness(Act(name, given, answer))
+            self._gate()
+            return answer
+
+        return watched
+
+    def _read(self) -> dict[MessageKey, Row]:
+        return {row.key: row for row in self._store.rows(RowFilter(limit=1000))}
+
+    def _witness(self, act: Act) -> None:
+        before, self.rows = self.rows, self._read()
+        for key in sorted({*before, *self.rows, *act.keys}, key=str):
+            judge(act, key, before.get(key), self.rows.get(key))
+            self._saw(act, before.get(key), self.rows.get(key))

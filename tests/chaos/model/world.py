@@ -1,0 +1,589 @@
+"""Producers, workers and recovery around one store, in one thread: the production code between two points of interruption.
+
+What is real: ``send`` through ``apply_async``, ``admit``, ``Run``, ``Task.retry``, ``Recovery``, and both decisions within them.
+What is mirrored, because it is Celery's: the order in which a traced task sends its callbacks, stores its result and is
+acknowledged (``celery.app.trace``), and what a worker's main process writes for a child that it lost
+(:class:`celery_idempotent.request.IdempotentRequest`). Renewal is a thread that keeps up, or does not: see :meth:`World.pass_time`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from enum import Enum, StrEnum, auto
+from itertools import count
+from typing import Any
+
+from celery import Celery, states
+from celery._state import _task_stack
+from celery.app.task import Context
+from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
+from kombu.exceptions import OperationalError
+
+from celery_idempotent import IdempotentTask, MessageMismatchError, QueueLog
+from celery_idempotent.consumer import ABANDONED, admit, delivered_key
+from celery_idempotent.decision import MAX_TAKEOVERS
+from celery_idempotent.errors import AlreadyFailedError
+from celery_idempotent.records import Claim, Holder, MessageKey, Owner, ProcessedStatus, Row, Status
+from celery_idempotent.run import Run, RunState, worker_label
+from celery_idempotent.signals import _after_run, _revoked, _succeeded
+from celery_idempotent.store import Store
+from tests.chaos.model.broker import Broker, Copy, Mood
+from tests.chaos.model.clock import Clock
+from tests.chaos.model.laws import Act, BrokenLawError, starts_anew
+from tests.chaos.model.watched import Watched
+
+__all__ = ["RETENTION", "Execution", "Interruption", "KilledError", "Outcome", "World", "build_app"]
+
+LOST_AFTER = 300
+RETENTION = 7 * 86400
+
+#: Ids are not used twice in a process: the result backend is shared by all worlds.
+_serial = count(1)
+
+
+class KilledError(BaseException):
+    """The process is gone: nothing more of what it does reaches anybody."""
+
+
+class BoomError(Exception):
+    """A body's own error."""
+
+
+class Outcome(StrEnum):
+    """How a body ends."""
+
+    RETURN = "return"
+    RAISE = "raise"
+    RETRY = "retry"
+    RETRY_LATER = "retry later"
+    REQUEUE = "requeue"
+    REJECT = "reject"
+    IGNORE = "ignore"
+
+
+class Phase(Enum):
+    """How far an execution has come."""
+
+    BODY = auto()
+    SENDING = auto()  # the body has returned; callbacks and result are to be sent
+
+
+class Strike(StrEnum):
+    """What comes between two steps of somebody."""
+
+    KILL = "kill"  # its process dies
+    LIMIT = "limit"  # the soft time limit strikes in it
+    LAPSE = "lapse"  # every lease runs out
+    WAKE = "wake"  # workers that had stalled renew
+    DELIVER = "deliver"  # a copy is delivered elsewhere
+    FINISH = "finish"  # another execution ends
+    RECOVER = "recover"  # another worker recovers
+
+
+@dataclass
+class Interruption:
+    """What comes between, and before how many-th point of interruption: each verb has one before it, and one after."""
+
+    at: int
+    strike: Strike
+
+
+@dataclass(eq=False)
+class Execution:
+    """A delivery that a worker executes.
+
+    Attributes:
+        copy: What was delivered.
+        request: Celery's.
+        run: What it was admitted as.
+        stalled: Whether its process stands still: nobody renews its lease.
+    """
+
+    copy: Copy
+    request: Context
+    run: Run
+    phase: Phase = Phase.BODY
+    stalled: bool = False
+
+    @property
+    def task(self) -> IdempotentTask:
+        return self.copy.task
+
+    @property
+    def owner(self) -> Owner:
+        """As its worker's main process knows it."""
+        return Owner(self.run.key, worker_label(self.request.hostname))
+
+    @property
+    def runs_body(self) -> bool:
+        return self.run.state is RunState.CLAIMED
+
+    def __str__(self) -> str:
+        return f"{self.request.hostname} with {self.copy}, {self.run.state}{', stalled' if self.stalled else ''}"
+
+
+@dataclass
+class Life:
+    """A message between two times at which its id is free: what is known of it beside its row.
+
+    Attributes:
+        begun: How often its body was begun.
+        succeeded: Whether a success of its body was recorded.
+        promised: Whether a caller was told that it was sent.
+        cancelled: Whether it was revoked before it ran.
+    """
+
+    begun: int = 0
+    succeeded: bool = False
+    promised: bool = False
+    cancelled: bool = False
+
+
+@dataclass
+class Known:
+    """What the model knows of an id.
+
+    Attributes:
+        life: Of the message that has it now.
+        tokens: Every token that was given to somebody.
+        copies: How many deliveries and calls there were, each of which may be counted as one duplicate.
+    """
+
+    life: Life = field(default_factory=Life)
+    tokens: set[int] = field(default_factory=set)
+    copies: int = 0
+
+
+class _Renewals:
+    """What runs keep alive; the world renews it."""
+
+    def __init__(self) -> None:
+        self.held: dict[Holder, float] = {}
+
+    def hold(self, holder: Holder, lease: float) -> None:
+        self.held[holder] = lease
+
+    def let_go(self, holder: Holder) -> None:
+        self.held.pop(holder, None)
+
+
+class _ModelTask(IdempotentTask):
+    """A task whose messages go to the model's broker."""
+
+    abstract = True
+    max_retries = None
+
+    def publish(self, args: Any, kwargs: Any, **options: Any) -> Any:
+        world: World = self.app.world
+        world.gate()
+        world.broker.publish(self, args, options, world.clock.now)
+        world.gate()
+        return self.AsyncResult(options["task_id"])
+
+
+def build_app() -> Celery:
+    """An app with the tasks of the model; each world brings its store."""
+    app = Celery("model", set_as_current=False, broker="memory://", backend="cache+memory://")
+    app.conf.idempotent_lost_after = LOST_AFTER
+    app.conf.idempotent_retention = RETENTION
+
+    def body(number: int, amount: int = 1) -> None:
+        raise AssertionError("the model runs bodies itself")
+
+    common = {"base": _ModelTask, "shared": False, "message_id": "m{number}"}
+    app.task(body, name="late", acks_late=True, **common)
+    app.task(body, name="early", on_abandoned="fail", resubmit_failed=True, **common)
+    app.task(body, name="brief", acks_late=True, unique_for=50, resubmit_failed=True, keep_result=False, **common)
+    app.finalize()
+    return app
+
+
+class World:
+    """Everything that happens to one queue log.
+
+    Args:
+        app: The app, which belongs to this world until the next.
+        store: An empty store, whose clock is ``clock``.
+        clock: The model's time.
+    """
+
+    def __init__(self, app: Celery, store: Store, clock: Clock) -> None:
+        self.app, self.clock = app, clock
+        self.broker = Broker()
+        self.executions: list[Execution] = []
+        self.known: dict[MessageKey, Known] = defaultdict(Known)
+        self.watched = Watched(store, self.gate, self._saw)
+        self.queue_log = QueueLog(app, self.watched.as_store())
+        self.renewals = _Renewals()
+        vars(self.queue_log)["renewals"] = self.renewals
+        app.world = self
+        self._interruption: Interruption | None = None
+        self._killed = False
+
+    # -- interruption --------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def interrupted(self, by: Interruption | None) -> Iterator[None]:
+        """Somebody's act, in which something comes between."""
+        self._interruption = by
+        try:
+            yield
+        finally:
+            self._interruption, self._killed = None, False
+
+    def gate(self) -> None:
+        """A point at which whoever acts may be interrupted."""
+        if self._killed:
+            raise KilledError
+        if self._interruption is None:
+            return
+        self._interruption.at -= 1
+        if self._interruption.at > 0:
+            return
+        strike, self._interruption = self._interruption.strike, None
+        # The broker's mood is for who is interrupted: a hold would wait for a better one, in real time.
+        mood, self.broker.mood = self.broker.mood, Mood.WELL
+        self._strike(strike)
+        self.broker.mood = mood
+
+    def _strike(self, strike: Strike) -> None:
+        match strike:
+            case Strike.KILL:
+                self._killed = True
+                raise KilledError
+            case Strike.LIMIT:
+                raise SoftTimeLimitExceeded
+            case Strike.LAPSE:
+                self.clock.now += 61
+            case Strike.WAKE:
+                self.wake()
+            case Strike.DELIVER:
+                for copy in self.broker.due(self.clock.now)[:1]:
+                    self.deliver(copy)
+            case Strike.FINISH:
+                # Not the one that is interrupted, which is the last to have been looked at.
+                for execution in [one for one in self.executions if one is not self._acting][:1]:
+                    self.finish(execution, Outcome.RETURN)
+            case Strike.RECOVER:
+                self.queue_log.recovery.step()
+
+    _acting: Execution | None = None
+
+    # -- producers -----------------------------------------------------------------------------------------------------
+
+    def send(self, task: str, number: int, amount: int, *, mood: Mood, **options: Any) -> None:
+        """A call of ``apply_async``."""
+        key = MessageKey(f"m{number}", task)
+        self.broker.mood = mood
+        self.known[key].copies += 1
+        try:
+            result = self.app.tasks[task].apply_async((number, amount), task_id=f"t{next(_serial)}", **options)
+        except OperationalError:
+            assert mood is not Mood.WELL, "a publication failed that did not"
+        except MessageMismatchError:
+            pass
+        except KilledError:
+            pass
+        else:
+            if not result.duplicate:
+                self.known[key].life.promised = True
+        finally:
+            self.broker.mood = Mood.WELL
+
+    def send_foreign(self, task: str, number: int) -> None:
+        """A message from a producer without this library, which records none."""
+        self.broker.add(Copy(self.app.tasks[task], f"t{next(_serial)}", f"m{number}", [number]))
+
+    # -- workers -------------------------------------------------------------------------------------------------------
+
+    def deliver(self, copy: Copy) -> Execution | None:
+        """A worker gets a copy; the execution that it begins, if it does."""
+        self.broker.deliver(copy)
+        task, request = copy.task, copy.request(f"w{next(_serial)}")
+        self.known[MessageKey(copy.message_id, task.name)].copies += 1
+        if not task.acks_late:
+            self.broker.ack(copy)
+        self.queue_log.recovery.saw("celery", delivered_key(task.name, request))
+        try:
+            with self._traced(task, request):
+                run = admit(task, request)
+        except Ignore:
+            self._after_run(task, request, states.IGNORED)
+            self._ack(copy)
+            return None
+        except (AlreadyFailedError, MessageMismatchError) as error:
+            task.backend.store_result(request.id, error, states.FAILURE, request=request)
+            self._after_run(task, request, states.FAILURE, error)
+            self._ack(copy)
+            return None
+        except KilledError:
+            return None
+        execution = Execution(copy, request, run)
+        self.executions.append(execution)
+        if execution.runs_body:
+            life = self.known[run.key].life
+            _law("the body of a message that succeeded does not run again", not life.succeeded, execution)
+            life.begun += 1
+        return execution
+
+    def finish(self, execution: Execution, outcome: Outcome, *, send: bool = True) -> None:
+        """The body ends, its outcome is written, and what follows is sent."""
+        if execution.phase is Phase.SENDING:
+            self.send_result(execution)
+            return
+        task, request = execution.task, execution.request
+        self._acting = execution
+        began = execution.runs_body
+        body = _bodies(task)[outcome]
+
+        def run_body() -> Any:
+            _law("what is replayed does not run", began, execution)
+            return body()
+
+        try:
+            with self._traced(task, request):
+                execution.run.perform(run_body)
+        except Retry as retry:
+            task.backend.store_result(request.id, retry, states.RETRY, request=request)
+            self._after_run(task, request, states.RETRY)
+            self._end(execution)
+        except Ignore:
+            self._after_run(task, request, states.IGNORED)
+            self._end(execution)
+        except Reject as reject:
+            self._after_run(task, request, states.REJECTED)
+            self._end(execution, ack=not reject.requeue)
+        except (BoomError, SoftTimeLimitExceeded) as error:
+            task.backend.store_result(request.id, error, states.FAILURE, request=request)
+            self._after_run(task, request, states.FAILURE, error)
+            self._end(execution)
+        except KilledError:
+            self.lose(execution)
+        else:
+            execution.phase = Phase.SENDING
+            if send:
+                self.send_result(execution)
+        finally:
+            self._acting = None
+
+    def send_result(self, execution: Execution) -> None:
+        """Callbacks, then the result, then what completes a recovery point, then the acknowledgement: Celery's order."""
+        task, request = execution.task, execution.request
+        self._acting = execution
+        try:
+            self.gate()  # the callbacks
+            self.gate()
+            task.backend.store_result(request.id, 1, states.SUCCESS, request=request)
+            self.gate()
+            with self._traced(task, request):
+                _succeeded(task)
+        except SoftTimeLimitExceeded as error:
+            # Celery reports it as the task's failure; a recovery point stays.
+            task.backend.store_result(request.id, error, states.FAILURE, request=request)
+            self._after_run(task, request, states.FAILURE, error)
+            self._end(execution)
+        except KilledError:
+            self.lose(execution)
+        else:
+            self._after_run(task, request, states.SUCCESS)
+            self._end(execution)
+        finally:
+            self._acting = None
+
+    def lose(self, execution: Execution, *, told: bool = False) -> None:
+        """A process dies with its execution; its copy stays with the broker, unless that was acknowledged before.
+
+        Args:
+            execution: What dies.
+            told: Whether its worker's main process lives, and ends the claim.
+        """
+        self._end(execution, ack=None)
+        if told:
+            task, store = execution.task, self.queue_log.store
+            if task.idempotency.delivery.on_abandoned == "rerun":
+                store.expire(execution.owner)
+            else:
+                store.fail(execution.owner, error=ABANDONED, unique_for=task.idempotency.unique_for)
+
+    def revoke(self, copy: Copy) -> None:
+        """A copy is not run, because it was revoked."""
+        self.broker.deliver(copy)
+        request = copy.request("revoker")
+        _revoked(copy.task, request)
+        self.broker.ack(copy)
+
+    def _end(self, execution: Execution, *, ack: bool | None = True) -> None:
+        """An execution is over: its copy is acknowledged, given back, or (``None``) left as it is."""
+        if execution not in self.executions:
+            return
+        self.executions.remove(execution)
+        execution.run.detach()
+        if ack:
+            self._ack(execution.copy)
+        elif ack is not None:
+            self.broker.restore(execution.copy)
+
+    def _ack(self, copy: Copy) -> None:
+        if not self._killed:  # behind its run
+            self.broker.ack(copy)
+
+    def _after_run(
+        self, task: IdempotentTask, request: Context, state: str, error: BaseException | None = None
+    ) -> None:
+        """What the package does behind every run. A process that dies in it dies before its acknowledgement."""
+        with suppress(KilledError, SoftTimeLimitExceeded), self._traced(task, request):
+            _after_run(task, state=state, retval=error)
+
+    @contextmanager
+    def _traced(self, task: IdempotentTask, request: Context) -> Iterator[None]:
+        _task_stack.push(task)
+        task.request_stack.push(request)
+        try:
+            yield
+        finally:
+            task.request_stack.pop()
+            _task_stack.pop()
+
+    # -- time ----------------------------------------------------------------------------------------------------------
+
+    def pass_time(self, seconds: int) -> None:
+        """Time goes by. Whoever has not stalled has renewed its lease all along; nothing stalls for as long as rows are kept.
+
+        That is a condition of the library: a row that is purged takes its token along.
+        """
+        self.clock.now += seconds
+        if seconds >= RETENTION:
+            for execution in [one for one in self.executions if one.stalled]:
+                self.lose(execution)
+        self._renew(lambda execution: not execution.stalled)
+
+    def wake(self) -> None:
+        """Workers that stood still go on."""
+        self._renew(lambda execution: execution.stalled)
+        for execution in self.executions:
+            execution.stalled = False
+
+    def _renew(self, of: Callable[[Execution], bool]) -> None:
+        claims = [one.run.claim for one in self.executions if of(one) and one.run.claim in self.renewals.held]
+        for claim in claims:
+            if claim is not None:
+                lease = self.renewals.held[claim]
+                for lost in self.queue_log.store.renew([claim], lease=lease):
+                    self.renewals.let_go(lost)
+
+    # -- what the model holds --------------------------------------------------------------------------------------------
+
+    def _saw(self, act: Act, before: Row | None, after: Row | None) -> None:
+        """A verb was asked: keep in mind what it has changed."""
+        key = (after or before or act).key if (after or before) else None  # type: ignore[union-attr]
+        if key is None:
+            return
+        known = self.known[key]
+        if before is None or after is None or starts_anew(before, after):
+            if act.verb == "withdraw":
+                _law("what a caller was told was sent is not withdrawn", not known.life.promised, act)
+            known.life = Life()
+        if after is None:
+            known.tokens.clear()
+            return
+        life = known.life
+        if after.processed_status is ProcessedStatus.SUCCESS:
+            life.succeeded = True
+        if act.verb in ("cancel", "withdraw") and after.status is Status.DONE:
+            life.cancelled = True
+        if (before is not None and after.token > before.token) or (before is None and after.token):
+            _law("a token is given once", after.token not in known.tokens, act)
+            known.tokens.add(after.token)
+        if act.verb == "abandon" and before is not None and before.status is not after.status:
+            task = self.app.tasks[key.task_name]
+            fails = task.idempotency.delivery.on_abandoned == "fail" and before.processed_status is None
+            _law("a message is abandoned by rule", fails or before.takeovers >= MAX_TAKEOVERS, act)
+        _law("no more duplicates are counted than there are copies", after.duplicates <= known.copies, act)
+
+    def check(self) -> None:
+        """What holds between any two acts, whoever does them."""
+        owners: dict[Claim, Execution] = {}
+        for execution in self.executions:
+            claim = execution.run.claim
+            if claim is None or execution.run.state not in (RunState.CLAIMED, RunState.CHECKPOINTED):
+                continue
+            row = self.watched.rows.get(claim.key)
+            if row is not None and row.status is Status.PROCESSING and row.token == claim.token:
+                _law("a claim has one owner", claim not in owners, execution)
+                owners[claim] = execution
+
+    def come_to_rest(self, *, poison: bool) -> None:
+        """Let everything go on that can, and time with it: every message ends, within a few rounds of recovery.
+
+        Workers that stalled never come back.
+
+        Args:
+            poison: Whether a body that begins from now on kills its process; otherwise it succeeds.
+        """
+        for execution in list(self.executions):
+            if execution.stalled:
+                self.lose(execution)
+            else:
+                self.finish(execution, Outcome.RETURN)
+        pause = float(LOST_AFTER)
+        for _ in range(_ROUNDS):
+            for copy in list(self.broker.unacked.values()):
+                self.broker.restore(copy)
+            self.pass_time(round(pause))
+            pause *= _LONGER
+            self.queue_log.recovery.step()
+            self.queue_log.recovery.publish_waiting(LOST_AFTER / 2)
+            self._deliver_all(poison=poison)
+            at_rest = all(row.status is Status.DONE for row in self.watched.rows.values())
+            if at_rest and not self.broker.ready and not self.broker.unacked:
+                break
+        else:
+            left = [str(row) for row in self.watched.rows.values() if row.status is not Status.DONE]
+            raise BrokenLawError(f"every message has a way forward; left after {_ROUNDS} rounds: {left or 'copies'}")
+        for key, known in self.known.items():
+            if known.life.promised:
+                _law("what was sent has run", bool(known.life.begun or known.life.cancelled), key)
+
+    def _deliver_all(self, *, poison: bool) -> None:
+        for _ in range(_DELIVERIES):
+            due = self.broker.due(self.clock.now)
+            if not due:
+                return
+            execution = self.deliver(due[0])
+            if execution is not None and poison and execution.runs_body:
+                self.lose(execution)
+            elif execution is not None:
+                self.finish(execution, Outcome.RETURN)
+        raise BrokenLawError("copies are delivered again and again, at once")
+
+
+#: Rounds in which everything comes to rest, each longer than the one before: more than one attempt may lose owners.
+_ROUNDS = 16
+_LONGER = 1.5
+_DELIVERIES = 300
+
+
+def _bodies(task: IdempotentTask) -> dict[Outcome, Callable[[], Any]]:
+    def raising(error: BaseException) -> Callable[[], Any]:
+        def body() -> Any:
+            raise error
+
+        return body
+
+    return {
+        Outcome.RETURN: lambda: 1,
+        Outcome.RAISE: raising(BoomError("no")),
+        Outcome.RETRY: lambda: task.retry(countdown=0),
+        Outcome.RETRY_LATER: lambda: task.retry(countdown=90),
+        Outcome.REQUEUE: raising(Reject("again", requeue=True)),
+        Outcome.REJECT: raising(Reject("never")),
+        Outcome.IGNORE: raising(Ignore("nothing to do")),
+    }
+
+
+def _law(name: str, holds: bool, by: object) -> None:
+    if not holds:
+        raise BrokenLawError(f"{name}\n  by {by}")
