@@ -30,6 +30,8 @@ CHAOS = $(if $(SEED),--seed $(SEED)) $(if $(TASKS),--tasks $(TASKS)) $(if $(KILL
 chaos: .venv/installed  ## kill, restart, pause and cut everything, and audit what ran; SEED= TASKS= KILLS=; 20 minutes
 	@$(DEV)/python -m tests.chaos $(CHAOS)
 
+chaos-peers: TASKS ?= 2000
+chaos-peers: KILLS ?= 30
 chaos-peers: .venv-peers/installed  ## the same, shorter, for plain Celery and the packages that promise something alike
 	@.venv-peers/bin/python -m tests.chaos --output chaos-peers --place postgresql+redis --every-variant $(CHAOS)
 

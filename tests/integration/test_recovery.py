@@ -336,6 +336,29 @@ class TestManySteps:
             )
         return [name for name in names if not name.startswith("old")]
 
+    def test_cost_three_statements_at_rest_and_two_for_each_queue(self, app: Celery) -> None:
+        statements: list[str] = []
+
+        def note(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+            statements.append(statement)
+
+        recovery, store = app.queue_log.recovery, app.queue_log.store
+        recovery.step()
+        sa.event.listen(sa.Engine, "before_cursor_execute", note)
+        try:
+            assert recovery.step() == Recovered()
+            assert len(statements) == 3
+            for queue in ("one", "two"):
+                message = NewMessage(MessageKey(queue, "work"), queue, queue=queue)
+                store.record(message)
+                store.claim(message, worker="w:1", lease=60.0, grace=30.0)
+                recovery.saw(queue, message.key)
+            statements.clear()
+            assert recovery.step() == Recovered()
+            assert len(statements) == 3 + 2 * 2
+        finally:
+            sa.event.remove(sa.Engine, "before_cursor_execute", note)
+
     def test_get_in_nobodys_way(self, app: Celery) -> None:
         store = app.queue_log.store
         names = self.fill(store)

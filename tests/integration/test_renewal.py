@@ -15,6 +15,7 @@ from uuid import uuid4
 
 import psutil
 import pytest
+import redis
 from celery import Celery
 from celery.result import AsyncResult
 
@@ -79,6 +80,14 @@ class Scene:
         row: Row | None = self.app.queue_log.store.find(MessageKey(result.id, task))
         assert row is not None
         return row
+
+    def wait_until_done(self, task: str, result: AsyncResult[Any]) -> Row:
+        wait_until(
+            lambda: self.row(task, result).status is Status.DONE,
+            timeout=PATIENCE,
+            describe=lambda: self.row(task, result),
+        )
+        return self.row(task, result)
 
     def wait_for_renewals(self, task: str, result: AsyncResult[Any], *, since: datetime, seconds: float) -> None:
         """Wait until the lease has been renewed, without a break, for so long."""
@@ -171,16 +180,26 @@ class TestWhileTheOwnerLives:
             assert start.worker == workers[pool].hostname
             assert scene.row("last.late", result).token == 1
 
-    def test_a_warm_shutdown_longer_than_the_lease_is_waited_for(self, make_scene: Callable[..., Scene]) -> None:
-        scene = make_scene()
+    @pytest.mark.parametrize(
+        ("signum", "said", "settings"),
+        [
+            (signal.SIGTERM, "Warm shutdown", {}),
+            (signal.SIGQUIT, "Initiating Soft Shutdown", {"worker_soft_shutdown_timeout": PATIENCE}),
+        ],
+        ids=["warm", "soft"],
+    )
+    def test_a_shutdown_longer_than_the_lease_is_waited_for(
+        self, make_scene: Callable[..., Scene], signum: signal.Signals, said: str, settings: dict[str, Any]
+    ) -> None:
+        scene = make_scene(**settings)
         worker, other = scene.worker(), scene.worker(waiting=True)
         worker.wait_until_ready()
         gate = scene.gate()
 
         result = scene.send("last.late", str(gate), "drained")
         scene.started("last.late", result)
-        worker.signal(signal.SIGTERM)
-        worker.wait_for_log("Warm shutdown", timeout=PATIENCE)
+        worker.signal(signum)
+        worker.wait_for_log(said, timeout=PATIENCE)
         stopping = scene.row("last.late", result).read_at
         scene.let_wait(other, scene.spec.queue, result)
         scene.wait_for_renewals("last.late", result, since=stopping, seconds=3 * LEASE)
@@ -257,6 +276,42 @@ class TestWhenTheOwnerEnds:
         assert result.get(timeout=PATIENCE) == "by the other"
         assert [start.worker for start in starts] == [worker.hostname, other.hostname]
         wait_until(lambda: not worker.is_alive, timeout=PATIENCE, describe=worker.log_tail)
+        assert scene.row("last.late.long", result).token == 2
+
+    def test_a_cold_shutdown_ends_what_was_acknowledged_early(self, make_scene: Callable[..., Scene]) -> None:
+        scene = make_scene()
+        worker, other = scene.worker(), scene.worker(waiting=True)
+        worker.wait_until_ready()
+
+        result = scene.send("last.early.long", str(scene.gate()))
+        scene.started("last.early.long", result)
+        worker.signal(signal.SIGQUIT)
+        other.wait_until_ready()
+        scene.app.control.add_consumer(scene.spec.queue, destination=[other.hostname])
+
+        # The other worker's recovery finds its lease ended, ten minutes before its time.
+        row = scene.wait_until_done("last.early.long", result)
+        assert row.processed_status is ProcessedStatus.FAILURE
+        assert str(row.error).startswith("abandoned")
+        assert len(scene.starts("last.early.long", result)) == 1
+
+    def test_a_body_that_celery_cancels_because_its_connection_broke_runs_again_at_once(
+        self, make_scene: Callable[..., Scene]
+    ) -> None:
+        scene = make_scene(worker_cancel_long_running_tasks_on_connection_loss=True)
+        worker = scene.worker()
+        worker.wait_until_ready()
+        gate = scene.gate()
+
+        result = scene.send("last.late.long", str(gate), "again")
+        scene.started("last.late.long", result)
+        with redis.Redis.from_url(scene.spec.broker) as broker:
+            broker.client_kill_filter(_type="normal", skipme=True)
+        worker.wait_for_log("Connection to broker lost", timeout=PATIENCE)
+        scene.started("last.late.long", result, 2)
+        gate.touch()
+
+        wait_until(lambda: scene.app.AsyncResult(result.id).successful(), timeout=PATIENCE, describe=worker.log_tail)
         assert scene.row("last.late.long", result).token == 2
 
     @pytest.mark.parametrize("all_of_it", [True, False], ids=["all of it", "its main process"])
