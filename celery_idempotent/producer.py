@@ -248,9 +248,14 @@ class Sending:
             if self.run is None or not self.run.leave_to_recovery(error):
                 raise
             return self._result(self.message.task_id, duplicate=False)
-        except BaseException as error:
+        except Exception as error:
             if self.run is not None:
                 self.run.not_handed_on(message, error)
+            raise
+        except BaseException as error:
+            # This process is told to end, and the broker may have the message or not.
+            if self.run is not None:
+                self.run.leave_to_recovery(error)
             raise
 
     # -- publishing ----------------------------------------------------------------------------------------------------

@@ -227,15 +227,15 @@ class Run:
         self.detach()
         return held
 
-    def leave_to_recovery(self, error: Exception) -> bool:
-        """The broker does not take the next attempt: note that its row is still to be published.
+    def leave_to_recovery(self, error: BaseException) -> bool:
+        """The broker did not take the next attempt, or may not have: note that its row is still to be published.
 
         Returns:
             Whether there is such a row.
         """
         if self.state is not RunState.HANDED_ON:
             return False
-        logger.error("%s goes on when recovery can publish it: %s", self, error)
+        logger.error("%s goes on when recovery can publish it: %r", self, error)
         try:
             self._store.not_published(self.key, token=self._claim.token)
         except StoreError as unknown:

@@ -22,6 +22,9 @@ __all__ = ["Audit", "Outcome", "Recovery", "Run", "audit", "runs_of"]
 #: Faults in which a process dies whose body then counts as ended.
 DEADLY = (*KILLS, "shut down a worker cold")
 
+#: States in which a result is there.
+READY = ("SUCCESS", "FAILURE")
+
 #: What keeps a server from answering.
 OUTAGES = tuple(f"{verb} the {server}" for verb in ("restart", "kill", "pause") for server in ("store", "broker"))
 
@@ -103,7 +106,9 @@ class Audit:
         zombies: Bodies that ran on behind a pause longer than their lease while another ran.
         concurrent: Two bodies of one message at once, without such a pause.
         overrun: Bodies of at-most-once tasks that were entered twice.
-        unreadable: Results that do not say what they should.
+        unstored: Results that nobody stored, because the owner died between its body's end and that, and nothing was delivered
+            again.
+        unreadable: Results that do not say what they should, without such a death.
         unfinished: Rows that are not done.
         recoveries: Bodies that died and were run again.
     """
@@ -117,6 +122,7 @@ class Audit:
     zombies: list[str] = field(default_factory=list)
     concurrent: list[str] = field(default_factory=list)
     overrun: list[str] = field(default_factory=list)
+    unstored: list[str] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
     unfinished: list[str] = field(default_factory=list)
     recoveries: list[Recovery] = field(default_factory=list)
@@ -195,12 +201,12 @@ def audit(
         by_key[run.key].append(run)
     for step in steps.values():
         _judge(found, step, by_key[step.key], fates)
-    abandoned = set(found.abandoned)
-    found.unreadable = [
-        f"{outcome.key} ({outcome.task_id}) {outcome.state} {outcome.result}"
-        for outcome in outcomes
-        if not _readable(outcome, steps[outcome.key], abandoned=outcome.key in abandoned)
-    ]
+    for outcome in outcomes:
+        step, last = steps[outcome.key], by_key[outcome.key][-1:]
+        died = bool(last) and fates.death(last[0]) is not None
+        if not _readable(outcome, step, died=died):
+            text = f"{outcome.key} ({outcome.task_id}) {outcome.state} {outcome.result}"
+            (found.unstored if died and outcome.state not in READY else found.unreadable).append(text)
     return found
 
 
@@ -283,7 +289,7 @@ def _judge_again(found: Audit, before: Run, after: Run, fates: _Fates) -> None:
         found.doubled.append(before.key)
 
 
-def _readable(outcome: Outcome, step: Step, *, abandoned: bool) -> bool:
-    if step.fails or abandoned:
+def _readable(outcome: Outcome, step: Step, *, died: bool) -> bool:
+    if step.fails or (died and step.at_most_once and outcome.state == "FAILURE"):
         return outcome.state == "FAILURE"
     return outcome.state == "SUCCESS" and outcome.result == step.key

@@ -166,8 +166,9 @@ def make_plan(seed: int, *, tasks: int, kills: int) -> Plan:
     kinds = [*islice(_shares(KILLS), kills)] if kills else []
     kinds += [kind for kind, share in FAULTS.items() if kills for _ in range(max(1, round(share * kills / 100)))]
     rng.shuffle(kinds)
-    # Something has been sent before the first, and something is still to be sent after the last.
-    places = sorted(rng.uniform(0.02, 0.98) for _ in kinds)
+    # Something has been sent before the first, and something is still to be sent after the last. Each has a stretch of its own: a
+    # row of kills that leaves no worker shows how fast workers start.
+    places = [0.02 + 0.96 * (place + rng.random()) / len(kinds) for place in range(len(kinds))]
     faults = [
         Fault(round(place * len(sendings)), kind, rng.random()) for place, kind in zip(places, kinds, strict=True)
     ]

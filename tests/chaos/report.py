@@ -35,6 +35,7 @@ def figures(chaos: Chaos) -> dict[str, Any]:
         "at most once: abandoned": len(audit.abandoned),
         "at most once: run twice": len(audit.overrun),
         "results not readable": len(audit.unreadable),
+        "results not stored, owner died": len(audit.unstored),
         "rows not done": len(audit.unfinished),
         "recoveries": len(everything),
         "recovery p50, s": _at(seconds, 50),
@@ -56,10 +57,10 @@ def table(runs: Sequence[Chaos]) -> str:
     heads = [f"{chaos.variant}" for chaos in runs], [f"{chaos.store}, {chaos.broker}" for chaos in runs]
     columns = [figures(chaos) for chaos in runs]
     width = max(len(head) for line in heads for head in line) + 2
-    lines = [f"{'':28}" + "".join(f"{head:>{width}}" for head in line) for line in heads]
+    lines = [f"{'':32}" + "".join(f"{head:>{width}}" for head in line) for line in heads]
     for name in columns[0]:
         values = ("-" if column[name] is None else f"{column[name]:,}" for column in columns)
-        lines.append(f"{name:28}" + "".join(f"{value:>{width}}" for value in values))
+        lines.append(f"{name:32}" + "".join(f"{value:>{width}}" for value in values))
     return "\n".join(lines)
 
 

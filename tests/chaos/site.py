@@ -29,7 +29,7 @@ STORES: dict[str, type[PrivateServer]] = {"postgresql": PrivatePostgreSQL, "mari
 BROKERS: dict[str, type[PrivateServer]] = {"redis": PrivateRedis, "rabbitmq": PrivateRabbitMQ}
 
 #: Workers, and processes of each.
-WORKERS, CONCURRENCY = 3, 3
+WORKERS, CONCURRENCY = 4, 2
 
 #: Seconds. Less than the bodies that outlive their lease take, and than the longest countdown.
 VISIBILITY_TIMEOUT = LEASE

@@ -109,6 +109,12 @@ def test_a_result_that_says_something_else_is_a_violation(outcome: Outcome, step
     assert len(judged(FIRST, step=step, outcome=outcome).unreadable) == 1
 
 
+def test_a_result_that_its_owner_could_not_store_any_more_is_counted_by_itself() -> None:
+    pending = replace(READABLE, state="PENDING", result="None")
+    found = judged(FIRST, faults=(KILL,), outcome=pending)
+    assert (len(found.unstored), found.unreadable, found.violations()) == (1, [], [])
+
+
 def test_a_row_that_is_not_done_is_a_violation() -> None:
     assert audit({"step": STEP}, [FIRST], [], [READABLE], rows={"chaos-step": "pending None"}).unfinished
 

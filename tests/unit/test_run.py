@@ -11,8 +11,11 @@ import pytest
 from celery import Celery
 from celery.app.task import Context
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
+from kombu.exceptions import EncodeError, OperationalError
 
 from celery_idempotent import IdempotentTask, QueueLog, SQLStore, StoreUnavailableError
+from celery_idempotent.decision import Call
+from celery_idempotent.producer import Sending
 from celery_idempotent.records import Claim, Claimed, MessageKey, NewMessage, Note, ProcessedStatus, Row, Status
 from celery_idempotent.run import Run, RunState, describe, waited_on, worker_label
 from celery_idempotent.serialization import decode_result
@@ -348,3 +351,33 @@ class TestARetryStoredLate:
 
         attempt.join()
         assert isinstance(backend.get_result("task-id"), ValueError)
+
+
+class TestARetryThatIsNotPublished:
+    """The row has moved on to the next attempt by then."""
+
+    def send_on(self, run: Run, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> Any:
+        monkeypatch.setattr(type(run.task), "publish", lambda *_, **__: raising(error)())
+        message = NewMessage(KEY, "task-id", attempt=1)
+        return Sending(run.task, (), {}, message, Call(own=True), {}, run).send()
+
+    def test_because_the_broker_is_away_is_left_to_recovery(
+        self, run: Run, store: SQLStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert self.send_on(run, monkeypatch, OperationalError("refused")).id == "task-id"
+        assert [(left.attempt, left.published_at) for left in store.unsent(limit=9)] == [(1, None)]
+
+    def test_because_the_process_has_to_end_is_left_to_recovery(
+        self, run: Run, store: SQLStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What billiard raises on SIGTERM, wherever the body is."""
+        with pytest.raises(SystemExit):
+            self.send_on(run, monkeypatch, SystemExit(-241))
+        assert [(left.attempt, left.published_at) for left in store.unsent(limit=9)] == [(1, None)]
+
+    def test_because_it_cannot_be_encoded_is_a_failure(
+        self, run: Run, store: SQLStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with pytest.raises(EncodeError):
+            self.send_on(run, monkeypatch, EncodeError("no JSON"))
+        assert (row(store).status, row(store).processed_status) == (Status.DONE, ProcessedStatus.FAILURE)
