@@ -15,26 +15,45 @@ from typing import Any
 
 __all__ = ["before_forks", "no_fork"]
 
-#: Held by whoever must not be forked, and by whoever forks.
-_turn = threading.RLock()
+#: Seconds that a fork waits. A publication into a broker that says nothing may take for ever, and no worker must wait so long for
+#: the child that it replaces.
+PATIENCE = 10.0
 
-_callbacks: list[Callable[[], object]] = []
+
+class _Turns:
+    """Whose turn it is: a thread's that must not be forked, or of whoever forks."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.callbacks: list[Callable[[], object]] = []
+        self._forking = threading.local()
+
+    def before_fork(self) -> None:
+        self._forking.alone = self.lock.acquire(timeout=PATIENCE)
+        for callback in self.callbacks:
+            callback()
+
+    def after_fork_in_parent(self) -> None:
+        if self._forking.alone:
+            self.lock.release()
+
+    def after_fork_in_child(self) -> None:
+        self.lock = threading.RLock()  # the thread that may hold the other one is not here
+
+
+_turns = _Turns()
+os.register_at_fork(
+    before=_turns.before_fork,
+    after_in_parent=_turns.after_fork_in_parent,
+    after_in_child=_turns.after_fork_in_child,
+)
 
 
 def no_fork() -> AbstractContextManager[Any]:
     """What to hold in a thread beside the worker's own, for as long as one statement or one publication takes."""
-    return _turn
+    return _turns.lock
 
 
 def before_forks(callback: Callable[[], object]) -> None:
     """Have a function called before this process is forked, when nobody is in the midst of anything any more."""
-    _callbacks.append(callback)
-
-
-def _before() -> None:
-    _turn.acquire()
-    for callback in _callbacks:
-        callback()
-
-
-os.register_at_fork(before=_before, after_in_parent=_turn.release, after_in_child=_turn.release)
+    _turns.callbacks.append(callback)

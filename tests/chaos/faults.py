@@ -33,6 +33,9 @@ SHORT_PAUSE = LEASE / 3
 #: Debian's program of this name in /usr/sbin insists on an account; the one that it calls does not.
 RABBITMQCTL = "/usr/lib/rabbitmq/bin/rabbitmqctl"
 
+#: Seconds after which a cold shutdown is made colder, as a service manager does it.
+STOP_WITHIN = 10.0
+
 #: Copies that are put on the broker in one go, at most.
 COPIES = 5
 
@@ -125,7 +128,11 @@ class Faults:
         worker = self._worker(choice)
         # Warm, it runs what it has begun to its end; cold, its children die with their bodies.
         with self._noting(kind, process_tree(worker.pid) if signum == signal.SIGQUIT else []):
+            processes = process_tree(worker.pid)
             worker.signal(signum)
+            if signum == signal.SIGQUIT and psutil.wait_procs(processes, timeout=STOP_WITHIN)[1]:
+                # Celery cancels its consumer in the handler of the signal, whatever it was doing with that connection just then.
+                worker.kill()
         self.site.replace(worker)
 
     def _pause_worker(self, choice: float, seconds: float, kind: str) -> None:
