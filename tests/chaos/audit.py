@@ -204,7 +204,8 @@ def audit(
     for outcome in outcomes:
         step, last = steps[outcome.key], by_key[outcome.key][-1:]
         died = bool(last) and fates.death(last[0]) is not None
-        if not _readable(outcome, step, died=died):
+        paused = bool(last) and fates.paused(last[0], float("inf"))
+        if not _readable(outcome, step, given_up=died or paused):
             text = f"{outcome.key} ({outcome.task_id}) {outcome.state} {outcome.result}"
             (found.unstored if died and outcome.state not in READY else found.unreadable).append(text)
     return found
@@ -277,11 +278,9 @@ def _judge(found: Audit, step: Step, runs: Sequence[Run], fates: _Fates) -> None
 
 
 def _judge_again(found: Audit, before: Run, after: Run, fates: _Fates) -> None:
-    died = fates.death(before)
-    if died is not None and died <= after.start + CLOCK:
+    if fates.death(before) is not None and (killed := fates.killed(before)) <= after.start:
         found.again.append(before.key)
         if before.end is None:
-            killed = fates.killed(before)
             found.recoveries.append(Recovery(before.key, killed, after.start, fates.outage(killed, after.start)))
     elif fates.paused(before, after.start) or fates.woke(after):
         found.again.append(before.key)
@@ -289,7 +288,8 @@ def _judge_again(found: Audit, before: Run, after: Run, fates: _Fates) -> None:
         found.doubled.append(before.key)
 
 
-def _readable(outcome: Outcome, step: Step, *, died: bool) -> bool:
-    if step.fails or (died and step.at_most_once and outcome.state == "FAILURE"):
+def _readable(outcome: Outcome, step: Step, *, given_up: bool) -> bool:
+    # What may run at most once fails when its owner was taken for dead, even if its body came to an end.
+    if step.fails or (given_up and step.at_most_once and outcome.state == "FAILURE"):
         return outcome.state == "FAILURE"
     return outcome.state == "SUCCESS" and outcome.result == step.key
