@@ -28,7 +28,7 @@ __all__ = ["Orders", "Sent", "journal"]
 logger = logging.getLogger(__name__)
 
 #: Bodies that may be under way before the sender waits a little for each further one.
-BACKLOG = 60
+BACKLOG = 40
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,7 +75,7 @@ class Site:
         redis = isinstance(broker, PrivateRedis)
         guarded = {
             "idempotent_lease": LEASE,
-            "idempotent_recovery_interval": 1.0,
+            "idempotent_recovery_interval": 0.5,
             "idempotent_lost_after": 5.0,
         }
         self.spec = AppSpec(
