@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import random
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -24,6 +25,8 @@ PLACES = ("postgresql+redis", "postgresql+rabbitmq", "mariadb+redis")
 
 
 def main() -> int:
+    # Or its servers and workers would outlive it.
+    signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))
     arguments = _arguments()
     seed = arguments.seed if arguments.seed is not None else random.randrange(1_000_000)
     arguments.output.mkdir(parents=True, exist_ok=True)
