@@ -23,7 +23,7 @@ from tests.support.processes import kill_tree, process_tree
 from tests.support.servers import PrivateMariaDB, PrivatePostgreSQL, PrivateRabbitMQ, PrivateRedis, PrivateServer
 from tests.support.worker import ROOT, WorkerProcess
 
-__all__ = ["BROKERS", "STORES", "Done", "Site", "open_site"]
+__all__ = ["BROKERS", "QUEUE", "STORES", "WORKERS", "Done", "Site", "open_site"]
 
 STORES: dict[str, type[PrivateServer]] = {"postgresql": PrivatePostgreSQL, "mariadb": PrivateMariaDB}
 BROKERS: dict[str, type[PrivateServer]] = {"redis": PrivateRedis, "rabbitmq": PrivateRabbitMQ}
