@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
+from celery import states
 from celery.exceptions import Terminated, TimeLimitExceeded, WorkerLostError
 from celery.worker.request import Request
 from celery.worker.state import active_requests
@@ -15,10 +16,10 @@ from celery.worker.state import active_requests
 from celery_idempotent.consumer import ABANDONED, delivered_key
 from celery_idempotent.errors import StoreError
 from celery_idempotent.producer import identify
-from celery_idempotent.records import NewMessage, Owner
+from celery_idempotent.records import NewMessage, Owner, ProcessedStatus, Status
 from celery_idempotent.renewal import Held
 from celery_idempotent.run import describe, worker_label
-from celery_idempotent.serialization import encode_message
+from celery_idempotent.serialization import UndecodableError, decode_result, encode_message
 from celery_idempotent.wire import Marker
 
 __all__ = ["IdempotentRequest"]
@@ -66,9 +67,30 @@ class IdempotentRequest(Request):  # type: ignore[misc]
             elif cancelled:
                 # Celery tells its caller that it will run again; whether it does is for its next delivery to decide, and to say.
                 self._end("expire", self.task.queue_log.store.expire)
+            elif self._had_succeeded():
+                return None
             else:
                 self._lost()
         return super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
+
+    def _had_succeeded(self) -> bool:
+        """Whether the row of a lost child says success, so that it was lost before Celery stored the result: that is done from here."""
+        store, key = self.task.queue_log.store, delivered_key(self.task.name, self._context)
+        try:
+            row = store.find(key)
+            if row is None or row.processed_status is not ProcessedStatus.SUCCESS or row.status is not Status.DONE:
+                return False
+            if self.worker_pid is None or row.worker != self._owner(self.worker_pid).worker or row.result is None:
+                return False
+            value = decode_result(self.app, row.result)
+        except (StoreError, UndecodableError) as error:
+            logger.error("cannot tell whether %s had succeeded: %s", self, error)
+            return False
+        logger.warning("%s had succeeded when its process was lost", self)
+        if not self.ignore_result:
+            self.task.backend.store_result(self.id, value, states.SUCCESS, request=self._context)
+        self.on_success((False, value, 0.0))
+        return True
 
     def _lost(self) -> None:
         task = self.task

@@ -22,6 +22,9 @@ __all__ = ["Audit", "Outcome", "Recovery", "Run", "audit", "runs_of"]
 #: Faults in which a process dies whose body then counts as ended.
 DEADLY = (*KILLS, "shut down a worker cold")
 
+#: What the result of a task that may run at most once says when its owner died.
+ABANDONED = "abandoned: "
+
 #: States in which a result is there.
 READY = ("SUCCESS", "FAILURE")
 
@@ -199,13 +202,14 @@ def audit(
     by_key: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         by_key[run.key].append(run)
+    outcomes = list(outcomes)
+    given_up = {outcome.key for outcome in outcomes if outcome.state == "FAILURE" and ABANDONED in outcome.result}
     for step in steps.values():
-        _judge(found, step, by_key[step.key], fates)
+        _judge(found, step, by_key[step.key], fates, given_up=step.key in given_up)
     for outcome in outcomes:
         step, last = steps[outcome.key], by_key[outcome.key][-1:]
         died = bool(last) and fates.death(last[0]) is not None
-        paused = bool(last) and fates.paused(last[0], float("inf"))
-        if not _readable(outcome, step, given_up=died or paused):
+        if not _readable(outcome, step):
             text = f"{outcome.key} ({outcome.task_id}) {outcome.state} {outcome.result}"
             (found.unstored if died and outcome.state not in READY else found.unreadable).append(text)
     return found
@@ -258,13 +262,12 @@ class _Fates:
         return any(outage.at <= end and begin <= outage.until for outage in self._outages)
 
 
-def _judge(found: Audit, step: Step, runs: Sequence[Run], fates: _Fates) -> None:
+def _judge(found: Audit, step: Step, runs: Sequence[Run], fates: _Fates, *, given_up: bool) -> None:
     last = [run for run in runs if run.retries >= step.retries]
-    if not any(run.end is not None for run in last):
-        if step.at_most_once and len(runs) == 1 and fates.death(runs[0]) is not None:
-            found.abandoned.append(step.key)
-        else:
-            found.lost.append(step.key)
+    if step.at_most_once and given_up:
+        found.abandoned.append(step.key)
+    elif not any(run.end is not None for run in last):
+        found.lost.append(step.key)
     if step.at_most_once and len(runs) > 1:
         found.overrun.append(step.key)
     for retries in {run.retries for run in runs}:
@@ -288,8 +291,8 @@ def _judge_again(found: Audit, before: Run, after: Run, fates: _Fates) -> None:
         found.doubled.append(before.key)
 
 
-def _readable(outcome: Outcome, step: Step, *, given_up: bool) -> bool:
-    # What may run at most once fails when its owner was taken for dead, even if its body came to an end.
-    if step.fails or (given_up and step.at_most_once and outcome.state == "FAILURE"):
+def _readable(outcome: Outcome, step: Step) -> bool:
+    # What may run at most once fails when its owner was taken for dead, even before its body began or when it had ended.
+    if step.fails or (step.at_most_once and ABANDONED in outcome.result):
         return outcome.state == "FAILURE"
     return outcome.state == "SUCCESS" and outcome.result == step.key

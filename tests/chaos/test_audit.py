@@ -89,7 +89,7 @@ def test_a_retry_is_another_attempt() -> None:
 
 
 def test_an_at_most_once_task_may_be_abandoned_and_not_run_twice() -> None:
-    step, failed = replace(STEP, at_most_once=True), replace(READABLE, state="FAILURE", result="abandoned")
+    step, failed = replace(STEP, at_most_once=True), replace(READABLE, state="FAILURE", result="abandoned: it died")
     found = judged(DIED, faults=(KILL,), step=step, outcome=failed)
     assert (found.abandoned, found.violations()) == (["step"], [])
     assert judged(DIED, SECOND, faults=(KILL,), step=step).overrun == ["step"]

@@ -24,6 +24,17 @@ def test_an_early_acknowledged_message_fails(bench: Bench) -> None:
     assert len(bench.starts("die.early", m)) == 1
 
 
+def test_a_result_that_a_lost_process_could_not_store_any_more_is_stored_for_it(bench: Bench) -> None:
+    m = bench.fresh()
+
+    result = bench.task("die.unstored").apply_async(message_id=m)
+
+    assert result.get(timeout=PATIENCE) == {"value": "stored by another"}
+    row = bench.row("die.unstored", m)
+    assert (row.status, row.processed_status, row.token) == (Status.DONE, SUCCESS, 1)
+    assert len(bench.starts("die.unstored", m)) == 1
+
+
 def test_a_rejected_message_runs_again_at_once(bench: Bench) -> None:
     """``acks_late`` with ``reject_on_worker_lost``: its lease of an hour is not waited for."""
     m = bench.fresh()

@@ -11,6 +11,7 @@ from typing import Any
 from celery import Celery, Task, chain, group
 from celery.exceptions import Ignore, Reject, SoftTimeLimitExceeded
 
+from celery_idempotent.records import MessageKey
 from tests.support.ledger import Ledger
 from tests.support.waiting import wait_until
 
@@ -238,6 +239,20 @@ def _losses(app: Celery, base: type[Task], ledger: Ledger) -> None:
     def losing(name: str, **options: Any) -> None:
         # A lease that nobody waits for: what is known is acted on at once.
         app.task(die, base=base, bind=True, name=name, lease=3600, **options)
+
+    @app.task(base=base, bind=True, name="die.unstored", lease=3600)
+    def die_unstored(self: Task) -> dict[str, str]:
+        """Take the pool's process along between the end of its row and its result."""
+
+        class Fatal(dict[str, str]):
+            def items(_) -> Any:  # noqa: N805
+                row = self.queue_log.store.find(MessageKey(self.request.properties["message_id"], self.name))
+                if row.status == "done":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return super().items()
+
+        with ledger.run(self):
+            return Fatal(value="stored by another")
 
     losing("die.early")
     losing("die.late", acks_late=True)
