@@ -22,8 +22,8 @@ __all__ = ["Audit", "Outcome", "Recovery", "Run", "audit", "runs_of"]
 #: Faults in which a process dies whose body then counts as ended.
 DEADLY = (*KILLS, "shut down a worker cold")
 
-#: What the result of a task that may run at most once says when its owner died.
-ABANDONED = "abandoned: "
+#: What the result of a task that may run at most once says when its owner died: by its row, or by the worker that lost a child.
+ABANDONED = ("abandoned: ", "Worker exited prematurely")
 
 #: States in which a result is there.
 READY = ("SUCCESS", "FAILURE")
@@ -203,7 +203,7 @@ def audit(
     for run in runs:
         by_key[run.key].append(run)
     outcomes = list(outcomes)
-    given_up = {outcome.key for outcome in outcomes if outcome.state == "FAILURE" and ABANDONED in outcome.result}
+    given_up = {outcome.key for outcome in outcomes if _gave_up(outcome)}
     for step in steps.values():
         _judge(found, step, by_key[step.key], fates, given_up=step.key in given_up)
     for outcome in outcomes:
@@ -291,8 +291,12 @@ def _judge_again(found: Audit, before: Run, after: Run, fates: _Fates) -> None:
         found.doubled.append(before.key)
 
 
+def _gave_up(outcome: Outcome) -> bool:
+    return outcome.state == "FAILURE" and any(words in outcome.result for words in ABANDONED)
+
+
 def _readable(outcome: Outcome, step: Step) -> bool:
     # What may run at most once fails when its owner was taken for dead, even before its body began or when it had ended.
-    if step.fails or (step.at_most_once and ABANDONED in outcome.result):
+    if step.fails or (step.at_most_once and _gave_up(outcome)):
         return outcome.state == "FAILURE"
     return outcome.state == "SUCCESS" and outcome.result == step.key
