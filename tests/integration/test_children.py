@@ -11,7 +11,7 @@ from celery import chain, chord, group
 from celery.exceptions import WorkerLostError
 from celery.result import AsyncResult
 
-from celery_idempotent.records import Status
+from celery_idempotent.records import Row, Status
 from tests.support.apps.children import Moment, deadly
 from tests.support.bench import PATIENCE, Bench
 from tests.support.waiting import wait_until
@@ -25,7 +25,7 @@ def settle(bench: Bench) -> None:
 
     def queued() -> int:
         with bench.app.connection_for_read() as connection:
-            return int(connection.default_channel.queue_declare(bench.spec.queue, passive=True).message_count)
+            return int(connection.default_channel.queue_declare(bench.spec.queue).message_count)
 
     def idle() -> bool:
         if queued():
@@ -283,10 +283,22 @@ def test_what_failed_stays_the_first_failure_when_its_errbacks_are_sent_later(be
 
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_a_chords_body_is_sent_once(bench: Bench, moment: Moment) -> None:
+    """Celery stores the result of a part before it sends the body, and takes it for done: recovery takes it up from its row."""
     name, flag = bench.fresh(), bench.path("flag")
 
     result = _in_a_header(bench, name, lambda number: deadly(f"{name}:{number}", moment, flag))
+    parts = [part.id for part in result.parent.results]
 
+    def rows() -> list[Row]:
+        return [bench.row("parent.value", part) for part in parts]
+
+    def left() -> bool:
+        return any(row.processed_status and row.status is Status.PROCESSING and row.lease_left <= 0 for row in rows())
+
+    wait_until(left, timeout=PATIENCE, describe=rows)
+    bench.app.queue_log.recovery.step()
+    # Celery remembers for a while that the dead one was about to send the body.
+    wait_until(lambda: {row.status for row in rows()} == {Status.DONE}, timeout=PATIENCE, describe=rows)
     assert result.get(timeout=PATIENCE).startswith(name)
     settle(bench)
     assert ran(bench, name) == once(":1")
