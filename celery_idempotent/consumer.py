@@ -17,6 +17,7 @@ from kombu.exceptions import OperationalError
 from kombu.utils.functional import retry_over_time
 
 from celery_idempotent import outage
+from celery_idempotent.children import fix_callbacks, unsent_errbacks
 from celery_idempotent.chords import claimed_for
 from celery_idempotent.decision import Delivery, DeliveryAction, DeliveryDecision, decide_delivery
 from celery_idempotent.errors import (
@@ -123,8 +124,18 @@ class _Admission:
             marker = Marker(key.message_id, task.name, request.id, fingerprint)
         self.holds = marker.holds
         #: What the body's retry, and a copy that is held, take along in the headers.
-        self.marker = Marker(key.message_id, task.name, request.id, marker.fingerprint, copied=marker.copied)
+        mine = marker.belongs_to(task.name, request.id)
+        self.marker = Marker(
+            key.message_id,
+            task.name,
+            request.id,
+            marker.fingerprint,
+            copied=marker.copied,
+            first=marker.first if mine else None,
+            lost=marker.lost if mine else 0,
+        )
         request.headers = self.marker.write(request.headers)
+        fix_callbacks(request)
         self.message = NewMessage(
             key=key,
             task_id=request.id,
@@ -133,6 +144,7 @@ class _Admission:
             attempt=request.retries or 0,
         )
         self.run = Run(task, request, self.message)
+        self.run.first, self.run.lost = self.marker.first or request.id, self.marker.lost
         #: Whether the store was asked and its answer did not come, so that a claim of ours may stand, or may yet.
         self.unanswered = False
 
@@ -224,7 +236,7 @@ class _Admission:
                 return self._replay(row)
             case DeliveryAction.RAISE_FAILED:
                 self._store.count_duplicate(row.key)
-                raise AlreadyFailedError(row.key.message_id, row.error)
+                raise self._first_error(row)
             case DeliveryAction.RAISE_PROCESSING:
                 self._store.count_duplicate(row.key)
                 raise AlreadyProcessingError(row.key.message_id, decision.delay)
@@ -241,6 +253,7 @@ class _Admission:
 
     def _go_on(self, row: Row) -> Run | None:
         mine = Claimed(Claim(row.key, row.token))
+        self.run.first = row.task_id
         claimed = self._claimed(mine) if row.lease_left > 0 else self._take_over(row)
         if claimed is not None and row.processed_status is ProcessedStatus.SUCCESS:
             return self._replay_claimed(row)
@@ -256,6 +269,7 @@ class _Admission:
         )
         if claimed is None:
             return None
+        self.run.first = row.task_id
         logger.warning("%s is taken over from %s, whose lease ran out", self.run, row.worker)
         return self._claimed(claimed)
 
@@ -286,6 +300,14 @@ class _Admission:
         self._store.count_duplicate(row.key)
         self.run.value, self.run.state = value, RunState.REPLAYED
         return self.run
+
+    def _first_error(self, row: Row) -> BaseException:
+        """What a copy of a failed message ends with: what it ended with before, if that was itself."""
+        if row.ran_task_id == self.request.id and self._result_is_ready():
+            stored = self.task.AsyncResult(self.request.id).result
+            if isinstance(stored, Exception):
+                return stored
+        return AlreadyFailedError(row.key.message_id, row.error)
 
     def _first_result(self, row: Row) -> Any:
         """What the result backend has for the id under which the body ran, when the queue log has kept nothing."""
@@ -361,6 +383,7 @@ class _Admission:
     def _delivery(self, row: Row) -> Delivery:
         awaited = not ignores_result(self.task, self.request)
         awaited = awaited and not isinstance(self.task.backend, DisabledBackend)
+        failed = row.status is Status.DONE and row.processed_status is ProcessedStatus.FAILURE
         return Delivery(
             task_id=self.message.task_id,
             retries=self.message.attempt,
@@ -368,6 +391,7 @@ class _Admission:
             awaited=awaited,
             canvas=waited_on(self.request),
             result_ready=awaited and row.status is Status.DONE and self._result_is_ready() and not self._is_owed(),
+            owed=failed and unsent_errbacks(self.task.app, self.request, self._store),
         )
 
     def _is_owed(self) -> bool:

@@ -57,11 +57,13 @@ class Call:
         canvas: Whether something else waits on this call: it is part of a chain, group or chord, or has ``link`` or
             ``link_error``.
         own: Whether the running task sends its own message on (retry, replace, hold).
+        repeated: Whether the row is what an earlier run of the body that makes this call has made of it.
     """
 
     fingerprint: str | None = None
     canvas: bool = False
     own: bool = False
+    repeated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,9 @@ def decide_call(row: Row | None, call: Call, policy: CallPolicy) -> CallAction:
     # there, other fingerprint
     if _differ(row.fingerprint, call.fingerprint):
         return CallAction.RAISE_MISMATCH
+    # the same call, made by an earlier run of the body
+    if call.repeated:
+        return _decide_repeated(row, call)
     # done/failure with `resubmit_failed`
     if policy.resubmit_failed and row.status is Status.DONE and row.processed_status is ProcessedStatus.FAILURE:
         return CallAction.RESUBMIT
@@ -110,6 +115,16 @@ def decide_call(row: Row | None, call: Call, policy: CallPolicy) -> CallAction:
         return CallAction.PUBLISH_AGAIN
     # there, same fingerprint, nothing else waits on this call
     return CallAction.RETURN_FIRST if policy.on_duplicate == "skip" else CallAction.RAISE_DUPLICATE
+
+
+def _decide_repeated(row: Row, call: Call) -> CallAction:
+    # the same call, in a canvas that this run has made anew
+    if call.canvas:
+        return CallAction.PUBLISH_COPY
+    # the same call, never claimed: the run that recorded it may have ended before it was published
+    if row.status is Status.PENDING and row.worker is None:
+        return CallAction.PUBLISH_AGAIN
+    return CallAction.RETURN_FIRST
 
 
 class DeliveryAction(StrEnum):
@@ -138,6 +153,7 @@ class Delivery:
         awaited: Whether its result is kept for somebody (``ignore_result`` is off).
         canvas: Whether callbacks, a chain, a group or a chord wait on it.
         result_ready: Whether the result backend already has its final state; only looked at when the row is done.
+        owed: Whether errbacks wait on it of which one is known not to have been sent; only looked at when it failed.
     """
 
     task_id: str
@@ -146,6 +162,7 @@ class Delivery:
     awaited: bool = True
     canvas: bool = False
     result_ready: bool = False
+    owed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +252,9 @@ def _decide_done(row: Row, delivery: Delivery) -> DeliveryAction:
     # Whether it is this Celery id under which the body ran, and callbacks and result were sent.
     ran = delivery.task_id == row.ran_task_id
     failed = row.processed_status is ProcessedStatus.FAILURE
+    # done/failure, and an errback that nobody has had yet waits on it
+    if failed and delivery.owed:
+        return DeliveryAction.RAISE_FAILED
     # done, this task id's result is ready, or results are ignored
     waits = delivery.awaited or (delivery.canvas and not ran)
     if not waits or (delivery.awaited and delivery.result_ready):

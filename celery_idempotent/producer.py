@@ -15,6 +15,7 @@ from celery.utils import uuid
 from celery.utils.time import maybe_iso8601, maybe_make_aware
 from kombu.exceptions import OperationalError
 
+from celery_idempotent.children import Calls, Position, is_derived
 from celery_idempotent.decision import Call, CallAction, decide_call
 from celery_idempotent.errors import (
     AlreadyFailedError,
@@ -66,7 +67,8 @@ def identify(
         chosen = check_message_id(options.message_id(tuple(args or ()), dict(kwargs or {})))
     else:
         chosen = check_message_id(task_id)
-    known = message_id is not None or options.message_id is not None
+    # A derived id stands for the arguments; those of a callback may be anything that its parent returns.
+    known = (message_id is not None and not is_derived(message_id)) or options.message_id is not None
     wanted = known if options.fingerprint is None else options.fingerprint
     fingerprint = arguments_fingerprint(options.signature, tuple(args or ()), dict(kwargs or {})) if wanted else None
     return MessageKey(chosen, task_name), fingerprint
@@ -124,6 +126,12 @@ class Sending:
     run: Run | None = None
     #: Whether it is Celery that calls, behind a task that has run: that task must not pay for what is wrong with this one.
     dispatched: bool = False
+    #: The calls of the guarded body that makes this one, if one does, and its place among them.
+    calls: Calls | None = None
+    position: Position | None = None
+    #: What the header of the message that this one sends on says besides; see :class:`Marker`.
+    first: str | None = None
+    lost: int = 0
     #: Whether the store was asked and its answer did not come, so that what this call wrote may stand, or may yet.
     unanswered: bool = False
 
@@ -148,12 +156,24 @@ class Sending:
         run = Run.current(task.app)
         mine = run is not None and run.request.id == task_id
         dispatched = _dispatched(task, run, task_id, options)
+        calls: Calls | None = None
+        position: Position | None = None
         if marker is not None and marker.belongs_to(task.name, task_id):
             # A retry: of the running body, or by the parent of a worker that was lost, which has moved the row itself.
             key, fingerprint = MessageKey(marker.message_id, marker.task_name), marker.fingerprint
             call = Call(fingerprint, own=True)
         else:
-            given, task_id = task_id, task_id or uuid()
+            marker, given = None, task_id
+            if run is not None and run.in_body and not mine:
+                calls = run.calls
+                position = calls.next(task.name, task.idempotency.signature, args, kwargs)
+                if task_id is None:
+                    task_id = position.task_id
+                elif options.get("reply_to"):  # frozen in a canvas, whose ids are made anew by each run
+                    options = calls.mark(options, position, task.app, run.request.id)
+                    if message_id is None and task.idempotency.message_id is None:
+                        message_id = position.message_id
+            task_id = task_id or uuid()
             key, fingerprint = identify(
                 task.idempotency, args, kwargs, message_id=message_id, task_id=task_id, task_name=task.name
             )
@@ -176,10 +196,31 @@ class Sending:
                 now=task.app.now(),
             ),
         )
-        return cls(task, args, kwargs, message, call, options, run if mine else None, dispatched)
+        return cls(
+            task,
+            args,
+            kwargs,
+            message,
+            call,
+            options,
+            run if mine else None,
+            dispatched,
+            calls,
+            position,
+            first=None if marker is None else marker.first,
+            lost=0 if marker is None else marker.lost,
+        )
 
     def send(self) -> AsyncResult[Any]:
         """Decide, and do it; see :func:`send`."""
+        try:
+            return self._send()
+        except BaseException:
+            if self.calls is not None and self.position is not None:
+                self.calls.take_back(self.position)
+            raise
+
+    def _send(self) -> AsyncResult[Any]:
         if self.call.own:
             return self._send_on()
         while True:
@@ -199,7 +240,7 @@ class Sending:
 
     def _send_again(self, row: Row) -> AsyncResult[Any] | None:
         """What becomes of a call whose id is taken; ``None`` when the row moved and the decision is void."""
-        action = decide_call(row, self.call, self.task.idempotency.call)
+        action = decide_call(row, self._call_against(row), self.task.idempotency.call)
         match action:
             case CallAction.RECORD:
                 return None
@@ -214,7 +255,7 @@ class Sending:
                     return self._publish_now(duplicate=True)  # its consumer says so, under its own task id
                 raise MessageMismatchError(row.key.message_id, row.key.task_name)
             case CallAction.PUBLISH_COPY:
-                return self._publish_copy()
+                return self._publish_copy(row)
             case CallAction.PUBLISH_AGAIN:
                 # After an answer that did not come, whose the new publication time is cannot be told; a copy too many is absorbed.
                 if not self._ask(partial(self._store.republish, row)) and not self.unanswered:
@@ -229,6 +270,14 @@ class Sending:
                 raise AssertionError("a run's own message is sent on without a check")
             case _:  # pragma: no cover - the type checker proves it away
                 assert_never(action)
+
+    def _call_against(self, row: Row) -> Call:
+        """The call, and whether the row is its own, from an earlier run of the body: then the first message has its callbacks too."""
+        if self.position is None:
+            return self.call
+        same = row.task_id == self.message.task_id == self.position.task_id
+        repeated = same or row.key.message_id == self.position.message_id
+        return replace(self.call, repeated=repeated, canvas=self.call.canvas and not same)
 
     def _is_mine(self, row: Row) -> bool:
         """Whether a row is what this call wrote and got no answer to: it is not published yet."""
@@ -260,11 +309,12 @@ class Sending:
 
     # -- publishing ----------------------------------------------------------------------------------------------------
 
-    def _publish_copy(self) -> AsyncResult[Any]:
+    def _publish_copy(self, row: Row) -> AsyncResult[Any]:
         """Publish under its own task id, with a row of its own that lasts until its consumer has answered it."""
         own = MessageKey(self.message.task_id, self.message.key.task_name)
         if own == self.message.key or self.task.app.conf.task_always_eager:
             return self._publish_now(duplicate=True)
+        self.first = row.task_id
         self._ask(partial(self._store.record, replace(self.message, key=own)))
         take_back = partial(self._store.withdraw, own, task_id=self.message.task_id)
         return self._publish_or(take_back, copied=True)
@@ -273,7 +323,15 @@ class Sending:
         self, *, task_id: str | None = None, duplicate: bool = False, copied: bool = False
     ) -> AsyncResult[Any]:
         key, task_id = self.message.key, task_id or self.message.task_id
-        marker = Marker(key.message_id, key.task_name, task_id, self.message.fingerprint, copied=copied)
+        marker = Marker(
+            key.message_id,
+            key.task_name,
+            task_id,
+            self.message.fingerprint,
+            copied=copied,
+            first=self.first,
+            lost=self.lost,
+        )
         options = {**self.options, "headers": marker.write(self.options.get("headers")), "message_id": key.message_id}
         result = self.task.publish(self.args, self.kwargs, task_id=task_id, **options)
         result.duplicate = duplicate

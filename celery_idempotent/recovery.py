@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
@@ -275,6 +275,11 @@ class Recovery:
         message_id = options.get("message_id") or row.key.message_id
         copied = message_id != row.key.message_id
         marker = Marker(message_id, row.key.task_name, row.task_id, row.fingerprint, copied=copied)
+        sent = Marker.read(options.get("headers"))
+        if sent is not None and sent.belongs_to(
+            row.key.task_name, row.task_id
+        ):  # a retry, which says whose calls it makes
+            marker = replace(marker, first=sent.first, lost=sent.lost)
         # What the row knows better, and what was true of one delivery only.
         replaced = ("eta", "task_id", "message_id", "headers", "retries", "redelivered", "is_eager", "ignore_result")
         kept = {name: value for name, value in options.items() if name not in replaced}

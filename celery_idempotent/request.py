@@ -13,6 +13,7 @@ from celery.exceptions import Terminated, TimeLimitExceeded, WorkerLostError
 from celery.worker.request import Request
 from celery.worker.state import active_requests
 
+from celery_idempotent.children import fix_callbacks
 from celery_idempotent.consumer import ABANDONED, delivered_key
 from celery_idempotent.errors import StoreError
 from celery_idempotent.producer import identify
@@ -47,6 +48,7 @@ class IdempotentRequest(Request):  # type: ignore[misc]
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
         """The hard limit ends the message as a failure, or gives it back when a timeout is not to be acknowledged."""
+        fix_callbacks(self._context)
         super().on_timeout(soft, timeout)
         if soft:
             return
@@ -57,6 +59,7 @@ class IdempotentRequest(Request):  # type: ignore[misc]
 
     def on_failure(self, exc_info: ExceptionInfo, send_failed_event: bool = True, return_ok: bool = False) -> Any:
         """A child that was lost ends its claim at once, before its message goes back to the broker."""
+        fix_callbacks(self._context)
         error = exc_info.exception
         if isinstance(error, ExceptionWithTraceback):
             error = error.exc
@@ -107,7 +110,9 @@ class IdempotentRequest(Request):  # type: ignore[misc]
         key = delivered_key(self.task.name, context)
         marker = Marker.read(context.headers)
         fingerprint = marker.fingerprint if marker else self._fingerprint(key.message_id)
-        context.headers = Marker(key.message_id, self.task.name, self.id, fingerprint).write(context.headers)
+        first, lost = (marker.first, marker.lost) if marker else (None, 0)
+        marker = Marker(key.message_id, self.task.name, self.id, fingerprint, first=first, lost=lost + 1)
+        context.headers = marker.write(context.headers)
         attempt, delay = context.retries + 1, self.task.default_retry_delay or 0.0
         message = NewMessage(
             key=key,

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from enum import StrEnum
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from celery import states
@@ -19,6 +20,7 @@ from celery.backends.base import DisabledBackend
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 from kombu.exceptions import EncodeError
 
+from celery_idempotent.children import Calls
 from celery_idempotent.errors import AlreadyFailedError, LeaseLostError, StoreError, StoreUnavailableError
 from celery_idempotent.outage import ask_until_answered
 from celery_idempotent.records import Claim, Claimed, MessageKey, NewMessage, Note, ProcessedStatus, Status
@@ -69,6 +71,9 @@ class Run:
         self.claim: Claim | None = None
         #: When the claim was asked for, by the monotonic clock.
         self.claimed_at = time.monotonic()
+        #: The Celery id that was first sent under the message id, and how many of the retries only repeat what a worker has lost.
+        self.first = message.task_id
+        self.lost = 0
         #: What is returned without running the body, in REPLAYED and in a CHECKPOINTED run that was taken over.
         self.value: Any = None
         #: Whether the body is about to replace itself by another task under the same task id.
@@ -103,6 +108,11 @@ class Run:
     def key(self) -> MessageKey:
         """The message's key."""
         return self.message.key
+
+    @cached_property
+    def calls(self) -> Calls:
+        """The calls that the body makes."""
+        return Calls(self.key, self.first, self.message.attempt - self.lost)
 
     @property
     def in_body(self) -> bool:

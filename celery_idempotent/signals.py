@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from celery import _state, current_app, signals, states
 
+from celery_idempotent.children import is_guarded
 from celery_idempotent.consumer import delivered_key
 from celery_idempotent.errors import StoreError
 from celery_idempotent.outage import ask_again
@@ -40,10 +41,6 @@ def install(queue_log: QueueLog) -> None:
     signals.task_revoked.connect(_revoked)
 
 
-def _is_guarded(task: object) -> bool:
-    return hasattr(type(task), "idempotency")  # the class itself imports this module
-
-
 class _PublishHook:
     """Records messages that are sent by name: ``send_task``, and signatures of a task this process does not import.
 
@@ -64,14 +61,17 @@ class _PublishHook:
     ) -> None:
         # Not `app.tasks`, which would finalize an app that only sends.
         task = self.app._tasks.get(sender)  # noqa: SLF001
-        if headers is None or properties is None or not _is_guarded(task) or Marker.read(headers) is not None:
+        if headers is None or properties is None or not is_guarded(task) or Marker.read(headers) is not None:
             return
         if "id" not in headers or not _publishes(self.app, declare):
             return
         args, kwargs, embed = body
-        task_id = headers["id"]
+        task_id, message_id = headers["id"], properties.get("message_id")
+        run = Run.current(self.app)
+        if run is not None and run.in_body and message_id is None and task.idempotency.message_id is None:
+            message_id = run.calls.next(sender, task.idempotency.signature, args, kwargs).message_id
         key, fingerprint = identify(
-            task.idempotency, args, kwargs, message_id=properties.get("message_id"), task_id=task_id, task_name=sender
+            task.idempotency, args, kwargs, message_id=message_id, task_id=task_id, task_name=sender
         )
         properties["message_id"] = key.message_id
         headers.update(Marker(key.message_id, sender, task_id, fingerprint).write(None))
@@ -90,7 +90,7 @@ class _PublishHook:
             policy = self.app.conf.task_publish_retry_policy or {}
             found = ask_again(lambda: queue_log.store.record(message), policy)
             if isinstance(found, Found) and task_id not in (found.row.task_id, key.message_id):
-                copy = Marker(key.message_id, sender, task_id, fingerprint, copied=True)
+                copy = Marker(key.message_id, sender, task_id, fingerprint, copied=True, first=found.row.task_id)
                 ask_again(lambda: queue_log.store.record(replace(message, key=copy.row_of_its_own)), policy)
                 headers.update(copy.write(None))
         except StoreError as error:
@@ -144,7 +144,7 @@ def _options(headers: Mapping[str, Any], embed: Mapping[str, Any]) -> dict[str, 
 
 def _succeeded(sender: Any, **_: Any) -> None:
     """Callbacks and result were sent."""
-    run = Run.of(sender.request_stack.top) if _is_guarded(sender) else None
+    run = Run.of(sender.request_stack.top) if is_guarded(sender) else None
     if run is not None:
         run.dispatched()
         answered(run.task, run.request)
@@ -155,7 +155,7 @@ def _after_run(sender: Any, state: str | None = None, retval: Any = None, **_: A
 
     The state is no proof: it stays SUCCESS when the result backend failed to take the result.
     """
-    if not _is_guarded(sender):
+    if not is_guarded(sender):
         return
     request = sender.request_stack.top
     run = Run.of(request)
@@ -170,7 +170,7 @@ def _after_run(sender: Any, state: str | None = None, retval: Any = None, **_: A
 
 def _revoked(sender: Any, request: Context, terminated: bool = False, expired: bool = False, **_: Any) -> None:
     """A message was revoked or has expired before it ran; a running one that was terminated is its request's to report."""
-    if terminated or not _is_guarded(sender):
+    if terminated or not is_guarded(sender):
         return
     answered(sender, request)
     key = delivered_key(sender.name, request)

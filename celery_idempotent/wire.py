@@ -31,6 +31,8 @@ class Marker:
         holds: How often this copy was held already; each hold is longer than the one before.
         copied: Whether it was published although its message id was known, with a row of its own until its caller is answered:
             see :meth:`row_of_its_own`.
+        first: The Celery id that was first sent under the message id, if it is another: a body's calls are told by it.
+        lost: How many of the message's retries were sent because a worker was lost; they make the same calls as what was lost.
     """
 
     message_id: str
@@ -39,6 +41,8 @@ class Marker:
     fingerprint: str | None = None
     holds: int = 0
     copied: bool = False
+    first: str | None = None
+    lost: int = 0
 
     @classmethod
     def read(cls, headers: Mapping[str, Any] | None) -> Marker | None:
@@ -49,7 +53,7 @@ class Marker:
         message_id, task_name, task_id = (found.get(name) for name in ("message_id", "task", "task_id"))
         if not (isinstance(message_id, str) and isinstance(task_name, str) and isinstance(task_id, str)):
             return None
-        fingerprint, holds = found.get("fingerprint"), found.get("holds")
+        fingerprint, holds, first, lost = (found.get(name) for name in ("fingerprint", "holds", "first", "lost"))
         return cls(
             message_id,
             task_name,
@@ -57,6 +61,8 @@ class Marker:
             fingerprint if isinstance(fingerprint, str) else None,
             holds if isinstance(holds, int) and holds > 0 else 0,
             found.get("copied") is True,
+            first if isinstance(first, str) else None,
+            lost if isinstance(lost, int) and lost > 0 else 0,
         )
 
     def write(self, headers: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -72,6 +78,10 @@ class Marker:
             marker["holds"] = self.holds
         if self.copied:
             marker["copied"] = True
+        if self.first is not None:
+            marker["first"] = self.first
+        if self.lost:
+            marker["lost"] = self.lost
         return {**(headers or {}), HEADER: marker}
 
     def belongs_to(self, task_name: str, task_id: str | None) -> bool:

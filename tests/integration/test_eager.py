@@ -264,6 +264,23 @@ def test_a_chord_with_duplicates(app: Celery, ledger: Ledger) -> None:
     assert (len(ledger.starts("add")), len(ledger.starts("told"))) == (3, 1)
 
 
+@pytest.mark.parametrize(
+    ("kind", "runs"),
+    [("one", 1), ("three alike", 3), ("raising", 1), ("linked", 3), ("group", 2), ("chain", 4), ("chord", 3)],
+)
+def test_calls_of_a_body(app: Celery, ledger: Ledger, kind: str, runs: int) -> None:
+    result = app.tasks["parent"].apply_async((kind, "name"), message_id="m")
+
+    assert result.state == states.SUCCESS
+    assert len([note for note in ledger.entries() if note.task.startswith("child")]) == runs
+
+
+def test_a_retry_calls_again(app: Celery, ledger: Ledger) -> None:
+    app.tasks["parent"].apply_async(("one", "name", "", 2), message_id="m")
+
+    assert len(ledger.entries(task="child")) == 3
+
+
 def test_links(app: Celery, ledger: Ledger) -> None:
     echo, told = app.tasks["echo"], app.tasks["told"]
 

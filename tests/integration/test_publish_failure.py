@@ -33,8 +33,9 @@ def void(bench: Bench) -> Celery:
     return bench.producer(broker="memory://")
 
 
-def counts(bench: Bench) -> Any:
-    return bench.app.queue_log.store.counts()
+def count(bench: Bench, task: str) -> int:
+    """How many rows a task has; what becomes of those that earlier tests sent does not matter."""
+    return sum(count.rows for count in bench.app.queue_log.store.counts() if count.task_name == task)
 
 
 # -- the broker is down -----------------------------------------------------------------------------------------------------
@@ -128,7 +129,7 @@ def test_a_call_that_is_sent_by_name_may_be_sent_again(bench: Bench, cut_off: Ce
 
 
 def test_arguments_that_cannot_be_encoded_leave_nothing(bench: Bench) -> None:
-    before = counts(bench)
+    before = count(bench, "echo")
 
     with pytest.raises(EncodeError):
         bench.task("echo").delay(object())
@@ -136,7 +137,7 @@ def test_arguments_that_cannot_be_encoded_leave_nothing(bench: Bench) -> None:
         bench.task("echo").apply_async((1,), message_id=(m := bench.fresh()), headers={"x": object()})
 
     assert bench.find("echo", m) is None
-    assert counts(bench) == before
+    assert count(bench, "echo") == before
 
 
 def test_an_unknown_serializer_leaves_nothing(bench: Bench) -> None:

@@ -210,9 +210,31 @@ CALLS: dict[str, list[CallCase]] = {
 }
 
 
-@pytest.mark.parametrize("words", CALLS)
+REPEATED = Call(fingerprint=ONE, repeated=True)
+
+#: What the code adds to the table, in its own words.
+MORE_CALLS: dict[str, list[CallCase]] = {
+    "the same call, made by an earlier run of the body": [
+        # The body that is run again is nobody's duplicate, and has called what failed already.
+        (there, REPEATED, policy, CallAction.RETURN_FIRST)
+        for there in (pending(worker="host:1"), processing(), recovery_point(), succeeded(), failed())
+        for policy in (SKIP_DUPLICATES, RAISE_DUPLICATES, RESUBMIT)
+    ],
+    "the same call, never claimed": [
+        (pending(), REPEATED, policy, CallAction.PUBLISH_AGAIN)
+        for policy in (SKIP_DUPLICATES, RAISE_DUPLICATES, RESUBMIT)
+    ],
+    "the same call, in a canvas that this run has made anew": [
+        (there, replace(REPEATED, canvas=True), policy, CallAction.PUBLISH_COPY)
+        for there in (pending(), processing(), succeeded(), failed())
+        for policy in (SKIP_DUPLICATES, RAISE_DUPLICATES, RESUBMIT)
+    ],
+}
+
+
+@pytest.mark.parametrize("words", [*CALLS, *MORE_CALLS])
 def test_call(words: str) -> None:
-    for there, call, policy, expected in CALLS[words]:
+    for there, call, policy, expected in (CALLS | MORE_CALLS)[words]:
         assert decide_call(there, call, policy) is expected, (there, call, policy)
 
 
@@ -364,6 +386,12 @@ MORE_DELIVERIES: dict[str, list[DeliveryCase]] = {
         (succeeded(ran_task_id=OTHER), replace(COPY, canvas=True), DEFAULT, SKIP),
         (succeeded(ran_task_id=OTHER), replace(IGNORED, canvas=True), DEFAULT, REPLAY),
     ],
+    "done/failure, and an errback that nobody has had yet waits on it": [
+        (failed(), replace(READY, owed=True), DEFAULT, RAISE_FAILED),
+        (failed(), replace(IGNORED, owed=True), DEFAULT, RAISE_FAILED),
+        (failed(), replace(COPY, owed=True), FAIL, RAISE_FAILED),
+        (succeeded(), replace(READY, owed=True), DEFAULT, SKIP),
+    ],
     "done without a result of its own (ignored, replaced)": [
         (succeeded(result=None, error="ignored"), SAME, DEFAULT, SKIP),
         (succeeded(result=None, error="ignored"), COPY, DEFAULT, SKIP),
@@ -387,7 +415,7 @@ def test_delivery(words: str) -> None:
         assert decide_delivery(there, delivery, policy) == expected, (there, delivery, policy)
 
 
-@pytest.mark.parametrize("words", [*CALLS, *DELIVERIES, *MORE_DELIVERIES])
+@pytest.mark.parametrize("words", [*CALLS, *MORE_CALLS, *DELIVERIES, *MORE_DELIVERIES])
 def test_the_code_says_it_in_the_same_words(words: str) -> None:
     assert f"# {words}" in inspect.getsource(decision)
 

@@ -13,7 +13,13 @@ MARKER = Marker("order:1", "shop.charge", "0b51", "f" * 64, holds=2)
 
 
 @pytest.mark.parametrize(
-    "marker", [MARKER, Marker("order:1", "shop.charge", "0b51"), Marker("ключ:1", "задача", "0b51")]
+    "marker",
+    [
+        MARKER,
+        Marker("order:1", "shop.charge", "0b51"),
+        Marker("order:1", "shop.charge", "0b51", copied=True, first="0b50", lost=2),
+        Marker("ключ:1", "задача", "0b51"),
+    ],
 )
 def test_it_survives_the_wire(marker: Marker) -> None:
     assert Marker.read(json.loads(json.dumps(marker.write(None)))) == marker
@@ -54,7 +60,13 @@ def test_what_is_malformed_counts_as_none(headers: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("fingerprint", 5), ("fingerprint", None), ("holds", "many"), ("holds", -1), ("holds", None)]
+    ("key", "value"),
+    [
+        *(("fingerprint", wrong) for wrong in (5, None)),
+        *(("holds", wrong) for wrong in ("many", -1, None)),
+        *(("first", wrong) for wrong in (5, None)),
+        *(("lost", wrong) for wrong in ("many", -1, None)),
+    ],
 )
 def test_a_detail_that_is_malformed_is_left_out(key: str, value: object) -> None:
     assert Marker.read({HEADER: {**GOOD, key: value}}) == Marker("m", "t", "i")

@@ -71,31 +71,16 @@ def test_every_message_keeps_the_laws_and_ends(store_url: str) -> None:
         run_state_machine_as_test(begin, settings=profile(examples))
 
 
-@pytest.mark.parametrize("faulty", STORES, ids=lambda faulty: faulty.__name__)
+@pytest.mark.timeout(0 if ASKED else 120)
+@pytest.mark.parametrize("faulty", [*STORES, *(RARE if ASKED else ())], ids=lambda faulty: faulty.__name__)
 def test_a_fault_of_the_store_is_found(faulty: type[SQLStore]) -> None:
     with models(faulty("sqlite://")) as begin, pytest.raises(BrokenLawError):
-        run_state_machine_as_test(begin, settings=profile(60, explain=False))
+        run_state_machine_as_test(begin, settings=profile(ASKED or 60, explain=False))
 
 
-@pytest.mark.skipif(not ASKED, reason="rare: set CELERY_IDEMPOTENT_TEST_EXAMPLES to some hundreds")
-@pytest.mark.timeout(0)
-@pytest.mark.parametrize("faulty", RARE, ids=lambda faulty: faulty.__name__)
-def test_a_rare_fault_of_the_store_is_found(faulty: type[SQLStore]) -> None:
-    with models(faulty("sqlite://")) as begin, pytest.raises(BrokenLawError):
-        run_state_machine_as_test(begin, settings=profile(ASKED, explain=False))
-
-
-@pytest.mark.parametrize("fault", DECISIONS)
+@pytest.mark.timeout(0 if ASKED else 120)
+@pytest.mark.parametrize("fault", [*DECISIONS, *(RARE_DECISIONS if ASKED else ())])
 def test_a_fault_of_the_decision_is_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("celery_idempotent.consumer.decide_delivery", DECISIONS[fault])
+    monkeypatch.setattr("celery_idempotent.consumer.decide_delivery", {**DECISIONS, **RARE_DECISIONS}[fault])
     with models(open_store("sqlite://")) as begin, pytest.raises(BrokenLawError):
-        run_state_machine_as_test(begin, settings=profile(60, explain=False))
-
-
-@pytest.mark.skipif(not ASKED, reason="rare: set CELERY_IDEMPOTENT_TEST_EXAMPLES to some hundreds")
-@pytest.mark.timeout(0)
-@pytest.mark.parametrize("fault", RARE_DECISIONS)
-def test_a_rare_fault_of_the_decision_is_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("celery_idempotent.consumer.decide_delivery", RARE_DECISIONS[fault])
-    with models(open_store("sqlite://")) as begin, pytest.raises(BrokenLawError):
-        run_state_machine_as_test(begin, settings=profile(ASKED, explain=False))
+        run_state_machine_as_test(begin, settings=profile(ASKED or 60, explain=False))
