@@ -27,6 +27,7 @@ from celery_idempotent.run import Run
 from celery_idempotent.serialization import decode_result
 from celery_idempotent.steps import CheckStep
 from tests.integration.atomic.conftest import Here
+from tests.integration.sql.wire import Wire
 from tests.support.effects import Effect
 
 SUCCESS, FAILURE = ProcessedStatus.SUCCESS, ProcessedStatus.FAILURE
@@ -85,6 +86,32 @@ def test_it_costs_one_statement_more_than_the_same_transaction_by_hand(here: Her
     assert (mine[started], mine[-1]) == (by_hand[0], "COMMIT")
     (added,) = mine[started + 1 : -1]
     assert added.startswith("UPDATE queue_log SET")
+
+
+@pytest.mark.parametrize("store_url", ["postgresql", "mariadb"], indirect=True)
+def test_and_one_round_trip_more(open_here: Callable[..., Here], store_url: str) -> None:
+    with Wire(store_url) as wire:
+        here = open_here(SQLStore(wire.url))
+
+        def body(self: IdempotentTask) -> None:
+            wire.listen()
+            self.session.add(Effect(name="paid"))
+
+        def by_hand() -> int:
+            wire.listen()
+            with Session(here.store.engine) as session:
+                session.add(Effect(name="by hand"))
+                session.commit()
+            return len(wire.asked)
+
+        task = here.task(body)
+        for _ in range(2):  # a connection's first transaction begins with more
+            expected = by_hand()
+            task.apply()
+
+        assert len(wire.asked) == expected + 1, wire.asked
+        assert sum(b"COMMIT" in asked.upper() for asked in wire.asked) == 1
+        here.store.close()
 
 
 def test_a_body_that_has_no_use_for_its_transaction_has_none(here: Here, statements: list[str]) -> None:
