@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from celery_idempotent.current import CurrentMessage, current_message
 from celery_idempotent.errors import (
     AlreadyFailedError,
     AlreadyProcessingError,
@@ -31,6 +32,7 @@ __all__ = [
     "AlreadyFailedError",
     "AlreadyProcessingError",
     "ConfigurationError",
+    "CurrentMessage",
     "DuplicateMessageError",
     "IdempotentError",
     "IdempotentTask",
@@ -42,6 +44,7 @@ __all__ = [
     "StoreError",
     "StoreUnavailableError",
     "by_arguments",
+    "current_message",
     "queue_log_table",
 ]
 

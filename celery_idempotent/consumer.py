@@ -153,7 +153,7 @@ class _Admission:
         return self.task.queue_log.store
 
     def decide(self) -> Run:
-        policy = self.task.queue_log.settings.on_store_error
+        policy = self.run.on_store_error
         try:
             if policy == "retry" and not self.request.is_eager:
                 return outage.ask_until_deadline(self._admit, f"claim {self.run}", self._patience())
@@ -189,7 +189,7 @@ class _Admission:
 
     def _claim_or_follow(self) -> Run:
         for _ in range(_ATTEMPTS):
-            self.run.claimed_at = time.monotonic()
+            self.run.asked = time.monotonic()
             answer = self._store.claim(
                 self.message,
                 worker=worker_label(self.request.hostname),
@@ -254,6 +254,7 @@ class _Admission:
     def _go_on(self, row: Row) -> Run | None:
         mine = Claimed(Claim(row.key, row.token))
         self.run.first = row.task_id
+        self.run.asked += min(row.lease_left - self.task.idempotency.lease, 0.0)  # it was asked for earlier than that
         claimed = self._claimed(mine) if row.lease_left > 0 else self._take_over(row)
         if claimed is not None and row.processed_status is ProcessedStatus.SUCCESS:
             return self._replay_claimed(row)

@@ -32,6 +32,7 @@ class Options:
         lease: Seconds for which a claim lives without renewal.
         unique_for: Seconds after completion for which the id stays taken; ``None`` until it is purged.
         fingerprint: Whether calls under one id are compared; ``None`` when an id is set, by the option or for one call.
+        atomic: Whether the body runs in a transaction on the store's database.
         keep_result: Whether the return value is kept for replay.
     """
 
@@ -42,6 +43,7 @@ class Options:
     lease: float
     unique_for: float | None
     fingerprint: bool | None
+    atomic: bool
     keep_result: bool
 
     @classmethod
@@ -73,10 +75,6 @@ class Options:
             value = given(name)
             return default if value is None else yes_or_no(name, value)
 
-        if flag("atomic", False):
-            raise ConfigurationError(
-                "atomic=True is not available in this version; leave it out, and make the body's own writes idempotent"
-            )
         lease, unique_for = given("lease"), given("unique_for")
         run = inspect.getattr_static(type(task), "run")
         signature = CallSignature(type(task).run, bound=not isinstance(run, staticmethod))
@@ -95,6 +93,7 @@ class Options:
             lease=60.0 if lease is None else seconds("lease", lease, positive=True),
             unique_for=None if unique_for is None else seconds("unique_for", unique_for, positive=True),
             fingerprint=flag("fingerprint", None),
+            atomic=flag("atomic", False),
             keep_result=flag("keep_result", True),
         )
 

@@ -13,6 +13,7 @@ from celery_idempotent.stores import open_store
 if TYPE_CHECKING:
     from celery import Celery
 
+    from celery_idempotent.atomic import SessionFactory
     from celery_idempotent.recovery import Recovery
     from celery_idempotent.store import Store
 
@@ -27,23 +28,41 @@ class QueueLog:
     Tasks with ``base=IdempotentTask`` make one for their app when they are bound; its store is opened at the first call or the
     first delivery, in the process that needs it. Make one yourself, before the first call, to bring your own store::
 
-        QueueLog(app, store=SQLStore(engine))
+        QueueLog(app, store=SQLStore(engine), session_factory=sessionmaker(expire_on_commit=False))
 
     Args:
         app: The Celery app. A queue log that it already has is replaced.
         store: The store to use instead of the setting ``idempotent_store``.
+        session_factory: Makes the sessions of atomic tasks: a ``sessionmaker`` or ``scoped_session`` of yours. Its ``bind`` is
+            overridden: each session keeps to the connection of its body. Default: SQLAlchemy's ``Session``.
+        isolation_level: The isolation level of atomic tasks, by SQLAlchemy's name for it (``"SERIALIZABLE"``). Default: the
+            engine's. Hazard: where a transaction's snapshot is fixed, as from ``REPEATABLE READ`` on PostgreSQL, a body that takes
+            longer than a third of its lease is run twice; see "Atomic tasks".
 
     Raises:
-        ConfigurationError: ``store`` is no store.
+        ConfigurationError: ``store`` is no store, or ``session_factory`` cannot be called.
     """
 
-    def __init__(self, app: Celery, store: Store | None = None) -> None:
+    def __init__(
+        self,
+        app: Celery,
+        store: Store | None = None,
+        *,
+        session_factory: SessionFactory | None = None,
+        isolation_level: str | None = None,
+    ) -> None:
         if store is not None and not callable(getattr(store, "record", None)):
             raise ConfigurationError(
                 f"QueueLog(app, store=...) takes a store such as SQLStore(url), not one of type {type(store).__name__}; "
                 f"a URL is for the setting idempotent_store"
             )
+        if session_factory is not None and not callable(session_factory):
+            raise ConfigurationError(
+                f"QueueLog(app, session_factory=...) takes a sessionmaker, not {type(session_factory).__name__}"
+            )
         self.app = app
+        self.session_factory = session_factory
+        self.isolation_level = isolation_level
         self._given_store = store
         setattr(app, _ATTRIBUTE, self)
 

@@ -47,6 +47,7 @@ class Held:
         holder: The claim; or its owner, where a parent keeps its child's.
         lease: Seconds that each renewal grants; the first is due after a third of it.
         pid: For an owner: the child that runs the body.
+        asked: When the lease was asked for, by the monotonic clock.
         ended: Whether the owner is known to be dead. Set it before the lease is ended in the store: a renewal that is under
             way then ends the lease again.
     """
@@ -55,6 +56,7 @@ class Held:
     lease: float
     pid: int | None = None
     ended: bool = False
+    asked: float = field(default_factory=time.monotonic)
     #: Whether the last renewal did not find it.
     missed: bool = field(default=False, init=False)
     due: float = field(init=False)
@@ -76,9 +78,20 @@ class Renewals:
         # release: it begins with nothing.
         self._renewals: dict[int, _Renewal] = {}
 
-    def hold(self, holder: Holder, lease: float) -> None:
-        """Keep a claim of this process alive until it is let go."""
-        self._here().hold(Held(holder, lease))
+    def hold(self, holder: Holder, lease: float, *, asked: float | None = None) -> None:
+        """Keep a claim of this process alive until it is let go.
+
+        Args:
+            holder: The claim.
+            lease: Seconds that it was given, and that each renewal gives it.
+            asked: When it was asked for, by the monotonic clock; by default now.
+        """
+        self._here().hold(Held(holder, lease, asked=time.monotonic() if asked is None else asked))
+
+    def until(self, holder: Holder) -> float | None:
+        """When the lease of a claim of this process runs out at the earliest, by the monotonic clock; ``None`` if it is not held."""
+        here = self._renewals.get(os.getpid())
+        return None if here is None else here.until(holder)
 
     def let_go(self, holder: Holder) -> None:
         """Stop keeping a claim alive; it stays as it is."""
@@ -121,6 +134,10 @@ class _Renewal:
         with self._changed:
             self._held.pop(holder, None)
 
+    def until(self, holder: Holder) -> float | None:
+        held = self._held.get(holder)
+        return None if held is None else held.asked + held.lease
+
     def hold_for_child(self, held: Held, children: Callable[[], Iterable[Held]]) -> None:
         with self._changed:
             self._children = children
@@ -153,8 +170,11 @@ class _Renewal:
     def _renew(self, due: list[Held], lease: float) -> None:
         pause = lease / _PER_LEASE
         lost: list[Holder] = []
+        asked = time.monotonic()
+        renewed = False
         try:
             lost = self._store().renew([held.holder for held in due], lease=lease)
+            renewed = True
         except StoreError as error:
             logger.warning("could not renew %d leases, asking again: %s", len(due), error)
             pause /= _PER_LEASE
@@ -163,6 +183,8 @@ class _Renewal:
             logger.exception("could not renew %d leases", len(due))
         for held in due:
             held.due = time.monotonic() + pause
+            if renewed and held.holder not in lost:
+                held.asked = asked
             if held.ended:  # meanwhile, and perhaps before it was renewed
                 self._expire(held)
             # An owner that is not found has not claimed yet, or has finished; it is its request that ends it.

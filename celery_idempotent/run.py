@@ -8,20 +8,28 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import threading
 import time
 from collections.abc import Callable
 from enum import StrEnum
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from celery import states
 from celery.backends.base import DisabledBackend
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 from kombu.exceptions import EncodeError
 
+from celery_idempotent.atomic import RUNS, NotCommittedError, UnitOfWork, transactional
 from celery_idempotent.children import Calls
-from celery_idempotent.errors import AlreadyFailedError, LeaseLostError, StoreError, StoreUnavailableError
+from celery_idempotent.errors import (
+    AlreadyFailedError,
+    ConfigurationError,
+    LeaseLostError,
+    StoreError,
+    StoreUnavailableError,
+)
 from celery_idempotent.outage import ask_until_answered
 from celery_idempotent.records import Claim, Claimed, MessageKey, NewMessage, Note, ProcessedStatus, Status
 from celery_idempotent.serialization import decode_result, encode_message, encode_result
@@ -47,6 +55,9 @@ _ERROR_LENGTH = 4000
 _OWN_RESULT_WITHIN = 2.0
 _ASK_EVERY = 0.05
 
+#: Seconds of the pause before an atomic body is run again, at most; twice as long each time.
+_FIRST_PAUSE = 0.1
+
 
 class RunState(StrEnum):
     """How far a run has come."""
@@ -69,8 +80,6 @@ class Run:
         self.message = message
         self.state = RunState.UNGUARDED
         self.claim: Claim | None = None
-        #: When the claim was asked for, by the monotonic clock.
-        self.claimed_at = time.monotonic()
         #: The Celery id that was first sent under the message id, and how many of the retries only repeat what a worker has lost.
         self.first = message.task_id
         self.lost = 0
@@ -81,6 +90,10 @@ class Run:
         #: Whether the outermost guarded ``__call__`` is on the stack, and whether the body was reached through it.
         self.performing = False
         self.entered = False
+        #: The transaction of an atomic body, while that runs.
+        self.unit: UnitOfWork | None = None
+        #: When the claim was asked for, by the monotonic clock: its lease does not run out before that much later.
+        self.asked = time.monotonic()
 
     @classmethod
     def of(cls, request: Context | None) -> Run | None:
@@ -97,7 +110,7 @@ class Run:
         """Let the request carry this run, and keep its claim alive."""
         setattr(self.request, _ATTRIBUTE, self)
         if self.claim is not None:
-            self.task.queue_log.renewals.hold(self.claim, self.task.idempotency.lease)
+            self.task.queue_log.renewals.hold(self.claim, self.task.idempotency.lease, asked=self.asked)
 
     def detach(self) -> None:
         """The run is over: nothing keeps its claim alive any more."""
@@ -125,6 +138,12 @@ class Run:
         return waited_on(self.request)
 
     @property
+    def on_store_error(self) -> Literal["retry", "run", "raise"]:
+        """What the app says; but an atomic body cannot run without the store, and waits for it."""
+        policy = self.task.queue_log.settings.on_store_error
+        return "retry" if policy == "run" and self.task.idempotency.atomic else policy
+
+    @property
     def _store(self) -> Store:
         return self.task.queue_log.store
 
@@ -140,8 +159,61 @@ class Run:
             return cast("T", self.value)
         if self.state is RunState.UNGUARDED:
             return body()
-        if self.claim is not None and time.monotonic() - self.claimed_at > self.task.idempotency.lease:
+        if self.claim is not None and time.monotonic() - self.asked > self.task.idempotency.lease:
             self._make_sure()
+        return self._perform_atomically(body) if self.task.idempotency.atomic else self._perform(body)
+
+    def _perform_atomically(self, body: Callable[[], T]) -> T:
+        """Run the body in a transaction, and again in a new one if that gave way to others."""
+        queue_log = self.task.queue_log
+        try:
+            store = transactional(self._store)
+        except ConfigurationError as wrong:
+            self._finish(self._failed(describe(wrong)))
+            raise
+
+        def flushed() -> T:
+            value = body()
+            if self.unit is not None and self.state is RunState.CLAIMED:
+                self.unit.flush()
+            return value
+
+        for number in range(1, RUNS + 1):
+            began = time.monotonic()
+            unit = UnitOfWork(
+                store, session_factory=queue_log.session_factory, isolation_level=queue_log.isolation_level
+            )
+            try:
+                with unit as self.unit:
+                    return self._perform(flushed)
+            except NotCommittedError as stopped:
+                error, again = stopped.error, stopped.again and number < RUNS
+            finally:
+                self.unit = None
+            if not again:
+                break
+            logger.warning(
+                "%s is run again, as its transaction was not committed (run %d of %d): %s", self, number, RUNS, error
+            )
+            took = time.monotonic() - began
+            time.sleep(random.uniform(0, _FIRST_PAUSE * 2 ** (number - 1)))  # noqa: S311 - spreads contenders
+            self._before_another_run(took)
+        self._finish(self._failed(describe(error)))
+        raise error
+
+    def _before_another_run(self, took: float) -> None:
+        """Make sure of the claim, for long enough that no renewal falls into a run that takes as long as the last one.
+
+        A renewal writes the row. Where a transaction's snapshot is fixed (``REPEATABLE READ`` and above on PostgreSQL) it could
+        not complete a row that was written since, and a body longer than a third of its lease never would.
+        """
+        lease = self.task.idempotency.lease + 2 * took
+        lost = self._write("keep a claim", lambda: self._store.renew([self._claim], lease=lease))
+        self._continue(not lost, RunState.CLAIMED)
+        self.entered = self.replacing = False
+        self.__dict__.pop("calls", None)  # it makes the same calls in the same places
+
+    def _perform(self, body: Callable[[], T]) -> T:
         try:
             value = body()
         except Retry as retry:
@@ -153,14 +225,22 @@ class Run:
         except Ignore:
             if self.state is RunState.CLAIMED:
                 self._finish(self._completed(None, note=Note.REPLACED if self.replacing else Note.IGNORED))
+            self._stop_if_lost()
             raise
         except Reject as reject:
             self._rejected(reject)
+            raise
+        except NotCommittedError:
             raise
         except Exception as error:
             if self._ran_on:
                 raise
             self._stop_if_sent_on()
+            if self.unit is not None:
+                if self.unit.gave_way is not None:  # whatever the body made of it
+                    raise NotCommittedError(error, again=True) from error
+                # A signal may have struck in the middle of an answer.
+                self.unit.roll_back(broken=isinstance(error, SoftTimeLimitExceeded))
             self._finish(self._failed(describe(error)))
             raise
         if self._ran_on:
@@ -184,7 +264,13 @@ class Run:
         result = encode_result(self.task.app, value) if wanted else None
         if self.waited_on:
             # What waits on this result is sent after we return: until it is known to be, the row says so.
-            held = self._write("note a recovery point", lambda: self._store.checkpoint(self._claim, result=result))
+            # On SQLite a transaction that writes keeps all others from writing, renewals too: the lease may have run out.
+            lease = None if self.unit is None else self.task.idempotency.lease
+            held = self._commit(
+                "note a recovery point",
+                lambda store: store.checkpoint(self._claim, result=result, lease=lease),
+                self._has_succeeded,
+            )
             self._continue(held, RunState.CHECKPOINTED)
         else:
             self._finish(self._completed(result))
@@ -230,9 +316,17 @@ class Run:
             return True
         if self.state is not RunState.CLAIMED:
             return False
-        held = self._write("hand a message on", lambda: self._store.retry(self._claim, message)) or self._is_pending(
-            message.attempt
-        )
+
+        def hand_on(store: Store) -> bool:
+            return store.retry(self._claim, message)
+
+        def handed_on() -> bool:
+            return self._is_pending(message.attempt)
+
+        if self.replacing:  # by itself: what the body did until here stands
+            held = self._commit("hand a message on", hand_on, handed_on) or handed_on()
+        else:
+            held = self._write("hand a message on", lambda: hand_on(self._store)) or handed_on()
         self.state = RunState.HANDED_ON if held else RunState.LOST
         self.detach()
         return held
@@ -324,9 +418,10 @@ class Run:
 
     def _completed(self, result: bytes | None, note: Note | None = None) -> bool:
         unique_for = self.task.idempotency.unique_for
-        return self._write(
+        return self._commit(
             "record a success",
-            lambda: self._store.complete(self._claim, result=result, note=note, unique_for=unique_for),
+            lambda store: store.complete(self._claim, result=result, note=note, unique_for=unique_for),
+            self._has_succeeded,
         )
 
     def _failed(self, error: str) -> bool:
@@ -335,11 +430,53 @@ class Run:
             "record a failure", lambda: self._store.fail(self._claim, error=error, unique_for=unique_for)
         )
 
+    def _has_succeeded(self) -> bool:
+        """Whether the row says that our body has succeeded: nobody else can have written so under its token."""
+        row = self._write("read a message", lambda: self._store.find(self.key))
+        return row is not None and (row.token, row.processed_status) == (self._claim.token, ProcessedStatus.SUCCESS)
+
+    def _commit(self, what: str, write: Callable[[Store], bool], written: Callable[[], bool]) -> bool:
+        """Write how a body ended well, together with what it wrote itself if it is an atomic one.
+
+        Args:
+            what: For the log.
+            write: The verb.
+            written: Reads whether it was done.
+
+        Returns:
+            Whether the claim still held.
+
+        Raises:
+            NotCommittedError: The transaction was not committed.
+        """
+        unit = self.unit
+        if unit is None or not unit.opened:
+            return self._write(what, lambda: write(self._store))
+        try:
+            return unit.commit(write)
+        except Exception as error:
+            unit.roll_back(broken=True)
+            if unit.in_doubt and self._took_place(written):
+                logger.warning("%s was committed, although the answer was lost: %r", self, error)
+                return True
+            raise NotCommittedError(error, again=unit.gave_way is not None) from error
+
+    def _took_place(self, written: Callable[[], bool]) -> bool:
+        """Whether a commit whose answer is lost did."""
+        # A server that has yet to notice may still commit: it has the row until then, and a write of ours waits for it. The lease is
+        # longer than any before (see `_before_another_run`), so that it is a write.
+        lease = self.task.idempotency.lease + 2 * (time.monotonic() - self.asked)
+        self._write("learn how a commit went", lambda: self._store.renew([self._claim], lease=lease))
+        return written()
+
     def _write(self, what: str, ask: Callable[[], T]) -> T:
         """Ask the store to write an outcome, however long it takes: see ``idempotent_on_store_error``."""
+        if self.unit is not None:
+            # What is written beside an atomic body's transaction is written after it, and could not be on SQLite before.
+            self.unit.roll_back()
 
         def write() -> T:
-            if self.request.is_eager or self.task.queue_log.settings.on_store_error != "retry":
+            if self.request.is_eager or self.on_store_error != "retry":
                 return ask()
             return ask_until_answered(ask, f"{what} for {self}")
 
@@ -349,7 +486,7 @@ class Run:
             # The signal struck while the outcome of a finished body was being written; the write may be repeated.
             return write()
         except StoreUnavailableError as error:
-            if self.task.queue_log.settings.on_store_error == "run":
+            if self.on_store_error == "run":
                 logger.error("could not %s for %s, so a copy of it may run again: %s", what, self, error)
                 return cast("T", True)
             raise
@@ -376,7 +513,8 @@ class Run:
         if self.state is RunState.LOST:
             # Raised as LeaseLostError, it would be stored as this task's FAILURE over its new owner's result.
             error = LeaseLostError(self.key.message_id, self._claim.token)
-            logger.error("%s: %s", self, error)
+            undone = "; what its body wrote in its transaction was rolled back" if self.task.idempotency.atomic else ""
+            logger.error("%s: %s%s", self, error, undone)
             raise Ignore(str(error)) from error
 
     def __str__(self) -> str:

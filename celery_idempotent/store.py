@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from celery_idempotent.records import (
     Claim,
@@ -28,7 +28,10 @@ from celery_idempotent.records import (
     TaskCount,
 )
 
-__all__ = ["Store"]
+if TYPE_CHECKING:
+    from sqlalchemy import Connection, Engine
+
+__all__ = ["Store", "TransactionalStore"]
 
 
 class Store(Protocol):
@@ -153,7 +156,7 @@ class Store(Protocol):
         ...
 
     def renew(self, holders: Sequence[Holder], *, lease: float) -> list[Holder]:
-        """Extend leases to ``lease`` seconds from now.
+        """Extend leases to ``lease`` seconds from now. One that is longer stays as it is, and its row is not written.
 
         Args:
             holders: Runs to keep alive, by their claims or their workers; an empty list asks nothing.
@@ -167,8 +170,13 @@ class Store(Protocol):
         """
         ...
 
-    def checkpoint(self, claim: Claim, *, result: bytes | None) -> bool:
+    def checkpoint(self, claim: Claim, *, result: bytes | None, lease: float | None = None) -> bool:
         """Note the recovery point: the body ran, its result is stored, its callbacks are about to be dispatched.
+
+        Args:
+            claim: The run whose body ended.
+            result: Encoded return value.
+            lease: Seconds until others may take over, from now; > 0. ``None`` leaves the lease as it is.
 
         Returns:
             Whether the claim still held; repeating a checkpoint that was written answers ``True``.
@@ -368,4 +376,32 @@ class Store(Protocol):
 
     def close(self) -> None:
         """Let go of connections. The store may be used again and opens new ones."""
+        ...
+
+
+class TransactionalStore(Store, Protocol):
+    """A store in a database that can hold its users' tables too: what ``atomic=True`` needs."""
+
+    @property
+    def engine(self) -> Engine:
+        """An engine for transactions on the store's database, one per process."""
+        ...
+
+    def within(self, connection: Connection) -> Store:
+        """The same store, with its verbs in a transaction of the caller's.
+
+        What they write takes effect, and is seen by others, when the caller commits. Nothing is repeated, and errors are the
+        database's own: what they make of the transaction is the caller's affair.
+
+        Args:
+            connection: One of :attr:`engine`'s database, in a transaction.
+        """
+        ...
+
+    def gave_way(self, error: BaseException) -> bool:
+        """Whether a transaction that met an error took no effect, and may if all of it is done again.
+
+        So it is after a deadlock, a serialization failure or a lock that was waited for in vain; and after a connection that broke,
+        unless it broke while the transaction was being committed.
+        """
         ...

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import timedelta
 from functools import cached_property, partial, wraps
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeVar, overload
 
 from celery import Task
 from celery.exceptions import Ignore
@@ -13,6 +13,7 @@ from celery.result import EagerResult
 from celery.utils import uuid
 
 from celery_idempotent.consumer import admit
+from celery_idempotent.errors import IdempotentError
 from celery_idempotent.options import Options, refuse_misspelt, refuse_misspelt_call
 from celery_idempotent.producer import identify, send
 from celery_idempotent.queue_log import QueueLog
@@ -26,11 +27,47 @@ if TYPE_CHECKING:
     from celery.app.task import Context
     from celery.canvas import Signature
     from celery.result import AsyncResult
+    from sqlalchemy import Connection
+    from sqlalchemy.orm import Session
 
+    from celery_idempotent.atomic import UnitOfWork
     from celery_idempotent.records import MessageKey
     from celery_idempotent.result import IdempotentResult
 
 __all__ = ["IdempotentTask"]
+
+T = TypeVar("T")
+
+
+class _InTheBody(Generic[T]):
+    """An attribute that a task has while its atomic body runs: that of this thread, since a task is one object for all.
+
+    A task that keeps something of its own under the name, on its class or on itself, still may.
+    """
+
+    def __init__(self, read: Callable[[UnitOfWork], T], name: str, doc: str) -> None:
+        self._read = read
+        self._name = name
+        self.__doc__ = doc
+
+    @overload
+    def __get__(self, task: None, owner: type) -> Self: ...
+    @overload
+    def __get__(self, task: IdempotentTask, owner: type) -> T: ...
+    def __get__(self, task: IdempotentTask | None, owner: type) -> T | Self:
+        if task is None:
+            return self
+        run = Run.of(task.request_stack.top)
+        if run is not None and run.unit is not None:
+            return self._read(run.unit)
+        if not task.idempotency.atomic:
+            raise IdempotentError(
+                f"task {task.name} has no {self._name}: it is not atomic; give it the option atomic=True"
+            )
+        raise IdempotentError(
+            f"task {task.name} has no {self._name} here: an atomic task has one while a worker, or apply(), runs its body; "
+            f"a call as a function, map, starmap and chunks are not guarded"
+        )
 
 
 def _guarded(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -98,7 +135,9 @@ class IdempotentTask(Task):  # type: ignore[misc]
     #: Whether the same id with other arguments is refused. Default: when a message id is set, by option or for one call.
     fingerprint: ClassVar[bool | None] = None
 
-    #: Whether the body runs in a transaction of the store. Not available in this version: ``True`` is refused.
+    #: Whether the body runs in a transaction on the store's database, in :attr:`session` or :attr:`connection`, which is
+    #: committed together with the message's completion. Default: ``False``. Hazard: a body whose transaction gave way to
+    #: another one is run again, up to :data:`~celery_idempotent.atomic.RUNS` times in all.
     atomic: ClassVar[bool | None] = None
 
     #: Whether the return value is kept for replay. Default: ``True``.
@@ -129,6 +168,18 @@ class IdempotentTask(Task):  # type: ignore[misc]
     def queue_log(self) -> QueueLog:
         """The app's queue log."""
         return QueueLog.of(self.app)
+
+    #: The SQLAlchemy session of the atomic body that runs here and now. It is committed when the body has returned, together with
+    #: the message's completion; a commit of the body's own is an error. Undo a part of it by ``begin_nested()``, all by an error.
+    #: Elsewhere reading it raises IdempotentError.
+    session: ClassVar[_InTheBody[Session]] = _InTheBody(
+        lambda unit: unit.session, "session", "The session of the atomic body that runs."
+    )
+
+    #: The SQLAlchemy connection of the atomic body that runs here and now, in the same transaction as :attr:`session`.
+    connection: ClassVar[_InTheBody[Connection]] = _InTheBody(
+        lambda unit: unit.connection, "connection", "The connection of the atomic body."
+    )
 
     @cached_property
     def idempotency(self) -> Options:

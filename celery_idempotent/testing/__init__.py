@@ -6,6 +6,8 @@ Importing this module imports pytest. A store passes when a subclass such as thi
         @pytest.fixture
         def open_store_again(self, tmp_path):
             return functools.partial(MyStore, tmp_path / "queue_log")
+
+A store with transactions for its users, as ``atomic=True`` needs them, adds :class:`TransactionContract` to its bases.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ for _module in (
     "recording",
     "recovering",
     "taking_over",
+    "transactions",
 ):
     pytest.register_assert_rewrite(f"celery_idempotent.testing.{_module}")
 
@@ -37,8 +40,9 @@ from celery_idempotent.testing.races import RaceContract  # noqa: E402
 from celery_idempotent.testing.recording import RecordContract  # noqa: E402
 from celery_idempotent.testing.recovering import RecoveryContract  # noqa: E402
 from celery_idempotent.testing.taking_over import TakeOverContract  # noqa: E402
+from celery_idempotent.testing.transactions import TransactionContract  # noqa: E402
 
-__all__ = ["StoreContract"]
+__all__ = ["StoreContract", "TransactionContract"]
 
 
 class StoreContract(

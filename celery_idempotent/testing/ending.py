@@ -38,6 +38,14 @@ class EndingContract(StoreFixtures):
         assert row.processed_timestamp is None
         assert row.message == before.message
 
+    def test_a_recovery_point_may_come_with_a_new_lease(self, store: Store) -> None:
+        held = processing(store)
+        store.expire(held)
+        assert store.checkpoint(held, result=b"1", lease=LEASE)
+        row = read(store)
+        assert 0 < row.lease_left <= LEASE
+        assert (row.processed_status, row.result, row.token) == (ProcessedStatus.SUCCESS, b"1", held.token)
+
     def test_a_recovery_point_may_have_no_result(self, store: Store) -> None:
         held = processing(store)
         assert store.checkpoint(held, result=None)

@@ -145,10 +145,12 @@ class TakeOverContract(StoreFixtures):
         assert before.read_at <= row.lease_expires_at - timedelta(seconds=600) <= row.read_at
         assert (row.token, row.worker, row.status) == (before.token, before.worker, before.status)
 
-    def test_a_lease_may_be_shortened(self, store: Store) -> None:
+    def test_a_longer_lease_stays_as_it_is(self, store: Store) -> None:
         held = processing(store)
-        store.renew([held], lease=1.0)
-        assert read(store).lease_left <= 1.0
+        before = read(store)
+        assert store.renew([held, Owner(KEY, WORKER)], lease=LEASE / 2) == []
+        assert store.renew([Claim(KEY, held.token + 1), Owner(KEY, "host-z:1")], lease=LEASE / 2) != []
+        assert same_row(read(store), before)
 
     def test_nothing_to_renew_is_nothing_lost(self, store: Store) -> None:
         assert store.renew([], lease=LEASE) == []

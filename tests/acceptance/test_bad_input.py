@@ -98,7 +98,7 @@ def test_misspelt_options_are_refused_when_the_task_is_made(app: Celery, options
         ({"lease": 0}, "lease must be a number of seconds or a timedelta, > 0"),
         ({"lease": "60"}, "lease must be a number"),
         ({"unique_for": float("nan")}, "unique_for must be a number"),
-        ({"atomic": True}, "atomic=True is not available in this version"),
+        ({"atomic": "yes"}, "atomic must be True or False"),
         ({"message_id": "order"}, "names no argument"),
         ({"message_id": "{0}"}, "positional field"),
         ({"message_id": "{order}"}, "did you mean 'order_id'?"),

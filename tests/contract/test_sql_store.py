@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from celery_idempotent.store import Store
 from celery_idempotent.stores import open_store
 from celery_idempotent.stores.sql import queue_log_table
-from celery_idempotent.testing import StoreContract
+from celery_idempotent.testing import StoreContract, TransactionContract
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +37,14 @@ def table_of_its_own(engine: sa.Engine) -> Iterator[Callable[[], Store]]:
     table.drop(engine)
 
 
-class TestSQLite(StoreContract):
+class TestSQLite(StoreContract, TransactionContract):
     @pytest.fixture
     def open_store_again(self, tmp_path: Path) -> Callable[[], Store]:
         # Not initialised: the table is made on first use.
         return partial(open_store, f"sqlite:///{tmp_path / 'queue_log.db'}")
 
 
-class TestPostgreSQL(StoreContract):
+class TestPostgreSQL(StoreContract, TransactionContract):
     @pytest.fixture
     def open_store_again(
         self, postgresql_url: str, engine: Callable[[str], sa.Engine]
@@ -52,7 +52,7 @@ class TestPostgreSQL(StoreContract):
         yield from table_of_its_own(engine(postgresql_url))
 
 
-class TestMariaDB(StoreContract):
+class TestMariaDB(StoreContract, TransactionContract):
     @pytest.fixture
     def open_store_again(self, mariadb_url: str, engine: Callable[[str], sa.Engine]) -> Iterator[Callable[[], Store]]:
         yield from table_of_its_own(engine(mariadb_url))

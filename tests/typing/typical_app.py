@@ -7,6 +7,8 @@ from typing import Any, assert_type
 
 from celery import Celery
 from celery.result import AsyncResult
+from sqlalchemy import Connection, text
+from sqlalchemy.orm import Session, sessionmaker
 
 from celery_idempotent import (
     AlreadyFailedError,
@@ -17,6 +19,7 @@ from celery_idempotent import (
     QueueLog,
     StoreUnavailableError,
     by_arguments,
+    current_message,
 )
 
 app = Celery("shop", broker="redis://localhost", backend="redis://localhost")
@@ -48,6 +51,15 @@ def charge(order_id: str, amount: int) -> None: ...
 )
 def settle(self: IdempotentTask, order_id: str) -> dict[str, Any]:
     return {"order": order_id, "retries": self.request.retries, "worker": self.request.hostname}
+
+
+@app.task(base=IdempotentTask, bind=True, atomic=True)
+def refund(self: IdempotentTask, order_id: str) -> str | None:
+    assert_type(self.session, Session)
+    assert_type(self.connection, Connection)
+    self.session.execute(text("UPDATE orders SET refunded = true WHERE id = :id"), {"id": order_id})
+    message = current_message()
+    return None if message is None else message.message_id
 
 
 class Payment(IdempotentTask):
@@ -121,4 +133,4 @@ def by_hand(task: Remind) -> AsyncResult[Any]:
 
 def set_up() -> bool:
     """The queue log of an app."""
-    return QueueLog.of(app).init()
+    return QueueLog(app, session_factory=sessionmaker(expire_on_commit=False), isolation_level="SERIALIZABLE").init()

@@ -41,6 +41,7 @@ def test_the_defaults(app: Celery) -> None:
     assert options.call == CallPolicy(on_duplicate="skip", resubmit_failed=False, lost_after=300.0)
     assert options.delivery == DeliveryPolicy(on_processing="hold", on_abandoned="fail")
     assert (options.lease, options.unique_for, options.fingerprint, options.keep_result) == (60.0, None, None, True)
+    assert options.atomic is False
 
 
 def test_every_option(app: Celery) -> None:
@@ -55,7 +56,7 @@ def test_every_option(app: Celery) -> None:
         lease=timedelta(minutes=2),
         unique_for=3600,
         fingerprint=False,
-        atomic=False,
+        atomic=True,
         keep_result=False,
     )
 
@@ -63,12 +64,8 @@ def test_every_option(app: Celery) -> None:
     assert options.message_id(("o-1",), {}) == "order:o-1"
     assert options.call == CallPolicy(on_duplicate="raise", resubmit_failed=True, lost_after=10.0)
     assert options.delivery == DeliveryPolicy(on_processing="skip", on_abandoned="rerun")
-    assert (options.lease, options.unique_for, options.fingerprint, options.keep_result) == (
-        120.0,
-        3600.0,
-        False,
-        False,
-    )
+    assert (options.lease, options.unique_for) == (120.0, 3600.0)
+    assert (options.fingerprint, options.atomic, options.keep_result) == (False, True, False)
 
 
 @pytest.mark.parametrize(("acks_late", "on_abandoned"), [(True, "rerun"), (False, "fail")])
@@ -183,11 +180,6 @@ class TestMessageId:
         ("unique_for", -5, "unique_for must be a number of seconds or a timedelta, > 0, not -5"),
         ("fingerprint", 1, "fingerprint must be True or False, not 1"),
         ("keep_result", 0, "keep_result must be True or False, not 0"),
-        (
-            "atomic",
-            True,
-            "atomic=True is not available in this version; leave it out, and make the body's own writes idempotent",
-        ),
         ("atomic", "yes", "atomic must be True or False, not 'yes'"),
     ],
 )

@@ -21,6 +21,7 @@ DESIGN = {
     "AlreadyFailedError",
     "AlreadyProcessingError",
     "ConfigurationError",
+    "CurrentMessage",
     "DuplicateMessageError",
     "IdempotentError",
     "IdempotentTask",
@@ -32,6 +33,7 @@ DESIGN = {
     "StoreError",
     "StoreUnavailableError",
     "by_arguments",
+    "current_message",
     "queue_log_table",
 }
 

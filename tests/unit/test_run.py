@@ -87,14 +87,14 @@ class TestAProcessThatSlept:
     """Stopped between the claim and the body, and woken after the lease."""
 
     def test_a_body_whose_claim_was_lost_meanwhile_does_not_run(self, run: Run, store: SQLStore) -> None:
-        run.claimed_at -= 100.0
+        run.asked -= 100.0
         store.expire(run._claim)
         assert store.take_over(row(store), task_id="task-id", worker="another", lease=60.0, attempt=0)
         with pytest.raises(Ignore):
             run.perform(lambda: pytest.fail("the body ran"))
 
     def test_a_body_whose_claim_still_stands_runs(self, run: Run) -> None:
-        run.claimed_at -= 100.0
+        run.asked -= 100.0
         assert run.perform(lambda: 5) == 5
 
 

@@ -20,6 +20,7 @@ from celery_idempotent.stores.sql.columns import (
     anew,
     free_again,
     has_key,
+    held_by,
     holder_parameters,
     key_parameters,
     message_parameters,
@@ -88,10 +89,12 @@ class Claims:
                 takeovers=table.c.takeovers + literal_column("1"),
             )
         )
+        renewed = FromNow(seconds("p_lease"))
         renew = (
             update(table)
-            .where(has_key(table), table.c.status == PROCESSING)
-            .values(lease_expires_at=FromNow(seconds("p_lease")))
+            # Not one that is longer: an atomic body whose snapshot is fixed must not find its row written meanwhile.
+            .where(has_key(table), table.c.status == PROCESSING, table.c.lease_expires_at <= renewed)
+            .values(lease_expires_at=renewed)
         )
         self._renew_by_token = renew.where(table.c.token == parameter(table, "token"))
         self._renew_by_worker = renew.where(table.c.worker == parameter(table, "worker"))
@@ -179,6 +182,10 @@ class Claims:
             statement = self._renew_by_token if isinstance(holder, Claim) else self._renew_by_worker
             if connection.execute(statement, {**holder_parameters(holder), "p_lease": lease}).rowcount:
                 renewed.add(holder)
+                continue
+            row = self._read(connection, holder.key)
+            if row is not None and row.status is Status.PROCESSING and held_by(row, holder):
+                renewed.add(holder)  # its lease is longer
         return [holder for holder in holders if holder not in renewed]
 
 

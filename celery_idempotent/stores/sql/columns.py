@@ -36,6 +36,7 @@ __all__ = [
     "anew",
     "free_again",
     "has_key",
+    "held_by",
     "holder_parameters",
     "key_parameters",
     "message_parameters",
@@ -148,6 +149,11 @@ class Lookup:
         """Read it; ``None`` when there is none."""
         read = connection.execute(self._select, key_parameters(key)).mappings().first()
         return None if read is None else row_of(read)
+
+
+def held_by(row: Row, holder: Holder) -> bool:
+    """Whether the holder was the last to claim the row."""
+    return row.token == holder.token if isinstance(holder, Claim) else row.worker == holder.worker
 
 
 def statuses_of(read: RowMapping) -> tuple[Status, ProcessedStatus | None]:

@@ -32,7 +32,7 @@ from celery_idempotent.stores.sql.dialects import Dialect, Fault
 from celery_idempotent.stores.sql.forks import close_before_forks
 from celery_idempotent.stores.sql.watch import Watch
 
-__all__ = ["Database"]
+__all__ = ["Database", "Joined"]
 
 T = TypeVar("T")
 
@@ -133,6 +133,10 @@ class Database:
                 else:
                     raise self._explained(fault, error, again) from error
 
+    def gave_way(self, error: BaseException) -> bool:
+        """Whether a transaction that met an error took no effect, and may if it is repeated."""
+        return isinstance(error, DBAPIError) and self._dialect.fault(error) in (Fault.COLLISION, Fault.LOST)
+
     def close(self) -> None:
         """Close this process's own connections. The next operation opens new ones."""
         opened = self._opened.pop(os.getpid(), None)
@@ -215,8 +219,9 @@ class Database:
             return self._target
         if isinstance(autocommit.pool, StaticPool):
             return autocommit.execution_options(isolation_level="SERIALIZABLE")
-        # A pool of its own: bodies that hold a connection for minutes must not keep a lease from being renewed.
-        return self._create(self._target)
+        # A pool of its own: bodies that hold a connection for minutes must not keep a lease from being renewed. It has as many
+        # as bodies run at once, which is for the worker's concurrency to say.
+        return self._create(self._target, max_overflow=-1)
 
     def _create(self, url: URL, **arguments: Any) -> Engine:
         # Parameters hold messages and results, which have no place in logs and error texts.
@@ -245,6 +250,17 @@ class Database:
                 return StoreError(f"the queue log at {self} refused: {cause}")
             case _:
                 return _unavailable(f"the queue log at {self} gave no answer: {cause}", sent)
+
+
+class Joined:
+    """A transaction of the caller's, as the store's operations see it: they run in it once, for better or worse."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def run(self, operation: Callable[[Connection, bool], T], *, prepared: bool = True, patient: bool = False) -> T:  # noqa: ARG002
+        """Run an operation; see :meth:`Database.run`."""
+        return operation(self._connection, False)
 
 
 def _unavailable(text: str, sent: bool) -> StoreUnavailableError:

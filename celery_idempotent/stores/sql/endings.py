@@ -22,6 +22,7 @@ from celery_idempotent.stores.sql.columns import (
     SUCCESS,
     Lookup,
     has_key,
+    held_by,
     holder_parameters,
     key_parameters,
     parameter,
@@ -66,7 +67,8 @@ class Endings:
         # Back to pending. The worker stays: null would mean that the message was never claimed.
         returned = {"status": PENDING, "processed_status": null(), "lease_expires_at": null(), "result": null()}
         result = bindparam("p_result", type_=table.c.result.type)
-        self._checkpoint = fenced(processed_status=SUCCESS, result=result).by_token
+        lease = func.coalesce(FromNow(seconds("p_lease")), table.c.lease_expires_at)
+        self._checkpoint = fenced(processed_status=SUCCESS, result=result, lease_expires_at=lease).by_token
         self._complete = fenced(
             **ended, processed_status=SUCCESS, message=null(), result=func.coalesce(result, table.c.result)
         ).by_token
@@ -100,9 +102,9 @@ class Endings:
             .values(failed)
         )
 
-    def checkpoint(self, connection: Connection, claim: Claim, *, result: bytes | None) -> bool:
+    def checkpoint(self, connection: Connection, claim: Claim, *, result: bytes | None, lease: float | None) -> bool:
         """The recovery point; written a second time it is the same."""
-        return _wrote(connection, self._checkpoint, {**holder_parameters(claim), "p_result": result})
+        return _wrote(connection, self._checkpoint, {**holder_parameters(claim), "p_result": result, "p_lease": lease})
 
     def complete(
         self,
@@ -139,7 +141,7 @@ class Endings:
         row = self._read(connection, holder.key)
         return (
             row is not None
-            and _of(row, holder)
+            and held_by(row, holder)
             and _ended(row, ProcessedStatus.FAILURE)
             and row.error == storable(error)
         )
@@ -158,14 +160,16 @@ class Endings:
         if _wrote(connection, self._retry.by(holder), parameters):
             return True
         row = self._read(connection, holder.key) if again else None
-        return row is not None and _of(row, holder) and (row.status, row.attempt) == (Status.PENDING, message.attempt)
+        return (
+            row is not None and held_by(row, holder) and (row.status, row.attempt) == (Status.PENDING, message.attempt)
+        )
 
     def release(self, connection: Connection, holder: Holder, *, again: bool) -> bool:
         """Back to pending, for the same attempt."""
         if _wrote(connection, self._release.by(holder), holder_parameters(holder)):
             return True
         row = self._read(connection, holder.key) if again else None
-        return row is not None and _of(row, holder) and row.status is Status.PENDING
+        return row is not None and held_by(row, holder) and row.status is Status.PENDING
 
     def expire(self, connection: Connection, holder: Holder) -> bool:
         """The lease ends now."""
@@ -220,8 +224,3 @@ def _wrote(connection: Connection, statement: Update, parameters: dict[str, Any]
 
 def _ended(row: Row, how: ProcessedStatus) -> bool:
     return row.status is Status.DONE and row.processed_status is how
-
-
-def _of(row: Row, holder: Holder) -> bool:
-    """Whether the holder was the last to claim the row."""
-    return row.token == holder.token if isinstance(holder, Claim) else row.worker == holder.worker

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from datetime import datetime
 
 from sqlalchemy import URL, Connection, Engine, MetaData
@@ -26,7 +27,7 @@ from celery_idempotent.records import (
 from celery_idempotent.stores.sql import schema
 from celery_idempotent.stores.sql.address import parse
 from celery_idempotent.stores.sql.claims import Claims
-from celery_idempotent.stores.sql.connection import Database
+from celery_idempotent.stores.sql.connection import Database, Joined
 from celery_idempotent.stores.sql.dialects import dialect_named
 from celery_idempotent.stores.sql.endings import Endings
 from celery_idempotent.stores.sql.producer import Producer
@@ -38,7 +39,9 @@ __all__ = ["SQLStore"]
 
 
 class SQLStore:
-    """The queue log in a table of PostgreSQL, MySQL, MariaDB or SQLite; implements :class:`~celery_idempotent.store.Store`.
+    """The queue log in a table of PostgreSQL, MySQL, MariaDB or SQLite.
+
+    Implements :class:`~celery_idempotent.store.TransactionalStore`.
 
     Safe between threads, greenlets and processes, and across forks: nothing is connected before the first verb, and each
     process connects for itself. Before a process's first verb the table is looked at; on SQLite it is made if missing.
@@ -80,6 +83,19 @@ class SQLStore:
         Opened lazily, per process; :meth:`close` disposes of the store's own.
         """
         return self._database.engine
+
+    def within(self, connection: Connection) -> SQLStore:
+        """This store with its verbs in a transaction of yours: what they write is committed, or not, by you.
+
+        Args:
+            connection: One of :attr:`engine`'s database, in a transaction. The table has to be there.
+        """
+        joined = copy(self)
+        joined._run = Joined(connection).run  # noqa: SLF001 - it is one of us
+        return joined
+
+    def gave_way(self, error: BaseException) -> bool:
+        return self._database.gave_way(error)
 
     # -- producer ------------------------------------------------------------------------------------------------------
 
@@ -125,8 +141,8 @@ class SQLStore:
     def renew(self, holders: Sequence[Holder], *, lease: float) -> list[Holder]:
         return self._run(lambda on, _: self._claims.renew(on, holders, lease=lease)) if holders else []
 
-    def checkpoint(self, claim: Claim, *, result: bytes | None) -> bool:
-        return self._run(lambda on, _: self._endings.checkpoint(on, claim, result=result))
+    def checkpoint(self, claim: Claim, *, result: bytes | None, lease: float | None = None) -> bool:
+        return self._run(lambda on, _: self._endings.checkpoint(on, claim, result=result, lease=lease))
 
     def complete(
         self, claim: Claim, *, result: bytes | None, note: Note | None = None, unique_for: float | None = None

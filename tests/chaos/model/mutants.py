@@ -172,7 +172,7 @@ class StartsAnewWithoutItsToken(_Faulty):
 
 
 class ForgetsTheRecoveryPoint(_Faulty):
-    def checkpoint(self, claim: Claim, *, result: bytes | None) -> bool:
+    def checkpoint(self, claim: Claim, *, result: bytes | None, lease: float | None = None) -> bool:
         return bool(super().renew([claim], lease=60.0) == [])
 
 

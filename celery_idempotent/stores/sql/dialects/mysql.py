@@ -27,8 +27,8 @@ from celery_idempotent.stores.sql.dialects.base import Dialect, Fault
 __all__ = ["MySQL"]
 
 _DUPLICATE_KEY = 1062
-#: Deadlock, lock wait timeout.
-_COLLISIONS = {1205, 1213}
+#: Deadlock, lock wait timeout; a row that changed since the transaction's snapshot (MariaDB's ``innodb_snapshot_isolation``).
+_COLLISIONS = {1020, 1205, 1213}
 #: Unknown column, unknown table.
 _SCHEMA = {1054, 1146}
 #: Errors that time or an operator ends, out of those that PyMySQL calls OperationalError (anything it has no name for).

@@ -1,0 +1,343 @@
+"""The transaction of an atomic body: what the body writes, and how it ended, take effect together or not at all.
+
+A unit of work belongs to one run of one body. Its connection is opened when the body first asks for it, and is none of the store's:
+leases are renewed beside it. Whoever runs the body (:mod:`celery_idempotent.run`) ends the unit: by the write that ends the
+message, in the same transaction, or by rolling back.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Self, TypeGuard
+
+from celery_idempotent.errors import ConfigurationError, IdempotentError
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection, Engine
+    from sqlalchemy.engine import ExceptionContext
+    from sqlalchemy.orm import Session, scoped_session, sessionmaker
+
+    from celery_idempotent.store import Store, TransactionalStore
+
+    #: What makes the sessions of atomic bodies.
+    SessionFactory = sessionmaker[Any] | scoped_session[Any] | Callable[..., Session]
+
+__all__ = ["RUNS", "NotCommittedError", "UnitOfWork", "transactional"]
+
+logger = logging.getLogger("celery_idempotent")
+
+#: How often a body is run at most whose transaction gave way to another one (a deadlock, a serialization failure, a lock that was
+#: waited for in vain), or whose connection broke, or could not be had.
+RUNS = 5
+
+#: The execution option by which a connection knows its unit.
+_UNIT = "celery_idempotent_unit"
+
+
+class NotCommittedError(Exception):
+    """A body's transaction was not committed. Never leaves the run.
+
+    Args:
+        error: Why.
+        again: Whether the body may be run again for it.
+    """
+
+    def __init__(self, error: Exception, *, again: bool) -> None:
+        super().__init__(error)
+        self.error = error
+        self.again = again
+
+
+def transactional(store: Store) -> TransactionalStore:
+    """The store, which has to be one with transactions for its users.
+
+    Raises:
+        ConfigurationError: It has none.
+    """
+    if not _has_transactions(store):
+        raise ConfigurationError(
+            f"atomic=True needs a store with transactions, such as SQLStore; {type(store).__name__} has none: "
+            f"leave the option out, and make the body's own writes idempotent"
+        )
+    if _is_one_connection(store.engine):
+        raise ConfigurationError(
+            "atomic=True needs a database that two connections can share, and an in-memory SQLite is one connection; use a file"
+        )
+    return store
+
+
+class UnitOfWork:
+    """The transaction of one body.
+
+    Args:
+        store: Whose database it is on.
+        session_factory: Makes the session; by default SQLAlchemy's own ``Session``.
+        isolation_level: SQLAlchemy's name of it; ``None`` for the engine's.
+    """
+
+    def __init__(
+        self,
+        store: TransactionalStore,
+        *,
+        session_factory: SessionFactory | None = None,
+        isolation_level: str | None = None,
+    ) -> None:
+        self._store = store
+        self._session_factory = session_factory
+        self._isolation_level = isolation_level
+        self._connection: Connection | None = None
+        self._session: Session | None = None
+        self._over = False
+        self._committing = False
+        self._undone = False
+        #: The error by which the database ended the transaction, or a statement of it, in favour of another one; or the connection's
+        #: end. The body may have caught it, but what it wrote before may be gone.
+        self.gave_way: BaseException | None = None
+        #: Whether a commit was asked for, and how it went is not known.
+        self.in_doubt = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        self.roll_back(broken=error is not None and not isinstance(error, Exception))
+
+    # -- for the body --------------------------------------------------------------------------------------------------
+
+    @property
+    def connection(self) -> Connection:
+        """The connection, in the transaction.
+
+        Raises:
+            IdempotentError: The transaction is over.
+        """
+        if self._over:
+            raise IdempotentError(
+                "the transaction of this atomic body is over: the body retried or replaced itself, and the rest of it has none"
+            )
+        return self._connection or self._open()
+
+    @property
+    def session(self) -> Session:
+        """A session on that connection.
+
+        Raises:
+            ConfigurationError: The session factory makes sessions that go elsewhere.
+            IdempotentError: The transaction is over.
+        """
+        connection = self.connection
+        if self._session is None:
+            session = self._make_session(connection)
+            if session.connection() is not connection:
+                session.close()
+                raise ConfigurationError(
+                    "QueueLog(app, session_factory=...) makes sessions that do not keep to the connection they are given (bind=...), "
+                    "so what they write would not be committed with the message; give a plain sessionmaker"
+                )
+            self._session = session
+        return self._session
+
+    # -- for the run ---------------------------------------------------------------------------------------------------
+
+    @property
+    def opened(self) -> bool:
+        """Whether there is a transaction: the body has asked for it, and it is not over."""
+        return self._connection is not None
+
+    @property
+    def store(self) -> Store:
+        """The store, with its verbs in the transaction."""
+        return self._store.within(self.connection)
+
+    def flush(self) -> None:
+        """Write what the session still keeps to itself, as a commit would.
+
+        Raises:
+            IdempotentError: The body ended the transaction itself.
+            Exception: The database's or the session's own.
+        """
+        if self.gave_way is not None:
+            raise self.gave_way
+        if self._connection is None:
+            return
+        if self._is_ours() and self._session is not None:
+            self._session.flush()
+        if not self._is_ours():
+            raise IdempotentError(
+                "the body of an atomic task ended its transaction itself: by rollback() or close(), or by an error of a flush that "
+                "it caught; nothing of it is kept. To undo a part use begin_nested(), to undo all of it raise an error"
+            )
+
+    def commit(self, write: Callable[[Store], bool]) -> bool:
+        """Write how the message ended, in the transaction, and commit.
+
+        Args:
+            write: A verb of the store it is given; whether the claim still held.
+
+        Returns:
+            Whether it did; if not, the transaction was rolled back.
+
+        Raises:
+            Exception: Nothing was committed, unless :attr:`in_doubt` is set.
+        """
+        self.flush()
+        if not write(self.store):
+            self.roll_back()
+            return False
+        connection, session = self.connection, self._session
+        self._committing = self.in_doubt = True
+        # By the session, so that what listens to it is told. One that was not used yet has nothing to commit.
+        if session is not None and session.in_transaction():
+            session.commit()
+        transaction = connection.get_transaction()
+        if transaction is not None and transaction.is_active:
+            transaction.commit()
+        self.in_doubt = False
+        self.roll_back()  # which closes what is left
+        return True
+
+    def roll_back(self, *, broken: bool = False) -> None:
+        """End the transaction, if it is not over; nothing of it is kept.
+
+        Args:
+            broken: Whether the connection may be in the midst of an answer: it is closed then, and not used again.
+        """
+        from sqlalchemy.exc import SQLAlchemyError
+
+        self._over = True
+        connection, session, undone = self._connection, self._session, self._undone
+        self._connection = self._session = None
+        if connection is None:
+            return
+        try:
+            if broken:
+                connection.invalidate()
+            if session is not None and undone:
+                session.expunge_all()  # it may be bound to a transaction that is no more
+            elif session is not None:
+                if session.in_transaction():
+                    session.rollback()
+                session.close()
+        except SQLAlchemyError as error:
+            # The connection broke, and its server rolls back by itself.
+            logger.debug("a session could not be rolled back: %s", error)
+            connection.invalidate()
+        try:
+            connection.close()
+        except SQLAlchemyError as error:
+            logger.debug("a connection could not be closed: %s", error)
+            connection.invalidate()
+
+    # -- opening -------------------------------------------------------------------------------------------------------
+
+    def _open(self) -> Connection:
+        from sqlalchemy.exc import DBAPIError
+        from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+
+        engine = self._store.engine
+        _listen(engine)
+        try:
+            connection = engine.connect()
+        except (DBAPIError, PoolTimeoutError) as error:  # which belong to no connection, and have done nothing
+            self.gave_way = error
+            raise
+        try:
+            connection.execution_options(**{_UNIT: self})
+            if self._isolation_level is not None:
+                connection.execution_options(isolation_level=self._isolation_level)
+            _refuse_autocommit(connection)
+            connection.begin()
+        except BaseException:
+            connection.close()
+            raise
+        self._connection = connection
+        return connection
+
+    def _make_session(self, connection: Connection) -> Session:
+        from sqlalchemy.orm import Session
+
+        factory = self._session_factory or Session
+        # A scoped session would keep it for the next body of this thread.
+        factory = getattr(factory, "session_factory", factory)
+        # Its own binds would lead past the connection. What it commits or rolls back, it does to our transaction: and we are told.
+        session: Session = factory(bind=connection, binds=None, join_transaction_mode="control_fully")
+        if not session.in_transaction():
+            session.begin()
+        return session
+
+    # -- what the connection tells -------------------------------------------------------------------------------------
+
+    def _is_ours(self) -> bool:
+        """Whether the transaction is still the one that was begun, and can be committed."""
+        assert self._connection is not None, "it was opened"
+        transaction = self._connection.get_transaction()
+        return transaction is not None and transaction.is_active and not self._undone
+
+    def _note(self, error: BaseException) -> None:
+        if self._store.gave_way(error):
+            self.gave_way = self.gave_way or error
+
+    def _before_commit(self) -> None:
+        if not self._committing:
+            raise IdempotentError(
+                "the body of an atomic task is committed when it ends, together with its message, and not before: leave commit() out "
+                "(with session.begin() too)"
+            )
+
+    def _before_rollback(self) -> None:
+        self._undone = True
+
+
+def _has_transactions(store: Store) -> TypeGuard[TransactionalStore]:
+    return callable(getattr(store, "within", None))
+
+
+def _is_one_connection(engine: Engine) -> bool:
+    from sqlalchemy.pool import SingletonThreadPool, StaticPool
+
+    return isinstance(engine.pool, SingletonThreadPool | StaticPool)
+
+
+def _refuse_autocommit(connection: Connection) -> None:
+    level = connection.get_execution_options().get("isolation_level")
+    if level is None:  # what the engine was created with, which nothing public tells without asking the server
+        level = getattr(connection.dialect, "_on_connect_isolation_level", None)
+    if str(level).upper() == "AUTOCOMMIT":
+        raise ConfigurationError(
+            "atomic=True needs transactions, and the store's engine is in autocommit; "
+            "give QueueLog(app, isolation_level=...) another level for atomic tasks"
+        )
+
+
+# -- events of an engine, which may be its owner's: for all of its connections, those that have no unit included ------------
+
+
+def _listen(engine: Engine) -> None:
+    from sqlalchemy import event
+
+    for name, listener in (("handle_error", _on_error), ("commit", _on_commit), ("rollback", _on_rollback)):
+        if not event.contains(engine, name, listener):
+            event.listen(engine, name, listener)
+
+
+def _unit_of(connection: Connection | None) -> UnitOfWork | None:
+    return None if connection is None else connection.get_execution_options().get(_UNIT)
+
+
+def _on_error(context: ExceptionContext) -> None:
+    unit = _unit_of(context.connection)
+    if unit is not None and context.sqlalchemy_exception is not None:
+        unit._note(context.sqlalchemy_exception)  # noqa: SLF001 - of this module
+
+
+def _on_commit(connection: Connection) -> None:
+    unit = _unit_of(connection)
+    if unit is not None:
+        unit._before_commit()  # noqa: SLF001
+
+
+def _on_rollback(connection: Connection) -> None:
+    unit = _unit_of(connection)
+    if unit is not None:
+        unit._before_rollback()  # noqa: SLF001

@@ -1,0 +1,265 @@
+"""Atomic tasks in real workers: killed, overtaken by their leases, retried, cut short."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from celery import Celery, states
+from celery.exceptions import SoftTimeLimitExceeded
+from celery.result import AsyncResult
+
+from celery_idempotent.records import Claim, MessageKey, ProcessedStatus, Row, Status
+from tests.support.apps import AppSpec, OpenApp
+from tests.support.apps.atomic import DIE_AT, LEVEL, POINTS
+from tests.support.effects import Effects
+from tests.support.ledger import Entry, Ledger
+from tests.support.waiting import wait_until
+from tests.support.worker import StartWorker, WorkerProcess
+
+SUCCESS, FAILURE = ProcessedStatus.SUCCESS, ProcessedStatus.FAILURE
+
+#: Seconds. Long enough for a busy machine to renew in time.
+LEASE = 2.0
+
+PATIENCE = 90.0
+
+pytestmark = [pytest.mark.parametrize("broker", ["redis"], indirect=True), pytest.mark.timeout(300)]
+
+
+@dataclass
+class Scene:
+    """An app, and workers whose broker delivers again after a second what was not acknowledged."""
+
+    spec: AppSpec
+    app: Celery
+    effects: Effects
+    ledger: Ledger
+    start_worker: StartWorker
+    directory: Path
+
+    def worker(self, **options: Any) -> WorkerProcess:
+        return self.start_worker(self.spec, **options)
+
+    def send(self, task: str, *args: Any, **options: Any) -> AsyncResult[Any]:
+        result: AsyncResult[Any] = self.app.tasks[task].apply_async(args, **options)
+        return result
+
+    def row(self, task: str, result: AsyncResult[Any]) -> Row:
+        row: Row | None = self.app.queue_log.store.find(MessageKey(result.id, task))
+        assert row is not None
+        return row
+
+    def done(self, task: str, result: AsyncResult[Any]) -> Row:
+        def done() -> Row | None:
+            row = self.row(task, result)
+            return row if row.status is Status.DONE else None
+
+        return wait_until(done, timeout=PATIENCE, describe=lambda: self.row(task, result))
+
+    def started(self, task: str, result: AsyncResult[Any], count: int = 1) -> list[Entry]:
+        def starts() -> list[Entry] | None:
+            found = self.ledger.starts(task, task_id=result.id)
+            return found if len(found) >= count else None
+
+        return wait_until(starts, timeout=PATIENCE, describe=lambda: f"{count} starts: {self.ledger.entries()}")
+
+    def gate(self) -> Path:
+        return self.directory / f"gate-{uuid4().hex[:8]}"
+
+
+@pytest.fixture
+def make_scene(
+    spec: AppSpec, open_app: OpenApp, ledger: Ledger, start_worker: StartWorker, effects: Effects, tmp_path: Path
+) -> Callable[..., Scene]:
+    def make_scene(**settings: Any) -> Scene:
+        scene_spec = replace(
+            spec,
+            tasks=("tests.support.apps.atomic",),
+            transport_options={**spec.transport_options, "visibility_timeout": 1},
+            settings={
+                **spec.settings,
+                "idempotent_lease": LEASE,
+                "idempotent_recovery_interval": 1.0,
+                **settings,
+            },
+        )
+        return Scene(scene_spec, open_app(scene_spec), effects, ledger, start_worker, tmp_path)
+
+    return make_scene
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_child_killed_around_its_commit_leaves_one_effect(make_scene: Callable[..., Scene], point: str) -> None:
+    scene = make_scene()
+    worker = scene.worker()
+    flag = Path(f"{scene.ledger.path}.die-{point}")
+    flag.touch()
+
+    result = scene.send("atomic.put", "paid", link=scene.app.tasks["told"].s())
+
+    assert result.get(timeout=PATIENCE) == "paid"
+    row = scene.done("atomic.put", result)
+    assert not flag.exists(), "nobody was killed"
+    assert (row.processed_status, row.token) == (SUCCESS, 2), worker.log_tail()
+    assert scene.effects.names() == ["paid"]
+    # What was committed is not run again: its callback is sent by whoever took it over.
+    assert len(scene.ledger.starts("atomic.put")) == (1 if point == "committed" else 2)
+    wait_until(lambda: scene.ledger.ends("told"), timeout=PATIENCE, describe=worker.log_tail)
+
+
+def test_a_kill_at_any_step_leaves_one_effect(make_scene: Callable[..., Scene]) -> None:
+    """A worker in one process is killed at the first step of a run, another one at the second, and so on, until one survives."""
+    scene = make_scene()
+    rescuer = scene.worker(queues=[f"{scene.spec.queue}-aside"])
+    steps = Path(f"{scene.ledger.path}.steps")
+    sent: dict[str, AsyncResult[Any]] = {}
+    for number in range(1, 100):
+        name, queue = f"step {number}", f"{scene.spec.queue}-{number}"
+        scene.send("told", "it has looked at the table", queue=queue)
+        sent[name] = scene.send("atomic.put", name, queue=queue)
+        if _survives(scene, number, queue, steps):
+            break
+        scene.app.control.add_consumer(queue, destination=[rescuer.hostname])
+    else:
+        pytest.fail("there is no end to it")
+
+    for name, result in sent.items():
+        assert result.get(timeout=PATIENCE) == name, rescuer.log_tail()
+        assert scene.done("atomic.put", result).processed_status is SUCCESS
+    assert scene.effects.names() == sorted(sent)
+    killed_at = steps.read_text()
+    assert len(killed_at.splitlines()) == len(sent)
+    for step in ("before COMMIT", "after COMMIT", "after 'INSERT INTO effects", "after the acknowledgement"):
+        assert step in killed_at
+    assert killed_at.count("UPDATE queue_log") == 4, killed_at  # the claim and the completion
+
+
+def _survives(scene: Scene, number: int, queue: str, steps: Path) -> bool:
+    """Whether a worker that is to die at its so-many-th step comes to the end of its task before that."""
+    environment = {**scene.spec.environment(), DIE_AT: str(number)}
+    victim = WorkerProcess(scene.directory, environment, pool="solo", queues=[queue])
+    victim.start(wait=False)
+    try:
+        wait_until(
+            lambda: not victim.is_alive or (steps.exists() and f"{number} survived" in steps.read_text()),
+            timeout=PATIENCE,
+            describe=victim.log_tail,
+        )
+        return victim.is_alive
+    finally:
+        victim.stop()
+
+
+def test_of_two_bodies_at_their_commit_one_commits_and_one_says_that_it_did_not(
+    make_scene: Callable[..., Scene],
+) -> None:
+    scene = make_scene(idempotent_lease=600.0, idempotent_recovery_interval=0)
+    first = scene.worker()
+    gate = scene.gate()
+    # SQLite has one writer: there the second body could not even have claimed the message while the first one has written.
+    write_first = not scene.spec.store.startswith("sqlite")
+
+    result = scene.send("atomic.gated", "paid", str(gate), write_first)
+    scene.started("atomic.gated", result)
+    second = scene.worker()
+    held = scene.row("atomic.gated", result)
+    assert scene.app.queue_log.store.expire(Claim(held.key, held.token))
+    starts = scene.started("atomic.gated", result, 2)
+    assert [start.worker for start in starts] == [first.hostname, second.hostname]
+    gate.touch()
+
+    assert result.get(timeout=PATIENCE) == "paid"
+    row = scene.done("atomic.gated", result)
+    assert (row.processed_status, row.token) == (SUCCESS, 2)
+    first.wait_for_log("what its body wrote in its transaction was rolled back", timeout=PATIENCE)
+    assert "its lease ran out before the body ended" in first.log_tail()
+    assert "was rolled back" not in second.log_tail()
+    assert scene.effects.names() == ["paid"]
+
+
+def test_a_body_longer_than_its_lease_runs_once(make_scene: Callable[..., Scene]) -> None:
+    """On SQLite its own write keeps others from renewing, and from taking over."""
+    scene = make_scene()
+    worker = scene.worker()
+    gate = scene.gate()
+
+    result = scene.send("atomic.gated", "paid", str(gate))
+    scene.started("atomic.gated", result)
+    began = scene.row("atomic.gated", result).read_at
+    other = scene.worker()
+    wait_until(
+        lambda: (scene.row("atomic.gated", result).read_at - began).total_seconds() > 3 * LEASE,
+        timeout=PATIENCE,
+        describe="three leases",
+    )
+    other.wait_for_log(f"{result.id}] received", timeout=PATIENCE)
+    gate.touch()
+
+    assert result.get(timeout=PATIENCE) == "paid"
+    row = scene.done("atomic.gated", result)
+    assert (row.processed_status, row.token) == (SUCCESS, 1), worker.log_tail()
+    assert scene.effects.names() == ["paid"]
+    assert len(scene.ledger.starts("atomic.gated")) == 1
+
+
+@pytest.mark.parametrize("store_url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
+def test_where_snapshots_are_fixed_a_body_longer_than_a_third_of_its_lease_completes(
+    make_scene: Callable[..., Scene], level: str
+) -> None:
+    """Its lease is renewed by its process and by that one's parent: not in its second run."""
+    scene = make_scene(**{LEVEL: level})
+    worker = scene.worker()
+
+    result = scene.send("atomic.lasting", "paid", LEASE)
+
+    assert result.get(timeout=PATIENCE) == "paid"
+    row = scene.done("atomic.lasting", result)
+    assert (row.processed_status, row.token) == (SUCCESS, 1), worker.log_tail()
+    assert scene.effects.names() == ["paid"]
+    assert len(scene.ledger.starts("atomic.lasting")) == 2, worker.log_tail()
+
+
+@pytest.mark.parametrize("throw", [True, False])
+def test_a_retry_rolls_back(make_scene: Callable[..., Scene], throw: bool) -> None:
+    scene = make_scene()
+    scene.worker()
+
+    result = scene.send("atomic.retry", "paid", 2, throw)
+
+    assert result.get(timeout=PATIENCE) == 2
+    row = scene.done("atomic.retry", result)
+    assert (row.processed_status, row.attempt, row.token) == (SUCCESS, 2, 3)
+    assert scene.effects.names() == ["paid"]
+
+
+def test_a_message_that_replaces_itself_keeps_what_each_run_did(make_scene: Callable[..., Scene]) -> None:
+    scene = make_scene()
+    scene.worker()
+
+    result = scene.send("atomic.pages", "p", 2)
+
+    assert result.get(timeout=PATIENCE) == "the last"
+    assert (scene.done("atomic.pages", result).processed_status) is SUCCESS
+    assert scene.effects.names() == ["p:0", "p:1", "p:2"]
+
+
+def test_a_soft_time_limit_rolls_back(make_scene: Callable[..., Scene]) -> None:
+    scene = make_scene()
+    worker = scene.worker()
+
+    result = scene.send("atomic.limited", "paid")
+
+    assert isinstance(result.get(timeout=PATIENCE, propagate=False), SoftTimeLimitExceeded)
+    row = scene.done("atomic.limited", result)
+    assert (row.processed_status, result.state) == (FAILURE, states.FAILURE)
+    assert scene.effects.names() == []
+    # Its process goes on with another connection.
+    after = scene.send("atomic.put", "after")
+    assert after.get(timeout=PATIENCE) == "after", worker.log_tail()
+    assert scene.effects.names() == ["after"]

@@ -1,0 +1,219 @@
+"""Atomic tasks for real workers, and how they are killed: at a point that a test names, or at the n-th step of a run.
+
+A file ``<ledger>.die-<point>`` has the first process that comes to the point kill itself. The points are ``body`` (the body has
+written, and returns), ``written`` (the completion is in the transaction), ``committed`` (the transaction took effect).
+
+The environment variable ``CELERY_IDEMPOTENT_TEST_DIE_AT`` has a worker kill itself at the n-th step of its main thread since it
+received ``atomic.put``: a step is whatever it says to the database or to Redis, once before and once after.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from celery import Celery, Task, signals
+
+from celery_idempotent import IdempotentTask, QueueLog
+from celery_idempotent.atomic import UnitOfWork
+from celery_idempotent.store import Store
+from tests.support.effects import Effect
+from tests.support.ledger import Ledger
+from tests.support.waiting import wait_until
+
+__all__ = ["DIE_AT", "POINTS", "register"]
+
+DIE_AT = "CELERY_IDEMPOTENT_TEST_DIE_AT"
+POINTS = ("body", "written", "committed")
+
+#: A setting of the tests' own, for the isolation level of the atomic tasks.
+LEVEL = "atomic_isolation_level"
+
+
+def register(app: Celery, *, base: type[Task], ledger: Ledger) -> None:
+    """Register the tasks ``atomic.*`` and ``told``."""
+    assert base is IdempotentTask
+    if level := app.conf.get(LEVEL):
+        QueueLog(app, isolation_level=level)
+    die = _Deaths(ledger)
+    late = {"base": base, "bind": True, "atomic": True, "acks_late": True, "reject_on_worker_lost": True}
+
+    @app.task(**late, name="atomic.put")
+    def put(self: IdempotentTask, name: str) -> str:
+        """Have an effect."""
+        with ledger.run(self):
+            self.session.add(Effect(name=name))
+            self.session.flush()
+            die("body")
+            return name
+
+    @app.task(base=base, bind=True, name="told")
+    def told(self: Task, value: Any) -> Any:
+        """What waits on a result."""
+        with ledger.run(self):
+            return value
+
+    _that_last(app, late, ledger)
+    _that_end_otherwise(app, late, ledger)
+    _mortal(ledger)
+
+
+def _that_last(app: Celery, late: dict[str, Any], ledger: Ledger) -> None:
+    @app.task(**late, name="atomic.gated")
+    def gated(self: IdempotentTask, name: str, gate: str, write_first: bool = True) -> str:
+        """Have an effect, and run until the test makes the file ``gate``; or run, and then have it."""
+        with ledger.run(self):
+            if write_first:
+                self.session.add(Effect(name=name))
+                self.session.flush()
+            else:
+                self.session.scalars(sa.select(Effect.id)).all()  # where the snapshot is fixed, it is from here on
+            wait_until(Path(gate).exists, timeout=100.0, describe=f"the gate {gate}")
+            if not write_first:
+                self.session.add(Effect(name=name))
+            return name
+
+    @app.task(**late, name="atomic.lasting")
+    def lasting(self: IdempotentTask, name: str, seconds: float) -> str:
+        """Read, take some time, and have an effect."""
+        with ledger.run(self):
+            self.session.scalars(sa.select(Effect.id)).all()
+            threading.Event().wait(seconds)
+            self.session.add(Effect(name=name))
+            return name
+
+
+def _that_end_otherwise(app: Celery, late: dict[str, Any], ledger: Ledger) -> None:
+    @app.task(**late, name="atomic.retry", max_retries=None)
+    def retry(self: IdempotentTask, name: str, times: int, throw: bool = True) -> int:
+        """Have an effect at each attempt, and retry so many times."""
+        with ledger.run(self):
+            self.session.add(Effect(name=name))
+            self.session.flush()
+            if self.request.retries < times:
+                self.retry(countdown=0, throw=throw)
+            return int(self.request.retries)
+
+    @app.task(**late, name="atomic.pages")
+    def pages(self: IdempotentTask, name: str, left: int) -> str:
+        """Have an effect for each page, each in a run of its own of the same message."""
+        with ledger.run(self):
+            self.session.add(Effect(name=f"{name}:{left}"))
+            self.session.flush()
+            if left:
+                return str(self.replace(self.s(name, left - 1)))
+            return "the last"
+
+    @app.task(**late, name="atomic.limited", soft_time_limit=1)
+    def limited(self: IdempotentTask, name: str) -> None:
+        """Have an effect, and run into the soft time limit."""
+        with ledger.run(self):
+            self.session.add(Effect(name=name))
+            self.session.flush()
+            threading.Event().wait(100.0)
+
+
+def _mortal(ledger: Ledger) -> None:
+    """Have the worker that this becomes, if it becomes one, die as it is told."""
+
+    @signals.worker_init.connect(weak=False)
+    def arm(**_: Any) -> None:
+        _die_at_points(_Deaths(ledger))
+        if os.environ.get(DIE_AT):
+            _count_steps(int(os.environ[DIE_AT]), Path(f"{ledger.path}.steps"))
+
+
+def _die_at_points(die: _Deaths) -> None:
+    commit = UnitOfWork.commit
+
+    def mortal_commit(self: UnitOfWork, write: Callable[[Store], bool]) -> bool:
+        def mortal_write(store: Store) -> bool:
+            held = write(store)
+            die("written")
+            return held
+
+        held = commit(self, mortal_write)
+        die("committed")
+        return held
+
+    UnitOfWork.commit = mortal_commit  # type: ignore[method-assign]
+
+
+class _Deaths:
+    """Kills the process at a point, once for each file."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+
+    def __call__(self, point: str) -> None:
+        try:
+            Path(f"{self._ledger.path}.die-{point}").unlink()
+        except FileNotFoundError:
+            return
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _count_steps(last: int, steps: Path) -> None:
+    """Kill this process at its n-th step since it received a task, and note what that was."""
+    counted = 0
+    counting = threading.Event()
+
+    @signals.task_received.connect(weak=False)
+    def begin(request: Any, **_: Any) -> None:
+        if request.name == "atomic.put":
+            counting.set()
+
+    def step(what: str) -> None:
+        nonlocal counted
+        if not counting.is_set() or threading.current_thread() is not threading.main_thread():
+            return
+        counted += 1
+        if counted == last:
+            note(what)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def note(what: str) -> None:
+        with steps.open("a") as file:
+            file.write(f"{last} {what}\n")
+
+    @sa.event.listens_for(sa.Engine, "before_cursor_execute")
+    def before(connection: object, cursor: object, statement: str, *_: object) -> None:
+        step(f"before {statement[:60]!r}")
+
+    @sa.event.listens_for(sa.Engine, "after_cursor_execute")
+    def after(connection: object, cursor: object, statement: str, *_: object) -> None:
+        step(f"after {statement[:60]!r}")
+
+    from kombu.message import Message
+    from redis.connection import AbstractConnection
+    from sqlalchemy.engine.default import DefaultDialect
+
+    commit: Any = DefaultDialect.do_commit
+    send: Any = AbstractConnection.send_packed_command
+    ack = Message.ack
+
+    def counted_commit(self: DefaultDialect, connection: Any) -> None:
+        step("before COMMIT")
+        commit(self, connection)
+        step("after COMMIT")
+
+    def counted_send(self: Any, command: Any, check_health: bool = True) -> None:
+        step(f"before Redis {str(command)[:60]}")
+        send(self, command, check_health)
+        step(f"after Redis {str(command)[:60]}")
+
+    def counted_ack(self: Message, *args: Any, **kwargs: Any) -> None:
+        ack(self, *args, **kwargs)
+        step("after the acknowledgement")
+        if counting.is_set():
+            note("survived")
+            counting.clear()
+
+    DefaultDialect.do_commit = counted_commit  # type: ignore[method-assign]
+    AbstractConnection.send_packed_command = counted_send  # type: ignore[method-assign]
+    Message.ack = counted_ack
