@@ -98,6 +98,7 @@ class Faults:
             assert time.monotonic() < deadline, "too few workers are ready: " + "\n".join(
                 worker.log_tail(20) for worker in self.site.workers
             )
+            self.site.supervise()
             time.sleep(0.05)
         return ready[int(choice * len(ready))]
 

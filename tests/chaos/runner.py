@@ -96,12 +96,12 @@ def run(
     with open_site(directory, variant=VARIANTS[variant], store=store, broker=broker) as site:
         faults = Faults(site, seed)
         site.start_sender(plan, tasks=tasks, kills=kills)
-        began, gave_up = time.time(), 0
+        began = time.time()
         for place, fault in enumerate(plan.faults):
             ahead = plan.faults[place + AHEAD].after if place + AHEAD < len(plan.faults) else len(plan.sendings)
             site.allow(max(fault.after, ahead))
             _wait_for_sender(site, fault.after)
-            gave_up += site.supervise()
+            site.supervise()
             faults.do(fault)
             if place % 10 == 9:
                 say(
@@ -127,7 +127,7 @@ def run(
             runs=runs,
             audit=audit(steps, runs, faults.done, outcomes, rows=rows),
             refused=refused,
-            gave_up=gave_up,
+            gave_up=site.gave_up,
             seconds=last - began,
             began=began,
         )

@@ -63,7 +63,7 @@ class Site:
         app: The same app, in this process.
         store, broker, backend: The servers. The backend is left alone.
         workers: Those that are to run.
-        sender: The process that sends.
+        gave_up: Workers that have ended by themselves, and were replaced.
         directory: Logs and journals.
     """
 
@@ -111,6 +111,7 @@ class Site:
         self.orders: Orders | None = None
         self._sender: subprocess.Popen[bytes] | None = None
         self._names = itertools.count(1)
+        self.gave_up = 0
         self._sent, self._read = 0, 0
 
     # -- workers ----------------------------------------------------------------------------------------------------------
@@ -132,15 +133,15 @@ class Site:
         self.retired.append(worker)
         self.hire()
 
-    def supervise(self) -> int:
-        """Replace the workers that have ended by themselves, as whatever starts them in production does; how many.
+    def supervise(self) -> None:
+        """Replace the workers that have ended by themselves, as whatever starts them in production does.
 
         kombu 5.7 does not survive a Redis that is gone while a message is unacknowledged.
         """
         ended = [worker for worker in self.workers if not worker.is_alive]
         for worker in ended:
             self.replace(worker)
-        return len(ended)
+        self.gave_up += len(ended)
 
     def ready(self) -> list[WorkerProcess]:
         """The workers that have started, with their children."""

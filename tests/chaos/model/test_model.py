@@ -75,7 +75,7 @@ def test_every_message_keeps_the_laws_and_ends(store_url: str) -> None:
 @pytest.mark.parametrize("faulty", [*STORES, *(RARE if ASKED else ())], ids=lambda faulty: faulty.__name__)
 def test_a_fault_of_the_store_is_found(faulty: type[SQLStore]) -> None:
     with models(faulty("sqlite://")) as begin, pytest.raises(BrokenLawError):
-        run_state_machine_as_test(begin, settings=profile(ASKED or 60, explain=False))
+        run_state_machine_as_test(begin, settings=profile(ASKED or 300, explain=False))
 
 
 @pytest.mark.timeout(0 if ASKED else 120)
@@ -83,4 +83,4 @@ def test_a_fault_of_the_store_is_found(faulty: type[SQLStore]) -> None:
 def test_a_fault_of_the_decision_is_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("celery_idempotent.consumer.decide_delivery", {**DECISIONS, **RARE_DECISIONS}[fault])
     with models(open_store("sqlite://")) as begin, pytest.raises(BrokenLawError):
-        run_state_machine_as_test(begin, settings=profile(ASKED or 60, explain=False))
+        run_state_machine_as_test(begin, settings=profile(ASKED or 300, explain=False))
