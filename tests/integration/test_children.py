@@ -16,7 +16,6 @@ from tests.support.apps.children import Moment, deadly
 from tests.support.bench import PATIENCE, Bench
 from tests.support.waiting import wait_until
 
-
 #: How the tasks that these tests call are named. Others of the bench leave theirs waiting in the worker.
 OURS = ("child", "parent", "hard.", "die.")
 
