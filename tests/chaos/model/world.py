@@ -163,7 +163,7 @@ class _Renewals:
     def __init__(self) -> None:
         self.held: dict[Holder, float] = {}
 
-    def hold(self, holder: Holder, lease: float) -> None:
+    def hold(self, holder: Holder, lease: float, *, asked: float | None = None) -> None:
         self.held[holder] = lease
 
     def let_go(self, holder: Holder) -> None:
