@@ -129,10 +129,10 @@ class Faults:
     def _shut_down(self, choice: float, signum: signal.Signals, kind: str) -> None:
         worker = self._worker(choice)
         # Warm, it runs what it has begun to its end; cold, its children die with their bodies.
-        with self._noting(kind, process_tree(worker.pid) if signum == signal.SIGQUIT else []):
-            processes = process_tree(worker.pid)
+        dying = process_tree(worker.pid) if signum == signal.SIGQUIT else []
+        with self._noting(kind, dying):
             worker.signal(signum)
-            if signum == signal.SIGQUIT and psutil.wait_procs(processes, timeout=STOP_WITHIN)[1]:
+            if psutil.wait_procs(dying, timeout=STOP_WITHIN)[1]:
                 # Celery cancels its consumer in the handler of the signal, whatever it was doing with that connection just then.
                 worker.kill()
         self.site.replace(worker)

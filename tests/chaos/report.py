@@ -54,7 +54,7 @@ def _at(values: Sequence[float], percent: int) -> float | None:
 
 def table(runs: Sequence[Chaos]) -> str:
     """A column for each run."""
-    heads = [f"{chaos.variant}" for chaos in runs], [f"{chaos.store}, {chaos.broker}" for chaos in runs]
+    heads = [chaos.variant for chaos in runs], [f"{chaos.store}, {chaos.broker}" for chaos in runs]
     columns = [figures(chaos) for chaos in runs]
     width = max(len(head) for line in heads for head in line) + 2
     lines = [f"{'':32}" + "".join(f"{head:>{width}}" for head in line) for line in heads]
