@@ -22,6 +22,7 @@ from celery_idempotent.errors import (
     StoreUnavailableError,
 )
 from celery_idempotent.message_ids import by_arguments
+from celery_idempotent.outboxes import outbox
 from celery_idempotent.queue_log import QueueLog
 from celery_idempotent.task import IdempotentTask
 
@@ -45,6 +46,7 @@ __all__ = [
     "StoreUnavailableError",
     "by_arguments",
     "current_message",
+    "outbox",
     "queue_log_table",
 ]
 

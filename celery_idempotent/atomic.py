@@ -9,21 +9,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Self, TypeGuard
+from typing import TYPE_CHECKING, Any, Self
 
 from celery_idempotent.errors import ConfigurationError, IdempotentError
+from celery_idempotent.outboxes import OUTBOX, Outbox
+from celery_idempotent.transactions import refuse_autocommit, transactional
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
     from sqlalchemy.engine import ExceptionContext
     from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
-    from celery_idempotent.store import Store, TransactionalStore
+    from celery_idempotent.queue_log import QueueLog
+    from celery_idempotent.store import Store
 
     #: What makes the sessions of atomic bodies.
     SessionFactory = sessionmaker[Any] | scoped_session[Any] | Callable[..., Session]
 
-__all__ = ["RUNS", "NotCommittedError", "UnitOfWork", "transactional"]
+__all__ = ["RUNS", "NotCommittedError", "UnitOfWork"]
 
 logger = logging.getLogger("celery_idempotent")
 
@@ -49,43 +52,20 @@ class NotCommittedError(Exception):
         self.again = again
 
 
-def transactional(store: Store) -> TransactionalStore:
-    """The store, which has to be one with transactions for its users.
-
-    Raises:
-        ConfigurationError: It has none.
-    """
-    if not _has_transactions(store):
-        raise ConfigurationError(
-            f"atomic=True needs a store with transactions, such as SQLStore; {type(store).__name__} has none: "
-            f"leave the option out, and make the body's own writes idempotent"
-        )
-    if _is_one_connection(store.engine):
-        raise ConfigurationError(
-            "atomic=True needs a database that two connections can share, and an in-memory SQLite is one connection; use a file"
-        )
-    return store
-
-
 class UnitOfWork:
     """The transaction of one body.
 
     Args:
-        store: Whose database it is on.
-        session_factory: Makes the session; by default SQLAlchemy's own ``Session``.
-        isolation_level: SQLAlchemy's name of it; ``None`` for the engine's.
+        queue_log: On whose store's database it is, with its session factory and its isolation level.
+
+    Raises:
+        ConfigurationError: The store has no transactions.
     """
 
-    def __init__(
-        self,
-        store: TransactionalStore,
-        *,
-        session_factory: SessionFactory | None = None,
-        isolation_level: str | None = None,
-    ) -> None:
-        self._store = store
-        self._session_factory = session_factory
-        self._isolation_level = isolation_level
+    def __init__(self, queue_log: QueueLog) -> None:
+        self._store = transactional(queue_log.store)
+        self._session_factory = queue_log.session_factory
+        self._isolation_level = queue_log.isolation_level
         self._connection: Connection | None = None
         self._session: Session | None = None
         self._over = False
@@ -96,6 +76,8 @@ class UnitOfWork:
         self.gave_way: BaseException | None = None
         #: Whether a commit was asked for, and how it went is not known.
         self.in_doubt = False
+        #: The messages that the body sends: recorded in the transaction, published by whoever learns that it has committed.
+        self.outbox: Outbox = _BodysOutbox(self, queue_log)
 
     def __enter__(self) -> Self:
         return self
@@ -137,6 +119,16 @@ class UnitOfWork:
                 )
             self._session = session
         return self._session
+
+    def connect(self) -> Connection:
+        """The connection, for a statement of ours: within the savepoint that the session is in, which it sets when it is used."""
+        connection = self.connection
+        return connection if self._session is None else self._session.connection()
+
+    @property
+    def over(self) -> bool:
+        """Whether the body goes on without a transaction: it has retried, or replaced itself."""
+        return self._over
 
     # -- for the run ---------------------------------------------------------------------------------------------------
 
@@ -186,7 +178,7 @@ class UnitOfWork:
             self.roll_back()
             return False
         connection, session = self.connection, self._session
-        self._committing = self.in_doubt = True
+        self._committing = self.in_doubt = self._over = True
         # By the session, so that what listens to it is told. One that was not used yet has nothing to commit.
         if session is not None and session.in_transaction():
             session.commit()
@@ -205,7 +197,9 @@ class UnitOfWork:
         """
         from sqlalchemy.exc import SQLAlchemyError
 
-        self._over = True
+        if not self._over:  # or a commit may have taken place
+            self._over = True
+            self.outbox.discard()
         connection, session, undone = self._connection, self._session, self._undone
         self._connection = self._session = None
         if connection is None:
@@ -243,10 +237,14 @@ class UnitOfWork:
             self.gave_way = error
             raise
         try:
-            connection.execution_options(**{_UNIT: self})
+            connection.execution_options(**{_UNIT: self, OUTBOX: self.outbox})
             if self._isolation_level is not None:
                 connection.execution_options(isolation_level=self._isolation_level)
-            _refuse_autocommit(connection)
+            refuse_autocommit(
+                connection,
+                "atomic=True needs transactions, and the store's engine is in autocommit; "
+                "give QueueLog(app, isolation_level=...) another level for atomic tasks",
+            )
             connection.begin()
         except BaseException:
             connection.close()
@@ -289,25 +287,16 @@ class UnitOfWork:
         self._undone = True
 
 
-def _has_transactions(store: Store) -> TypeGuard[TransactionalStore]:
-    return callable(getattr(store, "within", None))
+class _BodysOutbox(Outbox):
+    """The calls of the body, which are recorded in its transaction."""
 
+    def __init__(self, unit: UnitOfWork, queue_log: QueueLog) -> None:
+        super().__init__(unit.connect)
+        self._unit = unit
+        self._queue_log = queue_log
 
-def _is_one_connection(engine: Engine) -> bool:
-    from sqlalchemy.pool import SingletonThreadPool, StaticPool
-
-    return isinstance(engine.pool, SingletonThreadPool | StaticPool)
-
-
-def _refuse_autocommit(connection: Connection) -> None:
-    level = connection.get_execution_options().get("isolation_level")
-    if level is None:  # what the engine was created with, which nothing public tells without asking the server
-        level = getattr(connection.dialect, "_on_connect_isolation_level", None)
-    if str(level).upper() == "AUTOCOMMIT":
-        raise ConfigurationError(
-            "atomic=True needs transactions, and the store's engine is in autocommit; "
-            "give QueueLog(app, isolation_level=...) another level for atomic tasks"
-        )
+    def takes(self, queue_log: QueueLog) -> bool:
+        return queue_log is self._queue_log and not self._unit.over
 
 
 # -- events of an engine, which may be its owner's: for all of its connections, those that have no unit included ------------

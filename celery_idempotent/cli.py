@@ -218,7 +218,7 @@ def recover(ctx: click.Context, watch: bool, interval: float | None, lost_after:
         if watch:
             _watch(queue_log, interval or queue_log.settings.recovery_interval or 30.0, lost_after, json_)
         else:
-            done = sum(queue_log.recovery.steps(lost_after=lost_after), start=Recovered())
+            done = sum(queue_log.recovery.steps(lost_after=lost_after, in_flight=True), start=Recovered())
             _print(json_, asdict(done), lambda: [_recovered(done) or "nothing was due"])
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
@@ -26,12 +27,15 @@ from celery_idempotent.errors import (
 )
 from celery_idempotent.message_ids import arguments_fingerprint, check_message_id
 from celery_idempotent.outage import ask_again
-from celery_idempotent.records import Found, MessageKey, NewMessage, ProcessedStatus, Row, Status
+from celery_idempotent.outboxes import PUBLISH_WITHIN, Outbox, current_outbox
+from celery_idempotent.publication import Outgoing
+from celery_idempotent.records import Found, MessageKey, NewMessage, ProcessedStatus, Recorded, Row, Status
 from celery_idempotent.run import Run
-from celery_idempotent.serialization import UndecodableError, decode_result, encode_message
+from celery_idempotent.serialization import UndecodableError, as_moments, decode_result, encode_message, without_local
 from celery_idempotent.wire import Marker
 
 if TYPE_CHECKING:
+    from celery import Celery
     from celery.result import AsyncResult
 
     from celery_idempotent.options import Options
@@ -42,6 +46,8 @@ __all__ = ["Sending", "delay_of", "identify", "send"]
 logger = logging.getLogger("celery_idempotent")
 
 T = TypeVar("T")
+
+_SCALARS = (str, bytes, int, float, bool, type(None))
 
 
 def identify(
@@ -78,12 +84,8 @@ def delay_of(task: IdempotentTask, options: Mapping[str, Any]) -> float | None:
     """Seconds until a call is due by its ``countdown`` or ``eta``; ``None`` for at once."""
     if options.get("countdown"):
         return float(options["countdown"])
-    eta = options.get("eta")
-    if not eta:
-        return None
-    due: datetime = maybe_make_aware(maybe_iso8601(eta), task.app.timezone)
-    delay: float = (due - task.app.now()).total_seconds()
-    return delay
+    due = _moment(task.app, options.get("eta"))
+    return None if due is None else float((due - task.app.now()).total_seconds())
 
 
 def send(
@@ -132,6 +134,8 @@ class Sending:
     #: What the header of the message that this one sends on says besides; see :class:`Marker`.
     first: str | None = None
     lost: int = 0
+    #: What the call is recorded in, to be published when that has committed.
+    box: Outbox | None = None
     #: Whether the store was asked and its answer did not come, so that what this call wrote may stand, or may yet.
     unanswered: bool = False
 
@@ -181,6 +185,10 @@ class Sending:
             canvas = replacing or dispatched or _waited_on(given, options)
             call = Call(fingerprint, canvas=canvas, own=replacing and run.key == key)  # type: ignore[union-attr]
         assert task_id is not None
+        box = None if call.own else current_outbox(task.queue_log)
+        if box is not None:
+            options = _for_later(task.app, options)
+            args, kwargs = _kept(args), _kept(kwargs)
         message = NewMessage(
             key=key,
             task_id=task_id,
@@ -188,6 +196,8 @@ class Sending:
             fingerprint=fingerprint,
             attempt=options.get("retries") or 0,
             delay=delay_of(task, options),
+            published=box is None,
+            publish_within=None if box is None else PUBLISH_WITHIN,
             message=encode_message(
                 args,
                 kwargs,
@@ -209,6 +219,7 @@ class Sending:
             position,
             first=None if marker is None else marker.first,
             lost=0 if marker is None else marker.lost,
+            box=box,
         )
 
     def send(self) -> AsyncResult[Any]:
@@ -223,20 +234,67 @@ class Sending:
     def _send(self) -> AsyncResult[Any]:
         if self.call.own:
             return self._send_on()
+        if self.box is not None:
+            return self.box.take(self)
+        try:
+            return self.followed(self._record())
+        except StoreUnavailableError as error:
+            if self.task.queue_log.settings.on_store_error != "run":
+                raise
+            logger.error("%s is sent unguarded, the store gives no answer: %s", self._name, error)
+            return self._publish_now()
+
+    def _record(self) -> Recorded | Found:
+        answer: Recorded | Found = self._ask(partial(self._store.record, self.message))
+        return answer
+
+    def followed(self, answer: Recorded | Found) -> AsyncResult[Any]:
+        """What a call comes to whose message was recorded, or found; its result.
+
+        Raises:
+            DuplicateMessageError: It was found, and the task says so.
+            MessageMismatchError: With other arguments.
+        """
         while True:
-            try:
-                answer = self._ask(partial(self._store.record, self.message))
-                if not isinstance(answer, Found) or (self.unanswered and self._is_mine(answer.row)):
-                    return self._publish_or(self._withdraw)
-                result = self._send_again(answer.row)
-            except StoreUnavailableError as error:
-                if self.task.queue_log.settings.on_store_error != "run":
-                    raise
-                logger.error("%s is sent unguarded, the store gives no answer: %s", self._name, error)
-                return self._publish_now()
+            if not isinstance(answer, Found) or (self.unanswered and self._is_mine(answer.row)):
+                return self._publish_or(self._withdraw)
+            result = self._send_again(answer.row)
             if result is not None:
                 return result
             # The row moved between the statement and the decision: ask again.
+            answer = self._record()
+
+    # -- in an outbox --------------------------------------------------------------------------------------------------
+
+    def record_in(self, box: Outbox) -> AsyncResult[Any]:
+        """Record the call in an outbox's transaction; its result."""
+        self.box = box
+        return self.followed(self._record())
+
+    def promised(self) -> AsyncResult[Any]:
+        """The result of a call that is recorded later, and may be another's then."""
+        result = self._trailed(self._result(self.message.task_id, duplicate=False))
+        result.duplicate = None
+        return result
+
+    def record_together(self, calls: Sequence[Sending]) -> list[Recorded | Found]:
+        """Record this call and others of the same app, in as few statements as it takes.
+
+        Raises:
+            StoreUnavailableError: The store gave no answer, and the app does not say ``idempotent_on_store_error="run"``.
+        """
+        try:
+            answers: list[Recorded | Found] = self._ask(
+                partial(self._store.record_all, [call.message for call in calls])
+            )
+        except StoreUnavailableError as error:
+            if self.task.queue_log.settings.on_store_error != "run":
+                raise
+            logger.error("%d calls are sent unguarded, the store gives no answer: %s", len(calls), error)
+            return [Recorded()] * len(calls)
+        for call in calls:
+            call.unanswered = self.unanswered
+        return answers
 
     def _send_again(self, row: Row) -> AsyncResult[Any] | None:
         """What becomes of a call whose id is taken; ``None`` when the row moved and the decision is void."""
@@ -257,8 +315,9 @@ class Sending:
             case CallAction.PUBLISH_COPY:
                 return self._publish_copy(row)
             case CallAction.PUBLISH_AGAIN:
-                # After an answer that did not come, whose the new publication time is cannot be told; a copy too many is absorbed.
-                if not self._ask(partial(self._store.republish, row)) and not self.unanswered:
+                # After an answer that did not come, whose the new publication time is cannot be told; a copy too many is absorbed. In an
+                # outbox the row is not touched before the commit.
+                if self.box is None and not self._ask(partial(self._store.republish, row)) and not self.unanswered:
                     return None
                 logger.warning("%s is published again: it has waited since %s", self._name, row.waiting_since)
                 return self._publish_now(task_id=row.task_id, duplicate=True)
@@ -332,6 +391,12 @@ class Sending:
             first=self.first,
             lost=self.lost,
         )
+        if self.box is not None:
+            row = marker.row_of_its_own if copied else key
+            options = without_local(self.options)
+            due = options.pop("eta", None)
+            self.box.add(Outgoing(row, self.task, self.args, self.kwargs, marker, _moment(self.task.app, due), options))
+            return self._trailed(self._result(task_id, duplicate=duplicate))
         options = {**self.options, "headers": marker.write(self.options.get("headers")), "message_id": key.message_id}
         result = self.task.publish(self.args, self.kwargs, task_id=task_id, **options)
         result.duplicate = duplicate
@@ -363,10 +428,13 @@ class Sending:
     # -- answers -------------------------------------------------------------------------------------------------------
 
     def _first_result(self, row: Row) -> AsyncResult[Any]:
-        app = self.task.app
-        result = self._eager_result(row) if app.conf.task_always_eager else self._result(row.task_id, duplicate=True)
+        eager = self.task.app.conf.task_always_eager
+        return self._trailed(self._eager_result(row) if eager else self._result(row.task_id, duplicate=True))
+
+    def _trailed(self, result: AsyncResult[Any]) -> AsyncResult[Any]:
+        """The result, among those of the task that makes the call."""
         if self.options.get("add_to_parent", True):
-            parent = app.current_worker_task
+            parent = self.task.app.current_worker_task
             if parent:
                 parent.add_trail(result)
         return result
@@ -399,6 +467,9 @@ class Sending:
             return None
 
     def _count_duplicate(self) -> None:
+        if self.box is not None:
+            self.box.count(self.task.queue_log, self.message.key)
+            return
         try:
             self._store.count_duplicate(self.message.key)
         except StoreUnavailableError as error:
@@ -408,7 +479,7 @@ class Sending:
 
     @property
     def _store(self) -> Any:
-        return self.task.queue_log.store
+        return self.task.queue_log.store if self.box is None else self.box.store(self.task.queue_log)
 
     @property
     def _name(self) -> str:
@@ -423,6 +494,8 @@ class Sending:
                 error.unsent = not self.unanswered  # the caller is told of the whole call
                 raise
 
+        if self.box is not None and self.box.joins:
+            return ask()  # what an error makes of the transaction is its owner's affair
         # As for a broker that is down: the app's policy, or the one of this call.
         conf, retry = self.task.app.conf, self.options.get("retry")
         if self.task.queue_log.settings.on_store_error != "retry" or not (
@@ -431,6 +504,26 @@ class Sending:
             return note_silence()
         policy = {**(conf.task_publish_retry_policy or {}), **(self.options.get("retry_policy") or {})}
         return ask_again(note_silence, policy)
+
+
+def _for_later(app: Celery, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a call that is published later, maybe by another process: with what Celery would add of here and now."""
+    later = as_moments(options, app.now())
+    parent = app.current_worker_task
+    if parent:
+        later.setdefault("root_id", parent.request.root_id or parent.request.id)
+        later.setdefault("parent_id", parent.request.id)
+    return later
+
+
+def _kept(value: Any) -> Any:
+    """Arguments as they are now, whatever their caller does to them before they are published."""
+    items = value.values() if isinstance(value, Mapping) else value or ()
+    return value if all(isinstance(item, _SCALARS) for item in items) else deepcopy(value)
+
+
+def _moment(app: Celery, eta: Any) -> datetime | None:
+    return None if not eta else maybe_make_aware(maybe_iso8601(eta), app.timezone)
 
 
 def _waited_on(task_id: str | None, options: Mapping[str, Any]) -> bool:

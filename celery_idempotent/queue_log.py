@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from celery import Celery
 
     from celery_idempotent.atomic import SessionFactory
+    from celery_idempotent.publication import Publisher
     from celery_idempotent.recovery import Recovery
     from celery_idempotent.store import Store
 
@@ -102,6 +103,13 @@ class QueueLog:
         from celery_idempotent.recovery import Recovery
 
         return Recovery(self)
+
+    @cached_property
+    def publisher(self) -> Publisher:
+        """What publishes the messages that this process has committed."""
+        from celery_idempotent.publication import Publisher
+
+        return Publisher(self)
 
     @cached_property
     def renewals(self) -> Renewals:

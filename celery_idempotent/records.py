@@ -73,7 +73,10 @@ class NewMessage:
         fingerprint: SHA-256 hex digest of the canonical arguments; ``None`` when they are not compared.
         attempt: Celery's ``retries`` of the delivery it waits for; 0 for the first.
         delay: Seconds until it may run (countdown, ETA); ``None`` for at once. May be negative for an ETA that passed.
-        published: Whether the caller hands it to the broker itself; ``False`` leaves it for the relay (outbox).
+        published: Whether the caller hands it to the broker at once; ``False`` for a row of the outbox, which is published once its
+            transaction has committed.
+        publish_within: Seconds for which a row of the outbox is its recorder's to publish, before the relay may; ``None`` leaves
+            it to the relay from the beginning.
         message: Encoded arguments and options, so that it can be published again.
     """
 
@@ -84,6 +87,7 @@ class NewMessage:
     attempt: int = 0
     delay: float | None = None
     published: bool = True
+    publish_within: float | None = None
     message: bytes | None = None
 
 
@@ -125,7 +129,10 @@ class Row:
 
     @property
     def lease_left(self) -> float:
-        """Seconds until the lease runs out; 0 or less once it has, or when there is none."""
+        """Seconds until the lease runs out; 0 or less once it has, or when there is none.
+
+        Of a pending row it is the right to publish it, not to run it.
+        """
         return 0.0 if self.lease_expires_at is None else (self.lease_expires_at - self.read_at).total_seconds()
 
     @property

@@ -21,6 +21,8 @@ from kombu.exceptions import OperationalError
 
 from celery_idempotent.consumer import ABANDONED
 from celery_idempotent.forks import no_fork
+from celery_idempotent.outboxes import PUBLISH_WITHIN
+from celery_idempotent.publication import publish
 from celery_idempotent.records import MessageKey, Row, Status
 from celery_idempotent.serialization import UndecodableError, decode_message
 from celery_idempotent.wire import Marker
@@ -28,16 +30,24 @@ from celery_idempotent.wire import Marker
 if TYPE_CHECKING:
     from celery_idempotent.queue_log import QueueLog
     from celery_idempotent.store import Store
-    from celery_idempotent.task import IdempotentTask
 
-__all__ = ["Recovered", "Recovery"]
+__all__ = ["Recovered", "Recovery", "Relayed"]
 
 logger = logging.getLogger("celery_idempotent")
 
 #: Rows that one statement reads or deletes.
 BATCH = 200
 
+#: Seconds for which a relay keeps others from publishing what it publishes; it ends a batch in half of that.
+RELAY_LEASE = 10.0
+
+#: Seconds for which a process that does nothing else waits, in all, for what others are publishing: it may be left by the dead.
+_IN_FLIGHT = max(RELAY_LEASE, PUBLISH_WITHIN) + 1.0
+
 _ALL = float("inf")
+
+#: Seconds between two looks at it.
+_LOOK_EVERY = 0.2
 
 #: The longest pause between two publications of one message that nobody takes.
 _LONGEST_PAUSE = timedelta(days=1)
@@ -81,6 +91,19 @@ class Recovered:
         return published >= BATCH or (self.purged > 0 and self.purged % BATCH == 0)
 
 
+@dataclass(frozen=True, slots=True)
+class Relayed:
+    """What a relay did.
+
+    Attributes:
+        published: How many messages it published.
+        in_flight: Seconds for which the rest is being published by others; 0 when there is no rest.
+    """
+
+    published: int
+    in_flight: float = 0.0
+
+
 class Recovery:
     """Recovers the messages of one queue log.
 
@@ -113,13 +136,17 @@ class Recovery:
                 partial(self._store.lapsed, again_after=lost_after),
                 due=lambda row: _has_paused(row, since=row.lease_expires_at),
             ),
-            relayed=self._publish_due(self._store.unsent),
+            relayed=self.relay().published,
             lost=self._publish_overtaken(lost_after),
             purged=self.purge(),
         )
 
     def steps(
-        self, *, lost_after: float | None = None, stopped: Callable[[], bool] = lambda: False
+        self,
+        *,
+        lost_after: float | None = None,
+        in_flight: bool = False,
+        stopped: Callable[[], bool] = lambda: False,
     ) -> Iterator[Recovered]:
         """Step until nothing more is due: for a process that does nothing else.
 
@@ -127,20 +154,91 @@ class Recovery:
 
         Args:
             lost_after: As for :meth:`publish_waiting`, which comes last then; ``None`` leaves it out.
+            in_flight: Whether to wait some seconds for what others are publishing just then, since they may be dead.
             stopped: Asked after each batch whether the rest is to be left.
 
         Raises:
             StoreError: As for :meth:`step`.
             kombu.exceptions.OperationalError: As for :meth:`step`.
         """
-        more = True
+        more, patience = True, time.monotonic() + _IN_FLIGHT
         while more and not stopped():
             self._see_what_ran()
             done = self.step()
             yield done
             more = done.more
+            while in_flight and not more and not stopped() and time.monotonic() < patience:
+                rest = self.relay(at_most=_ALL, stopped=stopped)
+                yield Recovered(relayed=rest.published)
+                if not rest.in_flight:
+                    break
+                time.sleep(min(rest.in_flight, _LOOK_EVERY))
         if lost_after is not None and not stopped():
             yield Recovered(lost=self.publish_waiting(lost_after, stopped=stopped))
+
+    def relay(self, *, at_most: float = BATCH, stopped: Callable[[], bool] = lambda: False) -> Relayed:
+        """Publish what was committed and never handed to the broker, in the order in which it was recorded.
+
+        One relay at a time publishes, by a lease on the oldest row, or the order would be lost; it leaves alone what its recorder is
+        publishing, and all that comes behind that. A relay that dies in the midst has its messages published again, which their
+        claims absorb.
+
+        Args:
+            at_most: Messages, or some more.
+            stopped: Asked after each batch whether the rest is to be left.
+
+        Raises:
+            StoreError: As for :meth:`step`.
+            kombu.exceptions.OperationalError: As for :meth:`step`.
+        """
+        published, left = 0, set[MessageKey]()
+        while published < at_most and not stopped():
+            # Read past what is another app's, or cannot be published, lest it keeps all others from being relayed.
+            limit = BATCH + 2 * len(left)
+            with no_fork():
+                rows = self._store.unsent(limit=limit)
+            ours: list[tuple[Row, Callable[[], object]]] = []
+            for row in rows:
+                if row.key not in left:
+                    publication = self._publication(row)
+                    if publication is None:
+                        left.add(row.key)
+                    else:
+                        ours.append((row, publication))
+            if not ours:
+                if len(rows) < limit:
+                    break
+                continue
+            head, _ = ours[0]
+            if head.lease_left > 0:
+                return Relayed(published, head.lease_left)
+            with no_fork():
+                taken = self._store.relay(head, lease=RELAY_LEASE)
+            if taken:  # or somebody else was first: look who it is
+                published += self._relay(ours, left)
+        return Relayed(published)
+
+    def _relay(self, ours: list[tuple[Row, Callable[[], object]]], left: set[MessageKey]) -> int:
+        """Publish rows in their order, the first of which is taken; how many were. Those that cannot be are among the ``left`` then."""
+        deadline = time.monotonic() + RELAY_LEASE / 2
+        head = ours[0][0].key
+        done: list[MessageKey] = []
+        try:
+            for row, publish in ours:
+                if (row.lease_left > 0 and row.key != head) or time.monotonic() > deadline:
+                    break
+                with no_fork():
+                    published = self._published(row, publish)
+                if published:
+                    done.append(row.key)
+                else:
+                    left.add(row.key)
+        finally:
+            with no_fork():
+                self._store.relayed(done, published=True)
+                if head not in done:
+                    self._store.relayed([head], published=False)
+        return len(done)
 
     def publish_waiting(self, lost_after: float, *, stopped: Callable[[], bool] = lambda: False) -> int:
         """Publish every pending message again that has waited longer, overtaken or not: for a broker that was emptied.
@@ -156,10 +254,9 @@ class Recovery:
             StoreError: As for :meth:`step`.
             kombu.exceptions.OperationalError: As for :meth:`step`.
         """
-        return sum(
-            self._publish_due(read, at_most=_ALL, stopped=stopped)
-            for read in (self._store.unsent, partial(self._store.waiting, older_than=lost_after))
-        )
+        relayed = self.relay(at_most=_ALL, stopped=stopped).published
+        waiting = partial(self._store.waiting, older_than=lost_after)
+        return relayed + self._publish_due(waiting, at_most=_ALL, stopped=stopped)
 
     def purge(self, *, older_than: float | None = None, within: float | None = None) -> int:
         """Delete rows of messages that are done, in small batches; their ids are free again.
@@ -243,34 +340,47 @@ class Recovery:
             return self._publish_row(row)
 
     def _publish_row(self, row: Row) -> bool:
-        task = self._queue_log.app.tasks.get(row.key.task_name)
-        if task is None or not hasattr(type(task), "idempotency"):
-            return False  # another app's, on the same store: its own workers recover it
-        publish = self._publication(task, row)
+        publish = self._publication(row)
         if publish is None or not self._store.republish(row):
             return False
+        try:
+            published = self._published(row, publish)
+        except BaseException:
+            self._store.not_published(row.key, token=row.token)
+            raise
+        if not published:
+            self._store.not_published(row.key, token=row.token)
+        return published
+
+    def _published(self, row: Row, publish: Callable[[], object]) -> bool:
+        """Hand a row's message to the broker. Returns whether that could be done with this one.
+
+        Raises:
+            kombu.exceptions.OperationalError: The broker takes none.
+        """
         name = f"{row.key.task_name}[{row.key.message_id}]"
         try:
             publish()
-        except BaseException as error:
-            self._store.not_published(row.key, token=row.token)
-            if isinstance(error, OperationalError) or not isinstance(error, Exception):
-                raise  # the broker takes none
+        except OperationalError:
+            raise
+        except Exception:
             logger.exception("%s could not be published again", name)
             return False
         logger.warning("%s is published %s: it was %s", name, "again" if row.published_at else "at last", row.status)
         return True
 
-    def _publication(self, task: IdempotentTask, row: Row) -> Callable[[], object] | None:
+    def _publication(self, row: Row) -> Callable[[], object] | None:
         """How to publish a row's message; ``None`` when it cannot be, which ends a message without an owner."""
+        task = self._queue_log.app.tasks.get(row.key.task_name)
+        if task is None or not hasattr(type(task), "idempotency"):
+            return None  # another app's, on the same store: its own workers recover it
         try:
-            call = decode_message(self._queue_log.app, row.message)
+            args, kwargs, options = decode_message(self._queue_log.app, row.message)
         except UndecodableError as error:
             logger.error("%s[%s] cannot be published again: %s", row.key.task_name, row.key.message_id, error)
             if row.status is Status.PROCESSING:
                 self._store.abandon(row, error=f"{ABANDONED}; {error}", unique_for=task.idempotency.unique_for)
             return None
-        args, kwargs, options = call
         # A copy's own row is known by its task id; the message in it says which message it is a copy of.
         message_id = options.get("message_id") or row.key.message_id
         copied = message_id != row.key.message_id
@@ -281,24 +391,17 @@ class Recovery:
         ):  # a retry, which says whose calls it makes
             marker = replace(marker, first=sent.first, lost=sent.lost)
         # What the row knows better, and what was true of one delivery only.
-        replaced = ("eta", "task_id", "message_id", "headers", "retries", "redelivered", "is_eager", "ignore_result")
+        replaced = ("eta", "task_id", "message_id", "retries", "redelivered", "is_eager", "ignore_result")
         kept = {name: value for name, value in options.items() if name not in replaced}
-        if row.status is Status.PENDING and row.available_in > 0:
-            # To quorum queues Celery publishes whole seconds only, and raises ValueError for less than one.
-            kept["countdown"] = max(row.available_in, 1.0)
-        # Celery listens for the result of what it publishes, which nobody in this process waits for, and which would cost a
-        # subscription each, and much patience while the result backend is down. Told to ignore it, it does not; the header
-        # tells the consumer how it is.
-        headers = {**(options.get("headers") or {}), "ignore_result": options.get("ignore_result", task.ignore_result)}
         return partial(
-            task.publish,
+            publish,
+            task,
             args,
             kwargs,
-            task_id=row.task_id,
-            message_id=message_id,
-            headers=marker.write(headers),
+            marker=marker,
+            due_in=row.available_in if row.status is Status.PENDING else None,
+            ignore_result=options.get("ignore_result", task.ignore_result),
             retries=row.attempt,
-            ignore_result=True,
             **kept,
         )
 

@@ -21,7 +21,7 @@ from celery.backends.base import DisabledBackend
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 from kombu.exceptions import EncodeError
 
-from celery_idempotent.atomic import RUNS, NotCommittedError, UnitOfWork, transactional
+from celery_idempotent.atomic import RUNS, NotCommittedError, UnitOfWork
 from celery_idempotent.children import Calls
 from celery_idempotent.errors import (
     AlreadyFailedError,
@@ -31,6 +31,7 @@ from celery_idempotent.errors import (
     StoreUnavailableError,
 )
 from celery_idempotent.outage import ask_until_answered
+from celery_idempotent.outboxes import within
 from celery_idempotent.records import Claim, Claimed, MessageKey, NewMessage, Note, ProcessedStatus, Status
 from celery_idempotent.serialization import decode_result, encode_message, encode_result
 from celery_idempotent.wire import Marker
@@ -161,16 +162,13 @@ class Run:
             return body()
         if self.claim is not None and time.monotonic() - self.asked > self.task.idempotency.lease:
             self._make_sure()
-        return self._perform_atomically(body) if self.task.idempotency.atomic else self._perform(body)
+        if self.task.idempotency.atomic:
+            return self._perform_atomically(body)
+        with within(None):  # an eager run inside of an outbox, or of an atomic body, stands for itself
+            return self._perform(body)
 
     def _perform_atomically(self, body: Callable[[], T]) -> T:
         """Run the body in a transaction, and again in a new one if that gave way to others."""
-        queue_log = self.task.queue_log
-        try:
-            store = transactional(self._store)
-        except ConfigurationError as wrong:
-            self._finish(self._failed(describe(wrong)))
-            raise
 
         def flushed() -> T:
             value = body()
@@ -180,11 +178,13 @@ class Run:
 
         for number in range(1, RUNS + 1):
             began = time.monotonic()
-            unit = UnitOfWork(
-                store, session_factory=queue_log.session_factory, isolation_level=queue_log.isolation_level
-            )
             try:
-                with unit as self.unit:
+                unit = UnitOfWork(self.task.queue_log)
+            except ConfigurationError as wrong:
+                self._finish(self._failed(describe(wrong)))
+                raise
+            try:
+                with unit as self.unit, within(unit.outbox):
                     return self._perform(flushed)
             except NotCommittedError as stopped:
                 error, again = stopped.error, stopped.again and number < RUNS
@@ -453,13 +453,24 @@ class Run:
         if unit is None or not unit.opened:
             return self._write(what, lambda: write(self._store))
         try:
-            return unit.commit(write)
+            held = unit.commit(write)
         except Exception as error:
             unit.roll_back(broken=True)
-            if unit.in_doubt and self._took_place(written):
-                logger.warning("%s was committed, although the answer was lost: %r", self, error)
-                return True
-            raise NotCommittedError(error, again=unit.gave_way is not None) from error
+            if not (unit.in_doubt and self._took_place(written)):
+                raise NotCommittedError(error, again=unit.gave_way is not None) from error
+            logger.warning("%s was committed, although the answer was lost: %r", self, error)
+            held = True
+        if held:
+            self._publish(unit)
+        return held
+
+    def _publish(self, unit: UnitOfWork) -> None:
+        """Publish what the body has sent."""
+        try:
+            unit.outbox.publish()
+        except SoftTimeLimitExceeded:
+            # The signal struck between; the relay publishes what was not.
+            logger.warning("%s ran into its time limit behind its commit", self)
 
     def _took_place(self, written: Callable[[], bool]) -> bool:
         """Whether a commit whose answer is lost did."""

@@ -16,7 +16,15 @@ from kombu.serialization import dumps, loads, prepare_accept_content, registry
 if TYPE_CHECKING:
     from celery import Celery
 
-__all__ = ["UndecodableError", "decode_message", "decode_result", "encode_message", "encode_result"]
+__all__ = [
+    "UndecodableError",
+    "as_moments",
+    "decode_message",
+    "decode_result",
+    "encode_message",
+    "encode_result",
+    "without_local",
+]
 
 logger = logging.getLogger("celery_idempotent")
 
@@ -61,13 +69,26 @@ def encode_message(
     Raises:
         kombu.exceptions.EncodeError: The serializer cannot take the arguments; the publication would fail alike.
     """
-    kept = {name: _plain(value) for name, value in options.items() if value is not None and name not in _LOCAL_OPTIONS}
+    kept = {name: _plain(value) for name, value in without_local(options).items() if value is not None}
     if now is not None:
-        if "countdown" in kept:
-            kept["eta"] = now + timedelta(seconds=kept.pop("countdown"))
-        if isinstance(kept.get("expires"), (int, float)):
-            kept["expires"] = now + timedelta(seconds=kept["expires"])
+        kept = as_moments(kept, now)
     return _pack([list(args or ()), dict(kwargs or {}), kept], serializer)
+
+
+def without_local(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a call less those that belong to the calling process."""
+    return {name: value for name, value in options.items() if name not in _LOCAL_OPTIONS}
+
+
+def as_moments(options: Mapping[str, Any], now: datetime) -> dict[str, Any]:
+    """The options of a call made now, for whoever publishes it later: what they say relative to now is a moment (``eta``, ``expires``)."""
+    moments = dict(options)
+    if moments.get("countdown") is not None:
+        moments["eta"] = now + timedelta(seconds=moments["countdown"])
+    moments.pop("countdown", None)
+    if isinstance(moments.get("expires"), (int, float)):
+        moments["expires"] = now + timedelta(seconds=moments["expires"])
+    return moments
 
 
 def decode_message(app: Celery, data: bytes | None) -> tuple[list[Any], dict[str, Any], dict[str, Any]]:

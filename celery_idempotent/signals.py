@@ -13,6 +13,7 @@ from celery_idempotent.children import is_guarded
 from celery_idempotent.consumer import delivered_key
 from celery_idempotent.errors import StoreError
 from celery_idempotent.outage import ask_again
+from celery_idempotent.outboxes import current_outbox
 from celery_idempotent.producer import delay_of, identify
 from celery_idempotent.records import Found, NewMessage
 from celery_idempotent.run import Run, answered
@@ -49,6 +50,7 @@ class _PublishHook:
 
     def __init__(self, queue_log: QueueLog) -> None:
         self.app = queue_log.app
+        self._queue_log = queue_log
 
     def before_publish(
         self,
@@ -61,7 +63,15 @@ class _PublishHook:
     ) -> None:
         # Not `app.tasks`, which would finalize an app that only sends.
         task = self.app._tasks.get(sender)  # noqa: SLF001
-        if headers is None or properties is None or not is_guarded(task) or Marker.read(headers) is not None:
+        if headers is None or properties is None or Marker.read(headers) is not None:
+            return
+        if current_outbox(self._queue_log) is not None and _publishes(self.app, declare):
+            logger.warning(
+                "%s is published at once, although in an outbox, since it is no IdempotentTask or is called by its name: "
+                "a rollback does not undo that",
+                sender,
+            )
+        if not is_guarded(task):
             return
         if "id" not in headers or not _publishes(self.app, declare):
             return

@@ -9,9 +9,9 @@ from typing import Any
 
 from celery.bootsteps import StartStopStep, Step
 
-from celery_idempotent.atomic import transactional
 from celery_idempotent.errors import StoreUnavailableError
 from celery_idempotent.queue_log import QueueLog
+from celery_idempotent.transactions import transactional
 
 __all__ = ["CheckStep", "RecoveryStep"]
 

@@ -55,6 +55,21 @@ class Store(Protocol):
         """
         ...
 
+    def record_all(self, messages: Sequence[NewMessage]) -> list[Recorded | Found]:
+        """Record many messages, each as :meth:`record` would.
+
+        Args:
+            messages: What is about to be published, in the order in which the relay is to publish it. A message whose id is taken
+                by one before it in the list is found, not recorded.
+
+        Returns:
+            What :meth:`record` would answer, message by message.
+
+        Atomicity: each message on its own. As few statements as the store can: one for all that are new, where it has an insert of
+        many rows that yields to those that are there.
+        """
+        ...
+
     def withdraw(self, key: MessageKey, *, task_id: str) -> bool:
         """Take back a message whose publication failed.
 
@@ -309,7 +324,36 @@ class Store(Protocol):
         ...
 
     def unsent(self, *, limit: int) -> list[Row]:
-        """Pending rows that were never handed to the broker (``published_at`` is null), oldest first, with their messages."""
+        """Pending rows that were never handed to the broker (``published_at`` is null), oldest first, with their messages.
+
+        Those of one recorder come in the order in which it recorded them. A row whose lease lives is being published by whoever
+        recorded it, or by a relay: see :meth:`relay`.
+        """
+        ...
+
+    def relay(self, row: Row, *, lease: float) -> bool:
+        """Take the right to publish a row that was never handed to the broker, and the unsent rows behind it.
+
+        Args:
+            row: A row of :meth:`unsent`, as it was read.
+            lease: Seconds for which nobody else relays it; > 0. A relay that dies leaves it to others then.
+
+        Returns:
+            Whether the row was still unsent and nobody had that right: of N callers one has it.
+
+        Atomicity: one statement.
+        """
+        ...
+
+    def relayed(self, keys: Sequence[MessageKey], *, published: bool) -> None:
+        """Give up the right to publish rows that were never handed to the broker.
+
+        Args:
+            keys: The rows; an empty list asks nothing. What was claimed meanwhile, or published by somebody else, is left alone.
+            published: Whether they were handed to the broker (``published_at`` is now), or are left to others.
+
+        Atomicity: one statement for some hundreds of rows.
+        """
         ...
 
     def not_published(self, key: MessageKey, *, token: int) -> None:
@@ -391,10 +435,15 @@ class TransactionalStore(Store, Protocol):
         """The same store, with its verbs in a transaction of the caller's.
 
         What they write takes effect, and is seen by others, when the caller commits. Nothing is repeated, and errors are the
-        database's own: what they make of the transaction is the caller's affair.
+        database's own: what they make of the transaction is the caller's affair. A message that is found to be there is not locked by
+        that, where the database leaves the choice (MySQL and MariaDB keep a shared lock on its row until the transaction ends).
 
         Args:
             connection: One of :attr:`engine`'s database, in a transaction.
+
+        Raises:
+            ConfigurationError: It is a connection to another kind of database.
+            SchemaError: The table is not there; by the verbs, too, where the connection leads to a database that lacks it.
         """
         ...
 

@@ -1,9 +1,10 @@
-"""The contract of ``record``."""
+"""The contract of ``record`` and ``record_all``."""
 
 # ruff: noqa: D102 - a test's name says what it shows
 
 from __future__ import annotations
 
+from dataclasses import fields
 from datetime import UTC, timedelta
 
 import pytest
@@ -30,7 +31,7 @@ __all__ = ["RecordContract"]
 
 
 class RecordContract(StoreFixtures):
-    """``record``: what is new, what is taken, what is free again."""
+    """``record``, ``record_all``: what is new, what is taken, what is free again."""
 
     # -- record --------------------------------------------------------------------------------------------------------
 
@@ -98,6 +99,47 @@ class RecordContract(StoreFixtures):
 
     def test_a_message_left_to_the_relay_is_not_published(self, store: Store) -> None:
         assert pending(store, published=False).published_at is None
+
+    # -- record_all ----------------------------------------------------------------------------------------------------
+
+    def test_many_messages_are_recorded_as_each_would_be(self, store: Store) -> None:
+        single = pending(store)
+        keys = [MessageKey(f"m{number}", "t") for number in range(1200)]  # more than one statement has
+        assert store.record_all([new_message(key) for key in keys]) == [Recorded()] * len(keys)
+        for key in (keys[0], keys[-1]):
+            row = read(store, key)
+            changes = {"key", "created_timestamp", "published_at", "read_at"}
+            for field in fields(Row):
+                assert field.name in changes or getattr(row, field.name) == getattr(single, field.name)
+            assert row.published_at is not None
+            assert abs(row.published_at - row.created_timestamp) < timedelta(milliseconds=2)
+
+    def test_among_many_the_ids_that_are_taken_are_found(self, store: Store) -> None:
+        pending(store, key=MessageKey("pending", "t"), task_id="first")
+        held = processing(store, key=MessageKey("processing", "t"))
+        expired_id(store, key=MessageKey("free", "t"))
+        messages = [
+            new_message(MessageKey(name, "t"), task_id=f"{name}-{number}")
+            for number, name in enumerate(("new", "pending", "processing", "free", "new"))
+        ]
+
+        answers = store.record_all(messages)
+
+        assert [type(answer) for answer in answers] == [Recorded, Found, Found, Recorded, Found]
+        found = [answer.row for answer in answers if isinstance(answer, Found)]
+        assert [(row.key.message_id, row.task_id) for row in found] == [
+            ("pending", "first"),
+            ("processing", "task-1"),
+            ("new", "new-0"),
+        ]
+        assert found[1].token == held.token
+        assert (read(store, MessageKey("free", "t")).task_id, read(store, MessageKey("free", "t")).token) == (
+            "free-3",
+            1,
+        )
+
+    def test_no_messages_are_recorded_by_asking_for_none(self, store: Store) -> None:
+        assert store.record_all([]) == []
 
     @pytest.mark.parametrize("delay", [0.0, 0.25, 3600.0, -3600.0, 86400.0 * 366])
     def test_a_delay_counts_from_the_recording(self, store: Store, delay: float) -> None:

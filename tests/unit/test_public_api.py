@@ -34,6 +34,7 @@ DESIGN = {
     "StoreUnavailableError",
     "by_arguments",
     "current_message",
+    "outbox",
     "queue_log_table",
 }
 

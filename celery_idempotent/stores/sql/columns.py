@@ -6,6 +6,7 @@ a column's own name would become part of the ``SET`` clause.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from sqlalchemy import (
@@ -20,6 +21,7 @@ from sqlalchemy import (
     literal_column,
     null,
     select,
+    tuple_,
 )
 
 from celery_idempotent.errors import StoreError
@@ -32,6 +34,7 @@ __all__ = [
     "PENDING",
     "PROCESSING",
     "SUCCESS",
+    "Keys",
     "Lookup",
     "anew",
     "free_again",
@@ -94,7 +97,8 @@ def anew(table: Table) -> dict[str, Any]:
         "processed_timestamp": null(),
         **{name: parameter(table, name) for name in ("task_id", "queue", "fingerprint", "attempt", "message")},
         "worker": null(),
-        "lease_expires_at": null(),
+        # Of a row of the outbox: until when it is its recorder's to publish.
+        "lease_expires_at": FromNow(seconds("p_publish_within")),
         "available_at": FromNow(seconds("p_delay")),
         "published_at": FromNow(seconds("p_published")),
         "expires_at": null(),
@@ -127,6 +131,7 @@ def message_parameters(message: NewMessage) -> dict[str, Any]:
         "p_delay": message.delay,
         # Published means now, which is no seconds from now; a null duration makes it null.
         "p_published": 0.0 if message.published else None,
+        "p_publish_within": message.publish_within,
     }
 
 
@@ -149,6 +154,17 @@ class Lookup:
         """Read it; ``None`` when there is none."""
         read = connection.execute(self._select, key_parameters(key)).mappings().first()
         return None if read is None else row_of(read)
+
+
+class Keys:
+    """Conditions over many rows at once."""
+
+    def __init__(self, table: Table) -> None:
+        self._key = tuple_(table.c.message_id, table.c.task_name)
+
+    def among(self, keys: Iterable[MessageKey]) -> ColumnElement[bool]:
+        """It is the row of one of the messages."""
+        return self._key.in_([(key.message_id, key.task_name) for key in keys])
 
 
 def held_by(row: Row, holder: Holder) -> bool:

@@ -133,6 +133,23 @@ class Database:
                 else:
                     raise self._explained(fault, error, again) from error
 
+    def join(self, connection: Connection) -> Joined:
+        """Somebody's transaction on this database, as the store's operations see it.
+
+        Raises:
+            ConfigurationError: It is a connection to another kind of database.
+            SchemaError: The table is not there.
+            StoreUnavailableError: That could not be told.
+        """
+        if connection.dialect.name not in self._dialect.names:
+            raise ConfigurationError(
+                f"the queue log is at {self}, and a {connection.dialect.name} connection does not lead there: "
+                f"take a session on the store's own database"
+            )
+        if not self._here().ready:
+            self.run(lambda _, __: None)
+        return Joined(connection, self._dialect, str(self))
+
     def gave_way(self, error: BaseException) -> bool:
         """Whether a transaction that met an error took no effect, and may if it is repeated."""
         return isinstance(error, DBAPIError) and self._dialect.fault(error) in (Fault.COLLISION, Fault.LOST)
@@ -255,12 +272,27 @@ class Database:
 class Joined:
     """A transaction of the caller's, as the store's operations see it: they run in it once, for better or worse."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, dialect: Dialect, name: str) -> None:
         self._connection = connection
+        self._dialect = dialect
+        self._name = name
 
     def run(self, operation: Callable[[Connection, bool], T], *, prepared: bool = True, patient: bool = False) -> T:  # noqa: ARG002
-        """Run an operation; see :meth:`Database.run`."""
-        return operation(self._connection, False)
+        """Run an operation; see :meth:`Database.run`.
+
+        Raises:
+            SchemaError: The table is not where this connection leads.
+            sqlalchemy.exc.DBAPIError: Any other error of the database.
+        """
+        try:
+            return operation(self._connection, False)
+        except DBAPIError as error:
+            if self._dialect.fault(error) is Fault.SCHEMA:
+                raise SchemaError(
+                    f"the table of the queue log is not in the database of this transaction, {masked(self._connection.engine.url)}: "
+                    f"take a session on the database of the store, {self._name}"
+                ) from error
+            raise
 
 
 def _unavailable(text: str, sent: bool) -> StoreUnavailableError:

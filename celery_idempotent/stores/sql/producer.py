@@ -1,4 +1,4 @@
-"""The producer's verbs: record, withdraw, resubmit, republish, count a duplicate.
+"""The producer's verbs: record one or many, withdraw, resubmit, republish, count a duplicate.
 
 Each takes the connection to work on. ``again`` says that it is a repeat: an earlier attempt of the same call broke off with
 its connection, and may have taken effect. A repeat that finds what that attempt would have written answers as if it had.
@@ -6,7 +6,10 @@ its connection, and may have taken effect. A repeat that finds what that attempt
 
 from __future__ import annotations
 
-from sqlalchemy import Connection, Table, bindparam, delete, literal_column, null, or_, update
+from collections.abc import Sequence
+from functools import partial
+
+from sqlalchemy import Connection, Table, bindparam, delete, literal_column, null, or_, select, update
 
 from celery_idempotent.errors import StoreUnavailableError
 from celery_idempotent.records import Found, MessageKey, NewMessage, Recorded, Row, Status
@@ -15,6 +18,7 @@ from celery_idempotent.stores.sql.columns import (
     DONE,
     FAILURE,
     PENDING,
+    Keys,
     Lookup,
     anew,
     free_again,
@@ -23,6 +27,7 @@ from celery_idempotent.stores.sql.columns import (
     message_parameters,
     new_key,
     parameter,
+    row_of,
 )
 from celery_idempotent.stores.sql.dialects import Dialect
 
@@ -32,6 +37,9 @@ __all__ = ["ROUNDS", "Producer"]
 #: else got on, so that this many in a row mean that something is wrong.
 ROUNDS = 20
 
+#: Seconds between the moments at which rows of one insert are said to be recorded, so that they keep their order. Less than a row takes.
+_APART = 1e-6
+
 
 class Producer:
     """Statements and verbs of the producer's side, for one table."""
@@ -40,12 +48,18 @@ class Producer:
         self._dialect = dialect
         self._read = Lookup(table)
         restarted = anew(table)
+        new = {**new_key(table), "token": literal_column("0"), **restarted}
         self._insert = dialect.insert(
             table,
-            {**new_key(table), "token": literal_column("0"), **restarted},
+            new,
             replaced=list(restarted),
             free=free_again(table),
         )
+        self._insert_unlocked = dialect.insert(table, new)
+        # In the order of the list, although all at one moment.
+        self._insert_all = dialect.insert_all(table, {**new, "created_timestamp": FromNow(seconds("p_place"))})
+        self._among = Keys(table).among
+        self._select = select(table, Now().label("read_at"))
         self._restart = update(table).where(has_key(table), free_again(table)).values(restarted)
         unclaimed = (
             table.c.status == PENDING,
@@ -80,6 +94,7 @@ class Producer:
                 processed_timestamp=null(),
                 **{name: parameter(table, name) for name in ("task_id", "queue", "attempt", "message")},
                 worker=null(),
+                lease_expires_at=FromNow(seconds("p_publish_within")),
                 available_at=FromNow(seconds("p_delay")),
                 published_at=FromNow(seconds("p_published")),
                 expires_at=null(),
@@ -102,11 +117,17 @@ class Producer:
             update(table).where(has_key(table)).values(duplicates=table.c.duplicates + literal_column("1"))
         )
 
-    def record(self, connection: Connection, message: NewMessage, *, again: bool) -> Recorded | Found:
-        """Insert, or replace a row whose id is free again, or report the row."""
+    def record(
+        self, connection: Connection, message: NewMessage, *, again: bool, in_transaction: bool = False
+    ) -> Recorded | Found:
+        """Insert, or replace a row whose id is free again, or report the row.
+
+        In a transaction of somebody's a row that is there is looked at, and not locked until that ends.
+        """
         parameters = message_parameters(message)
+        insert = self._insert_unlocked if in_transaction else self._insert
         for _ in range(ROUNDS):
-            if self._dialect.inserted(connection, self._insert, parameters):
+            if self._dialect.inserted(connection, insert, parameters):
                 return Recorded()
             row = self._read(connection, message.key)
             if row is None:
@@ -120,6 +141,40 @@ class Producer:
                 return Recorded()
             return Found(row)
         raise StoreUnavailableError(f"message {message.key.message_id!r} could not be recorded: its row kept changing")
+
+    def record_all(
+        self, connection: Connection, messages: Sequence[NewMessage], *, again: bool, in_transaction: bool = False
+    ) -> list[Recorded | Found]:
+        """Insert those that are new in one statement, and look at the others."""
+        parameters = [
+            {**message_parameters(message), "p_place": place * _APART} for place, message in enumerate(messages)
+        ]
+        # A repeat cannot tell what the attempt before it has inserted from what was there.
+        keys = None if again else self._dialect.inserted_keys(connection, self._insert_all, parameters)
+        if keys is None:
+            record = partial(self.record, connection, again=again, in_transaction=in_transaction)
+            return [record(message) for message in messages]
+        new = {MessageKey(*key) for key in keys}
+        recorded: list[bool] = []
+        for message in messages:
+            recorded.append(message.key in new)
+            new.discard(message.key)  # whoever has the same key further behind finds it
+        others = [message.key for message, is_new in zip(messages, recorded, strict=True) if not is_new]
+        rows = {row.key: row for row in self._rows(connection, others)} if others else {}
+        return [
+            Recorded() if is_new else self._found_or_record(connection, message, rows.get(message.key), in_transaction)
+            for message, is_new in zip(messages, recorded, strict=True)
+        ]
+
+    def _found_or_record(
+        self, connection: Connection, message: NewMessage, row: Row | None, in_transaction: bool
+    ) -> Recorded | Found:
+        if row is None or row.expired:
+            return self.record(connection, message, again=False, in_transaction=in_transaction)
+        return Found(row)
+
+    def _rows(self, connection: Connection, keys: Sequence[MessageKey]) -> list[Row]:
+        return [row_of(read) for read in connection.execute(self._select.where(self._among(keys))).mappings()]
 
     def withdraw(self, connection: Connection, key: MessageKey, *, task_id: str, again: bool) -> bool:
         """Delete a pending row that was never claimed; free its id if the row had an earlier life."""

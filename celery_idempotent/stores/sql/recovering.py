@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, Select, Table, delete, func, null, or_, select, tuple_, update
+from sqlalchemy import Connection, Select, Table, delete, func, null, or_, select, update
 
 from celery_idempotent.records import MessageKey, Row
 from celery_idempotent.stores.sql.clock import FromNow, Now, seconds
@@ -14,19 +14,24 @@ from celery_idempotent.stores.sql.columns import (
     DONE,
     PENDING,
     PROCESSING,
+    Keys,
     has_key,
     key_parameters,
     parameter,
     row_of,
 )
+from celery_idempotent.stores.sql.dialects import Dialect
 
 __all__ = ["Recovering"]
+
+#: Rows that one statement names by their keys, at most.
+AT_ONCE = 500
 
 
 class Recovering:
     """Statements of the recovery step, for one table; each finds its rows together in one index."""
 
-    def __init__(self, table: Table) -> None:
+    def __init__(self, table: Table, dialect: Dialect) -> None:
         self._table = table
         ago = FromNow(seconds("p_ago"))
         # Of what is not done there is an index, and by this the databases know that it serves.
@@ -55,15 +60,32 @@ class Recovering:
         )
         self._next_queue = self._first_queue.where(table.c.queue > parameter(table, "queue"))
         # Neither done nor processing, which is pending, said so that none looks for them among all that is pending.
-        self._unsent = read.where(table.c.status != PROCESSING, table.c.published_at.is_(None)).order_by(
-            table.c.created_timestamp
+        unsent = (table.c.status != PROCESSING, table.c.published_at.is_(None))
+        tie = () if dialect.recorded_order is None else (dialect.recorded_order,)
+        self._unsent = read.where(*unsent).order_by(table.c.created_timestamp, *tie)
+        self._relay = (
+            update(table)
+            .where(
+                has_key(table),
+                table.c.status == PENDING,
+                table.c.published_at.is_(None),
+                table.c.token == parameter(table, "token"),
+                or_(table.c.lease_expires_at.is_(None), table.c.lease_expires_at <= Now()),
+            )
+            .values(lease_expires_at=FromNow(seconds("p_lease")))
+        )
+        # Of a row that runs the lease is its owner's.
+        self._relayed = (
+            update(table)
+            .where(table.c.status == PENDING, table.c.published_at.is_(None))
+            .values(published_at=FromNow(seconds("p_published")), lease_expires_at=null())
         )
         self._not_published = (
             update(table)
             .where(has_key(table), table.c.status != DONE, table.c.token == parameter(table, "token"))
             .values(published_at=null())
         )
-        self._key = tuple_(table.c.message_id, table.c.task_name)
+        self._among = Keys(table).among
         # An id that is to stay taken for longer than retention keeps its row.
         unneeded = or_(table.c.expires_at.is_(None), table.c.expires_at <= Now())
         self._old = (
@@ -100,6 +122,19 @@ class Recovering:
         """Pending, never published."""
         return [row_of(read) for read in connection.execute(self._unsent.limit(limit)).mappings()]
 
+    def relay(self, connection: Connection, row: Row, *, lease: float) -> bool:
+        """The right to publish, by compare and set."""
+        parameters = {**key_parameters(row.key), "p_token": row.token, "p_lease": lease}
+        # Whether it was this call that took it cannot be told on a repeat: nobody relays until that runs out.
+        return connection.execute(self._relay, parameters).rowcount > 0
+
+    def relayed(self, connection: Connection, keys: Sequence[MessageKey], *, published: bool) -> None:
+        """The end of that right."""
+        parameters = {"p_published": 0.0 if published else None}
+        for first in range(0, len(keys), AT_ONCE):
+            among = self._among(keys[first : first + AT_ONCE])
+            connection.execute(self._relayed.where(among), parameters)
+
     def not_published(self, connection: Connection, key: MessageKey, *, token: int) -> None:
         """It was not handed to the broker after all."""
         connection.execute(self._not_published, {**key_parameters(key), "p_token": token})
@@ -107,10 +142,10 @@ class Recovering:
     def purge(self, connection: Connection, *, older_than: float, limit: int) -> int:
         """Delete what is done and past retention, by its keys: a limit on DELETE is not everywhere."""
         parameters = {"p_ago": -older_than}
-        keys = [tuple(key) for key in connection.execute(self._old.limit(limit), parameters)]
+        keys = [MessageKey(*key) for key in connection.execute(self._old.limit(limit), parameters)]
         if not keys:
             return 0
-        return connection.execute(self._delete.where(self._key.in_(keys)), parameters).rowcount
+        return connection.execute(self._delete.where(self._among(keys)), parameters).rowcount
 
     def _queues(self, connection: Connection) -> Iterator[str]:
         """The queues that pending rows wait on."""

@@ -27,12 +27,12 @@ from celery_idempotent.records import (
 from celery_idempotent.stores.sql import schema
 from celery_idempotent.stores.sql.address import parse
 from celery_idempotent.stores.sql.claims import Claims
-from celery_idempotent.stores.sql.connection import Database, Joined
+from celery_idempotent.stores.sql.connection import Database
 from celery_idempotent.stores.sql.dialects import dialect_named
 from celery_idempotent.stores.sql.endings import Endings
 from celery_idempotent.stores.sql.producer import Producer
 from celery_idempotent.stores.sql.reading import Reading
-from celery_idempotent.stores.sql.recovering import Recovering
+from celery_idempotent.stores.sql.recovering import AT_ONCE, Recovering
 from celery_idempotent.stores.sql.table import queue_log_table
 
 __all__ = ["SQLStore"]
@@ -71,7 +71,8 @@ class SQLStore:
         self._claims = Claims(self._table, dialect)
         self._endings = Endings(self._table)
         self._reading = Reading(self._table, dialect)
-        self._recovering = Recovering(self._table)
+        self._recovering = Recovering(self._table, dialect)
+        self._in_transaction = False
 
     def __repr__(self) -> str:
         return f"SQLStore({str(self._database)!r}, table={self._table.fullname!r})"
@@ -88,10 +89,16 @@ class SQLStore:
         """This store with its verbs in a transaction of yours: what they write is committed, or not, by you.
 
         Args:
-            connection: One of :attr:`engine`'s database, in a transaction. The table has to be there.
+            connection: One of :attr:`engine`'s database, in a transaction.
+
+        Raises:
+            ConfigurationError: It is a connection to another kind of database.
+            SchemaError: The table is not there.
+            StoreUnavailableError: That could not be told, as the store gave no answer.
         """
         joined = copy(self)
-        joined._run = Joined(connection).run  # noqa: SLF001 - it is one of us
+        joined._run = self._database.join(connection).run  # noqa: SLF001 - it is one of us
+        joined._in_transaction = True  # noqa: SLF001
         return joined
 
     def gave_way(self, error: BaseException) -> bool:
@@ -100,7 +107,20 @@ class SQLStore:
     # -- producer ------------------------------------------------------------------------------------------------------
 
     def record(self, message: NewMessage) -> Recorded | Found:
-        return self._run(lambda on, again: self._producer.record(on, message, again=again))
+        return self._run(
+            lambda on, again: self._producer.record(on, message, again=again, in_transaction=self._in_transaction)
+        )
+
+    def record_all(self, messages: Sequence[NewMessage]) -> list[Recorded | Found]:
+        answers: list[Recorded | Found] = []
+        for first in range(0, len(messages), AT_ONCE):
+            some = messages[first : first + AT_ONCE]
+            answers += self._run(
+                lambda on, again, some=some: self._producer.record_all(  # type: ignore[misc]
+                    on, some, again=again, in_transaction=self._in_transaction
+                )
+            )
+        return answers
 
     def withdraw(self, key: MessageKey, *, task_id: str) -> bool:
         return self._run(lambda on, again: self._producer.withdraw(on, key, task_id=task_id, again=again))
@@ -191,6 +211,13 @@ class SQLStore:
 
     def unsent(self, *, limit: int) -> list[Row]:
         return self._run(lambda on, _: self._recovering.unsent(on, limit=limit))
+
+    def relay(self, row: Row, *, lease: float) -> bool:
+        return self._run(lambda on, _: self._recovering.relay(on, row, lease=lease))
+
+    def relayed(self, keys: Sequence[MessageKey], *, published: bool) -> None:
+        if keys:
+            self._run(lambda on, _: self._recovering.relayed(on, keys, published=published))
 
     def not_published(self, key: MessageKey, *, token: int) -> None:
         self._run(lambda on, _: self._recovering.not_published(on, key, token=token))

@@ -60,7 +60,8 @@ class Act:
     def keys(self) -> list[MessageKey]:
         """The rows it is about."""
         about = (self.given.get(name) for name in ("key", "row", "message"))
-        return [getattr(one, "key", one) for one in about if one is not None] + [one.key for one in self.holders]
+        many = [*(self.given.get("keys") or ()), *(message.key for message in self.given.get("messages") or ())]
+        return [getattr(one, "key", one) for one in about if one is not None] + many + [one.key for one in self.holders]
 
     def __str__(self) -> str:
         return f"{self.verb}({', '.join(f'{name}={value}' for name, value in self.given.items() if name != 'self')})"
@@ -121,8 +122,8 @@ def _lapsed(before: Row, after: Row) -> bool:
 
 def _appears(act: Act, after: Row | None, law: Any) -> None:
     assert after is not None
-    law("a row is inserted by a record or a claim", act.verb in ("record", "claim"))
-    stands = (Status.PENDING, 0) if act.verb == "record" else (Status.PROCESSING, 1)
+    law("a row is inserted by a record or a claim", act.verb in ("record", "record_all", "claim"))
+    stands = (Status.PROCESSING, 1) if act.verb == "claim" else (Status.PENDING, 0)
     law("a new row is pending and unclaimed, or claimed once", (after.status, after.token) == stands)
 
 
@@ -157,7 +158,7 @@ def _changes(act: Act, before: Row, after: Row, law: Any) -> None:
 
 
 def _leaves_pending(act: Act, before: Row, after: Row, law: Any) -> None:
-    verbs = ("claim", "cancel", "republish", "not_published", "withdraw")
+    verbs = ("claim", "cancel", "republish", "not_published", "withdraw", "relay", "relayed")
     law("a pending message is claimed, cancelled, withdrawn or published", act.verb in verbs)
     if act.verb == "claim":
         message: NewMessage = act.given["message"]
@@ -166,6 +167,14 @@ def _leaves_pending(act: Act, before: Row, after: Row, law: Any) -> None:
         law("an old copy does not run in its retry's place", message.attempt >= before.attempt or waited)
         law("the greater attempt stays", after.attempt == max(before.attempt, message.attempt))
         law("takeovers are counted by attempt", after.takeovers == 0)
+    elif act.verb == "relay":
+        law("what was published is not relayed", before.published_at is None and after.published_at is None)
+        law("one relay at a time has a message", before.lease_expires_at is None or _lapsed(before, after))
+        law("who may publish is told so", act.answer is True and after.lease_expires_at is not None)
+    elif act.verb == "relayed":
+        law("what was published stays so", before.published_at is None)
+        law("what was relayed is noted", (after.published_at is not None) is act.given["published"])
+        law("nobody has the right to publish it any more", after.lease_expires_at is None)
     elif act.verb == "withdraw":
         law("nothing that runs is withdrawn", before.worker is None and before.task_id == act.given["task_id"])
         law("a withdrawn id is free", _free(after, None))
@@ -194,7 +203,8 @@ def _leaves_done(act: Act, before: Row, after: Row, law: Any) -> None:
         law("what has failed may be sent again", before.processed_status is _FAILURE)
         law("what is sent again waits", after.status is Status.PENDING)
     else:
-        law("done stays done until its id is free", act.verb in ("record", "claim") and _free(before, after))
+        verbs = ("record", "record_all", "claim")
+        law("done stays done until its id is free", act.verb in verbs and _free(before, after))
 
 
 def _is_fenced(act: Act, before: Row, after: Row | None, law: Any) -> None:

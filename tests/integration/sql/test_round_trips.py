@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 
-from celery_idempotent.records import Found, Owner, Taken
+from celery_idempotent.records import Found, MessageKey, Owner, Taken
 from celery_idempotent.store import Store
 from celery_idempotent.stores.sql import SQLStore
 from celery_idempotent.testing.examples import (
@@ -98,6 +98,19 @@ def republish(store: Store) -> Callable[[], object]:
     return partial(store.republish, pending(store))
 
 
+def record_all(store: Store) -> Callable[[], object]:
+    return partial(store.record_all, [new_message(MessageKey(f"m{number}", "t")) for number in range(300)])
+
+
+def relay(store: Store) -> Callable[[], object]:
+    return partial(store.relay, pending(store, published=False), lease=LEASE)
+
+
+def relayed(store: Store) -> Callable[[], object]:
+    keys = [pending(store, key=MessageKey(f"m{number}", "t"), published=False).key for number in range(30)]
+    return partial(store.relayed, keys, published=True)
+
+
 def count_duplicate(store: Store) -> Callable[[], object]:
     pending(store)
     return partial(store.count_duplicate, KEY)
@@ -111,6 +124,7 @@ def find(store: Store) -> Callable[[], object]:
 VERBS: list[Measured] = [
     *(record, claim_pending, renew, checkpoint, complete, fail, fail_by_worker, retry, release, expire, take_over),
     *(abandon, cancel, withdraw, resubmit, republish, count_duplicate, find),
+    *(record_all, relay, relayed),
 ]
 
 every_verb = pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.__name__)

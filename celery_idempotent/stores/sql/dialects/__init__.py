@@ -11,11 +11,7 @@ from celery_idempotent.stores.sql.dialects.sqlite import SQLite
 __all__ = ["Dialect", "Fault", "dialect_named"]
 
 _DIALECTS: dict[str, type[Dialect]] = {
-    "postgresql": PostgreSQL,
-    "cockroachdb": PostgreSQL,
-    "mysql": MySQL,
-    "mariadb": MySQL,
-    "sqlite": SQLite,
+    name: dialect for dialect in (PostgreSQL, MySQL, SQLite) for name in dialect.names
 }
 
 

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from enum import Enum, auto
 from typing import Any, ClassVar
 
@@ -29,6 +29,9 @@ class Fault(Enum):
 class Dialect(ABC):
     """How one kind of database says what the statements need."""
 
+    #: What SQLAlchemy calls databases of this kind.
+    names: ClassVar[tuple[str, ...]]
+
     #: Whether the table is made on first use: an embedded database needs no set-up.
     creates_table: ClassVar[bool] = False
 
@@ -50,6 +53,24 @@ class Dialect(ABC):
     @abstractmethod
     def inserted(self, connection: Connection, insert: Executable, parameters: Mapping[str, Any]) -> bool:
         """Execute such an insert. Returns whether a row was written."""
+
+    @abstractmethod
+    def insert_all(self, table: Table, values: Mapping[str, Any]) -> Executable:
+        """An insert of many rows, which yields to rows that have their keys where the database can say so."""
+
+    @abstractmethod
+    def inserted_keys(
+        self, connection: Connection, insert: Executable, parameters: Sequence[Mapping[str, Any]]
+    ) -> set[tuple[str, str]] | None:
+        """Execute such an insert, for some hundreds of rows in one statement.
+
+        Returns:
+            The keys of the rows that were written; ``None`` when none was, and they have to be written one by one.
+        """
+
+    #: What tells apart rows that were recorded at the same moment, by which came first; ``None`` where the clock ticks in
+    #: microseconds, which is less than a statement takes.
+    recorded_order: ClassVar[ColumnElement[Any] | None] = None
 
     @abstractmethod
     def next_token(self, token: ColumnElement[int]) -> ColumnElement[int]:
@@ -108,6 +129,18 @@ class OnConflict(Dialect):
 
     def inserted(self, connection: Connection, insert: Executable, parameters: Mapping[str, Any]) -> bool:
         return connection.execute(insert, parameters).first() is not None
+
+    def insert_all(self, table: Table, values: Mapping[str, Any]) -> Executable:
+        insert = (
+            self._insert(table).values(values).on_conflict_do_nothing(index_elements=list(table.primary_key.columns))
+        )
+        return insert.returning(*table.primary_key.columns)
+
+    def inserted_keys(
+        self, connection: Connection, insert: Executable, parameters: Sequence[Mapping[str, Any]]
+    ) -> set[tuple[str, str]] | None:
+        # As it returns something, SQLAlchemy makes one statement of all rows.
+        return {(message_id, task_name) for message_id, task_name in connection.execute(insert, list(parameters))}
 
     def next_token(self, token: ColumnElement[int]) -> ColumnElement[int]:
         return token + 1

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import (
@@ -50,6 +50,8 @@ _CONNECT_TIMEOUT = 10
 class MySQL(Dialect):
     """A plain insert whose duplicate key is the answer; ``LAST_INSERT_ID(token + 1)`` carries a token out of an update."""
 
+    names = ("mysql", "mariadb")
+
     def insert(
         self,
         table: Table,
@@ -69,6 +71,22 @@ class MySQL(Dialect):
                 return False
             raise
         return True
+
+    def insert_all(self, table: Table, values: Mapping[str, Any]) -> Executable:
+        return insert(table).values(values).returning(*table.primary_key.columns)
+
+    def inserted_keys(
+        self, connection: Connection, insert: Executable, parameters: Sequence[Mapping[str, Any]]
+    ) -> set[tuple[str, str]] | None:
+        if not connection.dialect.insert_returning:  # as MariaDB has it since 10.5, and MySQL has not
+            return None
+        try:
+            return {(message_id, task_name) for message_id, task_name in connection.execute(insert, list(parameters))}
+        except IntegrityError as error:
+            # One of them is there, and the statement has written none.
+            if _code(error) == _DUPLICATE_KEY:
+                return None
+            raise
 
     def next_token(self, token: ColumnElement[int]) -> ColumnElement[int]:
         return func.last_insert_id(token + 1, type_=token.type)

@@ -30,6 +30,7 @@ _CONNECT_TIMEOUT = 10
 class PostgreSQL(OnConflict):
     """``INSERT ... ON CONFLICT DO UPDATE ... RETURNING``, ``UPDATE ... RETURNING``."""
 
+    names = ("postgresql", "cockroachdb")
     _insert = postgresql.Insert
 
     def fault(self, error: DBAPIError) -> Fault:

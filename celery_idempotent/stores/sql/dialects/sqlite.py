@@ -7,7 +7,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import URL, ColumnElement, Engine, StaticPool, event
+from sqlalchemy import URL, ColumnElement, Engine, StaticPool, event, literal_column
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import DBAPIError, OperationalError
 
@@ -25,7 +25,10 @@ BUSY_TIMEOUT = 30.0
 class SQLite(OnConflict):
     """As PostgreSQL, in one file: write-ahead log, every commit synced to disk."""
 
+    names = ("sqlite",)
     creates_table = True
+    # Its clock ticks in milliseconds.
+    recorded_order = literal_column("rowid")
     _insert = sqlite.Insert
 
     def like(self, column: ColumnElement[str], pattern: str) -> ColumnElement[bool]:

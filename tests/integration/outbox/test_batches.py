@@ -1,0 +1,139 @@
+"""``with outbox()``: calls that are recorded together and published by one producer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from celery_idempotent import DuplicateMessageError, MessageMismatchError, StoreUnavailableError, outbox, outboxes
+from celery_idempotent.store import Store
+from tests.integration.outbox.conftest import Office
+from tests.support.effects import Effect
+
+
+@pytest.fixture
+def inserts() -> Iterator[list[str]]:
+    """Every statement that writes to the queue log."""
+    executed: list[str] = []
+
+    def note(connection: object, cursor: object, statement: str, *_: object) -> None:
+        if statement.startswith(("INSERT INTO queue_log", "UPDATE queue_log")):
+            executed.append(statement.split(maxsplit=1)[0])
+
+    sa.event.listen(sa.Engine, "before_cursor_execute", note)
+    yield executed
+    sa.event.remove(sa.Engine, "before_cursor_execute", note)
+
+
+def test_a_thousand_calls_are_recorded_by_few_statements(office: Office, inserts: list[str]) -> None:
+    charge = office.app.tasks["charge"]
+    names = [f"o-{number}" for number in range(1000)]
+    with outbox():
+        results = [charge.delay(name) for name in names]
+        assert office.published() == []
+        assert {result.duplicate for result in results} == {None}
+
+    assert office.published() == names
+    assert inserts == ["INSERT", "UPDATE"] * 2, "of 500 each"
+    assert not any(result.duplicate for result in results)
+    assert [office.there("charge", name).task_id for name in names[::100]] == [result.id for result in results[::100]]
+    assert office.store.unsent(limit=9) == []
+
+
+def test_results_know_which_were_duplicates_and_lead_to_the_first(office: Office) -> None:
+    charge = office.app.tasks["charge"]
+    before = charge.delay("o-2")
+    office.messages()
+    with outbox():
+        results = [charge.delay(name) for name in ("o-1", "o-2", "o-3", "o-3")]
+
+    assert office.published() == ["o-1", "o-3"]
+    assert [result.duplicate for result in results] == [False, True, False, True]
+    assert results[1].id == before.id
+    assert results[3].id == results[2].id
+    assert [office.there("charge", name).duplicates for name in ("o-1", "o-2", "o-3")] == [0, 1, 1]
+
+
+def test_what_is_refused_is_raised_at_the_end_and_keeps_nothing_back(office: Office) -> None:
+    office.app.tasks["strict"].delay("o-1", 1)
+    office.app.tasks["charge"].delay("o-1", 1)
+    office.messages()
+    with pytest.raises(ExceptionGroup) as raised, outbox():  # noqa: PT012
+        refused = office.app.tasks["strict"].delay("o-1", 1)
+        office.app.tasks["charge"].delay("o-1", 2)
+        sent = office.app.tasks["charge"].delay("o-2", 1)
+
+    assert [type(error) for error in raised.value.exceptions] == [DuplicateMessageError, MessageMismatchError]
+    assert "2 of 3 calls" in str(raised.value)
+    assert (refused.duplicate, sent.duplicate) == (True, False)
+    assert office.published() == ["o-2"]
+
+
+def test_an_error_in_the_block_leaves_nothing(office: Office) -> None:
+    with pytest.raises(ZeroDivisionError), outbox():  # noqa: PT012
+        office.app.tasks["charge"].delay("o-1")
+        raise ZeroDivisionError
+    assert office.row("charge", "o-1") is None
+    assert office.published() == []
+
+
+def test_a_batch_inside_of_an_outbox_joins_its_transaction(office: Office, inserts: list[str]) -> None:
+    charge = office.app.tasks["charge"]
+    for end, published in (("rollback", []), ("commit", ["o-1", "o-2", "o-3", "o-4"])):
+        with office.session() as session, outbox(session):
+            session.add(Effect(name=end))
+            charge.delay("o-1")
+            with outbox():
+                results = [charge.delay("o-2"), charge.delay("o-3")]
+            assert [result.duplicate for result in results] == [False, False]
+            charge.delay("o-4")
+            assert office.published() == []
+            getattr(session, end)()
+        assert office.published() == published
+    assert inserts == ["INSERT"] * 6 + ["UPDATE"]
+
+
+def test_nothing_is_lost_when_the_broker_takes_nothing(office: Office) -> None:
+    with office.broken_broker(), outbox():
+        results = [office.app.tasks["charge"].delay(f"o-{number}") for number in range(3)]
+    assert [result.duplicate for result in results] == [False] * 3
+    assert office.app.queue_log.recovery.relay().published == 3
+    assert office.published() == ["o-0", "o-1", "o-2"]
+
+
+@pytest.mark.parametrize("policy", ["retry", "raise", "run"])
+@pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
+def test_a_store_that_gives_no_answer_is_the_callers_to_know(
+    office: Office, monkeypatch: pytest.MonkeyPatch, policy: str
+) -> None:
+    office.app.conf.update(
+        idempotent_on_store_error=policy, task_publish_retry_policy={"max_retries": 1, "interval_start": 0}
+    )
+
+    def silent(*_: object, **__: object) -> Any:
+        error = StoreUnavailableError("no answer")
+        error.unsent = True
+        raise error
+
+    for verb in ("record_all", "relayed"):
+        assert hasattr(Store, verb)
+        monkeypatch.setattr(office.store, verb, silent)
+    if policy == "run":
+        with outbox():
+            office.app.tasks["charge"].delay("o-1")
+        assert office.published() == ["o-1"]
+    else:
+        with pytest.raises(StoreUnavailableError), outbox():
+            office.app.tasks["charge"].delay("o-1")
+        assert office.published() == []
+    assert office.row("charge", "o-1") is None
+
+
+def test_an_empty_batch_is_nothing(office: Office, inserts: list[str]) -> None:
+    with outbox():
+        pass
+    assert inserts == []
+    assert outboxes.current_outbox(office.app.queue_log) is None

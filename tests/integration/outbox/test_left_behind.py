@@ -1,0 +1,212 @@
+"""What was committed and not published is relayed: once, in its order, and by one relay at a time."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+
+from celery_idempotent import IdempotentTask, outbox, publication, recovery
+from celery_idempotent.errors import StoreUnavailableError
+from tests.integration.outbox.conftest import Office
+from tests.support.waiting import wait_until
+
+
+def commit(office: Office, *orders: str) -> None:
+    """Commit a transaction that sends these."""
+    with office.session() as session, outbox(session):
+        for order in orders:
+            office.app.tasks["charge"].delay(order)
+        session.commit()
+
+
+def left(office: Office) -> list[str]:
+    return [row.key.message_id for row in office.store.unsent(limit=1000)]
+
+
+def test_a_broker_that_takes_nothing_keeps_no_caller_from_committing(
+    office: Office, caplog: pytest.LogCaptureFixture
+) -> None:
+    with office.broken_broker() as offered:
+        commit(office, "o-1", "o-2")
+        commit(office, "o-3")
+    assert offered == ["o-1"], "then it is left in peace for a while"
+    assert left(office) == ["o-1", "o-2", "o-3"]
+    assert "2 committed messages are left to the relay" in caplog.text
+    assert all(row.lease_expires_at is None for row in office.store.unsent(limit=9)), "anybody may relay them"
+
+    assert office.app.queue_log.recovery.step().relayed == 3
+    assert office.published() == ["o-1", "o-2", "o-3"]
+    assert left(office) == []
+
+
+def test_what_one_producer_commits_later_is_not_published_before_what_was_left(office: Office) -> None:
+    publisher = office.app.queue_log.publisher
+    with office.broken_broker():
+        commit(office, "o-1")
+    commit(office, "o-2")
+    assert office.published() == [], "the broker is left in peace for a second"
+    publisher._not_before = 0.0  # a second later
+    commit(office, "o-3")
+    assert office.published() == ["o-1", "o-2", "o-3"]
+    commit(office, "o-4")
+    assert office.published() == ["o-4"]
+    assert left(office) == []
+
+
+def test_the_pauses_grow_and_end(office: Office) -> None:
+    publisher = office.app.queue_log.publisher
+    pauses: list[float] = []
+    with office.broken_broker():
+        for number in range(8):
+            publisher._not_before = 0.0
+            commit(office, f"o-{number}")
+            pauses.append(publisher._pause)
+    assert pauses == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
+    publisher._not_before = 0.0
+    commit(office, "last")
+    assert office.published() == [*(f"o-{number}" for number in range(8)), "last"]
+    assert publisher._pause == 0.0
+
+
+def test_a_relay_leaves_alone_what_its_recorder_is_publishing(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And takes it when that one has not come to it in time."""
+    monkeypatch.setattr(publication.Publisher, "publish", lambda *_: None)  # the process has died after its commit
+    commit(office, "o-1", "o-2")
+    relayed = office.app.queue_log.recovery.relay()
+    assert relayed.published == 0
+    assert 0 < relayed.in_flight <= 5.0
+
+    steps = list(office.app.queue_log.recovery.steps(in_flight=True))
+
+    assert sum(step.relayed for step in steps) == 2
+    assert office.published() == ["o-1", "o-2"]
+
+
+def slowly(monkeypatch: pytest.MonkeyPatch, began: threading.Event, go_on: threading.Event) -> None:
+    """Have each publication wait, once, in the midst."""
+    publish = IdempotentTask.publish
+
+    def slow(task: IdempotentTask, *args: Any, **options: Any) -> Any:
+        began.set()
+        assert go_on.wait(30.0)
+        return publish(task, *args, **options)
+
+    monkeypatch.setattr(IdempotentTask, "publish", slow)
+
+
+@pytest.mark.parametrize("store_url", ["postgresql", "mariadb"], indirect=True)
+def test_one_relay_at_a_time_publishes(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    with office.broken_broker():
+        commit(office, *(f"o-{number}" for number in range(5)))
+    began, go_on = threading.Event(), threading.Event()
+    slowly(monkeypatch, began, go_on)
+    first = threading.Thread(target=office.app.queue_log.recovery.relay)
+    first.start()
+    assert began.wait(30.0)
+    other = recovery.Recovery(office.app.queue_log)
+    monkeypatch.setattr(recovery, "no_fork", threading.Lock)  # or it would wait for its turn in this process
+    second = other.relay()
+    go_on.set()
+    first.join()
+    assert (second.published, second.in_flight > 0) == (0, True)
+    assert office.published() == [f"o-{number}" for number in range(5)]
+
+
+def test_many_relays_at_once_publish_each_message_once_and_in_order(office: Office) -> None:
+    orders = [f"o-{number:03}" for number in range(700)]
+    with office.broken_broker(), outbox():
+        for order in orders:
+            office.app.tasks["charge"].delay(order)
+    threads = [
+        threading.Thread(target=recovery.Recovery(office.app.queue_log).relay, kwargs={"at_most": 1e9})
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    wait_until(
+        lambda: office.app.queue_log.recovery.relay(at_most=1e9).in_flight == 0, timeout=30.0, describe="the last relay"
+    )
+    assert office.published() == orders
+
+
+def test_a_relay_that_dies_in_the_midst_leaves_it_to_the_next(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recovery, "RELAY_LEASE", 1.0)
+    with office.broken_broker():
+        commit(office, "o-1", "o-2", "o-3")
+
+    class Died(BaseException):
+        pass
+
+    publish = IdempotentTask.publish
+
+    def die_at_the_second(task: IdempotentTask, args: Any, kwargs: Any, **options: Any) -> Any:
+        if options["message_id"] == "o-2":
+            raise Died
+        return publish(task, args, kwargs, **options)
+
+    with monkeypatch.context() as dying:
+        dying.setattr(IdempotentTask, "publish", die_at_the_second)
+        dying.setattr(office.store, "relayed", lambda *_, **__: None)
+        with pytest.raises(Died):
+            office.app.queue_log.recovery.relay()
+    assert office.published() == ["o-1"]
+    wait_until(lambda: office.app.queue_log.recovery.relay().published, timeout=30.0, describe="the end of its lease")
+    # A copy too many of the first, which its claim absorbs.
+    assert office.published() == ["o-1", "o-2", "o-3"]
+
+
+def test_a_broker_that_takes_some_is_not_given_them_again(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish = IdempotentTask.publish
+    taken: list[str] = []
+
+    def take_two(task: IdempotentTask, args: Any, kwargs: Any, **options: Any) -> Any:
+        if len(taken) == 2:
+            raise ConnectionError("no more")
+        taken.append(options["message_id"])
+        return publish(task, args, kwargs, **options)
+
+    with monkeypatch.context() as limited:
+        limited.setattr(IdempotentTask, "publish", take_two)
+        commit(office, "o-1", "o-2", "o-3", "o-4")
+    assert office.published() == ["o-1", "o-2"]
+    assert left(office) == ["o-3", "o-4"]
+    assert office.app.queue_log.recovery.relay().published == 2
+    assert office.published() == ["o-3", "o-4"]
+
+
+def test_what_could_not_be_noted_is_published_once_more(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    def silent(*_: object, **__: object) -> None:
+        raise StoreUnavailableError("no answer")
+
+    with monkeypatch.context() as down:
+        down.setattr(office.store, "relayed", silent)
+        commit(office, "o-1")
+    assert office.published() == ["o-1"]
+    wait_until(
+        lambda: office.app.queue_log.recovery.relay().published,
+        timeout=30.0,
+        describe="the end of its right to publish",
+    )
+    assert office.published() == ["o-1"]
+
+
+@pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
+def test_the_lease_of_a_recorder_does_not_keep_a_consumer_from_claiming(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from celery_idempotent.records import Claimed, NewMessage
+
+    monkeypatch.setattr(publication.Publisher, "publish", lambda *_: None)
+    commit(office, "o-1")
+    row = office.there("charge", "o-1")
+    assert row.lease_left > 0
+    claimed = office.store.claim(NewMessage(row.key, row.task_id), worker="w", lease=60.0, grace=0.0)
+    assert isinstance(claimed, Claimed)
+    before = office.there("charge", "o-1")
+    office.store.relayed([row.key], published=False)
+    office.store.relayed([row.key], published=True)
+    assert office.there("charge", "o-1").lease_expires_at == before.lease_expires_at
