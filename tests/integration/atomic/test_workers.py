@@ -15,7 +15,7 @@ from celery.result import AsyncResult
 
 from celery_idempotent.records import Claim, MessageKey, ProcessedStatus, Row, Status
 from tests.support.apps import AppSpec, OpenApp
-from tests.support.apps.atomic import DIE_AT, LEVEL, POINTS
+from tests.support.apps.atomic import LEVEL, POINTS
 from tests.support.effects import Effects
 from tests.support.ledger import Entry, Ledger
 from tests.support.waiting import wait_until
@@ -110,49 +110,6 @@ def test_a_child_killed_around_its_commit_leaves_one_effect(make_scene: Callable
     # What was committed is not run again: its callback is sent by whoever took it over.
     assert len(scene.ledger.starts("atomic.put")) == (1 if point == "committed" else 2)
     wait_until(lambda: scene.ledger.ends("told"), timeout=PATIENCE, describe=worker.log_tail)
-
-
-def test_a_kill_at_any_step_leaves_one_effect(make_scene: Callable[..., Scene]) -> None:
-    """A worker in one process is killed at the first step of a run, another one at the second, and so on, until one survives."""
-    scene = make_scene()
-    rescuer = scene.worker(queues=[f"{scene.spec.queue}-aside"])
-    steps = Path(f"{scene.ledger.path}.steps")
-    sent: dict[str, AsyncResult[Any]] = {}
-    for number in range(1, 100):
-        name, queue = f"step {number}", f"{scene.spec.queue}-{number}"
-        scene.send("told", "it has looked at the table", queue=queue)
-        sent[name] = scene.send("atomic.put", name, queue=queue)
-        if _survives(scene, number, queue, steps):
-            break
-        scene.app.control.add_consumer(queue, destination=[rescuer.hostname])
-    else:
-        pytest.fail("there is no end to it")
-
-    for name, result in sent.items():
-        assert result.get(timeout=PATIENCE) == name, rescuer.log_tail()
-        assert scene.done("atomic.put", result).processed_status is SUCCESS
-    assert scene.effects.names() == sorted(sent)
-    killed_at = steps.read_text()
-    assert len(killed_at.splitlines()) == len(sent)
-    for step in ("before COMMIT", "after COMMIT", "after 'INSERT INTO effects", "after the acknowledgement"):
-        assert step in killed_at
-    assert killed_at.count("UPDATE queue_log") == 4, killed_at  # the claim and the completion
-
-
-def _survives(scene: Scene, number: int, queue: str, steps: Path) -> bool:
-    """Whether a worker that is to die at its so-many-th step comes to the end of its task before that."""
-    environment = {**scene.spec.environment(), DIE_AT: str(number)}
-    victim = WorkerProcess(scene.directory, environment, pool="solo", queues=[queue])
-    victim.start(wait=False)
-    try:
-        wait_until(
-            lambda: not victim.is_alive or (steps.exists() and f"{number} survived" in steps.read_text()),
-            timeout=PATIENCE,
-            describe=victim.log_tail,
-        )
-        return victim.is_alive
-    finally:
-        victim.stop()
 
 
 def test_of_two_bodies_at_their_commit_one_commits_and_one_says_that_it_did_not(

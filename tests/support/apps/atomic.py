@@ -1,10 +1,7 @@
-"""Atomic tasks for real workers, and how they are killed: at a point that a test names, or at the n-th step of a run.
+"""Atomic tasks for real workers, and how they are killed: at a point that a test names.
 
 A file ``<ledger>.die-<point>`` has the first process that comes to the point kill itself. The points are ``body`` (the body has
 written, and returns), ``written`` (the completion is in the transaction), ``committed`` (the transaction took effect).
-
-The environment variable ``CELERY_IDEMPOTENT_TEST_DIE_AT`` has a worker kill itself at the n-th step of its main thread since it
-received ``atomic.put``: a step is whatever it says to the database or to Redis, once before and once after.
 """
 
 from __future__ import annotations
@@ -17,18 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from celery import Celery, Task, signals
+from celery import Celery, Task, chain, signals
+from sqlalchemy.orm import Session
 
-from celery_idempotent import IdempotentTask, QueueLog
+from celery_idempotent import IdempotentTask, QueueLog, outbox
 from celery_idempotent.atomic import UnitOfWork
 from celery_idempotent.store import Store
+from tests.support.apps.spec import AppSpec
 from tests.support.effects import Effect
 from tests.support.ledger import Ledger
+from tests.support.steps import Steps
 from tests.support.waiting import wait_until
 
-__all__ = ["DIE_AT", "POINTS", "register"]
+__all__ = ["POINTS", "register", "sell"]
 
-DIE_AT = "CELERY_IDEMPOTENT_TEST_DIE_AT"
 POINTS = ("body", "written", "committed")
 
 #: A setting of the tests' own, for the isolation level of the atomic tasks.
@@ -52,11 +51,19 @@ def register(app: Celery, *, base: type[Task], ledger: Ledger) -> None:
             die("body")
             return name
 
-    @app.task(base=base, bind=True, name="told")
-    def told(self: Task, value: Any) -> Any:
-        """What waits on a result."""
+    @app.task(**late, name="atomic.order")
+    def order(self: IdempotentTask, name: str, queue: str) -> str:
+        """Have an effect, and send a message."""
         with ledger.run(self):
-            return value
+            self.session.add(Effect(name=name))
+            app.tasks["told"].apply_async((f"{name}: sent",), queue=queue)
+            return name
+
+    @app.task(base=base, bind=True, name="told", acks_late=True, reject_on_worker_lost=True)
+    def told(self: Task, value: Any, *more: Any) -> Any:
+        """What waits on a result, or is sent."""
+        ledger.note("end", self, detail="".join(map(str, (value, *more))))
+        return value
 
     _that_last(app, late, ledger)
     _that_end_otherwise(app, late, ledger)
@@ -124,8 +131,6 @@ def _mortal(ledger: Ledger) -> None:
     @signals.worker_init.connect(weak=False)
     def arm(**_: Any) -> None:
         _die_at_points(_Deaths(ledger))
-        if os.environ.get(DIE_AT):
-            _count_steps(int(os.environ[DIE_AT]), Path(f"{ledger.path}.steps"))
 
 
 def _die_at_points(die: _Deaths) -> None:
@@ -158,62 +163,18 @@ class _Deaths:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _count_steps(last: int, steps: Path) -> None:
-    """Kill this process at its n-th step since it received a task, and note what that was."""
-    counted = 0
-    counting = threading.Event()
-
-    @signals.task_received.connect(weak=False)
-    def begin(request: Any, **_: Any) -> None:
-        if request.name == "atomic.put":
-            counting.set()
-
-    def step(what: str) -> None:
-        nonlocal counted
-        if not counting.is_set() or threading.current_thread() is not threading.main_thread():
-            return
-        counted += 1
-        if counted == last:
-            note(what)
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def note(what: str) -> None:
-        with steps.open("a") as file:
-            file.write(f"{last} {what}\n")
-
-    @sa.event.listens_for(sa.Engine, "before_cursor_execute")
-    def before(connection: object, cursor: object, statement: str, *_: object) -> None:
-        step(f"before {statement[:60]!r}")
-
-    @sa.event.listens_for(sa.Engine, "after_cursor_execute")
-    def after(connection: object, cursor: object, statement: str, *_: object) -> None:
-        step(f"after {statement[:60]!r}")
-
-    from kombu.message import Message
-    from redis.connection import AbstractConnection
-    from sqlalchemy.engine.default import DefaultDialect
-
-    commit: Any = DefaultDialect.do_commit
-    send: Any = AbstractConnection.send_packed_command
-    ack = Message.ack
-
-    def counted_commit(self: DefaultDialect, connection: Any) -> None:
-        step("before COMMIT")
-        commit(self, connection)
-        step("after COMMIT")
-
-    def counted_send(self: Any, command: Any, check_health: bool = True) -> None:
-        step(f"before Redis {str(command)[:60]}")
-        send(self, command, check_health)
-        step(f"after Redis {str(command)[:60]}")
-
-    def counted_ack(self: Message, *args: Any, **kwargs: Any) -> None:
-        ack(self, *args, **kwargs)
-        step("after the acknowledgement")
-        if counting.is_set():
-            note("survived")
-            counting.clear()
-
-    DefaultDialect.do_commit = counted_commit  # type: ignore[method-assign]
-    AbstractConnection.send_packed_command = counted_send  # type: ignore[method-assign]
-    Message.ack = counted_ack
+def sell(steps: Steps, name: str) -> None:
+    """Be a producer: have an effect and send messages, in one transaction of a session. Its steps are those of all that."""
+    spec = AppSpec.from_environment(os.environ)
+    app = spec.build()
+    app.finalize()
+    told = app.tasks["told"]
+    timeout = {"timeout": 30.0} if spec.store.startswith("sqlite") else {}
+    engine = sa.create_engine(spec.store, connect_args=timeout)
+    steps.begin()
+    with Session(engine) as session, outbox(session):
+        session.add(Effect(name=name))
+        told.delay(f"{name}: sent")
+        chain(told.s(f"{name}: first"), told.s(": second"), app=app).delay()
+        session.commit()
+    steps.end()
