@@ -113,13 +113,17 @@ class Outgoing:
         """Hand it to the broker."""
         options = {**self.options}
         ignored = options.pop("ignore_result", None)
+        ignored = self.task.ignore_result if ignored is None else ignored
+        backend = self.task.backend
+        if producer is not None and not ignored and not backend.persistent:
+            backend.on_task_call(producer, self.marker.task_id)  # rpc:// makes the queue for the answer then
         publish(
             self.task,
             self.args,
             self.kwargs,
             marker=self.marker,
             due_in=None if self.due is None else (self.due - self.task.app.now()).total_seconds(),
-            ignore_result=self.task.ignore_result if ignored is None else ignored,
+            ignore_result=ignored,
             producer=producer,
             retry=True,
             retry_policy=_RETRY_ONCE,

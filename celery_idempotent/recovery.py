@@ -44,6 +44,9 @@ RELAY_LEASE = 10.0
 #: Seconds for which a process that does nothing else waits, in all, for what others are publishing: it may be left by the dead.
 _IN_FLIGHT = max(RELAY_LEASE, PUBLISH_WITHIN) + 1.0
 
+#: Batches of what was committed and not published that a step publishes; of everything else it is one.
+_RELAYED = 25
+
 _ALL = float("inf")
 
 #: Seconds between two looks at it.
@@ -136,7 +139,7 @@ class Recovery:
                 partial(self._store.lapsed, again_after=lost_after),
                 due=lambda row: _has_paused(row, since=row.lease_expires_at),
             ),
-            relayed=self.relay().published,
+            relayed=self.relay(at_most=_RELAYED * BATCH).published,
             lost=self._publish_overtaken(lost_after),
             purged=self.purge(),
         )

@@ -206,6 +206,18 @@ def test_a_message_that_replaces_itself_keeps_what_each_run_did(make_scene: Call
     assert scene.effects.names() == ["p:0", "p:1", "p:2"]
 
 
+def test_what_takes_its_place_is_sent_behind_its_commit(make_scene: Callable[..., Scene]) -> None:
+    scene = make_scene()
+    scene.worker()
+
+    result = scene.send("atomic.replaced", "paid")
+
+    assert result.get(timeout=PATIENCE) == "paid"
+    assert (scene.done("atomic.replaced", result).processed_status) is SUCCESS
+    assert scene.effects.names() == ["paid"]
+    assert sorted(entry.detail or "" for entry in scene.ledger.ends("told")) == ["paid", "paid and more"]
+
+
 def test_a_soft_time_limit_rolls_back(make_scene: Callable[..., Scene]) -> None:
     scene = make_scene()
     worker = scene.worker()

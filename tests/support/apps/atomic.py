@@ -59,6 +59,12 @@ def register(app: Celery, *, base: type[Task], ledger: Ledger) -> None:
             app.tasks["told"].apply_async((f"{name}: sent",), queue=queue)
             return name
 
+    @app.task(**late, name="atomic.replaced")
+    def replaced(self: IdempotentTask, name: str) -> Any:
+        """Have an effect, and be answered by a chain."""
+        self.session.add(Effect(name=name))
+        return self.replace(chain(app.tasks["told"].s(name), app.tasks["told"].s(" and more"), app=app))
+
     @app.task(base=base, bind=True, name="told", acks_late=True, reject_on_worker_lost=True)
     def told(self: Task, value: Any, *more: Any) -> Any:
         """What waits on a result, or is sent."""
