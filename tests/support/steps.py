@@ -96,11 +96,11 @@ def _instrument(step: Steps) -> None:
 
     @sa.event.listens_for(sa.Engine, "before_cursor_execute")
     def before(connection: object, cursor: object, statement: str, *_: object) -> None:
-        step(f"before {statement[:60]!r}")
+        step(f"before {statement[:60]}")
 
     @sa.event.listens_for(sa.Engine, "after_cursor_execute")
     def after(connection: object, cursor: object, statement: str, *_: object) -> None:
-        step(f"after {statement[:60]!r}")
+        step(f"after {statement[:60]}")
 
     def around(owner: Any, name: str, says: Callable[..., str]) -> None:
         plain = getattr(owner, name)

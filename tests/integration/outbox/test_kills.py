@@ -99,7 +99,7 @@ def test_a_producer_that_is_killed_at_any_step(
     assert effects.names() == committed
     steps = path.read_text()
     assert len(steps.splitlines()) == len(names)
-    for step in ("'INSERT INTO effects", "'INSERT INTO queue_log", "COMMIT", "'UPDATE queue_log"):
+    for step in ("INSERT INTO effects", "INSERT INTO queue_log", "COMMIT", "UPDATE queue_log"):
         assert f"before {step}" in steps
         assert f"after {step}" in steps
 

@@ -59,6 +59,15 @@ def register(app: Celery, *, base: type[Task], ledger: Ledger) -> None:
             app.tasks["told"].apply_async((f"{name}: sent",), queue=queue)
             return name
 
+    @app.task(**{**late, "atomic": False}, name="plain.order")
+    def plain_order(self: Task, name: str, queue: str) -> str:
+        """Have an effect that commits by itself, as one elsewhere does, and send a message."""
+        engine = sa.create_engine(app.conf.idempotent_store, poolclass=sa.NullPool)
+        with engine.begin() as connection:
+            connection.execute(sa.insert(Effect).values(name=name, value=0))
+        app.tasks["told"].apply_async((f"{name}: sent",), queue=queue)
+        return name
+
     @app.task(**late, name="atomic.replaced")
     def replaced(self: IdempotentTask, name: str) -> Any:
         """Have an effect, and be answered by a chain."""
