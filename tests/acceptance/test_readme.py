@@ -8,8 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from celery import Celery
+from sqlalchemy import create_engine, select
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+
+from celery_idempotent import IdempotentTask, outbox
+from celery_idempotent.records import RowFilter, Status
 from tests.support.servers import PrivateRedis
-from tests.support.stores import postgresql_store
+from tests.support.stores import postgresql_store, sqlite_store
 from tests.support.worker import ROOT, WorkerProcess
 
 
@@ -37,6 +43,46 @@ def test_quickstart(tmp_path: Path, private_redis: PrivateRedis, postgresql_url:
         stats, shown = (_typed(line, tmp_path) for line in after)
     assert re.search(r"shop\.charge +done +success +1 +1", stats)
     assert "charged 500" in shown
+
+
+def test_effects_and_messages_in_one_commit(tmp_path: Path) -> None:
+    section = (ROOT / "README.md").read_text().partition("## Effects and messages in one commit")[2]
+    example = section.partition("```python\n")[2].partition("```")[0]
+
+    class Base(DeclarativeBase):
+        pass
+
+    class Payment(Base):
+        __tablename__ = "payments"
+        order_id: Mapped[str] = mapped_column(primary_key=True)
+
+    class Order(Base):
+        __tablename__ = "orders"
+        id: Mapped[str] = mapped_column(primary_key=True)
+
+    app = Celery("shop", broker="memory://", backend="cache+memory://", set_as_current=False)
+    app.conf.idempotent_store = url = sqlite_store(tmp_path)
+    engine = create_engine(url)
+    Base.metadata.create_all(engine)
+
+    def notify(order_id: str) -> None: ...
+
+    def charge(order_id: str, amount: int) -> None: ...
+
+    tasks = {body.__name__: app.task(base=IdempotentTask, shared=False)(body) for body in (notify, charge)}
+    with Session(engine) as session:
+        names = {"app": app, "IdempotentTask": IdempotentTask, "outbox": outbox, "Payment": Payment, **tasks}
+        names |= {"session": session, "order": Order(id="o-1")}
+        exec(example, names)  # the README's own words
+        assert names["settle"].apply(("o-1",)).successful()
+        assert [order.id for order in session.scalars(select(Order))] == ["o-1"]
+        assert [payment.order_id for payment in session.scalars(select(Payment))] == ["o-1"]
+    sent = {row.key.task_name.rpartition(".")[2] for row in app.queue_log.store.rows(RowFilter(status=Status.PENDING))}
+    assert sent == {"charge", "notify"}
+    assert not app.queue_log.store.unsent(limit=9)
+    app.queue_log.close()
+    app.close()
+    engine.dispose()
 
 
 def _typed(line: str, directory: Path) -> str:

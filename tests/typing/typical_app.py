@@ -20,6 +20,7 @@ from celery_idempotent import (
     StoreUnavailableError,
     by_arguments,
     current_message,
+    outbox,
 )
 
 app = Celery("shop", broker="redis://localhost", backend="redis://localhost")
@@ -129,6 +130,17 @@ def by_hand(task: Remind) -> AsyncResult[Any]:
     assert_type(result.id, str)
     assert_type(task.queue_log, QueueLog)
     return result
+
+
+def order(session: Session, order_id: str) -> bool:
+    """A web request: the order and its message in one commit."""
+    with outbox(session):
+        result = charge.delay(order_id, 500)
+        session.commit()
+    with outbox():
+        results = [charge.delay(f"o-{number}", 500) for number in range(1000)]
+    assert_type(results[0].id, str)
+    return result.duplicate
 
 
 def set_up() -> bool:
