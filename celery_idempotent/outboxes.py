@@ -294,17 +294,16 @@ def _around(connection: Connection) -> Iterator[None]:
             event.remove(connection, name, listener)
 
 
+# -- without either ----------------------------------------------------------------------------------------------------------
+
+
 @contextmanager
 def _batch() -> Iterator[None]:
     around = _current.get()
     batch = _Batch(around)
     with within(batch):
         yield
-    with within(around):
-        batch.send()
-
-
-# -- without either ----------------------------------------------------------------------------------------------------------
+    batch.send()
 
 
 class _Batch(Outbox):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from celery import Celery, Task
+from celery import Celery
 
 from celery_idempotent import IdempotentTask
+from example_project.plain import PlainTask
 from example_project.settings import Settings
 
 settings = Settings.from_environ()
@@ -14,7 +15,7 @@ app = Celery(
     # Of all tasks, Celery's own among them: where the result backend cannot count, it is a message of Celery's that waits until a
     # chord's tasks have ended, and a worker that dies takes it along. ``LOAN_BASE=plain`` shows what the very same tasks do
     # without the queue log; their options then mean nothing.
-    task_cls=IdempotentTask if settings.base == "guarded" else Task,
+    task_cls=IdempotentTask if settings.base == "guarded" else PlainTask,
     broker=settings.broker,
     backend=settings.backend,
     include=["example_project.tasks"],
@@ -39,4 +40,6 @@ app.conf.update(
     # Late acks are only late if the worker does not hoard; no remote control means one queue to look after.
     worker_prefetch_multiplier=1,
     worker_enable_remote_control=False,
+    # Seconds from when a pool process is gone until the worker says so of what it ran; 10 by default.
+    worker_lost_wait=1,
 )

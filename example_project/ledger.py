@@ -1,16 +1,18 @@
 """What really happened, in tables that are only ever added to.
 
-Nothing here is unique but the row number: a table that refused a second message to a customer would hide that it was sent.
+Nothing here is unique but the row number: a table that refused a second message to a customer would hide that it was written.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from sqlalchemy import (
     Column,
+    Connection,
     DateTime,
     Executable,
     Float,
@@ -24,6 +26,7 @@ from sqlalchemy import (
     select,
 )
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
 
 metadata = MetaData()
 
@@ -40,8 +43,10 @@ def table(name: str, *columns: Column[Any]) -> Table:
     )
 
 
-#: A customer's question reached the app.
+#: A customer asked for a loan. Written by the web server.
 requests = table("requests", Column("customer", String(64)), Column("amount", Integer))
+#: The check of a request began: every institution is to be asked.
+checks = table("checks")
 #: An institution was asked. ``answer`` is ``offer``, ``refused``, ``unavailable`` (and it is asked again) or ``given up``.
 enquiries = table(
     "enquiries",
@@ -52,9 +57,14 @@ enquiries = table(
 )
 #: All answers are there, and the best was chosen.
 decisions = table("decisions", Column("offers", Integer))
-#: A message went to the customer.
+#: The app's record of what its customers were told.
 messages = table("messages", Column("customer", String(64)), Column("text", String(255)))
-#: A filing was processed at the outside agency.
+
+# Two that belong to others, and are in this database only because all of it is a pretence: no transaction of the app's reaches them.
+
+#: The SMS gateway was handed a text. It delivers one for each key.
+texts = table("texts", Column("idempotency_key", String(255)))
+#: A filing was processed at the outside agency, which knows no keys.
 filings = table("filings", Column("amount", Integer), Column("rate", Float))
 
 
@@ -76,8 +86,16 @@ class Ledger:
 
     def append(self, table: Table, **values: Any) -> None:
         """Add a row, and commit."""
-        with self._engine.begin() as connection:
+        with self.begin() as connection:
             connection.execute(table.insert().values(values))
+
+    def begin(self) -> AbstractContextManager[Connection]:
+        """A transaction that commits at the end of its block."""
+        return self._engine.begin()
+
+    def session(self) -> Session:
+        """A session; what it does not commit is rolled back when it is closed."""
+        return Session(self._engine)
 
     def count(self, table: Table, prefix: str, *by: str) -> Counter[tuple[str, ...]]:
         """How many rows there are for each value of some columns, of the requests whose id begins so."""

@@ -1,4 +1,4 @@
-"""Run the loan check twice at once, guarded and with plain Celery, duplicate messages, kill the workers; then count."""
+"""Run the loan check twice at once, guarded and with plain Celery; duplicate messages, roll back, kill; then count."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ POLL, PROGRESS = 0.4, 2.0
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m example_project.demo", description=__doc__)
-    parser.add_argument("--requests", type=int, default=12, help="how many customers ask (default: %(default)s)")
+    parser.add_argument("--requests", type=int, default=20, help="how many customers ask (default: %(default)s)")
     parser.add_argument("--deadline", type=float, default=180, help="seconds for all of it (default: %(default)s)")
     parser.add_argument("--keep", action="store_true", help="keep logs and tables when all is well, too")
     chosen = parser.parse_args()
@@ -68,7 +68,9 @@ def carry_out(directory: Path, *, requests: int, seconds: float) -> tuple[Outcom
         for run in runs:
             run.prepare()
         start_workers(runs)
-        early, late = ([each for each in guarded.requests if each.early is wanted] for wanted in (True, False))
+        early = [request for request in guarded.requests if request.early]
+        doomed = [request for request in guarded.requests if request.trouble.caller_dies]
+        late = [request for request in guarded.requests if request not in (*early, *doomed)]
         say(f"{len(early)} customers ask for a loan, and some messages are sent or delivered twice")
         for run in runs:
             run.start_callers(early)
@@ -76,8 +78,15 @@ def carry_out(directory: Path, *, requests: int, seconds: float) -> tuple[Outcom
         say(f"SIGKILL: both workers are dead; {len(killed.running)} guarded bodies were asking institutions")
         for run in runs:
             say(report.progress(run, run.accounts()))
+        say(
+            f"{len(doomed)} customers ask, and their callers are killed with the commit behind and the broker before them"
+        )
+        for run in runs:
+            run.start_doomed_callers(doomed)
         say("starting two new workers")
         start_workers(runs)
+        for run in runs:
+            run.bury_doomed_callers()
         say(f"{len(late)} more customers ask")
         for run in runs:
             # The last of them later than `idempotent_lost_after`: it is by overtaking a message that it shows it to be lost.
@@ -126,15 +135,21 @@ def watch(runs: Sequence[Run], *, deadline: float) -> list[Run]:
 
 def summarise(guarded: Outcome, plain: Outcome) -> list[str]:
     """Print what the tables say; return what is wrong with the guarded run."""
-    print(f"\n{report.effects(guarded, plain)}\n\n{report.copies(guarded, plain)}\n")
+    print(f"\n{report.effects(guarded, plain)}\n")
+    print(
+        "  Plain Celery has no outbox. The calls that were rolled back it made before the commit, all others after it."
+    )
+    print(f"\n{report.copies(guarded, plain)}\n")
     print(f"  Institutions did not answer and were asked again: {guarded.accounts.unanswered} times.")
-    print(f"  {report.after_the_kill(guarded)}\n")
+    print(*(f"  {line}" for line in report.kills(guarded)), "", sep="\n")
     faults = guarded.faults()
     if faults:
         print("  The guarded run does not add up:", *faults, sep="\n  - ")
     else:
-        print("  Guarded: each copy was run or skipped; each customer has one message, each request has one filing.")
-    print(f"  Plain Celery: {report.harm(plain)}")
+        print(
+            "  Guarded: each copy was run or skipped; each request has one row, message, text and filing, or was rolled back."
+        )
+    print("  Plain Celery:", *report.harm(plain), sep="\n  - ")
     return faults
 
 

@@ -6,28 +6,37 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from sqlalchemy import Column, String, text
+from sqlalchemy import Column, MetaData, String, select
 
+from celery_idempotent import queue_log_table
 from example_project import ledger
 from example_project.ledger import Ledger
 from example_project.outside import INSTITUTIONS
 from example_project.settings import Settings
 
-#: How often a caller called ``apply_async``.
+#: How often a caller called the task, other than in a transaction that was rolled back with the call.
 calls = ledger.table("calls")
 #: A message that was put on the broker once more.
 copies = ledger.table("copies", Column("task_name", String(128)), Column("task_id", String(64)))
 
 TASKS = "example_project.tasks."
-QUEUE_LOG = """
-    SELECT message_id, task_name, status, processed_status, attempt, duplicates
-    FROM queue_log WHERE queue = :queue AND task_name LIKE 'example_project.%'
-"""
+queue_log = queue_log_table(MetaData()).c
 
 
 @dataclass(frozen=True)
 class Message:
-    """A row of the queue log; ``institution`` is empty but for a message to one."""
+    """A row of the queue log.
+
+    Attributes:
+        request_id: The request it is about.
+        institution: To whom it is, if to an institution; else empty.
+        task: The task's short name.
+        status: As in the table, and the next three.
+        processed_status: As in the table.
+        attempt: As in the table.
+        duplicates: As in the table.
+        on_the_way: Seconds from when it was recorded until it was handed to the broker; ``None`` if it was not.
+    """
 
     request_id: str
     institution: str
@@ -36,16 +45,31 @@ class Message:
     processed_status: str | None
     attempt: int
     duplicates: int
+    on_the_way: float | None
 
     @classmethod
     def read(cls, settings: Settings, book: Ledger) -> list[Message]:
         """The messages of a run."""
+        query = select(
+            queue_log.message_id,
+            queue_log.task_name,
+            queue_log.status,
+            queue_log.processed_status,
+            queue_log.attempt,
+            queue_log.duplicates,
+            queue_log.created_timestamp,
+            queue_log.published_at,
+        ).where(queue_log.queue == settings.queue, queue_log.task_name.startswith(TASKS, autoescape=True))
         messages = []
-        rows = book.read(text(QUEUE_LOG), queue=settings.queue)
-        for message_id, task_name, status, processed_status, attempt, duplicates in rows:
+        for message_id, task_name, status, processed_status, attempt, duplicates, recorded, published in book.read(
+            query
+        ):
             _, request_id, institution = f"{message_id}:".split(":")[:3]
             task = task_name.removeprefix(TASKS)
-            messages.append(cls(request_id, institution, task, status, processed_status, attempt, duplicates))
+            on_the_way = None if published is None else (published - recorded).total_seconds()
+            messages.append(
+                cls(request_id, institution, task, status, processed_status, attempt, duplicates, on_the_way)
+            )
         return messages
 
 
@@ -89,13 +113,19 @@ class Accounts:
 
     Attributes:
         steps: The account of each task.
-        messages: How many messages each request's customer was sent.
+        requests: How many rows the web server wrote for each request.
+        messages: How many rows say what each request's customer was told.
+        texts: How many texts the gateway delivered for each request: one for each key.
+        handed: How many texts the gateway was handed.
         filings: How many filings the agency processed for each request.
         unanswered: How often an institution did not answer and was asked again.
     """
 
     steps: tuple[Step, ...]
+    requests: Counter[str]
     messages: Counter[str]
+    texts: Counter[str]
+    handed: int
     filings: Counter[str]
     unanswered: int
 
@@ -110,9 +140,11 @@ class Accounts:
         of_run = f"{settings.run}-"
         filings = by_request(book.count(ledger.filings, of_run, "request_id"))
         messages = by_request(book.count(ledger.messages, of_run, "request_id"))
+        handed = book.count(ledger.texts, of_run, "request_id", "idempotency_key")
         decided = by_request(book.count(ledger.decisions, of_run, "request_id"))
         enquiries = book.count(ledger.enquiries, of_run, "request_id", "answer")
-        checked = by_request(book.count(ledger.requests, of_run, "request_id"))
+        checked = by_request(book.count(ledger.checks, of_run, "request_id"))
+        requests = by_request(book.count(ledger.requests, of_run, "request_id"))
         called = by_request(book.count(calls, of_run, "request_id"))
         copied = book.count(copies, of_run, "request_id", "task_name")
         unanswered = Counter({key: number for key, number in enquiries.items() if key[1] == "unavailable"})
@@ -132,7 +164,8 @@ class Accounts:
             step("tell_customer", sent=decided, run=messages),
             step("file_with_agency", sent=decided, run=filings),
         )
-        return cls(steps, messages, filings, unanswered.total())
+        delivered = Counter(request_id for request_id, _ in handed)
+        return cls(steps, requests, messages, delivered, handed.total(), filings, unanswered.total())
 
     def balanced(self) -> bool:
         """Whether every copy of every message is accounted for."""

@@ -57,6 +57,10 @@ class Process:
         return self._process.poll() not in (None, 0)
 
     @property
+    def killed(self) -> bool:
+        return self._process.poll() == -signal.SIGKILL
+
+    @property
     def last_words(self) -> str:
         """How its log ends."""
         lines = self.log.read_text().splitlines() or ["(nothing)"]

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from example_project.demo.accounts import Accounts
+from example_project.demo.accounts import Accounts, Message
 from example_project.demo.kill import Killed
 from example_project.demo.run import Run
+from example_project.demo.scenario import Request
+
+#: What can come of a request, in the order of the columns: rows of the web server, rows that say what its customer was told, texts
+#: that reached the customer, filings at the agency.
+EFFECTS = ("requests", "messages", "texts", "filings")
 
 
 @dataclass(frozen=True)
@@ -39,9 +45,16 @@ class Outcome:
                     f"{step.skipped.total()} skipped{recorded}"
                 )
         for request in self.run.requests:
-            messages, filings = self.of(request.number)
-            if (messages, filings) != (1, 1):
-                found.append(f"request {request.number}: {messages} messages to the customer, {filings} filings")
+            effects = self.of(request)
+            if effects != (request.wanted,) * len(EFFECTS):
+                came = ", ".join(f"{number} {name}" for number, name in zip(effects, EFFECTS, strict=True))
+                found.append(f"request {request.number}: {came}; it should be {request.wanted} of each")
+        if self.traces:
+            found.append(f"{self.traces} messages of requests that were rolled back are in the queue log")
+        for moment in ("before", "after"):
+            wanted = sum(request.trouble.worker_dies == moment for request in self.run.requests)
+            if self.deaths(moment) != wanted:
+                found.append(f"{self.deaths(moment)} processes were killed {moment} their commit, not {wanted}")
         if self.killed is not None and self.killed.ran(self.run) != len(self.killed.running):
             found.append(
                 f"{len(self.killed.running)} bodies were killed, {self.killed.ran(self.run)} of them ran again once"
@@ -50,29 +63,64 @@ class Outcome:
             found.append(f"{self.left} messages are left on the broker")
         return found
 
-    def of(self, number: int) -> tuple[int, int]:
-        """Messages and filings of a request."""
-        name = self.run.requests[number - 1].id_in(self.run.settings.run)
-        return self.accounts.messages[name], self.accounts.filings[name]
+    def of(self, request: Request) -> tuple[int, ...]:
+        """What came of a request: see :data:`EFFECTS`."""
+        name = request.id_in(self.run.settings.run)
+        return tuple(counted[name] for counted in self._effects)
+
+    @property
+    def totals(self) -> tuple[int, ...]:
+        """What came of all requests."""
+        return tuple(counted.total() for counted in self._effects)
+
+    @property
+    def texts_again(self) -> int:
+        """How many texts the gateway was handed again, and knew by their key."""
+        return self.accounts.handed - self.accounts.texts.total()
+
+    def deaths(self, moment: str) -> int:
+        """How many processes were killed before, or after, they committed what a customer was told."""
+        return len(list(self.run.settings.directory.glob(f"killed-{moment}-*")))
+
+    @property
+    def traces(self) -> int:
+        """How many messages the queue log has of requests that were rolled back."""
+        name = self.run.settings.run
+        unwanted = {request.id_in(name) for request in self.run.requests if not request.wanted}
+        return sum(message.request_id in unwanted for message in self._log())
+
+    @property
+    def relayed(self) -> list[float]:
+        """Of each request whose caller was killed, the seconds until its message was published."""
+        name = self.run.settings.run
+        killed = {request.id_in(name) for request in self.run.requests if request.trouble.caller_dies}
+        checks = (each for each in self._log() if each.task == "check_loan" and each.request_id in killed)
+        return [each.on_the_way for each in checks if each.on_the_way is not None]
+
+    @property
+    def _effects(self) -> tuple[Counter[str], ...]:
+        return self.accounts.requests, self.accounts.messages, self.accounts.texts, self.accounts.filings
+
+    def _log(self) -> list[Message]:
+        return Message.read(self.run.settings, self.run.book)
 
 
 def progress(run: Run, accounts: Accounts) -> str:
     """Where a run is, on one line."""
-    requests, answers, _, messages, filings = (step.run.total() for step in accounts.steps)
-    line = f"{run.settings.base:8}{requests:4} requests{answers:5} answers{messages:4} messages{filings:4} filings"
+    checks, answers, _, messages, filings = (step.run.total() for step in accounts.steps)
+    line = f"{run.settings.base:8}{checks:4} checks{answers:5} answers{messages:4} messages{filings:4} filings"
     skipped = sum(step.skipped.total() for step in accounts.steps)
     return f"{line}{skipped:4} copies skipped" if run.settings.base == "guarded" else line
 
 
 def effects(guarded: Outcome, plain: Outcome) -> str:
-    """Messages and filings of each request, side by side."""
+    """What came of each request, side by side."""
     rows: list[Sequence[object]] = [
-        (request.number, request.trouble.what, *guarded.of(request.number), *plain.of(request.number))
+        (request.number, request.trouble.what, *guarded.of(request), *plain.of(request))
         for request in guarded.run.requests
     ]
-    totals = [(each.accounts.messages.total(), each.accounts.filings.total()) for each in (guarded, plain)]
-    rows.append(("all", "", *totals[0], *totals[1]))
-    return _table("request", "what goes wrong", ("messages", "filings"), ("messages", "filings"), rows)
+    rows.append(("all", "", *guarded.totals, *plain.totals))
+    return _table("request", "what goes wrong", EFFECTS, EFFECTS, rows)
 
 
 def copies(guarded: Outcome, plain: Outcome) -> str:
@@ -97,29 +145,45 @@ def copies(guarded: Outcome, plain: Outcome) -> str:
     return _table("task", "", *heads, [*rows, ("all", "", *totals)])
 
 
-def after_the_kill(guarded: Outcome) -> str:
-    """What became of what a guarded worker was doing when it was killed."""
-    if guarded.killed is None:
-        return "Nothing was killed."
-    running, again = len(guarded.killed.running), guarded.killed.ran(guarded.run)
-    return f"Killed: {running} bodies were running; run again: {again}."
+def kills(guarded: Outcome) -> list[str]:
+    """What became of what was killed, on the guarded side: one line for each kind."""
+    lines = []
+    if guarded.killed is not None:
+        running, again = len(guarded.killed.running), guarded.killed.ran(guarded.run)
+        lines.append(f"Killed with the workers: {running} bodies that were asking institutions; run again: {again}.")
+    waits = " and ".join(f"{seconds:.1f} s" for seconds in guarded.relayed)
+    lines.append(
+        f"Killed after their commit: {len(guarded.relayed)} callers; a worker published their calls after {waits}."
+    )
+    before, after = (guarded.deaths(moment) for moment in ("before", "after"))
+    lines.append(
+        f"Killed as they told a customer: {before} processes before their commit, {after} after it; "
+        f"texts handed in again, under their key: {guarded.texts_again}."
+    )
+    return lines
 
 
-def harm(plain: Outcome) -> str:
-    """What customers and the agency had too much of, and what never came."""
-    asked = [request.id_in(plain.run.settings.run) for request in plain.run.requests]
-    made = (plain.accounts.messages, plain.accounts.filings)
-    messages, filings = (sum(max(each[name] - 1, 0) for name in asked) for each in made)
-    no_message, no_filing = (sum(not each[name] for name in asked) for each in made)
-    said = [f"{messages} messages and {filings} filings too many"]
-    said.append(f"customers never told: {no_message}, requests never filed: {no_filing}")
+def harm(plain: Outcome) -> list[str]:
+    """What customers and the agency had too much of, and what never came: some lines."""
+    of = {request: dict(zip(EFFECTS, plain.of(request), strict=True)) for request in plain.run.requests}
+    wanted = [effects for request, effects in of.items() if request.wanted]
+    unwanted = [effects for request, effects in of.items() if not request.wanted]
+    texts, filings = (sum(max(effects[name] - 1, 0) for effects in wanted) for name in ("texts", "filings"))
+    no_text, no_filing = (sum(not effects[name] for effects in wanted) for name in ("texts", "filings"))
+    rolled_back = sum(bool(effects["filings"]) for effects in unwanted)
+    untold = sum(effects["texts"] > effects["messages"] for effects in wanted)
+    lines = [
+        f"{texts} texts and {filings} filings too many; customers never told: {no_text}, requests never filed: {no_filing}",
+        f"rolled back, and filed all the same: {rolled_back}; texts delivered that no message tells of: {untold}",
+    ]
+    rest = []
     if returned := sum(step.returned for step in plain.accounts.steps):
-        said.append(f"bodies run again after the kill: {returned}")
+        rest.append(f"bodies run again after the kill: {returned}")
     if plain.left:
-        said.append(f"messages left on the broker: {plain.left}")
+        rest.append(f"messages left on the broker: {plain.left}")
     if not plain.in_time:
-        said.append("it had not come to rest")
-    return f"{'; '.join(said)}."
+        rest.append("it had not come to rest")
+    return [*lines, *(["; ".join(rest)] if rest else [])]
 
 
 def _table(
@@ -129,9 +193,13 @@ def _table(
 
     def line(one: object, two: object, ours: Sequence[object], theirs: Sequence[object]) -> str:
         left, right = ("".join(f"{cell!s:>9}" for cell in cells) for cells in (ours, theirs))
-        return f"  {one!s:17}{two!s:30}{left:{width}} |{right}".rstrip()
+        return f"  {one!s:{narrow}}{two!s:{wide}}{left:{width}} |{right}".rstrip()
 
     split, width = 2 + len(guarded), 9 * len(guarded)
+    narrow, wide = (
+        max(len(str(cell)) for cell in column) + 2
+        for column in zip((first, second), *(row[:2] for row in rows), strict=True)
+    )
     return "\n".join(
         [
             line("", "", ["guarded"], ["plain Celery".rjust(14)]),

@@ -16,7 +16,7 @@ from kombu.entity import Exchange, Queue
 
 from celery_idempotent import SQLStore
 from example_project.demo.accounts import Accounts
-from example_project.demo.processes import DemoError, Process
+from example_project.demo.processes import DemoError, Process, wait_until
 from example_project.demo.scenario import Request, script
 from example_project.ledger import Ledger
 from example_project.settings import Settings
@@ -68,6 +68,23 @@ class Run:
         """Have customers ask, so many seconds after one another."""
         numbers = [str(request.number) for request in requests]
         self.callers = self._start("callers", "example_project.demo.callers", str(pace), *numbers)
+
+    def start_doomed_callers(self, requests: Sequence[Request]) -> None:
+        """Have customers ask whose callers die, each in a process of its own."""
+        self.doomed = [
+            self._start("doomed", "example_project.demo.callers", "0", str(each.number)) for each in requests
+        ]
+
+    def bury_doomed_callers(self) -> None:
+        """Wait until they are dead.
+
+        Raises:
+            DemoError: One is not, or died of something else.
+        """
+        for caller in self.doomed:
+            wait_until(lambda caller=caller: caller.ended, seconds=60)  # type: ignore[misc]
+            if not caller.killed:
+                raise DemoError(f"a caller was not killed as it should have been; {caller.last_words}")
 
     def accounts(self) -> Accounts:
         return Accounts.read(self.settings, self.book)

@@ -1,13 +1,13 @@
 """The verdict on a run of chaos, from what was noted: by the sender, by the bodies, and by whoever did the faults.
 
-The ledger of the bodies is the witness; the queue log is asked only whether it agrees. Whatever cannot be explained by a death or a
-pause that was noted is a violation.
+The ledger of the bodies is the witness, and of transactions what they have committed; the queue log is asked only whether it agrees.
+Whatever cannot be explained by a death or a pause that was noted is a violation.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, pairwise
@@ -17,7 +17,7 @@ from tests.chaos.plan import KILLS, LEASE, Step
 from tests.chaos.site import Done
 from tests.support.ledger import Entry
 
-__all__ = ["Audit", "Outcome", "Recovery", "Run", "audit", "runs_of"]
+__all__ = ["READY", "Audit", "Committed", "Outcome", "Recovery", "Run", "audit", "runs_of"]
 
 #: Faults in which a process dies whose body then counts as ended.
 DEADLY = (*KILLS, "shut down a worker cold")
@@ -95,6 +95,21 @@ class Outcome:
     result: str
 
 
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """What transactions have written.
+
+    Attributes:
+        effects: How many effects there are of each atomic step, by its key.
+        orders: How many orders of each step that was sent with one.
+        rolled_back: Keys of sendings whose transaction was rolled back on purpose.
+    """
+
+    effects: Counter[str] = field(default_factory=Counter)
+    orders: Counter[str] = field(default_factory=Counter)
+    rolled_back: frozenset[str] = frozenset()
+
+
 @dataclass(slots=True)
 class Audit:
     """What a run of chaos came to.
@@ -105,7 +120,8 @@ class Audit:
         lost: Steps whose last body never ended.
         abandoned: Steps of at-most-once tasks that their owner's death ended, as they are meant to.
         again: Runs beyond the first of one attempt: of bodies that died or ended just before their process did.
-        doubled: The same, without a death or a pause to explain them.
+        anew: Runs beyond the first of atomic bodies whose transaction gave way or broke: by the same process, under the same claim.
+        doubled: The same as ``again``, without a death or a pause to explain them.
         zombies: Bodies that ran on behind a pause longer than their lease while another ran.
         concurrent: Two bodies of one message at once, without such a pause.
         overrun: Bodies of at-most-once tasks that were entered twice.
@@ -114,6 +130,13 @@ class Audit:
         unreadable: Results that do not say what they should, without such a death.
         unfinished: Rows that are not done.
         recoveries: Bodies that died and were run again.
+        effects: Atomic steps that have had their effect.
+        effects_lost: Those that have had none.
+        effects_doubled: Those that have had it more than once.
+        orders: Orders that were committed.
+        orders_lost: Orders that were committed and whose message never ran, or that should be there and are not.
+        orders_doubled: Orders that are there more than once.
+        unordered: What ran or is there although its transaction was rolled back.
     """
 
     sent: int = 0
@@ -121,6 +144,7 @@ class Audit:
     lost: list[str] = field(default_factory=list)
     abandoned: list[str] = field(default_factory=list)
     again: list[str] = field(default_factory=list)
+    anew: list[str] = field(default_factory=list)
     doubled: list[str] = field(default_factory=list)
     zombies: list[str] = field(default_factory=list)
     concurrent: list[str] = field(default_factory=list)
@@ -129,6 +153,13 @@ class Audit:
     unreadable: list[str] = field(default_factory=list)
     unfinished: list[str] = field(default_factory=list)
     recoveries: list[Recovery] = field(default_factory=list)
+    effects: int = 0
+    effects_lost: list[str] = field(default_factory=list)
+    effects_doubled: list[str] = field(default_factory=list)
+    orders: int = 0
+    orders_lost: list[str] = field(default_factory=list)
+    orders_doubled: list[str] = field(default_factory=list)
+    unordered: list[str] = field(default_factory=list)
 
     def seconds_to_recovery(self, *, with_outages: bool) -> list[float]:
         """How long each took, sorted; those during which a server was away are left out unless wanted."""
@@ -145,6 +176,11 @@ class Audit:
                 ("at most once, and run twice", self.overrun),
                 ("result not readable", self.unreadable),
                 ("row not done", self.unfinished),
+                ("committed effect lost", self.effects_lost),
+                ("committed effect doubled", self.effects_doubled),
+                ("committed order lost", self.orders_lost),
+                ("committed order doubled", self.orders_doubled),
+                ("rolled back, and sent or there", self.unordered),
             )
             if keys
         ]
@@ -185,6 +221,7 @@ def audit(
     outcomes: Iterable[Outcome],
     *,
     rows: Mapping[str, str] | None = None,
+    committed: Committed | None = None,
 ) -> Audit:
     """Judge a run.
 
@@ -193,7 +230,8 @@ def audit(
         runs: What ran.
         faults: What was done meanwhile.
         outcomes: What callers see in the end.
-        rows: Status of each row of the queue log that is not done, by message id; ``None`` without one.
+        rows: Status of each row of the queue log that is not done, by task and message id; ``None`` without one.
+        committed: What is there of what transactions wrote; ``None`` when there were none.
     """
     found = Audit(
         sent=len(steps), bodies=len(runs), unfinished=[f"{key} {status}" for key, status in (rows or {}).items()]
@@ -205,7 +243,16 @@ def audit(
     outcomes = list(outcomes)
     given_up = {outcome.key for outcome in outcomes if _gave_up(outcome)}
     for step in steps.values():
-        _judge(found, step, by_key[step.key], fates, given_up=step.key in given_up)
+        # Only with a queue log a process may run an atomic body once more: it can tell that nothing was committed.
+        _judge(
+            found,
+            step,
+            by_key[step.key],
+            fates,
+            given_up=step.key in given_up,
+            anew=step.atomic and rows is not None,
+        )
+    _judge_committed(found, steps, by_key, committed or Committed())
     for outcome in outcomes:
         step, last = steps[outcome.key], by_key[outcome.key][-1:]
         died = bool(last) and fates.death(last[0]) is not None
@@ -262,7 +309,7 @@ class _Fates:
         return any(outage.at <= end and begin <= outage.until for outage in self._outages)
 
 
-def _judge(found: Audit, step: Step, runs: Sequence[Run], fates: _Fates, *, given_up: bool) -> None:
+def _judge(found: Audit, step: Step, runs: Sequence[Run], fates: _Fates, *, given_up: bool, anew: bool) -> None:
     last = [run for run in runs if run.retries >= step.retries]
     if step.at_most_once and given_up:
         found.abandoned.append(step.key)
@@ -274,21 +321,46 @@ def _judge(found: Audit, step: Step, runs: Sequence[Run], fates: _Fates, *, give
         # A body that retries publishes its next attempt before it ends: only runs of one attempt are one too many.
         attempt = [run for run in runs if run.retries == retries]
         for before, after in pairwise(attempt):
-            _judge_again(found, before, after, fates)
+            _judge_again(found, before, after, fates, anew=anew)
         for one, other in combinations(attempt, 2):
             if fates.over(one) > other.start + CLOCK and one.pid != other.pid:
                 (found.zombies if fates.paused(one, other.start) else found.concurrent).append(step.key)
 
 
-def _judge_again(found: Audit, before: Run, after: Run, fates: _Fates) -> None:
+def _judge_again(found: Audit, before: Run, after: Run, fates: _Fates, *, anew: bool) -> None:
     if fates.death(before) is not None and (killed := fates.killed(before)) <= after.start:
         found.again.append(before.key)
         if before.end is None:
             found.recoveries.append(Recovery(before.key, killed, after.start, fates.outage(killed, after.start)))
     elif fates.paused(before, after.start) or fates.woke(after):
         found.again.append(before.key)
+    elif anew and before.pid == after.pid:
+        found.anew.append(before.key)
     else:
         found.doubled.append(before.key)
+
+
+def _judge_committed(
+    found: Audit, steps: Mapping[str, Step], runs: Mapping[str, Sequence[Run]], committed: Committed
+) -> None:
+    for step in steps.values():
+        ran = runs.get(step.key, ())
+        if step.atomic:
+            effects = committed.effects[step.key]
+            found.effects += effects > 0
+            if effects != 1:
+                (found.effects_doubled if effects else found.effects_lost).append(step.key)
+        if step.ordered:
+            orders = committed.orders[step.key]
+            found.orders += orders > 0
+            if orders > 1:
+                found.orders_doubled.append(step.key)
+            if orders and not any(run.end is not None for run in ran):
+                found.orders_lost.append(step.key)
+            elif not orders:
+                # The sender says that it has committed: both are gone, or only one is.
+                (found.unordered if ran else found.orders_lost).append(step.key)
+    found.unordered += sorted(key for key in committed.rolled_back if runs.get(key) or committed.orders[key])
 
 
 def _gave_up(outcome: Outcome) -> bool:

@@ -19,7 +19,7 @@ LEASE = 6.0
 
 #: Kinds of sendings, and how many of each there are in a hundred or so.
 SENDINGS: Mapping[str, int] = {
-    "plain": 40,
+    "plain": 30,
     "slow": 10,
     "early": 8,
     "at_most_once": 6,
@@ -29,6 +29,8 @@ SENDINGS: Mapping[str, int] = {
     "chain": 6,
     "chord": 5,
     "linked": 5,
+    "atomic": 10,
+    "outbox": 10,
 }
 
 #: Of each kind of fault that kills: how many in a hundred kills.
@@ -67,12 +69,16 @@ class Step:
         retries: How often its body retries before it returns.
         fails: Whether its body raises.
         at_most_once: Whether it may end abandoned instead, when its owner died.
+        atomic: Whether its body writes an effect, in the transaction in which it is completed.
+        ordered: Whether it is sent in a transaction that writes an order.
     """
 
     key: str
     retries: int = 0
     fails: bool = False
     at_most_once: bool = False
+    atomic: bool = False
+    ordered: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +92,7 @@ class Sending:
         retries: For ``retrying``.
         countdown: Seconds, for ``eta`` and ``retrying``; not less than one but 0, which Celery refuses on quorum queues.
         again: Whether the caller calls a second time at once, as one does that had no answer.
+        rolled_back: Whether an ``outbox`` is rolled back, so that nothing has to run for it, and nothing may.
     """
 
     number: int
@@ -94,6 +101,7 @@ class Sending:
     retries: int
     countdown: float
     again: bool
+    rolled_back: bool = False
 
     @property
     def key(self) -> str:
@@ -109,6 +117,10 @@ class Sending:
                 return [*(Step(f"{self.key}.{place}") for place in range(3)), Step(f"{self.key}.body")]
             case "linked":
                 return [Step(self.key), Step(f"{self.key}.link")]
+            case "atomic":
+                return [Step(self.key, atomic=True), Step(f"{self.key}.child")]
+            case "outbox":
+                return [] if self.rolled_back else [Step(self.key, ordered=True)]
             case _:
                 return [
                     Step(
@@ -147,6 +159,10 @@ class Plan:
         """Everything that has to run, by its key."""
         return {step.key: step for sending in self.sendings for step in sending.steps()}
 
+    def rolled_back(self) -> set[str]:
+        """What must never run, nor have an order."""
+        return {sending.key for sending in self.sendings if sending.rolled_back}
+
 
 def make_plan(seed: int, *, tasks: int, kills: int) -> Plan:
     """Make a plan.
@@ -183,6 +199,8 @@ def _sending(rng: random.Random, number: int) -> Sending:
         "slow": rng.uniform(1.1, 1.3) * LEASE if rng.random() < 0.125 else rng.uniform(0.2, 1.0),
         "early": rng.uniform(0.0, 0.3),
         "at_most_once": rng.uniform(0.0, 0.3),
+        # Its lease is renewed beside its transaction.
+        "atomic": rng.uniform(1.1, 1.3) * LEASE if rng.random() < 0.04 else rng.uniform(0.0, 0.4),
     }.get(kind, quick)
     return Sending(
         number=number,
@@ -191,6 +209,7 @@ def _sending(rng: random.Random, number: int) -> Sending:
         retries=rng.randint(1, 3),
         countdown=rng.choice((0.0, 1.0)) if kind == "retrying" else round(rng.uniform(1.0, 1.5 * LEASE), 2),
         again=rng.random() < 0.05,
+        rolled_back=rng.random() < 0.2 and kind == "outbox",
     )
 
 

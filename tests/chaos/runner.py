@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from kombu.exceptions import OperationalError
 from celery_idempotent import StoreError
 from celery_idempotent.errors import LeaseLostError
 from celery_idempotent.records import RowFilter, Status
-from tests.chaos.audit import Audit, Outcome, Run, audit, runs_of
+from tests.chaos.audit import READY, Audit, Committed, Outcome, Run, audit, runs_of
+from tests.chaos.books import Effect, Order
 from tests.chaos.faults import Faults
 from tests.chaos.plan import Plan, make_plan, message_id
 from tests.chaos.site import Done, Site, open_site
@@ -41,6 +42,7 @@ class Chaos:
         runs: The bodies.
         audit: The verdict.
         refused: What zombies came back with and the store did not take.
+        relayed: Messages that were committed and left for a relay to publish.
         gave_up: Workers that ended by themselves when their broker was gone, and were replaced.
         seconds: From the first sending to the last body.
         began: Seconds since the epoch.
@@ -54,6 +56,7 @@ class Chaos:
     runs: list[Run]
     audit: Audit
     refused: int
+    relayed: int
     gave_up: int
     seconds: float
     began: float
@@ -92,7 +95,7 @@ def run(
         AssertionError: A server, a worker or the sender did not do what it is there for; that is no verdict.
     """
     plan = make_plan(seed, tasks=tasks, kills=kills)
-    steps = plan.steps()
+    steps, rolled_back = plan.steps(), plan.rolled_back()
     with open_site(directory, variant=VARIANTS[variant], store=store, broker=broker) as site:
         faults = Faults(site, seed)
         site.start_sender(plan, tasks=tasks, kills=kills)
@@ -111,13 +114,18 @@ def run(
         _wait_for_sender(site, len(plan.sendings))
         say(f"{time.time() - began:4.0f} s: all was sent")
         _settle(site, set(steps))
-        runs = [run for run in runs_of(site.ledger.entries()) if run.key in steps]
+        runs = [run for run in runs_of(site.ledger.entries()) if run.key in steps or run.key in rolled_back]
         last = max((run.end or run.start for run in runs), default=began)
         outcomes = list(_outcomes(site))
+        committed = Committed(
+            effects=Counter(effect.key for effect in site.books.read(Effect)),
+            orders=Counter(order.key for order in site.books.read(Order)),
+            rolled_back=frozenset(rolled_back),
+        )
         rows = _rows_not_done(site) if site.variant.guarded else None
         if rows:
             site.dump_stacks()
-        refused = sum(log.count(_REFUSED) for log in site.logs())
+        logs = list(site.logs())
         return Chaos(
             variant=variant,
             store=store,
@@ -125,8 +133,9 @@ def run(
             plan=plan,
             done=faults.done,
             runs=runs,
-            audit=audit(steps, runs, faults.done, outcomes, rows=rows),
-            refused=refused,
+            audit=audit(steps, runs, faults.done, outcomes, rows=rows, committed=committed),
+            refused=sum(log.count(_REFUSED) for log in logs),
+            relayed=sum(log.count(_RELAYED) for log in logs),
             gave_up=site.gave_up,
             seconds=last - began,
             began=began,
@@ -135,6 +144,9 @@ def run(
 
 #: What the library logs when a body ends whose claim is another's by then.
 _REFUSED = str(LeaseLostError("", 0)).partition(": ")[2]
+
+#: What it logs when it publishes what nobody had published behind its commit.
+_RELAYED = " is published at last: "
 
 
 def _wait_for_sender(site: Site, sendings: int) -> None:
@@ -148,35 +160,49 @@ def _wait_for_sender(site: Site, sendings: int) -> None:
 
 
 def _settle(site: Site, keys: set[str]) -> None:
-    """Wait until all has run and its rows are done, or nothing happens any more.
+    """Wait until all has run, its rows are done and its results are there, or nothing happens any more.
 
-    A message that the broker has lost is found by what overtakes it, so there has to be traffic.
+    A message that the broker has lost is found by what overtakes it, so there has to be traffic. A result that its worker could not
+    store any more is stored when the broker delivers the message again, whose row is done since.
     """
     begin = changed = time.monotonic()
-    seen, number = -1, 0
+    seen, number, ready = (-1, -1), 0, set[str]()
     while time.monotonic() - begin < SETTLE_WITHIN and time.monotonic() - changed < QUIET:
         site.supervise()
         with suppress(OperationalError, StoreError):
             site.app.tasks["plain"].apply_async((f"tail-{number}", 0.0))
             number += 1
         time.sleep(0.5)
-        ended = [entry for entry in site.ledger.entries("end") if entry.detail in keys]
-        if len(ended) != seen:
-            seen, changed = len(ended), time.monotonic()
-        if site.variant.guarded and not _rows_not_done(site):
+        done = site.variant.guarded and not _rows_not_done(site)
+        unready = {task_id for task_id, _ in _known(site)} - ready
+        ready |= {task_id for task_id in unready if site.app.backend.get_state(task_id) in READY}
+        now = (sum(entry.detail in keys for entry in site.ledger.entries("end")), len(ready))
+        if now != seen:
+            seen, changed = now, time.monotonic()
+        if done and unready <= ready:
             return
+    site.dump_broker()
 
 
 def _rows_not_done(site: Site) -> dict[str, str]:
     store = site.app.queue_log.store
+    # What a body calls is known by its Celery id.
+    ours = (RowFilter(message_id=message_id("*"), limit=1000), RowFilter(task_name="child", limit=1000))
     return {
-        row.key.message_id: f"{row.status} {row.processed_status}"
+        f"{row.key.task_name} {row.key.message_id}": f"{row.status} {row.processed_status}"
+        for which in ours
         for status in (Status.PENDING, Status.PROCESSING)
-        for row in store.rows(RowFilter(message_id=message_id("*"), status=status, limit=1000))
+        for row in store.rows(replace(which, status=status))
     }
 
 
+def _known(site: Site) -> set[tuple[str, str]]:
+    """Task id and key of all that somebody may ask for: callers, and bodies that have committed a call."""
+    known = {result for sent in site.sent() for result in sent.results}
+    return known | {(effect.sent, f"{effect.key}.child") for effect in site.books.read(Effect) if effect.sent}
+
+
 def _outcomes(site: Site) -> Iterator[Outcome]:
-    for task_id, key in {result for sent in site.sent() for result in sent.results}:
+    for task_id, key in _known(site):
         meta: Any = site.app.backend.get_task_meta(task_id)
         yield Outcome(task_id, key, meta["status"], str(meta["result"]))

@@ -1,7 +1,8 @@
 """The producer of a run of chaos, a process of its own that is killed like the rest: ``python -m tests.chaos.sender``.
 
 A sender that is started again goes on where its journal ends, and calls again what may or may not have been sent: as does a caller
-that had no answer. Nobody but the library keeps that from being sent twice.
+that had no answer. Nobody but the library keeps that from being sent twice. What it sends by an outbox it looks up in its own orders
+first, as one does that has them.
 """
 
 from __future__ import annotations
@@ -17,10 +18,15 @@ from typing import Any, Self
 from celery import Celery
 from celery.result import AsyncResult, GroupResult, ResultBase
 from kombu.exceptions import OperationalError
+from sqlalchemy import select
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
 
-from celery_idempotent import StoreError
+from celery_idempotent import StoreError, outbox
+from tests.chaos.books import Books, Order
 from tests.chaos.plan import Sending, make_plan
-from tests.chaos.tasks import signature
+from tests.chaos.tasks import BOOKS, signature
+from tests.chaos.variants import Variant
 from tests.support.apps import AppSpec
 
 __all__ = ["Orders", "Sent", "journal"]
@@ -29,6 +35,9 @@ logger = logging.getLogger(__name__)
 
 #: Bodies that may be under way before the sender waits a little for each further one.
 BACKLOG = 40
+
+#: How often a call is made again whose message is there without its order: the commit may still be under way.
+DOUBTS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +114,7 @@ def main() -> None:
     plan = make_plan(orders.seed, tasks=orders.tasks, kills=orders.kills)
     sent = {note.number for note in journal(orders.journal)}
     ended = _Ended(Path(spec.ledger))
+    books = Books(app.conf[BOOKS], pooled=True)
     descriptor = os.open(orders.journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     bodies = 0
     for sending in plan.sendings:
@@ -115,21 +125,32 @@ def main() -> None:
             time.sleep(0.02)
         if bodies - ended.count() > BACKLOG:
             time.sleep(0.15)  # what a variant has lost never ends, so this must not wait until it has
-        results, errors = _send(app, sending)
+        results, errors = _send(app, books, sending)
         # On a line of its own, even where a line before was cut short.
         os.write(descriptor, b"\n" + json.dumps([sending.number, results, errors]).encode() + b"\n")
+    books.close()
     app.close()
 
 
-def _send(app: Celery, sending: Sending) -> tuple[list[tuple[str, str]], int]:
+class _InDoubtError(Exception):
+    """The message is there, and the order is not."""
+
+
+def _send(app: Celery, books: Books, sending: Sending) -> tuple[list[tuple[str, str]], int]:
     """Call until a call was taken, and once more when the plan says so."""
     results: list[tuple[str, str]] = []
-    errors, calls = 0, 2 if sending.again else 1
+    errors, doubts, calls = 0, 0, 2 if sending.again else 1
     while calls:
         try:
-            result = signature(app, sending).apply_async()
-        except (OperationalError, StoreError, OSError) as error:
+            if sending.kind == "outbox":
+                result = _order(app, books, sending, again=calls < 2 and sending.again)
+            else:
+                result = signature(app, sending).apply_async()
+        except (OperationalError, StoreError, DBAPIError, OSError, _InDoubtError) as error:
             errors += 1
+            doubts += isinstance(error, _InDoubtError)
+            if doubts > DOUBTS:
+                break  # the audit sees what became of it
             logger.warning("%s: %r", sending.key, error)
             time.sleep(0.3)
             continue
@@ -140,6 +161,59 @@ def _send(app: Celery, sending: Sending) -> tuple[list[tuple[str, str]], int]:
         if result is not None:
             results += _results(result, sending)
     return results, errors
+
+
+def _order(app: Celery, books: Books, sending: Sending, *, again: bool) -> Any:
+    """Write an order and call its task in one transaction, unless the order is there already: its message is there then too.
+
+    Args:
+        app: The app.
+        books: Where the order goes.
+        sending: What is called.
+        again: Whether to call although it is there.
+
+    Returns:
+        The result, of whichever call it was.
+
+    Raises:
+        _InDoubtError: The order is not there, but its message is.
+    """
+    with books.session() as session:
+        sent = session.scalar(select(Order.sent).where(Order.key == sending.key))
+        if not Variant.of_this_process().guarded:
+            return _order_and_then_send(app, session, sending, new=sent is None)
+        if sent is not None and not again:
+            return app.AsyncResult(sent)
+        savepoint = session.begin_nested() if sending.rolled_back and sending.number % 2 else None
+        if sent is None:
+            order = Order(key=sending.key)
+            session.add(order)
+        with outbox(session):
+            result = signature(app, sending).apply_async()
+        if sent is None:
+            if result.duplicate:
+                raise _InDoubtError(sending.key)
+            order.sent = result.id
+        if savepoint is not None:
+            session.flush()
+            savepoint.rollback()
+        elif sending.rolled_back:
+            session.flush()
+            session.rollback()
+        session.commit()
+        return result
+
+
+def _order_and_then_send(app: Celery, session: Session, sending: Sending, *, new: bool) -> Any:
+    """What one does without an outbox: whether an order that is there was sent, nobody can tell."""
+    if new:
+        session.add(Order(key=sending.key, sent=""))
+    if sending.rolled_back:
+        session.flush()
+        session.rollback()
+        return None
+    session.commit()
+    return signature(app, sending).apply_async()
 
 
 def _results(result: Any, sending: Sending) -> list[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -12,10 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import redis
 from celery import Celery
 
+from tests.chaos.books import Books
 from tests.chaos.plan import LEASE, Plan
 from tests.chaos.sender import Orders, Sent, journal
+from tests.chaos.tasks import BOOKS
 from tests.chaos.variants import Variant
 from tests.support.apps import AppSpec, close_app
 from tests.support.ledger import Ledger
@@ -62,6 +66,7 @@ class Site:
         spec: What the workers' and the sender's app is made of.
         app: The same app, in this process.
         store, broker, backend: The servers. The backend is left alone.
+        books: What transactions wrote.
         workers: Those that are to run.
         gave_up: Workers that have ended by themselves, and were replaced.
         directory: Logs and journals.
@@ -72,7 +77,7 @@ class Site:
     ) -> None:
         self.directory, self.variant = directory, variant
         self.store, self.broker, self.backend = store, broker, backend
-        redis = isinstance(broker, PrivateRedis)
+        on_redis = isinstance(broker, PrivateRedis)
         guarded = {
             "idempotent_lease": LEASE,
             "idempotent_recovery_interval": 0.5,
@@ -90,20 +95,24 @@ class Site:
                 "visibility_timeout": VISIBILITY_TIMEOUT,
                 "unacked_restore_interval": 1,
                 "unacked_restore_throttle": 1,
+                # A worker that is killed while it looks for expired deliveries keeps all others from that for so long.
+                "unacked_mutex_expire": 5,
             }
-            if redis
+            if on_redis
             else {},
             settings={
                 **(guarded if variant.guarded else {}),
                 **variant.app_settings(backend.url),
+                BOOKS: store.url,
                 "broker_connection_max_retries": None,
                 "broker_connection_timeout": 2,
                 # As for any app with long tasks: what is reserved by a worker that is busy waits although others are idle.
                 "worker_prefetch_multiplier": 1,
-                **({} if redis else {"task_default_queue_type": "quorum", "task_default_exchange_type": "topic"}),
+                **({} if on_redis else {"task_default_queue_type": "quorum", "task_default_exchange_type": "topic"}),
             },
         )
         self.ledger = Ledger(self.spec.ledger)
+        self.books = Books(store.url)
         self.app: Celery = self.spec.build()
         self.app.finalize()
         self.workers: list[WorkerProcess] = []
@@ -212,10 +221,10 @@ class Site:
     # -- the end ----------------------------------------------------------------------------------------------------------
 
     def logs(self) -> Iterator[str]:
-        """What the workers wrote, each's whole."""
-        for worker in (*self.retired, *self.workers):
-            if worker.log.exists():
-                yield worker.log.read_text(errors="replace")
+        """What the workers and the senders wrote, each's whole."""
+        for log in (*(worker.log for worker in (*self.retired, *self.workers)), self.directory / "sender.log"):
+            if log.exists():
+                yield log.read_text(errors="replace")
 
     def dump_stacks(self) -> None:
         """Write down what each process of the workers is doing, where py-spy is installed."""
@@ -233,6 +242,15 @@ class Site:
                         check=False,
                         timeout=30,
                     )
+
+    def dump_broker(self) -> None:
+        """Write down what a Redis has that was delivered and not acknowledged, and whether a dead worker keeps others from it."""
+        if not isinstance(self.broker, PrivateRedis):
+            return
+        with redis.Redis.from_url(self.broker.url) as client:
+            held = {tag.decode(): message.decode() for tag, message in client.hgetall("unacked").items()}
+            found = {"mutex ends in": client.ttl("unacked_mutex"), "waiting": client.llen(QUEUE), "unacked": held}
+            (self.directory / "broker").write_text(json.dumps(found, indent=2))
 
     def close(self) -> None:
         """End whatever still runs."""
@@ -256,6 +274,7 @@ def open_site(directory: Path, *, variant: Variant, store: str, broker: str) -> 
         stack.callback(site.close)
         if variant.guarded:
             site.app.queue_log.init()
+        site.books.create()
         for _ in range(WORKERS):
             site.hire()
         for worker in site.workers:

@@ -1,4 +1,8 @@
-"""The tasks of a run of chaos, in every variant that is compared: each body notes its key when it starts and when it ends."""
+"""The tasks of a run of chaos, in every variant that is compared: each body notes its key when it starts and when it ends.
+
+An atomic body writes an effect besides, and sends a child: in one transaction with its completion. Elsewhere it does what one can do
+there: commit by itself, and then send.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,16 @@ from typing import Any
 from celery import Celery, Task, chain, chord
 from celery.canvas import Signature
 
+from tests.chaos.books import Books, Effect
 from tests.chaos.plan import Sending, message_id
 from tests.chaos.variants import Variant
 from tests.support.apps.scenarios import noted
 from tests.support.ledger import Ledger
 
-__all__ = ["BrokenError", "register", "signature"]
+__all__ = ["BOOKS", "BrokenError", "register", "signature"]
+
+#: A setting of the chaos' own: the URL of the database that has the books.
+BOOKS = "chaos_books"
 
 
 class BrokenError(Exception):
@@ -26,6 +34,7 @@ def register(app: Celery, *, base: type[Task], ledger: Ledger) -> None:
     variant.prepare(app)
     late = {"acks_late": True, "reject_on_worker_lost": True}
     early = {"acks_late": False}
+    books = Books(app.conf[BOOKS])
 
     def task(name: str, **options: Any) -> Any:
         return app.task(bind=True, name=name, **variant.task_options, **options)
@@ -69,6 +78,29 @@ def register(app: Celery, *, base: type[Task], ledger: Ledger) -> None:
                 raise BrokenError(f"{key} was given {values}")
         return key
 
+    @task("child", **late)
+    def child(self: Task, key: str, seconds: float) -> str:
+        return run(self, key, seconds)
+
+    @task("atomic", **late, **variant.if_guarded(atomic=True))
+    def atomic(self: Any, key: str, seconds: float) -> str:
+        with noted(ledger, self, key):
+            if variant.guarded:
+                effect = Effect(key=key)
+                self.session.add(effect)
+                self.session.flush()
+                time.sleep(seconds / 2)
+                effect.sent = child.delay(f"{key}.child", 0.0).id
+                time.sleep(seconds / 2)
+            else:
+                with books.session() as session:
+                    session.add(Effect(key=key))
+                    session.flush()
+                    time.sleep(seconds)
+                    session.commit()
+                child.delay(f"{key}.child", 0.0)
+        return key
+
 
 def signature(app: Celery, sending: Sending) -> Signature:
     """What a sending calls, each step under its message id."""
@@ -90,7 +122,7 @@ def signature(app: Celery, sending: Sending) -> Signature:
             return app.tasks["retrying"].si(*arguments).set(message_id=message_id(keys[0]))
         case "eta":
             return one(keys[0]).set(countdown=sending.countdown)
-        case "plain" | "slow":
-            return one(keys[0])
+        case "plain" | "slow" | "outbox":
+            return one(sending.key)
         case named:
             return one(keys[0], named)

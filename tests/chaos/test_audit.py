@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 
-from tests.chaos.audit import Audit, Outcome, Run, audit, runs_of
+from tests.chaos.audit import Audit, Committed, Outcome, Run, audit, runs_of
 from tests.chaos.plan import FAULTS, KILLS, LEASE, SENDINGS, Step, make_plan
 from tests.chaos.site import Done
 from tests.support.ledger import Entry
@@ -18,10 +19,20 @@ SECOND = Run("step", retries=0, pid=2, start=14.0, end=15.0)
 KILL = Done("kill a child", at=12.0, until=12.1, pids={1: 12.1})
 PAUSE = Done("pause a worker past its lease", at=10.5, until=10.5 + 1.5 * LEASE, pids={1: 10.5 + 1.5 * LEASE})
 READABLE = Outcome("id", "step", "SUCCESS", "step")
+ATOMIC, ORDERED = Step("step", atomic=True), Step("step", ordered=True)
 
 
-def judged(*runs: Run, faults: tuple[Done, ...] = (), step: Step = STEP, outcome: Outcome = READABLE) -> Audit:
-    return audit({step.key: step}, runs, faults, [outcome])
+def judged(
+    *runs: Run,
+    faults: tuple[Done, ...] = (),
+    step: Step = STEP,
+    outcome: Outcome = READABLE,
+    effects: int = 0,
+    orders: int = 0,
+    guarded: bool = True,
+) -> Audit:
+    committed = Committed(Counter(step=effects), Counter(step=orders))
+    return audit({step.key: step}, runs, faults, [outcome], rows={} if guarded else None, committed=committed)
 
 
 def test_one_run_is_as_it_should_be() -> None:
@@ -119,6 +130,66 @@ def test_a_row_that_is_not_done_is_a_violation() -> None:
     assert audit({"step": STEP}, [FIRST], [], [READABLE], rows={"chaos-step": "pending None"}).unfinished
 
 
+class TestEffects:
+    def test_one_is_as_it_should_be(self) -> None:
+        found = judged(FIRST, step=ATOMIC, effects=1)
+        assert (found.effects, found.violations()) == (1, [])
+
+    def test_a_body_that_ended_without_one_is_a_violation(self) -> None:
+        found = judged(FIRST, step=ATOMIC)
+        assert (found.effects, found.effects_lost) == (0, ["step"])
+        assert found.violations() == ["committed effect lost: step (1)"]
+
+    def test_two_are_a_violation_whatever_explains_the_second_body(self) -> None:
+        found = judged(DIED, SECOND, faults=(KILL,), step=ATOMIC, effects=2)
+        assert (found.effects, found.effects_doubled) == (1, ["step"])
+        assert found.violations() == ["committed effect doubled: step (1)"]
+
+    def test_a_process_may_run_its_atomic_body_again(self) -> None:
+        """Its transaction gave way, or its connection was cut."""
+        again = replace(SECOND, pid=FIRST.pid)
+        found = judged(FIRST, again, step=ATOMIC, effects=1)
+        assert (found.anew, found.doubled, found.violations()) == (["step"], [], [])
+        assert judged(FIRST, again).doubled == ["step"], "and no other one"
+        assert judged(FIRST, again, step=ATOMIC, effects=1, guarded=False).doubled == ["step"], (
+            "nor without a queue log"
+        )
+
+    def test_another_process_may_not(self) -> None:
+        assert judged(FIRST, SECOND, step=ATOMIC, effects=1).doubled == ["step"]
+
+
+class TestOrders:
+    def test_one_that_ran_is_as_it_should_be(self) -> None:
+        found = judged(FIRST, step=ORDERED, orders=1)
+        assert (found.orders, found.violations()) == (1, [])
+
+    def test_one_whose_message_never_ran_is_a_violation(self) -> None:
+        found = judged(step=ORDERED, orders=1)
+        assert (found.orders, found.orders_lost) == (1, ["step"])
+        assert "committed order lost: step (1)" in found.violations()
+
+    def test_one_that_is_not_there_is_a_violation(self) -> None:
+        assert judged(step=ORDERED).orders_lost == ["step"]
+
+    def test_a_message_that_ran_without_one_is_a_violation(self) -> None:
+        found = judged(FIRST, step=ORDERED)
+        assert (found.unordered, found.orders_lost) == (["step"], [])
+        assert found.violations() == ["rolled back, and sent or there: step (1)"]
+
+    def test_two_are_a_violation(self) -> None:
+        found = judged(FIRST, step=ORDERED, orders=2)
+        assert (found.orders, found.violations()) == (1, ["committed order doubled: step (1)"])
+
+    def test_one_that_was_rolled_back_is_not_there_and_its_message_never_runs(self) -> None:
+        def rolled_back(*runs: Run, orders: int = 0) -> list[str]:
+            committed = Committed(orders=Counter(step=orders), rolled_back=frozenset({"step"}))
+            return audit({}, runs, [], [], committed=committed).violations()
+
+        assert rolled_back() == []
+        assert rolled_back(FIRST) == rolled_back(orders=1) == ["rolled back, and sent or there: step (1)"]
+
+
 def test_a_late_recovery_is_found_unless_a_server_was_away() -> None:
     late = replace(SECOND, start=12.0 + LEASE + 3.0, end=30.0)
     assert len(judged(DIED, late, faults=(KILL,)).delays()) == 1
@@ -147,3 +218,11 @@ class TestPlan:
         assert set(FAULTS) | set(KILLS) == set(kinds)
         assert {sending.kind for sending in plan.sendings} == set(SENDINGS)
         assert [fault.after for fault in plan.faults] == sorted(fault.after for fault in plan.faults)
+
+    def test_what_is_rolled_back_is_an_outbox_and_has_no_step(self) -> None:
+        plan = make_plan(7, tasks=2000, kills=25)
+        rolled_back = [sending for sending in plan.sendings if sending.rolled_back]
+        assert {sending.kind for sending in rolled_back} == {"outbox"}
+        assert plan.rolled_back() == {sending.key for sending in rolled_back}
+        assert not plan.rolled_back() & set(plan.steps())
+        assert any(step.ordered for step in plan.steps().values())

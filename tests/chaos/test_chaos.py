@@ -26,6 +26,9 @@ def test_a_short_run(tmp_path: Path) -> None:
     assert set(chaos.faults) >= {*FAULTS, "kill a child", "kill a worker"}
     assert chaos.audit.sent >= 400
     assert chaos.audit.again
+    assert chaos.audit.effects > 10
+    assert chaos.audit.orders > 10
+    assert chaos.plan.rolled_back()
     write([chaos], tmp_path / "chaos.json")
     plot([chaos], tmp_path / "chaos.png")
     assert (tmp_path / "chaos.png").stat().st_size > 10_000

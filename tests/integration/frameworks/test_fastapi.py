@@ -1,0 +1,249 @@
+"""FastAPI: plain sessions from a dependency, and asynchronous ones, whose block is in a function for ``run_sync``."""
+
+# FastAPI reads annotations when an endpoint is made; they name what is local to a fixture, and so must not be postponed.
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from typing import Annotated, Any
+
+import httpx
+import pytest
+import sqlalchemy as sa
+from celery.signals import after_task_publish
+from fastapi import Depends, FastAPI
+from sqlalchemy.ext.asyncio import (
+    AsyncEngine,
+    AsyncSession,
+    async_scoped_session,
+    async_sessionmaker,
+    create_async_engine,
+)
+from sqlalchemy.orm import Session
+from sqlalchemy.util import await_only
+
+from celery_idempotent import ConfigurationError, outbox
+from tests.integration.frameworks.conftest import Office
+from tests.support.effects import Effect
+
+#: Of those whose asynchronous drivers are installed.
+asynchronous = pytest.mark.parametrize("store_url", ["sqlite", "postgresql"], indirect=True)
+
+
+def post(site: FastAPI, path: str) -> httpx.Response:
+    """A request, from its beginning to the end of its dependencies."""
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(site, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://shop") as client:
+            return await client.post(path)
+
+    return asyncio.run(ask())
+
+
+@pytest.fixture
+def visible(office: Office) -> Iterator[list[tuple[str, bool]]]:
+    """Each message that was published, and whether others saw its row and its effect then."""
+    seen: list[tuple[str, bool]] = []
+
+    def look(*, body: Any, **_: Any) -> None:
+        order = body[0][0]
+        seen.append((order, office.row("charge", order) is not None and order in office.effects.names()))
+
+    after_task_publish.connect(look, weak=False)
+    yield seen
+    after_task_publish.disconnect(look)
+
+
+# -- plain sessions ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plain_site(store_url: str, office: Office) -> Iterator[FastAPI]:
+    charge = office.app.tasks["charge"]
+    engine = sa.create_engine(store_url)
+
+    def open_session() -> Iterator[Session]:
+        with Session(engine) as session:
+            yield session
+
+    def commit_session() -> Iterator[Session]:
+        with Session(engine) as session, session.begin():
+            yield session
+
+    site = FastAPI()
+
+    @site.post("/orders/{order}")
+    def place(order: str, session: Annotated[Session, Depends(open_session)], fail: bool = False) -> None:
+        with outbox(session):
+            session.add(Effect(name=order))
+            charge.delay(order)
+            assert office.messages() == []
+            if fail:
+                raise ValueError("no such order")
+            session.commit()
+
+    @site.post("/committed-by-dependency/{order}")
+    def record(
+        order: str, session: Annotated[Session, Depends(commit_session, scope="function")], fail: bool = False
+    ) -> None:
+        with outbox(session):
+            session.add(Effect(name=order))
+            charge.delay(order)
+        assert office.messages() == []
+        if fail:
+            raise ValueError("no such order")
+
+    yield site
+    engine.dispose()
+
+
+@pytest.mark.parametrize("path", ["orders", "committed-by-dependency"])
+def test_an_endpoint_publishes_when_its_session_commits(
+    plain_site: FastAPI, office: Office, visible: list[tuple[str, bool]], path: str
+) -> None:
+    for order in ("o-1", "o-2"):
+        assert post(plain_site, f"/{path}/{order}").status_code == 200
+        assert office.published() == [order]
+    assert visible == [("o-1", True), ("o-2", True)]
+
+
+@pytest.mark.parametrize("path", ["orders", "committed-by-dependency"])
+def test_an_endpoint_that_fails_leaves_neither_effect_nor_message(
+    plain_site: FastAPI, office: Office, path: str
+) -> None:
+    assert post(plain_site, f"/{path}/o-1?fail=true").status_code == 500
+    assert (office.published(), office.row("charge", "o-1"), office.effects.names()) == ([], None, [])
+    assert post(plain_site, f"/{path}/o-1").status_code == 200
+    assert office.published() == ["o-1"]
+
+
+# -- asynchronous sessions --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def engine(store_url: str) -> AsyncEngine:
+    url = sa.make_url(store_url)
+    if url.get_backend_name() == "sqlite":
+        url = url.set(drivername="sqlite+aiosqlite")
+    # A pool would be bound to the event loop of one request.
+    return create_async_engine(url, poolclass=sa.NullPool)
+
+
+@pytest.fixture
+def async_site(engine: AsyncEngine, office: Office) -> FastAPI:
+    charge = office.app.tasks["charge"]
+
+    async def open_session() -> AsyncIterator[AsyncSession]:
+        async with AsyncSession(engine) as session:
+            yield session
+
+    site = FastAPI()
+
+    @site.post("/orders/{order}")
+    async def place(order: str, session: Annotated[AsyncSession, Depends(open_session)], fail: bool = False) -> None:
+        def record(session: Session) -> None:
+            with outbox(session):
+                session.add(Effect(name=order))
+                charge.delay(order)
+
+        await session.run_sync(record)
+        assert office.messages() == []
+        if fail:
+            raise ValueError("no such order")
+        await session.commit()
+
+    return site
+
+
+@asynchronous
+def test_an_asynchronous_endpoint_publishes_behind_its_commit(
+    async_site: FastAPI, office: Office, visible: list[tuple[str, bool]]
+) -> None:
+    for order in ("o-1", "o-2"):
+        assert post(async_site, f"/orders/{order}").status_code == 200
+        assert office.published() == [order]
+    assert visible == [("o-1", True), ("o-2", True)]
+    assert office.store.unsent(limit=9) == []
+
+
+@asynchronous
+def test_an_asynchronous_endpoint_that_fails_leaves_neither_effect_nor_message(
+    async_site: FastAPI, office: Office
+) -> None:
+    assert post(async_site, "/orders/o-1?fail=true").status_code == 500
+    assert (office.published(), office.row("charge", "o-1"), office.effects.names()) == ([], None, [])
+    assert post(async_site, "/orders/o-1").status_code == 200
+    assert office.published() == ["o-1"]
+
+
+@asynchronous
+def test_duplicates_savepoints_and_batches_are_what_they_are_in_a_plain_session(
+    engine: AsyncEngine, office: Office
+) -> None:
+    charge = office.app.tasks["charge"]
+
+    def record(session: Session) -> list[bool]:
+        with outbox(session):
+            results = [charge.delay("o-1"), charge.delay("o-1")]
+            with session.begin_nested() as savepoint:
+                charge.delay("undone")
+                savepoint.rollback()
+            with outbox():
+                results += [charge.delay("o-2"), charge.delay("o-3")]
+        return [result.duplicate for result in results]
+
+    async def work() -> None:
+        async with AsyncSession(engine) as session, session.begin():
+            assert await session.run_sync(record) == [False, True, False, False]
+            assert office.published() == []
+
+    asyncio.run(work())
+    assert office.published() == ["o-1", "o-2", "o-3"]
+    assert office.row("charge", "undone") is None
+
+
+@asynchronous
+def test_a_block_that_waits_does_not_take_the_calls_of_other_tasks_of_the_loop(
+    engine: AsyncEngine, office: Office
+) -> None:
+    charge = office.app.tasks["charge"]
+
+    async def work() -> None:
+        inside, called = asyncio.Event(), asyncio.Event()
+
+        def record(session: Session) -> None:
+            with outbox(session):
+                inside.set()
+                await_only(called.wait())  # as for an answer of the database
+                charge.delay("recorded")
+
+        async def block() -> None:
+            async with AsyncSession(engine) as session:
+                await session.run_sync(record)
+                assert office.published() == []
+                await session.rollback()
+
+        blocked = asyncio.create_task(block())
+        await inside.wait()
+        charge.delay("sent")
+        assert office.published() == ["sent"]
+        called.set()
+        await blocked
+
+    asyncio.run(work())
+    assert office.published() == []
+    assert office.row("charge", "recorded") is None
+
+
+@pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
+def test_an_asynchronous_session_itself_is_refused_with_the_way_to_do_it(engine: AsyncEngine) -> None:
+    async def work() -> None:
+        async with AsyncSession(engine) as session:
+            with pytest.raises(ConfigurationError, match="run_sync"):
+                outbox(session)  # type: ignore[arg-type]
+        registry = async_scoped_session(async_sessionmaker(engine), scopefunc=asyncio.current_task)
+        with pytest.raises(ConfigurationError, match="run_sync"):
+            outbox(registry)  # type: ignore[arg-type]
+        await registry.remove()
+
+    asyncio.run(work())

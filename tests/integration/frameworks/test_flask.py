@@ -1,0 +1,126 @@
+"""Flask-SQLAlchemy: ``outbox(db.session)``, with the session as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from flask import Flask
+from flask.testing import FlaskClient
+from flask_sqlalchemy import SQLAlchemy
+from sqlalchemy import select
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from celery_idempotent import QueueLog, SQLStore, outbox
+from tests.integration.frameworks.conftest import Office
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+db = SQLAlchemy(model_class=Base)
+
+
+class Order(db.Model):  # type: ignore[name-defined, misc] # a class that is made at run time
+    id: Mapped[int] = mapped_column(primary_key=True)
+    amount: Mapped[int]
+
+
+@pytest.fixture
+def site(store_url: str, office: Office) -> Iterator[Flask]:
+    """A site whose database is the queue log's."""
+    charge = office.app.tasks["charge"]
+    site = Flask(__name__)
+    site.config["SQLALCHEMY_DATABASE_URI"] = store_url
+    db.init_app(site)
+
+    @site.post("/orders/<int:amount>")
+    def place(amount: int) -> str:
+        with outbox(db.session):
+            order = Order(amount=amount)
+            db.session.add(order)
+            db.session.flush()
+            charge.delay(str(order.id), amount)
+            assert office.messages() == []
+            if amount == 0:
+                raise ValueError("no such amount")
+            db.session.commit()
+        return str(order.id)
+
+    @site.post("/forgotten/<int:amount>")
+    def forget(amount: int) -> str:
+        with outbox(db.session):
+            db.session.add(Order(amount=amount))
+            charge.delay("forgotten", amount)
+        return "the commit is missing"
+
+    @site.post("/two-steps/<int:amount>")
+    def commit_later(amount: int) -> str:
+        with outbox(db.session):
+            charge.delay("two-steps", amount)
+        db.session.add(Order(amount=amount))
+        db.session.commit()
+        return "committed behind the block"
+
+    with site.app_context():
+        db.create_all()
+    yield site
+    with site.app_context():
+        db.session.remove()
+        db.drop_all()
+        db.engine.dispose()
+
+
+@pytest.fixture
+def client(site: Flask) -> FlaskClient:
+    return site.test_client()
+
+
+def amounts(site: Flask) -> list[int]:
+    with site.app_context():
+        return list(db.session.scalars(select(Order.amount).order_by(Order.id)))
+
+
+def test_a_view_that_commits_publishes_and_so_does_the_next_one(
+    site: Flask, client: FlaskClient, office: Office
+) -> None:
+    for amount in (500, 700):
+        order = client.post(f"/orders/{amount}").text
+        assert office.published() == [order]
+        row = office.there("charge", order)
+        assert row.published_at is not None
+    assert amounts(site) == [500, 700]
+    assert office.store.unsent(limit=9) == []
+
+
+def test_a_view_that_fails_leaves_neither_order_nor_message(site: Flask, client: FlaskClient, office: Office) -> None:
+    assert client.post("/orders/0").status_code == 500
+    assert amounts(site) == []
+    order = client.post("/orders/500").text
+    assert office.published() == [order], "and nothing of the request before"
+    assert amounts(site) == [500]
+
+
+def test_what_is_not_committed_when_the_request_ends_never_was(
+    site: Flask, client: FlaskClient, office: Office
+) -> None:
+    client.post("/forgotten/500")
+    assert (amounts(site), office.published(), office.row("charge", "forgotten")) == ([], [], None)
+    client.post("/orders/700")
+    assert len(office.published()) == 1
+
+
+def test_the_commit_may_come_later_in_the_request(client: FlaskClient, office: Office) -> None:
+    client.post("/two-steps/500")
+    assert office.published() == ["two-steps"]
+
+
+def test_the_store_may_be_on_the_sites_own_engine(site: Flask, client: FlaskClient, office: Office) -> None:
+    office.app.queue_log.close()
+    with site.app_context():
+        QueueLog(office.app, store=SQLStore(db.engine))
+    order = client.post("/orders/500").text
+    assert office.published() == [order]
+    assert client.post("/orders/0").status_code == 500
+    assert (amounts(site), office.published()) == ([500], [])
