@@ -58,10 +58,11 @@ def opened_shop(postgresql_url: str, tmp_path_factory: pytest.TempPathFactory) -
     from django.conf import settings
     from django.db import connections
 
-    broker = filesystem_broker(tmp_path_factory.mktemp("shop"))
+    folder = tmp_path_factory.mktemp("shop")
+    filesystem_broker(folder)
     with postgresql_store(postgresql_url) as url, pytest.MonkeyPatch.context() as patch:
         patch.setenv("SHOP_DATABASE", url)
-        patch.setenv("SHOP_BROKER", broker.transport_options["data_folder_in"])
+        patch.setenv("SHOP_BROKER", str(folder / "broker"))
         from tests.integration.frameworks.shop import settings as project
 
         # The variable DJANGO_SETTINGS_MODULE would change whatever Celery app is made in this process from now on.

@@ -104,6 +104,11 @@ def close_app(app: Celery) -> None:
         app.backend.result_consumer.stop()
         app.backend.result_consumer.subscribed_to.clear()
         app.backend.client.close()
+    elif app.conf.result_backend.startswith("rpc"):
+        # It listens on a connection of its own as soon as a result was asked for.
+        consumer = app.backend.result_consumer
+        if consumer._connection is not None:
+            consumer.stop()
     app.close()
 
 

@@ -16,7 +16,11 @@ __all__ = ["app", "charge", "charge_on_commit", "sweep"]
 
 app = Celery("shop", broker="filesystem://", backend="cache+memory://", set_as_current=False)
 app.conf.update(
-    broker_transport_options={"data_folder_in": settings.BROKER, "data_folder_out": settings.BROKER},
+    broker_transport_options={
+        "data_folder_in": f"{settings.BROKER}/queue",
+        "data_folder_out": f"{settings.BROKER}/queue",
+        "control_folder": f"{settings.BROKER}/control",
+    },
     task_default_queue="shop",
     idempotent_store=settings.STORE,
 )
