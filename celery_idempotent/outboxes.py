@@ -18,6 +18,7 @@ from celery_idempotent.transactions import refuse_autocommit, transactional
 if TYPE_CHECKING:
     from celery.result import AsyncResult
     from sqlalchemy import Connection
+    from sqlalchemy.engine import ExceptionContext
     from sqlalchemy.orm import Session, SessionTransaction, scoped_session
 
     from celery_idempotent.producer import Sending
@@ -34,6 +35,9 @@ PUBLISH_WITHIN = 5.0
 
 #: The execution option by which a connection knows the outbox that is published by whoever commits it.
 OUTBOX = "celery_idempotent_outbox"
+
+#: The execution option by which a connection knows the outboxes that are to be told of its errors.
+_WATCHED = "celery_idempotent_watched"
 
 #: Where a session keeps its outbox.
 _INFO = "celery_idempotent_outbox"
@@ -134,6 +138,8 @@ class Outbox:
         self._duplicates: list[tuple[QueueLog, MessageKey]] = []
         #: How many messages there were before each savepoint, by its name.
         self._savepoints: dict[str, int] = {}
+        #: Whether the database has refused a statement of the transaction: PostgreSQL then answers its commit by a rollback, without a word.
+        self._doubted = False
 
     # -- for the producer ----------------------------------------------------------------------------------------------
 
@@ -175,8 +181,10 @@ class Outbox:
 
     def publish(self) -> None:
         """It has committed."""
-        messages, duplicates = self._messages, self._duplicates
+        messages, duplicates, doubted = self._messages, self._duplicates, self._doubted
         self.discard()
+        if doubted:
+            messages = [message for message in messages if message.is_there()]
         if not (messages or duplicates):
             return
         with within(None):  # what is run eagerly is behind it, not in it
@@ -187,7 +195,7 @@ class Outbox:
 
     def discard(self) -> None:
         """It was rolled back; or nobody can tell, and the relay will."""
-        self._messages, self._duplicates, self._savepoints = [], [], {}
+        self._messages, self._duplicates, self._savepoints, self._doubted = [], [], {}, False
 
     # -- savepoints ----------------------------------------------------------------------------------------------------
 
@@ -208,6 +216,20 @@ class Outbox:
                 del self._messages[self._savepoints.get(statement.ident, 0) :]
 
         event.listen(connection, "before_execute", before_execute)
+        connection.execution_options(**{_WATCHED: (*connection.get_execution_options().get(_WATCHED, ()), self)})
+        if not event.contains(connection.engine, "handle_error", _on_error):
+            event.listen(connection.engine, "handle_error", _on_error)
+
+    def doubt(self) -> None:
+        """A statement of the transaction was refused: whether its commit commits is to be looked up."""
+        self._doubted = True
+
+
+def _on_error(context: ExceptionContext) -> None:
+    """Of all connections of an engine, its owner's own included."""
+    if context.connection is not None:
+        for box in context.connection.get_execution_options().get(_WATCHED, ()):
+            box.doubt()
 
 
 # -- with a session ----------------------------------------------------------------------------------------------------------

@@ -109,6 +109,14 @@ class Outgoing:
     due: datetime | None
     options: Mapping[str, Any]
 
+    def is_there(self) -> bool:
+        """Whether its row is; if nobody can tell, that is left to the relay."""
+        try:
+            return self.task.queue_log.store.find(self.key) is not None
+        except StoreError as error:
+            logger.warning("%s is left to the relay, the store gives no answer: %s", self, error)
+            return False
+
     def publish(self, producer: Producer | None) -> None:
         """Hand it to the broker."""
         options = {**self.options}

@@ -139,7 +139,6 @@ class Database:
         Raises:
             ConfigurationError: It is a connection to another kind of database.
             SchemaError: The table is not there.
-            StoreUnavailableError: That could not be told.
         """
         if connection.dialect.name not in self._dialect.names:
             raise ConfigurationError(
@@ -147,7 +146,8 @@ class Database:
                 f"take a session on the store's own database"
             )
         if not self._here().ready:
-            self.run(lambda _, __: None)
+            # In the transaction: another connection could not make SQLite's table while this one writes.
+            self._prepare(connection)
         return Joined(connection, self._dialect, str(self))
 
     def gave_way(self, error: BaseException) -> bool:

@@ -93,8 +93,7 @@ class SQLStore:
 
         Raises:
             ConfigurationError: It is a connection to another kind of database.
-            SchemaError: The table is not there.
-            StoreUnavailableError: That could not be told, as the store gave no answer.
+            SchemaError: The table is not there; on SQLite it is made if missing.
         """
         joined = copy(self)
         joined._run = self._database.join(connection).run  # noqa: SLF001 - it is one of us

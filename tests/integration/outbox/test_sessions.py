@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 from celery import chain, chord, group
+from sqlalchemy import insert, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from celery_idempotent import DuplicateMessageError, MessageMismatchError, outbox
@@ -330,3 +332,50 @@ def test_two_phases_are_a_commit_too(office: Office) -> None:
         office.app.tasks["charge"].delay("o-1")
         session.commit()
     assert office.published() == ["o-1"]
+
+
+# -- transactions that the database has given up -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["session", "connection"])
+def test_a_commit_that_the_database_answers_by_a_rollback_publishes_nothing(office: Office, how: str) -> None:
+    """As PostgreSQL does, without an error, when one was caught before."""
+    engine = office.effects.engine
+    with Session(engine) if how == "session" else engine.connect() as owner, outbox(owner):
+        owner.execute(insert(Effect).values(name="o-1", value=0))
+        office.app.tasks["charge"].delay("o-1")
+        with pytest.raises(DBAPIError):
+            owner.execute(text("SELECT no_such_column"))
+        owner.commit()
+
+    kept = [] if engine.dialect.name == "postgresql" else ["o-1"]
+    assert office.effects.names() == kept
+    assert office.published() == kept
+    assert office.store.unsent(limit=9) == []
+
+
+def test_what_is_committed_behind_an_error_in_a_savepoint_is_published(office: Office) -> None:
+    with office.session() as session, outbox(session):
+        office.app.tasks["charge"].delay("o-1")
+        with pytest.raises(DBAPIError), session.begin_nested():
+            session.execute(text("SELECT no_such_column"))
+        session.commit()
+        office.app.tasks["charge"].delay("o-2")
+        session.commit()
+    assert office.published() == ["o-1", "o-2"]
+
+
+@pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("end", ["commit", "rollback"])
+def test_sqlites_table_may_be_made_by_the_transaction_itself(office: Office, end: str) -> None:
+    """Which has written already, so that no other connection could."""
+    with office.effects.engine.begin() as connection:
+        connection.execute(text("DROP TABLE queue_log"))
+    office.app.queue_log.close()
+    with office.session() as session, outbox(session):
+        session.add(Effect(name="o-1"))
+        session.flush()
+        office.app.tasks["charge"].delay("o-1")
+        getattr(session, end)()
+    assert office.published() == (["o-1"] if end == "commit" else [])
+    assert office.app.tasks["charge"].delay("o-1").duplicate is (end == "commit")
