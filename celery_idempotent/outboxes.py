@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["OUTBOX", "PUBLISH_WITHIN", "Outbox", "current_outbox", "outbox"]
 
-#: Seconds for which a row of the outbox is its recorder's to publish, from when it was recorded. A relay that takes longer
-#: transactions for dead ones publishes a copy too many, which the claim absorbs.
+#: Seconds for which a row of the outbox is its recorder's to publish, from when it was recorded. After a transaction that took longer a
+#: relay may publish it too: a copy too many, which the claim absorbs.
 PUBLISH_WITHIN = 5.0
 
 #: The execution option by which a connection knows the outbox that is published by whoever commits it.

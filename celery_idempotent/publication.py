@@ -169,7 +169,7 @@ class Publisher:
             return
         sent: list[MessageKey] = []
         try:
-            if messages and self._has_caught_up():
+            if self._has_caught_up():
                 with producers[self._connection].acquire(block=True) as producer:
                     for message in messages:
                         message.publish(producer)

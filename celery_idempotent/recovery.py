@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from kombu.exceptions import OperationalError
 
+from celery_idempotent.children import is_guarded
 from celery_idempotent.consumer import ABANDONED
 from celery_idempotent.forks import no_fork
 from celery_idempotent.outboxes import PUBLISH_WITHIN
@@ -41,16 +42,15 @@ BATCH = 200
 #: Seconds for which a relay keeps others from publishing what it publishes; it ends a batch in half of that.
 RELAY_LEASE = 10.0
 
-#: Seconds for which a process that does nothing else waits, in all, for what others are publishing: it may be left by the dead.
+#: Seconds for which a process that does nothing else waits, in all, for what others are publishing, which may be left by the dead; and
+#: between two looks at it.
 _IN_FLIGHT = max(RELAY_LEASE, PUBLISH_WITHIN) + 1.0
+_LOOK_EVERY = 0.2
 
 #: Batches of what was committed and not published that a step publishes; of everything else it is one.
 _RELAYED = 25
 
 _ALL = float("inf")
-
-#: Seconds between two looks at it.
-_LOOK_EVERY = 0.2
 
 #: The longest pause between two publications of one message that nobody takes.
 _LONGEST_PAUSE = timedelta(days=1)
@@ -346,13 +346,12 @@ class Recovery:
         publish = self._publication(row)
         if publish is None or not self._store.republish(row):
             return False
+        published = False
         try:
             published = self._published(row, publish)
-        except BaseException:
-            self._store.not_published(row.key, token=row.token)
-            raise
-        if not published:
-            self._store.not_published(row.key, token=row.token)
+        finally:
+            if not published:
+                self._store.not_published(row.key, token=row.token)
         return published
 
     def _published(self, row: Row, publish: Callable[[], object]) -> bool:
@@ -375,7 +374,7 @@ class Recovery:
     def _publication(self, row: Row) -> Callable[[], object] | None:
         """How to publish a row's message; ``None`` when it cannot be, which ends a message without an owner."""
         task = self._queue_log.app.tasks.get(row.key.task_name)
-        if task is None or not hasattr(type(task), "idempotency"):
+        if not is_guarded(task):
             return None  # another app's, on the same store: its own workers recover it
         try:
             args, kwargs, options = decode_message(self._queue_log.app, row.message)

@@ -9,6 +9,7 @@ from typing import Any
 
 from celery.bootsteps import StartStopStep, Step
 
+from celery_idempotent.children import is_guarded
 from celery_idempotent.errors import StoreUnavailableError
 from celery_idempotent.queue_log import QueueLog
 from celery_idempotent.transactions import transactional
@@ -32,7 +33,7 @@ class CheckStep(Step):  # type: ignore[misc]
         """Check; a store that gives no answer now may do so later, and is waited for then."""
         queue_log = QueueLog.of(parent.app)
         for task in parent.app.tasks.values():
-            if hasattr(type(task), "idempotency") and task.idempotency.atomic:
+            if is_guarded(task) and task.idempotency.atomic:
                 transactional(queue_log.store)
         try:
             queue_log.store.check()

@@ -29,13 +29,14 @@ from celery_idempotent.records import Claim, Holder, MessageKey, NewMessage, Pro
 from celery_idempotent.stores.sql.clock import FromNow, Now, seconds
 
 __all__ = [
+    "AT_ONCE",
     "DONE",
     "FAILURE",
     "PENDING",
     "PROCESSING",
     "SUCCESS",
-    "Keys",
     "Lookup",
+    "among",
     "anew",
     "free_again",
     "has_key",
@@ -48,6 +49,10 @@ __all__ = [
     "row_of",
     "statuses_of",
 ]
+
+
+#: Rows that one statement names by their keys, at most.
+AT_ONCE = 500
 
 
 def _word(value: Status | ProcessedStatus) -> ColumnElement[str]:
@@ -73,6 +78,11 @@ def has_key(table: Table) -> ColumnElement[bool]:
         table.c.message_id == parameter(table, "message_id"),
         table.c.task_name == parameter(table, "task_name"),
     )
+
+
+def among(table: Table, keys: Iterable[MessageKey]) -> ColumnElement[bool]:
+    """It is the row of one of the messages, of which there are some hundreds at most."""
+    return tuple_(table.c.message_id, table.c.task_name).in_([(key.message_id, key.task_name) for key in keys])
 
 
 def free_again(table: Table) -> ColumnElement[bool]:
@@ -148,23 +158,18 @@ class Lookup:
     """The row of a message, read together with the clock."""
 
     def __init__(self, table: Table) -> None:
-        self._select = select(table, Now().label("read_at")).where(has_key(table))
+        self._table = table
+        self._all = select(table, Now().label("read_at"))
+        self._select = self._all.where(has_key(table))
 
     def __call__(self, connection: Connection, key: MessageKey) -> Row | None:
         """Read it; ``None`` when there is none."""
         read = connection.execute(self._select, key_parameters(key)).mappings().first()
         return None if read is None else row_of(read)
 
-
-class Keys:
-    """Conditions over many rows at once."""
-
-    def __init__(self, table: Table) -> None:
-        self._key = tuple_(table.c.message_id, table.c.task_name)
-
-    def among(self, keys: Iterable[MessageKey]) -> ColumnElement[bool]:
-        """It is the row of one of the messages."""
-        return self._key.in_([(key.message_id, key.task_name) for key in keys])
+    def many(self, connection: Connection, keys: Iterable[MessageKey]) -> list[Row]:
+        """Those that are there, in any order."""
+        return [row_of(read) for read in connection.execute(self._all.where(among(self._table, keys))).mappings()]
 
 
 def held_by(row: Row, holder: Holder) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from sqlalchemy import Connection, Table, bindparam, delete, literal_column, null, or_, select, update
+from sqlalchemy import Connection, Table, bindparam, delete, literal_column, null, or_, update
 
 from celery_idempotent.errors import StoreUnavailableError
 from celery_idempotent.records import Found, MessageKey, NewMessage, Recorded, Row, Status
@@ -18,7 +18,6 @@ from celery_idempotent.stores.sql.columns import (
     DONE,
     FAILURE,
     PENDING,
-    Keys,
     Lookup,
     anew,
     free_again,
@@ -27,7 +26,6 @@ from celery_idempotent.stores.sql.columns import (
     message_parameters,
     new_key,
     parameter,
-    row_of,
 )
 from celery_idempotent.stores.sql.dialects import Dialect
 
@@ -58,8 +56,6 @@ class Producer:
         self._insert_unlocked = dialect.insert(table, new)
         # In the order of the list, although all at one moment.
         self._insert_all = dialect.insert_all(table, {**new, "created_timestamp": FromNow(seconds("p_place"))})
-        self._among = Keys(table).among
-        self._select = select(table, Now().label("read_at"))
         self._restart = update(table).where(has_key(table), free_again(table)).values(restarted)
         unclaimed = (
             table.c.status == PENDING,
@@ -160,7 +156,7 @@ class Producer:
             recorded.append(message.key in new)
             new.discard(message.key)  # whoever has the same key further behind finds it
         others = [message.key for message, is_new in zip(messages, recorded, strict=True) if not is_new]
-        rows = {row.key: row for row in self._rows(connection, others)} if others else {}
+        rows = {row.key: row for row in self._read.many(connection, others)} if others else {}
         return [
             Recorded() if is_new else self._found_or_record(connection, message, rows.get(message.key), in_transaction)
             for message, is_new in zip(messages, recorded, strict=True)
@@ -172,9 +168,6 @@ class Producer:
         if row is None or row.expired:
             return self.record(connection, message, again=False, in_transaction=in_transaction)
         return Found(row)
-
-    def _rows(self, connection: Connection, keys: Sequence[MessageKey]) -> list[Row]:
-        return [row_of(read) for read in connection.execute(self._select.where(self._among(keys))).mappings()]
 
     def withdraw(self, connection: Connection, key: MessageKey, *, task_id: str, again: bool) -> bool:
         """Delete a pending row that was never claimed; free its id if the row had an earlier life."""

@@ -11,10 +11,11 @@ from sqlalchemy import Connection, Select, Table, delete, func, null, or_, selec
 from celery_idempotent.records import MessageKey, Row
 from celery_idempotent.stores.sql.clock import FromNow, Now, seconds
 from celery_idempotent.stores.sql.columns import (
+    AT_ONCE,
     DONE,
     PENDING,
     PROCESSING,
-    Keys,
+    among,
     has_key,
     key_parameters,
     parameter,
@@ -23,9 +24,6 @@ from celery_idempotent.stores.sql.columns import (
 from celery_idempotent.stores.sql.dialects import Dialect
 
 __all__ = ["Recovering"]
-
-#: Rows that one statement names by their keys, at most.
-AT_ONCE = 500
 
 
 class Recovering:
@@ -85,7 +83,6 @@ class Recovering:
             .where(has_key(table), table.c.status != DONE, table.c.token == parameter(table, "token"))
             .values(published_at=null())
         )
-        self._among = Keys(table).among
         # An id that is to stay taken for longer than retention keeps its row.
         unneeded = or_(table.c.expires_at.is_(None), table.c.expires_at <= Now())
         self._old = (
@@ -132,8 +129,8 @@ class Recovering:
         """The end of that right."""
         parameters = {"p_published": 0.0 if published else None}
         for first in range(0, len(keys), AT_ONCE):
-            among = self._among(keys[first : first + AT_ONCE])
-            connection.execute(self._relayed.where(among), parameters)
+            some = keys[first : first + AT_ONCE]
+            connection.execute(self._relayed.where(among(self._table, some)), parameters)
 
     def not_published(self, connection: Connection, key: MessageKey, *, token: int) -> None:
         """It was not handed to the broker after all."""
@@ -145,7 +142,7 @@ class Recovering:
         keys = [MessageKey(*key) for key in connection.execute(self._old.limit(limit), parameters)]
         if not keys:
             return 0
-        return connection.execute(self._delete.where(self._among(keys)), parameters).rowcount
+        return connection.execute(self._delete.where(among(self._table, keys)), parameters).rowcount
 
     def _queues(self, connection: Connection) -> Iterator[str]:
         """The queues that pending rows wait on."""

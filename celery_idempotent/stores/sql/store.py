@@ -27,12 +27,13 @@ from celery_idempotent.records import (
 from celery_idempotent.stores.sql import schema
 from celery_idempotent.stores.sql.address import parse
 from celery_idempotent.stores.sql.claims import Claims
+from celery_idempotent.stores.sql.columns import AT_ONCE
 from celery_idempotent.stores.sql.connection import Database
 from celery_idempotent.stores.sql.dialects import dialect_named
 from celery_idempotent.stores.sql.endings import Endings
 from celery_idempotent.stores.sql.producer import Producer
 from celery_idempotent.stores.sql.reading import Reading
-from celery_idempotent.stores.sql.recovering import AT_ONCE, Recovering
+from celery_idempotent.stores.sql.recovering import Recovering
 from celery_idempotent.stores.sql.table import queue_log_table
 
 __all__ = ["SQLStore"]
