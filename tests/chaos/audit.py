@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from itertools import combinations, pairwise
 from statistics import quantiles
 
+from celery_idempotent.decision import MAX_TAKEOVERS
 from tests.chaos.plan import KILLS, LEASE, Step
 from tests.chaos.site import Done
 from tests.support.ledger import Entry
@@ -119,6 +120,7 @@ class Audit:
         bodies: Bodies that were entered.
         lost: Steps whose last body never ended.
         abandoned: Steps of at-most-once tasks that their owner's death ended, as they are meant to.
+        poisoned: Other steps that were taken for poison: each of so many owners died that a message is given up for it.
         again: Runs beyond the first of one attempt: of bodies that died or ended just before their process did.
         anew: Runs beyond the first of atomic bodies whose transaction gave way or broke: by the same process, under the same claim.
         doubled: The same as ``again``, without a death or a pause to explain them.
@@ -136,13 +138,14 @@ class Audit:
         orders: Orders that were committed.
         orders_lost: Orders that were committed and whose message never ran, or that should be there and are not.
         orders_doubled: Orders that are there more than once.
-        unordered: What ran or is there although its transaction was rolled back.
+        unordered: What ran or is there although its transaction was rolled back, or never committed.
     """
 
     sent: int = 0
     bodies: int = 0
     lost: list[str] = field(default_factory=list)
     abandoned: list[str] = field(default_factory=list)
+    poisoned: list[str] = field(default_factory=list)
     again: list[str] = field(default_factory=list)
     anew: list[str] = field(default_factory=list)
     doubled: list[str] = field(default_factory=list)
@@ -242,21 +245,28 @@ def audit(
         by_key[run.key].append(run)
     outcomes = list(outcomes)
     given_up = {outcome.key for outcome in outcomes if _gave_up(outcome)}
+    found.poisoned = [
+        key
+        for key in sorted(given_up)
+        if not steps[key].at_most_once and fates.lost_owners(by_key[key]) > MAX_TAKEOVERS
+    ]
     for step in steps.values():
+        if step.sent_by in found.poisoned:
+            continue  # it never was
         # Only with a queue log a process may run an atomic body once more: it can tell that nothing was committed.
         _judge(
             found,
             step,
             by_key[step.key],
             fates,
-            given_up=step.key in given_up,
+            given_up=step.key in given_up and (step.at_most_once or step.key in found.poisoned),
             anew=step.atomic and rows is not None,
         )
     _judge_committed(found, steps, by_key, committed or Committed())
     for outcome in outcomes:
         step, last = steps[outcome.key], by_key[outcome.key][-1:]
         died = bool(last) and fates.death(last[0]) is not None
-        if not _readable(outcome, step):
+        if not (_gave_up(outcome) if step.key in found.poisoned else _readable(outcome, step)):
             text = f"{outcome.key} ({outcome.task_id}) {outcome.state} {outcome.result}"
             (found.unstored if died and outcome.state not in READY else found.unreadable).append(text)
     return found
@@ -294,6 +304,10 @@ class _Fates:
         """When a body was over at the latest that is known: by itself, or with its process."""
         return run.end if run.end is not None else self.death(run) or float("inf")
 
+    def lost_owners(self, runs: Sequence[Run]) -> int:
+        """How many of the processes that ran these died of it, or were paused past their lease."""
+        return sum(self.death(run) is not None or self.paused(run, float("inf")) for run in runs)
+
     def paused(self, run: Run, during: float) -> bool:
         """Whether its process was paused past its lease, before another body began at the time given."""
         return any(run.start <= pause.until and pause.at <= during for pause in self._pauses[run.pid])
@@ -311,8 +325,9 @@ class _Fates:
 
 def _judge(found: Audit, step: Step, runs: Sequence[Run], fates: _Fates, *, given_up: bool, anew: bool) -> None:
     last = [run for run in runs if run.retries >= step.retries]
-    if step.at_most_once and given_up:
-        found.abandoned.append(step.key)
+    if given_up:
+        if step.at_most_once:
+            found.abandoned.append(step.key)
     elif not any(run.end is not None for run in last):
         found.lost.append(step.key)
     if step.at_most_once and len(runs) > 1:
@@ -348,8 +363,12 @@ def _judge_committed(
         if step.atomic:
             effects = committed.effects[step.key]
             found.effects += effects > 0
-            if effects != 1:
+            if step.key in found.poisoned:
+                found.unordered += [step.key] if effects else []
+            elif effects != 1:
                 (found.effects_doubled if effects else found.effects_lost).append(step.key)
+        if step.sent_by in found.poisoned and ran:
+            found.unordered.append(step.key)
         if step.ordered:
             orders = committed.orders[step.key]
             found.orders += orders > 0

@@ -71,6 +71,7 @@ class Step:
         at_most_once: Whether it may end abandoned instead, when its owner died.
         atomic: Whether its body writes an effect, in the transaction in which it is completed.
         ordered: Whether it is sent in a transaction that writes an order.
+        sent_by: Key of the atomic step whose transaction sends it.
     """
 
     key: str
@@ -79,6 +80,7 @@ class Step:
     at_most_once: bool = False
     atomic: bool = False
     ordered: bool = False
+    sent_by: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +120,7 @@ class Sending:
             case "linked":
                 return [Step(self.key), Step(f"{self.key}.link")]
             case "atomic":
-                return [Step(self.key, atomic=True), Step(f"{self.key}.child")]
+                return [Step(self.key, atomic=True), Step(f"{self.key}.child", sent_by=self.key)]
             case "outbox":
                 return [] if self.rolled_back else [Step(self.key, ordered=True)]
             case _:

@@ -42,6 +42,7 @@ def figures(chaos: Chaos) -> dict[str, Any]:
         "two at once": len(audit.concurrent),
         "two at once, paused": len(audit.zombies),
         "zombies refused": chaos.refused,
+        "taken for poison": len(audit.poisoned),
         "at most once: abandoned": len(audit.abandoned),
         "at most once: run twice": len(audit.overrun),
         "results not readable": len(audit.unreadable),

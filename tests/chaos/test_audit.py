@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from celery_idempotent.decision import MAX_TAKEOVERS
 from tests.chaos.audit import Audit, Committed, Outcome, Run, audit, runs_of
 from tests.chaos.plan import FAULTS, KILLS, LEASE, SENDINGS, Step, make_plan
 from tests.chaos.site import Done
@@ -157,6 +158,36 @@ class TestEffects:
 
     def test_another_process_may_not(self) -> None:
         assert judged(FIRST, SECOND, step=ATOMIC, effects=1).doubled == ["step"]
+
+
+class TestPoison:
+    """A message is given up when so many of its owners died: neither it nor what it sends takes effect then."""
+
+    CHILD = Step("step.child", sent_by="step")
+    FAILED = replace(
+        READABLE, state="FAILURE", result="message 'chaos-step' already failed: abandoned: the worker died"
+    )
+    TIMES = range(MAX_TAKEOVERS + 1)
+    RUNS = tuple(replace(DIED, pid=time, start=10.0 + 10 * time) for time in TIMES)
+    KILLS = tuple(Done("kill a child", 12.0 + 10 * time, 12.1 + 10 * time, {time: 12.1 + 10 * time}) for time in TIMES)
+
+    def judged(self, *more: Run, runs: tuple[Run, ...] = RUNS, effects: int = 0) -> Audit:
+        steps = {step.key: step for step in (ATOMIC, self.CHILD)}
+        committed = Committed(effects=Counter(step=effects))
+        return audit(steps, [*runs, *more], self.KILLS, [self.FAILED], rows={}, committed=committed)
+
+    def test_it_is_no_violation(self) -> None:
+        found = self.judged()
+        assert (found.poisoned, found.violations()) == (["step"], [])
+
+    def test_to_be_given_up_earlier_is_one(self) -> None:
+        found = self.judged(runs=self.RUNS[1:])
+        assert (found.poisoned, found.lost, found.effects_lost) == ([], ["step", "step.child"], ["step"])
+        assert len(found.unreadable) == 1
+
+    def test_an_effect_or_a_child_of_it_is_one(self) -> None:
+        assert self.judged(effects=1).unordered == ["step"]
+        assert self.judged(replace(FIRST, key="step.child", pid=99)).unordered == ["step.child"]
 
 
 class TestOrders:
