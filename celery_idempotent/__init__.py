@@ -27,6 +27,7 @@ from celery_idempotent.queue_log import QueueLog
 from celery_idempotent.task import IdempotentTask
 
 if TYPE_CHECKING:
+    from celery_idempotent.stores.redis import RedisStore
     from celery_idempotent.stores.sql import SQLStore, queue_log_table
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "LeaseLostError",
     "MessageMismatchError",
     "QueueLog",
+    "RedisStore",
     "SQLStore",
     "SchemaError",
     "StoreError",
@@ -56,11 +58,15 @@ __version__ = "0.1.0"
 if not TYPE_CHECKING:  # or a type checker would take any name for one of ours
 
     def __getattr__(name: str) -> Any:
-        # On first use: SQLAlchemy and its dialects take a while to import, and most modules only want to declare their tasks.
+        # On first use: SQLAlchemy, its dialects and a client of Redis take a while to import, and most modules only want to declare their tasks.
         if name in {"SQLStore", "queue_log_table"}:
             from celery_idempotent.stores import sql
 
             return getattr(sql, name)
+        if name == "RedisStore":
+            from celery_idempotent.stores.redis import RedisStore
+
+            return RedisStore
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -6,19 +6,26 @@ from celery_idempotent.store import Store
 
 __all__ = ["open_store"]
 
+_OF_REDIS = {"redis", "rediss", "redis+socket", "unix", "sentinel", "redis+cluster", "rediss+cluster"}
+
 
 def open_store(url: str, *, table: str = "queue_log") -> Store:
     """Open the store that a URL names. Nothing is connected yet.
 
     Args:
         url: ``postgresql://``, ``mysql://``, ``mariadb://`` or ``sqlite://``, as SQLAlchemy writes them; without a driver
-            psycopg and PyMySQL are meant. ``postgres://`` is understood.
-        table: The table's name, or ``schema.name``.
+            psycopg and PyMySQL are meant. ``postgres://`` is understood. Or ``redis://``, ``rediss://`` (TLS),
+            ``redis+socket://``, ``sentinel://`` or ``redis+cluster://``.
+        table: The table's name, or ``schema.name``; in Redis, what all keys begin with.
 
     Raises:
         ConfigurationError: The URL is not valid, names no kind of store there is, or its driver is not installed.
     """
     # On first use: SQLAlchemy takes a while to import, and a producer's module may only want to declare its tasks.
+    if url.partition("://")[0] in _OF_REDIS:
+        from celery_idempotent.stores.redis import RedisStore
+
+        return RedisStore(url, table=table)
     from celery_idempotent.stores.sql import SQLStore
 
     return SQLStore(url, table=table)

@@ -28,6 +28,7 @@ DESIGN = {
     "LeaseLostError",
     "MessageMismatchError",
     "QueueLog",
+    "RedisStore",
     "SQLStore",
     "SchemaError",
     "StoreError",
@@ -87,6 +88,12 @@ def test_nor_does_declaring_a_task() -> None:
 def test_the_urls_database_alone_is_loaded() -> None:
     loaded = modules_after("from celery_idempotent import SQLStore\nSQLStore('sqlite://').check()")
     assert loaded.isdisjoint({"psycopg", "pymysql", "redis"})
+
+
+def test_in_redis_no_database_is_loaded() -> None:
+    loaded = modules_after("from celery_idempotent import RedisStore\nRedisStore('redis://')")
+    assert loaded.isdisjoint({"sqlalchemy", "psycopg", "pymysql"})
+    assert "redis" in loaded
 
 
 def test_it_is_typed() -> None:

@@ -38,9 +38,7 @@ def parse(text: str | URL) -> URL:
         raise ConfigurationError(f"the store's URL cannot be read; {_EXAMPLE}") from None
     scheme = url.drivername
     if scheme.partition("+")[0] in ("redis", "rediss", "sentinel"):
-        raise ConfigurationError(
-            f"the queue log cannot live in Redis ({scheme}://): this version has SQL stores only; {_EXAMPLE}"
-        )
+        raise ConfigurationError(f"{scheme}:// leads to Redis, where the queue log is a RedisStore and no SQLStore")
     if scheme.startswith("postgres+"):
         scheme = scheme.replace("postgres+", "postgresql+", 1)
     if scheme.partition("+")[0] not in _DRIVERS:

@@ -1,0 +1,159 @@
+"""The consumer's verbs that begin and keep a run: claim, take over, renew.
+
+As in :mod:`~celery_idempotent.stores.redis.producer`, each takes the connection, and ``again`` says that it is a repeat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from celery_idempotent.errors import StoreUnavailableError
+from celery_idempotent.records import Claim, Claimed, Holder, NewMessage, Row, Status, Taken
+from celery_idempotent.stores.redis.connection import On
+from celery_idempotent.stores.redis.layout import encoded, identity
+from celery_idempotent.stores.redis.rows import duration, fence, message_arguments, optional, row_of
+from celery_idempotent.stores.redis.scripts import Script
+
+__all__ = ["claim", "renew", "take_over"]
+
+#: How often a claim starts over because the row changed between two of its scripts. Each time somebody else got on, so that this
+#: many in a row mean that something is wrong.
+ROUNDS = 20
+
+# The token; nothing for a message that is absent, or whose id is free again; or the row that stands in the way.
+_CLAIM = Script("""
+local ident, row = ARGV[1], read(ARGV[1])
+if not row or is_free(row) then return false end
+local attempt, fingerprint = tonumber(ARGV[2]), optional(ARGV[3])
+local waited = row.available_at and tonumber(row.available_at) <= now - tonumber(ARGV[7])
+if row.status ~= 'pending'
+    or not (tonumber(row.attempt or 0) <= attempt or waited)
+    or (row.fingerprint and fingerprint and row.fingerprint ~= fingerprint) then
+  return tell(ident)
+end
+local token = tonumber(row.token or 0) + 1
+move(ident, row, {
+  status = 'processing',
+  worker = ARGV[4],
+  ran_task_id = ARGV[5],
+  lease_expires_at = from(now, ARGV[6]),
+  token = at(token),
+  attempt = attempt > tonumber(row.attempt or 0) and ARGV[2] or nil,
+  processed_status = false,
+  error = false,
+  available_at = false,
+  takeovers = false,
+})
+return token
+""")
+
+# The token, or the row that somebody else has made meanwhile.
+_CLAIM_NEW = Script("""
+local ident, row = ARGV[1], read(ARGV[1])
+if row and not is_free(row) then return tell(ident) end
+local token = tonumber(row and row.token or 0) + 1
+local columns, message = new(5, now)
+columns.status = 'processing'
+columns.worker = ARGV[2]
+columns.ran_task_id = ARGV[3]
+columns.lease_expires_at = from(now, ARGV[4])
+columns.available_at = false
+columns.token = at(token)
+begin(ident, row, columns, message)
+return token
+""")
+
+_TAKE_OVER = Script("""
+local ident, row = ARGV[1], read(ARGV[1])
+-- A recovery point written since the row was read makes a rerun a replay.
+if not (row and row.status == 'processing' and row.token == ARGV[2]
+    and (row.processed_status or '') == ARGV[3] and lease_ran_out(row)) then
+  return tell(ident)
+end
+move(ident, row, {
+  worker = ARGV[4],
+  ran_task_id = ARGV[5],
+  lease_expires_at = from(now, ARGV[6]),
+  attempt = tonumber(ARGV[7]) > tonumber(row.attempt or 0) and ARGV[7] or nil,
+  token = at(tonumber(row.token) + 1),
+  takeovers = at(tonumber(row.takeovers or 0) + 1),
+})
+return 1
+""")
+
+_RENEW = Script("""
+local lease, answers = from(now, ARGV[1]), {}
+for i = 1, #KEYS do
+  tag = KEYS[i]
+  local a = 2 + (i - 1) * 3
+  local ident = ARGV[a]
+  local row = read(ident)
+  answers[i] = 0
+  if held(row, a + 1) then
+    answers[i] = 1
+    if tonumber(row.lease_expires_at) <= tonumber(lease) then
+      move(ident, row, {lease_expires_at = lease})
+    end
+  end
+end
+return answers
+""")
+
+
+def claim(
+    on: On,
+    message: NewMessage,
+    *,
+    worker: str,
+    lease: float,
+    grace: float,
+    adopt: Callable[[], NewMessage] | None,
+    again: bool,
+) -> Claimed | Taken:
+    """One script for a message that was recorded, and another for one that was not."""
+    key = message.key
+    ident = identity(key)
+    who = (encoded(worker), encoded(message.task_id), duration(lease))
+    asked = (ident, message.attempt, optional(message.fingerprint), *who, duration(grace))
+    whole: tuple[bytes, ...] | None = None
+    for _ in range(ROUNDS):
+        answer = on.call(_CLAIM, ident, *asked)
+        if isinstance(answer, list):
+            row = row_of(key, answer)
+            # The first attempt of this very call took effect, and its answer was lost.
+            if again and row.status is Status.PROCESSING and row.worker == worker:
+                return Claimed(Claim(key, row.token))
+            return Taken(row)
+        if answer is None:
+            if whole is None:
+                whole = message_arguments(message if adopt is None else adopt())
+            answer = on.call(_CLAIM_NEW, ident, ident, *who, *whole)
+        if isinstance(answer, int):
+            return Claimed(Claim(key, answer))
+    raise StoreUnavailableError(f"message {key.message_id!r} could not be claimed: its row kept changing")
+
+
+def take_over(
+    on: On, row: Row, *, task_id: str, worker: str, lease: float, attempt: int, again: bool
+) -> Claimed | None:
+    """The next token, by compare and set on the last one and on the lease."""
+    ident = identity(row.key)
+    processed = b"" if row.processed_status is None else row.processed_status.encode()
+    who = (encoded(worker), encoded(task_id), duration(lease))
+    answer = on.call(_TAKE_OVER, ident, ident, row.token, processed, *who, attempt)
+    claimed = Claimed(Claim(row.key, row.token + 1))
+    if answer == 1:
+        return claimed
+    if again and answer is not None:
+        found = row_of(row.key, answer)
+        if (found.status, found.token, found.worker) == (Status.PROCESSING, row.token + 1, worker):
+            return claimed
+    return None
+
+
+def renew(on: On, holders: Sequence[Holder], *, lease: float) -> list[Holder]:
+    """New leases, each on its own."""
+    idents = [identity(holder.key) for holder in holders]
+    items = [(ident, (ident, *fence(holder))) for ident, holder in zip(idents, holders, strict=True)]
+    answers = on.call_all(_RENEW, [duration(lease)], items)
+    return [holder for holder, kept in zip(holders, answers, strict=True) if not kept]

@@ -1,0 +1,151 @@
+"""What operators ask for: find, rows, counts; and what ran lately.
+
+There is no index by task or by the moment of recording, so that ``rows`` and ``counts`` look at every row there is, some hundreds at a
+time: it takes a while in a large log, and keeps nobody waiting. They are no snapshot; a row that changes meanwhile is seen as it was
+before or as it is after. They follow the way that rows take, so that one that goes on is not missed.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import heapq
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+from celery_idempotent.errors import StoreError
+from celery_idempotent.records import MessageKey, ProcessedStatus, Row, RowFilter, Status, TaskCount
+from celery_idempotent.stores.redis.connection import On
+from celery_idempotent.stores.redis.layout import SHARDS, identity, key_of
+from celery_idempotent.stores.redis.recovering import fetch, first_of_all
+from celery_idempotent.stores.redis.rows import row_of
+from celery_idempotent.stores.redis.scripts import Script
+
+__all__ = ["counts", "find", "newest", "rows"]
+
+_FIND = Script("return tell(ARGV[1])")
+
+_FETCH_SMALL = Script("""
+local answers = {}
+for i = 1, #KEYS do
+  local flat = redis.call('HGETALL', KEYS[i] .. ':row:' .. ARGV[i])
+  answers[i] = #flat > 0 and {at(now), flat, {}}
+end
+return answers
+""")
+
+_RUNNING = Script("return redis.call('ZREVRANGE', tag .. ':running', 0, ARGV[1] - 1, 'WITHSCORES')")
+_RECENT = Script("return redis.call('ZREVRANGE', tag .. ':recent', 0, ARGV[1] - 1, 'WITHSCORES')")
+
+_QUEUES = Script("return redis.call('SMEMBERS', tag .. ':queues')")
+
+# Where to go on; and of each row its identity, both statuses, its duplicates and when it was recorded.
+_LOOK = Script("""
+local found = redis.call('ZSCAN', tag .. ARGV[1], ARGV[2], 'COUNT', 500)
+local looked = {}
+for i = 1, #found[2], 2 do
+  local ident = found[2][i]
+  local row = redis.call('HMGET', tag .. ':row:' .. ident,
+    'status', 'processed_status', 'duplicates', 'created_timestamp')
+  if row[1] then
+    looked[#looked + 1] = {ident, row[1], row[2] or '', row[3] or '0', row[4] or '0'}
+  end
+end
+return {found[1], looked}
+""")
+
+#: The indexes that rows of a status are in; pending ones besides in those of the queues.
+_INDEXES = {Status.PENDING: (b":unsent",), Status.PROCESSING: (b":running",), Status.DONE: (b":kept", b":done")}
+
+
+def find(on: On, key: MessageKey) -> Row | None:
+    """The row of a message."""
+    ident = identity(key)
+    answer = on.call(_FIND, ident, ident)
+    return None if answer is None else row_of(key, answer)
+
+
+def rows(on: On, where: RowFilter) -> list[Row]:
+    """Rows that match, newest first, without what is large."""
+    matches_id, matches_task = _matches(where.message_id), _matches(where.task_name)
+    newest: dict[bytes, int] = {}
+    for ident, status, processed, _, created in _look(on, where.status):
+        key = key_of(ident)
+        if (
+            matches_id(key.message_id)
+            and matches_task(key.task_name)
+            and where.status in {None, status}
+            and where.processed_status in {None, processed}
+        ):
+            newest[ident] = created
+            if len(newest) >= 2 * where.limit + 1000:
+                newest = dict(_newest(newest, where.limit))
+    return fetch(on, [ident for ident, _ in _newest(newest, where.limit)], _FETCH_SMALL)
+
+
+def newest(on: On, *, limit: int) -> list[Row]:
+    """Rows that were claimed, of either end of what there is an index of."""
+    # Of those that run the ones whose leases last longest: they were claimed or renewed last.
+    running = fetch(on, first_of_all(on, _RUNNING, limit, limit=limit, last=True), _FETCH_SMALL)
+    ended = fetch(on, first_of_all(on, _RECENT, limit, limit=limit, last=True), _FETCH_SMALL)
+    claimed = {row.key: row for row in (*running, *ended) if row.worker is not None}
+    return sorted(claimed.values(), key=lambda row: row.created_timestamp, reverse=True)
+
+
+def counts(on: On) -> list[TaskCount]:
+    """How many rows stand where."""
+    rows: Counter[tuple[str, Status, ProcessedStatus | None]] = Counter()
+    duplicates: Counter[tuple[str, Status, ProcessedStatus | None]] = Counter()
+    for ident, status, processed, copies, _ in _look(on, None):
+        kind = (key_of(ident).task_name, status, processed)
+        rows[kind] += 1
+        duplicates[kind] += copies
+    counts = [TaskCount(*kind, rows=number, duplicates=duplicates[kind]) for kind, number in rows.items()]
+    return sorted(counts, key=lambda count: (count.task_name, count.status, count.processed_status or ""))
+
+
+def _look(on: On, status: Status | None) -> Iterator[tuple[bytes, Status, ProcessedStatus | None, int, int]]:
+    """Every row of a status, or at all, a few hundred at a time."""
+    for shard in range(SHARDS):
+        indexes: list[bytes] = []
+        for each in Status if status is None else (status,):
+            if each is Status.PENDING:
+                indexes += on.call_each(_QUEUES, [(shard, ())])[0]
+            indexes += _INDEXES[each]
+        seen: set[bytes] = set()
+        for index in indexes:
+            cursor: bytes | None = b"0"
+            while cursor is not None:
+                ((cursor, found),) = on.call_each(_LOOK, [(shard, (index, cursor or b"0"))])
+                for ident, *columns in found:
+                    if ident not in seen:
+                        seen.add(ident)
+                        yield (ident, *_statuses(ident, columns[0], columns[1]), int(columns[2]), int(columns[3]))
+                if cursor == b"0":
+                    cursor = None
+
+
+def _statuses(ident: bytes, status: bytes, processed: bytes) -> tuple[Status, ProcessedStatus | None]:
+    try:
+        return Status(status.decode()), ProcessedStatus(processed.decode()) if processed else None
+    except ValueError:
+        key = key_of(ident)
+        raise StoreError(
+            f"the queue log's row of {key.message_id!r} and {key.task_name!r} is damaged: status {status!r} and processed_status "
+            f"{processed!r} are not among {', '.join(Status)} and {', '.join(ProcessedStatus)}; correct the row, or delete it"
+        ) from None
+
+
+def _newest(created: dict[bytes, int], limit: int) -> list[tuple[bytes, int]]:
+    """The rows that were recorded last, the last one first."""
+    return heapq.nsmallest(limit, created.items(), key=lambda item: (-item[1], item[0]))
+
+
+def _matches(pattern: str | None) -> Callable[[str], bool]:
+    """Whether a text is what is looked for: exactly, or by a pattern with ``*`` and ``?`` and no other wildcards."""
+    if pattern is None:
+        return lambda _: True
+    if "*" not in pattern and "?" not in pattern:
+        return lambda text: text == pattern
+    compiled = re.compile(fnmatch.translate(pattern.replace("[", "[[]")))
+    return lambda text: compiled.match(text) is not None

@@ -1,0 +1,187 @@
+"""What recovery asks for: leases that ran out, messages that wait, rows past retention.
+
+What is to be found is found in an index of each shard; all shards are asked in one round trip (on a server of its own at one moment,
+so that nothing recorded earlier is missed beside something recorded later), and the rows that come first of all are read in another.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from functools import partial
+from typing import Any
+
+from celery_idempotent.records import MessageKey, Row, Status
+from celery_idempotent.stores.redis.connection import On
+from celery_idempotent.stores.redis.layout import SHARDS, encoded, identity, key_of
+from celery_idempotent.stores.redis.rows import Argument, duration, moment, row_of
+from celery_idempotent.stores.redis.scripts import Script
+
+__all__ = ["fetch", "first_of_all", "lapsed", "not_published", "purge", "relay", "relayed", "unsent", "waiting"]
+
+#: Rows that one round trip reads: they are as large as their messages.
+_ROWS = 500
+
+# An identity and its place in the order, one behind the other; so with each script that looks into an index.
+_LAPSED = Script("""
+local again_after, limit = tonumber(ARGV[1]), tonumber(ARGV[2])
+local found, first = {}, 0
+repeat
+  local some = redis.call('ZRANGEBYSCORE', tag .. ':running', '-inf', at(now), 'WITHSCORES', 'LIMIT', first, 500)
+  for i = 1, #some, 2 do
+    local published = tonumber(redis.call('HGET', tag .. ':row:' .. some[i], 'published_at') or 0)
+    if published < tonumber(some[i + 1]) or published <= now - again_after then
+      found[#found + 1] = some[i]
+      found[#found + 1] = some[i + 1]
+      if #found == 2 * limit then return found end
+    end
+  end
+  first = first + 500
+until #some < 1000
+return found
+""")
+
+_WAITING = Script("""
+local before, limit = now - tonumber(ARGV[1]), ARGV[2]
+if ARGV[4] ~= '' then before = math.min(before, tonumber(ARGV[4]) - 1) end
+local indexes = ARGV[3] ~= '' and {':waiting:' .. optional(ARGV[3])} or redis.call('SMEMBERS', tag .. ':queues')
+local found = {}
+for _, index in ipairs(indexes) do
+  local some = redis.call('ZRANGEBYSCORE', tag .. index, '-inf', at(before), 'WITHSCORES', 'LIMIT', 0, limit)
+  for i = 1, #some do found[#found + 1] = some[i] end
+end
+return found
+""")
+
+_UNSENT = Script("return redis.call('ZRANGE', tag .. ':unsent', 0, ARGV[1] - 1, 'WITHSCORES')")
+
+_FETCH = Script("""
+local answers = {}
+for i = 1, #KEYS do
+  tag = KEYS[i]
+  answers[i] = tell(ARGV[i])
+end
+return answers
+""")
+
+_RELAY = Script("""
+local ident, row = ARGV[1], read(ARGV[1])
+if not (row and row.status == 'pending' and not row.published_at
+    and (row.token or '0') == ARGV[2] and lease_ran_out(row)) then
+  return 0
+end
+move(ident, row, {lease_expires_at = from(now, ARGV[3])})
+return 1
+""")
+
+# Of a row that runs the lease is its owner's.
+_RELAYED = Script("""
+local answers = {}
+for i = 1, #KEYS do
+  tag = KEYS[i]
+  local ident, row = ARGV[i + 1], read(ARGV[i + 1])
+  answers[i] = 0
+  if row and row.status == 'pending' and not row.published_at then
+    move(ident, row, {published_at = ARGV[1] ~= '' and at(now), lease_expires_at = false})
+    answers[i] = 1
+  end
+end
+return answers
+""")
+
+_NOT_PUBLISHED = Script("""
+local ident, row = ARGV[1], read(ARGV[1])
+if row and row.status ~= 'done' and (row.token or '0') == ARGV[2] then move(ident, row, {published_at = false}) end
+return 1
+""")
+
+# How many were deleted, and whether there may be more.
+_PURGE = Script("""
+local limit = tonumber(ARGV[2])
+-- An id that was to stay taken for longer than retention kept its row; one that is free again is like any other.
+local free = redis.call('ZRANGEBYSCORE', tag .. ':kept', '-inf', at(now), 'LIMIT', 0, limit)
+for _, ident in ipairs(free) do
+  local processed = redis.call('HGET', tag .. ':row:' .. ident, 'processed_timestamp')
+  redis.call('ZREM', tag .. ':kept', ident)
+  if processed then redis.call('ZADD', tag .. ':done', processed, ident) end
+end
+local old = redis.call('ZRANGEBYSCORE', tag .. ':done', '-inf', at(now - tonumber(ARGV[1])), 'LIMIT', 0, limit)
+for _, ident in ipairs(old) do
+  redis.call('ZREM', tag .. ':done', ident)
+  redis.call('ZREM', tag .. ':recent', ident)
+  redis.call('UNLINK', tag .. ':row:' .. ident, tag .. ':big:' .. ident)
+end
+return {#old, (#old == limit or #free == limit) and 1 or 0}
+""")
+
+
+def lapsed(on: On, *, again_after: float, limit: int) -> list[Row]:
+    """Processing, its lease run out."""
+    found = first_of_all(on, _LAPSED, duration(again_after), limit, limit=limit)
+    return [row for row in fetch(on, found) if row.status is Status.PROCESSING and row.lease_left <= 0]
+
+
+def waiting(on: On, *, older_than: float, limit: int, queue: str | None, before: datetime | None) -> list[Row]:
+    """Pending for a while, those first that have been published and due for longest."""
+    which = b"" if queue is None else b"=" + encoded(queue)
+    found = first_of_all(on, _WAITING, duration(older_than), limit, which, moment(before), limit=limit)
+    return [row for row in fetch(on, found) if row.status is Status.PENDING and row.published_at is not None]
+
+
+def unsent(on: On, *, limit: int) -> list[Row]:
+    """Pending, never published."""
+    found = first_of_all(on, _UNSENT, limit, limit=limit)
+    return [row for row in fetch(on, found) if row.status is Status.PENDING and row.published_at is None]
+
+
+def relay(on: On, row: Row, *, lease: float) -> bool:
+    """The right to publish, by compare and set."""
+    ident = identity(row.key)
+    # Whether it was this call that took it cannot be told on a repeat: nobody relays until that runs out.
+    return bool(on.call(_RELAY, ident, ident, row.token, duration(lease)))
+
+
+def relayed(on: On, keys: Sequence[MessageKey], *, published: bool) -> None:
+    """The end of that right."""
+    idents = [identity(key) for key in keys]
+    on.call_all(_RELAYED, [b"1" if published else b""], [(ident, (ident,)) for ident in idents])
+
+
+def not_published(on: On, key: MessageKey, *, token: int) -> None:
+    """It was not handed to the broker after all."""
+    ident = identity(key)
+    on.call(_NOT_PUBLISHED, ident, ident, token)
+
+
+def purge(on: On, *, older_than: float, limit: int) -> int:
+    """Delete what is done and past retention, so many in each shard that it is no more than asked for."""
+    purged, shards = 0, list(range(SHARDS))
+    while shards and purged < limit:
+        share, rest = divmod(limit - purged, len(shards))
+        shares = [(shard, share + (place < rest)) for place, shard in enumerate(shards)]
+        asked = [(shard, some) for shard, some in shares if some]
+        answers = on.call_each(_PURGE, [(shard, (duration(older_than), some)) for shard, some in asked])
+        purged += sum(deleted for deleted, _ in answers)
+        exhausted = {shard for (shard, _), (_, more) in zip(asked, answers, strict=True) if not more}
+        shards = [shard for shard in shards if shard not in exhausted]
+    return purged
+
+
+def first_of_all(on: On, script: Script, *arguments: Argument, limit: int, last: bool = False) -> list[bytes]:
+    """Look into an index of every shard, for the identities that come first of all (or last, and then in that order)."""
+    answers = on.call_each(script, [(shard, arguments) for shard in range(SHARDS)])
+    found = [(float(score), ident) for some in answers for ident, score in zip(some[::2], some[1::2], strict=True)]
+    pick: Callable[..., list[tuple[float, bytes]]] = heapq.nlargest if last else heapq.nsmallest
+    return [ident for _, ident in pick(limit, found)]
+
+
+def fetch(on: On, idents: Sequence[bytes], script: Script = _FETCH) -> list[Row]:
+    """Rows by their identities, in that order; those that are gone are left out."""
+    rows: list[Row] = []
+    read = partial(on.call_all, script, ())
+    for first in range(0, len(idents), _ROWS):
+        some = idents[first : first + _ROWS]
+        answers: list[Any] = read([(ident, (ident,)) for ident in some])
+        rows += [row_of(key_of(ident), answer) for ident, answer in zip(some, answers, strict=True) if answer]
+    return rows

@@ -1,0 +1,215 @@
+"""The store: the port's verbs, each run on a connection."""
+
+# ruff: noqa: D102 - the verbs are documented in the port
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
+
+from celery_idempotent.errors import SchemaError
+from celery_idempotent.records import (
+    Claim,
+    Claimed,
+    Found,
+    Holder,
+    MessageKey,
+    NewMessage,
+    Note,
+    Recorded,
+    Row,
+    RowFilter,
+    Taken,
+    TaskCount,
+)
+from celery_idempotent.stores.redis import claims, endings, producer, reading, recovering
+from celery_idempotent.stores.redis.address import parse
+from celery_idempotent.stores.redis.cluster import Cluster
+from celery_idempotent.stores.redis.connection import On, Server
+from celery_idempotent.stores.redis.layout import VERSION, Layout
+from celery_idempotent.stores.redis.scripts import Script
+from celery_idempotent.stores.redis.sentinel import Sentinels
+
+__all__ = ["RedisStore"]
+
+_SERVERS: dict[str, type[Server]] = {"server": Server, "sentinel": Sentinels, "cluster": Cluster}
+
+#: Messages that one round trip records.
+_AT_ONCE = 500
+
+# Whether it was made now, and its version.
+_INIT = Script("""
+local made = redis.call('SETNX', tag .. ':layout', ARGV[1])
+return {made, redis.call('GET', tag .. ':layout')}
+""")
+
+
+class RedisStore:
+    """The queue log in Redis: on a server of its own, on whichever one Sentinels say is the master, or in a Redis Cluster.
+
+    Implements :class:`~celery_idempotent.store.Store`. It has no transactions for its users: ``atomic=True`` and ``outbox(session)``
+    need a SQL store. What it has recorded is as durable as the server is told to be, see "Keep the queue log in Redis".
+
+    Safe between threads, greenlets and processes, and across forks: nothing is connected before the first verb, and each
+    process connects for itself.
+
+    Args:
+        url: As for :func:`~celery_idempotent.stores.open_store`: ``redis://``, ``rediss://``, ``redis+socket://``,
+            ``sentinel://`` or ``redis+cluster://``.
+        table: What all keys of this log begin with, in braces; without braces of its own.
+
+    Raises:
+        ConfigurationError: The URL or the table is not valid.
+    """
+
+    def __init__(self, url: str, *, table: str = "queue_log") -> None:
+        self._layout = Layout(table)
+        self._table = table
+        address = parse(url)
+        self._server = _SERVERS[address.kind](address, self._layout, self._init)
+        self._run = self._server.run
+
+    def __repr__(self) -> str:
+        return f"RedisStore({str(self._server)!r}, table={self._table!r})"
+
+    # -- producer ------------------------------------------------------------------------------------------------------
+
+    def record(self, message: NewMessage) -> Recorded | Found:
+        return self._run(lambda on, again: producer.record(on, message, again=again))
+
+    def record_all(self, messages: Sequence[NewMessage]) -> list[Recorded | Found]:
+        answers: list[Recorded | Found] = []
+        for first in range(0, len(messages), _AT_ONCE):
+            some = messages[first : first + _AT_ONCE]
+            answers += self._run(lambda on, again, some=some: producer.record_all(on, some, again=again))  # type: ignore[misc]
+        return answers
+
+    def withdraw(self, key: MessageKey, *, task_id: str) -> bool:
+        return self._run(lambda on, again: producer.withdraw(on, key, task_id=task_id, again=again))
+
+    def resubmit(self, row: Row, message: NewMessage) -> bool:
+        return self._run(lambda on, again: producer.resubmit(on, row, message, again=again))
+
+    def republish(self, row: Row) -> bool:
+        return self._run(lambda on, again: producer.republish(on, row, again=again))
+
+    def count_duplicate(self, key: MessageKey) -> None:
+        self._run(lambda on, _: producer.count_duplicate(on, key))
+
+    # -- consumer ------------------------------------------------------------------------------------------------------
+
+    def claim(
+        self,
+        message: NewMessage,
+        *,
+        worker: str,
+        lease: float,
+        grace: float,
+        adopt: Callable[[], NewMessage] | None = None,
+    ) -> Claimed | Taken:
+        return self._run(
+            lambda on, again: claims.claim(
+                on, message, worker=worker, lease=lease, grace=grace, adopt=adopt, again=again
+            )
+        )
+
+    def take_over(self, row: Row, *, task_id: str, worker: str, lease: float, attempt: int) -> Claimed | None:
+        return self._run(
+            lambda on, again: claims.take_over(
+                on, row, task_id=task_id, worker=worker, lease=lease, attempt=attempt, again=again
+            )
+        )
+
+    def renew(self, holders: Sequence[Holder], *, lease: float) -> list[Holder]:
+        return self._run(lambda on, _: claims.renew(on, holders, lease=lease)) if holders else []
+
+    def checkpoint(self, claim: Claim, *, result: bytes | None, lease: float | None = None) -> bool:
+        return self._run(lambda on, _: endings.checkpoint(on, claim, result=result, lease=lease))
+
+    def complete(
+        self, claim: Claim, *, result: bytes | None, note: Note | None = None, unique_for: float | None = None
+    ) -> bool:
+        return self._run(lambda on, _: endings.complete(on, claim, result=result, note=note, unique_for=unique_for))
+
+    def fail(self, holder: Holder, *, error: str, unique_for: float | None = None) -> bool:
+        return self._run(lambda on, again: endings.fail(on, holder, error=error, unique_for=unique_for, again=again))
+
+    def retry(self, holder: Holder, message: NewMessage) -> bool:
+        return self._run(lambda on, again: endings.retry(on, holder, message, again=again))
+
+    def release(self, holder: Holder) -> bool:
+        return self._run(lambda on, again: endings.release(on, holder, again=again))
+
+    def expire(self, holder: Holder) -> bool:
+        return self._run(lambda on, _: endings.expire(on, holder))
+
+    def abandon(self, row: Row, *, error: str, unique_for: float | None = None) -> bool:
+        return self._run(lambda on, again: endings.abandon(on, row, error=error, unique_for=unique_for, again=again))
+
+    def cancel(self, key: MessageKey, *, task_id: str, error: str, unique_for: float | None = None) -> bool:
+        return self._run(
+            lambda on, again: endings.cancel(on, key, task_id=task_id, error=error, unique_for=unique_for, again=again)
+        )
+
+    # -- recovery ------------------------------------------------------------------------------------------------------
+
+    def lapsed(self, *, again_after: float, limit: int) -> list[Row]:
+        return self._run(lambda on, _: recovering.lapsed(on, again_after=again_after, limit=limit))
+
+    def waiting(
+        self, *, older_than: float, limit: int, queue: str | None = None, before: datetime | None = None
+    ) -> list[Row]:
+        return self._run(
+            lambda on, _: recovering.waiting(on, older_than=older_than, limit=limit, queue=queue, before=before)
+        )
+
+    def unsent(self, *, limit: int) -> list[Row]:
+        return self._run(lambda on, _: recovering.unsent(on, limit=limit))
+
+    def relay(self, row: Row, *, lease: float) -> bool:
+        return self._run(lambda on, _: recovering.relay(on, row, lease=lease))
+
+    def relayed(self, keys: Sequence[MessageKey], *, published: bool) -> None:
+        if keys:
+            self._run(lambda on, _: recovering.relayed(on, keys, published=published))
+
+    def not_published(self, key: MessageKey, *, token: int) -> None:
+        self._run(lambda on, _: recovering.not_published(on, key, token=token))
+
+    def purge(self, *, older_than: float, limit: int) -> int:
+        return self._run(lambda on, _: recovering.purge(on, older_than=older_than, limit=limit))
+
+    def newest(self, *, limit: int) -> list[Row]:
+        return self._run(lambda on, _: reading.newest(on, limit=limit))
+
+    # -- operators -----------------------------------------------------------------------------------------------------
+
+    def find(self, key: MessageKey) -> Row | None:
+        return self._run(lambda on, _: reading.find(on, key))
+
+    def rows(self, where: RowFilter) -> Iterator[Row]:
+        return iter(self._run(lambda on, _: reading.rows(on, where)))
+
+    def counts(self) -> list[TaskCount]:
+        return self._run(lambda on, _: reading.counts(on))
+
+    # -- life cycle ----------------------------------------------------------------------------------------------------
+
+    def init(self) -> bool:
+        return self._run(lambda on, _: self._init(on), prepared=False)
+
+    def check(self) -> None:
+        self._run(lambda on, _: self._init(on), prepared=False)
+
+    def close(self) -> None:
+        self._server.close()
+
+    def _init(self, on: On) -> bool:
+        """Mark the layout as this version's, unless it is marked; whether that was done now."""
+        ((made, version),) = on.call_each(_INIT, [(0, (VERSION,))])
+        if version != VERSION:
+            raise SchemaError(
+                f"the queue log at {self._server} has layout {version.decode(errors='replace')}, and this version of celery-idempotent "
+                f"reads and writes layout {VERSION.decode()}: use the version that wrote it, or another table"
+            )
+        return bool(made)

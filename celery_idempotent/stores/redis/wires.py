@@ -1,0 +1,210 @@
+"""Connections to servers: kept per process, and one round trip for however many calls."""
+
+# ruff: noqa: D102 - of redis-py's connection
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from redis.exceptions import RedisError, ResponseError
+
+from celery_idempotent.stores.redis.rows import Argument
+from celery_idempotent.stores.redis.scripts import Script
+
+__all__ = [
+    "THE_SERVER",
+    "Call",
+    "NoConnectionError",
+    "Opened",
+    "Place",
+    "Wire",
+    "Wires",
+    "ask",
+    "exchange",
+    "hear",
+    "load",
+]
+
+
+class Wire(Protocol):
+    """A connection of redis-py's: what of it is used here, with its types."""
+
+    def connect(self) -> None: ...
+
+    def disconnect(self) -> None: ...
+
+    def can_read(self) -> bool: ...
+
+    def pack_command(self, *command: Argument) -> list[bytes]: ...
+
+    def pack_commands(self, commands: Sequence[Sequence[Argument]]) -> list[bytes]: ...
+
+    def send_packed_command(self, packed: list[bytes], *, check_health: bool) -> None: ...
+
+    def read_response(self) -> Any: ...
+
+
+#: A server's host and port.
+Place = tuple[str, int]
+
+#: The place of a server that is the only one, wherever it may be at the moment.
+THE_SERVER: Place = ("", 0)
+
+
+class NoConnectionError(Exception):
+    """There is no way to a server; nothing was sent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A script for messages of some shards.
+
+    Attributes:
+        script: The script.
+        tags: The hash tag of each message's shard.
+        arguments: The script's arguments.
+    """
+
+    script: Script
+    tags: Sequence[bytes]
+    arguments: Sequence[Argument]
+
+    @property
+    def command(self) -> tuple[Argument, ...]:
+        """As it is sent to a server that knows the script."""
+        return (b"EVALSHA", self.script.digest, len(self.tags), *self.tags, *self.arguments)
+
+
+@dataclass(slots=True, eq=False)
+class Opened:
+    """What one process has opened.
+
+    Attributes:
+        idle: Connections that nobody uses just now.
+        ready: Whether the layout was looked at.
+        slots: Of a cluster, where each shard is; empty until that was asked for.
+    """
+
+    idle: dict[Place, list[Wire]] = field(default_factory=dict)
+    ready: bool = False
+    slots: list[Place] = field(default_factory=list)
+    _closed: bool = False
+
+    def take(self, place: Place) -> Wire | None:
+        """A connection that nobody uses, and that its server has not closed."""
+        idle = self.idle.get(place)
+        while idle:
+            try:
+                wire = idle.pop()
+            except IndexError:
+                return None  # another thread has it
+            try:
+                # One that has something to say, where nothing was asked, has been closed by the server.
+                if not wire.can_read():
+                    return wire
+            except (RedisError, OSError):
+                pass
+            wire.disconnect()
+        return None
+
+    def give_back(self, place: Place, wire: Wire) -> None:
+        """Keep a connection for others."""
+        if self._closed:
+            wire.disconnect()
+        else:
+            self.idle.setdefault(place, []).append(wire)
+
+    def close(self) -> None:
+        """Close what nobody uses; the rest as it is given back."""
+        self._closed = True
+        for idle in self.idle.values():
+            while idle:
+                idle.pop().disconnect()
+
+
+class Wires:
+    """The connections that one operation uses.
+
+    Args:
+        opened: Where they are taken from, and given back to.
+        connect: Makes a new one.
+    """
+
+    def __init__(self, opened: Opened, connect: Callable[[Place], Wire]) -> None:
+        self.opened = opened
+        self._connect = connect
+        self._taken: dict[Place, Wire] = {}
+
+    def to(self, place: Place) -> Wire:
+        """The connection to a server.
+
+        Raises:
+            NoConnectionError: There is none.
+        """
+        wire = self._taken.get(place)
+        if wire is None:
+            wire = self.opened.take(place)
+            if wire is None:
+                try:
+                    wire = self._connect(place)
+                except (RedisError, OSError) as error:
+                    raise NoConnectionError(str(error)) from error
+            self._taken[place] = wire
+        return wire
+
+    def give_back(self) -> None:
+        """They may be used by others."""
+        for place, wire in self._taken.items():
+            self.opened.give_back(place, wire)
+
+    def disconnect(self) -> None:
+        """They may be in the midst of something."""
+        for wire in self._taken.values():
+            wire.disconnect()
+
+
+def exchange(wire: Wire, calls: Sequence[Call], *, at_one_moment: bool = False) -> list[Any]:
+    """Make calls in one go, and read their answers; a refusal is an answer too.
+
+    Raises:
+        redis.exceptions.ConnectionError: The connection broke.
+        redis.exceptions.TimeoutError: There was no answer in time.
+    """
+    commands: list[Sequence[Argument]] = [call.command for call in calls]
+    if not at_one_moment:
+        ask(wire, commands)
+        return hear(wire, len(commands))
+    ask(wire, [(b"MULTI",), *commands, (b"EXEC",)])
+    *queued, done = hear(wire, len(commands) + 2)
+    if isinstance(done, Exception):
+        raise next((answer for answer in queued if isinstance(answer, Exception)), done)
+    return list(done)
+
+
+def load(wire: Wire, scripts: Sequence[Script]) -> None:
+    """Tell a server some scripts."""
+    commands = [(b"SCRIPT", b"LOAD", script.text) for script in dict.fromkeys(scripts)]
+    ask(wire, commands)
+    for answer in hear(wire, len(commands)):
+        if isinstance(answer, Exception):
+            raise answer
+
+
+def ask(wire: Wire, commands: Sequence[Sequence[Argument]]) -> None:
+    """Send commands in one go."""
+    packed = wire.pack_command(*commands[0]) if len(commands) == 1 else wire.pack_commands(commands)
+    wire.send_packed_command(packed, check_health=False)
+
+
+def hear(wire: Wire, number: int) -> list[Any]:
+    """Read so many answers; a refusal is an answer too."""
+    return [_hear_one(wire) for _ in range(number)]
+
+
+def _hear_one(wire: Wire) -> Any:
+    try:
+        return wire.read_response()
+    except ResponseError as error:
+        return error
