@@ -30,7 +30,7 @@ from celery_idempotent.errors import (
 from celery_idempotent.producer import identify
 from celery_idempotent.records import Claim, Claimed, MessageKey, NewMessage, Note, ProcessedStatus, Row, Status, Taken
 from celery_idempotent.run import Run, RunState, answered, describe, ignores_result, waited_on, worker_label
-from celery_idempotent.serialization import UndecodableError, decode_result, encode_message
+from celery_idempotent.serialization import UndecodableError, decode_message, decode_result, encode_message
 from celery_idempotent.wire import Marker
 
 if TYPE_CHECKING:
@@ -110,7 +110,9 @@ class _Admission:
         self.request = request
         key = delivered_key(task.name, request)
         marker = Marker.read(request.headers)
-        if marker is None or marker.task_name != task.name:
+        #: Whether the message says which Celery id was first sent under its message id.
+        self.knows_first = marker is not None and marker.task_name == task.name
+        if marker is None or not self.knows_first:
             # From a producer without this library. Its id stands; whether its arguments are compared is ours to say.
             named = key.message_id if key.message_id != request.id else None
             _, fingerprint = identify(
@@ -123,7 +125,6 @@ class _Admission:
             )
             marker = Marker(key.message_id, task.name, request.id, fingerprint)
         self.holds = marker.holds
-        #: What the body's retry, and a copy that is held, take along in the headers.
         mine = marker.belongs_to(task.name, request.id)
         self.marker = Marker(
             key.message_id,
@@ -134,7 +135,7 @@ class _Admission:
             first=marker.first if mine else None,
             lost=marker.lost if mine else 0,
         )
-        request.headers = self.marker.write(request.headers)
+        self._mark()
         fix_callbacks(request)
         self.message = NewMessage(
             key=key,
@@ -145,7 +146,7 @@ class _Admission:
         )
         self.run = Run(task, request, self.message)
         self.run.first, self.run.lost = self.marker.first or request.id, self.marker.lost
-        #: Whether the store was asked and its answer did not come, so that a claim of ours may stand, or may yet.
+        #: Whether a claim of ours may stand, or may yet: the store was asked and its answer did not come.
         self.unanswered = False
 
     @property
@@ -199,6 +200,9 @@ class _Admission:
             )
             run = self._claimed(answer) if isinstance(answer, Claimed) else self._follow(answer)
             if run is not None:
+                if run.claim is not None and (run.first != self.request.id or not self.knows_first):
+                    self.unanswered = True  # should the store give no answer now: the claim stands, and is found again
+                    self._keep_the_first()
                 run.attach()
                 return run
         logger.warning("%s kept changing hands; it is delivered again", self.run)
@@ -210,6 +214,9 @@ class _Admission:
         if self.unanswered and row.status is Status.PROCESSING and row.worker == worker_label(self.request.hostname):
             # The claim whose answer did not come: this process runs nothing else under its label.
             return self._go_on(row)
+        if row.task_id == self.request.id and row.ran_task_id not in (None, self.request.id):
+            # The other way round: a copy has run, or runs, in the place of the first message, and kept that (see _keep_the_first).
+            self._mark(copied=True)
         decision = decide_delivery(row, self._delivery(row), self.task.idempotency.delivery)
         match decision.action:
             case DeliveryAction.CLAIM:
@@ -223,6 +230,7 @@ class _Admission:
                 return self._take_over_and_replay(row)
             case DeliveryAction.ABANDON:
                 unique_for = self.task.idempotency.unique_for
+                self._keep_the_first()
                 if not self._store.abandon(row, error=ABANDONED, unique_for=unique_for):
                     return None
                 raise AlreadyFailedError(row.key.message_id, ABANDONED)
@@ -245,6 +253,50 @@ class _Admission:
             case _:  # pragma: no cover - the type checker proves it away
                 assert_never(decision.action)
 
+    def _keep_the_first(self) -> None:
+        """A copy ends what another message was first sent for: that one gets a row of its own.
+
+        Its only record is the row that the copy has, and that nobody publishes again once it is done. A broker that loses the first
+        message would leave its caller, and the rest of its chain or chord, without an answer. See ADR 5.
+        """
+        row = self._store.find(self.message.key)
+        if row is None:
+            return
+        self._note_first(row)
+        if row.task_id == self.request.id:
+            return
+        own = Marker(row.key.message_id, row.key.task_name, row.task_id).row_of_its_own
+        if own == row.key or not self._is_message_of(row.task_id, row):
+            return
+        self._store.record(
+            NewMessage(
+                key=own,
+                task_id=row.task_id,
+                queue=row.queue,
+                fingerprint=row.fingerprint,
+                attempt=row.attempt,
+                message=row.message,
+            )
+        )
+
+    def _note_first(self, row: Row) -> None:
+        """The body's calls are told by the first id, in this attempt and in those that come after it."""
+        self.run.first = row.task_id
+        self._mark(first=None if row.task_id == self.request.id else row.task_id)
+
+    def _mark(self, **changes: Any) -> None:
+        """Let the headers say what is known now: they go along with a retry, and with a copy that is held."""
+        self.marker = replace(self.marker, **changes)
+        self.request.headers = self.marker.write(self.request.headers)
+
+    def _is_message_of(self, task_id: str, row: Row) -> bool:
+        """Whether the message that a row has was sent under this Celery id: behind a copy's retry it is the copy's."""
+        try:
+            return bool(decode_message(self.task.app, row.message)[2].get("task_id") == task_id)
+        except UndecodableError as error:
+            logger.warning("the message that was first sent as %s cannot be kept: %s", self.run, error)
+            return False
+
     # -- runs ----------------------------------------------------------------------------------------------------------
 
     def _claimed(self, claimed: Claimed) -> Run:
@@ -253,7 +305,7 @@ class _Admission:
 
     def _go_on(self, row: Row) -> Run | None:
         mine = Claimed(Claim(row.key, row.token))
-        self.run.first = row.task_id
+        self._note_first(row)
         self.run.asked += min(row.lease_left - self.task.idempotency.lease, 0.0)  # it was asked for earlier than that
         claimed = self._claimed(mine) if row.lease_left > 0 else self._take_over(row)
         if claimed is not None and row.processed_status is ProcessedStatus.SUCCESS:
@@ -270,7 +322,7 @@ class _Admission:
         )
         if claimed is None:
             return None
-        self.run.first = row.task_id
+        self._note_first(row)
         logger.warning("%s is taken over from %s, whose lease ran out", self.run, row.worker)
         return self._claimed(claimed)
 
@@ -340,7 +392,7 @@ class _Admission:
             return AlreadyProcessingError(row.key.message_id, decision.delay)
         # Most owners end long before their lease does, and somebody may wait for this copy's result.
         delay = min(decision.delay, _FIRST_HOLD * 2 ** min(self.holds, _LONGEST_HOLD))
-        self.request.headers = replace(self.marker, holds=self.holds + 1).write(self.request.headers)
+        self._mark(holds=self.holds + 1)
         held: Exception = self._hold(delay)
         return held
 

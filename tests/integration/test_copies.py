@@ -11,8 +11,9 @@ import pytest
 from celery import chain, chord
 from celery.result import AsyncResult
 
+from celery_idempotent.consumer import ABANDONED
 from celery_idempotent.records import Claimed, NewMessage, Row, Status
-from celery_idempotent.serialization import encode_result
+from celery_idempotent.serialization import decode_message, encode_result
 from tests.support.bench import PATIENCE, Bench
 from tests.support.waiting import wait_until
 
@@ -87,6 +88,120 @@ def test_a_copy_that_arrives_leaves_no_row_behind(bench: Bench, send: Send) -> N
 
     assert result.get(timeout=PATIENCE) == (["value", "behind"] if send is in_a_chain else "value")
     wait_until(lambda: own_row(bench, result) is None, timeout=PATIENCE, describe="the end of the copy's row")
+
+
+@SENDS
+def test_a_first_message_that_the_broker_lost_comes_back_although_its_copy_ran(bench: Bench, send: Send) -> None:
+    m, queue = bench.fresh(), bench.fresh("queue")
+    result = send(bench, m, queue)
+    purge(bench, queue)
+    copy = bench.task("echo").apply_async(("value",), message_id=m, link=bench.task("told").s("copy"))
+    assert copy.get(timeout=PATIENCE) == "value"
+    assert copy.id != copys_id(result)
+
+    row = own_row(bench, result)
+    assert row is not None
+    assert (row.status, row.task_id, row.queue) == (Status.PENDING, copys_id(result), queue)
+    assert bench.app.queue_log.recovery.publish_waiting(0.0) >= 1
+    with consumed(bench, queue):
+        assert result.get(timeout=PATIENCE) == (["value", "behind"] if send is in_a_chain else "value")
+        wait_until(lambda: own_row(bench, result) is None, timeout=PATIENCE, describe="the end of its row")
+    if send is with_a_link:
+        assert result.children[0].get(timeout=PATIENCE) == ["value", "behind"]
+    assert len(bench.starts("echo", m)) == 1
+
+
+@SENDS
+def test_a_first_message_that_arrives_behind_its_copy_leaves_no_row_behind(bench: Bench, send: Send) -> None:
+    m, queue = bench.fresh(), bench.fresh("queue")
+    result = send(bench, m, queue)
+    copy = bench.task("echo").apply_async(("value",), message_id=m, link=bench.task("told").s("copy"))
+    assert copy.get(timeout=PATIENCE) == "value"
+    assert own_row(bench, result) is not None
+
+    with consumed(bench, queue):
+        assert result.get(timeout=PATIENCE) == (["value", "behind"] if send is in_a_chain else "value")
+        wait_until(lambda: own_row(bench, result) is None, timeout=PATIENCE, describe="the end of its row")
+    assert len(bench.starts("echo", m)) == 1
+
+
+def test_a_first_message_comes_back_although_its_copy_retried(bench: Bench) -> None:
+    """A retry of the copy's puts its own message into the row: that is not taken for the first one."""
+    m, queue, told = bench.fresh(), bench.fresh("queue"), bench.task("told")
+    first = bench.task("retry_n").apply_async((1,), message_id=m, queue=queue, link=told.s("first"))
+    purge(bench, queue)
+    copy = bench.task("retry_n").apply_async((1,), message_id=m, link=told.s("copy"))
+    assert copy.get(timeout=PATIENCE) == 1
+    row = bench.find("retry_n", first.id)
+    assert row is not None
+    assert decode_message(bench.app, row.message)[2]["link"]["args"] == ["first"]
+
+    assert bench.app.queue_log.recovery.publish_waiting(0.0) >= 1
+    with consumed(bench, queue):
+        assert first.get(timeout=PATIENCE) == 1
+        wait_until(lambda: bench.find("retry_n", first.id) is None, timeout=PATIENCE, describe="the end of its row")
+    assert first.children[0].get(timeout=PATIENCE) == [1, "first"]
+    assert copy.children[0].get(timeout=PATIENCE) == [1, "copy"]
+    assert bench.find("retry_n", copy.id) is None
+
+
+@pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")  # Celery's own
+def test_a_first_message_that_died_between_its_result_and_what_waits_on_it_goes_on(bench: Bench) -> None:
+    m, queue = bench.fresh(), bench.fresh("queue")
+    result = in_a_chain(bench, m, queue)
+    copy = bench.task("echo").apply_async(("value",), message_id=m, link=bench.task("told").s("copy"))
+    assert copy.get(timeout=PATIENCE) == "value"
+    bench.app.backend.store_result(copys_id(result), "value", "SUCCESS")
+
+    with consumed(bench, queue):
+        assert result.get(timeout=PATIENCE) == ["value", "behind"]
+
+    wait_until(lambda: own_row(bench, result) is None, timeout=PATIENCE, describe="the end of its row")
+
+
+@pytest.mark.parametrize("task", ["left.fail", "left.rerun"], ids=["abandoned", "taken over"])
+def test_a_copy_that_meets_a_dead_owner_keeps_the_first_message(bench: Bench, task: str) -> None:
+    """The first message was acknowledged, or is lost; a copy ends it as its task has it: by a failure, or by a run of its own."""
+    m, queue, told, store = bench.fresh(), bench.fresh("queue"), bench.task("told"), bench.app.queue_log.store
+    Path(gate := bench.path("gate")).touch()
+    first = bench.task(task).apply_async((gate, "value"), message_id=m, queue=queue, link=told.s("first"))
+    purge(bench, queue)
+    row = bench.row(task, m)
+    claim = store.claim(NewMessage(row.key, row.task_id, queue, row.fingerprint), worker="dead", lease=60.0, grace=30.0)
+    assert isinstance(claim, Claimed)
+    store.expire(claim.claim)
+
+    copy = bench.task(task).apply_async((gate, "value"), message_id=m, link=told.s("copy"))
+    copy.get(timeout=PATIENCE, propagate=False)
+    assert bench.find(task, first.id) is not None
+    assert bench.app.queue_log.recovery.publish_waiting(0.0) >= 1
+    with consumed(bench, queue):
+        first.get(timeout=PATIENCE, propagate=False)
+        wait_until(lambda: bench.find(task, first.id) is None, timeout=PATIENCE, describe="the end of its row")
+
+    if task == "left.fail":
+        assert [str(result.result).partition(";")[0] for result in (first, copy)] == [
+            f"message {m!r} already failed: {ABANDONED}"
+        ] * 2
+    else:
+        assert [result.result for result in (first, copy)] == ["value"] * 2
+        assert first.children[0].get(timeout=PATIENCE) == ["value", "first"]
+        assert copy.children[0].get(timeout=PATIENCE) == ["value", "copy"]
+    assert len(bench.starts(task, m)) == (task == "left.rerun")
+
+
+def test_a_foreign_copy_keeps_a_first_message_that_is_lost(bench: Bench) -> None:
+    m, queue = bench.fresh(), bench.fresh("queue")
+    first = in_a_chain(bench, m, queue)
+    purge(bench, queue)
+
+    assert bench.deliver("echo", ("value",), message_id=m).get(timeout=PATIENCE) == "value"
+
+    assert own_row(bench, first) is not None
+    assert bench.app.queue_log.recovery.publish_waiting(0.0) >= 1
+    with consumed(bench, queue):
+        assert first.get(timeout=PATIENCE) == ["value", "behind"]
+        wait_until(lambda: own_row(bench, first) is None, timeout=PATIENCE, describe="the end of its row")
 
 
 def test_the_copy_of_a_failed_message_leaves_no_row_behind(bench: Bench) -> None:
