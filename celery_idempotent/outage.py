@@ -27,18 +27,28 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 2.0
 _COMPLAIN_EVERY = 30.0
 
 
-def ask_again(ask: Callable[[], T], policy: Mapping[str, Any]) -> T:
+def ask_again(ask: Callable[[], T], policy: Mapping[str, Any], *, silence: StoreUnavailableError | None = None) -> T:
     """Ask, and repeat as a producer repeats a publication.
 
     Args:
         ask: One call of the store.
         policy: Celery's ``task_publish_retry_policy``: seconds and counts that the caller already knows from a broker that is down.
+        silence: What the first attempt ended with, if that was made already.
 
     Raises:
         StoreUnavailableError: The last attempt's.
     """
+    first = silence
+
+    def attempt() -> T:
+        nonlocal first
+        if first is None:
+            return ask()
+        error, first = first, None
+        raise error
+
     answer: T = retry_over_time(
-        ask,
+        attempt,
         StoreUnavailableError,
         max_retries=policy.get("max_retries", 3),
         interval_start=policy.get("interval_start", 0),

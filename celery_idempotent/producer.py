@@ -203,7 +203,7 @@ class Sending:
                 kwargs,
                 {**options, "task_id": task_id, "message_id": key.message_id},
                 serializer=options.get("serializer") or task.serializer or task.app.conf.task_serializer,
-                now=task.app.now(),
+                now=None if options.get("countdown") is options.get("expires") is None else task.app.now(),
             ),
         )
         return cls(
@@ -496,14 +496,18 @@ class Sending:
 
         if self.box is not None and self.box.joins:
             return ask()  # what an error makes of the transaction is its owner's affair
+        try:
+            return note_silence()
+        except StoreUnavailableError as error:
+            silence = error
         # As for a broker that is down: the app's policy, or the one of this call.
         conf, retry = self.task.app.conf, self.options.get("retry")
         if self.task.queue_log.settings.on_store_error != "retry" or not (
             conf.task_publish_retry if retry is None else retry
         ):
-            return note_silence()
+            raise silence
         policy = {**(conf.task_publish_retry_policy or {}), **(self.options.get("retry_policy") or {})}
-        return ask_again(note_silence, policy)
+        return ask_again(note_silence, policy, silence=silence)
 
 
 def _for_later(app: Celery, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -37,10 +37,6 @@ class Wire(Protocol):
 
     def can_read(self) -> bool: ...
 
-    def pack_command(self, *command: Argument) -> list[bytes]: ...
-
-    def pack_commands(self, commands: Sequence[Sequence[Argument]]) -> list[bytes]: ...
-
     def send_packed_command(self, packed: list[bytes], *, check_health: bool) -> None: ...
 
     def read_response(self) -> Any: ...
@@ -194,8 +190,13 @@ def load(wire: Wire, scripts: Sequence[Script]) -> None:
 
 def ask(wire: Wire, commands: Sequence[Sequence[Argument]]) -> None:
     """Send commands in one go."""
-    packed = wire.pack_command(*commands[0]) if len(commands) == 1 else wire.pack_commands(commands)
-    wire.send_packed_command(packed, check_health=False)
+    wire.send_packed_command([_packed(command) for command in commands], check_health=False)
+
+
+def _packed(command: Sequence[Argument]) -> bytes:
+    """A command as it travels: redis-py's own way is for arguments of any type, and takes a quarter of a verb's processor time."""
+    arguments = [argument if isinstance(argument, bytes) else b"%d" % argument for argument in command]
+    return b"*%d\r\n" % len(command) + b"".join([b"$%d\r\n%b\r\n" % (len(data), data) for data in arguments])
 
 
 def hear(wire: Wire, number: int) -> list[Any]:

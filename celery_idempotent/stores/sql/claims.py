@@ -28,6 +28,7 @@ from celery_idempotent.stores.sql.columns import (
     parameter,
 )
 from celery_idempotent.stores.sql.dialects import Dialect
+from celery_idempotent.stores.sql.direct import directly
 from celery_idempotent.stores.sql.producer import ROUNDS
 
 __all__ = ["Claims"]
@@ -48,7 +49,7 @@ class Claims:
         }
         greater_attempt = case((table.c.attempt < attempt, attempt), else_=table.c.attempt)
         next_token = dialect.next_token(table.c.token)
-        self._claim = dialect.telling_token(
+        claim = dialect.telling_token(
             update(table)
             .where(
                 has_key(table),
@@ -67,8 +68,9 @@ class Claims:
             ),
             table,
         )
+        self._claim = directly(claim)
         restarted = {**anew(table), **taken, "available_at": null()}
-        self._insert = dialect.insert(table, {**new_key(table), "token": literal_column("1"), **restarted})
+        self._insert = directly(dialect.insert(table, {**new_key(table), "token": literal_column("1"), **restarted}))
         self._restart = dialect.telling_token(
             update(table).where(has_key(table), free_again(table)).values(**restarted, token=next_token), table
         )
@@ -96,8 +98,8 @@ class Claims:
             .where(has_key(table), table.c.status == PROCESSING, table.c.lease_expires_at <= renewed)
             .values(lease_expires_at=renewed)
         )
-        self._renew_by_token = renew.where(table.c.token == parameter(table, "token"))
-        self._renew_by_worker = renew.where(table.c.worker == parameter(table, "worker"))
+        self._renew_by_token = directly(renew.where(table.c.token == parameter(table, "token")))
+        self._renew_by_worker = directly(renew.where(table.c.worker == parameter(table, "worker")))
 
     def claim(
         self,

@@ -29,6 +29,7 @@ from celery_idempotent.errors import ConfigurationError, IdempotentError, Schema
 from celery_idempotent.forks import no_fork
 from celery_idempotent.stores.sql.address import masked
 from celery_idempotent.stores.sql.dialects import Dialect, Fault
+from celery_idempotent.stores.sql.direct import DirectConnection, Plans
 from celery_idempotent.stores.sql.forks import close_before_forks
 from celery_idempotent.stores.sql.watch import Watch
 
@@ -58,6 +59,7 @@ class _Opened:
     #: An in-memory SQLite database is one connection, which its threads take in turn; with a file, so do forks.
     turn: AbstractContextManager[Any] = field(default_factory=nullcontext)
     ready: bool = False
+    plans: Plans = field(default_factory=Plans)
     watch: Watch = field(default_factory=lambda: Watch(ANSWER))
 
 
@@ -181,7 +183,9 @@ class Database:
 
     def _connect(self, opened: _Opened) -> Connection:
         try:
-            return self._autocommit(opened).connect()
+            engine = self._autocommit(opened)
+            # An engine of somebody's own has events of theirs, and is put into autocommit connection by connection.
+            return engine.connect() if isinstance(self._target, Engine) else DirectConnection(engine, opened.plans)
         except (TypeError, ValueError) as error:
             # An option of the URL, which some drivers take for an argument of their own.
             raise ConfigurationError(

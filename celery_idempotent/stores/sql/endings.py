@@ -27,6 +27,7 @@ from celery_idempotent.stores.sql.columns import (
     key_parameters,
     parameter,
 )
+from celery_idempotent.stores.sql.direct import directly
 from celery_idempotent.stores.sql.table import storable
 
 __all__ = ["Endings"]
@@ -55,7 +56,8 @@ class Endings:
         def fenced(**values: Any) -> _Fenced:
             written = update(table).where(has_key(table), processing).values(values)
             # Whoever ends a run from outside knows that its process died, not that its body had ended before.
-            return _Fenced(written.where(token), written.where(worker, table.c.processed_status.is_(None)))
+            by_worker = written.where(worker, table.c.processed_status.is_(None))
+            return _Fenced(directly(written.where(token)), directly(by_worker))
 
         ended = {
             "status": DONE,

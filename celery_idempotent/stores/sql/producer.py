@@ -28,6 +28,7 @@ from celery_idempotent.stores.sql.columns import (
     parameter,
 )
 from celery_idempotent.stores.sql.dialects import Dialect
+from celery_idempotent.stores.sql.direct import directly
 
 __all__ = ["ROUNDS", "Producer"]
 
@@ -47,12 +48,7 @@ class Producer:
         self._read = Lookup(table)
         restarted = anew(table)
         new = {**new_key(table), "token": literal_column("0"), **restarted}
-        self._insert = dialect.insert(
-            table,
-            new,
-            replaced=list(restarted),
-            free=free_again(table),
-        )
+        self._insert = directly(dialect.insert(table, new, replaced=list(restarted), free=free_again(table)))
         self._insert_unlocked = dialect.insert(table, new)
         # In the order of the list, although all at one moment.
         self._insert_all = dialect.insert_all(table, {**new, "created_timestamp": FromNow(seconds("p_place"))})

@@ -1,0 +1,151 @@
+"""The hot path: statements that were compiled once, handed to the driver as they are.
+
+SQLAlchemy writes every statement of the store, and keeps the connections. But what it does for one execution (a context, a result,
+processors, events) takes longer than the driver and half as long as a database on the same host, and a task pays for three of them.
+So those that a task needs are compiled once per process and dialect, and executed by the driver's own cursor; unless somebody listens
+to SQLAlchemy's events, which these have none of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, cast
+
+from sqlalchemy import Connection, Engine, Executable
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.sql.compiler import SQLCompiler
+
+__all__ = ["Answer", "DirectConnection", "Plans", "directly"]
+
+E = TypeVar("E", bound=Executable)
+
+_OPTION = "celery_idempotent_directly"
+
+
+def directly(statement: E) -> E:
+    """Have a statement handed to the driver where that can be: one whose results need no conversion, executed with one set of values."""
+    marked: E = statement.execution_options(**{_OPTION: True})
+    return marked
+
+
+class Answer:
+    """What a statement came to; with the names that a SQLAlchemy result has for it.
+
+    Attributes:
+        rowcount: Rows that matched.
+        lastrowid: What the driver calls so.
+    """
+
+    __slots__ = ("_rows", "lastrowid", "rowcount")
+
+    def __init__(self, rows: Sequence[Any], rowcount: int, lastrowid: int | None) -> None:
+        self._rows = rows
+        self.rowcount = rowcount
+        self.lastrowid = lastrowid
+
+    def first(self) -> Any:
+        """The first row, or ``None``."""
+        return self._rows[0] if self._rows else None
+
+    def scalar_one_or_none(self) -> Any:
+        """The first column of the only row, or ``None``."""
+        return self._rows[0][0] if self._rows else None
+
+
+class _Plan:
+    """A statement as a driver takes it."""
+
+    def __init__(self, statement: Executable, engine: Engine) -> None:
+        compiled = cast("SQLCompiler", statement.compile(dialect=engine.dialect))  # type: ignore[attr-defined]
+        self.text = str(compiled)
+        self.returns = bool(compiled.effective_returning)
+        self._names = compiled.positiontup if compiled.positional else None
+        self._constants: dict[str, Any] = {}
+        self._convert: dict[str, Callable[[Any], Any]] = {}
+        for name, bind in compiled.binds.items():
+            processor = bind.type.dialect_impl(engine.dialect).bind_processor(engine.dialect)
+            if not bind.required:
+                value = bind.effective_value
+                self._constants[name] = value if processor is None else processor(value)
+            elif processor is not None:
+                self._convert[name] = processor
+
+    def values(self, parameters: Mapping[str, Any]) -> dict[str, Any] | tuple[Any, ...]:
+        """What stands for the placeholders."""
+        values = {**self._constants, **parameters}
+        for name, convert in self._convert.items():
+            values[name] = convert(values[name])
+        return values if self._names is None else tuple([values[name] for name in self._names])
+
+
+class Plans:
+    """The plans of one engine's statements. Statements are kept by their stores, and so are their plans."""
+
+    def __init__(self) -> None:
+        self._plans: dict[Executable, _Plan | None] = {}
+
+    def of(self, statement: Executable, engine: Engine) -> _Plan | None:
+        """The plan of a statement; ``None`` when it is SQLAlchemy's to execute."""
+        if not statement.get_execution_options().get(_OPTION):
+            return None
+        plan = self._plans.get(statement)
+        if plan is None:
+            plan = self._plans.setdefault(statement, _Plan(statement, engine))
+        return plan
+
+
+class DirectConnection(Connection):
+    """A connection in autocommit that hands the statements of the hot path to the driver, and is SQLAlchemy's for all others.
+
+    Args:
+        engine: An engine in autocommit, without a user's listeners.
+        plans: The engine's.
+    """
+
+    def __init__(self, engine: Engine, plans: Plans) -> None:
+        super().__init__(engine)
+        self._plans = plans
+
+    def execute(self, statement: Any, parameters: Any = None, **options: Any) -> Any:
+        """Execute a statement; see :func:`directly`.
+
+        Raises:
+            sqlalchemy.exc.DBAPIError: As SQLAlchemy raises it.
+        """
+        plan = None if self._watched else self._plans.of(statement, self.engine)
+        if plan is None or not isinstance(parameters, Mapping):
+            return super().execute(statement, parameters, **options)
+        driver = self.connection
+        cursor = driver.cursor()
+        try:
+            cursor.execute(plan.text, plan.values(parameters))
+            rows = cursor.fetchall() if plan.returns else ()
+            return Answer(rows, cursor.rowcount, getattr(cursor, "lastrowid", None))
+        except self.dialect.loaded_dbapi.Error as error:
+            raise self._explained(plan, error, driver.dbapi_connection, cursor) from error
+        finally:
+            cursor.close()
+
+    @property
+    def _watched(self) -> bool:
+        """Whether somebody listens to what SQLAlchemy executes, as tracing does: then it executes everything."""
+        return bool(self._has_events or self.engine._has_events)  # noqa: SLF001 - as it asks itself before each event
+
+    def _explained(self, plan: _Plan, error: Any, driver: Any, cursor: Any) -> DBAPIError:
+        lost = self.dialect.is_disconnect(error, driver, cursor)
+        if lost:
+            # As SQLAlchemy does: its siblings have most likely been lost as well.
+            self.invalidate(error)
+            self.engine.dispose()
+        return cast(
+            "DBAPIError",
+            DBAPIError.instance(
+                plan.text,
+                None,
+                error,
+                self.dialect.loaded_dbapi.Error,
+                hide_parameters=True,
+                connection_invalidated=lost,
+                dialect=self.dialect,
+            ),
+        )
