@@ -1,0 +1,138 @@
+"""A producer: a process that publishes when it is told to, and says how long that took.
+
+It reads orders, one line of JSON each, and answers each with a line. So it stays warm between the turns of the others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from benchmarks.subjects import Place
+from tests.support.worker import ROOT
+
+__all__ = ["Order", "Producer", "Published"]
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What to publish.
+
+    Attributes:
+        how: ``single`` calls, or whatever else :data:`WAYS` has.
+        task: Which task.
+        first: The number of the first message.
+        count: How many; each has its own number.
+    """
+
+    how: str
+    task: str
+    first: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """How long it took.
+
+    Attributes:
+        seconds: By the clock on the wall.
+        cpu: Seconds that the process computed, in all its threads.
+    """
+
+    seconds: float
+    cpu: float
+
+
+class Producer:
+    """The process, as the one who orders sees it. Use as a context manager.
+
+    Args:
+        place: What it is to publish with, and where.
+        log: Where its standard error goes.
+    """
+
+    def __init__(self, place: Place, log: Path) -> None:
+        self.log = log
+        self._environment = {**os.environ, **place.environment()}
+
+    def __enter__(self) -> Self:
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.producer"],
+                cwd=ROOT,
+                env=self._environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+
+    def publish(self, order: Order) -> Published:
+        """Have it publish, and wait until it has.
+
+        Raises:
+            AssertionError: It failed; the text ends with its log.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(asdict(order)) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        assert answer, f"a producer ended:\n{self.log.read_text(errors='replace')[-3000:]}"
+        return Published(**json.loads(answer))
+
+
+# -- in the process itself -----------------------------------------------------------------------------------------------------
+
+
+def _single(task: Any, numbers: range) -> None:
+    for number in numbers:
+        task.delay(number)
+
+
+#: How messages may be published.
+WAYS: dict[str, Callable[[Any, range], None]] = {"single": _single}
+
+
+def publish(order: Order) -> Published:
+    """Publish here and now."""
+    from benchmarks.app import app
+
+    task, numbers = app.tasks[order.task], range(order.first, order.first + order.count)
+    cpu, began = time.process_time(), time.perf_counter()
+    WAYS[order.how](task, numbers)
+    return Published(time.perf_counter() - began, time.process_time() - cpu)
+
+
+def main() -> None:
+    """Do as one is told, until nobody tells anything more."""
+    # What anybody prints is not to be taken for an answer.
+    with os.fdopen(os.dup(sys.stdout.fileno()), "w") as answers:
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+        for line in sys.stdin:
+            answers.write(json.dumps(asdict(publish(Order(**json.loads(line))))) + "\n")
+            answers.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""What is measured: plain Celery, this library on each store, and other packages; each knows how to build its app.
+
+The packages are set up as their own documentation has it for a task that is known by its arguments. What four of them need is
+written down in :mod:`tests.chaos.variants`, where they are put through chaos.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from celery import Celery, Task
+
+from celery_idempotent import IdempotentTask
+from tests.chaos.variants import VARIANTS
+from tests.support.worker import ROOT
+
+__all__ = ["PEERS", "PLAIN", "STORES", "Place", "Subject", "subject_named"]
+
+_WITHOUT_HIREDIS = Path(__file__).with_name("without_hiredis")
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """One way to run the tasks.
+
+    Attributes:
+        name: As on the command line and in the tables.
+        kind: Plain Celery, this library on a store, or somebody else's package.
+        module: What has to be importable for it.
+    """
+
+    name: str
+    kind: Literal["plain", "store", "peer"]
+    module: str = "celery"
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it is installed in this environment."""
+        return find_spec(self.module) is not None
+
+    @property
+    def guarded(self) -> bool:
+        """Whether it is this library."""
+        return self.kind == "store"
+
+    def options(self, message_id: str | None) -> dict[str, Any]:
+        """What a task is made with.
+
+        Args:
+            message_id: How this library is to know a message; ``None`` for the task id. The others know it by its arguments.
+        """
+        match self.kind:
+            case "plain":
+                return {"base": Task}
+            case "store":
+                return {"base": IdempotentTask, "message_id": message_id}
+            case "peer":
+                return VARIANTS[self.name].task_options
+
+
+PLAIN = Subject("plain", "plain")
+STORES: Mapping[str, Subject] = {
+    name: Subject(name, "store", module)
+    for name, module in (
+        ("postgresql", "psycopg"),
+        ("mariadb", "pymysql"),
+        ("sqlite", "sqlite3"),
+        ("redis", "redis"),
+    )
+}
+PEERS: Mapping[str, Subject] = {
+    name: Subject(name, "peer", name.replace("-", "_"))
+    for name in ("celery-once", "celery-singleton", "celery-heimdall", "celery-once-task")
+}
+
+
+def subject_named(name: str) -> Subject:
+    """The subject of that name."""
+    return {PLAIN.name: PLAIN, **STORES, **PEERS}[name]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a subject's processes find what they need; everything in it is JSON.
+
+    Attributes:
+        subject: The subject's name.
+        redis: Broker and result backend, and the locks of those who take them there: a database of the subject's own.
+        marks: Where tasks note that they ran, see :class:`benchmarks.marks.Marks`.
+        store: URL of the queue log's store; ``None`` for all but this library.
+    """
+
+    subject: str
+    redis: str
+    marks: str
+    store: str | None
+
+    #: The environment variable by which a process knows its place.
+    VARIABLE: ClassVar[str] = "CELERY_IDEMPOTENT_BENCHMARK"
+
+    def environment(self) -> dict[str, str]:
+        """What a process of the subject needs to find in its environment."""
+        # On the path before what is installed.
+        path = [str(ROOT), str(_WITHOUT_HIREDIS)]
+        return {Place.VARIABLE: json.dumps(asdict(self)), "PYTHONPATH": os.pathsep.join(path)}
+
+    @classmethod
+    def of_this_process(cls) -> Place:
+        """The place that this process was started for."""
+        return cls(**json.loads(os.environ[cls.VARIABLE]))
+
+    def app(self) -> Celery:
+        """Build the subject's app, without its tasks. Nothing is connected."""
+        subject = subject_named(self.subject)
+        app = Celery("benchmarks", broker=self.redis, backend=self.redis)
+        app.conf.update(broker_connection_retry_on_startup=True)
+        if self.store is not None:
+            app.conf.update(idempotent_store=self.store)
+        if subject.kind == "peer":
+            variant = VARIANTS[subject.name]
+            app.conf.update(variant.app_settings(self.redis))
+            variant.prepare(app)
+        return app
