@@ -13,7 +13,7 @@ COMPILE = $(DEV)/uv pip compile pyproject.toml --universal --python-version 3.11
 	--no-emit-index-url --no-emit-find-links --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check chaos chaos-peers lock clean
+.PHONY: help demo test check chaos chaos-peers bench lock clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## *\(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -35,6 +35,13 @@ chaos-peers: KILLS ?= 30
 chaos-peers: .venv-peers/installed  ## the same, shorter, for plain Celery and the packages that promise something alike
 	@.venv-peers/bin/python -m tests.chaos --output chaos-peers --place postgresql+redis --every-variant $(CHAOS)
 
+# What docs/explanation/benchmarks.md has; ONLY, STORES and PEERS take names with commas between them, and QUICK=1 is a short run.
+BENCH = $(if $(ONLY),--only $(ONLY)) $(if $(STORES),--stores $(STORES)) $(if $(PEERS),--peers $(PEERS)) \
+	$(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(SEED),--seed $(SEED)) $(if $(QUICK),--quick)
+
+bench: .venv-peers/installed  ## what the guard costs, beside plain Celery and others; ROUNDS= ONLY= STORES= PEERS= SEED= QUICK=1; 25 minutes
+	@.venv-peers/bin/python -m benchmarks $(BENCH)
+
 check: .venv/installed  ## format, lint, types, direction of imports
 	$(DEV)/ruff format --check .
 	$(DEV)/ruff check .
@@ -48,7 +55,7 @@ lock: .venv/installed  ## newest versions into requirements/*.lock
 	$(COMPILE) --upgrade --extra postgresql --extra mysql --group build --group test --group peers -o requirements/peers.lock
 
 clean:  ## remove environments, caches and what was built
-	rm -rf .venv .venv-demo .venv-peers chaos chaos-peers build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-demo .venv-peers bench chaos chaos-peers build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An environment holds what its lock file pins, each file checked by its hash, and then this project from the work tree.

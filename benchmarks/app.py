@@ -1,9 +1,16 @@
-"""The app of a worker and of a producer: ``celery -A benchmarks.app worker``."""
+"""The app of a worker and of a producer, for all but relier, whose app is its own: ``celery -A benchmarks.app worker``."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
+
+import sqlalchemy as sa
+from celery import Task, group
+
 from benchmarks.marks import Marks
 from benchmarks.subjects import Place, subject_named
+from celery_idempotent import IdempotentTask, outbox
+from tests.support.effects import Effect
 
 place = Place.of_this_process()
 subject = subject_named(place.subject)
@@ -28,3 +35,46 @@ def echo(number: int) -> int:
 def keyless(number: int) -> None:
     """Nothing; this library knows it by its task id, which is what ``base=IdempotentTask`` alone does."""
     marks.note(number)
+
+
+if subject.has_transactions:
+
+    @app.task(name="effect", bind=True, base=Task, ignore_result=True)
+    def effect(self: Task, number: int) -> None:
+        """A row in the database, in a transaction of the body's own, without a guard."""
+        with self.app.queue_log.store.engine.begin() as connection:
+            connection.execute(sa.insert(Effect).values(name=str(number), value=0))
+        marks.note(number)
+
+    @app.task(name="atomic", bind=True, base=IdempotentTask, atomic=True, ignore_result=True)
+    def atomic(self: IdempotentTask, number: int) -> None:
+        """The same row, in one transaction with the message's completion."""
+        self.connection.execute(sa.insert(Effect).values(name=str(number), value=0))
+        marks.note(number)
+
+
+# -- ways to publish: given a task's name and the messages' numbers ------------------------------------------------------------
+
+
+def _single(name: str, numbers: Iterable[int]) -> None:
+    task = app.tasks[name]
+    for number in numbers:
+        task.delay(number)
+
+
+def _group(name: str, numbers: Iterable[int]) -> None:
+    task = app.tasks[name]
+    group([task.s(number) for number in numbers]).apply_async()
+
+
+def _batch(name: str, numbers: Iterable[int]) -> None:
+    with outbox():
+        _single(name, numbers)
+
+
+WAYS: Mapping[str, Callable[[str, Iterable[int]], None]] = {
+    "single": _single,
+    "group": _group,
+    # What the others have for a thousand calls at once is a thousand calls.
+    "batch": _batch if subject.guarded else _single,
+}

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-__all__ = ["Round", "Spread", "ratios", "spread"]
+__all__ = ["Round", "Spread", "ratios", "spread", "values"]
 
 #: What one round found: of each subject, figures by name.
 Round = Mapping[str, Mapping[str, float]]
@@ -26,9 +26,14 @@ class Spread:
     high: float
 
 
-def spread(values: Sequence[float]) -> Spread | None:
+def spread(found: Sequence[float]) -> Spread | None:
     """Of some figures; of none there is none."""
-    return Spread(median(values), min(values), max(values)) if values else None
+    return Spread(median(found), min(found), max(found)) if found else None
+
+
+def values(rounds: Sequence[Round], figure: str, subject: str) -> list[float]:
+    """A subject's figure, round by round."""
+    return [found[subject][figure] for found in rounds if figure in found.get(subject, {})]
 
 
 def ratios(rounds: Sequence[Round], figure: str, subject: str, base: str) -> list[float]:
@@ -36,5 +41,5 @@ def ratios(rounds: Sequence[Round], figure: str, subject: str, base: str) -> lis
     return [
         found[subject][figure] / found[base][figure]
         for found in rounds
-        if subject in found and base in found and figure in found[subject] and found[base].get(figure)
+        if figure in found.get(subject, {}) and figure in found.get(base, {})
     ]

@@ -1,4 +1,4 @@
-"""What is measured, one class for each kind of measurement."""
+"""Measurements that are taken in rounds: publishing, consuming, and how long a call takes to run."""
 
 from __future__ import annotations
 
@@ -8,13 +8,28 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from benchmarks.figures import Round
 from benchmarks.site import Site, Stand
 from benchmarks.subjects import Subject
+from tests.chaos.audit import percentile
 
-__all__ = ["MEASURES", "Measure"]
+__all__ = ["Column", "Consume", "Latency", "Measure", "Publish", "shuffled"]
+
+
+class Column(NamedTuple):
+    """A column of a measurement's table: the median of a figure.
+
+    Attributes:
+        figure: As in the rounds.
+        title: At its head.
+        form: Of its values, as for ``format``.
+    """
+
+    figure: str
+    title: str
+    form: str = ".2f"
 
 
 @dataclass(frozen=True)
@@ -27,6 +42,12 @@ class Measure(ABC):
         count: Messages of each subject and round.
     """
 
+    #: What is compared with plain Celery's.
+    figures: ClassVar[tuple[str, ...]] = ()
+    columns: ClassVar[tuple[Column, ...]] = ()
+    #: Whether once is enough, because it counts.
+    once: ClassVar[bool] = False
+
     name: str
     title: str
     count: int
@@ -34,15 +55,16 @@ class Measure(ABC):
     #: Whether workers are there; they are paused while it is not their turn.
     workers: ClassVar[bool] = False
 
-    def takes(self, subject: Subject) -> bool:  # noqa: ARG002 - for others to say
+    def takes(self, subject: Subject) -> bool:
         """Whether a subject can take part."""
         return True
 
     @abstractmethod
-    def round(self, stands: Mapping[str, Stand], count: int, order: random.Random) -> Round:
+    def round(self, site: Site, stands: Mapping[str, Stand], count: int, order: random.Random) -> Round:
         """Take it once.
 
         Args:
+            site: Where they are.
             stands: Those who take part.
             count: Messages of each.
             order: Says whose turn it is.
@@ -81,7 +103,21 @@ class Publish(Measure):
     task: str = "noop"
     turns: int = 5
 
-    def round(self, stands: Mapping[str, Stand], count: int, order: random.Random) -> Round:
+    figures = ("per second",)
+    columns = (
+        Column("per second", "per second", ",.0f"),
+        Column("cpu", "CPU, ms"),
+        Column("cpu producer", "producer"),
+        Column("cpu redis", "Redis"),
+        Column("cpu database", "database"),
+    )
+
+    def takes(self, subject: Subject) -> bool:
+        if self.how == "batch":
+            return subject.kind != "peer"
+        return self.task in subject.tasks and (self.how != "group" or subject.has_groups)
+
+    def round(self, site: Site, stands: Mapping[str, Stand], count: int, order: random.Random) -> Round:
         total: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         share = max(count // self.turns, 1)
         for _ in range(self.turns):
@@ -108,20 +144,56 @@ class Consume(Measure):
     """
 
     task: str = "noop"
-    workers = True
 
-    def round(self, stands: Mapping[str, Stand], count: int, order: random.Random) -> Round:
+    workers = True
+    figures = ("per second",)
+    columns = (
+        Column("per second", "per second", ",.0f"),
+        Column("cpu", "CPU, ms"),
+        Column("cpu worker", "main process"),
+        Column("cpu worker pool", "pool"),
+        Column("cpu redis", "Redis"),
+        Column("cpu database", "database"),
+    )
+
+    def round(self, site: Site, stands: Mapping[str, Stand], count: int, order: random.Random) -> Round:
         found: dict[str, Mapping[str, float]] = {}
         for stand in shuffled(stands, order):
-            numbers, _ = stand.publish(count, task=self.task)
+            numbers, _ = stand.publish(count, how="batch", task=self.task)
+            meter = stand.run(numbers)
+            seconds = stand.marks.ran(numbers.start, count).seconds
+            found[stand.subject.name] = per_message({"seconds": seconds, **meter.read()}, count)
+            results, expected = stand.take_results(), count if self.task == "echo" else 0
+            assert results == expected, f"{stand.subject.name} stored {results} results, not {expected}"
+        return found
+
+
+@dataclass(frozen=True)
+class Latency(Measure):
+    """How long it takes from the moment at which a call is due to the body, at a rate that leaves the machine some time.
+
+    Attributes:
+        rate: Calls per second, each due at its time whether or not the ones before are late.
+    """
+
+    rate: float = 200.0
+
+    workers = True
+    figures = ("p50", "p99")
+    columns = (Column("p50", "p50, ms", ".1f"), Column("p99", "p99, ms", ".1f"))
+
+    def round(self, site: Site, stands: Mapping[str, Stand], count: int, order: random.Random) -> Round:
+        found: dict[str, Mapping[str, float]] = {}
+        for stand in shuffled(stands, order):
             assert stand.worker is not None
-            meter = stand.meter()
             stand.worker.resume()
+            numbers, published = stand.publish(count, rate=self.rate)
             stand.wait_for(numbers)
             stand.settle()
             stand.worker.pause()
-            ran = stand.marks.ran(numbers.start, count)
-            found[stand.subject.name] = per_message({"seconds": ran.seconds, **meter.read()}, count)
+            ran = stand.marks.ran(numbers.start, count).at
+            late = sorted((at - published.began - place / self.rate) * 1e3 for place, at in enumerate(ran))
+            found[stand.subject.name] = {"p50": percentile(late, 50), "p99": percentile(late, 99)}
         return found
 
 
@@ -132,14 +204,10 @@ def shuffled(stands: Mapping[str, Stand], order: random.Random) -> list[Stand]:
 
 def per_message(sums: Mapping[str, float], count: int) -> dict[str, float]:
     """What a round came to: messages per second, and milliseconds of CPU for each message, by who computed."""
-    cpu = {f"cpu {name}": seconds / count * 1e3 for name, seconds in sums.items() if name != "seconds"}
-    return {"per second": count / sums["seconds"], **cpu, "cpu": sum(cpu.values())}
+    spent = {name: seconds / count * 1e3 for name, seconds in sums.items() if name != "seconds"}
+    cpu = {f"cpu {name if name in _COMPUTE else 'database'}": milliseconds for name, milliseconds in spent.items()}
+    return {"per second": count / sums["seconds"], "cpu": sum(cpu.values()), **cpu}
 
 
-MEASURES: Mapping[str, Measure] = {
-    measure.name: measure
-    for measure in (
-        Publish("publish", "publish, one `delay` each", 2000),
-        Consume("consume", "consume a no-op, prefork 2", 2000),
-    )
-}
+#: Who computes; whoever else does is a database.
+_COMPUTE = ("producer", "worker", "worker pool", "redis")

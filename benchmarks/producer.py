@@ -10,12 +10,13 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Self
 
-from benchmarks.subjects import Place
+from benchmarks.subjects import Place, subject_named
 from tests.support.worker import ROOT
 
 __all__ = ["Order", "Producer", "Published"]
@@ -26,16 +27,18 @@ class Order:
     """What to publish.
 
     Attributes:
-        how: ``single`` calls, or whatever else :data:`WAYS` has.
+        how: ``single`` calls, one ``group``, or one ``batch``; see :data:`benchmarks.app.WAYS`.
         task: Which task.
         first: The number of the first message.
         count: How many; each has its own number.
+        rate: How many per second, at equal distances; ``None`` for as fast as can be.
     """
 
     how: str
     task: str
     first: int
     count: int
+    rate: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +46,12 @@ class Published:
     """How long it took.
 
     Attributes:
-        seconds: By the clock on the wall.
+        began: By the monotonic clock, which processes of a machine share.
+        seconds: Until the last call had returned.
         cpu: Seconds that the process computed, in all its threads.
     """
 
+    began: float
     seconds: float
     cpu: float
 
@@ -98,6 +103,8 @@ class Producer:
         self._process.stdin.write(json.dumps(asdict(order)) + "\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
+        if not answer:  # its last words come behind the end of its answers
+            self._process.wait(timeout=30)
         assert answer, f"a producer ended:\n{self.log.read_text(errors='replace')[-3000:]}"
         return Published(**json.loads(answer))
 
@@ -105,23 +112,19 @@ class Producer:
 # -- in the process itself -----------------------------------------------------------------------------------------------------
 
 
-def _single(task: Any, numbers: range) -> None:
-    for number in numbers:
-        task.delay(number)
-
-
-#: How messages may be published.
-WAYS: dict[str, Callable[[Any, range], None]] = {"single": _single}
-
-
 def publish(order: Order) -> Published:
     """Publish here and now."""
-    from benchmarks.app import app
+    ways: Any = import_module(subject_named(Place.of_this_process().subject).tasks_module)
+    numbers = range(order.first, order.first + order.count)
+    cpu, began = time.process_time(), time.monotonic()
+    ways.WAYS[order.how](order.task, _paced(numbers, began, order.rate) if order.rate else numbers)
+    return Published(began, time.monotonic() - began, time.process_time() - cpu)
 
-    task, numbers = app.tasks[order.task], range(order.first, order.first + order.count)
-    cpu, began = time.process_time(), time.perf_counter()
-    WAYS[order.how](task, numbers)
-    return Published(time.perf_counter() - began, time.process_time() - cpu)
+
+def _paced(numbers: range, began: float, rate: float) -> Iterator[int]:
+    for place, number in enumerate(numbers):
+        time.sleep(max(began + place / rate - time.monotonic(), 0.0))
+        yield number
 
 
 def main() -> None:

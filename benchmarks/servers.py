@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from tests.support.servers import PrivateMariaDB, PrivatePostgreSQL, PrivateRedis
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-__all__ = ["MariaDB", "PostgreSQL", "Redis"]
+import sqlalchemy as sa
+
+from tests.support.servers import PrivateMariaDB, PrivatePostgreSQL, PrivateRedis, PrivateServer
+
+__all__ = ["MariaDB", "PostgreSQL", "Redis", "no_waiting_for_the_disk"]
 
 # Each server takes the last word of an option that it is given twice.
 
@@ -33,3 +38,25 @@ class Redis(PrivateRedis):
 
     def command(self) -> list[str]:
         return [*super().command(), "--appendfsync", "everysec", "--maxmemory-policy", "noeviction"]
+
+
+@contextmanager
+def no_waiting_for_the_disk(server: PrivateServer | None) -> Iterator[None]:
+    """Have what is committed on connections that are opened meanwhile go to the disk by and by."""
+    match server:
+        case PostgreSQL():
+            off, on = (
+                f"ALTER DATABASE test {what}" for what in ("SET synchronous_commit = off", "RESET synchronous_commit")
+            )
+        case MariaDB():
+            off, on = (f"SET GLOBAL innodb_flush_log_at_trx_commit = {value}" for value in (0, 1))
+        case _:
+            yield
+            return
+    engine = sa.create_engine(server.url, isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
+    with engine.connect() as connection:
+        connection.execute(sa.text(off))
+        try:
+            yield
+        finally:
+            connection.execute(sa.text(on))

@@ -7,16 +7,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from uuid import uuid4
 
 import redis
 import sqlalchemy as sa
 
 from benchmarks.marks import LIMIT, Marks
 from benchmarks.producer import Order, Producer, Published
+from benchmarks.rows import clear
 from benchmarks.servers import MariaDB, PostgreSQL, Redis
-from benchmarks.subjects import Place, Subject
+from benchmarks.subjects import PEERS, PLAIN, STORES, Place, Subject
 from benchmarks.usage import Meter, cpu_seconds
 from celery_idempotent.stores import open_store
+from tests.support.effects import Effects
 from tests.support.servers import PrivateServer
 from tests.support.waiting import wait_until
 from tests.support.worker import WorkerProcess
@@ -26,8 +29,8 @@ __all__ = ["CONCURRENCY", "Site", "Stand", "open_site"]
 #: Processes of a worker's pool.
 CONCURRENCY = 2
 
-#: Where messages wait: Celery's default queue, in a database of the subject's own.
-QUEUE = "celery"
+#: Messages of each task by which a process is warmed up.
+WARM = 300
 
 #: Seconds for tasks that were published to have run.
 PATIENCE = 120.0
@@ -62,7 +65,9 @@ class Stand:
 
     # -- publishing -------------------------------------------------------------------------------------------------------
 
-    def publish(self, count: int, *, how: str = "single", task: str = "noop") -> tuple[range, Published]:
+    def publish(
+        self, count: int, *, how: str = "single", task: str = "noop", rate: float | None = None
+    ) -> tuple[range, Published]:
         """Publish so many messages.
 
         Returns:
@@ -71,11 +76,11 @@ class Stand:
         numbers = range(self._next, self._next + count)
         assert numbers.stop <= LIMIT, "too many messages for one run: fewer rounds, or smaller ones"
         self._next = numbers.stop
-        return numbers, self.producer.publish(Order(how, task, numbers.start, count))
+        return numbers, self.producer.publish(Order(how, task, numbers.start, count, rate))
 
     def waiting(self) -> int:
         """Messages in the queue."""
-        return int(self._redis.llen(QUEUE))
+        return int(self._redis.llen(self.subject.queue))
 
     def discard(self, expected: int) -> None:
         """Empty the queue.
@@ -85,19 +90,14 @@ class Stand:
         """
         found = self.waiting()
         assert found == expected, f"{self.subject.name} was to publish {expected} messages; {found} are in its queue"
-        self._redis.delete(QUEUE)
+        self._redis.delete(self.subject.queue)
 
     def clear(self) -> None:
         """Forget all messages: those in the broker, the locks of some, and the rows of others. There must be no worker."""
         assert self.worker is None
         self._redis.flushdb()
-        if self.place.store is None or self.place.store == self.place.redis:
-            return
-        engine = sa.create_engine(self.place.store, isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
-        with engine.connect() as connection:
-            connection.execute(
-                sa.text("DELETE FROM queue_log" if self.subject.name == "sqlite" else "TRUNCATE queue_log")
-            )
+        if self.place.store is not None:
+            clear(self.place.store)
 
     # -- consuming --------------------------------------------------------------------------------------------------------
 
@@ -106,15 +106,31 @@ class Stand:
         self.worker = WorkerProcess(
             self.directory,
             self.place.environment(),
-            app="benchmarks.app",
+            app=self.subject.worker_app,
             concurrency=CONCURRENCY,
             # Celery's own default. At INFO, two lines for each task would be the most expensive part of it.
-            arguments=["--loglevel=WARNING"],
+            arguments=["--loglevel=WARNING", *self.subject.worker_arguments],
         ).start(wait=False)
-        for task in ("noop", "echo", "keyless"):
-            self.wait_for(self.publish(200, task=task)[0])
+        for task in self.subject.tasks:
+            self.wait_for(self.publish(WARM, task=task)[0])
+        self.settle()
+        self.take_results()
+        self.worker.pause()
+
+    def run(self, numbers: range) -> Meter:
+        """Let the worker go on until it has run these, and has nothing more to do; what it computed meanwhile, and the servers."""
+        assert self.worker is not None
+        meter = self.meter()
+        self.worker.resume()
+        self.wait_for(numbers)
         self.settle()
         self.worker.pause()
+        return meter
+
+    def take_results(self) -> int:
+        """Remove all results from the result backend; how many there were."""
+        keys = list(self._redis.scan_iter("celery-task-meta-*", count=1000))
+        return int(self._redis.delete(*keys)) if keys else 0
 
     def stop_worker(self) -> None:
         """End the worker, if there is one."""
@@ -165,19 +181,63 @@ class Site:
     """Servers and stands.
 
     Attributes:
+        directory: Logs, and the SQLite file.
         servers: By name.
         stands: By subject, plain Celery first.
-        directory: Logs, and the SQLite file.
     """
 
-    servers: dict[str, PrivateServer]
-    stands: dict[str, Stand]
     directory: Path
+    servers: dict[str, PrivateServer]
+    stands: dict[str, Stand] = field(default_factory=dict)
 
     def clear(self) -> None:
         """Forget all messages, of everybody."""
         for stand in self.stands.values():
             stand.clear()
+
+    def broker(self, subject: Subject) -> str:
+        """A subject's database in Redis: its own, so that all can use the names that they use."""
+        url = sa.make_url(self.servers["redis"].url).set(database=str(_DATABASES.index(subject.name)))
+        return url.render_as_string()
+
+    def store(self, subject: Subject) -> str | None:
+        """Where a subject's queue log is, if it has one."""
+        match subject.name:
+            case "sqlite":
+                return f"sqlite:///{self.directory / 'queue_log.db'}"
+            case "redis":
+                return self.broker(subject)
+            case name:
+                return self.servers[name].url if subject.guarded else None
+
+    @contextmanager
+    def stand(self, subject: Subject, *, broker: str | None = None, store: str | None = None) -> Iterator[Stand]:
+        """A stand for a subject, its producer warm.
+
+        Args:
+            subject: Whose.
+            broker: Another way to its broker.
+            store: Another way to its store.
+
+        Raises:
+            AssertionError: Its producer does not publish.
+        """
+        marks = self.directory / f"{subject.name}-{uuid4().hex[:6]}.marks"
+        place = Place(subject.name, broker or self.broker(subject), str(marks), store or self.store(subject))
+        with Producer(place, marks.with_suffix(".producer.log")) as producer:
+            servers = {name: self.servers[name].pid for name in ("redis", subject.name) if name in self.servers}
+            stand = Stand(subject, place, Marks(marks), producer, servers, self.directory)
+            try:
+                for task in subject.tasks:
+                    stand.publish(WARM, task=task)
+                stand.discard(WARM * len(subject.tasks))
+                stand.clear()
+                yield stand
+            finally:
+                stand.stop_worker()
+
+
+_DATABASES = (PLAIN.name, *STORES, *PEERS)
 
 
 @contextmanager
@@ -190,37 +250,18 @@ def open_site(subjects: Sequence[Subject]) -> Iterator[Site]:
     """
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
-        servers: dict[str, PrivateServer] = {"redis": stack.enter_context(Redis())}
+        kinds: dict[str, type[PrivateServer]] = {
+            "redis": Redis,
+            **{subject.name: _SERVERS[subject.name] for subject in subjects if subject.name in _SERVERS},
+        }
+        site = Site(directory, {name: stack.enter_context(kind()) for name, kind in kinds.items()})
         for subject in subjects:
-            if subject.name in _SERVERS:
-                servers[subject.name] = stack.enter_context(_SERVERS[subject.name]())
-        site = Site(servers, {}, directory)
-        for database, subject in enumerate(subjects):
-            site.stands[subject.name] = stand = _stand(stack, site, subject, database)
-            stack.callback(stand.stop_worker)
-            for task in ("noop", "echo", "keyless"):
-                stand.publish(300, task=task)
-            stand.discard(900)
-        site.clear()
+            url = site.store(subject)
+            if url is not None:
+                opened = open_store(url)
+                opened.init()
+                opened.close()
+            if url is not None and subject.has_transactions:
+                Effects(url).close()
+            site.stands[subject.name] = stack.enter_context(site.stand(subject))
         yield site
-
-
-def _stand(stack: ExitStack, site: Site, subject: Subject, database: int) -> Stand:
-    broker = sa.make_url(site.servers["redis"].url).set(database=str(database)).render_as_string()
-    store = None
-    if subject.guarded:
-        own = {"sqlite": f"sqlite:///{site.directory / 'queue_log.db'}", "redis": broker}
-        store = own.get(subject.name) or site.servers[subject.name].url
-        opened = open_store(store)
-        opened.init()
-        opened.close()
-    marks = site.directory / f"{subject.name}.marks"
-    place = Place(subject.name, broker, str(marks), store)
-    return Stand(
-        subject,
-        place,
-        Marks(marks),
-        stack.enter_context(Producer(place, site.directory / f"{subject.name}.producer.log")),
-        {name: site.servers[name].pid for name in ("redis", subject.name) if name in site.servers},
-        site.directory,
-    )

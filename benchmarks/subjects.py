@@ -39,6 +39,30 @@ class Subject:
     kind: Literal["plain", "store", "peer"]
     module: str = "celery"
 
+    #: The module with the tasks, and what ``celery -A`` is given.
+    tasks_module: ClassVar[str] = "benchmarks.app"
+    worker_app: ClassVar[str] = "benchmarks.app"
+    #: Arguments of ``celery worker``.
+    worker_arguments: ClassVar[tuple[str, ...]] = ()
+    #: Where messages wait; Celery's default queue, in a database of the subject's own.
+    queue: ClassVar[str] = "celery"
+    has_groups: ClassVar[bool] = True
+
+    @property
+    def has_transactions(self) -> bool:
+        """Whether there are atomic tasks."""
+        return self.guarded and self.name != "redis"
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks that do nothing, or no more than return a result."""
+        return ("noop", "echo") if self.kind == "peer" else ("noop", "echo", "keyless")
+
+    def environment(self, redis: str) -> dict[str, str]:
+        """What its processes need to find in their environment besides their place."""
+        # On the path before what is installed.
+        return {"PYTHONPATH": os.pathsep.join((str(ROOT), str(_WITHOUT_HIREDIS)))}
+
     @property
     def is_there(self) -> bool:
         """Whether it is installed in this environment."""
@@ -64,6 +88,28 @@ class Subject:
                 return VARIANTS[self.name].task_options
 
 
+class Relier(Subject):
+    """relier: an app of its own, with settings in the environment, and hiredis."""
+
+    tasks_module = "benchmarks.relier_app"
+    worker_app = "relier.tasks.app"
+    worker_arguments = ("--include=benchmarks.relier_app",)
+    queue = "default"
+    # `task.s()` goes past its envelope.
+    has_groups = False
+
+    def environment(self, redis: str) -> dict[str, str]:
+        return {
+            "PYTHONPATH": str(ROOT),
+            "RELIER_REDIS_URL": redis,
+            # Or it refuses whatever is beyond 500 messages per second, which is not what is measured here.
+            "RELIER_ADMISSION_LIMIT": "1000000000",
+            # As for all: what a worker logs at INFO is the most expensive part of a no-op.
+            "RELIER_LOG_LEVEL": "WARNING",
+            "RELIER_SECRET_KEY": "benchmark",
+        }
+
+
 PLAIN = Subject("plain", "plain")
 STORES: Mapping[str, Subject] = {
     name: Subject(name, "store", module)
@@ -75,8 +121,11 @@ STORES: Mapping[str, Subject] = {
     )
 }
 PEERS: Mapping[str, Subject] = {
-    name: Subject(name, "peer", name.replace("-", "_"))
-    for name in ("celery-once", "celery-singleton", "celery-heimdall", "celery-once-task")
+    **{
+        name: Subject(name, "peer", name.replace("-", "_"))
+        for name in ("celery-once", "celery-singleton", "celery-heimdall", "celery-once-task")
+    },
+    "relier": Relier("relier", "peer", "relier"),
 }
 
 
@@ -106,9 +155,8 @@ class Place:
 
     def environment(self) -> dict[str, str]:
         """What a process of the subject needs to find in its environment."""
-        # On the path before what is installed.
-        path = [str(ROOT), str(_WITHOUT_HIREDIS)]
-        return {Place.VARIABLE: json.dumps(asdict(self)), "PYTHONPATH": os.pathsep.join(path)}
+        own = subject_named(self.subject).environment(self.redis)
+        return {Place.VARIABLE: json.dumps(asdict(self)), **own}
 
     @classmethod
     def of_this_process(cls) -> Place:
