@@ -84,6 +84,7 @@ def test_a_restart_under_running_tasks_while_others_wait(
             site.wait_for_starts(result)
         values = [{site.send("echo", number): number for number in range(4)} for site in sites]
 
+        wait_until_on_disk(server, brokers[KINDS.index("quorum")])
         server.kill()
         proxy.close_for_now()
         for worker in workers:
@@ -176,6 +177,18 @@ class TestADeliveryLimitOfOne:
         assert (row.processed_status, row.takeovers) == ("failure", MAX_TAKEOVERS)
         assert str(row.error).startswith("abandoned")
         assert len(site.starts(result)) == MAX_TAKEOVERS + 1
+
+
+def wait_until_on_disk(server: PrivateRabbitMQ, broker: Broker) -> None:
+    """Wait until a quorum queue that was declared just now would be found again after a kill.
+
+    RabbitMQ confirms its messages before it has written down which of its folders they are in, half a second or more later. One that is
+    killed before that starts the queue anew, empty and without a leader (``name_not_registered``, rabbitmq-server issue 15725).
+    """
+    (names,) = server.directory.glob("mnesia/*/quorum/*/names.dets")
+    wait_until(
+        lambda: broker.queue.encode() in names.read_bytes(), timeout=PATIENCE, describe=f"{broker.queue} in {names}"
+    )
 
 
 def waiting(broker: Broker, expected: int) -> int:

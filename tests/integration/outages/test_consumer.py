@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -44,6 +44,11 @@ def row_of(app: Celery, message_id: str, task: str) -> Row:
     return row
 
 
+def done(app: Celery, task: str) -> int:
+    """How many of a task's messages are done."""
+    return sum(1 for _ in app.queue_log.store.rows(RowFilter(task_name=task, status=Status.DONE, limit=1000)))
+
+
 def assert_ran_once_each(app: Celery, ledger: Ledger, task: str, message_ids: list[str]) -> None:
     """The ledger, the table and the broker agree: one run of each, nothing left over."""
     assert sorted(note.message_id or "" for note in ledger.starts(task)) == sorted(message_ids)
@@ -62,6 +67,7 @@ class Caller:
         self.task = task
         self.results: dict[str, AsyncResult[Any]] = {}
         self.refusals = 0
+        self.gives_up = False
         #: Those whose first call got no answer: it may have been recorded by then, without ever having been sent.
         self.doubtful: list[str] = []
 
@@ -73,6 +79,8 @@ class Caller:
                 self.refusals += 1
                 if not error.unsent:
                     self.doubtful.append(message_id)
+                if self.gives_up:
+                    raise
 
     def call_all(self, message_ids: list[str]) -> None:
         for message_id in message_ids:
@@ -80,12 +88,15 @@ class Caller:
 
     @contextmanager
     def calling(self, message_ids: list[str]) -> Iterator[None]:
-        """Call them all beside the block."""
-        thread = threading.Thread(target=self.call_all, args=(message_ids,), daemon=True)
-        thread.start()
-        yield
-        thread.join(60)
-        assert not thread.is_alive(), f"{len(self.results)} of {len(message_ids)} messages were sent"
+        """Call them all beside the block, and let nothing of it outlive that: nobody would close its connection."""
+        with ThreadPoolExecutor(max_workers=1) as beside:
+            calls = beside.submit(self.call_all, message_ids)
+            try:
+                yield
+                calls.result(60)
+            except BaseException:
+                self.gives_up = True
+                raise
 
     def assert_answered(self) -> None:
         # As a caller does who was told that it is not known: call again, which sends it once it is taken for lost.
@@ -233,21 +244,35 @@ def test_a_frozen_server_hangs_nobody_and_loses_nothing(
     start_impatient: StartImpatient,
     ledger: Ledger,
     postgresql: PrivatePostgreSQL,
+    tmp_path: Any,
     task: str,
 ) -> None:
     app = open_app(replace(spec, settings={**spec.settings, "idempotent_lost_after": 2}))
     caller = Caller(app, task)
-    message_ids = [f"m-{number}" for number in range(60)]
-    worker = start_impatient(pool="prefork", concurrency=2)
+    before, meanwhile = [[f"{when}-{number}" for number in range(30)] for when in ("before", "meanwhile")]
+    # Two children are in a body when it freezes, and the third is free to claim: it has run, so its connection is there.
+    worker = start_impatient(pool="prefork", concurrency=3, settings={"task_acks_late": task == "late"})
+    gate = tmp_path / "gate"
+    running = {name: app.tasks["ends"].apply_async((str(gate), "succeed"), message_id=name) for name in ("one", "two")}
+    wait_until(lambda: len(ledger.starts("ends")) == 2, describe="both starts")
+    caller.call_all(before)
+    wait_until(lambda: len(ledger.ends(task)) == len(before), describe="the first runs")
+    wait_until(lambda: done(app, task) == len(before), describe="the ends of their rows")
 
-    with caller.calling(message_ids):
-        wait_until(lambda: len(ledger.ends(task)) >= 10, describe="the first runs")
-        postgresql.pause()
-        wait_for_log(worker, WAITS, count=2)
+    postgresql.pause()
+    gate.touch()
+    by_name = app.send_task(task, ("by name",), message_id="by name")
+    with caller.calling(meanwhile):
+        wait_for_log(worker, f"cannot claim {task}[by name], {WAITS}")
+        wait_for_log(worker, "cannot record a success for ends[", count=len(running))
+        wait_until(lambda: caller.refusals, describe="a refusal")
         postgresql.resume()
 
     caller.assert_answered()
-    assert_ran_once_each(app, ledger, task, message_ids)
+    assert [result.get(timeout=60) for result in running.values()] == ["succeed", "succeed"]
+    assert by_name.get(timeout=60) == "by name"
+    assert_ran_once_each(app, ledger, "ends", list(running))
+    assert_ran_once_each(app, ledger, task, [*before, *meanwhile, "by name"])
 
 
 def test_a_frozen_server_does_not_stop_the_main_process(
