@@ -74,6 +74,8 @@ class UnitOfWork:
         #: The error by which the database ended the transaction, or a statement of it, in favour of another one; or the connection's
         #: end. The body may have caught it, but what it wrote before may be gone.
         self.gave_way: BaseException | None = None
+        #: Whether it was another transaction: the connection did not break.
+        self.collided = False
         #: Whether a commit was asked for, and how it went is not known.
         self.in_doubt = False
         #: The messages that the body sends: recorded in the transaction, published by whoever learns that it has committed.
@@ -272,9 +274,9 @@ class UnitOfWork:
         transaction = self._connection.get_transaction()
         return transaction is not None and transaction.is_active and not self._undone
 
-    def _note(self, error: BaseException) -> None:
-        if self._store.gave_way(error):
-            self.gave_way = self.gave_way or error
+    def _note(self, error: BaseException, *, broken: bool) -> None:
+        if self.gave_way is None and self._store.gave_way(error):
+            self.gave_way, self.collided = error, not broken
 
     def _before_commit(self) -> None:
         if not self._committing:
@@ -317,7 +319,7 @@ def _unit_of(connection: Connection | None) -> UnitOfWork | None:
 def _on_error(context: ExceptionContext) -> None:
     unit = _unit_of(context.connection)
     if unit is not None and context.sqlalchemy_exception is not None:
-        unit._note(context.sqlalchemy_exception)  # noqa: SLF001 - of this module
+        unit._note(context.sqlalchemy_exception, broken=context.is_disconnect)  # noqa: SLF001 - of this module
 
 
 def _on_commit(connection: Connection) -> None:

@@ -176,6 +176,7 @@ class Run:
                 self.unit.flush()
             return value
 
+        longest, collided = 0.0, False
         for number in range(1, RUNS + 1):
             began = time.monotonic()
             try:
@@ -188,6 +189,7 @@ class Run:
                     return self._perform(flushed)
             except NotCommittedError as stopped:
                 error, again = stopped.error, stopped.again and number < RUNS
+                collided = collided or unit.collided
             finally:
                 self.unit = None
             if not again:
@@ -195,19 +197,20 @@ class Run:
             logger.warning(
                 "%s is run again, as its transaction was not committed (run %d of %d): %s", self, number, RUNS, error
             )
-            took = time.monotonic() - began
+            longest = max(longest, time.monotonic() - began)
             time.sleep(random.uniform(0, _FIRST_PAUSE * 2 ** (number - 1)))  # noqa: S311 - spreads contenders
-            self._before_another_run(took)
+            self._before_another_run(longest if collided else 0.0)
         self._finish(self._failed(describe(error)))
         raise error
 
-    def _before_another_run(self, took: float) -> None:
-        """Make sure of the claim, for long enough that no renewal falls into a run that takes as long as the last one.
+    def _before_another_run(self, unrenewed: float) -> None:
+        """Make sure of the claim, for long enough that no renewal falls into a run that takes so many seconds.
 
         A renewal writes the row. Where a transaction's snapshot is fixed (``REPEATABLE READ`` and above on PostgreSQL) it could
-        not complete a row that was written since, and a body longer than a third of its lease never would.
+        not complete a row that was written since, and a body longer than a third of its lease never would. What only lost its
+        connection has the lease that it had: whoever takes over from a process that dies soon after waits for the end of that.
         """
-        lease = self.task.idempotency.lease + 2 * took
+        lease = self.task.idempotency.lease + 2 * unrenewed
         lost = self._write("keep a claim", lambda: self._store.renew([self._claim], lease=lease))
         self._continue(not lost, RunState.CLAIMED)
         self.entered = self.replacing = False

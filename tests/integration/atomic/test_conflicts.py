@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -102,10 +103,30 @@ def test_a_deadlock_runs_the_body_again(here: Here, caught: bool, caplog: pytest
 # -- fixed snapshots ---------------------------------------------------------------------------------------------------
 
 
+OpenFixed = Callable[[str], Here]
+
+
 @pytest.fixture
-def fixed(open_here: Callable[..., Here], store_url: str) -> Iterator[Here]:
+def open_fixed(open_here: Callable[..., Here]) -> Iterator[OpenFixed]:
     """Atomic bodies whose transactions give way when what they write was written since they began to read."""
-    engine = sa.create_engine(store_url)
+    with ExitStack() as stack:
+
+        def open_fixed(url: str) -> Here:
+            engine = fixing_snapshots(url)
+            stack.callback(engine.dispose)
+            return open_here(SQLStore(engine), isolation_level="REPEATABLE READ")
+
+        yield open_fixed
+
+
+@pytest.fixture
+def fixed(open_fixed: OpenFixed, store_url: str) -> Here:
+    return open_fixed(store_url)
+
+
+def fixing_snapshots(url: str) -> sa.Engine:
+    """An engine whose transactions at ``REPEATABLE READ`` do not write what was written since their snapshot."""
+    engine = sa.create_engine(url)
     if engine.dialect.name != "postgresql":
 
         @sa.event.listens_for(engine, "connect")
@@ -114,8 +135,7 @@ def fixed(open_here: Callable[..., Here], store_url: str) -> Iterator[Here]:
             cursor.execute("SET SESSION innodb_snapshot_isolation = ON")
             cursor.close()
 
-    yield open_here(SQLStore(engine), isolation_level="REPEATABLE READ")
-    engine.dispose()
+    return engine
 
 
 @on_servers
@@ -298,6 +318,61 @@ class TestABrokenConnection:
 
         assert done.result.get() == 2
         assert wired.effects.names() == ["paid"]
+
+    def test_leaves_the_lease_as_long_as_it_was(self, wired: Here, wire: Wire) -> None:
+        """A process that dies in the second run is not waited for any longer than one that dies in the first."""
+        left: list[float] = []
+
+        def body(self: IdempotentTask) -> None:
+            began = time.monotonic()
+            self.session.add(Effect(name="paid"))
+            self.session.flush()
+            left.append(wired.row(self).lease_left)
+            if len(left) == 1:
+                wait_until(lambda: time.monotonic() - began > 1.0)
+                wire.cut()
+
+        done = wired.run(body, lease=60.0)
+
+        assert done.row.processed_status is SUCCESS
+        assert len(left) == 2
+        assert 50.0 < left[1] <= 60.0
+
+    @pytest.mark.parametrize(
+        ("ends", "expected"),
+        [
+            # It is the second run, under the lease that it had, which shows that renewals are in its way.
+            (["broken"], ["broken", "renewed", "not renewed"]),
+            (["renewed", "broken"], ["renewed", "broken", "not renewed"]),
+        ],
+        ids=["before a renewal was in the way", "after one was"],
+    )
+    def test_and_renewals_together_do_not_keep_a_body_from_its_end(
+        self, open_fixed: OpenFixed, wire: Wire, ends: Sequence[str], expected: Sequence[str]
+    ) -> None:
+        here = open_fixed(wire.url)
+        runs: list[str] = []
+
+        def body(self: IdempotentTask) -> int:
+            began = time.monotonic()
+            self.session.scalars(sa.select(Effect.value)).all()  # which fixes the snapshot
+            self.session.add(Effect(name="paid"))
+            if ends[len(runs) : len(runs) + 1] == ["broken"]:
+                runs.append("broken")
+                wire.cut()
+                self.session.flush()
+            wait_until(lambda: time.monotonic() - began > 0.5)
+            before = here.row(self)
+            assert here.store.renew([Claim(before.key, before.token)], lease=60.0) == []
+            moved = here.row(self).lease_expires_at != before.lease_expires_at
+            runs.append("renewed" if moved else "not renewed")
+            return len(runs)
+
+        done = here.run(body, lease=60.0)
+
+        assert runs == expected
+        assert done.row.processed_status is SUCCESS
+        assert here.effects.names() == ["paid"]
 
     def test_at_the_commit_is_found_out_about_and_nothing_is_done_again(
         self, wired: Here, wire: Wire, caplog: pytest.LogCaptureFixture
