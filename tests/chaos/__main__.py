@@ -21,7 +21,7 @@ from tests.chaos.site import BROKERS, STORES
 from tests.chaos.variants import VARIANTS
 
 #: Where the library is tried unless one says otherwise.
-PLACES = ("postgresql+redis", "postgresql+rabbitmq", "mariadb+redis")
+PLACES = ("postgresql+redis", "postgresql+rabbitmq", "mariadb+redis", "redis+redis")
 
 
 def main() -> int:
@@ -76,7 +76,7 @@ def _arguments() -> argparse.Namespace:
         "--place",
         action="append",
         choices=[f"{store}+{broker}" for store in STORES for broker in BROKERS],
-        help=f"database and broker; may be given again (by default {', '.join(PLACES)})",
+        help=f"store and broker; may be given again (by default {', '.join(PLACES)})",
     )
     parser.add_argument(
         "--output", type=Path, default=Path("chaos"), help="folder for figures and picture (%(default)s)"

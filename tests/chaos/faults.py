@@ -21,7 +21,7 @@ from kombu import Connection
 from tests.chaos.plan import LEASE, Fault
 from tests.chaos.site import QUEUE, WORKERS, Done, Site
 from tests.support.processes import process_tree, signal_all
-from tests.support.servers import PrivateMariaDB, PrivateRabbitMQ, PrivateServer
+from tests.support.servers import PrivateMariaDB, PrivateRabbitMQ, PrivateRedis, PrivateServer
 from tests.support.worker import WorkerProcess
 
 __all__ = ["Faults"]
@@ -180,7 +180,13 @@ class Faults:
             server.resume()
 
     def _cut_store(self) -> None:
-        with self._noting("cut the store's connections") as note, self._administering() as connection:
+        with self._noting("cut the store's connections") as note:
+            store = self.site.store
+            note.count = _cut_redis(store) if isinstance(store, PrivateRedis) else self._cut_database()
+
+    def _cut_database(self) -> int:
+        count = 0
+        with self._administering() as connection:
             if isinstance(self.site.store, PrivateMariaDB):
                 ids = connection.execute(
                     sa.text("SELECT id FROM information_schema.processlist WHERE id <> connection_id() AND db = 'test'")
@@ -188,9 +194,9 @@ class Faults:
                 for number in list(ids):
                     with suppress(sa.exc.DBAPIError):  # it has gone by itself
                         connection.execute(sa.text(f"KILL {number}"))
-                        note.count += 1
+                        count += 1
             else:
-                note.count = len(
+                count = len(
                     connection.execute(
                         sa.text(
                             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
@@ -198,6 +204,7 @@ class Faults:
                         )
                     ).all()
                 )
+        return count
 
     @contextmanager
     def _administering(self) -> Iterator[sa.Connection]:
@@ -211,8 +218,7 @@ class Faults:
             if isinstance(broker, PrivateRabbitMQ):
                 broker.run(RABBITMQCTL, "--quiet", "close_all_connections", "chaos")
             else:
-                with redis.Redis.from_url(broker.url) as client:
-                    note.count = sum(int(client.client_kill_filter(_type=kind)) for kind in ("normal", "pubsub"))
+                note.count = _cut_redis(broker)
 
     # -- copies -----------------------------------------------------------------------------------------------------------
 
@@ -233,6 +239,11 @@ class Faults:
             for message in found:
                 client.lpush(QUEUE, message)
             return len(found)
+
+
+def _cut_redis(server: PrivateServer) -> int:
+    with redis.Redis.from_url(server.url) as client:
+        return sum(int(client.client_kill_filter(_type=kind)) for kind in ("normal", "pubsub"))
 
 
 def _copy_on_rabbitmq(url: str, wanted: int) -> int:

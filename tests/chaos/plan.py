@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
-__all__ = ["FAULTS", "KILLS", "LEASE", "Fault", "Plan", "Sending", "Step", "make_plan", "message_id"]
+__all__ = ["FAULTS", "KILLS", "LEASE", "TRANSACTIONS", "Fault", "Plan", "Sending", "Step", "make_plan", "message_id"]
 
 #: Seconds. Some bodies take longer.
 LEASE = 6.0
@@ -32,6 +32,9 @@ SENDINGS: Mapping[str, int] = {
     "atomic": 10,
     "outbox": 10,
 }
+
+#: Those that need a database for the store: what they write is committed with their message.
+TRANSACTIONS = frozenset({"atomic", "outbox"})
 
 #: Of each kind of fault that kills: how many in a hundred kills.
 KILLS: Mapping[str, int] = {
@@ -166,19 +169,21 @@ class Plan:
         return {sending.key for sending in self.sendings if sending.rolled_back}
 
 
-def make_plan(seed: int, *, tasks: int, kills: int) -> Plan:
+def make_plan(seed: int, *, tasks: int, kills: int, transactions: bool = True) -> Plan:
     """Make a plan.
 
     Args:
         seed: The same seed makes the same plan.
         tasks: Messages to send at least, those of canvases and the callers' second calls not counted twice.
         kills: Processes killed: pool children, whole workers, main processes, senders.
+        transactions: Whether :data:`TRANSACTIONS` are among what is sent.
     """
     rng = random.Random(seed)
+    kinds_sent = {kind: share for kind, share in SENDINGS.items() if transactions or kind not in TRANSACTIONS}
     sendings: list[Sending] = []
     steps = 0
     while steps < tasks:
-        sending = _sending(rng, len(sendings))
+        sending = _sending(rng, len(sendings), kinds_sent)
         sendings.append(sending)
         steps += len(sending.steps())
     kinds = [*islice(_shares(KILLS), kills)] if kills else []
@@ -193,8 +198,8 @@ def make_plan(seed: int, *, tasks: int, kills: int) -> Plan:
     return Plan(seed, tuple(sendings), tuple(faults))
 
 
-def _sending(rng: random.Random, number: int) -> Sending:
-    (kind,) = rng.choices(list(SENDINGS), list(SENDINGS.values()))
+def _sending(rng: random.Random, number: int, shares: Mapping[str, int]) -> Sending:
+    (kind,) = rng.choices(list(shares), list(shares.values()))
     quick = rng.choice((0.0, 0.0, 0.01, 0.05))
     seconds = {
         # One in eight outlives its lease.

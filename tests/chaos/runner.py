@@ -94,9 +94,9 @@ def run(
         NotInstalledError: A server's programs are not on this machine.
         AssertionError: A server, a worker or the sender did not do what it is there for; that is no verdict.
     """
-    plan = make_plan(seed, tasks=tasks, kills=kills)
-    steps, rolled_back = plan.steps(), plan.rolled_back()
     with open_site(directory, variant=VARIANTS[variant], store=store, broker=broker) as site:
+        plan = make_plan(seed, tasks=tasks, kills=kills, transactions=site.transactions)
+        steps, rolled_back = plan.steps(), plan.rolled_back()
         faults = Faults(site, seed)
         site.start_sender(plan, tasks=tasks, kills=kills)
         began = time.time()

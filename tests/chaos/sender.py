@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -45,20 +45,21 @@ class Orders:
     """What a sender is told.
 
     Attributes:
-        seed, tasks, kills: What its plan is made of.
+        seed, tasks, kills, transactions: What its plan is made of.
         directory: Where its journal is, and the file that says how far it may go.
     """
 
     seed: int
     tasks: int
     kills: int
+    transactions: bool
     directory: str
 
     VARIABLE = "CELERY_IDEMPOTENT_CHAOS_SENDER"
 
     def environment(self) -> dict[str, str]:
         """What the sender needs to find in its environment."""
-        return {self.VARIABLE: json.dumps([self.seed, self.tasks, self.kills, self.directory])}
+        return {self.VARIABLE: json.dumps(astuple(self))}
 
     @classmethod
     def from_environment(cls) -> Self:
@@ -111,7 +112,7 @@ def main() -> None:
     orders = Orders.from_environment()
     spec = AppSpec.from_environment(os.environ)
     app = spec.build()
-    plan = make_plan(orders.seed, tasks=orders.tasks, kills=orders.kills)
+    plan = make_plan(orders.seed, tasks=orders.tasks, kills=orders.kills, transactions=orders.transactions)
     sent = {note.number for note in journal(orders.journal)}
     ended = _Ended(Path(spec.ledger))
     books = Books(app.conf[BOOKS], pooled=True)

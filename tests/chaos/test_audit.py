@@ -9,7 +9,7 @@ import pytest
 
 from celery_idempotent.decision import MAX_TAKEOVERS
 from tests.chaos.audit import Audit, Committed, Outcome, Run, audit, runs_of
-from tests.chaos.plan import FAULTS, KILLS, LEASE, SENDINGS, Step, make_plan
+from tests.chaos.plan import FAULTS, KILLS, LEASE, SENDINGS, TRANSACTIONS, Step, make_plan
 from tests.chaos.site import Done
 from tests.support.ledger import Entry
 
@@ -240,6 +240,11 @@ class TestPlan:
     def test_the_same_seed_makes_the_same_plan(self) -> None:
         assert make_plan(5, tasks=300, kills=20) == make_plan(5, tasks=300, kills=20)
         assert make_plan(5, tasks=300, kills=20) != make_plan(6, tasks=300, kills=20)
+
+    def test_leaves_out_what_needs_transactions_where_there_are_none(self) -> None:
+        plan = make_plan(7, tasks=2000, kills=25, transactions=False)
+        assert {sending.kind for sending in plan.sendings} == {*SENDINGS} - TRANSACTIONS
+        assert plan.rolled_back() == set()
 
     def test_a_plan_has_what_it_was_asked_for_and_some_of_each_kind(self) -> None:
         plan = make_plan(7, tasks=2000, kills=25)

@@ -15,9 +15,10 @@ from tests.support.servers import NotInstalledError
 
 @pytest.mark.timeout(500)
 @pytest.mark.xdist_group("chaos")
-def test_a_short_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("store", ["postgresql", "redis"])
+def test_a_short_run(tmp_path: Path, store: str) -> None:
     try:
-        chaos = run(tmp_path, seed=20, tasks=400, kills=10, store="postgresql", broker="redis")
+        chaos = run(tmp_path, seed=20, tasks=400, kills=10, store=store, broker="redis")
     except NotInstalledError as error:
         missing("a private server", str(error))
 
@@ -26,9 +27,10 @@ def test_a_short_run(tmp_path: Path) -> None:
     assert set(chaos.faults) >= {*FAULTS, "kill a child", "kill a worker"}
     assert chaos.audit.sent >= 400
     assert chaos.audit.again
-    assert chaos.audit.effects > 10
-    assert chaos.audit.orders > 10
-    assert chaos.plan.rolled_back()
+    if store != "redis":  # which has no transactions to share
+        assert chaos.audit.effects > 10
+        assert chaos.audit.orders > 10
+        assert chaos.plan.rolled_back()
     write([chaos], tmp_path / "chaos.json")
     plot([chaos], tmp_path / "chaos.png")
     assert (tmp_path / "chaos.png").stat().st_size > 10_000
