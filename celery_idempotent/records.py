@@ -10,8 +10,10 @@ from datetime import datetime
 from enum import StrEnum
 
 __all__ = [
+    "FORGOTTEN",
     "Claim",
     "Claimed",
+    "Condition",
     "Found",
     "Holder",
     "MessageKey",
@@ -41,6 +43,10 @@ class Note(StrEnum):
 
     IGNORED = "ignored"  # the body raised Ignore
     REPLACED = "replaced"  # the body replaced itself, and another task answers under its Celery id
+
+
+#: What is left in ``error`` of a row that an operator had forgotten.
+FORGOTTEN = "forgotten"
 
 
 class ProcessedStatus(StrEnum):
@@ -201,14 +207,22 @@ class RowFilter:
         task_name: Exact task name, or a pattern with ``*`` and ``?``.
         status: Only rows in this status.
         processed_status: Only rows that ended so.
+        error: Exact text of the error, or a pattern with ``*`` and ``?``.
+        older_than: Only rows of at least this age in seconds: since the message was done, or if it is not, since it was recorded.
+        newer_than: Only rows of less than this age in seconds.
         limit: At most so many rows, newest first; > 0.
+        oldest_first: Whether the oldest come first instead. Either way by when they were recorded.
     """
 
     message_id: str | None = None
     task_name: str | None = None
     status: Status | None = None
     processed_status: ProcessedStatus | None = None
+    error: str | None = None
+    older_than: float | None = None
+    newer_than: float | None = None
     limit: int = 100
+    oldest_first: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,3 +234,22 @@ class TaskCount:
     processed_status: ProcessedStatus | None
     rows: int
     duplicates: int
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """How the queue log stands at ``read_at``: what is waiting, and whether anybody recovers and purges it.
+
+    Attributes:
+        read_at: The store's clock.
+        last_due: When the last of the messages is due that the broker has and that are not due yet; ``None`` when there is none.
+        lapsed_since: When that lease ran out, of those whose message nobody has published again since, that ran out first.
+        unsent_since: When the oldest message was recorded that was never handed to the broker, and that nobody is publishing.
+        done_since: When the oldest message that may be purged was done.
+    """
+
+    read_at: datetime
+    last_due: datetime | None = None
+    lapsed_since: datetime | None = None
+    unsent_since: datetime | None = None
+    done_since: datetime | None = None

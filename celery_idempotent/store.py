@@ -9,13 +9,14 @@ no answer (nothing is known to have been written, and the call may be repeated) 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Protocol
 
 from celery_idempotent.records import (
     Claim,
     Claimed,
+    Condition,
     Found,
     Holder,
     MessageKey,
@@ -397,6 +398,45 @@ class Store(Protocol):
         """How many rows stand where, by task; ordered by task name, status and processed status."""
         ...
 
+    def forget(self, row: Row) -> bool:
+        """Empty a row and free its id, whatever its status: the next message under it is new.
+
+        What was in it (message, result, fingerprint, error) is gone. The row itself stays until it is purged, as ``done``/``failure``
+        with the error ``forgotten``, because its token must outlive it: a run of the old message that still lives stays fenced, and
+        is told at its end that its claim is lost.
+
+        Hazard: a copy of the message that the broker still has runs, as if it were new.
+
+        Args:
+            row: The row as it was read.
+
+        Returns:
+            Whether the row still stood as read (same status, token and task id).
+
+        Atomicity: one statement.
+        """
+        ...
+
+    def purgeable(self, *, older_than: float) -> int:
+        """How many rows :meth:`purge` would delete now, if it had no limit."""
+        ...
+
+    def condition(self) -> Condition:
+        """What is waiting, and for how long. One statement; it reads what is not done, and the oldest of what is.
+
+        Nothing is made: where the schema is made on first use, ask :meth:`inspect` before.
+        """
+        ...
+
+    def configuration(self) -> Mapping[str, str]:
+        """The server's settings that what the store promises depends on, by its own names for them. Nothing is written or made.
+
+        Returns:
+            As many of them as the server tells this account; none if it tells nothing. Of a cluster, what a node says that differs is
+            there once more, with the node in brackets behind the name.
+        """
+        ...
+
     # -- life cycle ----------------------------------------------------------------------------------------------------
 
     def init(self) -> bool:
@@ -412,6 +452,17 @@ class Store(Protocol):
 
     def check(self) -> None:
         """Reach the store and compare its schema with this version's.
+
+        Raises:
+            SchemaError: The table is missing, or lacks columns.
+        """
+        ...
+
+    def inspect(self) -> bool:
+        """Do what :meth:`check` does, and make nothing and write nothing where that makes what is missing.
+
+        Returns:
+            Whether the schema is there. ``False`` only from a store that makes it on first use: then it is not missing.
 
         Raises:
             SchemaError: The table is missing, or lacks columns.

@@ -23,6 +23,7 @@ from redis.exceptions import (
 from celery_idempotent.stores.redis.address import Address
 from celery_idempotent.stores.redis.connection import AT_ONCE, On, Server, connect
 from celery_idempotent.stores.redis.layout import Layout, slot
+from celery_idempotent.stores.redis.rows import Argument
 from celery_idempotent.stores.redis.wires import Call, NoConnectionError, Opened, Place, Wire, Wires, ask, hear, load
 
 __all__ = ["Cluster"]
@@ -99,6 +100,13 @@ class _OnCluster(On):
             self.partly = not all(isinstance(answer, Exception) for answer in answers)
             raise NoConnectionError("a part of it is being moved to another node")
         return self._all_good(answers)
+
+    def command_each(self, commands: Sequence[Sequence[Argument]]) -> dict[str, list[Any]]:
+        nodes = dict.fromkeys(self._cluster.node_of(tag, self._wires.opened) for tag in self.layout.tags)
+        wires = {f"{host}:{port}": self._wires.to((host, port)) for host, port in nodes}
+        for wire in wires.values():
+            ask(wire, commands)
+        return {name: hear(wire, len(commands)) for name, wire in wires.items()}
 
     def _exchange(self, calls: Sequence[Call], places: Sequence[int]) -> list[tuple[int, Any]]:
         """Make calls on all nodes that they concern, in one round trip."""

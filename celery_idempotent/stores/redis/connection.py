@@ -38,7 +38,9 @@ from celery_idempotent.stores.redis.wires import (
     Place,
     Wire,
     Wires,
+    ask,
     exchange,
+    hear,
     load,
 )
 
@@ -83,6 +85,10 @@ class On(ABC):
             calls: In this order.
             at_one_moment: Whether nobody else's may come between them, where one server has them all.
         """
+
+    @abstractmethod
+    def command_each(self, commands: Sequence[Sequence[Argument]]) -> dict[str, list[Any]]:
+        """Give commands to every server in one round trip; what each answers, by its name. A refusal is an answer too."""
 
     def call(self, script: Script, ident: bytes, *arguments: Argument) -> Any:
         """Call a script for one message."""
@@ -151,6 +157,11 @@ class _OnServer(On):
             for place, answer in zip(unknown, repeated, strict=True):
                 answers[place] = answer
         return self._all_good(answers)
+
+    def command_each(self, commands: Sequence[Sequence[Argument]]) -> dict[str, list[Any]]:
+        wire = self._wires.to(THE_SERVER)
+        ask(wire, commands)
+        return {"": hear(wire, len(commands))}
 
 
 class Server:

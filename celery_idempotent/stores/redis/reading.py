@@ -12,6 +12,7 @@ import heapq
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from celery_idempotent.errors import StoreError
 from celery_idempotent.records import MessageKey, ProcessedStatus, Row, RowFilter, Status, TaskCount
@@ -39,16 +40,17 @@ _RECENT = Script("return redis.call('ZREVRANGE', tag .. ':recent', 0, ARGV[1] - 
 
 _QUEUES = Script("return redis.call('SMEMBERS', tag .. ':queues')")
 
-# Where to go on; and of each row its identity, both statuses, its duplicates and when it was recorded.
+# Where to go on; and of each row its identity, both statuses, its duplicates, when it was recorded, its age, and if asked for its error.
 _LOOK = Script("""
 local found = redis.call('ZSCAN', tag .. ARGV[1], ARGV[2], 'COUNT', 500)
 local looked = {}
 for i = 1, #found[2], 2 do
   local ident = found[2][i]
   local row = redis.call('HMGET', tag .. ':row:' .. ident,
-    'status', 'processed_status', 'duplicates', 'created_timestamp')
+    'status', 'processed_status', 'duplicates', 'created_timestamp', 'processed_timestamp', ARGV[3])
   if row[1] then
-    looked[#looked + 1] = {ident, row[1], row[2] or '', row[3] or '0', row[4] or '0'}
+    local since = tonumber(row[5] or row[4] or 0)
+    looked[#looked + 1] = {ident, row[1], row[2] or '', row[3] or '0', row[4] or '0', at(now - since), row[6] or ''}
   end
 end
 return {found[1], looked}
@@ -66,21 +68,24 @@ def find(on: On, key: MessageKey) -> Row | None:
 
 
 def rows(on: On, where: RowFilter) -> list[Row]:
-    """Rows that match, newest first, without what is large."""
-    matches_id, matches_task = _matches(where.message_id), _matches(where.task_name)
-    newest: dict[bytes, int] = {}
-    for ident, status, processed, _, created in _look(on, where.status):
-        key = key_of(ident)
+    """Rows that match, in the order asked for, without what is large."""
+    matches_id, matches_task, matches_error = map(_matches, (where.message_id, where.task_name, where.error))
+    chosen: dict[bytes, int] = {}
+    for seen in _look(on, where.status, error=where.error is not None):
+        key = key_of(seen.ident)
         if (
             matches_id(key.message_id)
             and matches_task(key.task_name)
-            and where.status in {None, status}
-            and where.processed_status in {None, processed}
+            and where.status in {None, seen.status}
+            and where.processed_status in {None, seen.processed_status}
+            and (where.older_than is None or seen.age >= where.older_than)
+            and (where.newer_than is None or seen.age < where.newer_than)
+            and (where.error is None or (seen.error != "" and matches_error(seen.error)))
         ):
-            newest[ident] = created
-            if len(newest) >= 2 * where.limit + 1000:
-                newest = dict(_newest(newest, where.limit))
-    return fetch(on, [ident for ident, _ in _newest(newest, where.limit)], _FETCH_SMALL)
+            chosen[seen.ident] = seen.created
+            if len(chosen) >= 2 * where.limit + 1000:
+                chosen = dict(_first(chosen, where))
+    return fetch(on, [ident for ident, _ in _first(chosen, where)], _FETCH_SMALL)
 
 
 def newest(on: On, *, limit: int) -> list[Row]:
@@ -96,16 +101,30 @@ def counts(on: On) -> list[TaskCount]:
     """How many rows stand where."""
     rows: Counter[tuple[str, Status, ProcessedStatus | None]] = Counter()
     duplicates: Counter[tuple[str, Status, ProcessedStatus | None]] = Counter()
-    for ident, status, processed, copies, _ in _look(on, None):
-        kind = (key_of(ident).task_name, status, processed)
+    for seen in _look(on, None):
+        kind = (key_of(seen.ident).task_name, seen.status, seen.processed_status)
         rows[kind] += 1
-        duplicates[kind] += copies
+        duplicates[kind] += seen.duplicates
     counts = [TaskCount(*kind, rows=number, duplicates=duplicates[kind]) for kind, number in rows.items()]
     return sorted(counts, key=lambda count: (count.task_name, count.status, count.processed_status or ""))
 
 
-def _look(on: On, status: Status | None) -> Iterator[tuple[bytes, Status, ProcessedStatus | None, int, int]]:
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What a look at a row tells of it; its age in seconds, and its error if that was asked for."""
+
+    ident: bytes
+    status: Status
+    processed_status: ProcessedStatus | None
+    duplicates: int
+    created: int
+    age: float
+    error: str
+
+
+def _look(on: On, status: Status | None, *, error: bool = False) -> Iterator[_Seen]:
     """Every row of a status, or at all, a few hundred at a time."""
+    column = b"error" if error else b"status"
     for shard in range(SHARDS):
         indexes: list[bytes] = []
         for each in Status if status is None else (status,):
@@ -116,11 +135,19 @@ def _look(on: On, status: Status | None) -> Iterator[tuple[bytes, Status, Proces
         for index in indexes:
             cursor: bytes | None = b"0"
             while cursor is not None:
-                ((cursor, found),) = on.call_each(_LOOK, [(shard, (index, cursor or b"0"))])
+                ((cursor, found),) = on.call_each(_LOOK, [(shard, (index, cursor or b"0", column))])
                 for ident, *columns in found:
                     if ident not in seen:
                         seen.add(ident)
-                        yield (ident, *_statuses(ident, columns[0], columns[1]), int(columns[2]), int(columns[3]))
+                        duplicates, created, age, text = columns[2:]
+                        yield _Seen(
+                            ident,
+                            *_statuses(ident, columns[0], columns[1]),
+                            int(duplicates),
+                            int(created),
+                            int(age) / 1_000_000,
+                            text.decode("utf-8", "surrogatepass") if error else "",
+                        )
                 if cursor == b"0":
                     cursor = None
 
@@ -136,9 +163,10 @@ def _statuses(ident: bytes, status: bytes, processed: bytes) -> tuple[Status, Pr
         ) from None
 
 
-def _newest(created: dict[bytes, int], limit: int) -> list[tuple[bytes, int]]:
-    """The rows that were recorded last, the last one first."""
-    return heapq.nsmallest(limit, created.items(), key=lambda item: (-item[1], item[0]))
+def _first(created: dict[bytes, int], where: RowFilter) -> list[tuple[bytes, int]]:
+    """The rows that come first, in their order."""
+    sign = 1 if where.oldest_first else -1
+    return heapq.nsmallest(where.limit, created.items(), key=lambda item: (sign * item[1], item[0]))
 
 
 def _matches(pattern: str | None) -> Callable[[str], bool]:

@@ -18,6 +18,7 @@ __all__ = [
     "message_arguments",
     "moment",
     "optional",
+    "optional_moment",
     "row_of",
     "storable",
 ]
@@ -123,6 +124,11 @@ def row_of(key: MessageKey, answer: Sequence[Any]) -> Row:
             f"the queue log's row of {key.message_id!r} and {key.task_name!r} is damaged ({type(error).__name__}: {error}); "
             f"correct the row, or delete it"
         ) from None
+
+
+def optional_moment(value: bytes) -> datetime | None:
+    """A moment as a script tells it; empty for none."""
+    return _datetime(value) if value else None
 
 
 def held_by(row: Row, holder: Holder) -> bool:

@@ -4,13 +4,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 
 from celery_idempotent.errors import SchemaError
 from celery_idempotent.records import (
     Claim,
     Claimed,
+    Condition,
     Found,
     Holder,
     MessageKey,
@@ -22,7 +23,7 @@ from celery_idempotent.records import (
     Taken,
     TaskCount,
 )
-from celery_idempotent.stores.redis import claims, endings, producer, reading, recovering
+from celery_idempotent.stores.redis import claims, endings, operating, producer, reading, recovering
 from celery_idempotent.stores.redis.address import parse
 from celery_idempotent.stores.redis.cluster import Cluster
 from celery_idempotent.stores.redis.connection import On, Server
@@ -42,6 +43,8 @@ _INIT = Script("""
 local made = redis.call('SETNX', tag .. ':layout', ARGV[1])
 return {made, redis.call('GET', tag .. ':layout')}
 """)
+
+_VERSION = Script("return {redis.call('GET', tag .. ':layout')}")
 
 
 class RedisStore:
@@ -193,6 +196,18 @@ class RedisStore:
     def counts(self) -> list[TaskCount]:
         return self._run(lambda on, _: reading.counts(on))
 
+    def forget(self, row: Row) -> bool:
+        return self._run(lambda on, again: operating.forget(on, row, again=again))
+
+    def purgeable(self, *, older_than: float) -> int:
+        return self._run(lambda on, _: operating.purgeable(on, older_than=older_than))
+
+    def condition(self) -> Condition:
+        return self._run(lambda on, _: operating.condition(on), prepared=False)
+
+    def configuration(self) -> Mapping[str, str]:
+        return self._run(lambda on, _: operating.configuration(on), prepared=False)
+
     # -- life cycle ----------------------------------------------------------------------------------------------------
 
     def init(self) -> bool:
@@ -201,15 +216,24 @@ class RedisStore:
     def check(self) -> None:
         self._run(lambda on, _: self._init(on), prepared=False)
 
+    def inspect(self) -> bool:
+        ((version,),) = self._run(lambda on, _: on.call_each(_VERSION, [(0, ())]), prepared=False)
+        self._verify(version)
+        return version is not None
+
     def close(self) -> None:
         self._server.close()
 
     def _init(self, on: On) -> bool:
         """Mark the layout as this version's, unless it is marked; whether that was done now."""
         ((made, version),) = on.call_each(_INIT, [(0, (VERSION,))])
-        if version != VERSION:
+        self._verify(version)
+        return bool(made)
+
+    def _verify(self, version: bytes | None) -> None:
+        if version not in {None, VERSION}:
+            assert version is not None
             raise SchemaError(
                 f"the queue log at {self._server} has layout {version.decode(errors='replace')}, and this version of celery-idempotent "
                 f"reads and writes layout {VERSION.decode()}: use the version that wrote it, or another table"
             )
-        return bool(made)

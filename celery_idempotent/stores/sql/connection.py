@@ -84,7 +84,15 @@ class Database:
         self._inherited_pools: list[Pool] = []
 
     def __str__(self) -> str:
-        return masked(self._target.url if isinstance(self._target, Engine) else self._target)
+        return masked(self._url)
+
+    @property
+    def _url(self) -> URL:
+        return self._target.url if isinstance(self._target, Engine) else self._target
+
+    def exists(self) -> bool:
+        """Whether there is a database to connect to; ``False`` only where connecting would make it."""
+        return self._dialect.exists(self._url)
 
     @property
     def engine(self) -> Engine:

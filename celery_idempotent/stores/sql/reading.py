@@ -5,7 +5,7 @@ from __future__ import annotations
 from sqlalchemy import ColumnElement, Connection, Table, func, select
 
 from celery_idempotent.records import MessageKey, Row, RowFilter, Status, TaskCount
-from celery_idempotent.stores.sql.clock import Now
+from celery_idempotent.stores.sql.clock import FromNow, Now, seconds
 from celery_idempotent.stores.sql.columns import Lookup, row_of, statuses_of
 from celery_idempotent.stores.sql.dialects import Dialect
 
@@ -23,7 +23,10 @@ class Reading:
         self._dialect = dialect
         self._read = Lookup(table)
         small = select(*(column for column in table.c if column.name not in _LARGE), Now().label("read_at"))
-        self._rows = small.order_by(table.c.created_timestamp.desc(), table.c.message_id, table.c.task_name)
+        recorded, key = table.c.created_timestamp, (table.c.message_id, table.c.task_name)
+        self._newest_first = small.order_by(recorded.desc(), *key)
+        self._oldest_first = small.order_by(recorded, *key)
+        self._since = func.coalesce(table.c.processed_timestamp, recorded)
         self._ended = small.where(
             table.c.processed_timestamp.is_not(None),
             # Null if it ended without having run.
@@ -39,8 +42,8 @@ class Reading:
         return self._read(connection, key)
 
     def rows(self, connection: Connection, where: RowFilter) -> list[Row]:
-        """Rows that match, newest first, without what is large."""
-        listed = self._rows.limit(where.limit)
+        """Rows that match, in the order asked for, without what is large."""
+        listed = (self._oldest_first if where.oldest_first else self._newest_first).limit(where.limit)
         if where.message_id is not None:
             listed = listed.where(self._matches(self._table.c.message_id, where.message_id))
         if where.task_name is not None:
@@ -51,7 +54,14 @@ class Reading:
                 listed = listed.where(self._table.c.processed_timestamp.is_(None))
         if where.processed_status is not None:
             listed = listed.where(self._table.c.processed_status == where.processed_status.value)
-        return [row_of(read) for read in connection.execute(listed).mappings()]
+        if where.error is not None:
+            listed = listed.where(self._matches(self._dialect.exact(self._table.c.error), where.error))
+        ages: dict[str, float] = {}
+        if where.older_than is not None:
+            listed, ages["p_older"] = listed.where(self._since <= FromNow(seconds("p_older"))), -where.older_than
+        if where.newer_than is not None:
+            listed, ages["p_newer"] = listed.where(self._since > FromNow(seconds("p_newer"))), -where.newer_than
+        return [row_of(read) for read in connection.execute(listed, ages).mappings()]
 
     def newest(self, connection: Connection, *, limit: int) -> list[Row]:
         """Rows that were claimed, of either end of what there is an index of."""

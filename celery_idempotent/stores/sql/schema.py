@@ -11,7 +11,7 @@ from sqlalchemy.schema import CreateIndex, CreateTable
 
 from celery_idempotent.errors import SchemaError
 
-__all__ = ["create", "verify"]
+__all__ = ["create", "is_there", "verify"]
 
 _INIT = "`celery -A proj idempotent init`"
 
@@ -30,6 +30,11 @@ def verify(connection: Connection, table: Table) -> None:
             f"the table {table.fullname} lacks {', '.join(missing)}: it is not of this version and was not touched; "
             f"add the columns by a migration, or rename it and run {_INIT}"
         )
+
+
+def is_there(connection: Connection, table: Table) -> bool:
+    """Whether there is a table of that name, whatever its columns."""
+    return _missing_columns(connection, table) is not None
 
 
 def create(connection: Connection, table: Table) -> bool:

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from datetime import datetime
 
@@ -13,6 +13,7 @@ from sqlalchemy import URL, Connection, Engine, MetaData
 from celery_idempotent.records import (
     Claim,
     Claimed,
+    Condition,
     Found,
     Holder,
     MessageKey,
@@ -31,6 +32,7 @@ from celery_idempotent.stores.sql.columns import AT_ONCE
 from celery_idempotent.stores.sql.connection import Database
 from celery_idempotent.stores.sql.dialects import dialect_named
 from celery_idempotent.stores.sql.endings import Endings
+from celery_idempotent.stores.sql.operating import Operating
 from celery_idempotent.stores.sql.producer import Producer
 from celery_idempotent.stores.sql.reading import Reading
 from celery_idempotent.stores.sql.recovering import Recovering
@@ -65,7 +67,7 @@ class SQLStore:
         dialect = dialect_named(target.dialect.name if isinstance(target, Engine) else target.get_backend_name())
         namespace, _, name = table.rpartition(".")
         self._table = queue_log_table(MetaData(), name, schema=namespace or None)
-        self._creates_table = dialect.creates_table
+        self._dialect = dialect
         self._database = Database(target, dialect, self._prepare)
         self._run = self._database.run
         self._producer = Producer(self._table, dialect)
@@ -73,6 +75,7 @@ class SQLStore:
         self._endings = Endings(self._table)
         self._reading = Reading(self._table, dialect)
         self._recovering = Recovering(self._table, dialect)
+        self._operating = Operating(self._table)
         self._in_transaction = False
 
     def __repr__(self) -> str:
@@ -239,6 +242,20 @@ class SQLStore:
     def counts(self) -> list[TaskCount]:
         return self._run(lambda on, _: self._reading.counts(on), patient=True)
 
+    def forget(self, row: Row) -> bool:
+        return self._run(lambda on, again: self._operating.forget(on, row, again=again))
+
+    def purgeable(self, *, older_than: float) -> int:
+        return self._run(lambda on, _: self._operating.purgeable(on, older_than=older_than), patient=True)
+
+    def condition(self) -> Condition:
+        return self._run(lambda on, _: self._operating.condition(on), prepared=False, patient=True)
+
+    def configuration(self) -> Mapping[str, str]:
+        return self._run(
+            lambda on, _: {name: str(value) for name, value in on.execute(self._dialect.configuration)}, prepared=False
+        )
+
     # -- life cycle ----------------------------------------------------------------------------------------------------
 
     def init(self) -> bool:
@@ -247,11 +264,22 @@ class SQLStore:
     def check(self) -> None:
         self._run(lambda on, _: self._prepare(on), prepared=False)
 
+    def inspect(self) -> bool:
+        if not self._database.exists():
+            return False
+        return self._run(lambda on, _: self._inspect(on), prepared=False)
+
     def close(self) -> None:
         self._database.close()
 
     def _prepare(self, connection: Connection) -> None:
-        if self._creates_table:
+        if self._dialect.creates_table:
             schema.create(connection, self._table)
         else:
             schema.verify(connection, self._table)
+
+    def _inspect(self, connection: Connection) -> bool:
+        if self._dialect.creates_table and not schema.is_there(connection, self._table):
+            return False
+        schema.verify(connection, self._table)
+        return True

@@ -121,10 +121,15 @@ def find(store: Store) -> Callable[[], object]:
     return partial(store.find, KEY)
 
 
+def forget(store: Store) -> Callable[[], object]:
+    processing(store)
+    return partial(store.forget, read(store))
+
+
 VERBS: list[Measured] = [
     *(record, claim_pending, renew, checkpoint, complete, fail, fail_by_worker, retry, release, expire, take_over),
     *(abandon, cancel, withdraw, resubmit, republish, count_duplicate, find),
-    *(record_all, relay, relayed),
+    *(record_all, relay, relayed, forget),
 ]
 
 every_verb = pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.__name__)

@@ -89,6 +89,13 @@ class Dialect(ABC):
         escaped = pattern.replace("!", "!!").replace("%", "!%").replace("_", "!_")
         return column.like(escaped.replace("*", "%").replace("?", "_"), escape="!")
 
+    def exact(self, column: ColumnElement[str]) -> ColumnElement[str]:
+        """A column of any text, compared by case."""
+        return column
+
+    #: Names and values of the settings that the store's promise depends on; see the port's ``configuration``.
+    configuration: ClassVar[Executable]
+
     @abstractmethod
     def fault(self, error: DBAPIError) -> Fault:
         """What an error means."""
@@ -96,6 +103,10 @@ class Dialect(ABC):
     def socket(self, connection: Any) -> int | None:
         """The descriptor of a driver's connection; ``None`` when there is none, or it is closed, or the driver does not tell."""
         return None
+
+    def exists(self, url: URL) -> bool:
+        """Whether there is a database to connect to; ``False`` only where connecting would make it."""
+        return True
 
     def options(self, url: URL) -> dict[str, Any]:
         """Arguments to ``create_engine`` for a store that opens its own connections."""

@@ -16,9 +16,11 @@ from sqlalchemy import (
     Executable,
     Table,
     Update,
+    collate,
     event,
     func,
     insert,
+    text,
 )
 from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError
 
@@ -51,6 +53,11 @@ class MySQL(Dialect):
     """A plain insert whose duplicate key is the answer; ``LAST_INSERT_ID(token + 1)`` carries a token out of an update."""
 
     names = ("mysql", "mariadb")
+    # Not by `@@name`: MySQL and MariaDB call the first of them differently, and each refuses what it has not got.
+    configuration = text(
+        "SHOW VARIABLES WHERE Variable_name IN ('transaction_isolation', 'tx_isolation', 'innodb_snapshot_isolation', "
+        "'innodb_flush_log_at_trx_commit', 'sync_binlog', 'read_only')"
+    )
 
     def insert(
         self,
@@ -97,6 +104,9 @@ class MySQL(Dialect):
     def token(self, result: CursorResult[Any]) -> int | None:
         # It travels in the OK packet of the update itself. SQLAlchemy asks for CLIENT.FOUND_ROWS: a matched row counts.
         return result.lastrowid if result.rowcount else None
+
+    def exact(self, column: ColumnElement[str]) -> ColumnElement[str]:
+        return collate(column, "utf8mb4_bin")
 
     def fault(self, error: DBAPIError) -> Fault:
         code = _code(error)

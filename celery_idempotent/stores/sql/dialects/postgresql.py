@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import URL
+from sqlalchemy import URL, text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
@@ -32,6 +32,10 @@ class PostgreSQL(OnConflict):
 
     names = ("postgresql", "cockroachdb")
     _insert = postgresql.Insert
+    configuration = text(
+        "SELECT name, setting FROM pg_settings WHERE name IN "
+        "('default_transaction_isolation', 'fsync', 'synchronous_commit', 'default_transaction_read_only')"
+    )
 
     def fault(self, error: DBAPIError) -> Fault:
         # psycopg names it sqlstate, psycopg2 pgcode; neither is there when no connection was made.

@@ -5,9 +5,10 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import URL, ColumnElement, Engine, StaticPool, event, literal_column
+from sqlalchemy import URL, ColumnElement, Engine, StaticPool, event, literal_column, text
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import DBAPIError, OperationalError
 
@@ -30,6 +31,11 @@ class SQLite(OnConflict):
     # Its clock ticks in milliseconds.
     recorded_order = literal_column("rowid")
     _insert = sqlite.Insert
+    configuration = text(
+        "SELECT 'journal_mode', journal_mode FROM pragma_journal_mode "
+        "UNION ALL SELECT 'synchronous', synchronous FROM pragma_synchronous "
+        "UNION ALL SELECT 'file', file FROM pragma_database_list WHERE name = 'main'"
+    )
 
     def like(self, column: ColumnElement[str], pattern: str) -> ColumnElement[bool]:
         # LIKE takes no notice of case here; GLOB does, and its only other wildcard is the bracket.
@@ -48,6 +54,10 @@ class SQLite(OnConflict):
         ):
             return Fault.UNAVAILABLE
         return Fault.OTHER
+
+    def exists(self, url: URL) -> bool:
+        # What begins with "file:" is a URI, which may say anything.
+        return in_memory(url) or str(url.database).startswith("file:") or Path(str(url.database)).exists()
 
     def options(self, url: URL) -> dict[str, Any]:
         arguments: dict[str, Any] = {"connect_args": {"check_same_thread": False}}
