@@ -14,6 +14,7 @@ from tests.support.servers import NotInstalledError
 #: Modules of the tasks that the shared worker runs.
 TASKS = (
     "tests.support.apps.children",
+    "tests.support.apps.flaky",
     "tests.support.apps.generic",
     "tests.support.apps.identified",
     "tests.support.apps.outcomes",

@@ -208,6 +208,9 @@ def test_list_for_programs(celery: RunCelery) -> None:
         (["--processed-status", "failure"], ["order:o-3"]),
         (["--status", "done", "--task", "shop.charge", "--message-id", "*订单*"], ["order:ключ 订单\n2"]),
         (["--message-id", "nothing"], []),
+        (["--error", "*such card"], ["order:o-3"]),
+        (["--newer-than", "1h", "--status", "done"], ["order:o-3", "order:ключ 订单\n2"]),
+        (["--older-than", "1h"], []),
     ],
     ids=" ".join,
 )
@@ -216,11 +219,23 @@ def test_list_filters(filled: Celery, capsys: pytest.CaptureFixture[str], filter
     assert sorted(row["message_id"] for row in json.loads(capsys.readouterr().out)) == sorted(ids)
 
 
+def test_errors_are_listed_where_there_are_some(filled: Celery, capsys: pytest.CaptureFixture[str]) -> None:
+    filled.start(["idempotent", "list", "--error", "ValueError*"])
+    head, row = capsys.readouterr().out.splitlines()
+    assert head.split()[-1] == "error"
+    assert row.endswith("  ValueError: no such card")
+
+
 def test_list_says_when_there_may_be_more(filled: Celery, capsys: pytest.CaptureFixture[str]) -> None:
     filled.start(["idempotent", "list", "--limit", "2"])
     printed = capsys.readouterr()
     assert len(printed.out.splitlines()) == 3
     assert printed.err == "these are the newest 2; there may be more: see --limit\n"
+
+    filled.start(["idempotent", "list", "--limit", "1", "--oldest", "--json"])
+    oldest = capsys.readouterr()
+    assert [row["message_id"] for row in json.loads(oldest.out)] == ["order:o-1"]
+    assert oldest.err == ""
 
 
 def test_stats(celery: RunCelery, filled: Celery, capsys: pytest.CaptureFixture[str]) -> None:
@@ -259,12 +274,24 @@ def test_show_for_people(celery: RunCelery) -> None:
     shown = dict(line.split(maxsplit=1) for line in run.stdout.splitlines())
     assert shown["message_id"] == "order:ключ 订单\\n2"
     assert (shown["status"], shown["processed_status"], shown["lease_expires_at"]) == ("done", "success", "-")
-    assert shown["result"] == "{'paid': None}"
+    assert shown["result"] == "see --arguments"
+    assert "paid" not in run.stdout
     assert "args" not in shown, "a message that succeeded is emptied"
 
 
+def test_show_with_arguments_for_people(filled: Celery, capsys: pytest.CaptureFixture[str]) -> None:
+    filled.start(["idempotent", "show", "order:o-1", "--task", "shop.charge"])
+    without = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    filled.start(["idempotent", "show", "order:o-1", "--task", "shop.charge", "--arguments"])
+    shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+
+    assert (without.pop("args"), without.pop("kwargs")) == ("see --arguments",) * 2
+    assert (shown.pop("args"), shown.pop("kwargs")) == ("['o-1']", "{'amount': 500}")
+    assert shown == without
+
+
 def test_show_for_programs_with_each_task_that_uses_the_id(filled: Celery, capsys: pytest.CaptureFixture[str]) -> None:
-    filled.start(["idempotent", "show", "order:o-1", "--json"])
+    filled.start(["idempotent", "show", "order:o-1", "--json", "--arguments"])
 
     charge, refund = json.loads(capsys.readouterr().out)
     assert (charge["task_name"], charge["args"], charge["kwargs"]) == ("shop.charge", ["o-1"], {"amount": 500})
@@ -273,6 +300,32 @@ def test_show_for_programs_with_each_task_that_uses_the_id(filled: Celery, capsy
 
     filled.start(["idempotent", "show", "order:o-1", "--task", "shop.refund", "--json"])
     assert json.loads(capsys.readouterr().out) == [refund]
+
+
+def test_programs_are_told_arguments_and_results_on_demand_only(
+    filled: Celery, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = ("order:o-1", "order:ключ 订单\n2")
+    for message_id in ids:
+        filled.start(["idempotent", "show", message_id, "--task", "shop.charge", "--json"])
+    printed = capsys.readouterr().out
+    assert not any(word in printed for word in ("args", "result", "amount", "paid"))
+    filled.start(["idempotent", "show", ids[1], "--json", "--arguments"])
+    (done,) = json.loads(capsys.readouterr().out)
+    assert done["result"] == {"paid": None}
+
+
+def test_what_a_caller_has_its_arguments_called_is_shown(filled: Celery, capsys: pytest.CaptureFixture[str]) -> None:
+    message = encode_message(("4111 1111",), {}, {"argsrepr": "('4111 ...',)"}, serializer="json")
+    key = MessageKey("redacted", "shop.pay")
+    QueueLog.of(filled).store.record(NewMessage(key, "id", message=message))
+    filled.start(["idempotent", "show", "redacted"])
+    printed = capsys.readouterr().out
+    QueueLog.of(filled).store.withdraw(key, task_id="id")
+
+    assert "argsrepr" in printed
+    assert "('4111 ...',)" in printed
+    assert "4111 1111" not in printed
 
 
 def test_show_what_cannot_be_read(filled: Celery, capsys: pytest.CaptureFixture[str]) -> None:
@@ -313,12 +366,21 @@ def test_a_terminal_without_unicode(celery: RunCelery) -> None:
         (["purge", "--older-than", "7y"], "sqlite://", 2, "'7y' is not .* with s, m, h, d or w after it, like 7d"),
         (["recover"], "postgresql://u:secret@127.0.0.1:1/shop", 1, r"u:\*\*\*@127.0.0.1:1/shop gave no answer"),
         (["purge"], "postgresql://u:secret@127.0.0.1:1/shop", 1, r"u:\*\*\*@127.0.0.1:1/shop gave no answer"),
-        (["stats"], "redis://localhost", 2, "the queue log cannot live in Redis"),
+        (["stats"], "redis://u:secret@127.0.0.1:1", 1, r"u:\*\*\*@127.0.0.1:1/0 cannot be reached"),
+        (["stats"], "mssql://localhost", 2, "begins with mssql://, which is not known"),
+        (["list", "--older-than", "soon"], "sqlite://", 2, "'soon' is not a number of seconds"),
+        (["requeue"], "sqlite://", 2, "which messages\\? Name their ids, or choose them"),
+        (["requeue", "m", "--error", "x"], "sqlite://", 2, "leave out --error, or the ids"),
+        (["requeue", "m", "--task", "shop.*"], "sqlite://", 2, "the name of a task, without wildcards"),
+        (["forget"], "sqlite://", 2, "which messages\\?"),
+        (["forget", "m", "--status", "done"], "sqlite://", 2, "leave out --status, or the ids"),
+        (["requeue", "m"], "postgresql://u:secret@127.0.0.1:1/shop", 1, r"u:\*\*\*@127.0.0.1:1/shop gave no answer"),
         (["stats"], "postgresql://u:secret@127.0.0.1:1/shop", 1, r"u:\*\*\*@127.0.0.1:1/shop gave no answer"),
     ],
     ids=[
         *("command", "choice", "range", "argument", "message"),
-        *("negative", "nan", "no-pause", "no-watch", "unit", "recover", "purge", "store", "server"),
+        *("negative", "nan", "no-pause", "no-watch", "unit", "recover", "purge", "redis", "kind", "age"),
+        *("requeue-what", "requeue-both", "requeue-wildcard", "forget-what", "forget-both", "requeue", "server"),
     ],
 )
 def test_what_goes_wrong_has_a_status_and_a_text(
@@ -360,7 +422,10 @@ def test_it_is_one_of_celerys_commands(celery: RunCelery) -> None:
     assert overview.returncode == own.returncode == report.returncode == 0
     assert "idempotent" in overview.stdout
     assert "worker" in overview.stdout
-    assert all(f"  {name} " in own.stdout for name in ("init", "list", "purge", "recover", "show", "stats"))
+    assert all(
+        f"  {name} " in own.stdout
+        for name in ("init", "list", "purge", "recover", "requeue", "forget", "show", "stats")
+    )
     assert "idempotent_store: 'sqlite:///filled.db'" in report.stdout
 
 
@@ -503,6 +568,38 @@ def test_recover_without_a_broker_loses_nothing(celery: RunCelery, losses: Losse
     losses.broker.start()
     assert celery("idempotent", "recover", **losses.environment).returncode == 0
     assert losses.published() == ["lapsed", "unsent"]
+
+
+def test_what_is_requeued_while_the_broker_is_down_waits_in_the_log(celery: RunCelery, losses: Losses) -> None:
+    keys = [losses.claimed("failed", task="shop.late").claim, losses.claimed("failed too").claim]
+    for claim in keys:
+        losses.store.fail(claim, error="ConnectionError: no")
+    losses.broker.stop()
+    arguments = ("idempotent", "requeue", "--error", "ConnectionError*", "--yes")
+    run = celery(*arguments, **losses.environment)
+
+    assert (run.returncode, run.stdout) == (1, "")
+    assert run.stderr.splitlines()[-1].endswith("; what was not published waits in the queue log")
+
+    losses.broker.start()
+    again = celery(*arguments, "--json", **losses.environment)
+    assert (again.returncode, json.loads(again.stdout)["requeued"]) == (0, [])
+    assert celery("idempotent", "recover", **losses.environment).stdout == "relayed 2 never published\n"
+    assert losses.published() == ["failed", "failed too"]
+
+
+def test_what_was_not_requeued_is_said(celery: RunCelery, losses: Losses) -> None:
+    losses.store.fail(losses.claimed("failed").claim, error="no")
+    losses.pending("waits")
+    run = celery("idempotent", "requeue", "failed", "waits", "never", "--yes", **losses.environment)
+
+    assert (run.returncode, run.stdout) == (1, "requeued 1\n")
+    assert run.stderr.splitlines() == [
+        "shop.charge[failed] is published at last: it was pending",
+        "no message 'never'",
+        "shop.charge[waits] stays as it is: it waits already; if the broker has lost it, see `recover --lost-after`",
+    ]
+    assert losses.published() == ["failed"]
 
 
 def test_purge(celery: RunCelery, losses: Losses) -> None:

@@ -12,7 +12,7 @@ from uuid import UUID
 
 import pytest
 
-from celery_idempotent.cli import _plain, _print, _printable, _sheets, _table, _width
+from celery_idempotent.cli.printing import columns_taken, plain, print_, printable, sheets, table
 
 MOMENT = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
 
@@ -20,25 +20,25 @@ MOMENT = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
 class TestATable:
     def test_columns_line_up(self) -> None:
         records: list[dict[str, Any]] = [{"id": "a", "at": MOMENT, "n": 10}, {"id": "longer", "at": None, "n": 5}]
-        assert _table(records, ("id", "at", "n")) == [
+        assert table(records, ("id", "at", "n")) == [
             "id      at                             n",
             "a       2026-01-02 03:04:05.678+00:00  10",
             "longer  -                              5",
         ]
 
     def test_by_what_a_terminal_shows(self) -> None:
-        lines = list(_table([{"id": "订单", "n": 1}, {"id": "e\u0301", "n": 2}, {"id": "abcd", "n": 3}], ("id", "n")))
-        assert [_width(line[: line.rindex(" ")]) for line in lines] == [5, 5, 5, 5]
+        lines = list(table([{"id": "订单", "n": 1}, {"id": "e\u0301", "n": 2}, {"id": "abcd", "n": 3}], ("id", "n")))
+        assert [columns_taken(line[: line.rindex(" ")]) for line in lines] == [5, 5, 5, 5]
 
     def test_of_nothing(self) -> None:
-        assert _table([], ("id",)) == ["no rows"]
+        assert table([], ("id",)) == ["no rows"]
 
     def test_a_line_break_in_an_id_is_not_one_in_the_table(self) -> None:
-        assert _table([{"id": "a\nb"}], ("id",)) == ["id", "a\\nb"]
+        assert table([{"id": "a\nb"}], ("id",)) == ["id", "a\\nb"]
 
 
 def test_sheets_stand_apart() -> None:
-    assert list(_sheets([{"id": "a", "status": None}, {"id": "b", "status": 0}])) == [
+    assert list(sheets([{"id": "a", "status": None}, {"id": "b", "status": 0}])) == [
         "id      a",
         "status  -",
         "",
@@ -57,12 +57,12 @@ def test_sheets_stand_apart() -> None:
     ],
 )
 def test_what_would_move_the_cursor_is_escaped(text: str, shown: str) -> None:
-    assert _printable(text) == shown
+    assert printable(text) == shown
 
 
 def test_what_the_terminal_cannot_show_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
-    assert _printable("é") == "\\xe9"
+    assert printable("é") == "\\xe9"
 
 
 @pytest.mark.parametrize(
@@ -78,12 +78,12 @@ def test_what_the_terminal_cannot_show_is_escaped(monkeypatch: pytest.MonkeyPatc
     ],
 )
 def test_any_argument_and_result_has_some_json(value: object, is_: object) -> None:
-    assert _plain(value) == is_
-    json.dumps(_plain(value))
+    assert plain(value) == is_
+    json.dumps(plain(value))
 
 
 def test_json_is_ascii_and_complete(capsys: pytest.CaptureFixture[str]) -> None:
-    _print(True, [{"id": "é\n", "at": MOMENT}], lambda: pytest.fail("the text was asked for"))
+    print_(True, [{"id": "é\n", "at": MOMENT}], lambda: pytest.fail("the text was asked for"))
     printed = capsys.readouterr().out
     assert printed.isascii()
     assert json.loads(printed) == [{"id": "é\n", "at": "2026-01-02T03:04:05.678901+00:00"}]

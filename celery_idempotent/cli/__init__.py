@@ -1,0 +1,38 @@
+"""The command line: ``celery -A proj idempotent``.
+
+Tables for people, ``--json`` for programs, an exit status for scripts:
+
+==  ========================================================================================================================
+0   done; of ``doctor``: nothing found
+1   a message was not found or stays as it is, or the store could not be asked, or the broker took no message; of ``doctor``: an
+    error was found; of a question that was answered with no
+2   wrong usage or configuration
+3   of ``doctor``: nothing but warnings was found
+==  ========================================================================================================================
+
+What takes a choice from an operator and changes data (``requeue``, ``forget``, a ``purge`` of more than workers purge) asks before, at a
+terminal, unless it is told ``--yes``.
+"""
+
+from __future__ import annotations
+
+import click
+from celery.bin.base import handle_preload_options
+
+from celery_idempotent.cli.changing import forget, purge, requeue
+from celery_idempotent.cli.reading import list_, show, stats
+from celery_idempotent.cli.recovering import recover
+from celery_idempotent.cli.setting_up import init
+
+__all__ = ["idempotent"]
+
+
+@click.group(name="idempotent")
+@click.pass_context
+@handle_preload_options  # type: ignore[untyped-decorator]
+def idempotent(ctx: click.Context) -> None:
+    """See, set up and mend the queue log of an app."""
+
+
+for _command in (init, stats, list_, show, requeue, forget, recover, purge):
+    idempotent.add_command(_command)

@@ -1,0 +1,282 @@
+"""The commands that change what an operator chooses: ``requeue``, ``forget``, ``purge``."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import click
+from celery.bin.base import CeleryCommand
+
+from celery_idempotent.cli.opening import opened
+from celery_idempotent.cli.options import Chosen, as_json, choose, confirmed, dry_run, duration, limit, yes
+from celery_idempotent.cli.printing import print_, table
+from celery_idempotent.cli.reading import listing, not_there, record_of, rows_of
+from celery_idempotent.queue_log import QueueLog
+from celery_idempotent.records import FORGOTTEN, MessageKey, ProcessedStatus, Row, Status
+from celery_idempotent.requeue import NotRequeued, obstacle
+from celery_idempotent.requeue import requeue as requeue_row
+
+__all__ = ["forget", "purge", "requeue"]
+
+#: Seconds of purging between two looks at how far it is.
+_STRIDE = 2.0
+
+
+@click.command(cls=CeleryCommand)
+@click.argument("message_ids", metavar="[MESSAGE_ID]...", nargs=-1)
+@choose
+@limit(1000, "At most so many, the oldest first.")
+@dry_run
+@yes
+@as_json
+@click.pass_context
+def requeue(
+    ctx: click.Context,
+    /,
+    message_ids: Sequence[str],
+    limit: int,
+    dry_run: bool,
+    yes: bool,
+    json_: bool,
+    **choice: Any,
+) -> None:
+    """Publish failed and abandoned messages again from their rows.
+
+    Name them by MESSAGE_ID, or choose them: --task '*' --error 'ConnectionError*' --newer-than 2h. Each starts over with all its retries, at once,
+    under the ids that it had: its first AsyncResult shows the new outcome, and what waits behind it in a chain goes on. Calls that its
+    body made are not made twice; if they failed, requeue them too. A message that was revoked, or had expired, gets a new task id.
+
+    A message that is requeued is in the queue log until the broker has it: if that is down, workers publish it later.
+    """
+    chosen = Chosen(**choice)
+    with opened(ctx) as queue_log:
+        queue_log.app.loader.import_default_modules()  # whose task is not known, cannot be published
+        rows, missing = _named_or_chosen(
+            queue_log,
+            message_ids,
+            chosen,
+            lambda: chosen.rows(
+                status=Status.DONE, processed_status=ProcessedStatus.FAILURE, limit=limit, oldest_first=True
+            ),
+        )
+        refused = [(row.key, reason) for row in rows if (reason := obstacle(row))]
+        rows = [row for row in rows if not obstacle(row) and row.error != FORGOTTEN]
+        renamed: dict[MessageKey, str] = {}
+        if rows and not dry_run:
+            confirmed(_question("requeue", rows), yes=yes)
+            rows = _requeue(queue_log, rows, refused, renamed)
+            queue_log.recovery.relay(at_most=math.inf)
+    records = [{**record_of(row), "task_id": renamed.get(row.key, row.task_id)} for row in rows]
+    _report("requeue", "requeued", records, refused, missing, dry_run=dry_run, json_=json_)
+    for key, task_id in renamed.items():
+        click.echo(f"{_name(key)} was discarded, which workers remember: its task id is {task_id} now", err=True)
+    _end(refused, missing, full=len(records) >= limit and not message_ids, limit=limit, json_=json_)
+
+
+def _requeue(
+    queue_log: QueueLog, rows: list[Row], refused: list[tuple[MessageKey, str]], renamed: dict[MessageKey, str]
+) -> list[Row]:
+    """Requeue rows, which were read without their messages; those that wait again."""
+    again: list[Row] = []
+    with _progress("requeueing", rows) as each:
+        for row in each:
+            whole = queue_log.store.find(row.key)
+            done = NotRequeued(row.key, "it is gone") if whole is None else requeue_row(queue_log, whole)
+            if isinstance(done, NotRequeued):
+                refused.append((row.key, done.reason))
+                continue
+            again.append(row)
+            if done.renamed:
+                renamed[row.key] = done.task_id
+    return again
+
+
+@click.command(cls=CeleryCommand)
+@click.argument("message_ids", metavar="[MESSAGE_ID]...", nargs=-1)
+@choose
+@click.option("--status", type=click.Choice([str(status) for status in Status]), help="Only rows in this status.")
+@limit(1000, "At most so many, the oldest first.")
+@click.option("--force", is_flag=True, help="Those too that wait or run.")
+@dry_run
+@yes
+@as_json
+@click.pass_context
+def forget(
+    ctx: click.Context,
+    /,
+    message_ids: Sequence[str],
+    status: str | None,
+    limit: int,
+    force: bool,
+    dry_run: bool,
+    yes: bool,
+    json_: bool,
+    **choice: Any,
+) -> None:
+    """Empty rows, so that their message ids are free.
+
+    The next message under the id is new, whatever its arguments. Arguments, result and error of the old one are gone; what is left of its
+    row is its fencing token, until it is purged.
+
+    A copy that the broker still has runs, as if it were new. So a message that waits, or runs, is forgotten by --force only: what waits
+    will run all the same, unless the broker has lost it; a body that runs is not stopped, and its outcome is refused.
+    """
+    chosen = Chosen(**choice)
+    if status is not None:
+        chosen["status"] = Status(status)
+    with opened(ctx) as queue_log:
+        rows, missing = _named_or_chosen(
+            queue_log, message_ids, chosen, lambda: chosen.rows(limit=limit, oldest_first=True)
+        )
+        rows = [row for row in rows if row.error != FORGOTTEN]
+        refused = [] if force else [(row.key, _WHY[row.status]) for row in rows if row.status in _WHY]
+        rows = [row for row in rows if force or row.status not in _WHY]
+        if rows and not dry_run:
+            confirmed(_question("forget", rows), yes=yes)
+            with _progress("forgetting", rows) as each:
+                kept = {row.key for row in each if not queue_log.store.forget(row)}
+            refused += [(row.key, "somebody else has changed it meanwhile") for row in rows if row.key in kept]
+            rows = [row for row in rows if row.key not in kept]
+    _report("forget", "forgotten", [record_of(row) for row in rows], refused, missing, dry_run=dry_run, json_=json_)
+    _end(refused, missing, full=len(rows) >= limit and not message_ids, limit=limit, json_=json_)
+
+
+#: Why a message is not forgotten without --force.
+_WHY = {Status.PENDING: "it waits to run; see --force", Status.PROCESSING: "it runs; see --force"}
+
+
+@click.command(cls=CeleryCommand)
+@click.option(
+    "--older-than",
+    metavar="SECONDS",
+    callback=duration,
+    help="Only what was done so long ago, e.g. 7d.  [default: idempotent_retention]",
+)
+@dry_run
+@yes
+@as_json
+@click.pass_context
+def purge(ctx: click.Context, older_than: float | None, dry_run: bool, yes: bool, json_: bool) -> None:
+    """Delete the rows of messages that are done.
+
+    Workers do this by themselves. With its row a message is forgotten: a late copy of it would run, and its id may be used again.
+    An id that unique_for still keeps taken keeps its row.
+
+    At a terminal it asks before it deletes what is younger than idempotent_retention.
+    """
+    with opened(ctx) as queue_log:
+        retention = queue_log.settings.retention
+        seconds = retention if older_than is None else older_than
+        if dry_run:
+            purged = queue_log.store.purgeable(older_than=seconds)
+        else:
+            if seconds < retention and sys.stdin.isatty() and not yes:
+                number = queue_log.store.purgeable(older_than=seconds)
+                confirmed(f"Delete {number} rows, up to some that were done {seconds:g} s ago?", yes=yes)
+            purged = _purge(queue_log, seconds)
+    would = {"dry_run": True} if dry_run else {}
+    print_(json_, {**would, "purged": purged}, lambda: [f"{'would purge' if dry_run else 'purged'} {purged}"])
+
+
+def _purge(queue_log: QueueLog, older_than: float) -> int:
+    """Purge to the end, and say from time to time how far it is."""
+    if not sys.stderr.isatty():
+        return queue_log.recovery.purge(older_than=older_than, within=math.inf)
+    length = queue_log.store.purgeable(older_than=older_than)
+    purged = 0
+    with click.progressbar(length=length, label="purging", file=sys.stderr) as bar:
+        while True:
+            until = time.monotonic() + _STRIDE
+            deleted = queue_log.recovery.purge(older_than=older_than, within=_STRIDE)
+            purged += deleted
+            bar.update(deleted)
+            if time.monotonic() < until:  # it was not the time that ended it
+                return purged
+
+
+# -- what requeue and forget have in common ------------------------------------------------------------------------------
+
+
+def _named_or_chosen(
+    queue_log: QueueLog, message_ids: Sequence[str], chosen: Chosen, where: Callable[[], Any]
+) -> tuple[list[Row], list[str]]:
+    """The rows that a command is for, and the ids that have none."""
+    others = set(chosen) - {"task_name"}
+    if message_ids and others:
+        raise click.UsageError(
+            f"messages that are named are not chosen too: leave out --{min(others).replace('_', '-')}, or the ids"
+        )
+    if not message_ids and not chosen:
+        raise click.UsageError("which messages? Name their ids, or choose them, e.g. by --task '*'")
+    if not message_ids:
+        return list(queue_log.store.rows(where())), []
+    task_name = chosen.get("task_name")
+    if task_name is not None and set("*?") & set(task_name):
+        raise click.UsageError("with a message id, --task is the name of a task, without wildcards")
+    found = {message_id: rows_of(queue_log, message_id, task_name) for message_id in dict.fromkeys(message_ids)}
+    missing = [not_there(message_id, task_name) for message_id, rows in found.items() if not rows]
+    return [row for rows in found.values() for row in rows], missing
+
+
+def _question(verb: str, rows: Sequence[Row]) -> str:
+    what = _name(rows[0].key) if len(rows) == 1 else f"{len(rows)} messages"
+    return f"{verb.capitalize()} {what}?"
+
+
+def _name(key: MessageKey) -> str:
+    return f"{key.task_name}[{key.message_id}]"
+
+
+def _report(
+    verb: str,
+    done: str,
+    records: list[dict[str, Any]],
+    refused: Sequence[tuple[MessageKey, str]],
+    missing: Sequence[str],
+    *,
+    dry_run: bool,
+    json_: bool,
+) -> None:
+    """What was done, and what was not."""
+
+    def lines() -> Iterable[str]:
+        if not dry_run:
+            return [f"{done} {len(records)}"]
+        return [*(table(*listing(records)) if records else ()), f"would {verb} {len(records)}"]
+
+    data = {
+        "dry_run": dry_run,
+        done: [{name: record[name] for name in ("message_id", "task_name", "task_id")} for record in records],
+        "refused": [
+            {"message_id": key.message_id, "task_name": key.task_name, "reason": reason} for key, reason in refused
+        ],
+        "missing": list(missing),
+    }
+    print_(json_, data, lines)
+
+
+def _end(
+    refused: Sequence[tuple[MessageKey, str]], missing: Sequence[str], *, full: bool, limit: int, json_: bool
+) -> None:
+    """Say what was not done, and end with the status of it."""
+    if full and not json_:
+        click.echo(f"these were the oldest {limit}; there may be more: do it again, or see --limit", err=True)
+    for text in (*missing, *(f"{_name(key)} stays as it is: {reason}" for key, reason in refused)):
+        click.echo(text, err=True)
+    if refused or missing:
+        raise click.exceptions.Exit(1)
+
+
+@contextmanager
+def _progress(label: str, rows: Sequence[Row]) -> Iterator[Iterable[Row]]:
+    """The rows one after the other, with a bar at a terminal."""
+    if len(rows) == 1 or not sys.stderr.isatty():
+        yield rows
+        return
+    with click.progressbar(rows, label=label, file=sys.stderr) as bar:
+        yield bar

@@ -1,0 +1,91 @@
+"""What several commands take: durations, JSON, a choice of messages, consent."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from celery_idempotent.records import RowFilter
+
+__all__ = ["Chosen", "as_json", "choose", "confirmed", "dry_run", "duration", "limit", "yes"]
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+#: What may follow a number of seconds, by how many of them it stands for.
+_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+
+
+def duration(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
+    """An option's seconds, which may be given with a unit."""
+    if value is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+) ?([smhdw]?)", value, re.ASCII)
+    seconds = float(found[1]) * _UNITS[found[2]] if found else math.nan
+    if not math.isfinite(seconds):
+        raise click.BadParameter(
+            f"{value!r} is not a number of seconds, 0 or more, nor one with s, m, h, d or w after it, like 7d",
+            ctx,
+            param,
+        )
+    return seconds
+
+
+as_json = click.option("--json", "json_", is_flag=True, help="Print JSON, for programs.")
+dry_run = click.option("--dry-run", is_flag=True, help="Say what would be done, and change nothing.")
+yes = click.option("--yes", "-y", is_flag=True, help="Do not ask; needed where there is no terminal to ask at.")
+
+
+def limit(default: int, help_: str) -> Callable[[Command], Command]:
+    """How many messages at most."""
+    return click.option("--limit", type=click.IntRange(min=1), default=default, show_default=True, help=help_)
+
+
+_CHOICE = (
+    click.option("--task", "task_name", help="Only this task; * and ? are wildcards."),
+    click.option("--message-id", help="Only this message id; * and ? are wildcards."),
+    click.option("--error", help="Only messages that ended with this error: its type and text; * and ? are wildcards."),
+    click.option(
+        "--older-than",
+        metavar="SECONDS",
+        callback=duration,
+        help="Only of this age, e.g. 2h: since it was done, or if it is not, since it was recorded.",
+    ),
+    click.option("--newer-than", metavar="SECONDS", callback=duration, help="Only of less than this age."),
+)
+
+
+def choose(command: Command) -> Command:
+    """Options by which messages are chosen; :class:`Chosen` takes them."""
+    for option in reversed(_CHOICE):
+        command = option(command)
+    return command
+
+
+class Chosen(dict[str, Any]):
+    """The options of :func:`choose` as they were given; those that were not are left out."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__({name: value for name, value in given.items() if value is not None})
+
+    def rows(self, **conditions: Any) -> RowFilter:
+        """The filter that they make, with conditions of the command's own."""
+        return RowFilter(**self, **conditions)
+
+
+def confirmed(question: str, *, yes: bool) -> None:
+    """Ask at a terminal whether to go on.
+
+    Raises:
+        click.Abort: The answer was no.
+        click.UsageError: There is nobody to ask.
+    """
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise click.UsageError("there is no terminal to ask at whether to go on: look with --dry-run, and say --yes")
+    click.confirm(question, abort=True, err=True)

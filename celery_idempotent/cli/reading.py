@@ -1,0 +1,180 @@
+"""The commands that only read: ``stats``, ``list``, ``show``."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+import click
+from celery.bin.base import CeleryCommand
+
+from celery_idempotent.cli.opening import opened
+from celery_idempotent.cli.options import Chosen, as_json, choose, limit
+from celery_idempotent.cli.printing import print_, sheets, table
+from celery_idempotent.queue_log import QueueLog
+from celery_idempotent.records import MessageKey, ProcessedStatus, Row, RowFilter, Status
+from celery_idempotent.serialization import UndecodableError, decode_message, decode_result
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+__all__ = ["LISTED", "list_", "record_of", "rows_of", "show", "stats"]
+
+#: Columns of a row as they are listed; the rest is shown by `show`.
+LISTED = (
+    "message_id",
+    "task_name",
+    "status",
+    "processed_status",
+    "attempt",
+    "token",
+    "duplicates",
+    "created_timestamp",
+)
+
+#: So much of an error is listed beside the rest.
+_ERROR = 60
+
+#: What a caller has arguments called in Celery's logs.
+_REPRS = ("argsrepr", "kwargsrepr")
+
+
+@click.command(cls=CeleryCommand)
+@as_json
+@click.pass_context
+def stats(ctx: click.Context, json_: bool) -> None:
+    """Count the rows by task and status, and the copies that were skipped."""
+    with opened(ctx) as queue_log:
+        counts = queue_log.store.counts()
+    records = [
+        {
+            "task_name": count.task_name,
+            "status": count.status,
+            "processed_status": count.processed_status,
+            "rows": count.rows,
+            "duplicates": count.duplicates,
+        }
+        for count in counts
+    ]
+    print_(json_, records, lambda: table(records, ("task_name", "status", "processed_status", "rows", "duplicates")))
+
+
+@click.command(name="list", cls=CeleryCommand)
+@choose
+@click.option("--status", type=click.Choice([str(status) for status in Status]), help="Only rows in this status.")
+@click.option(
+    "--processed-status",
+    type=click.Choice([str(status) for status in ProcessedStatus]),
+    help="Only messages that ended so.",
+)
+@click.option("--oldest", is_flag=True, help="The oldest first.")
+@limit(100, "At most so many, newest first.")
+@as_json
+@click.pass_context
+def list_(
+    ctx: click.Context,
+    /,
+    status: str | None,
+    processed_status: str | None,
+    oldest: bool,
+    limit: int,
+    json_: bool,
+    **choice: Any,
+) -> None:
+    """List messages, newest first. Their arguments and results are not read."""
+    where = Chosen(**choice).rows(
+        status=None if status is None else Status(status),
+        processed_status=None if processed_status is None else ProcessedStatus(processed_status),
+        limit=limit,
+        oldest_first=oldest,
+    )
+    with opened(ctx) as queue_log:
+        records = [record_of(row) for row in queue_log.store.rows(where)]
+    print_(json_, records, lambda: table(*listing(records)))
+    if len(records) == limit and not json_:
+        which = "oldest" if oldest else "newest"
+        click.echo(f"these are the {which} {limit}; there may be more: see --limit", err=True)
+
+
+def listing(records: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
+    """Records and columns of a table, with the beginnings of errors where there are some."""
+    if not any(record["error"] for record in records):
+        return records, LISTED
+    short = [{**record, "error": _shortened(record["error"])} for record in records]
+    return short, (*LISTED, "error")
+
+
+def _shortened(error: str | None) -> str | None:
+    return error if error is None or len(error) <= _ERROR else error[: _ERROR - 3] + "..."
+
+
+@click.command(cls=CeleryCommand)
+@click.argument("message_id")
+@click.option("--task", "task_name", help="Only this task's message, when several tasks use the id.")
+@click.option("--arguments", is_flag=True, help="With the arguments and the result, which may be anybody's secrets.")
+@as_json
+@click.pass_context
+def show(ctx: click.Context, message_id: str, task_name: str | None, arguments: bool, json_: bool) -> None:
+    """Show what is known of the message MESSAGE_ID.
+
+    Arguments and results are shown on demand only: what is printed ends in terminals, tickets and logs. The argsrepr and kwargsrepr of a
+    call, by which Celery's own logs call its arguments, are always shown.
+    """
+    with opened(ctx) as queue_log:
+        rows = rows_of(queue_log, message_id, task_name)
+        contents = [_contents(queue_log.app, row) for row in rows]
+    shown = contents if arguments else [_redacted(each, json_=json_) for each in contents]
+    records = [{**record_of(row), **each} for row, each in zip(rows, shown, strict=True)]
+    if not records:
+        raise click.ClickException(not_there(message_id, task_name))
+    print_(json_, records, lambda: sheets(records))
+
+
+def not_there(message_id: str, task_name: str | None) -> str:
+    """What is said of a message that has no row."""
+    return f"no message {message_id!r}" + (f" of task {task_name}" if task_name else "")
+
+
+def rows_of(queue_log: QueueLog, message_id: str, task_name: str | None) -> list[Row]:
+    """The rows of a message id, of one task or of all that use it, with their messages."""
+    names = [task_name] if task_name else _tasks_of(queue_log, message_id)
+    return [row for name in names if (row := queue_log.store.find(MessageKey(message_id, name))) is not None]
+
+
+def _tasks_of(queue_log: QueueLog, message_id: str) -> list[str]:
+    """The tasks that use a message id."""
+    if "*" in message_id or "?" in message_id:  # which a filter would take for a pattern
+        return sorted({count.task_name for count in queue_log.store.counts()})
+    return sorted(row.key.task_name for row in queue_log.store.rows(RowFilter(message_id=message_id, limit=1000)))
+
+
+def record_of(row: Row) -> dict[str, Any]:
+    """A row as plain data, without its encoded message and result."""
+    flat = {"message_id": row.key.message_id, "task_name": row.key.task_name}
+    kept = (field.name for field in fields(Row) if field.name not in ("key", "message", "result", "read_at"))
+    return {**flat, **{name: getattr(row, name) for name in kept}}
+
+
+def _contents(app: Celery, row: Row) -> dict[str, Any]:
+    """Arguments and result, as far as the app may read them."""
+    contents: dict[str, Any] = {}
+    if row.message is not None:
+        try:
+            args, kwargs, options = decode_message(app, row.message)
+        except UndecodableError as error:
+            contents["undecodable_message"] = str(error)
+        else:
+            contents.update({name: options[name] for name in _REPRS if options.get(name)}, args=args, kwargs=kwargs)
+    if row.result is not None:
+        try:
+            contents["result"] = decode_result(app, row.result)
+        except UndecodableError as error:
+            contents["undecodable_result"] = str(error)
+    return contents
+
+
+def _redacted(contents: dict[str, Any], *, json_: bool) -> dict[str, Any]:
+    """The same without the values: for people it is said that there are some."""
+    secret = [name for name in ("args", "kwargs", "result") if name in contents]
+    kept = {name: value for name, value in contents.items() if name not in secret}
+    return kept if json_ else {**kept, **dict.fromkeys(secret, "see --arguments")}

@@ -1,0 +1,121 @@
+"""The command ``recover``: once, or step after step."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from time import monotonic, sleep
+
+import click
+from celery.bin.base import CeleryCommand
+from kombu.exceptions import OperationalError
+
+from celery_idempotent.cli.opening import one_line, opened
+from celery_idempotent.cli.options import as_json, duration
+from celery_idempotent.cli.printing import print_
+from celery_idempotent.errors import StoreUnavailableError
+from celery_idempotent.queue_log import QueueLog
+from celery_idempotent.recovery import Recovered
+
+__all__ = ["recover"]
+
+logger = logging.getLogger("celery_idempotent")
+
+#: What a step did, in the words of people.
+_RECOVERED = {
+    "taken_back": "taken back {} whose worker died",
+    "relayed": "relayed {} never published",
+    "lost": "published again {} presumed lost",
+    "purged": "purged {}",
+}
+
+#: The longest pause in seconds of `recover --watch` while the store or the broker is not there, unless its interval is longer.
+_LONGEST_BACK_OFF = 60.0
+
+#: How soon, in seconds, `recover --watch` notices between two steps that it is to end.
+_NOTICE = 0.2
+
+
+@click.command(cls=CeleryCommand)
+@click.option("--watch", is_flag=True, help="Go on, step after step, until interrupted or terminated.")
+@click.option(
+    "--interval",
+    metavar="SECONDS",
+    callback=duration,
+    help="Pause between two steps of --watch.  [default: idempotent_recovery_interval, or 30 where that is 0]",
+)
+@click.option(
+    "--lost-after",
+    metavar="SECONDS",
+    callback=duration,
+    help="Publish every message again that has waited for longer, overtaken or not: for a broker that was emptied. "
+    "Whatever it still has gets a copy. With --watch, once.",
+)
+@as_json
+@click.pass_context
+def recover(ctx: click.Context, watch: bool, interval: float | None, lost_after: float | None, json_: bool) -> None:
+    """Publish what a dead worker, broker or producer left behind, and purge.
+
+    This is what a worker does every idempotent_recovery_interval seconds: it takes back messages whose worker died, relays those
+    that were recorded and never published, publishes those again that the broker is presumed to have lost, and deletes rows
+    past idempotent_retention. Which messages were published goes to the log.
+
+    Any number may run at once, beside workers too. Should a message be published that the broker still has, the claim absorbs the
+    copy: it is skipped, and counted as a duplicate. A message that was published again goes to the end of its queue.
+    """
+    if interval is not None and (interval == 0 or not watch):
+        raise click.UsageError("--interval is the pause of --watch, and more than 0")
+    with opened(ctx) as queue_log:
+        queue_log.app.loader.import_default_modules()  # a message whose task is not known is left alone
+        if watch:
+            _watch(queue_log, interval or queue_log.settings.recovery_interval or 30.0, lost_after, json_)
+        else:
+            done = sum(queue_log.recovery.steps(lost_after=lost_after, in_flight=True), start=Recovered())
+            print_(json_, asdict(done), lambda: [_recovered(done) or "nothing was due"])
+
+
+def _watch(queue_log: QueueLog, interval: float, lost_after: float | None, json_: bool) -> None:
+    """Recover every so many seconds until told to stop; a store or a broker that is not there is waited for."""
+    with _told_to_stop() as stopped:
+        in_vain = 0
+        while not stopped():
+            try:
+                for done in queue_log.recovery.steps(lost_after=lost_after, stopped=stopped):
+                    if done != Recovered():
+                        click.echo(json.dumps(asdict(done)) if json_ else _recovered(done))
+            except (StoreUnavailableError, OperationalError) as error:
+                in_vain += 1
+                pause = min(interval * 2**in_vain, max(interval, _LONGEST_BACK_OFF))
+                logger.error("recovery goes on in %g s: %s", pause, one_line(error))
+            else:
+                in_vain, pause = 0, interval
+                lost_after = None  # again and again, it would publish a backlog for being one
+            until = monotonic() + pause
+            while not stopped() and (left := until - monotonic()) > 0:
+                sleep(min(left, _NOTICE))
+
+
+@contextmanager
+def _told_to_stop() -> Iterator[Callable[[], bool]]:
+    """Whether SIGINT or SIGTERM came: what is under way is ended in good order. The second one means it at once."""
+    told: list[int] = []
+
+    def stop(signum: int, _: object) -> None:
+        told.append(signum)
+        signal.signal(signum, before[signal.Signals(signum)])
+
+    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(told)
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _recovered(done: Recovered) -> str:
+    """What was done, in a line; empty if nothing was."""
+    return ", ".join(_RECOVERED[name].format(count) for name, count in asdict(done).items() if count)

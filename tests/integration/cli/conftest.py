@@ -1,0 +1,35 @@
+"""Commands run in this process, on the bench's app."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from celery import Celery
+from celery.bin.celery import celery
+
+from tests.integration.conftest import bench, shared_bench
+from tests.support.bench import Bench
+
+__all__ = ["Command", "bench", "shared_bench"]
+
+Command = Callable[..., tuple[int, Any]]
+
+
+@pytest.fixture
+def command(bench: Bench, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run ``celery idempotent COMMAND --json``; its exit status, and what it printed."""
+
+    def command(*arguments: str, app: Celery | None = None) -> tuple[int, Any]:
+        capsys.readouterr()
+        # As `app.start` does it, which keeps the status to itself.
+        celery.params[0].default = app or bench.app
+        try:
+            status = celery.main(["idempotent", *arguments, "--json"], standalone_mode=False)
+        finally:
+            celery.params[0].default = None
+        return status or 0, json.loads(capsys.readouterr().out)
+
+    return command

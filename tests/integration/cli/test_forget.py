@@ -1,0 +1,80 @@
+"""``forget``: an id is free again, and what still lives of its message stays fenced."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from celery_idempotent import MessageMismatchError
+from celery_idempotent.records import FORGOTTEN, ProcessedStatus, Status
+from tests.integration.cli.conftest import Command
+from tests.support.bench import PATIENCE, Bench
+
+
+def forgotten(command: Command, *arguments: str) -> list[str]:
+    status, said = command("forget", *arguments, "--yes")
+    assert (status, said["refused"], said["missing"]) == (0, [], [])
+    return [one["message_id"] for one in said["forgotten"]]
+
+
+def test_the_next_message_under_the_id_is_new(bench: Bench, command: Command) -> None:
+    m, echo = bench.fresh(), bench.task("echo")
+    first = echo.apply_async(("one",), message_id=m)
+    assert first.get(timeout=PATIENCE) == "one"
+    bench.done("echo", m)
+    with pytest.raises(MessageMismatchError):
+        echo.apply_async(("two",), message_id=m)
+
+    assert forgotten(command, m) == [m]
+
+    row = bench.row("echo", m)
+    assert (row.message, row.result, row.fingerprint, row.error) == (None, None, None, FORGOTTEN)
+    second = echo.apply_async(("two",), message_id=m)
+    assert not second.duplicate
+    assert second.get(timeout=PATIENCE) == "two"
+    assert len(bench.starts("echo", m)) == 2
+
+
+def test_what_waits_or_runs_is_forgotten_by_force_only(bench: Bench, command: Command) -> None:
+    waits, runs, gate = bench.fresh("waits"), bench.fresh("runs"), bench.path("gate")
+    bench.task("echo").apply_async(("value",), message_id=waits, queue=bench.fresh("queue"))
+    bench.task("gated").apply_async((gate, "old"), message_id=runs)
+    bench.wait_for_starts("gated", runs)
+
+    status, said = command("forget", waits, runs, "never", "--yes")
+
+    assert (status, said["forgotten"], said["missing"]) == (1, [], ["no message 'never'"])
+    reasons = {one["message_id"]: one["reason"] for one in said["refused"]}
+    assert reasons == {waits: "it waits to run; see --force", runs: "it runs; see --force"}
+    assert (bench.row("echo", waits).status, bench.row("gated", runs).status) == (Status.PENDING, Status.PROCESSING)
+
+    assert forgotten(command, waits, runs, "--force") == [waits, runs]
+    new = bench.task("gated").apply_async((gate, "new"), message_id=runs)
+    bench.wait_for_starts("gated", runs, 2)
+    Path(gate).touch()
+
+    assert new.get(timeout=PATIENCE) == "new"
+    assert bench.worker is not None
+    bench.worker.wait_for_log(f"the claim on message {runs!r} (token 1) was lost", timeout=PATIENCE)
+    row = bench.done("gated", runs)
+    assert (row.processed_status, row.task_id, row.token) == (ProcessedStatus.SUCCESS, new.id, 2)
+
+
+def test_many_are_chosen_once(bench: Bench, command: Command) -> None:
+    mark = bench.fresh("many")
+    ids = [f"{mark}:{number}" for number in range(3)]
+    for m in ids:
+        bench.task("fail").apply_async((f"no {m}",), message_id=m)
+        bench.done("fail", m)
+    choice = ("--message-id", f"{mark}:*", "--error", "ValueError: no *", "--status", "done")
+
+    status, would = command("forget", *choice, "--dry-run")
+    assert (status, would["dry_run"], len(would["forgotten"])) == (0, True, 3)
+    assert bench.row("fail", ids[0]).error != FORGOTTEN
+
+    assert forgotten(command, *choice, "--limit", "2") == ids[:2]
+    assert forgotten(command, "--message-id", f"{mark}:*") == ids[2:]
+    assert forgotten(command, "--message-id", f"{mark}:*") == []
+    status, said = command("requeue", "--message-id", f"{mark}:*", "--yes")
+    assert (status, said["requeued"], said["refused"]) == (0, [], [])
