@@ -22,7 +22,7 @@ from celery.bin.base import handle_preload_options
 from celery_idempotent.cli.changing import forget, purge, requeue
 from celery_idempotent.cli.reading import list_, show, stats
 from celery_idempotent.cli.recovering import recover
-from celery_idempotent.cli.setting_up import init
+from celery_idempotent.cli.setting_up import doctor, init
 
 __all__ = ["idempotent"]
 
@@ -34,5 +34,5 @@ def idempotent(ctx: click.Context) -> None:
     """See, set up and mend the queue log of an app."""
 
 
-for _command in (init, stats, list_, show, requeue, forget, recover, purge):
+for _command in (init, doctor, stats, list_, show, requeue, forget, recover, purge):
     idempotent.add_command(_command)

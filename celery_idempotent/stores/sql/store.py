@@ -252,6 +252,8 @@ class SQLStore:
         return self._run(lambda on, _: self._operating.condition(on), prepared=False, patient=True)
 
     def configuration(self) -> Mapping[str, str]:
+        if not self._database.exists():
+            return {"file": str(self.engine.url.database)}
         return self._run(
             lambda on, _: {name: str(value) for name, value in on.execute(self._dialect.configuration)}, prepared=False
         )

@@ -15,7 +15,7 @@ __all__ = ["register"]
 
 
 def register(app: Celery, *, base: type[Task], ledger: Ledger) -> None:
-    """Register ``flaky``, and ``flaky.parent`` and ``flaky.lost``, which call ``child``."""
+    """Register ``flaky``, ``flaky.parent`` and ``flaky.lost``, which call ``child``, and ``fail.tracked``, which always fails."""
 
     @app.task(base=base, bind=True, name="flaky")
     def flaky(self: Task, value: Any, flag: str) -> Any:
@@ -23,6 +23,11 @@ def register(app: Celery, *, base: type[Task], ledger: Ledger) -> None:
             if first(flag):
                 raise ValueError("the first time")
             return value
+
+    @app.task(base=base, bind=True, name="fail.tracked", track_started=True)
+    def tracked(self: Task) -> None:
+        with ledger.run(self):
+            raise ValueError("as ever")
 
     @app.task(base=base, bind=True, name="flaky.parent")
     def parent(self: Task, name: str, flag: str) -> list[str]:

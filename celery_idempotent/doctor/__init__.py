@@ -1,0 +1,10 @@
+"""The doctor: each way in which the promise would not hold, as an app, its broker and its store are set up."""
+
+from __future__ import annotations
+
+from celery_idempotent.doctor.checks import findings
+from celery_idempotent.doctor.facts import Facts
+from celery_idempotent.doctor.finding import CODES, Finding, Severity
+from celery_idempotent.doctor.reading import read_facts
+
+__all__ = ["CODES", "Facts", "Finding", "Severity", "findings", "read_facts"]

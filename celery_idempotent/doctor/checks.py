@@ -1,0 +1,352 @@
+"""The checks: pure functions of facts, a group for the app, its broker and its store each. They know neither Celery nor a server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+from celery_idempotent.decision import AVAILABLE_GRACE, MAX_TAKEOVERS
+from celery_idempotent.doctor.facts import Facts, TaskFacts
+from celery_idempotent.doctor.finding import Finding
+
+__all__ = ["findings"]
+
+#: Seconds by which clocks of hosts that are in step differ, at most.
+_IN_STEP = 2.0
+
+#: Seconds for which the consumer holds a copy on RabbitMQ, at most: half of its usual consumer_timeout.
+_LONGEST_HOLD = 900.0
+
+#: Recovery steps that may be late, or fail, before nobody is presumed to take any; and at least so many seconds.
+_STEPS_IN_VAIN = 5
+_AT_LEAST = 120.0
+
+#: Seconds past its retention after which a row is said not to be purged: a long log is purged bit by bit.
+_PURGED_WITHIN = 86400.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Setting:
+    """A setting that is too low: what it is called, and what it is now."""
+
+    name: str
+    now: str
+
+    def above(self, seconds: float) -> str:
+        return f"{self.name} of more than {seconds:g} s (now {self.now})"
+
+
+def findings(facts: Facts) -> list[Finding]:
+    """All that these facts show to be wrong: errors first."""
+    found = [finding for check in (_app, _timeouts, _queues, _store, _servers, _condition) for finding in check(facts)]
+    return sorted(found, key=lambda finding: finding.severity)
+
+
+# -- the app -----------------------------------------------------------------------------------------------------------
+
+
+def _app(facts: Facts) -> Iterator[Finding]:
+    app = facts.app
+    for wrong in app.wrong:
+        yield Finding("settings", wrong, "set it as the message says")
+    if not app.tasks and not app.wrong:
+        yield Finding(
+            "no-guarded-tasks",
+            "the app has no task with base=IdempotentTask, or their modules are not imported by it",
+            "give the tasks base=IdempotentTask, and name their modules in `imports` or `include`",
+        )
+    if lost := _names(facts, lambda task: task.told_lost):
+        yield Finding(
+            "late-ack-worker-lost",
+            "acks_late without reject_on_worker_lost",
+            "task_reject_on_worker_lost = True, or reject_on_worker_lost=True on the task",
+            lost,
+        )
+    awaited = _names(facts, lambda task: task.awaited)
+    if not app.result_backend and awaited:
+        yield Finding(
+            "no-result-backend",
+            "there is no result backend, and these tasks are not told to ignore their results",
+            "result_backend = ...; or task_ignore_result = True, or ignore_result=True on the task, if nobody waits",
+            awaited,
+        )
+    if app.result_backend and (tracked := _names(facts, lambda task: task.track_started and task.awaited)):
+        yield Finding("track-started", "track_started is on", "task_track_started = False", tracked)
+    if app.recovery_interval == 0 and app.tasks:
+        early = _names(facts, lambda task: not task.acks_late)
+        yield Finding(
+            "recovery-off",
+            "idempotent_recovery_interval is 0, so that workers do not recover"
+            + ("; with early acknowledgement the broker has no copy of what runs" if early else ""),
+            "idempotent_recovery_interval = 30; or run `celery -A proj idempotent recover --watch`, and ignore this finding",
+            early,
+        )
+
+
+# -- the broker --------------------------------------------------------------------------------------------------------
+
+
+def _timeouts(facts: Facts) -> Iterator[Finding]:
+    broker, app = facts.broker, facts.app
+    if broker.away is not None:
+        yield Finding("broker-unreachable", f"{broker.url}: {broker.away}", "start it, or correct broker_url")
+    last_due = _last_due(facts)
+    if (visible := broker.visibility_timeout) is not None:
+        setting = _Setting('broker_transport_options = {"visibility_timeout": ...}', f"{visible:g} s")
+        if leases := _names(facts, lambda task: task.lease >= visible):
+            longest = max(task.lease for task in app.tasks)
+            yield Finding(
+                "visibility-lease",
+                f"leases of up to {longest:g} s, and a visibility timeout of {visible:g} s",
+                f"{setting.above(longest)}; or a shorter idempotent_lease",
+                leases,
+            )
+        if long := _names(facts, lambda task: task.acks_late and (task.time_limit or 0.0) >= visible):
+            longest = max(task.time_limit or 0.0 for task in app.tasks if task.acks_late)
+            yield Finding(
+                "visibility-time-limit",
+                f"acks_late with time limits of up to {longest:g} s, and a visibility timeout of {visible:g} s",
+                f"{setting.above(longest)}; or shorter time limits",
+                long,
+            )
+        yield from _late("visibility-eta", facts, visible, last_due, setting)
+        yield from _forgotten_early(facts, visible, f"the visibility timeout, {visible:g} s")
+    if (patience := broker.consumer_timeout) is not None:
+        setting = _Setting("consumer_timeout of RabbitMQ", f"{patience:g} s, {broker.consumer_timeout_of}")
+        if long := _names(facts, lambda task: task.acks_late and (task.time_limit or 0.0) >= patience):
+            longest = max(task.time_limit or 0.0 for task in app.tasks if task.acks_late)
+            yield Finding(
+                "consumer-timeout-time-limit",
+                f"acks_late with time limits of up to {longest:g} s, and a consumer timeout of {patience:g} s",
+                f"{setting.above(longest)}; or shorter time limits",
+                long,
+            )
+        if not broker.delays:
+            if leases := _names(facts, lambda task: min(task.lease, _LONGEST_HOLD) >= patience):
+                longest = max(min(task.lease, _LONGEST_HOLD) for task in app.tasks)
+                yield Finding(
+                    "consumer-timeout-lease",
+                    f"copies are held for up to {longest:g} s, and the consumer timeout is {patience:g} s",
+                    f"{setting.above(longest)}; or a shorter idempotent_lease",
+                    leases,
+                )
+            yield from _late("consumer-timeout-eta", facts, patience, last_due, setting)
+        yield from _forgotten_early(facts, patience, f"the consumer timeout, {patience:g} s")
+
+
+def _late(code: str, facts: Facts, patience: float, last_due: float, setting: _Setting) -> Iterator[Finding]:
+    """Messages that wait in a worker for longer than the broker waits for them."""
+    delayed = _names(facts, lambda task: task.longest_delay >= patience)
+    longest = max([last_due, *(task.longest_delay for task in facts.app.tasks)])
+    if longest >= patience:
+        whose = "a message waits" if last_due >= patience else "retries are delayed by up to"
+        yield Finding(
+            code,
+            f"{whose} {longest:g} s for its time, and the broker waits {patience:g} s for the worker that keeps it",
+            f"{setting.above(longest)}; or shorter countdowns",
+            delayed,
+        )
+
+
+def _forgotten_early(facts: Facts, patience: float, name: str) -> Iterator[Finding]:
+    """Rows that are gone, or ids that are free again, before the broker's last copy may have come."""
+    if facts.app.retention <= patience:
+        yield Finding(
+            "retention-short",
+            f"rows are kept for {facts.app.retention:g} s, which is no longer than {name}",
+            f"idempotent_retention = ..., of more than {patience:g} s",
+        )
+    if short := _names(facts, lambda task: task.unique_for is not None and task.unique_for <= patience):
+        shortest = min(task.unique_for for task in facts.app.tasks if task.unique_for is not None)
+        yield Finding(
+            "unique-for-short",
+            f"ids are free again after {shortest:g} s, which is no longer than {name}",
+            f"unique_for=..., of more than {patience:g} s",
+            short,
+        )
+
+
+def _queues(facts: Facts) -> Iterator[Finding]:
+    broker = facts.broker
+    # The first delivery, and a takeover after each loss of a worker.
+    wanted = MAX_TAKEOVERS + 1
+    for queue in broker.queues:
+        if queue.quorum and queue.delivery_limit is not None and 0 <= queue.delivery_limit < wanted:
+            yield Finding(
+                "delivery-limit",
+                f"the quorum queue {queue.name} has a delivery limit of {queue.delivery_limit}; the guard gives a message up after {wanted}",
+                f'queue_arguments={{"x-delivery-limit": ...}} of the queue, {wanted} or more',
+            )
+    policy = broker.configuration.get("maxmemory-policy", "")
+    if _evicts(policy, broker.configuration.get("maxmemory")):
+        yield Finding("broker-eviction", f"the broker's maxmemory-policy is {policy}", "maxmemory-policy noeviction")
+
+
+# -- the store ---------------------------------------------------------------------------------------------------------
+
+
+def _store(facts: Facts) -> Iterator[Finding]:
+    store, app = facts.store, facts.app
+    if store.away is not None:
+        yield Finding("store-unreachable", store.away, "start it, or correct idempotent_store")
+    if store.refused is not None:
+        yield Finding(
+            "store-refused", store.refused, "see what it says; rights that are missing are listed with each store"
+        )
+    if store.schema is not None:
+        yield Finding("schema", store.schema, "run `celery -A proj idempotent init`, or your migration")
+    if app.atomic_refused is not None:
+        yield Finding(
+            "atomic-store",
+            app.atomic_refused,
+            "idempotent_store = a PostgreSQL, MySQL, MariaDB or SQLite; or atomic=False",
+            _names(facts, lambda task: task.atomic),
+        )
+    if (store.configuration or {}).get("file") and not facts.broker.local:
+        yield Finding(
+            "store-local-file",
+            f"{store.name} is a file of this host, and other hosts reach the broker at {facts.broker.url}",
+            "idempotent_store = a database server, unless all workers and callers are on this host",
+        )
+
+
+def _servers(facts: Facts) -> Iterator[Finding]:
+    """How the store's server is set: each setting by the name that only one kind of server has."""
+    told = facts.store.configuration
+    if told is None:
+        return
+    if not told and facts.store.there:
+        yield Finding(
+            "store-configuration",
+            f"{facts.store.name} does not tell this account how it is set",
+            "let the account read the settings: for Redis +config|get or +info",
+        )
+    if told.get("file") == "":
+        yield Finding(
+            "store-in-memory",
+            f"{facts.store.name} is in the memory of one process",
+            "idempotent_store = a file or a server",
+        )
+    yield from _redis(facts, told)
+    for name, bad, good in (
+        ("fsync", {"off"}, "fsync = on"),
+        ("synchronous_commit", {"off"}, "synchronous_commit = on"),
+        ("innodb_flush_log_at_trx_commit", {"0", "2"}, "innodb_flush_log_at_trx_commit = 1"),
+        ("synchronous", {"0", "1"}, "PRAGMA synchronous = FULL"),
+        ("appendfsync", {"no"} if told.get("appendonly") == "yes" else set[str](), "appendfsync everysec, or always"),
+    ):
+        if told.get(name) in bad:
+            yield Finding("store-durability", f"{name} is {told[name]} at {facts.store.name}", good)
+    for name in ("default_transaction_read_only", "read_only"):
+        if told.get(name, "").lower() in {"on", "1"}:
+            yield Finding(
+                "store-read-only", f"{name} is on at {facts.store.name}", "idempotent_store = the primary server"
+            )
+    yield from _isolation(facts, told)
+
+
+def _redis(facts: Facts, told: Mapping[str, str]) -> Iterator[Finding]:
+    for name, value in told.items():  # of a cluster there may be several, with the node behind the name
+        setting, _, node = name.partition(" ")
+        if setting == "appendonly" and value != "yes":
+            yield Finding(
+                "redis-appendonly",
+                f"appendonly is {value} at {facts.store.name}{node and f' {node}'}",
+                "appendonly yes, by CONFIG SET and in redis.conf",
+            )
+        if setting == "maxmemory-policy" and _evicts(
+            value, told.get(f"maxmemory {node}".strip(), told.get("maxmemory"))
+        ):
+            yield Finding(
+                "redis-eviction",
+                f"maxmemory-policy is {value} at {facts.store.name}{node and f' {node}'}",
+                "maxmemory-policy noeviction, by CONFIG SET and in redis.conf",
+            )
+
+
+def _evicts(policy: str, maxmemory: str | None) -> bool:
+    """Whether a Redis deletes keys that have no time to live. Without a bound on its memory it never has to."""
+    return policy.startswith("allkeys") and maxmemory != "0"
+
+
+def _isolation(facts: Facts, told: Mapping[str, str]) -> Iterator[Finding]:
+    for name in ("transaction_isolation", "tx_isolation", "default_transaction_isolation"):
+        if name not in told:
+            continue
+        level = told[name].upper().replace("-", " ")
+        if level == "READ UNCOMMITTED" and name != "default_transaction_isolation":  # PostgreSQL has no dirty reads
+            yield Finding(
+                "isolation-dirty",
+                f"{name} is {told[name]} at {facts.store.name}",
+                f"{name} = READ-COMMITTED or REPEATABLE-READ",
+            )
+        own = (facts.app.isolation_level or level).upper().replace("_", " ")
+        fixed = name == "default_transaction_isolation" or told.get("innodb_snapshot_isolation", "").upper() in {
+            "ON",
+            "1",
+        }
+        atomic = _names(facts, lambda task: task.atomic)
+        if atomic and fixed and own in {"REPEATABLE READ", "SERIALIZABLE"}:
+            yield Finding(
+                "isolation-renewal",
+                f"atomic tasks run at {own} at {facts.store.name}, where a transaction keeps to what it first saw",
+                'QueueLog(app, isolation_level="READ COMMITTED"); or a lease of more than three times what a body takes',
+                atomic,
+            )
+
+
+def _condition(facts: Facts) -> Iterator[Finding]:
+    """What the rows, and the clock, show."""
+    store, app = facts.store, facts.app
+    condition = store.condition
+    if condition is None:
+        return
+    now = condition.read_at
+    if store.local_clock is not None:
+        skew = (store.local_clock - now).total_seconds()
+        if abs(skew) > _IN_STEP + store.clock_error:
+            yield Finding(
+                "clock-skew",
+                f"this host's clock is {abs(skew):.1f} s {'ahead of' if skew > 0 else 'behind'} that of {store.name}"
+                + (
+                    f", more than the {AVAILABLE_GRACE:g} s that a retry is waited for"
+                    if abs(skew) > AVAILABLE_GRACE
+                    else ""
+                ),
+                "keep the clocks of all hosts in step, by NTP",
+            )
+    patience = timedelta(seconds=max(_AT_LEAST, _STEPS_IN_VAIN * app.recovery_interval))
+    overdue = {
+        "a message whose owner's lease ran out at {} was not published again": condition.lapsed_since,
+        "a message recorded at {} was not published": condition.unsent_since,
+    }
+    for what, since in overdue.items():
+        if since is not None and now - since > patience:
+            yield Finding(
+                "recovery-behind",
+                what.format(since.isoformat(sep=" ", timespec="seconds")),
+                "idempotent_recovery_interval = 30 in a worker that runs, or `celery -A proj idempotent recover`; its log says what keeps it",
+            )
+    done = condition.done_since
+    if done is not None and (now - done).total_seconds() > app.retention + _PURGED_WITHIN:
+        yield Finding(
+            "purge-behind",
+            f"a row that was done at {done.isoformat(sep=' ', timespec='seconds')} is still there, and retention is {app.retention:g} s",
+            "idempotent_recovery_interval = 30 in a worker that runs, or `celery -A proj idempotent purge`",
+        )
+
+
+# -- in common ---------------------------------------------------------------------------------------------------------
+
+
+def _names(facts: Facts, concerned: Callable[[TaskFacts], bool]) -> tuple[str, ...]:
+    return tuple(task.name for task in facts.app.tasks if concerned(task))
+
+
+def _last_due(facts: Facts) -> float:
+    """Seconds until the last of the messages is due that wait for their time."""
+    condition = facts.store.condition
+    if condition is None or condition.last_due is None:
+        return 0.0
+    return round((condition.last_due - condition.read_at).total_seconds())

@@ -1,0 +1,141 @@
+"""What the checks are made on: facts about an app, its broker and its store, as they were read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from celery_idempotent.records import Condition
+
+__all__ = ["AppFacts", "BrokerFacts", "Facts", "QueueFacts", "StoreFacts", "TaskFacts"]
+
+
+@dataclass(frozen=True, slots=True)
+class TaskFacts:
+    """A guarded task. Durations are seconds.
+
+    Attributes:
+        name: Its name.
+        acks_late: Whether its messages are acknowledged after the body.
+        told_lost: Whether a lost process of it is told to its caller as a failure, while the message runs again.
+        awaited: Whether its results are stored.
+        track_started: Whether the backend is told that it has started.
+        time_limit: After which it is killed or interrupted; ``None`` for never.
+        longest_delay: The longest pause between its retries, if it is set up to retry by itself or that pause is its own; else 0.
+        lease: Of its claims.
+        unique_for: After its end, for which its id stays taken; ``None`` until it is purged.
+        atomic: Whether its body runs in a transaction.
+    """
+
+    name: str
+    acks_late: bool = False
+    told_lost: bool = False
+    awaited: bool = True
+    track_started: bool = False
+    time_limit: float | None = None
+    longest_delay: float = 0.0
+    lease: float = 60.0
+    unique_for: float | None = None
+    atomic: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AppFacts:
+    """An app.
+
+    Attributes:
+        wrong: What is wrong with its settings, or with a task's options, as the library says it.
+        tasks: Its guarded tasks.
+        result_backend: Whether it has one.
+        retention: As in the settings, in seconds.
+        recovery_interval: As in the settings, in seconds; 0 for none.
+        atomic_refused: Why its store cannot do with atomic tasks, if it has some.
+        isolation_level: Of atomic tasks, where the app names one.
+    """
+
+    wrong: tuple[str, ...] = ()
+    tasks: tuple[TaskFacts, ...] = ()
+    result_backend: bool = True
+    retention: float = 7 * 86400.0
+    recovery_interval: float = 30.0
+    atomic_refused: str | None = None
+    isolation_level: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class QueueFacts:
+    """A queue that the app declares.
+
+    Attributes:
+        name: Its name.
+        quorum: Whether it is a quorum queue of RabbitMQ.
+        delivery_limit: How often RabbitMQ delivers a message of it before it drops it; ``None`` for no limit.
+    """
+
+    name: str
+    quorum: bool = False
+    delivery_limit: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerFacts:
+    """A broker.
+
+    Attributes:
+        url: Where it is, without its password.
+        away: Why it could not be reached.
+        local: Whether only this host can reach it.
+        visibility_timeout: Seconds after which what was not acknowledged is delivered again; ``None`` where there is no such thing.
+        consumer_timeout: Seconds after which RabbitMQ closes the channel of a worker that has not acknowledged a message.
+        consumer_timeout_of: How that is known.
+        delays: Whether the broker itself keeps messages until their time has come; else a worker does.
+        queues: The app's queues.
+        configuration: As far as a Redis tells it.
+    """
+
+    url: str = ""
+    away: str | None = None
+    local: bool = False
+    visibility_timeout: float | None = None
+    consumer_timeout: float | None = None
+    consumer_timeout_of: str = ""
+    delays: bool = False
+    queues: tuple[QueueFacts, ...] = ()
+    configuration: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class StoreFacts:
+    """A store.
+
+    Attributes:
+        name: What it calls itself, without its password.
+        away: Why it could not be reached.
+        refused: What it refused, and why.
+        schema: What is wrong with its schema.
+        there: Whether its schema is there; it may be one that is made on first use.
+        configuration: As far as its server tells it; ``None`` if it was not asked.
+        condition: How it stands; ``None`` if it was not asked.
+        local_clock: This host's clock, at the moment for which the condition tells the store's.
+        clock_error: Seconds by which that may be wrong.
+    """
+
+    name: str = ""
+    away: str | None = None
+    refused: str | None = None
+    schema: str | None = None
+    there: bool = True
+    configuration: Mapping[str, str] | None = None
+    condition: Condition | None = None
+    local_clock: datetime | None = None
+    clock_error: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """All of it."""
+
+    app: AppFacts
+    broker: BrokerFacts
+    store: StoreFacts

@@ -1,0 +1,240 @@
+"""Reading the facts: from the app's configuration, its broker and its store. Nothing is changed, and nothing that is away is an error here."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+from celery import Task
+from celery.backends.base import DisabledBackend
+from celery.utils.quorum_queues import detect_quorum_queues
+
+from celery_idempotent.children import is_guarded
+from celery_idempotent.doctor.facts import AppFacts, BrokerFacts, Facts, QueueFacts, StoreFacts, TaskFacts
+from celery_idempotent.errors import ConfigurationError, SchemaError, StoreError, StoreUnavailableError
+from celery_idempotent.publication import ANSWER
+from celery_idempotent.transactions import transactional
+
+if TYPE_CHECKING:
+    from celery import Celery
+    from kombu import Connection
+
+    from celery_idempotent.queue_log import QueueLog
+    from celery_idempotent.store import Store
+    from celery_idempotent.task import IdempotentTask
+
+__all__ = ["read_facts"]
+
+#: RabbitMQ's consumer_timeout in seconds unless it is told otherwise, and the version that brought it.
+_CONSUMER_TIMEOUT, _WITH_CONSUMER_TIMEOUT = 1800.0, (3, 8, 17)
+#: How often RabbitMQ delivers a message of a quorum queue unless it is told otherwise, and the version that brought that.
+_DELIVERY_LIMIT, _WITH_DELIVERY_LIMIT = 20, (4, 0)
+
+_LOCAL_HOSTS = {None, "", "localhost", "127.0.0.1", "::1"}
+_LOCAL_TRANSPORTS = {"memory", "filesystem"}
+
+#: How a driver is told not to wait for longer for a server that says nothing.
+_PATIENCE: Mapping[str, Mapping[str, float]] = {
+    "redis": {"socket_timeout": ANSWER, "socket_connect_timeout": ANSWER},
+    "amqp": {"read_timeout": ANSWER, "write_timeout": ANSWER},
+}
+
+
+def read_facts(
+    queue_log: QueueLog,
+    *,
+    consumer_timeout: float | None = None,
+    clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+) -> Facts:
+    """Read all of it.
+
+    Args:
+        queue_log: The queue log; the modules of its app's tasks have been imported.
+        consumer_timeout: RabbitMQ's, in seconds, which it does not tell; ``None`` for what the app says of its queues, or the default.
+        clock: This host's.
+    """
+    app = _read_app(queue_log)
+    broker = _read_broker(queue_log.app, consumer_timeout)
+    try:
+        store = queue_log.store
+    except ConfigurationError as error:
+        return Facts(replace(app, wrong=app.wrong or (str(error),)), broker, StoreFacts())
+    if any(task.atomic for task in app.tasks):
+        try:
+            transactional(store)
+        except ConfigurationError as error:
+            app = replace(app, atomic_refused=str(error))
+    return Facts(app, broker, _read_store(store, clock))
+
+
+# -- the app -----------------------------------------------------------------------------------------------------------
+
+
+def _read_app(queue_log: QueueLog) -> AppFacts:
+    app = queue_log.app
+    try:
+        settings = queue_log.settings
+    except ConfigurationError as error:
+        return AppFacts(wrong=(str(error),))
+    wrong: list[str] = []
+    tasks: list[TaskFacts] = []
+    for name, task in sorted(app.tasks.items()):
+        if is_guarded(task):
+            try:
+                tasks.append(_read_task(name, task))
+            except ConfigurationError as error:
+                wrong.append(str(error))
+    return AppFacts(
+        wrong=tuple(wrong),
+        tasks=tuple(tasks),
+        result_backend=not isinstance(app.backend, DisabledBackend),
+        retention=settings.retention,
+        recovery_interval=settings.recovery_interval,
+        isolation_level=queue_log.isolation_level,
+    )
+
+
+def _read_task(name: str, task: IdempotentTask) -> TaskFacts:
+    options, conf = task.idempotency, task.app.conf
+    reruns = options.delivery.on_abandoned == "rerun"
+    limits = [task.time_limit or conf.task_time_limit, task.soft_time_limit or conf.task_soft_time_limit]
+    retries = bool(getattr(task, "autoretry_for", ())) or task.default_retry_delay != Task.default_retry_delay
+    backs_off = bool(getattr(task, "retry_backoff", False))
+    delay = getattr(task, "retry_backoff_max", 600) if backs_off else task.default_retry_delay
+    return TaskFacts(
+        name,
+        acks_late=bool(task.acks_late),
+        told_lost=bool(task.acks_late and reruns and not task.reject_on_worker_lost and not task.retry_on_worker_lost),
+        awaited=not task.ignore_result,
+        track_started=bool(task.track_started),
+        time_limit=next((float(limit) for limit in limits if limit), None),
+        longest_delay=float(delay) if retries and task.max_retries != 0 else 0.0,
+        lease=options.lease,
+        unique_for=options.unique_for,
+        atomic=options.atomic,
+    )
+
+
+# -- the broker --------------------------------------------------------------------------------------------------------
+
+
+def _read_broker(app: Celery, consumer_timeout: float | None) -> BrokerFacts:
+    try:
+        connection = app.connection_for_write()
+        driver = connection.transport.driver_type
+        options = {**_PATIENCE.get(driver, {}), **(app.conf.broker_transport_options or {})}
+        connection = app.connection_for_write(transport_options=options)
+        url, local = connection.as_uri(), _is_local(connection)
+        visible = _visibility_timeout(connection)
+    except Exception as error:  # noqa: BLE001 - what a URL that cannot be read raises is kombu's, or any module's
+        return BrokerFacts(url="broker_url", away=_text(error))
+    told: dict[str, Any] = {}
+    away: str | None = None
+    try:
+        with connection:
+            connection.ensure_connection(max_retries=1, interval_start=0, timeout=ANSWER)
+            told = _ask_broker(app, connection, driver, consumer_timeout)
+    except Exception as error:  # noqa: BLE001 - as above
+        away = _text(error)
+    return BrokerFacts(url=url, away=away, local=local, visibility_timeout=visible, **told)
+
+
+def _ask_broker(app: Celery, connection: Connection, driver: str, consumer_timeout: float | None) -> dict[str, Any]:
+    if driver == "redis":
+        return {"configuration": _ask_redis(connection.default_channel.client)}
+    if driver != "amqp":
+        return {}
+    version = _version(getattr(connection.connection, "server_properties", None) or {})
+    queues = app.amqp.queues.values()
+    timeout, of = _consumer_timeout([queue.queue_arguments or {} for queue in queues], version, consumer_timeout)
+    return {
+        "consumer_timeout": timeout,
+        "consumer_timeout_of": of,
+        "delays": bool(app.conf.worker_detect_quorum_queues and detect_quorum_queues(app, driver)[0]),
+        "queues": tuple(_read_queue(queue.name, queue.queue_arguments or {}, version) for queue in queues),
+    }
+
+
+def _read_queue(name: str, arguments: Mapping[str, Any], version: tuple[int, ...]) -> QueueFacts:
+    limit = arguments.get("x-delivery-limit", _DELIVERY_LIMIT if version >= _WITH_DELIVERY_LIMIT else None)
+    return QueueFacts(name, quorum=arguments.get("x-queue-type") == "quorum", delivery_limit=limit)
+
+
+def _consumer_timeout(
+    queues: list[Mapping[str, Any]], version: tuple[int, ...], given: float | None
+) -> tuple[float | None, str]:
+    own = [arguments["x-consumer-timeout"] / 1000 for arguments in queues if "x-consumer-timeout" in arguments]
+    if own:
+        return min(own), "by x-consumer-timeout of a queue"
+    if given is not None:
+        return given, "as you say"
+    if version >= _WITH_CONSUMER_TIMEOUT:
+        return _CONSUMER_TIMEOUT, "its default, since it does not tell; see --consumer-timeout"
+    return None, ""
+
+
+def _version(properties: Mapping[str, Any]) -> tuple[int, ...]:
+    """The version of a RabbitMQ; nothing for any other server that speaks AMQP."""
+    if properties.get("product") != "RabbitMQ":
+        return ()
+    return tuple(int(part) for part in re.findall(r"\d+", str(properties.get("version", "")))[:3])
+
+
+def _visibility_timeout(connection: Connection) -> float | None:
+    """Of the transports that have one: as the app sets it, or their default."""
+    channel = getattr(connection.transport, "Channel", None)  # as kombu's own transports have it
+    known = [getattr(channel, name, None) for name in ("visibility_timeout", "default_visibility_timeout")]
+    defaults = [value for value in known if isinstance(value, (int, float))]
+    if not defaults:
+        return None
+    return float((connection.transport_options or {}).get("visibility_timeout") or defaults[0])
+
+
+def _ask_redis(client: Any) -> dict[str, str]:
+    """As far as the account may ask."""
+    try:
+        found = client.config_get("maxmemory*")
+    except Exception:  # noqa: BLE001 - an account without that right, or a service without that command
+        return {}
+    return {_str(name): _str(value) for name, value in found.items()}
+
+
+def _is_local(connection: Connection) -> bool:
+    if connection.transport.driver_type in _LOCAL_TRANSPORTS:
+        return True
+    return connection.hostname in _LOCAL_HOSTS and not connection.alt
+
+
+# -- the store ---------------------------------------------------------------------------------------------------------
+
+
+def _read_store(store: Store, clock: Callable[[], datetime]) -> StoreFacts:
+    facts: dict[str, Any] = {"name": str(store)}
+    try:
+        facts["configuration"] = store.configuration()
+        facts["there"] = store.inspect()
+        if facts["there"]:
+            began, asked = clock(), time.monotonic()
+            facts["condition"] = store.condition()
+            took = time.monotonic() - asked
+            # The statement was somewhere between the two.
+            facts["local_clock"], facts["clock_error"] = began + timedelta(seconds=took / 2), took / 2
+    except StoreUnavailableError as error:
+        facts["away"] = _text(error)
+    except SchemaError as error:
+        facts["schema"] = _text(error)
+    except StoreError as error:
+        facts["refused"] = _text(error)
+    return StoreFacts(**facts)
+
+
+def _text(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _str(value: Any) -> str:
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)

@@ -1,0 +1,114 @@
+"""What doctor finds in an app's own settings; the servers are good."""
+
+from __future__ import annotations
+
+import pytest
+from celery import Celery
+
+from celery_idempotent import QueueLog
+from tests.integration.doctor.conftest import MakeApp, codes, doctor_says, examine
+
+
+def test_with_a_good_set_up_nothing_is_found(make_app: MakeApp, capsys: pytest.CaptureFixture[str]) -> None:
+    status, said = doctor_says(make_app(), capsys)
+    assert (status, said["findings"], said["errors"], said["warnings"], said["tasks"]) == (0, [], 0, 0, 1)
+    assert "redis://" in said["broker"]
+    assert "RedisStore" in said["store"]
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "settings", "task"),
+    [
+        ("late-ack-worker-lost", 3, {"task_reject_on_worker_lost": False}, {}),
+        ("no-result-backend", 3, {"result_backend": "disabled://"}, {}),
+        ("track-started", 3, {"task_track_started": True}, {}),
+        ("recovery-off", 3, {"idempotent_recovery_interval": 0}, {}),
+        ("retention-short", 3, {"idempotent_retention": 600}, {}),
+        ("unique-for-short", 3, {}, {"unique_for": 600}),
+        ("visibility-lease", 3, {"broker_transport_options": {"visibility_timeout": 60}}, {}),
+        ("visibility-time-limit", 3, {"task_time_limit": 7200}, {}),
+        ("visibility-time-limit", 3, {}, {"soft_time_limit": 3600}),
+        ("visibility-eta", 3, {}, {"default_retry_delay": 7200}),
+        ("visibility-eta", 3, {}, {"autoretry_for": (ValueError,), "retry_backoff": True, "retry_backoff_max": 4000}),
+        ("atomic-store", 1, {}, {"atomic": True}),
+        ("settings", 1, {}, {"on_duplicate": "skipp"}),
+    ],
+)
+def test_what_is_wrong_is_found_and_nothing_else(
+    make_app: MakeApp,
+    capsys: pytest.CaptureFixture[str],
+    code: str,
+    status: int,
+    settings: dict[str, object],
+    task: dict[str, object],
+) -> None:
+    app = make_app(task=task, **settings)
+    ended, said = doctor_says(app, capsys)
+    assert ([each["code"] for each in said["findings"]], ended) == ([code], status)
+    (found,) = said["findings"]
+    assert found["severity"] == ("error" if status == 1 else "warning")
+    assert found["see"] == f"docs/how-to/doctor.md#{code}"
+    assert all(found[name] for name in ("what", "stake", "remedy"))
+    assert doctor_says(app, capsys, "--ignore", code)[0] == 0
+
+
+def test_settings_of_no_effect_are_not_found(make_app: MakeApp) -> None:
+    for task in (
+        {"acks_late": False, "reject_on_worker_lost": False},
+        {"reject_on_worker_lost": False, "on_abandoned": "fail"},
+        {"reject_on_worker_lost": False, "retry_on_worker_lost": True},
+        {"acks_late": False, "time_limit": 7200},
+        {"default_retry_delay": 7200, "max_retries": 0},
+        {"track_started": True, "ignore_result": True},
+    ):
+        assert codes(make_app(task=task)) == []
+
+
+def test_an_app_without_guarded_tasks(make_app: MakeApp) -> None:
+    app = make_app()
+    del app.tasks["shop.charge"]
+    assert codes(app) == ["no-guarded-tasks"]
+
+
+def test_a_setting_that_is_unknown_is_a_finding(make_app: MakeApp, capsys: pytest.CaptureFixture[str]) -> None:
+    app = make_app(init=False, idempotent_leese=5)
+    status, said = doctor_says(app, capsys)
+    assert (status, [each["code"] for each in said["findings"]]) == (1, ["settings"])
+    assert "did you mean 'idempotent_lease'" in said["findings"][0]["what"]
+
+
+@pytest.mark.parametrize("url", ["nonsense", "mssql://host/db", "postgresql+nodriver://u:secret@h/d"])
+def test_a_store_url_that_cannot_be_read_is_a_finding(
+    make_app: MakeApp, capsys: pytest.CaptureFixture[str], url: str
+) -> None:
+    status, said = doctor_says(make_app(init=False, idempotent_store=url), capsys)
+    assert (status, [each["code"] for each in said["findings"]]) == (1, ["settings"])
+    assert "secret" not in str(said)
+
+
+@pytest.mark.parametrize(
+    "url", ["nonsense://u:secret@h", "redis://u:secret@127.0.0.1:1/0", "amqp://u:secret@127.0.0.1:1//"]
+)
+def test_a_broker_that_is_away_is_a_finding(make_app: MakeApp, capsys: pytest.CaptureFixture[str], url: str) -> None:
+    app = make_app()
+    app.conf.broker_url = url
+    status, said = doctor_says(app, capsys)
+    assert (status, [each["code"] for each in said["findings"]]) == (1, ["broker-unreachable"])
+    assert "secret" not in str(said)
+
+
+def test_a_store_of_ones_own_is_read_too(make_app: MakeApp) -> None:
+    from celery_idempotent import SQLStore
+
+    app: Celery = make_app(init=False, idempotent_store="postgresql://nowhere/x")
+    QueueLog(app, store=SQLStore("sqlite://"))
+    assert codes(app) == ["store-in-memory"]
+
+
+def test_clocks_that_differ_are_found_by_the_stores(make_app: MakeApp) -> None:
+    app = make_app()
+    assert codes(app, ahead=0.5) == []
+    (found,) = examine(app, ahead=60.0)
+    assert (found.code, "60.0 s ahead of" in found.what or "59.9 s ahead of" in found.what) == ("clock-skew", True)
+    (found,) = examine(app, ahead=-7.0)
+    assert "behind that of" in found.what
