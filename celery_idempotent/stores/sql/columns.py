@@ -82,7 +82,12 @@ def has_key(table: Table) -> ColumnElement[bool]:
 
 def among(table: Table, keys: Iterable[MessageKey]) -> ColumnElement[bool]:
     """It is the row of one of the messages, of which there are some hundreds at most."""
-    return tuple_(table.c.message_id, table.c.task_name).in_([(key.message_id, key.task_name) for key in keys])
+    named = [(key.message_id, key.task_name) for key in keys]
+    return and_(
+        # By the ids alone, since SQLite reads the whole table for pairs; what they find is then compared whole.
+        table.c.message_id.in_([message_id for message_id, _ in named]),
+        tuple_(table.c.message_id, table.c.task_name).in_(named),
+    )
 
 
 def free_again(table: Table) -> ColumnElement[bool]:
