@@ -86,10 +86,13 @@ class Recovering:
         # An id that is to stay taken for longer than retention keeps its row.
         unneeded = or_(table.c.expires_at.is_(None), table.c.expires_at <= Now())
         self._old = (
-            select(table.c.message_id, table.c.task_name)
+            select(table.c.message_id, table.c.task_name, table.c.processed_timestamp)
             .where(table.c.status == DONE, table.c.processed_timestamp <= ago, unneeded)
             .order_by(table.c.processed_timestamp)
         )
+        self._old_from = self._old.where(table.c.processed_timestamp >= parameter(table, "processed_timestamp"))
+        # Where the last batch of a purge ended, while there is more.
+        self._purged_to: datetime | None = None
         self._delete = delete(table).where(table.c.status == DONE, table.c.processed_timestamp <= ago, unneeded)
 
     def lapsed(self, connection: Connection, *, again_after: float, limit: int) -> list[Row]:
@@ -137,11 +140,21 @@ class Recovering:
         connection.execute(self._not_published, {**key_parameters(key), "p_token": token})
 
     def purge(self, connection: Connection, *, older_than: float, limit: int) -> int:
-        """Delete what is done and past retention, by its keys: a limit on DELETE is not everywhere."""
-        parameters = {"p_ago": -older_than}
-        keys = [MessageKey(*key) for key in connection.execute(self._old.limit(limit), parameters)]
-        if not keys:
+        """Delete what is done and past retention, by its keys: a limit on DELETE is not everywhere.
+
+        A batch begins where a full one before it has ended. What that deleted stands in the index until the table is vacuumed, and
+        what its ``expires_at`` keeps stays: read again by each batch, either would make a purge of millions take ever longer.
+        """
+        since = self._purged_to
+        parameters: dict[str, Any] = {"p_ago": -older_than}
+        if since is None:
+            old = connection.execute(self._old.limit(limit), parameters).all()
+        else:
+            old = connection.execute(self._old_from.limit(limit), {**parameters, "p_processed_timestamp": since}).all()
+        self._purged_to = old[-1].processed_timestamp if len(old) == limit else None
+        if not old:
             return 0
+        keys = [MessageKey(row.message_id, row.task_name) for row in old]
         return connection.execute(self._delete.where(among(self._table, keys)), parameters).rowcount
 
     def _queues(self, connection: Connection) -> Iterator[str]:

@@ -172,6 +172,11 @@ def purge(store: Store) -> Prepared:
     return partial(store.purge, older_than=_LONG_AGO, limit=200)
 
 
+def purge_on(store: Store) -> Prepared:
+    store.purge(older_than=_LONG_AGO, limit=200)
+    return partial(store.purge, older_than=_LONG_AGO, limit=200)
+
+
 def what_ran_last(store: Store) -> Prepared:
     return partial(store.newest, limit=1000)
 
@@ -222,6 +227,7 @@ EVERYTHING = [
     Verb(what_was_never_sent, _PROCESSED, sorts=True),
     Verb(what_was_not_published_after_all),
     Verb(purge, frozenset({"pkey", "processed"})),
+    Verb(purge_on, frozenset({"pkey", "processed"})),
     Verb(what_ran_last, _OPEN | _PROCESSED, sorts=True),
     Verb(list_an_id, sorts=True),
     Verb(list_what_runs, _OPEN, sorts=True),
