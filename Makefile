@@ -13,7 +13,7 @@ COMPILE = $(DEV)/uv pip compile pyproject.toml --universal --python-version 3.11
 	--no-emit-index-url --no-emit-find-links --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check chaos chaos-peers bench lock clean
+.PHONY: help demo test check chaos chaos-peers bench bench-scale lock clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## *\(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -41,6 +41,12 @@ BENCH = $(if $(ONLY),--only $(ONLY)) $(if $(STORES),--stores $(STORES)) $(if $(P
 
 bench: .venv-peers/installed  ## what the guard costs, beside plain Celery and others; ROUNDS= ONLY= STORES= PEERS= SEED= QUICK=1; 25 minutes
 	@.venv-peers/bin/python -m benchmarks $(BENCH)
+
+# Ten million rows want half an hour and 20 GB; DATA= keeps them.
+ROWS ?= 1000000
+
+bench-scale: .venv/installed  ## what a queue log of ROWS= rows costs, on a PostgreSQL of its own; tables and JSON in bench/
+	@$(DEV)/python -m benchmarks.scale --rows $(ROWS) $(if $(DATA),--data $(DATA))
 
 check: .venv/installed  ## format, lint, types, direction of imports
 	$(DEV)/ruff format --check .

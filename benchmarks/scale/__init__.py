@@ -1,0 +1,1 @@
+"""A queue log of ten million rows, and what lies beyond one server: ``make bench-scale``."""
