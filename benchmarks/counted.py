@@ -44,6 +44,7 @@ class Trips(Measure):
 
 
 def _trips(site: Site, subject: Subject, count: int) -> dict[str, float]:
+    count = subject.share(count)
     found: dict[str, float] = {}
     store = site.store(subject)
     on_a_server = store is not None and not store.startswith("sqlite")

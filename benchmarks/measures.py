@@ -159,11 +159,13 @@ class Consume(Measure):
     def round(self, site: Site, stands: Mapping[str, Stand], count: int, order: random.Random) -> Round:
         found: dict[str, Mapping[str, float]] = {}
         for stand in shuffled(stands, order):
-            numbers, _ = stand.publish(count, how="batch", task=self.task)
+            share = stand.subject.share(count)
+            numbers, _ = stand.publish(share, how="batch", task=self.task)
             meter = stand.run(numbers)
-            seconds = stand.marks.ran(numbers.start, count).seconds
-            found[stand.subject.name] = per_message({"seconds": seconds, **meter.read()}, count)
-            results, expected = stand.take_results(), count if self.task == "echo" else 0
+            seconds = stand.marks.ran(numbers.start, share).seconds
+            found[stand.subject.name] = per_message({"seconds": seconds, **meter.read()}, share)
+            stored = self.task == "echo" or not stand.subject.ignores_results
+            results, expected = stand.take_results(), share if stored else 0
             assert results == expected, f"{stand.subject.name} stored {results} results, not {expected}"
         return found
 
@@ -181,6 +183,9 @@ class Latency(Measure):
     workers = True
     figures = ("p50", "p99")
     columns = (Column("p50", "p50, ms", ".1f"), Column("p99", "p99, ms", ".1f"))
+
+    def takes(self, subject: Subject) -> bool:
+        return not subject.slow
 
     def round(self, site: Site, stands: Mapping[str, Stand], count: int, order: random.Random) -> Round:
         found: dict[str, Mapping[str, float]] = {}

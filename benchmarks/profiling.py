@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks.producer import Order, publish
 from benchmarks.site import Stand, open_site
@@ -104,28 +105,34 @@ def _of_worker(stand: Stand, task: str, count: int, lines: int) -> str:
     ran = stand.marks.ran(numbers.start, count)
     head = f"{count} tasks in {ran.seconds:.2f} s, while they were sampled {RATE} times per second\n"
     stacks = list(_stacks(samples.read_text().splitlines()))
-    main = f"process {worker.pid}:"
     return head + "\n".join(
-        _told(f"{what}", (stack for stack in stacks if stack[0][0].startswith(main) is is_main), lines)
-        for what, is_main in (("main process", True), ("pool", False))
+        _told(what, [stack for stack in stacks if stack.in_child is in_child], lines)
+        for what, in_child in (("main process", False), ("pool", True))
     )
 
 
-#: Frames from the outermost on, and how often they were seen.
-_Stack = tuple[list[str], int]
+class _Stack(NamedTuple):
+    """Frames from the outermost on, how often they were seen, and whether in a process that another one has started."""
+
+    frames: list[str]
+    number: int
+    in_child: bool
 
 
 def _stacks(samples: Iterable[str]) -> Iterator[_Stack]:
     for line in samples:
-        frames, _, number = line.rpartition(" ")
-        yield frames.split(";"), int(number)
+        stack, _, number = line.rpartition(" ")
+        frames = stack.split(";")
+        # A process is the outermost frame of its own, and of its children's.
+        processes = sum(frame.startswith("process ") for frame in frames)
+        yield _Stack(frames[processes:] or frames[-1:], int(number), processes > 1)
 
 
 def _told(what: str, stacks: Iterable[_Stack], lines: int) -> str:
     own: Counter[str] = Counter()
     under: Counter[str] = Counter()
     total = 0
-    for frames, number in stacks:
+    for frames, number, _ in stacks:
         total += number
         own[frames[-1]] += number
         for frame in {frame.rpartition(":")[0] or frame for frame in frames}:

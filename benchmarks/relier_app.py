@@ -11,12 +11,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from relier import rl_task
-from relier.tasks.app import celery_app
 
 from benchmarks.marks import Marks
 from benchmarks.subjects import Place
 
-app = celery_app
 marks = Marks(Place.of_this_process().marks)
 
 
@@ -31,12 +29,6 @@ async def echo(number: int) -> int:
     """A result, which is stored."""
     marks.note(number)
     return number
-
-
-@app.on_after_finalize.connect
-def _ignore_results(sender: Any, **_: Any) -> None:
-    # `rl_task` has no option for it.
-    sender.tasks["noop"].ignore_result = True
 
 
 _TASKS: Mapping[str, Any] = {"noop": noop, "echo": echo}

@@ -112,7 +112,7 @@ class Stand:
             arguments=["--loglevel=WARNING", *self.subject.worker_arguments],
         ).start(wait=False)
         for task in self.subject.tasks:
-            self.wait_for(self.publish(WARM, task=task)[0])
+            self.wait_for(self.publish(self.subject.share(WARM), task=task)[0])
         self.settle()
         self.take_results()
         self.worker.pause()

@@ -33,11 +33,13 @@ class Subject:
         name: As on the command line and in the tables.
         kind: Plain Celery, this library on a store, or somebody else's package.
         module: What has to be importable for it.
+        slow: Whether its worker takes about a second for each task, so that it is given few.
     """
 
     name: str
     kind: Literal["plain", "store", "peer"]
     module: str = "celery"
+    slow: bool = False
 
     #: The module with the tasks, and what ``celery -A`` is given.
     tasks_module: ClassVar[str] = "benchmarks.app"
@@ -47,6 +49,12 @@ class Subject:
     #: Where messages wait; Celery's default queue, in a database of the subject's own.
     queue: ClassVar[str] = "celery"
     has_groups: ClassVar[bool] = True
+    #: Whether a result that nobody wants is not stored.
+    ignores_results: ClassVar[bool] = True
+
+    def share(self, count: int) -> int:
+        """How many of so many tasks its worker is given."""
+        return max(count // 200, 10) if self.slow else count
 
     @property
     def has_transactions(self) -> bool:
@@ -97,6 +105,8 @@ class Relier(Subject):
     queue = "default"
     # `task.s()` goes past its envelope.
     has_groups = False
+    # It sends by name, which says to the worker that a result is wanted, whatever the task says.
+    ignores_results = False
 
     def environment(self, redis: str) -> dict[str, str]:
         return {
@@ -122,7 +132,8 @@ STORES: Mapping[str, Subject] = {
 }
 PEERS: Mapping[str, Subject] = {
     **{
-        name: Subject(name, "peer", name.replace("-", "_"))
+        # celery-heimdall's worker waits in vain, for a second, for the lock that its producer has taken.
+        name: Subject(name, "peer", name.replace("-", "_"), slow=name == "celery-heimdall")
         for name in ("celery-once", "celery-singleton", "celery-heimdall", "celery-once-task")
     },
     "relier": Relier("relier", "peer", "relier"),
