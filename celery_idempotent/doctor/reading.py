@@ -149,12 +149,13 @@ def _ask_broker(app: Celery, connection: Connection, driver: str, consumer_timeo
     if driver != "amqp":
         return {}
     version = _version(getattr(connection.connection, "server_properties", None) or {})
-    queues = app.amqp.queues.values()
+    queues = list(app.amqp.queues.values())
     timeout, of = _consumer_timeout([queue.queue_arguments or {} for queue in queues], version, consumer_timeout)
     return {
         "consumer_timeout": timeout,
         "consumer_timeout_of": of,
-        "delays": bool(app.conf.worker_detect_quorum_queues and detect_quorum_queues(app, driver)[0]),
+        # As Celery decides it for each message: by the exchange, once there is a quorum queue.
+        "delays": detect_quorum_queues(app, driver)[0] and all(queue.exchange.type != "direct" for queue in queues),
         "queues": tuple(_read_queue(queue.name, queue.queue_arguments or {}, version) for queue in queues),
     }
 

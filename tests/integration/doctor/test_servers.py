@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from kombu import Queue
+from kombu import Exchange, Queue
 from redis import Redis
 
 from celery_idempotent import QueueLog, SQLStore
@@ -217,8 +217,9 @@ def rabbitmq() -> Iterator[PrivateRabbitMQ]:
 
 
 def test_how_rabbitmq_is_set(make_app: MakeApp, rabbitmq: PrivateRabbitMQ) -> None:
-    def queues(**arguments: object) -> list[Queue]:
-        return [Queue("celery", routing_key="celery", queue_arguments={"x-queue-type": "quorum", **arguments})]
+    def queues(kind: str = "topic", /, **arguments: object) -> list[Queue]:
+        arguments = {"x-queue-type": "quorum", **arguments}
+        return [Queue("celery", Exchange("celery", kind), routing_key="celery", queue_arguments=arguments)]
 
     def app(**settings: object) -> list[str]:
         app = make_app(**settings)
@@ -239,6 +240,7 @@ def test_how_rabbitmq_is_set(make_app: MakeApp, rabbitmq: PrivateRabbitMQ) -> No
     assert app(task={"default_retry_delay": 1800}) == ["consumer-timeout-eta"]
     # Quorum queues have RabbitMQ keep what is not due yet.
     assert app(task={"default_retry_delay": 1800}, task_queues=queues()) == []
+    assert app(task={"default_retry_delay": 1800}, task_queues=queues("direct")) == ["consumer-timeout-eta"]
     assert app(task={"lease": 120}, task_queues=[Queue("celery", queue_arguments={"x-consumer-timeout": 60_000})]) == [
         "consumer-timeout-lease"
     ]
