@@ -145,12 +145,12 @@ class Recovering:
         A batch begins where a full one before it has ended. What that deleted stands in the index until the table is vacuumed, and
         what its ``expires_at`` keeps stays: read again by each batch, either would make a purge of millions take ever longer.
         """
-        since = self._purged_to
         parameters: dict[str, Any] = {"p_ago": -older_than}
-        if since is None:
-            old = connection.execute(self._old.limit(limit), parameters).all()
-        else:
-            old = connection.execute(self._old_from.limit(limit), {**parameters, "p_processed_timestamp": since}).all()
+        since, old = self._purged_to, list[Any]()
+        if since is not None:
+            old += connection.execute(self._old_from.limit(limit), {**parameters, "p_processed_timestamp": since})
+        if len(old) < limit:  # from the beginning: what was kept there may have become free since
+            old = list(connection.execute(self._old.limit(limit), parameters))
         self._purged_to = old[-1].processed_timestamp if len(old) == limit else None
         if not old:
             return 0
