@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 import sqlalchemy as sa
 from celery import Task, group
 
+from benchmarks.bare import BehindTheDriver
 from benchmarks.marks import Marks
 from benchmarks.subjects import Place, subject_named
 from celery_idempotent import IdempotentTask, outbox
@@ -34,6 +35,12 @@ def echo(number: int) -> int:
 @app.task(name="keyless", ignore_result=True, **subject.options(None))
 def keyless(number: int) -> None:
     """Nothing; this library knows it by its task id, which is what ``base=IdempotentTask`` alone does."""
+    marks.note(number)
+
+
+@app.task(name="bare", base=Task, ignore_result=True)
+def bare(number: int) -> None:
+    """Nothing, without a guard."""
     marks.note(number)
 
 
@@ -77,4 +84,5 @@ WAYS: Mapping[str, Callable[[str, Iterable[int]], None]] = {
     "group": _group,
     # What the others have for a thousand calls at once is a thousand calls.
     "batch": _batch if subject.guarded else _single,
+    "bare": _single if place.store is None else BehindTheDriver(place.store, noop, bare),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from benchmarks.counted import RowSize, Trips
-from benchmarks.measures import Consume, Latency, Measure, Publish
+from benchmarks.measures import Consume, Latency, Measure, Publish, PublishBare
 from benchmarks.own_code import OwnCode
 
 __all__ = ["MEASURES"]
@@ -14,6 +14,7 @@ MEASURES: Mapping[str, Measure] = {
     measure.name: measure
     for measure in (
         Publish("publish", "Publishing: one `delay` for each message", 2000),
+        PublishBare("bare", "Publishing a plain task behind the driver's own record: no guard gets further", 2000),
         Publish("keyless", "Publishing a task that is known by its task id", 2000, task="keyless"),
         Publish("group", "Publishing: a group of 1,000", 2000, how="group", turns=2),
         Publish("outbox", "Publishing: 1,000 calls in a batch, `with outbox()`", 2000, how="batch", turns=2),

@@ -15,7 +15,7 @@ from benchmarks.site import Site, Stand
 from benchmarks.subjects import Subject
 from tests.chaos.audit import percentile
 
-__all__ = ["Column", "Consume", "Latency", "Measure", "Publish", "shuffled"]
+__all__ = ["Column", "Consume", "Latency", "Measure", "Publish", "PublishBare", "shuffled"]
 
 
 class Column(NamedTuple):
@@ -104,7 +104,7 @@ class Publish(Measure):
     turns: int = 5
 
     figures = ("per second",)
-    columns = (
+    columns: ClassVar[tuple[Column, ...]] = (
         Column("per second", "per second", ",.0f"),
         Column("cpu", "CPU, ms"),
         Column("cpu producer", "producer"),
@@ -113,7 +113,7 @@ class Publish(Measure):
     )
 
     def takes(self, subject: Subject) -> bool:
-        if self.how == "batch":
+        if self.how in {"batch", "bare"}:
             return subject.kind != "peer"
         return self.task in subject.tasks and (self.how != "group" or subject.has_groups)
 
@@ -131,6 +131,15 @@ class Publish(Measure):
         for stand in stands.values():
             stand.discard(self.turns * share)
         return {name: per_message(sums, self.turns * share) for name, sums in total.items()}
+
+
+@dataclass(frozen=True)
+class PublishBare(Publish):
+    """The same behind the driver's own record, see :mod:`benchmarks.bare`. What is made ready for that is not timed, but the servers compute it."""
+
+    how: str = "bare"
+
+    columns = (Column("per second", "per second", ",.0f"), Column("cpu producer", "producer, CPU ms"))
 
 
 @dataclass(frozen=True)

@@ -116,8 +116,11 @@ def publish(order: Order) -> Published:
     """Publish here and now."""
     ways: Any = import_module(subject_named(Place.of_this_process().subject).tasks_module)
     numbers = range(order.first, order.first + order.count)
+    way = ways.WAYS[order.how]
+    if hasattr(way, "prepare"):
+        way.prepare(numbers)
     cpu, began = time.process_time(), time.monotonic()
-    ways.WAYS[order.how](order.task, _paced(numbers, began, order.rate) if order.rate else numbers)
+    way(order.task, _paced(numbers, began, order.rate) if order.rate else numbers)
     return Published(began, time.monotonic() - began, time.process_time() - cpu)
 
 
