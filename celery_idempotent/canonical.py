@@ -55,6 +55,9 @@ FORM = b"celery-idempotent:1\n"
 # How a step into a value reads in an error.
 _ITEM, _FIELD, _KEY, _ELEMENT = "[{!r}]", ".{}", ".keys()", "{{...}}"
 
+#: Types of which every value has a form, so that nobody has to be told where one was that has none.
+_LEAVES = frozenset((str, int, float, bool, type(None)))
+
 _MICROSECOND = timedelta(microseconds=1)
 
 
@@ -170,10 +173,13 @@ class _Form:
         return _counted(
             b"d",
             sorted(
-                self._at(_KEY, key, name) + self._at(_ITEM, key, item)
+                self._key(key, name) + (self.of(item) if type(item) in _LEAVES else self._at(_ITEM, key, item))
                 for name, (key, item) in zip(names, value.items(), strict=True)
             ),
         )
+
+    def _key(self, key: object, name: object) -> bytes:
+        return _delimited(b"s", _text(name)) if type(name) is str else self._at(_KEY, key, name)
 
     def _set(self, value: Iterable[object]) -> bytes:
         return _counted(b"S", sorted(self._at(_ELEMENT, None, element) for element in value))

@@ -54,7 +54,7 @@ class CallSignature:
         ConfigurationError: ``run`` has no signature to be found, as some functions written in C.
     """
 
-    __slots__ = ("_defaults", "_keywords", "_outer", "_signature", "name")
+    __slots__ = ("_defaults", "_keywords", "_outer", "_plain", "_signature", "_values", "name")
 
     def __init__(self, run: Callable[..., Any], *, bound: bool = False) -> None:
         #: What the body is called, for errors.
@@ -72,7 +72,12 @@ class CallSignature:
         self._outer = outer
         parameters = signature.parameters.values()
         self._keywords = next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), None)
-        self._defaults = {p.name: _Default(p) for p in parameters}
+        self._defaults = {p.name: _Default(p) for p in parameters if _stands_at_something(p)}
+        #: The parameters, if each may be given by place and by name, and what those stand at that may be left out.
+        self._plain = (
+            tuple(signature.parameters) if all(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters) else None
+        )
+        self._values = {p.name: p.default for p in parameters if p.default is not p.empty}
 
     def __repr__(self) -> str:
         return f"<CallSignature {self.name}{self._signature}>"
@@ -90,12 +95,28 @@ class CallSignature:
         Raises:
             TypeError: The body cannot be called so.
         """
+        arguments = None if self._plain is None else self._bind_plainly(self._plain, args or (), kwargs or {})
+        if arguments is not None:
+            return arguments
         try:
             call = self._signature.bind(*(args or ()), **(kwargs or {}))
         except TypeError as error:
             raise self._misfit(error, args, kwargs) from None
         call.apply_defaults()
         return dict(call.arguments)
+
+    def _bind_plainly(
+        self, names: tuple[str, ...], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> dict[str, Any] | None:
+        """What :mod:`inspect` does at length, for most bodies; ``None`` for a call that does not fit, of which it says why."""
+        given = dict(zip(names, args, strict=False))
+        if len(args) > len(names) or any(name in given or name not in self._signature.parameters for name in kwargs):
+            return None
+        given.update(kwargs)
+        try:
+            return {name: given[name] if name in given else self._values[name] for name in names}
+        except KeyError:
+            return None
 
     def names(self, args: Args, kwargs: Kwargs) -> dict[str, Any]:
         """As :meth:`bind`, with what ``**kwargs`` took up by name as well; a parameter goes before a keyword of its name.
@@ -166,6 +187,14 @@ class CallSignature:
         return misfit
 
 
+def _stands_at_something(parameter: inspect.Parameter) -> bool:
+    """Whether a call may leave a parameter out."""
+    return parameter.default is not parameter.empty or parameter.kind in {
+        parameter.VAR_POSITIONAL,
+        parameter.VAR_KEYWORD,
+    }
+
+
 class _Default:
     """What a parameter stands at when a call does not give it."""
 
@@ -179,7 +208,7 @@ class _Default:
         elif parameter.kind is parameter.VAR_KEYWORD:
             self._value = {}
         self._form: bytes | None = None
-        with suppress(ConfigurationError):  # there is no default, or it is a sentinel, which nothing but itself equals
+        with suppress(ConfigurationError):  # it is a sentinel, which nothing but itself equals
             self._form = canonical({self._name: self._value})
 
     def equals(self, value: Any) -> bool:
