@@ -22,8 +22,8 @@ MEASURES: Mapping[str, Measure] = {
         OwnCode("own-code-memory", "The same, without waiting for the disk", 500, disk=False),
         Trips("trips", "Round trips for each task", 500),
         RowSize("rows", "Size of a row", 5000),
-        Consume("consume", "Consuming a no-op, prefork 2", 2000),
-        Consume("results", "Consuming, with results, prefork 2", 2000, task="echo"),
+        Consume("consume", "Consuming a no-op, prefork 2", 1000),
+        Consume("results", "Consuming, with results, prefork 2", 1000, task="echo"),
         Latency("latency", "From the call to the body, at 200 calls per second", 600),
     )
 }
