@@ -214,7 +214,7 @@ def test_a_duplicate_and_a_mismatch_say_what_to_do(app: Celery) -> None:
     [
         ("no url", "idempotent_store"),
         ("oracle://scott:tiger@db/x", "oracle"),
-        ("redis://:tiger@localhost", "redis"),
+        ("redis://:tiger@localhost/queue", "by its number"),
         ("postgresql+asyncpg://u:tiger@localhost/x", "asyncpg"),
         ("postgresql+psycopg2://u:tiger@localhost/x", "run: pip install psycopg2"),
         ("mysql+mysqldb://u:tiger@localhost/x", "run: pip install mysqlclient"),

@@ -238,7 +238,7 @@ def test_what_needs_a_transaction_says_that_there_is_none(make_shop: Callable[..
     shop = make_shop()
     text = "needs a store with transactions, such as SQLStore; RedisStore has none"
 
-    @shop.app.task(base=IdempotentTask, name="atomic", atomic=True)
+    @shop.app.task(base=IdempotentTask, name="atomic", atomic=True, shared=False)
     def atomic() -> None:
         """It never comes to this."""
 
