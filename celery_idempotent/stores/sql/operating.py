@@ -63,7 +63,13 @@ class Operating:
             .label("last_due"),
             select(func.min(lease)).where(is_open, *lapsed).scalar_subquery().label("lapsed_since"),
             select(func.min(table.c.created_timestamp)).where(is_open, *unsent).scalar_subquery().label("unsent_since"),
-            select(func.min(ended)).where(unneeded).scalar_subquery().label("done_since"),
+            # In the order of the index, as far as the first: MySQL and MariaDB read the whole table for the least of them.
+            select(ended)
+            .where(unneeded, ended.is_not(None))
+            .order_by(ended)
+            .limit(1)
+            .scalar_subquery()
+            .label("done_since"),
         )
 
     def forget(self, connection: Connection, row: Row, *, again: bool) -> bool:

@@ -53,22 +53,15 @@ def carried_out(store: SQLStore, verb: verbs.Verb) -> Iterator[tuple[plans.Plans
 @pytest.mark.parametrize("verb", verbs.EVERYTHING, ids=str)
 def test_a_verb_reads_no_more_than_it_needs(long: SQLStore, verb: verbs.Verb) -> None:
     dialect = long.engine.dialect.name
-    on_mysql = dialect == "mysql"
     for watched, seen in carried_out(long, verb):
         # Of how a row is inserted there is something to tell on PostgreSQL only.
-        assert seen or dialect != "postgresql"
+        assert seen or (dialect != "postgresql" and str(verb).startswith("record"))
+        # What a question that is answered by many rows may read, and no verb else.
+        much = long_log.DONE if verb.reads_all else long_log.PENDING if dialect in verb.reads_backlog else 0
         for plan in seen:
-            # What the whole table answers is told to be so; and it is the measure of what is much.
-            much = (
-                long_log.DONE
-                if verb.reads_all
-                else long_log.PENDING * 1.1
-                if on_mysql and verb.reads_backlog_on_mysql
-                else 0
-            )
-            assert plan.scans == verb.reads_all, plan
+            assert plan.scans <= verb.reads_all, (plan.effort, plan.text)
             assert plan.sorts <= (verb.sorts or verb.reads_all), plan
-            assert plan.indexes <= (verb.indexes | verb.on_mysql if on_mysql else verb.indexes), plan
+            assert plan.indexes <= (verb.indexes | verb.on_mysql if dialect == "mysql" else verb.indexes), plan
             assert plan.effort <= max(watched.little, much * 3), plan
 
 
@@ -88,8 +81,10 @@ def test_no_statement_of_the_store_is_left_out(long: SQLStore) -> None:
     finally:
         sa.event.remove(sa.Engine, "before_execute", note)
 
-    parts = ("_producer", "_claims", "_endings", "_reading", "_recovering")
+    parts = ("_producer", "_claims", "_endings", "_reading", "_recovering", "_operating")
     held = {f"{part}.{name}": each for part in parts for name, each in statements_of(getattr(long, part))}
+    # The row of a message is read by one statement, of which each part has its own; this one's repeats a verb whose answer was lost.
+    held = {name: each for name, each in held.items() if not name.startswith("_operating._read.")}
     assert len(held) > 30, sorted(held)
     assert {name for name, each in held.items() if not any(begins(each, element) for element in carried)} == set()
 
@@ -99,7 +94,7 @@ def statements_of(part: object) -> Iterator[tuple[str, Any]]:
     names = list(vars(part)) if hasattr(part, "__dict__") else list(getattr(part, "__slots__", ()))
     for name in names:
         value = getattr(part, name)
-        if isinstance(value, sa.sql.base.Executable):
+        if isinstance(value, sa.Select | sa.sql.dml.UpdateBase):
             yield name, value
         elif type(value).__module__.startswith("celery_idempotent.stores.sql") and not isinstance(value, Dialect):
             for inner, each in statements_of(value):

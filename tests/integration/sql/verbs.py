@@ -14,6 +14,7 @@ from celery_idempotent.testing.examples import (
     KEY,
     LEASE,
     WORKER,
+    claim,
     expired_id,
     new_message,
     pending,
@@ -40,9 +41,9 @@ class Verb:
         prepare: Makes the situation, and answers with the call.
         indexes: By which the call finds its rows; each of its statements by one of them.
         sorts: Whether it sorts: what runs, or what the relay waits for, and nothing that grows with the log or with a backlog.
-        reads_all: Whether it is an operator's question that the whole table answers.
+        reads_all: Whether it is an operator's question for which the whole table may be read.
         on_mysql: Indexes that serve there too, where they are not partial.
-        reads_backlog_on_mysql: Whether it reads there all that waits, as whoever asks is about to do.
+        reads_backlog: Where it reads all that waits, as whoever asks wants it, or is about to do.
     """
 
     prepare: Callable[[SQLStore], Prepared]
@@ -50,7 +51,7 @@ class Verb:
     sorts: bool = False
     reads_all: bool = False
     on_mysql: frozenset[str] = frozenset()
-    reads_backlog_on_mysql: bool = False
+    reads_backlog: frozenset[str] = frozenset()
 
     def __str__(self) -> str:
         return getattr(self.prepare, "__name__", "verb")
@@ -197,6 +198,24 @@ def list_the_newest(store: Store) -> Prepared:
     return lambda: list(store.rows(RowFilter(limit=10)))
 
 
+def list_the_oldest(store: Store) -> Prepared:
+    return lambda: list(store.rows(RowFilter(limit=10, oldest_first=True)))
+
+
+def forget_what_is_not_as_it_was(store: SQLStore) -> Prepared:
+    row = pending(store)
+    claim(store)
+    return partial(store.forget, row)
+
+
+def what_may_be_purged(store: SQLStore) -> Prepared:
+    return partial(store.purgeable, older_than=_LONG_AGO)
+
+
+def how_the_log_stands(store: SQLStore) -> Prepared:
+    return store.condition
+
+
 def count(store: Store) -> Prepared:
     return store.counts
 
@@ -223,7 +242,7 @@ EVERYTHING = [
     Verb(what_waits_on_a_queue, _OPEN, on_mysql=_PROCESSED),
     Verb(what_waits_on_a_queue_of_few, _OPEN, on_mysql=_PROCESSED),
     # What waits on no queue is sorted by PostgreSQL, for which null is not one value.
-    Verb(what_waits_on_any_queue, _OPEN, sorts=True, on_mysql=_PROCESSED, reads_backlog_on_mysql=True),
+    Verb(what_waits_on_any_queue, _OPEN, sorts=True, on_mysql=_PROCESSED, reads_backlog=frozenset({"mysql"})),
     Verb(what_was_never_sent, _PROCESSED, sorts=True),
     Verb(what_was_not_published_after_all),
     Verb(purge, frozenset({"pkey", "processed"})),
@@ -232,5 +251,10 @@ EVERYTHING = [
     Verb(list_an_id, sorts=True),
     Verb(list_what_runs, _OPEN, sorts=True),
     Verb(list_the_newest, frozenset(), sorts=True, reads_all=True),
+    Verb(list_the_oldest, frozenset(), sorts=True, reads_all=True),
+    Verb(forget_what_is_not_as_it_was),
+    # All that is past retention, of which PostgreSQL, planning without the parameters, supposes that it is a third.
+    Verb(what_may_be_purged, _PROCESSED, reads_all=True),
+    Verb(how_the_log_stands, _OPEN | _PROCESSED, reads_backlog=frozenset({"mysql", "postgresql", "sqlite"})),
     Verb(count, frozenset(), reads_all=True),
 ]
