@@ -30,7 +30,13 @@ from celery_idempotent.errors import (
 from celery_idempotent.producer import identify
 from celery_idempotent.records import Claim, Claimed, MessageKey, NewMessage, Note, ProcessedStatus, Row, Status, Taken
 from celery_idempotent.run import Run, RunState, answered, describe, ignores_result, waited_on, worker_label
-from celery_idempotent.serialization import UndecodableError, decode_message, decode_result, encode_message
+from celery_idempotent.serialization import (
+    UndecodableError,
+    decode_message,
+    decode_result,
+    encode_message,
+    serializer_of,
+)
 from celery_idempotent.wire import Marker
 
 if TYPE_CHECKING:
@@ -470,7 +476,7 @@ class _Admission:
             request.args,
             request.kwargs,
             signature.options,
-            serializer=self.task.serializer or self.task.app.conf.task_serializer,
+            serializer=serializer_of(self.task),
         )
         return replace(self.message, message=data)
 

@@ -31,7 +31,14 @@ from celery_idempotent.outboxes import PUBLISH_WITHIN, Outbox, current_outbox
 from celery_idempotent.publication import Outgoing
 from celery_idempotent.records import Found, MessageKey, NewMessage, ProcessedStatus, Recorded, Row, Status
 from celery_idempotent.run import Run
-from celery_idempotent.serialization import UndecodableError, as_moments, decode_result, encode_message, without_local
+from celery_idempotent.serialization import (
+    UndecodableError,
+    as_moments,
+    decode_result,
+    encode_message,
+    serializer_of,
+    without_local,
+)
 from celery_idempotent.wire import Marker
 
 if TYPE_CHECKING:
@@ -202,7 +209,7 @@ class Sending:
                 args,
                 kwargs,
                 {**options, "task_id": task_id, "message_id": key.message_id},
-                serializer=options.get("serializer") or task.serializer or task.app.conf.task_serializer,
+                serializer=serializer_of(task, options),
                 now=None if options.get("countdown") is options.get("expires") is None else task.app.now(),
             ),
         )

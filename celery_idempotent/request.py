@@ -20,7 +20,7 @@ from celery_idempotent.producer import identify
 from celery_idempotent.records import NewMessage, Owner, ProcessedStatus, Status
 from celery_idempotent.renewal import Held
 from celery_idempotent.run import describe, worker_label
-from celery_idempotent.serialization import UndecodableError, decode_result, encode_message
+from celery_idempotent.serialization import UndecodableError, decode_result, encode_message, serializer_of
 from celery_idempotent.wire import Marker
 
 __all__ = ["IdempotentRequest"]
@@ -125,7 +125,7 @@ class IdempotentRequest(Request):  # type: ignore[misc]
                 context.args,
                 context.kwargs,
                 {**context.as_execution_options(), "retries": attempt, "message_id": key.message_id},
-                serializer=self.task.serializer or self.app.conf.task_serializer,
+                serializer=serializer_of(self.task),
             ),
         )
         self._end("hand on", lambda owner: self.task.queue_log.store.retry(owner, message))

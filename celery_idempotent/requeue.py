@@ -13,14 +13,13 @@ from celery.utils import uuid
 
 from celery_idempotent.children import is_guarded
 from celery_idempotent.records import MessageKey, NewMessage, ProcessedStatus, Row, Status
-from celery_idempotent.serialization import UndecodableError, decode_message, encode_message
+from celery_idempotent.serialization import UndecodableError, decode_message, encode_message, serializer_of
 from celery_idempotent.wire import HEADER, Marker
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from celery_idempotent.queue_log import QueueLog
-    from celery_idempotent.task import IdempotentTask
 
 __all__ = ["NotRequeued", "Requeued", "obstacle", "requeue"]
 
@@ -113,7 +112,7 @@ def requeue(queue_log: QueueLog, row: Row) -> Requeued | NotRequeued:
         queue=row.queue,
         fingerprint=row.fingerprint,
         published=False,
-        message=encode_message(args, kwargs, _anew(row, options, task_id), serializer=_serializer(task, options)),
+        message=encode_message(args, kwargs, _anew(row, options, task_id), serializer=serializer_of(task, options)),
     )
     if not queue_log.store.resubmit(row, message):
         return NotRequeued(row.key, "somebody else has changed it meanwhile")
@@ -132,7 +131,3 @@ def _anew(row: Row, options: Mapping[str, Any], task_id: str) -> dict[str, Any]:
     if first is not None:
         headers = Marker(row.key.message_id, row.key.task_name, task_id, row.fingerprint, first=first).write(headers)
     return {**kept, "headers": headers or None, "task_id": task_id, "message_id": row.key.message_id}
-
-
-def _serializer(task: IdempotentTask, options: Mapping[str, Any]) -> str:
-    return str(options.get("serializer") or task.serializer or task.app.conf.task_serializer)

@@ -14,7 +14,7 @@ from kombu.exceptions import ContentDisallowed, DecodeError, EncodeError
 from kombu.serialization import dumps, loads, prepare_accept_content, registry
 
 if TYPE_CHECKING:
-    from celery import Celery
+    from celery import Celery, Task
 
 __all__ = [
     "UndecodableError",
@@ -23,6 +23,7 @@ __all__ = [
     "decode_result",
     "encode_message",
     "encode_result",
+    "serializer_of",
     "without_local",
 ]
 
@@ -73,6 +74,11 @@ def encode_message(
     if now is not None:
         kept = as_moments(kept, now)
     return _pack([list(args or ()), dict(kwargs or {}), kept], serializer)
+
+
+def serializer_of(task: Task, options: Mapping[str, Any] | None = None) -> str:
+    """The serializer that a call of the task with these options is published with."""
+    return str((options and options.get("serializer")) or task.serializer or task.app.conf.task_serializer)
 
 
 def without_local(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from celery_idempotent.outboxes import current_outbox
 from celery_idempotent.producer import delay_of, identify
 from celery_idempotent.records import Found, NewMessage
 from celery_idempotent.run import Run, answered
-from celery_idempotent.serialization import encode_message
+from celery_idempotent.serialization import encode_message, serializer_of
 from celery_idempotent.steps import CheckStep, RecoveryStep
 from celery_idempotent.wire import Marker
 
@@ -94,7 +94,7 @@ class _PublishHook:
             fingerprint=fingerprint,
             attempt=headers.get("retries") or 0,
             delay=delay_of(task, {"eta": headers.get("eta")}),
-            message=encode_message(args, kwargs, options, serializer=task.serializer or self.app.conf.task_serializer),
+            message=encode_message(args, kwargs, options, serializer=serializer_of(task)),
         )
         try:
             policy = self.app.conf.task_publish_retry_policy or {}

@@ -102,26 +102,12 @@ def _timeouts(facts: Facts) -> Iterator[Finding]:
                 f"{setting.above(longest)}; or a shorter idempotent_lease",
                 leases,
             )
-        if long := _names(facts, lambda task: task.acks_late and (task.time_limit or 0.0) >= visible):
-            longest = max(task.time_limit or 0.0 for task in app.tasks if task.acks_late)
-            yield Finding(
-                "visibility-time-limit",
-                f"acks_late with time limits of up to {longest:g} s, and a visibility timeout of {visible:g} s",
-                f"{setting.above(longest)}; or shorter time limits",
-                long,
-            )
+        yield from _long("visibility-time-limit", facts, visible, "a visibility timeout", setting)
         yield from _late("visibility-eta", facts, visible, last_due, setting)
         yield from _forgotten_early(facts, visible, f"the visibility timeout, {visible:g} s")
     if (patience := broker.consumer_timeout) is not None:
         setting = _Setting("consumer_timeout of RabbitMQ", f"{patience:g} s, {broker.consumer_timeout_of}")
-        if long := _names(facts, lambda task: task.acks_late and (task.time_limit or 0.0) >= patience):
-            longest = max(task.time_limit or 0.0 for task in app.tasks if task.acks_late)
-            yield Finding(
-                "consumer-timeout-time-limit",
-                f"acks_late with time limits of up to {longest:g} s, and a consumer timeout of {patience:g} s",
-                f"{setting.above(longest)}; or shorter time limits",
-                long,
-            )
+        yield from _long("consumer-timeout-time-limit", facts, patience, "a consumer timeout", setting)
         if not broker.delays:
             if leases := _names(facts, lambda task: min(task.lease, _LONGEST_HOLD) >= patience):
                 longest = max(min(task.lease, _LONGEST_HOLD) for task in app.tasks)
@@ -133,6 +119,18 @@ def _timeouts(facts: Facts) -> Iterator[Finding]:
                 )
             yield from _late("consumer-timeout-eta", facts, patience, last_due, setting)
         yield from _forgotten_early(facts, patience, f"the consumer timeout, {patience:g} s")
+
+
+def _long(code: str, facts: Facts, patience: float, whose: str, setting: _Setting) -> Iterator[Finding]:
+    """Bodies that may run for longer than the broker waits for their end."""
+    if long := _names(facts, lambda task: task.acks_late and (task.time_limit or 0.0) >= patience):
+        longest = max(task.time_limit or 0.0 for task in facts.app.tasks if task.acks_late)
+        yield Finding(
+            code,
+            f"acks_late with time limits of up to {longest:g} s, and {whose} of {patience:g} s",
+            f"{setting.above(longest)}; or shorter time limits",
+            long,
+        )
 
 
 def _late(code: str, facts: Facts, patience: float, last_due: float, setting: _Setting) -> Iterator[Finding]:

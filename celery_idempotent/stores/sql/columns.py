@@ -20,6 +20,7 @@ from sqlalchemy import (
     bindparam,
     literal_column,
     null,
+    or_,
     select,
     tuple_,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "parameter",
     "row_of",
     "statuses_of",
+    "unneeded",
 ]
 
 
@@ -88,6 +90,11 @@ def among(table: Table, keys: Iterable[MessageKey]) -> ColumnElement[bool]:
         table.c.message_id.in_([message_id for message_id, _ in named]),
         tuple_(table.c.message_id, table.c.task_name).in_(named),
     )
+
+
+def unneeded(table: Table) -> ColumnElement[bool]:
+    """What may be purged for its age: done, and its id is not to stay taken for longer than retention."""
+    return and_(table.c.status == DONE, or_(table.c.expires_at.is_(None), table.c.expires_at <= Now()))
 
 
 def free_again(table: Table) -> ColumnElement[bool]:

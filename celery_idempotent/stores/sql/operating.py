@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import Connection, Table, and_, func, literal_column, null, or_, select, update
+from sqlalchemy import Connection, Table, func, literal_column, null, or_, select, update
 
 from celery_idempotent.records import FORGOTTEN, Condition, ProcessedStatus, Row, Status
 from celery_idempotent.stores.sql.clock import FromNow, Now, seconds
@@ -15,6 +15,7 @@ from celery_idempotent.stores.sql.columns import (
     has_key,
     key_parameters,
     parameter,
+    unneeded,
 )
 
 __all__ = ["Operating"]
@@ -47,10 +48,9 @@ class Operating:
                 error=literal_column(f"'{FORGOTTEN}'"),
             )
         )
-        ended, expires = table.c.processed_timestamp, table.c.expires_at
-        unneeded = and_(table.c.status == DONE, or_(expires.is_(None), expires <= Now()))
+        ended = table.c.processed_timestamp
         ago = FromNow(seconds("p_ago"))
-        self._purgeable = select(func.count()).select_from(table).where(unneeded, ended <= ago)
+        self._purgeable = select(func.count()).select_from(table).where(unneeded(table), ended <= ago)
         is_open = ended.is_(None)
         lease, published = table.c.lease_expires_at, table.c.published_at
         lapsed = (table.c.status == PROCESSING, lease <= Now(), or_(published.is_(None), published < lease))
@@ -65,7 +65,7 @@ class Operating:
             select(func.min(table.c.created_timestamp)).where(is_open, *unsent).scalar_subquery().label("unsent_since"),
             # In the order of the index, as far as the first: MySQL and MariaDB read the whole table for the least of them.
             select(ended)
-            .where(unneeded, ended.is_not(None))
+            .where(unneeded(table), ended.is_not(None))
             .order_by(ended)
             .limit(1)
             .scalar_subquery()

@@ -20,6 +20,7 @@ from celery_idempotent.stores.sql.columns import (
     key_parameters,
     parameter,
     row_of,
+    unneeded,
 )
 from celery_idempotent.stores.sql.dialects import Dialect
 
@@ -83,17 +84,15 @@ class Recovering:
             .where(has_key(table), table.c.status != DONE, table.c.token == parameter(table, "token"))
             .values(published_at=null())
         )
-        # An id that is to stay taken for longer than retention keeps its row.
-        unneeded = or_(table.c.expires_at.is_(None), table.c.expires_at <= Now())
         self._old = (
             select(table.c.message_id, table.c.task_name, table.c.processed_timestamp)
-            .where(table.c.status == DONE, table.c.processed_timestamp <= ago, unneeded)
+            .where(table.c.processed_timestamp <= ago, unneeded(table))
             .order_by(table.c.processed_timestamp)
         )
         self._old_from = self._old.where(table.c.processed_timestamp >= parameter(table, "processed_timestamp"))
         # Where the last batch of a purge ended, while there is more.
         self._purged_to: datetime | None = None
-        self._delete = delete(table).where(table.c.status == DONE, table.c.processed_timestamp <= ago, unneeded)
+        self._delete = delete(table).where(table.c.processed_timestamp <= ago, unneeded(table))
 
     def lapsed(self, connection: Connection, *, again_after: float, limit: int) -> list[Row]:
         """Processing, its lease run out."""
