@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 import sqlalchemy as sa
 from celery import Task, group
 
-from benchmarks.bare import BehindTheDriver
+from benchmarks.bare import BehindTheDriver, BetweenTheStatements
 from benchmarks.marks import Marks
 from benchmarks.subjects import Place, subject_named
 from celery_idempotent import IdempotentTask, outbox
@@ -43,6 +43,17 @@ def bare(number: int) -> None:
     """Nothing, without a guard."""
     marks.note(number)
 
+
+@app.task(name="between", base=Task, ignore_result=True)
+def between(number: int) -> None:
+    """Nothing, without a guard, between the statements of one."""
+    if statements is None:
+        marks.note(number)
+    else:
+        statements.run(number, marks.note)
+
+
+statements = None if place.store is None else BetweenTheStatements(place.store, noop, between)
 
 if subject.has_transactions:
 
@@ -85,4 +96,5 @@ WAYS: Mapping[str, Callable[[str, Iterable[int]], None]] = {
     # What the others have for a thousand calls at once is a thousand calls.
     "batch": _batch if subject.guarded else _single,
     "bare": _single if place.store is None else BehindTheDriver(place.store, noop, bare),
+    "between": statements or _single,
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from benchmarks.counted import RowSize, Trips
-from benchmarks.measures import Consume, Latency, Measure, Publish, PublishBare
+from benchmarks.measures import Consume, ConsumeBare, Latency, Measure, Publish, PublishBare
 from benchmarks.own_code import OwnCode
 
 __all__ = ["MEASURES"]
@@ -23,6 +23,11 @@ MEASURES: Mapping[str, Measure] = {
         Trips("trips", "Round trips for each task", 500),
         RowSize("rows", "Size of a row", 5000),
         Consume("consume", "Consuming a no-op, prefork 2", 1000),
+        ConsumeBare(
+            "bare-consume",
+            "Consuming a plain task between the driver's own claim and completion: no guard gets further",
+            1000,
+        ),
         Consume("results", "Consuming, with results, prefork 2", 1000, task="echo"),
         Latency("latency", "From the call to the body, at 200 calls per second", 600),
     )

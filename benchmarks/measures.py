@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 from benchmarks.figures import Round
-from benchmarks.site import Site, Stand
+from benchmarks.site import WARM, Site, Stand
 from benchmarks.subjects import Subject
 from tests.chaos.audit import percentile
 
@@ -150,13 +150,15 @@ class Consume(Measure):
 
     Attributes:
         task: Which task.
+        how: The way in which the queue is filled.
     """
 
     task: str = "noop"
+    how: str = "batch"
 
     workers = True
     figures = ("per second",)
-    columns = (
+    columns: ClassVar[tuple[Column, ...]] = (
         Column("per second", "per second", ",.0f"),
         Column("cpu", "CPU, ms"),
         Column("cpu worker", "main process"),
@@ -169,7 +171,7 @@ class Consume(Measure):
         found: dict[str, Mapping[str, float]] = {}
         for stand in shuffled(stands, order):
             share = stand.subject.share(count)
-            numbers, _ = stand.publish(share, how="batch", task=self.task)
+            numbers, _ = stand.publish(share, how=self.how, task=self.task)
             meter = stand.run(numbers)
             seconds = stand.marks.ran(numbers.start, share).seconds
             found[stand.subject.name] = per_message({"seconds": seconds, **meter.read()}, share)
@@ -177,6 +179,26 @@ class Consume(Measure):
             results, expected = stand.take_results(), share if stored else 0
             assert results == expected, f"{stand.subject.name} stored {results} results, not {expected}"
         return found
+
+
+@dataclass(frozen=True)
+class ConsumeBare(Consume):
+    """The same between the driver's own claim and completion, see :mod:`benchmarks.bare`."""
+
+    task: str = "between"
+    how: str = "between"
+
+    columns = (Column("per second", "per second", ",.0f"), Column("cpu", "CPU, ms"))
+
+    def takes(self, subject: Subject) -> bool:
+        return subject.kind != "peer"
+
+    @contextmanager
+    def ready(self, site: Site) -> Iterator[dict[str, Stand]]:
+        with super().ready(site) as stands:
+            for stand in stands.values():  # each process of a pool learns the statements
+                stand.run(stand.publish(WARM, how=self.how, task=self.task)[0])
+            yield stands
 
 
 @dataclass(frozen=True)
