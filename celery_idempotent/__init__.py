@@ -23,6 +23,7 @@ from celery_idempotent.errors import (
 )
 from celery_idempotent.message_ids import by_arguments
 from celery_idempotent.outboxes import outbox
+from celery_idempotent.outcomes import Outcome, OutcomeKind
 from celery_idempotent.queue_log import QueueLog
 from celery_idempotent.task import IdempotentTask
 
@@ -40,6 +41,8 @@ __all__ = [
     "IdempotentTask",
     "LeaseLostError",
     "MessageMismatchError",
+    "Outcome",
+    "OutcomeKind",
     "QueueLog",
     "RedisStore",
     "SQLStore",

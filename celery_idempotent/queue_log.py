@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from celery_idempotent.errors import ConfigurationError
+from celery_idempotent.outcomes import Outcomes
 from celery_idempotent.renewal import Renewals
 from celery_idempotent.settings import Settings
 from celery_idempotent.stores import open_store
@@ -96,6 +97,15 @@ class QueueLog:
             return open_store(settings.store, table=settings.table)
         except ConfigurationError as error:
             raise ConfigurationError(f"setting idempotent_store: {error}") from error
+
+    @cached_property
+    def outcomes(self) -> Outcomes | None:
+        """What tells the app's hooks of each outcome; ``None`` when it has none.
+
+        Raises:
+            ConfigurationError: A hook of the setting ``idempotent_hooks`` cannot be had.
+        """
+        return Outcomes.of(self.settings.hooks)
 
     @cached_property
     def recovery(self) -> Recovery:

@@ -24,6 +24,7 @@ __all__ = [
     "encode_message",
     "encode_result",
     "serializer_of",
+    "trace_of",
     "without_local",
 ]
 
@@ -56,7 +57,13 @@ class UndecodableError(Exception):
 
 
 def encode_message(
-    args: Any, kwargs: Any, options: Mapping[str, Any], *, serializer: str, now: datetime | None = None
+    args: Any,
+    kwargs: Any,
+    options: Mapping[str, Any],
+    *,
+    serializer: str,
+    now: datetime | None = None,
+    trace: str | None = None,
 ) -> bytes:
     """Encode a call so that it can be published again.
 
@@ -66,6 +73,7 @@ def encode_message(
         options: Its options; those that belong to the calling process are left out.
         serializer: The serializer that the message itself is published with.
         now: When the call was made: what it says relative to that (``countdown``, ``expires``) is kept as a moment.
+        trace: The span in which it was made, for :func:`trace_of`.
 
     Raises:
         kombu.exceptions.EncodeError: The serializer cannot take the arguments; the publication would fail alike.
@@ -73,7 +81,7 @@ def encode_message(
     kept = {name: _plain(value) for name, value in without_local(options).items() if value is not None}
     if now is not None:
         kept = as_moments(kept, now)
-    return _pack([list(args or ()), dict(kwargs or {}), kept], serializer)
+    return _pack([list(args or ()), dict(kwargs or {}), kept], serializer, trace)
 
 
 def serializer_of(task: Task, options: Mapping[str, Any] | None = None) -> str:
@@ -112,13 +120,14 @@ def decode_message(app: Celery, data: bytes | None) -> tuple[list[Any], dict[str
             raise UndecodableError("it is no message: not a list of arguments, keyword arguments and options")
 
 
-def encode_result(app: Celery, value: Any) -> bytes | None:
+def encode_result(app: Celery, value: Any, *, trace: str | None = None) -> bytes | None:
     """Encode a return value for replay, or ``None`` when the app's result serializer cannot take it.
 
-    A result that cannot be kept never breaks the task: a copy of the message is then answered from the result backend.
+    A result that cannot be kept never breaks the task: a copy of the message is then answered from the result backend. The message
+    is emptied when it has succeeded, so that ``trace`` goes on here; see :func:`trace_of`.
     """
     try:
-        return _pack(value, app.conf.result_serializer)
+        return _pack(value, app.conf.result_serializer, trace)
     except EncodeError as error:
         logger.warning("the result is not kept for replay: %s cannot encode it: %s", app.conf.result_serializer, error)
         return None
@@ -134,23 +143,35 @@ def decode_result(app: Celery, data: bytes) -> Any:
     return _unpack(data, app.conf.accept_content if accept is None else accept)
 
 
+def trace_of(data: bytes | None) -> str | None:
+    """The span in which a message was sent, as it was given when the message, or its result, was encoded.
+
+    It is in the head of the data, which can be read without decoding what the app may not accept.
+    """
+    if data is None:
+        return None
+    parts = data.partition(b"\n")[0].split(b";", 2)
+    return parts[2].decode("ascii", errors="replace") if len(parts) > 2 else None
+
+
 def _plain(value: Any) -> Any:
     # A queue or an exchange may be given as kombu's object; its name is what routes the message.
     name = getattr(value, "name", None)
     return name if type(value).__module__.startswith("kombu.") and isinstance(name, str) else value
 
 
-def _pack(value: Any, serializer: str) -> bytes:
+def _pack(value: Any, serializer: str, trace: str | None) -> bytes:
     content_type, encoding, payload = dumps(value, serializer)
     if not isinstance(payload, (str, bytes, bytearray, memoryview)):
         raise EncodeError(f"{type(payload).__name__} is neither text nor bytes")  # the serializer `raw` takes anything
     body = payload.encode() if isinstance(payload, str) else bytes(payload)
-    return f"{content_type};{encoding}\n".encode() + body
+    head = f"{content_type};{encoding}" if trace is None else f"{content_type};{encoding};{trace}"
+    return f"{head}\n".encode() + body
 
 
 def _unpack(data: bytes, accept: Any) -> Any:
     head, _, body = data.partition(b"\n")
-    content_type, _, encoding = head.decode(errors="replace").partition(";")
+    content_type, encoding, *_ = (*head.decode(errors="replace").split(";", 2), "")
     # kombu takes data of a type it does not know for text, and no data for a value.
     if content_type not in {*registry.type_to_name, _RAW}:
         raise UndecodableError(

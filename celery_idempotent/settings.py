@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from difflib import get_close_matches
@@ -33,7 +34,7 @@ OPTION_NAMES = (
 #: How a setting begins that is meant to be one of ours.
 _LIKE_OURS = ("idemp", "idemo", "idepo", "indemp")
 
-_APP_NAMES = ("store", "table", "retention", "recovery_interval", "lost_after", "on_store_error")
+_APP_NAMES = ("store", "table", "retention", "recovery_interval", "lost_after", "on_store_error", "hooks")
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Settings:
         lost_after: Seconds for which a message may stay pending before its publication is doubted.
         on_store_error: What happens while the store gives no answer. ``retry``: wait, then have the message delivered
             again. ``run``: run unguarded, with an error in the log. ``raise``: raise StoreUnavailableError.
+        hooks: Callables of one :class:`~celery_idempotent.outcomes.Outcome`, or dotted paths of such, which are told what becomes
+            of each message. Default: none.
     """
 
     store: str = "sqlite:///queue_log.db"
@@ -56,6 +59,7 @@ class Settings:
     recovery_interval: float = 30.0
     lost_after: float = 300.0
     on_store_error: Literal["retry", "run", "raise"] = "retry"
+    hooks: tuple[str | Callable[..., object], ...] = ()
 
     @classmethod
     def from_app(cls, app: Celery) -> Settings:
@@ -77,6 +81,7 @@ class Settings:
             on_store_error=one_of(
                 "idempotent_on_store_error", known.get("on_store_error", cls.on_store_error), "retry", "run", "raise"
             ),
+            hooks=_hooks(known.get("hooks", cls.hooks)),
         )
 
 
@@ -105,6 +110,19 @@ def _text(name: str, value: object) -> str:
     if not isinstance(value, str) or not value:
         raise ConfigurationError(f"setting {PREFIX + name} must be a non-empty string, not {value!r}")
     return value
+
+
+def _hooks(value: object) -> tuple[str | Callable[..., object], ...]:
+    if not isinstance(value, (list, tuple)):
+        raise ConfigurationError(
+            f"setting {PREFIX}hooks must be a list of callables or of their dotted paths, not {value!r}"
+        )
+    for entry in value:
+        if isinstance(entry, type) or not (isinstance(entry, str) or callable(entry)):
+            raise ConfigurationError(
+                f"setting {PREFIX}hooks: {entry!r} is neither a callable of one outcome nor the dotted path of one"
+            )
+    return tuple(value)
 
 
 def seconds(name: str, value: object, *, positive: bool) -> float:

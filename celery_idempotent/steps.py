@@ -32,6 +32,7 @@ class CheckStep(Step):  # type: ignore[misc]
     def include_if(self, parent: Any) -> bool:
         """Check; a store that gives no answer now may do so later, and is waited for then."""
         queue_log = QueueLog.of(parent.app)
+        _ = queue_log.outcomes  # a hook that cannot be had
         for task in parent.app.tasks.values():
             if is_guarded(task) and task.idempotency.atomic:
                 transactional(queue_log.store)

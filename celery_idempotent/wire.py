@@ -33,6 +33,7 @@ class Marker:
             see :meth:`row_of_its_own`.
         first: The Celery id that was first sent under the message id, if it is another: a body's calls are told by it.
         lost: How many of the message's retries were sent because a worker was lost; they make the same calls as what was lost.
+        trace: The span in which the message was sent, if the app's hooks say so; see :class:`~celery_idempotent.outcomes.TracingHook`.
     """
 
     message_id: str
@@ -43,6 +44,7 @@ class Marker:
     copied: bool = False
     first: str | None = None
     lost: int = 0
+    trace: str | None = None
 
     @classmethod
     def read(cls, headers: Mapping[str, Any] | None) -> Marker | None:
@@ -53,7 +55,7 @@ class Marker:
         message_id, task_name, task_id = (found.get(name) for name in ("message_id", "task", "task_id"))
         if not (isinstance(message_id, str) and isinstance(task_name, str) and isinstance(task_id, str)):
             return None
-        fingerprint, holds, first, lost = (found.get(name) for name in ("fingerprint", "holds", "first", "lost"))
+        fingerprint, holds, first, lost, trace = map(found.get, ("fingerprint", "holds", "first", "lost", "trace"))
         return cls(
             message_id,
             task_name,
@@ -63,6 +65,7 @@ class Marker:
             found.get("copied") is True,
             first if isinstance(first, str) else None,
             lost if isinstance(lost, int) and lost > 0 else 0,
+            trace if isinstance(trace, str) else None,
         )
 
     def write(self, headers: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -82,6 +85,8 @@ class Marker:
             marker["first"] = self.first
         if self.lost:
             marker["lost"] = self.lost
+        if self.trace is not None:
+            marker["trace"] = self.trace
         return {**(headers or {}), HEADER: marker}
 
     def belongs_to(self, task_name: str, task_id: str | None) -> bool:

@@ -27,6 +27,8 @@ DESIGN = {
     "IdempotentTask",
     "LeaseLostError",
     "MessageMismatchError",
+    "Outcome",
+    "OutcomeKind",
     "QueueLog",
     "RedisStore",
     "SQLStore",

@@ -35,6 +35,7 @@ def test_the_defaults() -> None:
         recovery_interval=30.0,
         lost_after=300.0,
         on_store_error="retry",
+        hooks=(),
     )
 
 
@@ -46,9 +47,12 @@ def test_every_setting_is_read() -> None:
         idempotent_recovery_interval=0,
         idempotent_lost_after=1.5,
         idempotent_on_store_error="raise",
+        idempotent_hooks=["there.hook", print],
     )
 
-    assert Settings.from_app(app) == Settings("postgresql://there/db", "ops.queue_log", 86400.0, 0.0, 1.5, "raise")
+    assert Settings.from_app(app) == Settings(
+        "postgresql://there/db", "ops.queue_log", 86400.0, 0.0, 1.5, "raise", ("there.hook", print)
+    )
 
 
 class TestWhereTheyComeFrom:
