@@ -27,6 +27,7 @@ from celery_idempotent.errors import (
     StoreError,
     StoreUnavailableError,
 )
+from celery_idempotent.outcomes import OutcomeKind
 from celery_idempotent.producer import identify
 from celery_idempotent.records import Claim, Claimed, MessageKey, NewMessage, Note, ProcessedStatus, Row, Status, Taken
 from celery_idempotent.run import Run, RunState, answered, describe, ignores_result, waited_on, worker_label
@@ -36,6 +37,7 @@ from celery_idempotent.serialization import (
     decode_result,
     encode_message,
     serializer_of,
+    trace_of,
 )
 from celery_idempotent.wire import Marker
 
@@ -140,6 +142,7 @@ class _Admission:
             copied=marker.copied,
             first=marker.first if mine else None,
             lost=marker.lost if mine else 0,
+            trace=marker.trace if mine else None,
         )
         self._mark()
         fix_callbacks(request)
@@ -152,6 +155,7 @@ class _Admission:
         )
         self.run = Run(task, request, self.message)
         self.run.first, self.run.lost = self.marker.first or request.id, self.marker.lost
+        self.run.trace = self.marker.trace
         #: Whether a claim of ours may stand, or may yet: the store was asked and its answer did not come.
         self.unanswered = False
 
@@ -168,6 +172,7 @@ class _Admission:
         except StoreError as error:  # also a table that was dropped: its messages wait for it to come back
             if policy == "run":
                 logger.error("%s runs unguarded, the store gives no answer: %s", self.run, error)
+                self.run.tell(OutcomeKind.UNGUARDED)
                 self.run.attach()
                 return self.run
             if policy == "raise" or self.request.is_eager:
@@ -204,8 +209,11 @@ class _Admission:
                 grace=self.task.idempotency.delivery.grace,
                 adopt=self._adopted,
             )
+            took = time.monotonic() - self.run.asked
             run = self._claimed(answer) if isinstance(answer, Claimed) else self._follow(answer)
             if run is not None:
+                if isinstance(answer, Claimed):
+                    run.tell(OutcomeKind.CLAIMED, store=took)
                 if run.claim is not None and (run.first != self.request.id or not self.knows_first):
                     self.unanswered = True  # should the store give no answer now: the claim stands, and is found again
                     self._keep_the_first()
@@ -239,22 +247,27 @@ class _Admission:
                 self._keep_the_first()
                 if not self._store.abandon(row, error=ABANDONED, unique_for=unique_for):
                     return None
+                self.run.tell(OutcomeKind.ABANDONED, row, reason="abandoned")
                 raise AlreadyFailedError(row.key.message_id, ABANDONED)
             case DeliveryAction.SKIP:
                 self._store.count_duplicate(row.key)
                 answered(self.task, self.request)
                 logger.info("%s is skipped: it is %s already", self.run, row.status)
+                self.run.tell(OutcomeKind.SKIPPED, row)
                 raise Ignore(f"{self.run} is a duplicate: it is {row.status}")
             case DeliveryAction.REPLAY:
                 self._wait_for_the_chord()
                 return self._replay(row)
             case DeliveryAction.RAISE_FAILED:
                 self._store.count_duplicate(row.key)
+                self.run.tell(OutcomeKind.REPLAYED, row, reason="failure")
                 raise self._first_error(row)
             case DeliveryAction.RAISE_PROCESSING:
                 self._store.count_duplicate(row.key)
+                self.run.tell(OutcomeKind.SKIPPED, row, reason="raise_processing")
                 raise AlreadyProcessingError(row.key.message_id, decision.delay)
             case DeliveryAction.RAISE_MISMATCH:
+                self.run.tell(OutcomeKind.MISMATCHED, row)
                 raise MessageMismatchError(row.key.message_id, row.key.task_name)
             case _:  # pragma: no cover - the type checker proves it away
                 assert_never(decision.action)
@@ -288,6 +301,7 @@ class _Admission:
     def _note_first(self, row: Row) -> None:
         """The body's calls are told by the first id, in this attempt and in those that come after it."""
         self.run.first = row.task_id
+        self.run.trace = trace_of(row.message) or self.run.trace
         self._mark(first=None if row.task_id == self.request.id else row.task_id)
 
     def _mark(self, **changes: Any) -> None:
@@ -330,7 +344,9 @@ class _Admission:
             return None
         self._note_first(row)
         logger.warning("%s is taken over from %s, whose lease ran out", self.run, row.worker)
-        return self._claimed(claimed)
+        taken = self._claimed(claimed)
+        taken.tell(OutcomeKind.TAKEN_OVER, row)
+        return taken
 
     def _take_over_and_replay(self, row: Row) -> Run | None:
         return None if self._take_over(row) is None else self._replay_claimed(row)
@@ -341,9 +357,11 @@ class _Admission:
             # The body's effects are there, so running it again is no way out.
             error = "abandoned: its result could not be kept, so what waits on it cannot be served"
             assert self.run.claim is not None, "a recovery point is replayed by its owner"
-            self._store.fail(self.run.claim, error=error, unique_for=self.task.idempotency.unique_for)
+            if self._store.fail(self.run.claim, error=error, unique_for=self.task.idempotency.unique_for):
+                self.run.tell(OutcomeKind.ABANDONED, row, reason="abandoned")
             raise AlreadyFailedError(row.key.message_id, error)
         self.run.value, self.run.state = value, RunState.CHECKPOINTED
+        self.run.tell(OutcomeKind.REPLAYED, row)
         return self.run
 
     def _wait_for_the_chord(self) -> None:
@@ -358,6 +376,7 @@ class _Admission:
             value = self._first_result(row)
         self._store.count_duplicate(row.key)
         self.run.value, self.run.state = value, RunState.REPLAYED
+        self.run.tell(OutcomeKind.REPLAYED, row)
         return self.run
 
     def _first_error(self, row: Row) -> BaseException:
@@ -399,10 +418,10 @@ class _Admission:
         # Most owners end long before their lease does, and somebody may wait for this copy's result.
         delay = min(decision.delay, _FIRST_HOLD * 2 ** min(self.holds, _LONGEST_HOLD))
         self._mark(holds=self.holds + 1)
-        held: Exception = self._hold(delay)
+        held: Exception = self._hold(delay, row)
         return held
 
-    def _hold(self, delay: float) -> Ignore:
+    def _hold(self, delay: float, row: Row | None = None) -> Ignore:
         """Publish a delayed copy, so that this one can be acknowledged.
 
         On Redis a restored copy shares its delivery tag with the running original: acknowledging either deletes the broker's
@@ -419,6 +438,7 @@ class _Admission:
             countdown = min(countdown, float(timeout) / 2)
         logger.info("%s is held for %.1f s", self.run, countdown)
         self._publish_copy(countdown)
+        self.run.tell(OutcomeKind.HELD, row, delay=countdown)
         return Ignore(f"{self.run} is held for {countdown:.1f} s")
 
     def _publish_copy(self, countdown: float) -> None:
@@ -477,6 +497,7 @@ class _Admission:
             request.kwargs,
             signature.options,
             serializer=serializer_of(self.task),
+            trace=self.marker.trace,
         )
         return replace(self.message, message=data)
 

@@ -189,7 +189,12 @@ class Outbox:
             return
         with within(None):  # what is run eagerly is behind it, not in it
             for queue_log, some in groupby(messages, lambda message: message.task.queue_log):
-                queue_log.publisher.publish(list(some))
+                ours = list(some)
+                queue_log.publisher.publish(ours)
+                if queue_log.outcomes is not None:
+                    for message in ours:
+                        if message.tell is not None:
+                            message.tell()
             for queue_log, key in duplicates:
                 queue_log.publisher.count_duplicate(key)
 

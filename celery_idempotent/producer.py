@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ from celery_idempotent.errors import (
 from celery_idempotent.message_ids import arguments_fingerprint, check_message_id
 from celery_idempotent.outage import ask_again
 from celery_idempotent.outboxes import PUBLISH_WITHIN, Outbox, current_outbox
+from celery_idempotent.outcomes import OutcomeKind
 from celery_idempotent.publication import Outgoing
 from celery_idempotent.records import Found, MessageKey, NewMessage, ProcessedStatus, Recorded, Row, Status
 from celery_idempotent.run import Run
@@ -141,6 +143,10 @@ class Sending:
     #: What the header of the message that this one sends on says besides; see :class:`Marker`.
     first: str | None = None
     lost: int = 0
+    #: The span in which the message is sent, if the app's hooks say so.
+    trace: str | None = None
+    #: Seconds that the store took to record the call.
+    took: float | None = None
     #: What the call is recorded in, to be published when that has committed.
     box: Outbox | None = None
     #: Whether the store was asked and its answer did not come, so that what this call wrote may stand, or may yet.
@@ -192,6 +198,11 @@ class Sending:
             canvas = replacing or dispatched or _waited_on(given, options)
             call = Call(fingerprint, canvas=canvas, own=replacing and run.key == key)  # type: ignore[union-attr]
         assert task_id is not None
+        if marker is not None:
+            trace = marker.trace
+        else:
+            outcomes = task.queue_log.outcomes
+            trace = None if outcomes is None else outcomes.traceparent()
         box = None if call.own else current_outbox(task.queue_log)
         if box is not None:
             options = _for_later(task.app, options)
@@ -211,6 +222,7 @@ class Sending:
                 {**options, "task_id": task_id, "message_id": key.message_id},
                 serializer=serializer_of(task, options),
                 now=None if options.get("countdown") is options.get("expires") is None else task.app.now(),
+                trace=trace,
             ),
         )
         return cls(
@@ -226,6 +238,7 @@ class Sending:
             position,
             first=None if marker is None else marker.first,
             lost=0 if marker is None else marker.lost,
+            trace=trace,
             box=box,
         )
 
@@ -249,10 +262,14 @@ class Sending:
             if self.task.queue_log.settings.on_store_error != "run":
                 raise
             logger.error("%s is sent unguarded, the store gives no answer: %s", self._name, error)
-            return self._publish_now()
+            result = self._publish_now()
+            self._tell(OutcomeKind.UNGUARDED)
+            return result
 
     def _record(self) -> Recorded | Found:
+        began = time.monotonic()
         answer: Recorded | Found = self._ask(partial(self._store.record, self.message))
+        self.took = time.monotonic() - began
         return answer
 
     def followed(self, answer: Recorded | Found) -> AsyncResult[Any]:
@@ -264,7 +281,7 @@ class Sending:
         """
         while True:
             if not isinstance(answer, Found) or (self.unanswered and self._is_mine(answer.row)):
-                return self._publish_or(self._withdraw)
+                return self._publish_or(self._withdraw, partial(self._tell, OutcomeKind.RECORDED))
             result = self._send_again(answer.row)
             if result is not None:
                 return result
@@ -290,6 +307,7 @@ class Sending:
         Raises:
             StoreUnavailableError: The store gave no answer, and the app does not say ``idempotent_on_store_error="run"``.
         """
+        began = time.monotonic()
         try:
             answers: list[Recorded | Found] = self._ask(
                 partial(self._store.record_all, [call.message for call in calls])
@@ -299,8 +317,9 @@ class Sending:
                 raise
             logger.error("%d calls are sent unguarded, the store gives no answer: %s", len(calls), error)
             return [Recorded()] * len(calls)
+        took = time.monotonic() - began
         for call in calls:
-            call.unanswered = self.unanswered
+            call.unanswered, call.took = self.unanswered, took
         return answers
 
     def _send_again(self, row: Row) -> AsyncResult[Any] | None:
@@ -311,13 +330,16 @@ class Sending:
                 return None
             case CallAction.RETURN_FIRST:
                 self._count_duplicate()
+                self._tell(OutcomeKind.DUPLICATE, row, action)
                 return self._first_result(row)
             case CallAction.RAISE_DUPLICATE:
                 self._count_duplicate()
+                self._tell(OutcomeKind.DUPLICATE, row, action)
                 raise DuplicateMessageError(row.key.message_id, row.task_id, str(row.status))
             case CallAction.RAISE_MISMATCH:
                 if self.dispatched:
                     return self._publish_now(duplicate=True)  # its consumer says so, under its own task id
+                self._tell(OutcomeKind.MISMATCHED, row, action)
                 raise MessageMismatchError(row.key.message_id, row.key.task_name)
             case CallAction.PUBLISH_COPY:
                 return self._publish_copy(row)
@@ -327,11 +349,14 @@ class Sending:
                 if self.box is None and not self._ask(partial(self._store.republish, row)) and not self.unanswered:
                     return None
                 logger.warning("%s is published again: it has waited since %s", self._name, row.waiting_since)
+                self._tell(OutcomeKind.DUPLICATE, row, action)
                 return self._publish_now(task_id=row.task_id, duplicate=True)
             case CallAction.RESUBMIT:
                 if not self._ask(partial(self._store.resubmit, row, self.message)):
                     return None
-                return self._publish_or(partial(self._take_back_resubmission, row))
+                return self._publish_or(
+                    partial(self._take_back_resubmission, row), partial(self._tell, OutcomeKind.RECORDED, row, action)
+                )
             case CallAction.TRANSITION:  # pragma: no cover - decided before the store is asked
                 raise AssertionError("a run's own message is sent on without a check")
             case _:  # pragma: no cover - the type checker proves it away
@@ -379,14 +404,21 @@ class Sending:
         """Publish under its own task id, with a row of its own that lasts until its consumer has answered it."""
         own = MessageKey(self.message.task_id, self.message.key.task_name)
         if own == self.message.key or self.task.app.conf.task_always_eager:
+            self._tell(OutcomeKind.DUPLICATE, row, CallAction.PUBLISH_COPY)
             return self._publish_now(duplicate=True)
         self.first = row.task_id
         self._ask(partial(self._store.record, replace(self.message, key=own)))
         take_back = partial(self._store.withdraw, own, task_id=self.message.task_id)
-        return self._publish_or(take_back, copied=True)
+        tell = partial(self._tell, OutcomeKind.DUPLICATE, row, CallAction.PUBLISH_COPY)
+        return self._publish_or(take_back, tell, copied=True)
 
     def _publish_now(
-        self, *, task_id: str | None = None, duplicate: bool = False, copied: bool = False
+        self,
+        *,
+        task_id: str | None = None,
+        duplicate: bool = False,
+        copied: bool = False,
+        tell: Callable[[], None] | None = None,
     ) -> AsyncResult[Any]:
         key, task_id = self.message.key, task_id or self.message.task_id
         marker = Marker(
@@ -397,21 +429,28 @@ class Sending:
             copied=copied,
             first=self.first,
             lost=self.lost,
+            trace=self.trace,
         )
         if self.box is not None:
             row = marker.row_of_its_own if copied else key
             options = without_local(self.options)
             due = options.pop("eta", None)
-            self.box.add(Outgoing(row, self.task, self.args, self.kwargs, marker, _moment(self.task.app, due), options))
+            due = _moment(self.task.app, due)
+            self.box.add(Outgoing(row, self.task, self.args, self.kwargs, marker, due, options, tell))
             return self._trailed(self._result(task_id, duplicate=duplicate))
         options = {**self.options, "headers": marker.write(self.options.get("headers")), "message_id": key.message_id}
         result = self.task.publish(self.args, self.kwargs, task_id=task_id, **options)
         result.duplicate = duplicate
+        if tell is not None:
+            tell()
         return result
 
-    def _publish_or(self, take_back: Callable[[], object], *, copied: bool = False) -> AsyncResult[Any]:
+    def _publish_or(
+        self, take_back: Callable[[], object], tell: Callable[[], None], *, copied: bool = False
+    ) -> AsyncResult[Any]:
+        """Publish, and tell what that comes to once it is certain: in an outbox that is behind its commit."""
         try:
-            return self._publish_now(duplicate=copied, copied=copied)
+            return self._publish_now(duplicate=copied, copied=copied, tell=tell)
         except BaseException:
             # Whatever it was, the caller is told and the id is free again. Should the broker have the message after all, its
             # consumer inserts the row.
@@ -419,6 +458,8 @@ class Sending:
                 self._ask(take_back)
             except StoreError as error:
                 logger.warning("%s was not published, and its row stays pending: %s", self._name, error)
+            else:
+                self._tell(OutcomeKind.WITHDRAWN)
             raise
 
     def _withdraw(self) -> None:
@@ -481,6 +522,21 @@ class Sending:
             self._store.count_duplicate(self.message.key)
         except StoreUnavailableError as error:
             logger.warning("a duplicate of %s was not counted: %s", self._name, error)
+
+    def _tell(self, kind: OutcomeKind, row: Row | None = None, reason: str | None = None) -> None:
+        """Tell the app's hooks, if it has any, what became of the call."""
+        outcomes = self.task.queue_log.outcomes
+        if outcomes is not None:
+            outcomes.tell(
+                kind,
+                self.message.key,
+                row=row,
+                task_id=self.message.task_id,
+                queue=self.message.queue,
+                attempt=self.message.attempt,
+                reason=reason,
+                store=self.took,
+            )
 
     # -- the store -----------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -102,6 +102,7 @@ class Outgoing:
         marker: What its header says.
         due: When it may run; ``None`` for at once.
         options: The other options of ``apply_async``.
+        tell: Tells the app's hooks that it was recorded, or what else it comes to.
     """
 
     key: MessageKey
@@ -111,6 +112,7 @@ class Outgoing:
     marker: Marker
     due: datetime | None
     options: Mapping[str, Any]
+    tell: Callable[[], None] | None = None
 
     def is_there(self) -> bool:
         """Whether its row is; if nobody can tell, that is left to the relay."""

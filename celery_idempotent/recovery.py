@@ -23,9 +23,10 @@ from celery_idempotent.children import is_guarded
 from celery_idempotent.consumer import ABANDONED
 from celery_idempotent.forks import no_fork
 from celery_idempotent.outboxes import PUBLISH_WITHIN
+from celery_idempotent.outcomes import OutcomeKind
 from celery_idempotent.publication import publish
 from celery_idempotent.records import MessageKey, Row, Status
-from celery_idempotent.serialization import UndecodableError, decode_message
+from celery_idempotent.serialization import UndecodableError, decode_message, trace_of
 from celery_idempotent.wire import Marker
 
 if TYPE_CHECKING:
@@ -280,6 +281,8 @@ class Recovery:
         while time.monotonic() < deadline:
             with no_fork():
                 deleted = self._store.purge(older_than=older_than, limit=BATCH)
+                if deleted and self._queue_log.outcomes is not None:
+                    self._queue_log.outcomes.tell(OutcomeKind.PURGED, count=deleted)
             purged += deleted
             if deleted < BATCH:
                 break
@@ -369,6 +372,10 @@ class Recovery:
             logger.exception("%s could not be published again", name)
             return False
         logger.warning("%s is published %s: it was %s", name, "again" if row.published_at else "at last", row.status)
+        if row.status is Status.PROCESSING:
+            self._tell(OutcomeKind.RECOVERED, row, "taken_back")
+        else:
+            self._tell(OutcomeKind.RECOVERED, row, "lost" if row.published_at else "relayed")
         return True
 
     def _publication(self, row: Row) -> Callable[[], object] | None:
@@ -381,12 +388,15 @@ class Recovery:
         except UndecodableError as error:
             logger.error("%s[%s] cannot be published again: %s", row.key.task_name, row.key.message_id, error)
             if row.status is Status.PROCESSING:
-                self._store.abandon(row, error=f"{ABANDONED}; {error}", unique_for=task.idempotency.unique_for)
+                ended = self._store.abandon(row, error=f"{ABANDONED}; {error}", unique_for=task.idempotency.unique_for)
+                if ended:
+                    self._tell(OutcomeKind.ABANDONED, row, "abandoned")
             return None
         # A copy's own row is known by its task id; the message in it says which message it is a copy of.
         message_id = options.get("message_id") or row.key.message_id
         copied = message_id != row.key.message_id
-        marker = Marker(message_id, row.key.task_name, row.task_id, row.fingerprint, copied=copied)
+        trace = trace_of(row.message)
+        marker = Marker(message_id, row.key.task_name, row.task_id, row.fingerprint, copied=copied, trace=trace)
         sent = Marker.read(options.get("headers"))
         if sent is not None and sent.belongs_to(
             row.key.task_name, row.task_id
@@ -406,6 +416,14 @@ class Recovery:
             retries=row.attempt,
             **kept,
         )
+
+    def _tell(self, kind: OutcomeKind, row: Row, reason: str) -> None:
+        """Tell the app's hooks, if it has any, what became of a row."""
+        outcomes = self._queue_log.outcomes
+        if outcomes is not None:
+            outcomes.tell(
+                kind, row.key, row=row, task_id=row.task_id, queue=row.queue, attempt=row.attempt, reason=reason
+            )
 
 
 def _has_paused(row: Row, *, since: datetime | None) -> bool:

@@ -16,6 +16,7 @@ from celery.worker.state import active_requests
 from celery_idempotent.children import fix_callbacks
 from celery_idempotent.consumer import ABANDONED, delivered_key
 from celery_idempotent.errors import StoreError
+from celery_idempotent.outcomes import OutcomeKind, reason_of
 from celery_idempotent.producer import identify
 from celery_idempotent.records import NewMessage, Owner, ProcessedStatus, Status
 from celery_idempotent.renewal import Held
@@ -66,7 +67,7 @@ class IdempotentRequest(Request):  # type: ignore[misc]
         if not return_ok and isinstance(error, (Terminated, WorkerLostError, SystemExit, KeyboardInterrupt)):
             cancelled = self._already_cancelled and not self._already_revoked
             if self._already_revoked or (isinstance(error, Terminated) and not cancelled):
-                self._fail("revoked: it was terminated while it ran")
+                self._fail("revoked: it was terminated while it ran", OutcomeKind.CANCELLED)
             elif cancelled:
                 # Celery tells its caller that it will run again; whether it does is for its next delivery to decide, and to say.
                 self._end("expire", self.task.queue_log.store.expire)
@@ -102,7 +103,7 @@ class IdempotentRequest(Request):  # type: ignore[misc]
         if retried or task.idempotency.delivery.on_abandoned == "rerun":
             self._end("expire", self.task.queue_log.store.expire)
         else:
-            self._fail(ABANDONED)
+            self._fail(ABANDONED, OutcomeKind.ABANDONED)
 
     def _retry_worker_lost(self, exc: BaseException, exc_info: ExceptionInfo) -> Any:
         # Celery sends the next attempt from here, outside of any run: move the row on first, and let the headers say whose it is.
@@ -110,8 +111,8 @@ class IdempotentRequest(Request):  # type: ignore[misc]
         key = delivered_key(self.task.name, context)
         marker = Marker.read(context.headers)
         fingerprint = marker.fingerprint if marker else self._fingerprint(key.message_id)
-        first, lost = (marker.first, marker.lost) if marker else (None, 0)
-        marker = Marker(key.message_id, self.task.name, self.id, fingerprint, first=first, lost=lost + 1)
+        first, lost, trace = (marker.first, marker.lost, marker.trace) if marker else (None, 0, None)
+        marker = Marker(key.message_id, self.task.name, self.id, fingerprint, first=first, lost=lost + 1, trace=trace)
         context.headers = marker.write(context.headers)
         attempt, delay = context.retries + 1, self.task.default_retry_delay or 0.0
         message = NewMessage(
@@ -126,9 +127,11 @@ class IdempotentRequest(Request):  # type: ignore[misc]
                 context.kwargs,
                 {**context.as_execution_options(), "retries": attempt, "message_id": key.message_id},
                 serializer=serializer_of(self.task),
+                trace=trace,
             ),
         )
-        self._end("hand on", lambda owner: self.task.queue_log.store.retry(owner, message))
+        if self._end("hand on", lambda owner: self.task.queue_log.store.retry(owner, message)):
+            self._tell(OutcomeKind.RETRIED, "worker_lost", attempt)
         return super()._retry_worker_lost(exc, exc_info)
 
     def _fingerprint(self, message_id: str) -> str | None:
@@ -147,22 +150,41 @@ class IdempotentRequest(Request):  # type: ignore[misc]
         label = worker_label(self.hostname, None if pid == os.getpid() else pid)
         return Owner(delivered_key(self.task.name, self._context), label)
 
-    def _fail(self, error: str) -> None:
-        unique_for = self.task.idempotency.unique_for
-        self._end("fail", lambda owner: self.task.queue_log.store.fail(owner, error=error, unique_for=unique_for))
+    def _fail(self, error: str, kind: OutcomeKind = OutcomeKind.FAILED) -> None:
+        store, unique_for = self.task.queue_log.store, self.task.idempotency.unique_for
+        if self._end("fail", lambda owner: store.fail(owner, error=error, unique_for=unique_for)):
+            self._tell(kind, reason_of(error))
 
-    def _end(self, what: str, write: Callable[[Owner], bool]) -> None:
+    def _end(self, what: str, write: Callable[[Owner], bool]) -> bool:
+        """End the claim of a child; whether it was there to be ended so."""
         if self.worker_pid is None:
-            return  # never accepted by a child, so never claimed
+            return False  # never accepted by a child, so never claimed
         if self.held is not None:
             self.held.ended = True
         owner = self._owner(self.worker_pid)
         try:
             # A body that had ended has left a recovery point: what waits on it is still to be sent.
-            if not write(owner):
-                self.task.queue_log.store.expire(owner)
+            if write(owner):
+                return True
+            self.task.queue_log.store.expire(owner)
         except StoreError as error:
             logger.error("could not %s the claim of %s; it runs out with its lease: %s", what, self, error)
+        return False
+
+    def _tell(self, kind: OutcomeKind, reason: str, attempt: int | None = None) -> None:
+        """Tell the app's hooks, if it has any, what became of a message whose child cannot."""
+        outcomes = self.task.queue_log.outcomes
+        if outcomes is not None and self.worker_pid is not None:
+            owner = self._owner(self.worker_pid)
+            outcomes.tell(
+                kind,
+                owner.key,
+                task_id=self.id,
+                queue=(self._context.delivery_info or {}).get("routing_key"),
+                attempt=self._context.retries if attempt is None else attempt,
+                worker=owner.worker,
+                reason=reason,
+            )
 
 
 def _children() -> list[Held]:

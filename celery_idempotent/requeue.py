@@ -13,7 +13,7 @@ from celery.utils import uuid
 
 from celery_idempotent.children import is_guarded
 from celery_idempotent.records import MessageKey, NewMessage, ProcessedStatus, Row, Status
-from celery_idempotent.serialization import UndecodableError, decode_message, encode_message, serializer_of
+from celery_idempotent.serialization import UndecodableError, decode_message, encode_message, serializer_of, trace_of
 from celery_idempotent.wire import HEADER, Marker
 
 if TYPE_CHECKING:
@@ -112,7 +112,13 @@ def requeue(queue_log: QueueLog, row: Row) -> Requeued | NotRequeued:
         queue=row.queue,
         fingerprint=row.fingerprint,
         published=False,
-        message=encode_message(args, kwargs, _anew(row, options, task_id), serializer=serializer_of(task, options)),
+        message=encode_message(
+            args,
+            kwargs,
+            _anew(row, options, task_id),
+            serializer=serializer_of(task, options),
+            trace=trace_of(row.message),
+        ),
     )
     if not queue_log.store.resubmit(row, message):
         return NotRequeued(row.key, "somebody else has changed it meanwhile")

@@ -32,7 +32,8 @@ from celery_idempotent.errors import (
 )
 from celery_idempotent.outage import ask_until_answered
 from celery_idempotent.outboxes import within
-from celery_idempotent.records import Claim, Claimed, MessageKey, NewMessage, Note, ProcessedStatus, Status
+from celery_idempotent.outcomes import OutcomeKind, reason_of
+from celery_idempotent.records import Claim, Claimed, MessageKey, NewMessage, Note, ProcessedStatus, Row, Status
 from celery_idempotent.serialization import decode_result, encode_message, encode_result
 from celery_idempotent.wire import Marker
 
@@ -84,6 +85,8 @@ class Run:
         #: The Celery id that was first sent under the message id, and how many of the retries only repeat what a worker has lost.
         self.first = message.task_id
         self.lost = 0
+        #: The span in which the message was sent, if the app's hooks say so.
+        self.trace: str | None = None
         #: What is returned without running the body, in REPLAYED and in a CHECKPOINTED run that was taken over.
         self.value: Any = None
         #: Whether the body is about to replace itself by another task under the same task id.
@@ -93,6 +96,8 @@ class Run:
         self.entered = False
         #: The transaction of an atomic body, while that runs.
         self.unit: UnitOfWork | None = None
+        #: Seconds that the body took, once it has ended.
+        self.ran: float | None = None
         #: When the claim was asked for, by the monotonic clock: its lease does not run out before that much later.
         self.asked = time.monotonic()
 
@@ -147,6 +152,34 @@ class Run:
     @property
     def _store(self) -> Store:
         return self.task.queue_log.store
+
+    def tell(
+        self,
+        kind: OutcomeKind,
+        row: Row | None = None,
+        *,
+        reason: str | None = None,
+        attempt: int | None = None,
+        store: float | None = None,
+        delay: float | None = None,
+    ) -> None:
+        """Tell the app's hooks, if it has any, what became of the delivery."""
+        outcomes = self.task.queue_log.outcomes
+        if outcomes is not None:
+            outcomes.tell(
+                kind,
+                self.key,
+                row=row,
+                task_id=self.request.id,
+                queue=self.message.queue,
+                attempt=self.message.attempt if attempt is None else attempt,
+                token=None if self.claim is None else self.claim.token,
+                worker=worker_label(self.request.hostname),
+                reason=reason,
+                store=store,
+                ran=self.ran,
+                delay=delay,
+            )
 
     # -- the body ------------------------------------------------------------------------------------------------------
 
@@ -217,8 +250,12 @@ class Run:
         self.__dict__.pop("calls", None)  # it makes the same calls in the same places
 
     def _perform(self, body: Callable[[], T]) -> T:
+        began = time.monotonic()
         try:
-            value = body()
+            try:
+                value = body()
+            finally:
+                self.ran = time.monotonic() - began
         except Retry as retry:
             # Eager, or raised by hand: nothing was published, so nothing was handed on.
             if self.state is RunState.CLAIMED:
@@ -264,7 +301,7 @@ class Run:
 
     def _succeed(self, value: Any) -> None:
         wanted = self.task.idempotency.keep_result or self.waited_on
-        result = encode_result(self.task.app, value) if wanted else None
+        result = encode_result(self.task.app, value, trace=self.trace) if wanted else None
         if self.waited_on:
             # What waits on this result is sent after we return: until it is known to be, the row says so.
             # On SQLite a transaction that writes keeps all others from writing, renewals too: the lease may have run out.
@@ -283,7 +320,10 @@ class Run:
             return
         if reject.requeue:
             held = self._write("release a message", lambda: self._store.release(self._claim))
-            self._finish(held or self._is_pending(self.message.attempt))
+            held = held or self._is_pending(self.message.attempt)
+            if held:
+                self.tell(OutcomeKind.RETRIED, reason="rejected")
+            self._finish(held)
         else:
             self._finish(self._failed(describe(reject)))
 
@@ -292,7 +332,7 @@ class Run:
     def dispatched(self) -> None:
         """Callbacks and result of a checkpointed run were sent."""
         if self.state is RunState.CHECKPOINTED:
-            self.state = RunState.FINISHED if self._completed(None) else RunState.LOST
+            self._end(self._completed(None))
 
     def not_dispatched(self, error: BaseException | None) -> None:
         """The run is over: if its callbacks and result were still to be sent, they could not be.
@@ -303,9 +343,14 @@ class Run:
         if self.state is not RunState.CHECKPOINTED:
             return
         if isinstance(error, EncodeError):  # no later attempt can succeed
-            self.state = RunState.FINISHED if self._failed(describe(error)) else RunState.LOST
+            self._end(self._failed(describe(error)))
         else:
             logger.error("%s ran, but what follows it was not sent; a later delivery sends it: %r", self, error)
+
+    def _end(self, held: bool) -> None:
+        self.state = RunState.FINISHED if held else RunState.LOST
+        if not held:
+            self.tell(OutcomeKind.LEASE_LOST)
 
     # -- handing on ----------------------------------------------------------------------------------------------------
 
@@ -331,6 +376,8 @@ class Run:
         else:
             held = self._write("hand a message on", lambda: hand_on(self._store)) or handed_on()
         self.state = RunState.HANDED_ON if held else RunState.LOST
+        if held:
+            self.tell(OutcomeKind.RETRIED, attempt=message.attempt, reason="replaced" if self.replacing else None)
         self.detach()
         return held
 
@@ -354,12 +401,14 @@ class Run:
         if self.state is not RunState.HANDED_ON:
             return
 
-        def end() -> None:
+        def end() -> bool:
             again = self._store.claim(message, worker=worker_label(self.request.hostname), lease=1.0, grace=0.0)
-            if isinstance(again, Claimed):
-                self._store.fail(again.claim, error=describe(error), unique_for=self.task.idempotency.unique_for)
+            if not isinstance(again, Claimed):
+                return False
+            return self._store.fail(again.claim, error=describe(error), unique_for=self.task.idempotency.unique_for)
 
-        self._write("end a message whose retry was not published", end)
+        if self._write("end a message whose retry was not published", end):
+            self.tell(OutcomeKind.FAILED, reason=reason_of(describe(error)))
 
     def retry_stored(self) -> None:
         """The result backend was told RETRY just now, which must not hide how the next attempt has ended since.
@@ -420,18 +469,24 @@ class Run:
         return self.claim
 
     def _completed(self, result: bytes | None, note: Note | None = None) -> bool:
-        unique_for = self.task.idempotency.unique_for
-        return self._commit(
+        unique_for, began = self.task.idempotency.unique_for, time.monotonic()
+        held = self._commit(
             "record a success",
             lambda store: store.complete(self._claim, result=result, note=note, unique_for=unique_for),
             self._has_succeeded,
         )
+        if held:
+            self.tell(OutcomeKind.COMPLETED, reason=note, store=time.monotonic() - began)
+        return held
 
     def _failed(self, error: str) -> bool:
-        unique_for = self.task.idempotency.unique_for
-        return self._write(
+        unique_for, began = self.task.idempotency.unique_for, time.monotonic()
+        held = self._write(
             "record a failure", lambda: self._store.fail(self._claim, error=error, unique_for=unique_for)
         )
+        if held:
+            self.tell(OutcomeKind.FAILED, reason=reason_of(error), store=time.monotonic() - began)
+        return held
 
     def _has_succeeded(self) -> bool:
         """Whether the row says that our body has succeeded: nobody else can have written so under its token."""
@@ -529,6 +584,7 @@ class Run:
             error = LeaseLostError(self.key.message_id, self._claim.token)
             undone = "; what its body wrote in its transaction was rolled back" if self.task.idempotency.atomic else ""
             logger.error("%s: %s%s", self, error, undone)
+            self.tell(OutcomeKind.LEASE_LOST)
             raise Ignore(str(error)) from error
 
     def __str__(self) -> str:

@@ -14,9 +14,10 @@ from celery_idempotent.consumer import delivered_key
 from celery_idempotent.errors import StoreError
 from celery_idempotent.outage import ask_again
 from celery_idempotent.outboxes import current_outbox
+from celery_idempotent.outcomes import OutcomeKind
 from celery_idempotent.producer import delay_of, identify
 from celery_idempotent.records import Found, NewMessage
-from celery_idempotent.run import Run, answered
+from celery_idempotent.run import Run, answered, worker_label
 from celery_idempotent.serialization import encode_message, serializer_of
 from celery_idempotent.steps import CheckStep, RecoveryStep
 from celery_idempotent.wire import Marker
@@ -84,7 +85,9 @@ class _PublishHook:
             task.idempotency, args, kwargs, message_id=message_id, task_id=task_id, task_name=sender
         )
         properties["message_id"] = key.message_id
-        headers.update(Marker(key.message_id, sender, task_id, fingerprint).write(None))
+        outcomes = task.queue_log.outcomes
+        trace = None if outcomes is None else outcomes.traceparent()
+        headers.update(Marker(key.message_id, sender, task_id, fingerprint, trace=trace).write(None))
         options = {**_options(headers, embed), "message_id": key.message_id}
         queue_log = task.queue_log
         message = NewMessage(
@@ -94,17 +97,30 @@ class _PublishHook:
             fingerprint=fingerprint,
             attempt=headers.get("retries") or 0,
             delay=delay_of(task, {"eta": headers.get("eta")}),
-            message=encode_message(args, kwargs, options, serializer=serializer_of(task)),
+            message=encode_message(args, kwargs, options, serializer=serializer_of(task), trace=trace),
         )
         try:
             policy = self.app.conf.task_publish_retry_policy or {}
             found = ask_again(lambda: queue_log.store.record(message), policy)
             if isinstance(found, Found) and task_id not in (found.row.task_id, key.message_id):
-                copy = Marker(key.message_id, sender, task_id, fingerprint, copied=True, first=found.row.task_id)
+                copy = Marker(
+                    key.message_id, sender, task_id, fingerprint, copied=True, first=found.row.task_id, trace=trace
+                )
                 ask_again(lambda: queue_log.store.record(replace(message, key=copy.row_of_its_own)), policy)
                 headers.update(copy.write(None))
         except StoreError as error:
             logger.error("%s[%s] is sent without a row, its consumer will insert it: %s", sender, key.message_id, error)
+            return
+        if outcomes is not None:
+            outcomes.tell(
+                OutcomeKind.DUPLICATE if isinstance(found, Found) else OutcomeKind.RECORDED,
+                key,
+                row=found.row if isinstance(found, Found) else None,
+                task_id=task_id,
+                queue=message.queue,
+                attempt=message.attempt,
+                reason="by_name" if isinstance(found, Found) else None,
+            )
 
 
 def _publishes(app: Celery, declare: Any) -> bool:
@@ -185,8 +201,20 @@ def _revoked(sender: Any, request: Context, terminated: bool = False, expired: b
     answered(sender, request)
     key = delivered_key(sender.name, request)
     reason = "expired: it was not started in time" if expired else "revoked"
+    queue_log = sender.queue_log
     try:
-        sender.queue_log.store.cancel(key, task_id=request.id, error=reason, unique_for=sender.idempotency.unique_for)
+        ended = queue_log.store.cancel(key, task_id=request.id, error=reason, unique_for=sender.idempotency.unique_for)
     except StoreError as error:
         # In the worker's event loop, which must not wait.
         logger.error("%s[%s] was %s, but its row stays pending: %s", key.task_name, key.message_id, reason, error)
+        return
+    if ended and queue_log.outcomes is not None:
+        queue_log.outcomes.tell(
+            OutcomeKind.CANCELLED,
+            key,
+            task_id=request.id,
+            queue=(request.delivery_info or {}).get("routing_key"),
+            attempt=request.retries or 0,
+            worker=worker_label(request.hostname),
+            reason="expired" if expired else "revoked",
+        )
