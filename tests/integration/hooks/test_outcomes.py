@@ -298,7 +298,7 @@ def test_a_store_that_gives_no_answer_is_told_where_the_app_says_run(bench: Benc
     )
     result = app.tasks["echo"].apply_async(("v",), message_id=m)
 
-    assert told.kinds(m)[0] == "unguarded"
+    assert "unguarded" in told.kinds(m)
     assert result.get(timeout=PATIENCE) == "v"
     assert bench.row("echo", m).status in {Status.PROCESSING, Status.DONE}
 
