@@ -300,9 +300,11 @@ class _Admission:
 
     def _note_first(self, row: Row) -> None:
         """The body's calls are told by the first id, in this attempt and in those that come after it."""
-        self.run.first = row.task_id
+        # What was requeued under another id than it had says so itself: its row knows no more than the new one.
+        renamed = self.marker.first if row.task_id == self.request.id else None
+        self.run.first = renamed or row.task_id
         self.run.trace = trace_of(row.message) or self.run.trace
-        self._mark(first=None if row.task_id == self.request.id else row.task_id)
+        self._mark(first=None if self.run.first == self.request.id else self.run.first)
 
     def _mark(self, **changes: Any) -> None:
         """Let the headers say what is known now: they go along with a retry, and with a copy that is held."""

@@ -13,6 +13,7 @@ from celery_idempotent.requeue import NotRequeued, requeue
 from celery_idempotent.serialization import encode_message
 from tests.integration.cli.conftest import Command
 from tests.integration.test_copies import consumed
+from tests.integration.test_revoke_and_expiry import revoke
 from tests.support.bench import PATIENCE, Bench
 from tests.support.waiting import wait_until
 
@@ -131,6 +132,30 @@ def test_calls_of_a_body_that_lost_a_worker_before_are_not_made_twice(bench: Ben
 
     assert get(result) == m
     assert [note.detail for note in bench.ledger.entries(task="child")].count(f"{m}:lost") == 1
+
+
+@pytest.mark.parametrize("dies_again", [False, True], ids=["once", "twice"])
+def test_calls_of_a_body_that_was_terminated_are_not_made_twice(
+    bench: Bench, command: Command, dies_again: bool
+) -> None:
+    """It goes on under a new task id, and is taken over under that when its worker dies as well."""
+    m, killed = bench.fresh(), bench.path("killed")
+    if not dies_again:
+        Path(killed).touch()
+    result = bench.task("flaky.stuck").apply_async((m, bench.path("flag"), killed), message_id=m)
+    bench.wait_for_note("child", f"{m}:stuck")
+    revoke(bench, result.id, terminate=True, signal="SIGKILL")
+    assert str(failed(bench, "flaky.stuck", m).error).startswith("revoked")
+
+    (one,) = requeued(command, m)
+
+    assert one["task_id"] != result.id
+    assert AsyncResult(one["task_id"], app=bench.app).get(timeout=PATIENCE) == m
+    assert bench.done("flaky.stuck", m).token == (3 if dies_again else 2)
+    calls = [note.detail for note in bench.ledger.entries(task="flaky.stuck") if note.detail and note.message_id == m]
+    assert len(calls) == len(bench.starts("flaky.stuck", m)) == (3 if dies_again else 2)
+    assert len(set(calls)) == 1, "each time it is one and the same call"
+    assert [note.detail for note in bench.ledger.entries(task="child")].count(f"{m}:stuck") == 1
 
 
 def test_an_abandoned_message_runs_again(bench: Bench, command: Command) -> None:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 from typing import Any
 
 from celery import Celery, Task
 
 from tests.support.apps.outcomes import first
 from tests.support.ledger import Ledger
+from tests.support.waiting import wait_until
 
 __all__ = ["register"]
 
 
 def register(app: Celery, *, base: type[Task], ledger: Ledger) -> None:
-    """Register ``flaky``, ``flaky.parent`` and ``flaky.lost``, which call ``child``, and ``fail.tracked``, which always fails."""
+    """Register ``flaky``, ``flaky.parent``, ``flaky.lost`` and ``flaky.stuck``, which call ``child``, and ``fail.tracked``, which always fails."""
 
     @app.task(base=base, bind=True, name="flaky")
     def flaky(self: Task, value: Any, flag: str) -> Any:
@@ -47,4 +49,15 @@ def register(app: Celery, *, base: type[Task], ledger: Ledger) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             if first(flag):
                 raise ValueError("the second time")
+            return name
+
+    @app.task(base=base, bind=True, name="flaky.stuck", lease=3600, acks_late=True, reject_on_worker_lost=True)
+    def stuck(self: Task, name: str, flag: str, killed: str) -> str:
+        """Call a child; the first time be stuck until somebody ends this process, and the second time end it."""
+        with ledger.run(self):
+            ledger.note("end", self, detail=app.tasks["child"].delay(f"{name}:stuck").id)
+            if first(flag):
+                wait_until(Path(f"{flag}.never").exists, timeout=100.0, describe="nothing")
+            if first(killed):
+                os.kill(os.getpid(), signal.SIGKILL)
             return name
