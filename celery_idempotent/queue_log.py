@@ -127,10 +127,12 @@ class QueueLog:
         return Renewals(lambda: self.store)
 
     def init(self) -> bool:
-        """Create the table if it is missing; whether anything was created.
+        """Create the table if it is missing, or take one of an older version to this one; whether anything was created or changed.
+
+        Safe while workers run, those of one version before among them, and for any number at once. A large table takes its time.
 
         Raises:
-            SchemaError: A table of that name lacks columns.
+            SchemaError: A table of that name is of no version.
             StoreUnavailableError: The store gave no answer.
         """
         return self.store.init()

@@ -253,3 +253,18 @@ class Condition:
     lapsed_since: datetime | None = None
     unsent_since: datetime | None = None
     done_since: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A step that takes the store's schema to this version.
+
+    Attributes:
+        what: What it does, for people.
+        statement: The SQL; empty where the store has none.
+        alters: Whether it changes what is there already, rather than make what is missing altogether.
+    """
+
+    what: str
+    statement: str = ""
+    alters: bool = True

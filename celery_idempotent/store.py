@@ -14,6 +14,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Protocol
 
 from celery_idempotent.records import (
+    Change,
     Claim,
     Claimed,
     Condition,
@@ -439,14 +440,29 @@ class Store(Protocol):
 
     # -- life cycle ----------------------------------------------------------------------------------------------------
 
-    def init(self) -> bool:
-        """Create the table if it is missing.
+    def init(self, *, before: Callable[[Change], None] | None = None) -> bool:
+        """Create the table if it is missing, or take one of an older version to this one; beside those who use it.
+
+        Code that is one version older goes on on a table of this version. Any number may do this at once.
+
+        Args:
+            before: Called before each change: a large table takes its time.
 
         Returns:
-            Whether anything was created.
+            Whether anything was created or changed.
 
         Raises:
-            SchemaError: A table of that name is there and lacks columns; it is not touched.
+            SchemaError: A table of that name is there and is of no version that this one knows; it is not touched.
+
+        Atomicity: none over all changes. What is broken off is taken up by the next ``init``.
+        """
+        ...
+
+    def outstanding(self) -> Sequence[Change]:
+        """What :meth:`init` would do, in this order; nothing when the schema is of this version. Nothing is made or written.
+
+        Raises:
+            SchemaError: As :meth:`init`.
         """
         ...
 

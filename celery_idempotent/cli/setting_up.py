@@ -9,27 +9,98 @@ import click
 from celery.bin.base import CeleryCommand
 
 from celery_idempotent.cli.opening import opened
-from celery_idempotent.cli.options import as_json, duration
+from celery_idempotent.cli.options import as_json, confirmed, dry_run, duration, yes
 from celery_idempotent.cli.printing import print_
 from celery_idempotent.doctor import CODES, Facts, Finding, Severity, findings, read_facts
+from celery_idempotent.queue_log import QueueLog
+from celery_idempotent.records import Change
 
 __all__ = ["doctor", "init"]
+
+#: The databases that `init --sql` has the words of.
+_DIALECTS = ("postgresql", "mariadb", "mysql", "sqlite")
 
 #: The exit status when nothing but warnings was found.
 _WARNED = 3
 
 
 @click.command(cls=CeleryCommand)
+@dry_run
+@click.option(
+    "--sql",
+    metavar="DIALECT",
+    type=click.Choice(list(_DIALECTS)),
+    help=f"Print the statements for a database ({', '.join(_DIALECTS)}), and connect to none.",
+)
+@click.option(
+    "--since",
+    metavar="VERSION",
+    type=click.IntRange(min=0),
+    help="With --sql: only what a table of this version lacks.  [default: the whole table]",
+)
+@yes
 @as_json
 @click.pass_context
-def init(ctx: click.Context, json_: bool) -> None:
-    """Create the table of the queue log if it is missing."""
+def init(ctx: click.Context, dry_run: bool, sql: str | None, since: int | None, yes: bool, json_: bool) -> None:
+    """Create the table of the queue log if it is missing, or take one of an older version to this one.
+
+    A table that is there is changed beside those who use it: indexes are built while workers write, and workers of the version before go on.
+    Do it before the first process of the new version starts. It asks before it changes a table that is there, and creates one that is missing
+    without asking. Any number may run at once; one that was broken off is taken up by the next.
+    """
+    if since is not None and sql is None:
+        raise click.UsageError("--since is about --sql: of a database it can be seen")
     with opened(ctx) as queue_log:
-        created = queue_log.init()
         table = queue_log.settings.table
-    print_(
-        json_, {"table": table, "created": created}, lambda: [f"{table} {'created' if created else 'is there already'}"]
-    )
+        if sql is not None:
+            changes = _written(table, sql, since or 0)
+        else:
+            changes = list(queue_log.store.outstanding())
+            if not dry_run:
+                _change(queue_log, changes, yes=yes)
+    if sql is not None or dry_run:
+        records = [{"what": change.what, "statement": change.statement} for change in changes]
+        print_(json_, {"table": table, "dry_run": True, "changes": records}, lambda: _script(table, changes))
+        return
+    altered = any(change.alters for change in changes)
+    data = {
+        "table": table,
+        "created": bool(changes) and not altered,
+        "changes": [change.what for change in changes],
+    }
+    done = ("brought up to this version" if altered else "created") if changes else "is there already"
+    print_(json_, data, lambda: [f"{table} {done}"])
+
+
+def _change(queue_log: QueueLog, changes: Sequence[Change], *, yes: bool) -> None:
+    """Make the changes, with consent where there is something to lose time by."""
+    if any(change.alters for change in changes):
+        for change in changes:
+            click.echo(f"to do: {change.what}", err=True)
+        confirmed(f"Change the table {queue_log.settings.table}?", yes=yes)
+        queue_log.store.init(before=lambda change: click.echo(f"{change.what} ...", err=True))
+    elif changes:
+        queue_log.store.init()
+
+
+def _written(table: str, dialect: str, since: int) -> list[Change]:
+    """The changes to a table of a version, for a database that is not asked."""
+    from celery_idempotent.stores.sql.writing import changes_between  # SQLAlchemy, which most commands do without
+
+    namespace, _, name = table.rpartition(".")
+    try:
+        return changes_between(since, dialect=dialect, name=name, schema=namespace or None)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+
+
+def _script(table: str, changes: Sequence[Change]) -> Iterable[str]:
+    """The statements, to be read or to be run."""
+    if not changes:
+        yield f"-- {table} is of this version"
+    for change in changes:
+        yield f"-- {change.what}"
+        yield from f"{change.statement};".splitlines() if change.statement else ()
 
 
 @click.command(cls=CeleryCommand)

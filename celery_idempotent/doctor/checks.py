@@ -194,6 +194,12 @@ def _store(facts: Facts) -> Iterator[Finding]:
         )
     if store.schema is not None:
         yield Finding("schema", store.schema, "run `celery -A proj idempotent init`, or your migration")
+    if store.outstanding:
+        yield Finding(
+            "schema-behind",
+            f"the table is of an older version, or lacks indexes; outstanding: {', '.join(store.outstanding)}",
+            "run `celery -A proj idempotent init`, or your migration, at any time",
+        )
     if app.atomic_refused is not None:
         yield Finding(
             "atomic-store",

@@ -114,6 +114,7 @@ class StoreFacts:
         away: Why it could not be reached.
         refused: What it refused, and why.
         schema: What is wrong with its schema.
+        outstanding: What would take its schema to this version; it serves as it is.
         there: Whether its schema is there; it may be one that is made on first use.
         configuration: As far as its server tells it; ``None`` if it was not asked.
         condition: How it stands; ``None`` if it was not asked.
@@ -125,6 +126,7 @@ class StoreFacts:
     away: str | None = None
     refused: str | None = None
     schema: str | None = None
+    outstanding: tuple[str, ...] = ()
     there: bool = True
     configuration: Mapping[str, str] | None = None
     condition: Condition | None = None

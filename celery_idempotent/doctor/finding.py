@@ -116,6 +116,7 @@ CODES: dict[str, tuple[Severity, str]] = {
     ),
     "store-refused": (_E, "The store does not do what it is asked; calls and workers fail alike."),
     "schema": (_E, "A worker does not start, and a call raises SchemaError."),
+    "schema-behind": (_W, "Recovery and purging read more of the table than they need, the more the longer it is."),
     "atomic-store": (_E, "A worker does not start: atomic tasks need a store in a SQL database."),
     "store-in-memory": (
         _E,

@@ -219,6 +219,7 @@ def _read_store(store: Store, clock: Callable[[], datetime]) -> StoreFacts:
         facts["configuration"] = store.configuration()
         facts["there"] = store.inspect()
         if facts["there"]:
+            facts["outstanding"] = tuple(change.what for change in store.outstanding())
             began, asked = clock(), time.monotonic()
             facts["condition"] = store.condition()
             took = time.monotonic() - asked

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from celery_idempotent.records import (
     FORGOTTEN,
+    Change,
     Claimed,
     MessageKey,
     ProcessedStatus,
@@ -307,6 +308,13 @@ class OperatorContract(StoreFixtures):
         pending(store)
         assert not store.init()
         assert store.find(KEY) is not None
+
+    def test_nothing_is_outstanding_where_all_is_there(self, store: Store) -> None:
+        store.init()
+        assert list(store.outstanding()) == []
+        seen: list[Change] = []
+        assert not store.init(before=seen.append)
+        assert seen == []
 
     def test_a_store_that_is_there_checks_out(self, store: Store) -> None:
         store.init()

@@ -152,6 +152,9 @@ def test_init_creates_the_table_once(celery: RunCelery, project: Path) -> None:
     assert sa.inspect(engine).has_table("queue_log")
 
 
+CREATED = ["create the table ours", "create the index ours_open", "create the index ours_processed"]
+
+
 @pytest.mark.parametrize("store_url", ["postgresql", "mariadb"], indirect=True)
 def test_on_a_server_init_comes_first(celery: RunCelery, store_url: str) -> None:
     before = celery("idempotent", "stats", store=store_url)
@@ -159,7 +162,10 @@ def test_on_a_server_init_comes_first(celery: RunCelery, store_url: str) -> None
 
     assert (before.returncode, before.stdout) == (1, "")
     assert before.stderr == "Error: the table queue_log is missing; run `celery -A proj idempotent init`\n"
-    assert (created.returncode, json.loads(created.stdout)) == (0, {"table": "ours", "created": True})
+    assert (created.returncode, json.loads(created.stdout)) == (
+        0,
+        {"table": "ours", "created": True, "changes": CREATED},
+    )
     with closing(SQLStore(store_url, table="ours")) as store:
         assert store.counts() == []
 

@@ -9,6 +9,7 @@ from datetime import datetime
 
 from celery_idempotent.errors import SchemaError
 from celery_idempotent.records import (
+    Change,
     Claim,
     Claimed,
     Condition,
@@ -210,8 +211,14 @@ class RedisStore:
 
     # -- life cycle ----------------------------------------------------------------------------------------------------
 
-    def init(self) -> bool:
+    def init(self, *, before: Callable[[Change], None] | None = None) -> bool:
+        if before is not None:
+            for change in self.outstanding():
+                before(change)
         return self._run(lambda on, _: self._init(on), prepared=False)
+
+    def outstanding(self) -> list[Change]:
+        return [] if self.inspect() else [Change(f"lay out {self._table}", alters=False)]
 
     def check(self) -> None:
         self._run(lambda on, _: self._init(on), prepared=False)

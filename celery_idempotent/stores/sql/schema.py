@@ -1,83 +1,100 @@
-"""Whether the table is there with every column of this version, and making it.
+"""Whether the table is there with every column of this version, making it, and taking an older one to this version.
 
-By inspection of what the database has, so that a table made by a migration of one's own serves as well.
+By inspection of what the database has, so that a table made by a migration of one's own serves as well. ADR 12.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from sqlalchemy import Connection, Table, inspect
-from sqlalchemy.exc import DBAPIError, NoSuchTableError
-from sqlalchemy.schema import CreateIndex, CreateTable
+from sqlalchemy.exc import NoSuchTableError
 
 from celery_idempotent.errors import SchemaError
+from celery_idempotent.records import Change
+from celery_idempotent.stores.sql.online import alone, broken_indexes, execute
+from celery_idempotent.stores.sql.steps import Present, Step, newest, steps_to
 
-__all__ = ["create", "is_there", "verify"]
+__all__ = ["create", "is_there", "outstanding", "verify"]
 
 _INIT = "`celery -A proj idempotent init`"
 
 
 def verify(connection: Connection, table: Table) -> None:
-    """Compare the database's table with this version's.
+    """Compare the columns of the database's table with this version's. Indexes are not missed: all goes on without, if slowly.
 
     Raises:
         SchemaError: It is missing, or lacks columns.
     """
-    missing = _missing_columns(connection, table)
-    if missing is None:
+    columns = _columns(connection, table)
+    if columns is None:
         raise SchemaError(f"the table {table.fullname} is missing; run {_INIT}")
-    if missing:
+    if missing := [column.name for column in table.columns if column.name not in columns]:
+        list(steps_to(newest(), table.name, table.schema, Present(columns)))  # which refuses what is of no version
         raise SchemaError(
-            f"the table {table.fullname} lacks {', '.join(missing)}: it is not of this version and was not touched; "
-            f"add the columns by a migration, or rename it and run {_INIT}"
+            f"the table {table.fullname} lacks {', '.join(missing)}: it is of an older version; run {_INIT}, or your migration"
         )
 
 
 def is_there(connection: Connection, table: Table) -> bool:
     """Whether there is a table of that name, whatever its columns."""
-    return _missing_columns(connection, table) is not None
+    return _columns(connection, table) is not None
 
 
-def create(connection: Connection, table: Table) -> bool:
-    """Make the table and its indexes, whatever is missing; any number of processes at once.
-
-    Returns:
-        Whether anything was made.
+def outstanding(connection: Connection, table: Table) -> list[Change]:
+    """What :func:`create` would do.
 
     Raises:
-        SchemaError: A table of that name lacks columns; it is not touched.
+        SchemaError: A table of that name is of no version.
     """
-    made = False
-    if _missing_columns(connection, table) is None:
-        made = _make(connection, CreateTable(table, if_not_exists=True))
-    verify(connection, table)
-    present = {
-        tuple(index["column_names"]) for index in inspect(connection).get_indexes(table.name, schema=table.schema)
-    }
-    for index in table.indexes:
-        if tuple(column.name for column in index.columns) not in present:
-            # Without IF NOT EXISTS, which MySQL has not got.
-            made = _make(connection, CreateIndex(index)) or made
-    return made
+    return [step.change(connection.dialect) for step in _steps(connection, table)]
 
 
-def _make(connection: Connection, statement: CreateTable | CreateIndex) -> bool:
-    """Execute it, unless somebody else does the same at the same time."""
-    try:
-        connection.execute(statement)
-    except DBAPIError as error:
-        # "already exists" has many faces; PostgreSQL's, when two create at once, is a unique violation in its catalogue.
-        text = str(error.orig).lower()
-        if not any(face in text for face in ("already exists", "duplicate key")):
-            raise
+def create(connection: Connection, table: Table, before: Callable[[Change], None] | None = None) -> bool:
+    """Make the table, or take it to this version, whatever is missing; any number of processes at once.
+
+    Args:
+        connection: In autocommit, but for SQLite, whose transaction takes it all.
+        table: This version's.
+        before: Called before each change.
+
+    Returns:
+        Whether anything was made or changed.
+
+    Raises:
+        SchemaError: A table of that name is of no version; it is not touched.
+    """
+    if not _steps(connection, table):
         return False
-    return True
+    changed = False
+    with alone(connection, table):
+        for step in _steps(connection, table):
+            if before is not None:
+                before(step.change(connection.dialect))
+            changed = execute(connection, step) or changed
+    verify(connection, table)
+    return changed
 
 
-def _missing_columns(connection: Connection, table: Table) -> list[str] | None:
-    """The columns that the database's table lacks; ``None`` when there is no such table."""
+def _steps(connection: Connection, table: Table) -> list[Step]:
+    return list(steps_to(newest(), table.name, table.schema, _present(connection, table)))
+
+
+def _present(connection: Connection, table: Table) -> Present | None:
+    """What the database has of the table; ``None`` when there is no such table."""
+    columns = _columns(connection, table)
+    if columns is None:
+        return None
+    broken = broken_indexes(connection, table)
+    found = inspect(connection).get_indexes(table.name, schema=table.schema)
+    indexes = {str(index["name"]): tuple(index["column_names"]) for index in found if index["name"] not in broken}
+    return Present(columns, indexes, broken)
+
+
+def _columns(connection: Connection, table: Table) -> frozenset[str] | None:
     try:
-        present = {column["name"] for column in inspect(connection).get_columns(table.name, schema=table.schema)}
+        found = inspect(connection).get_columns(table.name, schema=table.schema)
     except NoSuchTableError:
         return None
     # A table without columns is how some dialects report one that is not there.
-    return [column.name for column in table.columns if column.name not in present] if present else None
+    return frozenset(column["name"] for column in found) or None

@@ -11,6 +11,7 @@ from datetime import datetime
 from sqlalchemy import URL, Connection, Engine, MetaData
 
 from celery_idempotent.records import (
+    Change,
     Claim,
     Claimed,
     Condition,
@@ -36,6 +37,7 @@ from celery_idempotent.stores.sql.operating import Operating
 from celery_idempotent.stores.sql.producer import Producer
 from celery_idempotent.stores.sql.reading import Reading
 from celery_idempotent.stores.sql.recovering import Recovering
+from celery_idempotent.stores.sql.steps import newest, steps_to
 from celery_idempotent.stores.sql.table import queue_log_table
 
 __all__ = ["SQLStore"]
@@ -260,8 +262,13 @@ class SQLStore:
 
     # -- life cycle ----------------------------------------------------------------------------------------------------
 
-    def init(self) -> bool:
-        return self._run(lambda on, _: schema.create(on, self._table), prepared=False, patient=True)
+    def init(self, *, before: Callable[[Change], None] | None = None) -> bool:
+        return self._run(lambda on, _: schema.create(on, self._table, before), prepared=False, patient=True)
+
+    def outstanding(self) -> list[Change]:
+        if not self._database.exists():
+            return [step.change(self.engine.dialect) for step in steps_to(newest(), self._table.name, None, None)]
+        return self._run(lambda on, _: schema.outstanding(on, self._table), prepared=False)
 
     def check(self) -> None:
         self._run(lambda on, _: self._prepare(on), prepared=False)

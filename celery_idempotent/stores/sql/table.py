@@ -1,9 +1,17 @@
-"""The table ``queue_log``: its columns, their types, its indexes."""
+"""The table ``queue_log``: its columns, their types, its indexes, and the versions that it has had.
+
+A version is only ever added at the end of :data:`VERSIONS`. Code that is one version older goes on on the newer table: it names the
+columns that it inserts and reads, so a new one has to be nullable or have a default on the server; no column is dropped or renamed, none
+gets a narrower type, and what a column means stays, since code that has another meaning for it would not be told. An index comes and goes as
+it likes. ADR 12.
+"""
 
 # ruff: noqa: ARG001, ARG002, D102 - signatures and meaning are SQLAlchemy's
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import (
@@ -18,6 +26,7 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    literal_column,
     or_,
 )
 from sqlalchemy.dialects import mysql
@@ -27,7 +36,7 @@ from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from celery_idempotent.stores.sql.clock import MYSQL_NAMES, UtcTimestamp
 
-__all__ = ["ErrorText", "ExactText", "queue_log_table", "storable"]
+__all__ = ["VERSIONS", "ErrorText", "ExactText", "Version", "queue_log_table", "storable", "table_of_version"]
 
 
 class ExactText(String):
@@ -79,12 +88,81 @@ def queue_log_table(metadata: MetaData, name: str = "queue_log", schema: str | N
         The table. Nothing is created: that is for your migration, or ``celery -A proj idempotent init``.
     """
     declared = metadata.tables.get(f"{schema or metadata.schema}.{name}" if schema or metadata.schema else name)
-    if declared is not None:
-        return declared
-    blob = LargeBinary().with_variant(mysql.LONGBLOB(), *MYSQL_NAMES)
+    return table_of_version(VERSIONS[-1].number, metadata, name, schema) if declared is None else declared
+
+
+def table_of_version(version: int, metadata: MetaData, name: str, schema: str | None) -> Table:
+    """The table as it was in a version, or is."""
     table = Table(
         name,
         metadata,
+        *(column for each in VERSIONS[:version] for column in each.columns()),
+        schema=schema,
+        # Rows and their locks need InnoDB; its DYNAMIC format lets a key have 3072 bytes (this one has up to 2040).
+        mysql_engine="InnoDB",
+        mysql_charset="utf8mb4",
+        mysql_row_format="DYNAMIC",
+        mariadb_engine="InnoDB",
+        mariadb_charset="utf8mb4",
+        mariadb_row_format="DYNAMIC",
+    )
+    retired = {index for each in VERSIONS[:version] for index in each.retires}
+    for each in VERSIONS[:version]:
+        for index in each.indexes:
+            if index.name not in retired:
+                index.over(table)
+    return table
+
+
+# -- versions ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Index:
+    """An index, by what it is called behind the table's name.
+
+    A name is given once: under another condition, or over other columns, an index has another one.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    where: Callable[[Table], ColumnElement[bool]]
+
+    def over(self, table: Table) -> None:
+        """Declare it."""
+        where = self.where(table)
+        Index(
+            f"{table.name}_{self.name}",
+            *(table.c[column] for column in self.columns),
+            postgresql_where=where,
+            sqlite_where=where,
+        )
+
+
+def _no_columns() -> Sequence[Column[Any]]:
+    return ()
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """What one version of the table has that the one before has not.
+
+    Attributes:
+        number: Its place in :data:`VERSIONS`, counted from 1.
+        columns: Makes its new columns: nullable or with a server default, behind the first version.
+        indexes: Its new indexes.
+        retires: Names of indexes that it does without.
+    """
+
+    number: int
+    columns: Callable[[], Sequence[Column[Any]]] = _no_columns
+    indexes: tuple[_Index, ...] = ()
+    retires: tuple[str, ...] = ()
+
+
+def _first_columns() -> Sequence[Column[Any]]:
+    blob = LargeBinary().with_variant(mysql.LONGBLOB(), *MYSQL_NAMES)
+    return (
         Column("message_id", ExactText(255), primary_key=True),
         Column("task_name", ExactText(255), primary_key=True),
         Column("status", String(16), nullable=False),
@@ -109,26 +187,40 @@ def queue_log_table(metadata: MetaData, name: str = "queue_log", schema: str | N
         Column("message", blob),
         Column("result", blob),
         Column("error", ErrorText()),
-        schema=schema,
-        # Rows and their locks need InnoDB; its DYNAMIC format lets a key have 3072 bytes (this one has up to 2040).
-        mysql_engine="InnoDB",
-        mysql_charset="utf8mb4",
-        mysql_row_format="DYNAMIC",
-        mariadb_engine="InnoDB",
-        mariadb_charset="utf8mb4",
-        mariadb_row_format="DYNAMIC",
     )
+
+
+#: Every version of the table, the newest last.
+VERSIONS: tuple[Version, ...] = (
+    Version(
+        1,
+        _first_columns,
+        (
+            _Index("lease_expires_at", ("lease_expires_at",), lambda table: table.c.lease_expires_at.is_not(None)),
+            _Index("published_at", ("published_at",), lambda table: table.c.status == literal_column("'pending'")),
+            _Index(
+                "processed_timestamp",
+                ("processed_timestamp",),
+                lambda table: table.c.processed_timestamp.is_not(None),
+            ),
+        ),
+    ),
     # What recovery reads besides the key: two indexes, since each costs every message. In both, what is looked for stands together,
     # so that a step costs what it finds and what runs, however long the log or the backlog is, where an index cannot be partial too.
     # None is over the lease: it would be written at each renewal, to find what is among the rows that run anyway.
-    processed, published = table.c.processed_timestamp, table.c.published_at
-    # What is not done. The condition is not on the status, which other statements name beside the key: while few rows were
-    # running PostgreSQL would plan to look for a row among them rather than by its key, and keep to it when there are many.
-    _recovery_index(table, "open", table.c.status, table.c.queue, published, where=processed.is_(None))
-    # What is done, by its age; and at the other end, not done and never published, what waits for the relay.
-    _recovery_index(table, "processed", processed, published, where=or_(processed.is_not(None), published.is_(None)))
-    return table
-
-
-def _recovery_index(table: Table, name: str, *columns: Column[Any], where: ColumnElement[bool]) -> None:
-    Index(f"{table.name}_{name}", *columns, postgresql_where=where, sqlite_where=where)
+    Version(
+        2,
+        indexes=(
+            # What is not done. The condition is not on the status, which other statements name beside the key: while few rows were
+            # running PostgreSQL would plan to look for a row among them rather than by its key, and keep to it when there are many.
+            _Index("open", ("status", "queue", "published_at"), lambda table: table.c.processed_timestamp.is_(None)),
+            # What is done, by its age; and at the other end, not done and never published, what waits for the relay.
+            _Index(
+                "processed",
+                ("processed_timestamp", "published_at"),
+                lambda table: or_(table.c.processed_timestamp.is_not(None), table.c.published_at.is_(None)),
+            ),
+        ),
+        retires=("lease_expires_at", "published_at", "processed_timestamp"),
+    ),
+)

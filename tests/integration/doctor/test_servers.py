@@ -123,6 +123,13 @@ def test_a_postgresql_that_is_set_as_it_comes(
     assert codes(app) == ["store-durability"]
 
     sql("ALTER DATABASE test RESET ALL")
+    sql("DROP INDEX queue_log_open")
+    QueueLog.of(app).close()
+    (found,) = examine(app)
+    assert (found.code, "create the index queue_log_open" in found.what) == ("schema-behind", True)
+    QueueLog.of(app).init()
+    assert codes(app) == []
+
     sql("ALTER TABLE queue_log DROP COLUMN takeovers")
     QueueLog.of(app).close()
     (found,) = examine(app)

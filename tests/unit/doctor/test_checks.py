@@ -163,6 +163,9 @@ SICK = [
     Provoked("store-refused", store(refused="no rights", condition=None), "no rights"),
     Provoked("schema", store(schema="the table is missing", condition=None), "the table is missing"),
     Provoked(
+        "schema-behind", store(outstanding=("create the index queue_log_open",)), "create the index queue_log_open"
+    ),
+    Provoked(
         "atomic-store", replace(ATOMIC, app=replace(ATOMIC.app, atomic_refused="needs SQL")), "needs SQL", ("late",)
     ),
     Provoked("store-in-memory", told(SQLITE, LOCAL, file=""), "in the memory of one process"),

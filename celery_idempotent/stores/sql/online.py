@@ -1,0 +1,139 @@
+"""A table that is in use is changed so that those who use it go on.
+
+An index is built beside the writers. What does want the table for itself, for a moment, waits for every transaction that has touched it,
+an atomic body of minutes among them, and whoever comes after that waits behind it: so it is asked for for a second or two only, and then
+again, with all others let by in between.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from zlib import crc32
+
+from sqlalchemy import Connection, Table, text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.schema import DDLElement, DropIndex
+
+from celery_idempotent.errors import StoreUnavailableError
+from celery_idempotent.stores.sql.clock import MYSQL_NAMES
+from celery_idempotent.stores.sql.steps import OnlineIndex, Step
+
+__all__ = ["alone", "broken_indexes", "execute"]
+
+logger = logging.getLogger("celery_idempotent")
+
+#: Seconds for which a statement waits for the table at a time, the pause between two times, and how long this goes on.
+_AT_A_TIME, _PAUSE, _PATIENCE = 2, 1.0, 600.0
+
+#: Seconds between two looks whether somebody else has finished.
+_LOOK = 0.1
+
+#: Half of the key of PostgreSQL's advisory lock; the other half is the table's name.
+_ADVISORY = crc32(b"celery_idempotent init") - 2**31
+
+#: Faces of "somebody else has done it already". One is of PostgreSQL's catalogue, when two create at once.
+_DONE = ("already exists", "duplicate key", "duplicate column")
+_GONE = ("does not exist", "can't drop", "no such index")
+
+
+_LOCK_WAIT_TIMEOUT, _LOCK_NOT_AVAILABLE = 1205, "55P03"
+
+
+@contextmanager
+def alone(connection: Connection, table: Table) -> Iterator[None]:
+    """One at a time changes the table, where two would be in each other's way.
+
+    PostgreSQL builds an index beside others only when all transactions have ended that can see the table as it was, and a session that
+    waits for a lock is one of them: two builds wait for each other, and the one that is ended leaves half an index. So nobody waits in the
+    database. The lock is the session's, as such a build is in no transaction; a pooler that hands sessions around must not be in between.
+    """
+    if connection.dialect.name != "postgresql":
+        yield
+        return
+    key = {"what": _ADVISORY, "which": crc32(table.fullname.encode()) - 2**31}
+    waiting = False
+    while not connection.scalar(text("SELECT pg_try_advisory_lock(:what, :which)"), key):
+        if not waiting:
+            waiting = True
+            logger.warning("%s is being changed by somebody else, who is waited for", table.fullname)
+        time.sleep(_LOOK)
+    try:
+        yield
+    finally:
+        if not connection.invalidated:  # with the connection the lock is gone
+            connection.scalar(text("SELECT pg_advisory_unlock(:what, :which)"), key)
+
+
+def broken_indexes(connection: Connection, table: Table) -> frozenset[str]:
+    """Names of the table's indexes that were not built to the end: writers keep them, and no reader uses them."""
+    if connection.dialect.name not in {"postgresql", "cockroachdb"}:
+        return frozenset()
+    found = connection.scalars(
+        text(
+            "SELECT c.relname FROM pg_index AS i JOIN pg_class AS c ON c.oid = i.indexrelid "
+            "WHERE i.indrelid = to_regclass(:name) AND NOT i.indisvalid"
+        ),
+        {"name": connection.dialect.identifier_preparer.format_table(table)},
+    )
+    return frozenset(found)
+
+
+def execute(connection: Connection, step: Step) -> bool:
+    """Take a step, unless somebody else takes it at the same time.
+
+    Returns:
+        Whether it was taken here.
+
+    Raises:
+        StoreUnavailableError: The table was in use for ten minutes, without a moment in between.
+        sqlalchemy.exc.DBAPIError: Any other error of the database.
+    """
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            with _briefly(connection, step.ddl):
+                connection.execute(step.ddl)
+        except DBAPIError as error:
+            said = str(error.orig).lower()
+            if any(face in said for face in (_GONE if isinstance(step.ddl, DropIndex) else _DONE)):
+                return False
+            if not _in_use(connection, error):
+                raise
+            if time.monotonic() > deadline:
+                raise StoreUnavailableError(
+                    f"cannot {step.what}: transactions that use the table have followed each other for {_PATIENCE:g} s"
+                ) from error
+            logger.warning("cannot %s yet, a transaction uses the table; asked again in %g s", step.what, _PAUSE)
+            time.sleep(_PAUSE)
+        else:
+            return True
+
+
+@contextmanager
+def _briefly(connection: Connection, ddl: DDLElement) -> Iterator[None]:
+    """For the statement inside, no lock is waited for for long."""
+    name = connection.dialect.name
+    if name == "postgresql" and not isinstance(ddl, OnlineIndex | DropIndex):  # those two wait in nobody's way
+        begin, end = f"SET lock_timeout = '{_AT_A_TIME}s'", "RESET lock_timeout"
+    elif name in MYSQL_NAMES:
+        begin = f"SET SESSION lock_wait_timeout = {_AT_A_TIME}"
+        end = "SET SESSION lock_wait_timeout = DEFAULT"
+    else:
+        yield
+        return
+    connection.execute(text(begin))
+    try:
+        yield
+    finally:
+        if not connection.invalidated:
+            connection.execute(text(end))
+
+
+def _in_use(connection: Connection, error: DBAPIError) -> bool:
+    """Whether an error says that somebody else had the table."""
+    if connection.dialect.name in MYSQL_NAMES:
+        return bool(error.orig is not None and error.orig.args and error.orig.args[0] == _LOCK_WAIT_TIMEOUT)
+    return _LOCK_NOT_AVAILABLE in {getattr(error.orig, "sqlstate", None), getattr(error.orig, "pgcode", None)}

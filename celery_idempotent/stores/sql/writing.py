@@ -1,0 +1,38 @@
+"""The table's statements as text, for a database that somebody else administers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import Dialect
+from sqlalchemy.dialects import mysql, postgresql, sqlite
+
+from celery_idempotent.records import Change
+from celery_idempotent.stores.sql.steps import newest, present_in, steps_to
+
+__all__ = ["changes_between"]
+
+
+def changes_between(since: int, *, dialect: str, name: str, schema: str | None) -> list[Change]:
+    """What takes a table of one version to this version's.
+
+    Args:
+        since: The version; 0 for a table that is not there.
+        dialect: ``postgresql``, ``mariadb``, ``mysql`` or ``sqlite``.
+        name: The table's name.
+        schema: The schema or database it lives in, if that is to be said.
+
+    Raises:
+        ValueError: There is no such version.
+    """
+    if not 0 <= since <= newest():
+        raise ValueError(f"there is no version {since} of the table: this one is {newest()}")
+    speaker = _dialect(dialect)
+    return [step.change(speaker) for step in steps_to(newest(), name, schema, present_in(since, name))]
+
+
+def _dialect(name: str) -> Dialect:
+    made: Any = {"postgresql": postgresql, "sqlite": sqlite}.get(name, mysql).dialect()
+    if name == "mariadb":
+        made.is_mariadb = True
+    return made  # type: ignore[no-any-return]

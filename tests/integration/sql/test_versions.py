@@ -1,0 +1,347 @@
+"""The table over time: an older one is taken to this version while it is used, and code one version older goes on on a newer one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from threading import Barrier
+
+import pytest
+import sqlalchemy as sa
+
+from celery_idempotent.errors import SchemaError
+from celery_idempotent.records import Change, Claimed, MessageKey, NewMessage, Recorded, Status
+from celery_idempotent.store import Store
+from celery_idempotent.stores.sql import SQLStore, queue_log_table
+from celery_idempotent.stores.sql import table as tables
+from celery_idempotent.testing.examples import KEY, claim, done, new_message, pending, read
+from tests.support.apps import AppSpec, OpenApp
+from tests.support.apps.newer import VERSIONS as NEWER
+from tests.support.waiting import wait_until
+from tests.support.worker import StartWorker
+
+WRITTEN = Path(__file__).with_name("versions")
+PATIENCE = 60.0
+
+_KEY = f"message_id = '{KEY.message_id}' AND task_name = '{KEY.task_name}'"
+
+on_servers = pytest.mark.parametrize("store_url", ["postgresql", "mariadb"], indirect=True)
+on_postgresql = pytest.mark.parametrize("store_url", ["postgresql"], indirect=True)
+
+
+@pytest.fixture
+def engine(store_url: str) -> Iterator[sa.Engine]:
+    engine = sa.create_engine(store_url, poolclass=sa.NullPool)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def first(engine: sa.Engine) -> sa.Engine:
+    """A database with a table of the first version, as that made it, and a message that was done."""
+    kind = engine.dialect.name.replace("mysql", "mariadb")
+    with engine.begin() as connection:
+        for statement in (WRITTEN / f"1.{kind}.sql").read_text().split(";\n"):
+            if statement.strip():
+                connection.execute(sa.text(statement))
+        moment = "'2026-11-22 13:00:00'"
+        connection.execute(
+            sa.text(
+                "INSERT INTO queue_log (message_id, task_name, status, processed_status, created_timestamp, processed_timestamp, "
+                "task_id, attempt, token, duplicates, takeovers) "
+                f"VALUES ('old', 'shop.charge', 'done', 'success', {moment}, {moment}, 'old', 0, 1, 0, 0)"
+            )
+        )
+    return engine
+
+
+@contextmanager
+def newer() -> Iterator[None]:
+    """Code of the next version, in this process; a store keeps to the version that it was made by."""
+    before = tables.VERSIONS
+    tables.VERSIONS = NEWER
+    try:
+        yield
+    finally:
+        tables.VERSIONS = before
+
+
+def next_init(url: str) -> bool:
+    """The next version's ``init``."""
+    with newer(), closing(SQLStore(url)) as store:
+        return store.init()
+
+
+def shape(engine: sa.Engine) -> tuple[list[str], dict[str | None, list[str | None]]]:
+    found = sa.inspect(engine)
+    return [column["name"] for column in found.get_columns("queue_log")], {
+        index["name"]: index["column_names"] for index in found.get_indexes("queue_log")
+    }
+
+
+def expected() -> tuple[list[str], dict[str | None, list[str | None]]]:
+    table = queue_log_table(sa.MetaData())
+    return list(table.columns.keys()), {index.name: list(index.columns.keys()) for index in table.indexes}
+
+
+# -- from the first version to this one ----------------------------------------------------------------------------------------
+
+
+def test_a_table_of_the_first_version_is_taken_to_this_one(first: sa.Engine, store_url: str) -> None:
+    seen: list[Change] = []
+    with closing(SQLStore(store_url)) as store:
+        would = store.outstanding()
+        assert store.init(before=seen.append)
+        assert seen == would
+        assert [change.what for change in seen] == [
+            "create the index queue_log_open",
+            "create the index queue_log_processed",
+            "drop the index queue_log_lease_expires_at",
+            "drop the index queue_log_processed_timestamp",
+            "drop the index queue_log_published_at",
+        ]
+        assert all(change.alters for change in seen)
+        assert (store.outstanding(), store.init()) == ([], False)
+        assert read(store, MessageKey("old", "shop.charge")).status is Status.DONE
+    assert shape(first) == expected()
+
+
+@on_servers
+def test_until_then_all_goes_on_without_its_indexes(first: sa.Engine, store_url: str) -> None:
+    with closing(SQLStore(store_url)) as store:
+        store.check()
+        assert store.inspect()
+        assert store.record(new_message()) == Recorded()
+    assert "queue_log_open" not in shape(first)[1]
+
+
+@pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
+def test_a_file_is_taken_to_this_version_by_its_first_use(first: sa.Engine, store_url: str) -> None:
+    with closing(SQLStore(store_url)) as store:
+        assert len(store.outstanding()) == 5
+        assert store.inspect()
+        assert shape(first) != expected(), "looking at it changes nothing"
+        pending(store)
+    assert shape(first) == expected()
+
+
+@pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
+def test_of_a_file_that_is_not_there_it_is_told_what_would_be_made(store_url: str) -> None:
+    with closing(SQLStore(store_url)) as store:
+        assert store.outstanding()[0].what == "create the table queue_log"
+        assert not any(change.alters for change in store.outstanding())
+    assert not Path(str(sa.make_url(store_url).database)).exists()
+
+
+@on_servers
+def test_in_a_schema_of_its_own_and_under_another_name(store_url: str, engine: sa.Engine) -> None:
+    mariadb = engine.dialect.name != "postgresql"
+    namespace = f"{sa.make_url(store_url).database}_ns" if mariadb else "versions_ns"
+    with engine.begin() as connection:
+        connection.execute(sa.text(f"CREATE SCHEMA {namespace}"))
+    try:
+        with closing(SQLStore(store_url, table=f"{namespace}.Messages")) as store:
+            assert store.init()
+            with newer(), closing(SQLStore(store_url, table=f"{namespace}.Messages")) as other:
+                assert [change.what for change in other.outstanding()] == [
+                    f"add the column tenant to {namespace}.Messages",
+                    f"add the column weight to {namespace}.Messages",
+                    "create the index Messages_tenant",
+                ]
+                assert other.init()
+                other.check()
+            pending(store)
+            assert store.outstanding() == []
+    finally:
+        with engine.begin() as connection:
+            connection.execute(sa.text(f"DROP SCHEMA {namespace} {'' if mariadb else 'CASCADE'}"))
+
+
+def test_many_may_do_it_at_once(first: sa.Engine, store_url: str) -> None:
+    stores = [SQLStore(store_url) for _ in range(4)]
+    start = Barrier(len(stores))
+
+    def init(store: SQLStore) -> bool:
+        start.wait(30)
+        return store.init()
+
+    with ThreadPoolExecutor(len(stores)) as threads:
+        changed = list(threads.map(init, stores))
+
+    assert any(changed)
+    for store in stores:
+        assert store.outstanding() == []
+        store.close()
+    assert shape(first) == expected()
+
+
+# -- while it is used -----------------------------------------------------------------------------------------------------------
+
+
+def blocked(engine: sa.Engine) -> bool:
+    """Whether somebody waits for the table."""
+    statement = (
+        "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%queue_log%' "
+        "AND datname = current_database() AND query NOT LIKE '%pg_stat_activity%'"
+        if engine.dialect.name == "postgresql"
+        else "SELECT count(*) FROM information_schema.processlist WHERE db = DATABASE() AND state LIKE '%metadata lock%'"
+    )
+    with engine.connect() as connection:
+        return bool(connection.scalar(sa.text(statement)))
+
+
+@on_servers
+@pytest.mark.parametrize("what", ["an index", "a column"])
+def test_it_waits_for_a_body_and_nobody_waits_behind_it(store_url: str, engine: sa.Engine, what: str) -> None:
+    """An atomic body holds the table for minutes; whoever asks for all of it meanwhile must not hold up the others."""
+    with closing(SQLStore(store_url)) as store, ThreadPoolExecutor(1) as threads, engine.connect() as body:
+        store.init()
+        done(store)
+        if what == "an index":
+            with engine.begin() as connection:
+                on = " ON queue_log" if engine.dialect.name != "postgresql" else ""
+                connection.execute(sa.text(f"DROP INDEX queue_log_open{on}"))
+        body.execute(sa.text(f"UPDATE queue_log SET duplicates = 1 WHERE {_KEY}"))
+        init = threads.submit(store.init) if what == "an index" else threads.submit(next_init, store_url)
+        wait_until(lambda: init.done() or blocked(engine), timeout=PATIENCE, describe="init at the table")
+        slowest = 0.0
+        for number in range(8):
+            began = time.monotonic()
+            message = NewMessage(MessageKey(f"m{number}", "t"), f"m{number}")
+            assert store.record(message) == Recorded()
+            slowest = max(slowest, time.monotonic() - began)
+        assert slowest < 5.0
+        body.commit()
+        assert init.result(PATIENCE)
+        columns, indexes = shape(engine)
+        assert "queue_log_open" in indexes if what == "an index" else "tenant" in columns
+
+
+@on_postgresql
+def test_an_index_that_was_not_built_to_the_end_is_built_anew(store_url: str, engine: sa.Engine) -> None:
+    with closing(SQLStore(store_url)) as store, engine.connect() as body:
+        store.init()
+        pending(store)
+        with engine.begin() as connection:
+            connection.execute(sa.text("DROP INDEX queue_log_open"))
+        body.execute(sa.text("UPDATE queue_log SET duplicates = 1"))
+        impatient = sa.create_engine(store_url, poolclass=sa.NullPool, isolation_level="AUTOCOMMIT")
+        with impatient.connect() as connection:
+            connection.execute(sa.text("SET statement_timeout = '200ms'"))
+            with pytest.raises(sa.exc.OperationalError, match="statement timeout"):
+                connection.execute(
+                    sa.text("CREATE INDEX CONCURRENTLY queue_log_open ON queue_log (status, queue, published_at)")
+                )
+        impatient.dispose()
+        body.rollback()
+
+        assert [change.what for change in store.outstanding()] == [
+            "drop the index queue_log_open, which was not built to the end",
+            "create the index queue_log_open",
+        ]
+        assert store.init()
+        assert store.outstanding() == []
+
+
+# -- code of one version beside code of the next ---------------------------------------------------------------------------------
+
+
+def test_older_code_goes_on_on_a_newer_table(store_url: str) -> None:
+    """Each reads what the other has written, and what one has claimed the other takes over."""
+    with closing(SQLStore(store_url)) as old:
+        old.init()
+        old.record(new_message(MessageKey("before", "t")))
+        held = claim(old)
+        assert next_init(store_url)
+        with newer(), closing(SQLStore(store_url)) as new:
+            new.check()
+            both: list[Store] = [old, new]
+            assert old.complete(held, result=b"1")
+            assert [read(store).result for store in both] == [b"1", b"1"]
+            for number, (here, there) in enumerate([(old, new), (new, old)]):
+                message = new_message(MessageKey(f"m{number}", "t"))
+                assert here.record(message) == Recorded()
+                assert not isinstance(there.record(message), Recorded)
+                claimed = there.claim(message, worker="w:1", lease=60.0, grace=0.0)
+                assert isinstance(claimed, Claimed)
+                assert there.expire(claimed.claim)
+                row = read(here, message.key)
+                taken = here.take_over(row, task_id="again", worker="w:2", lease=60.0, attempt=0)
+                assert isinstance(taken, Claimed)
+                assert not there.complete(claimed.claim, result=b"late")
+                assert here.fail(taken.claim, error="no")
+                assert there.resubmit(read(there, message.key), replace(message, task_id="anew"))
+                assert here.forget(read(here, message.key))
+            assert old.counts() == new.counts()
+            old.close()
+            old.check()  # a process that starts only now
+            assert old.outstanding() == []
+            assert not old.init()
+            assert [column["name"] for column in sa.inspect(new.engine).get_columns("queue_log")][-2:] == [
+                "tenant",
+                "weight",
+            ]
+
+
+@on_servers
+def test_newer_code_refuses_an_older_table_and_names_what_it_lacks(store_url: str) -> None:
+    with closing(SQLStore(store_url)) as old:
+        old.init()
+        with newer(), closing(SQLStore(store_url)) as new:
+            calls: list[Callable[[], object]] = [new.check, new.inspect, lambda: new.record(new_message())]
+            for call in calls:
+                with pytest.raises(SchemaError, match=r"lacks tenant, weight: it is of an older version; run `celery"):
+                    call()
+        assert old.find(KEY) is None
+
+
+@on_postgresql
+@pytest.mark.parametrize("broker", ["redis"], indirect=True)
+def test_workers_of_both_versions(spec: AppSpec, open_app: OpenApp, start_worker: StartWorker, store_url: str) -> None:
+    """An older worker works on while the table is taken to the next version, and a newer one does not start before."""
+    app = open_app(spec)
+    older = start_worker(spec)
+    assert app.tasks["echo"].delay("before").get(timeout=PATIENCE) == "before"
+    newer_spec = replace(spec, queue=f"{spec.queue}-newer", tasks=("tests.support.apps.newer",))
+    refused = start_worker(newer_spec, wait=False)
+    refused.wait_for_log("lacks tenant, weight: it is of an older version; run `celery -A proj idempotent init`")
+    wait_until(lambda: not refused.is_alive, timeout=PATIENCE, describe="the end of the worker")
+
+    assert next_init(store_url)
+
+    assert app.tasks["echo"].delay("behind").get(timeout=PATIENCE) == "behind"
+    start_worker(newer_spec)
+    assert app.tasks["echo"].apply_async(("new",), queue=newer_spec.queue).get(timeout=PATIENCE) == "new"
+    assert older.is_alive
+
+
+@on_postgresql
+@pytest.mark.parametrize("broker", ["redis"], indirect=True)
+def test_a_message_waits_for_a_table_that_falls_behind_under_a_worker(
+    spec: AppSpec, open_app: OpenApp, start_worker: StartWorker, store_url: str, engine: sa.Engine
+) -> None:
+    """A wrong migration, a backup that was restored: the caller is told, and what is delivered comes again until it can be claimed."""
+
+    def rename(column: str, name: str) -> None:
+        with engine.begin() as connection:
+            connection.execute(sa.text(f"ALTER TABLE queue_log RENAME COLUMN {column} TO {name}"))
+
+    app = open_app(spec)
+    gate = Path(spec.ledger).with_name("gate")
+    worker = start_worker(spec, concurrency=1)
+    runs = app.tasks["gated"].delay(str(gate))
+    waits = app.tasks["echo"].delay("waits")
+    wait_until(lambda: app.queue_log.store.find(MessageKey(runs.id, "gated")).token, timeout=PATIENCE, describe="it")
+    rename("takeovers", "taken")
+    with pytest.raises(SchemaError, match="takeovers"):
+        app.tasks["echo"].delay("refused")
+    gate.touch()
+    assert runs.get(timeout=PATIENCE) is None
+    worker.wait_for_log("is delivered again in 10 s, the store gives no answer: the table queue_log lacks takeovers")
+    rename("taken", "takeovers")
+    assert waits.get(timeout=PATIENCE) == "waits"
+    assert app.queue_log.store.find(MessageKey(waits.id, "echo")).status is Status.DONE
