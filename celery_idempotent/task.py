@@ -137,7 +137,7 @@ class IdempotentTask(Task):  # type: ignore[misc]
 
     #: Whether the body runs in a transaction on the store's database, in :attr:`session` or :attr:`connection`, which is
     #: committed together with the message's completion. Default: ``False``. Hazard: a body whose transaction gave way to
-    #: another one is run again, up to :data:`~celery_idempotent.atomic.RUNS` times in all.
+    #: another one is run again, up to five times in all.
     atomic: ClassVar[bool | None] = None
 
     #: Whether the return value is kept for replay. Default: ``True``.
