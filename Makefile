@@ -69,7 +69,7 @@ build/diagrams/installed: docs/_site/package.json docs/_site/package-lock.json .
 	@touch $@
 
 lock: .venv/installed  ## newest versions into requirements/*.lock
-	$(COMPILE) --upgrade --extra postgresql --extra mysql --extra gevent --extra flower --group dev -o requirements/dev.lock
+	$(COMPILE) --upgrade --extra postgresql --extra mysql --extra gevent --extra flower --extra opentelemetry --extra prometheus --group dev -o requirements/dev.lock
 	$(COMPILE) --upgrade --group build -o requirements/demo.lock
 	$(COMPILE) --upgrade --extra postgresql --extra mysql --group build --group test --group peers -o requirements/peers.lock
 
