@@ -134,6 +134,9 @@ class _Admission:
             marker = Marker(key.message_id, task.name, request.id, fingerprint)
         self.holds = marker.holds
         mine = marker.belongs_to(task.name, request.id)
+        trace = marker.trace if mine else None
+        if trace is None and task.queue_log.outcomes is not None:
+            trace = task.queue_log.outcomes.trace_among(request.headers)
         self.marker = Marker(
             key.message_id,
             task.name,
@@ -142,7 +145,7 @@ class _Admission:
             copied=marker.copied,
             first=marker.first if mine else None,
             lost=marker.lost if mine else 0,
-            trace=marker.trace if mine else None,
+            trace=trace,
         )
         self._mark()
         fix_callbacks(request)

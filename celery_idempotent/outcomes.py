@@ -7,16 +7,17 @@ and the thread where that happened. Without hooks nothing is made up.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from importlib import import_module
-from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 from celery.exceptions import SoftTimeLimitExceeded
 
 from celery_idempotent.errors import ConfigurationError
 from celery_idempotent.serialization import trace_of
+from celery_idempotent.wire import TRACE_HEADER, is_trace
 
 if TYPE_CHECKING:
     from celery_idempotent.records import MessageKey, Row
@@ -133,7 +134,7 @@ class TracingHook(Protocol):
         ...
 
     def traceparent(self) -> str | None:
-        """The W3C ``traceparent`` of the span that is current here, or ``None``; ASCII without blanks or semicolons."""
+        """The W3C ``traceparent`` of the span that is current here, or ``None``."""
         ...
 
 
@@ -230,7 +231,9 @@ class Outcomes:
         if self._tracing is None:
             return None
         try:
-            return self._tracing.traceparent()
+            trace = self._tracing.traceparent()
+            if trace is not None and not is_trace(trace):
+                raise ValueError(f"{trace!r} is no W3C traceparent")  # noqa: TRY301 - of the hook's, as if it had raised it
         except SoftTimeLimitExceeded:
             raise
         except Exception:
@@ -238,6 +241,14 @@ class Outcomes:
                 self._complained.add(id(self._tracing))
                 logger.exception("the hook %r could not say which span is current; that is logged once", self._tracing)
             return None
+        return trace
+
+    def trace_among(self, headers: Mapping[str, Any] | None) -> str | None:
+        """The span in which a message was sent whose sender has no hook that traces, but says it by W3C trace context."""
+        if self._tracing is None or not isinstance(headers, Mapping):
+            return None
+        found = headers.get(TRACE_HEADER)
+        return found if is_trace(found) else None
 
 
 def reason_of(error: str) -> str:

@@ -7,15 +7,26 @@ by the producer stays right when a body changes its arguments and retries with t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from celery_idempotent.records import MessageKey
 
-__all__ = ["HEADER", "Marker"]
+__all__ = ["HEADER", "TRACE_HEADER", "Marker", "is_trace"]
 
 HEADER = "idempotent"
+
+#: The header by which W3C trace context travels, where something else puts it there.
+TRACE_HEADER = "traceparent"
+
+_TRACE = re.compile("[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+def is_trace(value: object) -> bool:
+    """Whether this is a W3C ``traceparent``."""
+    return isinstance(value, str) and _TRACE.fullmatch(value) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +76,7 @@ class Marker:
             found.get("copied") is True,
             first if isinstance(first, str) else None,
             lost if isinstance(lost, int) and lost > 0 else 0,
-            trace if isinstance(trace, str) else None,
+            trace if trace is not None and is_trace(trace) else None,
         )
 
     def write(self, headers: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -162,6 +162,7 @@ def open_bench(
     settings: Mapping[str, Any] | None = None,
     pool: Pool = "prefork",
     concurrency: int = 3,
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[Bench]:
     """A bench on a Redis and an SQLite file of its own, with a worker that is ready.
 
@@ -171,6 +172,7 @@ def open_bench(
         settings: Celery and ``idempotent_*`` settings.
         pool: The worker's pool.
         concurrency: How many tasks it runs at once.
+        environment: For the worker, besides.
 
     Raises:
         NotInstalledError: There is no Redis on this machine.
@@ -191,7 +193,8 @@ def open_bench(
         app = spec.build()
         app.finalize()
         app.queue_log.init()
-        worker = WorkerProcess(directory, spec.environment(), pool=pool, concurrency=concurrency)
+        given = {**spec.environment(), **(environment or {})}
+        worker = WorkerProcess(directory, given, pool=pool, concurrency=concurrency)
         bench = Bench(spec, app, ledger, worker, directory)
         try:
             worker.start()

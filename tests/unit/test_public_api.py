@@ -121,7 +121,7 @@ def test_the_wheel_holds_the_package_the_mark_of_typing_and_the_command(tmp_path
 
     top = {name.split("/")[0] for name in names if ".dist-info" not in name}
     assert top == {"celery_idempotent"}
-    assert "celery_idempotent/py.typed" in names
+    assert {"celery_idempotent/py.typed", "celery_idempotent/contrib/dashboard.json"} <= names
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "celery_idempotent").rglob("*.py")}
     assert modules <= names
     assert "[celery.commands]\nidempotent = celery_idempotent.cli:idempotent" in entry_points_text

@@ -44,7 +44,7 @@ class TestTheProducer:
         recorded, claimed, completed, duplicate = (
             told.wait(m, kind) for kind in ("recorded", "claimed", "completed", "duplicate")
         )
-        assert told.kinds(m) == ["recorded", "claimed", "completed", "duplicate"]
+        assert sorted(told.kinds(m)) == ["claimed", "completed", "duplicate", "recorded"]
         assert all(note["task_name"] == "echo" for note in told(m))
         assert (recorded["task_id"], recorded["queue"], recorded["worker"]) == (first.id, bench.spec.queue, None)
         assert recorded["store"] > 0
@@ -140,9 +140,8 @@ class TestTheWorker:
         bench.task("retry_n").apply_async((1,), message_id=m).get(timeout=PATIENCE)
 
         told.wait(m, "completed")
-        notes = [(note["kind"], note["attempt"], note["token"]) for note in told(m)]
+        notes = [(note["kind"], note["attempt"], note["token"]) for note in told(m) if note["worker"]]
         assert notes == [
-            ("recorded", 0, None),
             ("claimed", 0, 1),
             ("retried", 1, 1),
             ("claimed", 1, 2),
@@ -239,7 +238,7 @@ class TestTheWorker:
         lost = told.wait(m, "lease_lost")
         assert lost["token"] == 1
         assert lost["ran"] > 0
-        assert told.kinds(m) == ["recorded", "claimed", "lease_lost"]
+        assert sorted(told.kinds(m)) == ["claimed", "lease_lost", "recorded"]
 
     def test_what_a_hook_raises_is_logged_once_in_each_process(self, bench: Bench, told: Told) -> None:
         m = bench.fresh()
@@ -298,7 +297,7 @@ def test_a_store_that_gives_no_answer_is_told_where_the_app_says_run(bench: Benc
     )
     result = app.tasks["echo"].apply_async(("v",), message_id=m)
 
-    assert "unguarded" in told.kinds(m)
+    assert told.wait(m, "unguarded")["worker"] is None
     assert result.get(timeout=PATIENCE) == "v"
     assert bench.row("echo", m).status in {Status.PROCESSING, Status.DONE}
 

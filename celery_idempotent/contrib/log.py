@@ -1,0 +1,45 @@
+"""One log line for each outcome, with its fields beside its text.
+
+``idempotent_hooks = ["celery_idempotent.contrib.log.hook"]`` has them on the logger ``celery_idempotent.outcomes``.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import fields
+
+from celery_idempotent.outcomes import Outcome, OutcomeKind
+
+__all__ = ["hook"]
+
+logger = logging.getLogger("celery_idempotent.outcomes")
+
+#: What somebody may want to be told of; all else is told at level INFO.
+_WARNINGS = frozenset(
+    (
+        OutcomeKind.ABANDONED,
+        OutcomeKind.LEASE_LOST,
+        OutcomeKind.MISMATCHED,
+        OutcomeKind.RECOVERED,
+        OutcomeKind.TAKEN_OVER,
+        OutcomeKind.UNGUARDED,
+        OutcomeKind.WITHDRAWN,
+    )
+)
+
+_FIELDS = tuple(field.name for field in fields(Outcome) if field.name != "kind")
+
+
+def hook(outcome: Outcome, /) -> None:
+    """Log an outcome.
+
+    The record has an attribute ``outcome``, its kind, and one for each field of the outcome that is known: ``task_name``,
+    ``message_id`` and so on, under their names there, so that a formatter for JSON, or structlog's ``ExtraAdder``, finds them.
+    """
+    level = logging.WARNING if outcome.kind in _WARNINGS else logging.INFO
+    if not logger.isEnabledFor(level):
+        return
+    known = {name: value for name in _FIELDS if (value := getattr(outcome, name)) is not None}
+    what = f"{outcome.count} rows" if outcome.message_id is None else f"{outcome.task_name}[{outcome.message_id}]"
+    why = "" if outcome.reason is None else f" ({outcome.reason})"
+    logger.log(level, "%s: %s%s", what, outcome.kind.value, why, extra={"outcome": outcome.kind.value, **known})

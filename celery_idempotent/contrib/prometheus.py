@@ -1,0 +1,148 @@
+"""Outcomes as series of Prometheus; needs the extra ``prometheus``.
+
+``idempotent_hooks = ["celery_idempotent.contrib.prometheus.hook"]`` counts in the default registry of ``prometheus_client``.
+
+A prefork worker counts in its children, and whoever asks for the series asks its main process: set ``PROMETHEUS_MULTIPROC_DIR`` to a
+directory that is empty when the worker starts, before anything imports ``prometheus_client``, and all of them count there.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from typing import TYPE_CHECKING
+
+from celery_idempotent.errors import ConfigurationError
+from celery_idempotent.outcomes import Outcome, OutcomeKind
+
+try:
+    from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram, start_http_server
+    from prometheus_client.multiprocess import MultiProcessCollector
+except ImportError as error:
+    raise ConfigurationError("it needs prometheus_client: pip install 'celery-idempotent[prometheus]'") from error
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["PrometheusHook", "hook", "serve"]
+
+logger = logging.getLogger("celery_idempotent")
+
+_DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
+
+_MINUTE, _HOUR, _DAY = 60.0, 3600.0, 86400.0
+
+#: Seconds: of a body, from a lookup to a report; of a statement; and between a message and its copy, from a double click to a week.
+_RUN = (0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 15.0, _MINUTE, 5 * _MINUTE, 15 * _MINUTE, _HOUR)
+_STORE = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0)
+_AGE = (0.1, 1.0, 10.0, _MINUTE, 5 * _MINUTE, _HOUR, 6 * _HOUR, _DAY, 2 * _DAY, 7 * _DAY)
+
+_COPIES = frozenset(
+    (OutcomeKind.DUPLICATE, OutcomeKind.HELD, OutcomeKind.MISMATCHED, OutcomeKind.REPLAYED, OutcomeKind.SKIPPED)
+)
+
+
+class PrometheusHook:
+    """A hook that counts outcomes, and how long what takes.
+
+    Its labels are the task's name and the outcome, never an id. Make one yourself to have the series elsewhere::
+
+        app.conf.idempotent_hooks = [PrometheusHook(registry)]
+
+    Args:
+        registry: Where the series are registered; ``prometheus_client``'s own by default.
+
+    Raises:
+        ValueError: The registry has these series already.
+    """
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        by_task = ("task_name", "outcome")
+        self._outcomes = Counter(
+            "celery_idempotent_outcomes",
+            "What became of messages, calls and deliveries; of purged, how many rows",
+            by_task,
+            registry=registry,
+        )
+        self._run = Histogram(
+            "celery_idempotent_run_seconds",
+            "How long bodies took, by what they ended with",
+            by_task,
+            buckets=_RUN,
+            registry=registry,
+        )
+        self._store = Histogram(
+            "celery_idempotent_store_seconds",
+            "How long the store took to record, claim, complete or fail a message",
+            ("outcome",),
+            buckets=_STORE,
+            registry=registry,
+        )
+        self._age = Histogram(
+            "celery_idempotent_duplicate_age_seconds",
+            "How long after the message was recorded a copy of it came",
+            by_task,
+            buckets=_AGE,
+            registry=registry,
+        )
+        self._process: int | None = os.getpid()
+
+    def __call__(self, outcome: Outcome, /) -> None:
+        """Count an outcome."""
+        if self._process is not None and self._process != os.getpid():
+            self._note_fork()
+        kind, task_name = outcome.kind.value, outcome.task_name or ""
+        self._outcomes.labels(task_name, kind).inc(outcome.count)
+        if outcome.ran is not None:
+            self._run.labels(task_name, kind).observe(outcome.ran)
+        if outcome.store is not None and outcome.kind is not OutcomeKind.DUPLICATE:
+            self._store.labels(kind).observe(outcome.store)
+        if outcome.age is not None and outcome.kind in _COPIES:
+            self._age.labels(task_name, kind).observe(outcome.age)
+
+    def _note_fork(self) -> None:
+        self._process = None
+        if _DIRECTORY not in os.environ:
+            logger.warning(
+                "the outcomes of this process are counted where nobody asks for them: it is the child of a prefork worker, "
+                "which needs %s in its environment",
+                _DIRECTORY,
+            )
+
+
+#: The hook on the default registry.
+hook = PrometheusHook()
+
+
+def serve(port: int, *, address: str = "0.0.0.0") -> Callable[[], None]:  # noqa: S104 - a scraper is elsewhere
+    """Answer ``GET /metrics`` from a thread of this process: for a worker's main process, from the signal ``worker_ready`` on.
+
+    With ``PROMETHEUS_MULTIPROC_DIR`` it answers for all processes that count there, else for this one alone.
+
+    Args:
+        port: The port; 0 for any that is free.
+        address: Where to listen.
+
+    Returns:
+        What ends it.
+
+    Raises:
+        OSError: The port is taken.
+    """
+    registry = REGISTRY
+    if _DIRECTORY in os.environ:
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    server, thread = start_http_server(port, address, registry)
+    # Children that are forked from here on must not keep the port when this process is gone.
+    os.register_at_fork(after_in_child=server.socket.close)
+    logger.info("metrics are at http://%s:%d/metrics", *server.server_address[:2])
+
+    def end() -> None:
+        server.shutdown()
+        server.server_close()
+        if thread is not threading.current_thread():
+            thread.join()
+
+    return end

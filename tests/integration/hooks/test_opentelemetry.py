@@ -1,0 +1,239 @@
+"""Spans: a duplicate's is linked to that in which the original was sent, wherever it is met and whatever became of the original."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import Celery
+from opentelemetry.instrumentation.celery import CeleryInstrumentor
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanContext, format_span_id, format_trace_id
+
+from celery_idempotent.contrib.opentelemetry import OpenTelemetryHook
+from tests.conftest import LOGS, missing
+from tests.support.apps import traced
+from tests.support.bench import PATIENCE, Bench, open_bench
+from tests.support.servers import NotInstalledError
+from tests.support.waiting import wait_until
+
+
+@dataclass
+class Traced:
+    """A bench whose spans are kept: those of this process in memory, those of the worker in a file."""
+
+    bench: Bench
+    app: Celery
+    provider: TracerProvider
+    memory: InMemorySpanExporter
+    path: Path
+
+    @contextmanager
+    def span(self, name: str) -> Iterator[SpanContext]:
+        """A span of the caller's, a request say."""
+        with self.provider.get_tracer("a caller").start_as_current_span(name) as span:
+            yield span.get_span_context()
+
+    def here(self, name: str, message_id: str) -> ReadableSpan:
+        """The only span of this process of that name about a message."""
+        (found,) = (
+            span
+            for span in self.memory.get_finished_spans()
+            if span.name == name and (span.attributes or {})["celery_idempotent.message_id"] == message_id
+        )
+        return found
+
+    def in_worker(self, name: str, message_id: str) -> dict[str, Any]:
+        """The first span of the worker of that name about a message, once it is there."""
+        key = "celery_idempotent.message_id"
+        return wait_until(
+            lambda: next(
+                (s for s in self.spans() if s["name"] == name and s["attributes"].get(key) == message_id), None
+            ),
+            timeout=PATIENCE,
+            describe=lambda: f"a span {name!r} of {message_id}: {[s['name'] for s in self.spans()]}",
+        )
+
+    def spans(self) -> list[dict[str, Any]]:
+        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+@pytest.fixture(scope="module")
+def _traced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Traced]:
+    directory = Path(tmp_path_factory.mktemp("traced"))
+    memory = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(memory))
+    settings = {
+        "idempotent_hooks": ["tests.support.apps.traced.hook"],
+        "idempotent_recovery_interval": 0,
+        "idempotent_lease": 5.0,
+    }
+    tasks = ("tests.support.apps.generic", "tests.support.apps.traced")
+    path = directory / "spans.jsonl"
+    try:
+        opened = open_bench(directory, tasks, settings=settings, environment={traced.VARIABLE: str(path)})
+        bench = opened.__enter__()
+    except NotInstalledError as error:
+        missing("a private server", str(error))
+        raise
+    try:
+        app = bench.producer(idempotent_hooks=[OpenTelemetryHook(provider)])
+        yield Traced(bench, app, provider, memory, path)
+    finally:
+        opened.__exit__(None, None, None)
+
+
+@pytest.fixture
+def site(request: pytest.FixtureRequest, _traced: Traced) -> Traced:
+    assert _traced.bench.worker is not None
+    request.node.stash.setdefault(LOGS, {})["the worker"] = _traced.bench.worker.log_tail
+    return _traced
+
+
+@pytest.fixture
+def instrumented(site: Traced) -> Iterator[None]:
+    """This process has Celery's own spans too, as the worker has."""
+    instrumentor = CeleryInstrumentor()  # type: ignore[no-untyped-call]
+    instrumentor.instrument(tracer_provider=site.provider)
+    yield
+    instrumentor.uninstrument()
+
+
+def linked(span: ReadableSpan) -> list[tuple[int, int]]:
+    return [(link.context.trace_id, link.context.span_id) for link in span.links]
+
+
+def ids(context: SpanContext) -> tuple[int, int]:
+    return context.trace_id, context.span_id
+
+
+def written(context: SpanContext) -> list[tuple[str, str]]:
+    """A link to a span, as it is written."""
+    return [("0x" + format_trace_id(context.trace_id), "0x" + format_span_id(context.span_id))]
+
+
+def links_of(span: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(link["context"]["trace_id"], link["context"]["span_id"]) for link in span["links"]]
+
+
+def test_a_duplicate_is_a_span_of_its_caller_and_linked_to_the_originals(site: Traced) -> None:
+    """While the original waits or runs, and when it has ended, in either way."""
+    m, failed, gate = site.bench.fresh(), site.bench.fresh(), site.bench.path("gate")
+    gated, fail = site.app.tasks["gated"], site.app.tasks["fail"]
+    with site.span("first") as first:
+        gated.apply_async((gate,), message_id=m)
+        fail.apply_async(message_id=failed)
+    with site.span("while it waits or runs"):
+        gated.apply_async((gate,), message_id=m)
+    assert linked(site.here("duplicate gated", m)) == [ids(first)]
+    site.memory.clear()
+
+    Path(gate).touch()
+    site.bench.done("gated", m)
+    site.bench.done("fail", failed)
+    with site.span("when it is done") as second:
+        gated.apply_async((gate,), message_id=m)
+        fail.apply_async(message_id=failed)
+    for name, of in (("duplicate gated", m), ("duplicate fail", failed)):
+        span = site.here(name, of)
+        assert linked(span) == [ids(first)]
+        assert span.parent is not None
+        assert (span.parent.trace_id, span.parent.span_id) == ids(second)
+        assert span.attributes is not None
+        assert span.attributes["celery_idempotent.status"] == "done"
+        assert span.attributes["celery_idempotent.reason"] == "return_first"
+
+
+def test_a_copy_in_the_worker_is_linked_too_and_is_within_celerys_span(site: Traced, instrumented: None) -> None:
+    m, gate = site.bench.fresh(), site.bench.path("gate")
+    with site.span("first") as first:
+        result = site.app.tasks["gated"].apply_async((gate,), message_id=m)
+    site.bench.wait_for_starts("gated", m)
+    site.bench.deliver("gated", (gate,), message_id=m, task_id=result.id)
+    held = site.in_worker("held gated", m)
+    Path(gate).touch()
+    skipped = site.in_worker("skipped gated", m)
+
+    for span in (held, skipped):
+        assert links_of(span) == written(first)
+        run = next(one for one in site.spans() if one["context"]["span_id"] == span["parent_id"])
+        assert run["name"] == "run/gated"
+        assert span["attributes"]["celery_idempotent.first_task_id"] == result.id
+
+
+def test_what_else_becomes_of_a_message_are_events_of_celerys_spans(site: Traced, instrumented: None) -> None:
+    m = site.bench.fresh()
+    with site.span("first") as first:
+        site.app.tasks["echo"].apply_async(("a secret",), message_id=m)
+    site.bench.done("echo", m)
+
+    def run() -> dict[str, Any] | None:
+        return next((s for s in site.spans() if s["attributes"].get("celery.task_name") == "echo" and has(s)), None)
+
+    def has(span: dict[str, Any]) -> bool:
+        return any(event["attributes"].get("celery_idempotent.message_id") == m for event in span["events"])
+
+    span = wait_until(run, timeout=PATIENCE, describe="the span of the run")
+    assert span["context"]["trace_id"] == "0x" + format_trace_id(first.trace_id)
+    assert [event["name"] for event in span["events"]] == ["celery_idempotent.claimed", "celery_idempotent.completed"]
+    assert span["events"][1]["attributes"]["celery_idempotent.ran_seconds"] > 0
+    assert "a secret" not in json.dumps(span["events"])
+    (caller,) = (one for one in site.memory.get_finished_spans() if one.context == first)
+    assert [event.name for event in caller.events] == ["celery_idempotent.recorded"]
+
+
+def test_without_a_span_around_the_call_it_is_linked_to_that_of_the_publication(
+    site: Traced, instrumented: None
+) -> None:
+    m = site.bench.fresh()
+    first = site.app.tasks["echo"].apply_async(message_id=m)
+    site.bench.done("echo", m)
+    site.app.tasks["echo"].apply_async(message_id=m)
+
+    (published,) = (
+        span
+        for span in site.memory.get_finished_spans()
+        if span.name == "apply_async/echo" and (span.attributes or {}).get("messaging.message.id") == first.id
+    )
+    assert published.context is not None
+    assert linked(site.here("duplicate echo", m)) == [ids(published.context)]
+
+
+def test_what_keeps_no_result_has_no_link_once_it_is_done_but_says_the_first_id(site: Traced) -> None:
+    m = site.bench.fresh()
+    unkept = site.app.tasks["traced.unkept"]
+    with site.span("first"):
+        first = unkept.apply_async(message_id=m)
+    site.bench.done("traced.unkept", m)
+    unkept.apply_async(message_id=m)
+
+    span = site.here("duplicate traced.unkept", m)
+    assert span.links == ()
+    assert span.attributes is not None
+    assert span.attributes["celery_idempotent.first_task_id"] == first.id
+
+
+def test_a_retry_and_what_is_published_from_its_row_keep_the_span(site: Traced) -> None:
+    m, queue = site.bench.fresh(), site.bench.fresh("queue")
+    with site.span("first") as first:
+        site.app.tasks["retry_n"].apply_async((1,), message_id=m, queue=queue)
+    with site.app.connection_for_write() as connection:
+        assert connection.default_channel.queue_purge(queue) == 1
+    site.app.queue_log.recovery.publish_waiting(0.0)
+    assert linked(site.here("recovered retry_n", m)) == [ids(first)]
+
+    control = site.bench.app.control
+    control.add_consumer(queue, reply=True, timeout=PATIENCE, limit=1)
+    assert site.bench.done("retry_n", m).attempt == 1
+    control.cancel_consumer(queue, reply=True, timeout=PATIENCE, limit=1)
+    site.app.tasks["retry_n"].apply_async((1,), message_id=m)
+    assert linked(site.here("duplicate retry_n", m)) == [ids(first)]
