@@ -11,6 +11,7 @@ from enum import StrEnum
 
 __all__ = [
     "FORGOTTEN",
+    "Change",
     "Claim",
     "Claimed",
     "Condition",
