@@ -36,10 +36,17 @@ def watched() -> Iterator[tuple[PrivateRedis, PrivateRedis, PrivateSentinel]]:
             raise
         replica = stack.enter_context(PrivateRedis(replica_of=master))
         sentinel = stack.enter_context(PrivateSentinel(master))
-        with Redis.from_url(sentinel.url) as client:
-            wait_until(lambda: client.sentinel_slaves(sentinel.MASTER), timeout=PATIENCE)
         with Redis.from_url(replica.url) as client:
             wait_until(lambda: client.info("replication")["master_link_status"] == "up", timeout=PATIENCE)
+        with Redis.from_url(sentinel.url) as client:
+            # As the Sentinel knows it, which asks every ten seconds: until then it takes no replica for a master.
+            wait_until(
+                lambda: [
+                    each for each in client.sentinel_slaves(sentinel.MASTER) if each["master-link-status"] == "ok"
+                ],
+                timeout=PATIENCE,
+                describe=sentinel.log_tail,
+            )
         yield master, replica, sentinel
 
 
