@@ -93,6 +93,11 @@ class Renewals:
         here = self._renewals.get(os.getpid())
         return None if here is None else here.until(holder)
 
+    def held(self) -> list[Held]:
+        """The claims of this process that are kept alive; without those of its children."""
+        here = self._renewals.get(os.getpid())
+        return [] if here is None else here.held()
+
     def let_go(self, holder: Holder) -> None:
         """Stop keeping a claim alive; it stays as it is."""
         here = self._renewals.get(os.getpid())
@@ -133,6 +138,10 @@ class _Renewal:
     def let_go(self, holder: Holder) -> None:
         with self._changed:
             self._held.pop(holder, None)
+
+    def held(self) -> list[Held]:
+        with self._changed:
+            return list(self._held.values())
 
     def until(self, holder: Holder) -> float | None:
         held = self._held.get(holder)

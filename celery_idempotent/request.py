@@ -24,7 +24,7 @@ from celery_idempotent.run import describe, worker_label
 from celery_idempotent.serialization import UndecodableError, decode_result, encode_message, serializer_of
 from celery_idempotent.wire import Marker
 
-__all__ = ["IdempotentRequest"]
+__all__ = ["IdempotentRequest", "running"]
 
 logger = logging.getLogger("celery_idempotent")
 
@@ -187,11 +187,16 @@ class IdempotentRequest(Request):  # type: ignore[misc]
             )
 
 
-def _children() -> list[Held]:
-    """What the children of this worker hold that are running now."""
+def running() -> list[IdempotentRequest]:
+    """The requests of guarded tasks that this worker runs now."""
     while True:
         try:
-            running = list(active_requests)
+            active = list(active_requests)
         except RuntimeError:  # the worker's loop added one meanwhile
             continue
-        return [request.held for request in running if isinstance(request, IdempotentRequest) and request.held]
+        return [request for request in active if isinstance(request, IdempotentRequest)]
+
+
+def _children() -> list[Held]:
+    """What the children of this worker hold that are running now."""
+    return [request.held for request in running() if request.held]

@@ -31,6 +31,8 @@ class CheckStep(Step):  # type: ignore[misc]
 
     def include_if(self, parent: Any) -> bool:
         """Check; a store that gives no answer now may do so later, and is waited for then."""
+        from celery_idempotent import inspection  # noqa: F401 - makes its command known
+
         queue_log = QueueLog.of(parent.app)
         _ = queue_log.outcomes  # a hook that cannot be had
         for task in parent.app.tasks.values():
