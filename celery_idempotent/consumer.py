@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, assert_never
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from celery_idempotent.store import Store
     from celery_idempotent.task import IdempotentTask
 
-__all__ = ["admit", "delivered_key"]
+__all__ = ["admit", "delivered_key", "sent_key"]
 
 logger = logging.getLogger("celery_idempotent")
 
@@ -81,13 +81,19 @@ ABANDONED = "abandoned: the worker that ran it died or lost its lease"
 
 def delivered_key(task_name: str, request: Context) -> MessageKey:
     """The key of a delivered message: its ``message_id`` property, or for one without, the Celery task id."""
-    properties = request.properties or {}
-    marker = Marker.read(request.headers)
-    ours = marker is not None and marker.task_name == task_name
-    message_id = (
-        properties.get("message_id") or (marker.message_id if ours and marker is not None else None) or request.id
-    )
-    return MessageKey(message_id, task_name)
+    return sent_key(task_name, request.id, request.properties, request.headers)
+
+
+def sent_key(
+    task_name: str, task_id: str, properties: Mapping[str, Any] | None, headers: Mapping[str, Any] | None
+) -> MessageKey:
+    """The same by what the message has."""
+    message_id = properties.get("message_id") if properties else None
+    if not message_id:
+        marker = Marker.read(headers)
+        if marker is not None and marker.task_name == task_name:
+            message_id = marker.message_id
+    return MessageKey(message_id or task_id, task_name)
 
 
 def admit(task: IdempotentTask, request: Context) -> Run:
@@ -164,13 +170,13 @@ class _Admission:
 
     @property
     def _store(self) -> Store:
-        return self.task.queue_log.store
+        return self.run.queue_log.store
 
     def decide(self) -> Run:
         policy = self.run.on_store_error
         try:
             if policy == "retry" and not self.request.is_eager:
-                return outage.ask_until_deadline(self._admit, f"claim {self.run}", self._patience())
+                return outage.ask_until_deadline(self._admit, "claim", self.run, self._patience)
             return self._admit()
         except StoreError as error:  # also a table that was dropped: its messages wait for it to come back
             if policy == "run":
@@ -311,7 +317,8 @@ class _Admission:
 
     def _mark(self, **changes: Any) -> None:
         """Let the headers say what is known now: they go along with a retry, and with a copy that is held."""
-        self.marker = replace(self.marker, **changes)
+        if changes:
+            self.marker = replace(self.marker, **changes)
         self.request.headers = self.marker.write(self.request.headers)
 
     def _is_message_of(self, task_id: str, row: Row) -> bool:

@@ -45,12 +45,11 @@ def claims(queue_log: QueueLog) -> list[dict[str, Any]]:
         For each: ``message_id``, ``task_name``, ``task_id``, ``token``, ``attempt``, ``since`` (when the worker gave it to its pool,
         ISO 8601 in UTC), ``lease`` and ``lease_left`` (seconds), ``pid``.
     """
-    from celery_idempotent.consumer import delivered_key
     from celery_idempotent.records import Claim
     from celery_idempotent.request import running
 
     requests = running()
-    by_key = {delivered_key(request.task.name, request._context): request for request in requests}  # noqa: SLF001
+    by_key = {request.key: request for request in requests}
     found = [
         _own(held, held.holder, by_key.get(held.holder.key))
         for held in queue_log.renewals.held()

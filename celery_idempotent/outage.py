@@ -58,7 +58,7 @@ def ask_again(ask: Callable[[], T], policy: Mapping[str, Any], *, silence: Store
     return answer
 
 
-def ask_until_deadline(ask: Callable[[], T], what: str, wait: float) -> T:
+def ask_until_deadline(ask: Callable[[], T], what: str, whose: object, wait: Callable[[], float]) -> T:
     """Ask, and repeat with growing pauses for some seconds; but once the store may have heard, until it answers.
 
     Whoever gives up after a claim that may stand, or may yet be taken by a server that was frozen, leaves a message that nobody
@@ -67,12 +67,13 @@ def ask_until_deadline(ask: Callable[[], T], what: str, wait: float) -> T:
     Args:
         ask: One call of the store.
         what: What is asked for, for the log.
-        wait: Seconds.
+        whose: For whom; made a text of only if there is something to complain of.
+        wait: How many seconds; asked only if the store gave no answer.
 
     Raises:
         StoreUnavailableError: The last attempt's; none of them reached the store.
     """
-    deadline = time.monotonic() + wait
+    began, deadline = time.monotonic(), None
     pause = _FIRST_PAUSE
     while True:
         try:
@@ -80,17 +81,24 @@ def ask_until_deadline(ask: Callable[[], T], what: str, wait: float) -> T:
         except StoreUnavailableError as error:
             if not error.unsent:
                 break
+            if deadline is None:
+                deadline = began + wait()
             if time.monotonic() + pause > deadline:
                 raise
         time.sleep(pause)
         pause = min(pause * 2, _LONGEST_PAUSE)
-    return ask_until_answered(ask, what)
+    return ask_until_answered(ask, what, whose)
 
 
-def ask_until_answered(ask: Callable[[], T], what: str) -> T:
+def ask_until_answered(ask: Callable[[], T], what: str, whose: object) -> T:
     """Ask until there is an answer, complaining in the log meanwhile.
 
     For the end of a body that has run: giving up would leave its row ``processing``, and the message would run again.
+
+    Args:
+        ask: One call of the store.
+        what: What is asked for, for the log.
+        whose: For whom; made a text of only if there is something to complain of.
     """
     complained: float | None = None
     pause = _FIRST_PAUSE
@@ -101,6 +109,6 @@ def ask_until_answered(ask: Callable[[], T], what: str) -> T:
             now = time.monotonic()
             if complained is None or now - complained >= _COMPLAIN_EVERY:
                 complained = now
-                logger.error("cannot %s, asking again until the store answers: %s", what, error)
+                logger.error("cannot %s %s, asking again until the store answers: %s", what, whose, error)
         time.sleep(pause)
         pause = min(pause * 2, _LONGEST_PAUSE)

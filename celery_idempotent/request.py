@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
@@ -14,11 +15,11 @@ from celery.worker.request import Request
 from celery.worker.state import active_requests
 
 from celery_idempotent.children import fix_callbacks
-from celery_idempotent.consumer import ABANDONED, delivered_key
+from celery_idempotent.consumer import ABANDONED, sent_key
 from celery_idempotent.errors import StoreError
 from celery_idempotent.outcomes import OutcomeKind, reason_of
 from celery_idempotent.producer import identify
-from celery_idempotent.records import NewMessage, Owner, ProcessedStatus, Status
+from celery_idempotent.records import MessageKey, NewMessage, Owner, ProcessedStatus, Status
 from celery_idempotent.renewal import Held
 from celery_idempotent.run import describe, worker_label
 from celery_idempotent.serialization import UndecodableError, decode_result, encode_message, serializer_of
@@ -38,11 +39,18 @@ class IdempotentRequest(Request):  # type: ignore[misc]
 
     held: Held | None = None
 
+    @cached_property
+    def key(self) -> MessageKey:
+        """The message's key. By what was sent: Celery's context of a request takes long to make."""
+        sent = self.request_dict
+        headers = sent.get("headers")
+        return sent_key(self.task.name, self.id, sent.get("properties"), sent if headers is None else headers)
+
     def on_accepted(self, pid: int, time_accepted: float) -> None:
         """A child begins: keep its lease alive from here as well, for a body that holds the child's GIL."""
         super().on_accepted(pid, time_accepted)
         queue_log = self.task.queue_log
-        queue_log.recovery.saw(self.delivery_info["routing_key"], delivered_key(self.task.name, self._context))
+        queue_log.recovery.saw(self.delivery_info["routing_key"], self.key)
         if pid != os.getpid():
             self.held = Held(self._owner(pid), self.task.idempotency.lease, pid)
             queue_log.renewals.hold_for_child(self.held, _children)
@@ -79,7 +87,7 @@ class IdempotentRequest(Request):  # type: ignore[misc]
 
     def _had_succeeded(self) -> bool:
         """Whether the row of a lost child says success, so that it was lost before Celery stored the result: that is done from here."""
-        store, key = self.task.queue_log.store, delivered_key(self.task.name, self._context)
+        store, key = self.task.queue_log.store, self.key
         try:
             row = store.find(key)
             if row is None or row.processed_status is not ProcessedStatus.SUCCESS or row.status is not Status.DONE:
@@ -108,7 +116,7 @@ class IdempotentRequest(Request):  # type: ignore[misc]
     def _retry_worker_lost(self, exc: BaseException, exc_info: ExceptionInfo) -> Any:
         # Celery sends the next attempt from here, outside of any run: move the row on first, and let the headers say whose it is.
         context = self._context
-        key = delivered_key(self.task.name, context)
+        key = self.key
         marker = Marker.read(context.headers)
         fingerprint = marker.fingerprint if marker else self._fingerprint(key.message_id)
         first, lost, trace = (marker.first, marker.lost, marker.trace) if marker else (None, 0, None)
@@ -148,7 +156,7 @@ class IdempotentRequest(Request):  # type: ignore[misc]
 
     def _owner(self, pid: int) -> Owner:
         label = worker_label(self.hostname, None if pid == os.getpid() else pid)
-        return Owner(delivered_key(self.task.name, self._context), label)
+        return Owner(self.key, label)
 
     def _fail(self, error: str, kind: OutcomeKind = OutcomeKind.FAILED) -> None:
         store, unique_for = self.task.queue_log.store, self.task.idempotency.unique_for

@@ -78,6 +78,7 @@ class Run:
 
     def __init__(self, task: IdempotentTask, request: Context, message: NewMessage) -> None:
         self.task = task
+        self.queue_log = task.queue_log
         self.request = request
         self.message = message
         self.state = RunState.UNGUARDED
@@ -116,12 +117,12 @@ class Run:
         """Let the request carry this run, and keep its claim alive."""
         setattr(self.request, _ATTRIBUTE, self)
         if self.claim is not None:
-            self.task.queue_log.renewals.hold(self.claim, self.task.idempotency.lease, asked=self.asked)
+            self.queue_log.renewals.hold(self.claim, self.task.idempotency.lease, asked=self.asked)
 
     def detach(self) -> None:
         """The run is over: nothing keeps its claim alive any more."""
         if self.claim is not None:
-            self.task.queue_log.renewals.let_go(self.claim)
+            self.queue_log.renewals.let_go(self.claim)
 
     @property
     def key(self) -> MessageKey:
@@ -146,12 +147,12 @@ class Run:
     @property
     def on_store_error(self) -> Literal["retry", "run", "raise"]:
         """What the app says; but an atomic body cannot run without the store, and waits for it."""
-        policy = self.task.queue_log.settings.on_store_error
+        policy = self.queue_log.settings.on_store_error
         return "retry" if policy == "run" and self.task.idempotency.atomic else policy
 
     @property
     def _store(self) -> Store:
-        return self.task.queue_log.store
+        return self.queue_log.store
 
     def tell(
         self,
@@ -164,7 +165,7 @@ class Run:
         delay: float | None = None,
     ) -> None:
         """Tell the app's hooks, if it has any, what became of the delivery."""
-        outcomes = self.task.queue_log.outcomes
+        outcomes = self.queue_log.outcomes
         if outcomes is not None:
             outcomes.tell(
                 kind,
@@ -213,7 +214,7 @@ class Run:
         for number in range(1, RUNS + 1):
             began = time.monotonic()
             try:
-                unit = UnitOfWork(self.task.queue_log)
+                unit = UnitOfWork(self.queue_log)
             except ConfigurationError as wrong:
                 self._finish(self._failed(describe(wrong)))
                 raise
@@ -547,7 +548,7 @@ class Run:
         def write() -> T:
             if self.request.is_eager or self.on_store_error != "retry":
                 return ask()
-            return ask_until_answered(ask, f"{what} for {self}")
+            return ask_until_answered(ask, f"{what} for", self)
 
         try:
             return write()

@@ -62,8 +62,8 @@ def no_table() -> object:
 def test_an_answer_is_an_answer(answer: object, clock: Clock) -> None:
     question = Silence(0, answer=answer)
     assert ask_again(question, {}) is answer
-    assert ask_until_deadline(question, "claim", 10.0) is answer
-    assert ask_until_answered(question, "write") is answer
+    assert ask_until_deadline(question, "claim", "m", lambda: 10.0) is answer
+    assert ask_until_answered(question, "write", "m") is answer
     assert question.asked == 3
     assert clock.pauses == []
 
@@ -72,8 +72,8 @@ def test_an_answer_is_an_answer(answer: object, clock: Clock) -> None:
     "ask",
     [
         lambda question: ask_again(question, {"max_retries": 5}),
-        lambda question: ask_until_deadline(question, "claim", 10.0),
-        lambda question: ask_until_answered(question, "write"),
+        lambda question: ask_until_deadline(question, "claim", "m", lambda: 10.0),
+        lambda question: ask_until_answered(question, "write", "m"),
     ],
     ids=["again", "until a deadline", "until answered"],
 )
@@ -110,12 +110,12 @@ class TestAsAProducer:
 class TestAsAConsumer:
     def test_it_gives_up_in_time_what_never_reached_the_store(self, clock: Clock) -> None:
         with pytest.raises(StoreUnavailableError):
-            ask_until_deadline(Silence(1000), "claim m", 10.0)
+            ask_until_deadline(Silence(1000), "claim", "m", lambda: 10.0)
         assert 8.0 <= sum(clock.pauses) <= 10.0
 
     def test_pauses_grow_to_two_seconds(self, clock: Clock) -> None:
         with pytest.raises(StoreUnavailableError):
-            ask_until_deadline(Silence(1000), "claim m", 10.0)
+            ask_until_deadline(Silence(1000), "claim", "m", lambda: 10.0)
         assert clock.pauses[0] == pytest.approx(0.1)
         assert clock.pauses == sorted(clock.pauses)
         assert max(clock.pauses) == 2.0
@@ -126,7 +126,7 @@ class TestAsAConsumer:
     ) -> None:
         silence = Silence(100, unsent=unsent, answer="claimed")
 
-        assert ask_until_deadline(silence, "claim m", 10.0) == "claimed"
+        assert ask_until_deadline(silence, "claim", "m", lambda: 10.0) == "claimed"
 
         assert sum(clock.pauses) > 60.0
         assert caplog.records[0].message.startswith("cannot claim m, asking again until the store answers: no answer")
@@ -134,19 +134,19 @@ class TestAsAConsumer:
     def test_no_patience_asks_once(self, clock: Clock) -> None:
         silence = Silence(10)
         with pytest.raises(StoreUnavailableError):
-            ask_until_deadline(silence, "claim m", 0.0)
+            ask_until_deadline(silence, "claim", "m", lambda: 0.0)
         assert silence.asked == 1
 
 
 class TestAtTheEndOfABody:
     def test_it_never_gives_up(self, clock: Clock) -> None:
         silence = Silence(1000, answer=True)
-        assert ask_until_answered(silence, "record a success") is True
+        assert ask_until_answered(silence, "record a success for", "t[m]") is True
         assert silence.asked == 1001
         assert max(clock.pauses) == 2.0
 
     def test_it_complains_at_once_and_then_now_and_then(self, clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
-        ask_until_answered(Silence(50, answer=True), "record a success for t[m]")
+        ask_until_answered(Silence(50, answer=True), "record a success for", "t[m]")
 
         assert sum(clock.pauses) == pytest.approx(95, abs=10)
         assert [record.levelname for record in caplog.records] == ["ERROR"] * 4, "every thirty seconds"
