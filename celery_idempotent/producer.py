@@ -145,7 +145,8 @@ class Sending:
     lost: int = 0
     #: The span in which the message is sent, if the app's hooks say so.
     trace: str | None = None
-    #: Seconds that the store took to record the call.
+    #: What the call comes to if it is not found, and the seconds that the store took to tell.
+    recorded: OutcomeKind = OutcomeKind.RECORDED
     took: float | None = None
     #: What the call is recorded in, to be published when that has committed.
     box: Outbox | None = None
@@ -281,7 +282,7 @@ class Sending:
         """
         while True:
             if not isinstance(answer, Found) or (self.unanswered and self._is_mine(answer.row)):
-                return self._publish_or(self._withdraw, partial(self._tell, OutcomeKind.RECORDED))
+                return self._publish_or(self._withdraw, partial(self._tell, self.recorded))
             result = self._send_again(answer.row)
             if result is not None:
                 return result
@@ -316,6 +317,8 @@ class Sending:
             if self.task.queue_log.settings.on_store_error != "run":
                 raise
             logger.error("%d calls are sent unguarded, the store gives no answer: %s", len(calls), error)
+            for call in calls:
+                call.recorded = OutcomeKind.UNGUARDED
             return [Recorded()] * len(calls)
         took = time.monotonic() - began
         for call in calls:

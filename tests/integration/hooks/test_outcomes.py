@@ -298,6 +298,12 @@ def test_a_store_that_gives_no_answer_is_told_where_the_app_says_run(bench: Benc
     result = app.tasks["echo"].apply_async(("v",), message_id=m)
 
     assert told.wait(m, "unguarded")["worker"] is None
+    batched = [bench.fresh() for _ in range(2)]
+    with outbox():
+        for name in batched:
+            app.tasks["echo"].apply_async(("v",), message_id=name)
+    for name in batched:
+        assert told.wait(name, "unguarded")["worker"] is None
     assert result.get(timeout=PATIENCE) == "v"
     assert bench.row("echo", m).status in {Status.PROCESSING, Status.DONE}
 
