@@ -88,10 +88,7 @@ def _written(table: str, dialect: str, since: int) -> list[Change]:
     from celery_idempotent.stores.sql.writing import changes_between  # SQLAlchemy, which most commands do without
 
     namespace, _, name = table.rpartition(".")
-    try:
-        return changes_between(since, dialect=dialect, name=name, schema=namespace or None)
-    except ValueError as error:
-        raise click.UsageError(str(error)) from error
+    return changes_between(since, dialect=dialect, name=name, schema=namespace or None)
 
 
 def _script(table: str, changes: Sequence[Change]) -> Iterable[str]:

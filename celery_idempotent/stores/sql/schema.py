@@ -15,7 +15,7 @@ from celery_idempotent.records import Change
 from celery_idempotent.stores.sql.online import alone, broken_indexes, execute
 from celery_idempotent.stores.sql.steps import Present, Step, newest, steps_to
 
-__all__ = ["create", "is_there", "outstanding", "verify"]
+__all__ = ["create", "is_there", "outstanding", "present", "verify"]
 
 _INIT = "`celery -A proj idempotent init`"
 
@@ -77,10 +77,10 @@ def create(connection: Connection, table: Table, before: Callable[[Change], None
 
 
 def _steps(connection: Connection, table: Table) -> list[Step]:
-    return list(steps_to(newest(), table.name, table.schema, _present(connection, table)))
+    return list(steps_to(newest(), table.name, table.schema, present(connection, table)))
 
 
-def _present(connection: Connection, table: Table) -> Present | None:
+def present(connection: Connection, table: Table) -> Present | None:
     """What the database has of the table; ``None`` when there is no such table."""
     columns = _columns(connection, table)
     if columns is None:

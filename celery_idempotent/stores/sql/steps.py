@@ -13,13 +13,13 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.schema import CreateIndex, CreateTable, DDLElement, DropIndex, DropTable
 from sqlalchemy.sql.compiler import DDLCompiler
 
-from celery_idempotent.errors import SchemaError
+from celery_idempotent.errors import ConfigurationError, SchemaError
 from celery_idempotent.records import Change
 from celery_idempotent.stores.sql import table as tables
 from celery_idempotent.stores.sql.clock import MYSQL_NAMES
 from celery_idempotent.stores.sql.table import table_of_version
 
-__all__ = ["AddColumn", "Present", "Step", "newest", "present_in", "steps_back", "steps_to"]
+__all__ = ["AddColumn", "Present", "Step", "check_version", "newest", "present_in", "steps_back", "steps_to"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +64,18 @@ class Step:
 def newest() -> int:
     """The version of the table that this version of the library has."""
     return tables.VERSIONS[-1].number
+
+
+def check_version(number: int) -> None:
+    """Refuse a version of the table that there is not; 0 is none.
+
+    Raises:
+        ConfigurationError: It is not known here.
+    """
+    if not 0 <= number <= newest():
+        raise ConfigurationError(
+            f"there is no version {number} of the table: this version of celery-idempotent has {newest()}"
+        )
 
 
 def present_in(version: int, name: str) -> Present | None:

@@ -8,7 +8,7 @@ from sqlalchemy import Dialect
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 
 from celery_idempotent.records import Change
-from celery_idempotent.stores.sql.steps import newest, present_in, steps_to
+from celery_idempotent.stores.sql.steps import check_version, newest, present_in, steps_to
 
 __all__ = ["changes_between"]
 
@@ -23,10 +23,9 @@ def changes_between(since: int, *, dialect: str, name: str, schema: str | None) 
         schema: The schema or database it lives in, if that is to be said.
 
     Raises:
-        ValueError: There is no such version.
+        ConfigurationError: There is no such version.
     """
-    if not 0 <= since <= newest():
-        raise ValueError(f"there is no version {since} of the table: this one is {newest()}")
+    check_version(since)
     speaker = _dialect(dialect)
     return [step.change(speaker) for step in steps_to(newest(), name, schema, present_in(since, name))]
 

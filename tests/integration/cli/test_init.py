@@ -149,7 +149,10 @@ def test_what_is_printed_for_mysql_is_mysqls(init: Init) -> None:
     ("arguments", "said"),
     [
         (("--since", "1"), "--since is about --sql"),
-        (("--sql", "postgresql", "--since", "99"), "there is no version 99 of the table: this one is 2"),
+        (
+            ("--sql", "postgresql", "--since", "99"),
+            "there is no version 99 of the table: this version of celery-idempotent has 2",
+        ),
         (("--sql", "oracle"), "'oracle' is not one of"),
     ],
 )

@@ -1,0 +1,144 @@
+"""The queue log's table in Alembic migrations, and out of the way of its autogenerate.
+
+A migration names the version of the table that it leads to, and does the same for ever::
+
+    from celery_idempotent.contrib import alembic as queue_log
+
+
+    def upgrade() -> None:
+        queue_log.upgrade(op, 2)
+
+
+    def downgrade() -> None:
+        queue_log.downgrade(op, 0, since=2)
+
+Nothing of Alembic is imported here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from sqlalchemy import Connection, MetaData
+
+from celery_idempotent.stores.sql.online import alone, execute
+from celery_idempotent.stores.sql.schema import present
+from celery_idempotent.stores.sql.steps import Step, check_version, present_in, steps_back, steps_to
+from celery_idempotent.stores.sql.table import table_of_version
+
+__all__ = ["apart_from", "downgrade", "upgrade"]
+
+#: Alembic's ``include_object``: of a thing, its name, its kind, whether it was reflected, and what it is compared to.
+IncludeObject = Callable[[Any, str | None, str, bool, Any], bool]
+
+
+def upgrade(op: Any, version: int, *, since: int = 0, table: str = "queue_log", schema: str | None = None) -> None:
+    """Take the table to a version: create it, or give it what it lacks. What is there already, as after ``init``, is left.
+
+    A table that is there is changed while it is used, as ``celery -A proj idempotent init`` does it. On PostgreSQL that cannot be in a
+    transaction: the migration's own is committed before, and another one begun behind. So give such a step a migration to itself.
+
+    Args:
+        op: Alembic's ``op``.
+        version: The version; see "The table over time" for what each is.
+        since: The version that the migration before this one led to; 0 if there was none. Needed for ``--sql`` only: otherwise it is seen.
+        table: The table's name, as in the setting ``idempotent_table``.
+        schema: The schema or database that it lives in; ``None`` for the connection's default.
+
+    Raises:
+        ConfigurationError: This version of the library has no such version of the table.
+        SchemaError: A table of that name is of no version; it is not touched.
+    """
+    check_version(version)
+    check_version(since)
+    context = op.get_context()
+    if context.as_sql:
+        _write(op, steps_to(version, table, schema, present_in(since, table)))
+        return
+    declared = table_of_version(version, MetaData(), table, schema)
+
+    def steps() -> list[Step]:
+        return list(steps_to(version, table, schema, present(op.get_bind(), declared)))
+
+    alters = any(step.alters for step in steps())
+    with _outside(context) if alters else _inside():
+        connection: Connection = op.get_bind()
+        with alone(connection, declared):
+            for step in steps():
+                execute(connection, step)
+
+
+def downgrade(op: Any, version: int, *, since: int, table: str = "queue_log", schema: str | None = None) -> None:
+    """Take the table back to an older version. Hazard: to 0 is to drop it, with every message id that is taken.
+
+    There is hardly a need for it: code of the version before goes on on the newer table.
+
+    Args:
+        op: Alembic's ``op``.
+        version: The version to go back to.
+        since: The version that the migration led to.
+        table: The table's name.
+        schema: The schema or database that it lives in.
+
+    Raises:
+        ConfigurationError: There is no such version.
+    """
+    check_version(version)
+    check_version(since)
+    context = op.get_context()
+    steps = list(steps_back(since, version, table, schema))
+    if context.as_sql:
+        _write(op, steps)
+        return
+    with _outside(context) if version else _inside():
+        connection = op.get_bind()
+        with alone(connection, table_of_version(since, MetaData(), table, schema)):
+            for step in steps:
+                execute(connection, step)
+
+
+def apart_from(
+    table: str = "queue_log", schema: str | None = None, *, otherwise: IncludeObject | None = None
+) -> IncludeObject:
+    """Autogenerate, apart from the queue log: whatever of it is there or is not, it proposes nothing.
+
+    For ``context.configure(include_object=apart_from())`` in ``env.py``.
+
+    Args:
+        table: The table's name.
+        schema: The schema or database that it lives in.
+        otherwise: An ``include_object`` of yours, for everything else.
+    """
+
+    def include_object(thing: Any, name: str | None, type_: str, reflected: bool, compare_to: Any) -> bool:
+        if type_ == "table" and name == table and thing.schema == schema:
+            return False
+        return otherwise is None or otherwise(thing, name, type_, reflected, compare_to)
+
+    return include_object
+
+
+def _write(op: Any, steps: Iterable[Step]) -> None:
+    """Have the statements written, as `--sql` does; those that are in no transaction between two."""
+    steps = list(steps)
+    context = op.get_context()
+    with _outside(context) if any(step.alters for step in steps) else _inside():
+        for step in steps:
+            op.execute(step.ddl)
+
+
+@contextmanager
+def _inside() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _outside(context: Any) -> Iterator[None]:
+    """Outside of the migration's transaction, where there is one around statements like ours."""
+    if context.dialect.name != "postgresql":
+        yield
+        return
+    with context.autocommit_block():
+        yield
