@@ -87,6 +87,19 @@ class CallSignature:
         """The names of the parameters, in order, without the task itself."""
         return tuple(self._signature.parameters)
 
+    def positions(self, count: int) -> list[str]:
+        """The names of the parameters that so many positional arguments are for; ``*args`` has one name for all that it takes up.
+
+        Raises:
+            TypeError: The body does not take so many.
+        """
+        parameters = list(self._signature.parameters.values())
+        names = [p.name for p in parameters if p.kind in {p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD}]
+        rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
+        if count > len(names) and rest is None:
+            raise TypeError(f"{self.name} takes {len(names)} positional arguments, not {count}")
+        return [*names, *[str(rest)] * (count - len(names))][:count]
+
     def bind(self, args: Args, kwargs: Kwargs) -> dict[str, Any]:
         """The arguments of a call by parameter, defaults applied.
 

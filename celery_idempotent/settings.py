@@ -34,7 +34,7 @@ OPTION_NAMES = (
 #: How a setting begins that is meant to be one of ours.
 _LIKE_OURS = ("idemp", "idemo", "idepo", "indemp")
 
-_APP_NAMES = ("store", "table", "retention", "recovery_interval", "lost_after", "on_store_error", "hooks")
+_APP_NAMES = ("store", "table", "retention", "recovery_interval", "lost_after", "on_store_error", "hooks", "redact")
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,8 @@ class Settings:
             again. ``run``: run unguarded, with an error in the log. ``raise``: raise StoreUnavailableError.
         hooks: Callables of one :class:`~celery_idempotent.outcomes.Outcome`, or dotted paths of such, which are told what becomes
             of each message. Default: none.
+        redact: Names of parameters and keys, or patterns with ``*`` and ``?``, whose values are masked wherever arguments and results are
+            shown. The rows keep them: a message has to be published again.
     """
 
     store: str = "sqlite:///queue_log.db"
@@ -60,6 +62,7 @@ class Settings:
     lost_after: float = 300.0
     on_store_error: Literal["retry", "run", "raise"] = "retry"
     hooks: tuple[str | Callable[..., object], ...] = ()
+    redact: tuple[str, ...] = ()
 
     @classmethod
     def from_app(cls, app: Celery) -> Settings:
@@ -82,6 +85,7 @@ class Settings:
                 "idempotent_on_store_error", known.get("on_store_error", cls.on_store_error), "retry", "run", "raise"
             ),
             hooks=_hooks(known.get("hooks", cls.hooks)),
+            redact=_names("redact", known.get("redact", cls.redact)),
         )
 
 
@@ -123,6 +127,13 @@ def _hooks(value: object) -> tuple[str | Callable[..., object], ...]:
                 f"setting {PREFIX}hooks: {entry!r} is neither a callable of one outcome nor the dotted path of one"
             )
     return tuple(value)
+
+
+def _names(name: str, value: object) -> tuple[str, ...]:
+    # A text is a sequence of texts too: one of a single name would mask all that is called by one of its letters, and show the rest.
+    if isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(each, str) and each for each in value):
+        return tuple(value)
+    raise ConfigurationError(f"setting {PREFIX + name} must be a list of names, not {value!r}")
 
 
 def seconds(name: str, value: object, *, positive: bool) -> float:

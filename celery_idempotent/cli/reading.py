@@ -13,6 +13,7 @@ from celery_idempotent.cli.options import Chosen, as_json, choose, limit
 from celery_idempotent.cli.printing import print_, sheets, table
 from celery_idempotent.queue_log import QueueLog
 from celery_idempotent.records import MessageKey, ProcessedStatus, Row, RowFilter, Status
+from celery_idempotent.redaction import Redaction
 from celery_idempotent.serialization import UndecodableError, decode_message, decode_result
 
 if TYPE_CHECKING:
@@ -117,12 +118,17 @@ def _shortened(error: str | None) -> str | None:
 def show(ctx: click.Context, message_id: str, task_name: str | None, arguments: bool, json_: bool) -> None:
     """Show what is known of the message MESSAGE_ID.
 
-    Arguments and results are shown on demand only: what is printed ends in terminals, tickets and logs. The argsrepr and kwargsrepr of a
+    Arguments and results are shown on demand only: what is printed ends in terminals, tickets and logs; what idempotent_redact names is masked even
+    then. The argsrepr and kwargsrepr of a
     call, by which Celery's own logs call its arguments, are always shown.
     """
     with opened(ctx) as queue_log:
         rows = rows_of(queue_log, message_id, task_name)
         contents = [_contents(queue_log.app, row) for row in rows]
+        if arguments and queue_log.settings.redact:
+            queue_log.app.loader.import_default_modules()  # whose task is not known, has arguments without names
+            redaction = Redaction(queue_log.settings.redact, queue_log.app.tasks)
+            contents = [_masked(redaction, row, each) for row, each in zip(rows, contents, strict=True)]
     shown = contents if arguments else [_redacted(each, json_=json_) for each in contents]
     records = [{**record_of(row), **each} for row, each in zip(rows, shown, strict=True)]
     if not records:
@@ -171,6 +177,16 @@ def _contents(app: Celery, row: Row) -> dict[str, Any]:
         except UndecodableError as error:
             contents["undecodable_result"] = str(error)
     return contents
+
+
+def _masked(redaction: Redaction, row: Row, contents: dict[str, Any]) -> dict[str, Any]:
+    """The same with values masked as ``idempotent_redact`` has it."""
+    masked = dict(contents)
+    if "args" in contents:
+        masked["args"], masked["kwargs"] = redaction.call(row.key.task_name, contents["args"], contents["kwargs"])
+    if "result" in contents:
+        masked["result"] = redaction.result(contents["result"])
+    return masked
 
 
 def _redacted(contents: dict[str, Any], *, json_: bool) -> dict[str, Any]:

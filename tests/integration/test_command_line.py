@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -332,6 +332,29 @@ def test_what_a_caller_has_its_arguments_called_is_shown(filled: Celery, capsys:
     assert "argsrepr" in printed
     assert "('4111 ...',)" in printed
     assert "4111 1111" not in printed
+
+
+def test_what_the_app_redacts_is_masked_even_then(celery: RunCelery, project: Path) -> None:
+    app = Celery("filler", set_as_current=False)
+    with closing(SQLStore(f"sqlite:///{project / 'redacted.db'}")) as store:
+        done, waits = (NewMessage(MessageKey(name, "shop.charge"), name) for name in ("done", "waits"))
+        data = encode_message(("o-secret", 5), {"meta": {"Card": "4111", "of": 3}}, {}, serializer="json")
+        store.record(replace(waits, message=data))
+        claimed = store.claim(done, worker="w:1", lease=60.0, grace=0.0)
+        assert isinstance(claimed, Claimed)
+        store.complete(claimed.claim, result=encode_result(app, {"card": "4111", "paid": 5}))
+
+    settings = {"idempotent_redact": ["order_*", "card"]}
+    options = {"store": "sqlite:///redacted.db", "SETTINGS": repr(settings)}
+    for_people = celery("idempotent", "show", "waits", "--arguments", **options)
+    shown = dict(line.split(maxsplit=1) for line in for_people.stdout.splitlines())
+    assert (shown["args"], shown["kwargs"]) == ("['***', 5]", "{'meta': {'Card': '***', 'of': 3}}")
+    for_programs = [
+        celery("idempotent", "show", name, "--arguments", "--json", **options) for name in ("waits", "done")
+    ]
+    (waiting,), (ended,) = (json.loads(run.stdout) for run in for_programs)
+    assert (waiting["args"], waiting["kwargs"]) == (["***", 5], {"meta": {"Card": "***", "of": 3}})
+    assert ended["result"] == {"card": "***", "paid": 5}
 
 
 def test_show_what_cannot_be_read(filled: Celery, capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,6 +36,7 @@ def test_the_defaults() -> None:
         lost_after=300.0,
         on_store_error="retry",
         hooks=(),
+        redact=(),
     )
 
 
@@ -48,11 +49,25 @@ def test_every_setting_is_read() -> None:
         idempotent_lost_after=1.5,
         idempotent_on_store_error="raise",
         idempotent_hooks=["there.hook", print],
+        idempotent_redact=["password", "*token*"],
     )
 
     assert Settings.from_app(app) == Settings(
-        "postgresql://there/db", "ops.queue_log", 86400.0, 0.0, 1.5, "raise", ("there.hook", print)
+        "postgresql://there/db",
+        "ops.queue_log",
+        86400.0,
+        0.0,
+        1.5,
+        "raise",
+        ("there.hook", print),
+        ("password", "*token*"),
     )
+
+
+@pytest.mark.parametrize("value", ["password", [""], [1], 5, {"password": True}])
+def test_names_are_a_list(value: object) -> None:
+    with pytest.raises(ConfigurationError, match="setting idempotent_redact must be a list of names, not"):
+        Settings.from_app(configured(idempotent_redact=value))
 
 
 class TestWhereTheyComeFrom:

@@ -1,0 +1,90 @@
+"""What is masked where arguments and results are shown: by the names of parameters and keys."""
+
+from __future__ import annotations
+
+import datetime as dt
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
+from fnmatch import fnmatchcase
+from typing import Any
+from uuid import UUID
+
+__all__ = ["MASK", "Redaction"]
+
+logger = logging.getLogger("celery_idempotent")
+
+#: What stands in the place of a value.
+MASK = "***"
+
+#: What is shown as it is unless its name says otherwise; of anything else there is no telling what it shows.
+_PLAIN = (str, int, float, Decimal, UUID, bytes, dt.date, dt.time, dt.timedelta, type(None))
+
+
+class Redaction:
+    """Masks values whose name is among some names.
+
+    A name is that of a parameter of the body, however the argument was given, or a key of a mapping at any depth. What has a name that
+    matches is masked whole. An object other than the usual ones is shown by its type alone, since its ``repr`` may tell anything. If it
+    cannot be told which parameters positional arguments are for, all of them are masked; and if anything fails, everything is.
+
+    Args:
+        names: The names, or patterns with ``*`` and ``?``, whatever their case. Without any, everything is shown as it is.
+        tasks: The app's tasks by name.
+    """
+
+    def __init__(self, names: Iterable[str], tasks: Mapping[str, Any]) -> None:
+        self._patterns = tuple(name.casefold() for name in names)
+        self._tasks = tasks
+
+    def call(self, task_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+        """The arguments of a call, as they may be shown."""
+        if not self._patterns:
+            return args, kwargs
+        try:
+            return self._call(task_name, args, kwargs)
+        except Exception as error:  # noqa: BLE001 - somebody else's objects: whatever it is, nothing is shown
+            logger.warning("the arguments of %s cannot be redacted: %s", task_name, type(error).__name__)
+            return MASK, MASK
+
+    def result(self, value: Any) -> Any:
+        """A result, as it may be shown; it goes by the name ``result``."""
+        if not self._patterns:
+            return value
+        try:
+            return self._named("result", value)
+        except Exception as error:  # noqa: BLE001 - as above
+            logger.warning("a result cannot be redacted: %s", type(error).__name__)
+            return MASK
+
+    def _call(self, task_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+        names = self._positions(task_name, len(args))
+        shown = [MASK if name is None else self._named(name, value) for name, value in zip(names, args, strict=True)]
+        return shown, {name: self._named(name, value) for name, value in kwargs.items()}
+
+    def _positions(self, task_name: str, count: int) -> Sequence[str | None]:
+        """The parameters that positional arguments are for; ``None`` where that is not known."""
+        options = getattr(self._tasks.get(task_name), "idempotency", None)
+        try:
+            return [None] * count if options is None else list(options.signature.positions(count))
+        except TypeError:
+            return [None] * count
+
+    def _named(self, name: Any, value: Any) -> Any:
+        known = str(name).casefold()
+        return MASK if any(fnmatchcase(known, pattern) for pattern in self._patterns) else self._value(value)
+
+    def _value(self, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            if "task" in value and "args" in value and "kwargs" in value:  # a signature, with arguments of its own
+                args, kwargs = self._call(str(value["task"]), value["args"] or (), value["kwargs"] or {})
+                value = {**value, "args": args, "kwargs": kwargs}
+                return {
+                    key: each if key in {"args", "kwargs"} else self._named(key, each) for key, each in value.items()
+                }
+            return {key: self._named(key, each) for key, each in value.items()}
+        if isinstance(value, tuple) and hasattr(value, "_asdict"):
+            return {key: self._named(key, each) for key, each in value._asdict().items()}
+        if isinstance(value, (list, tuple, set, frozenset)):
+            return [self._value(each) for each in value]
+        return value if isinstance(value, _PLAIN) else f"<{type(value).__name__}>"
