@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from celery_idempotent.queue_log import QueueLog
     from celery_idempotent.store import Store
 
-__all__ = ["Recovered", "Recovery", "Relayed"]
+__all__ = ["Due", "Recovered", "Recovery", "Relayed"]
 
 logger = logging.getLogger("celery_idempotent")
 
@@ -96,6 +96,23 @@ class Recovered:
 
 
 @dataclass(frozen=True, slots=True)
+class Due:
+    """What would be done if everything was recovered now.
+
+    Attributes:
+        taken_back: Rows whose owner's lease ran out.
+        relayed: Rows that were recorded and never handed to the broker, and that nobody is publishing.
+        lost: Rows that the broker is presumed to have lost.
+        purged: How many rows would be deleted.
+    """
+
+    taken_back: tuple[Row, ...] = ()
+    relayed: tuple[Row, ...] = ()
+    lost: tuple[Row, ...] = ()
+    purged: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Relayed:
     """What a relay did.
 
@@ -136,10 +153,7 @@ class Recovery:
         """
         lost_after = self._queue_log.settings.lost_after
         return Recovered(
-            taken_back=self._publish_due(
-                partial(self._store.lapsed, again_after=lost_after),
-                due=lambda row: _has_paused(row, since=row.lease_expires_at),
-            ),
+            taken_back=self._publish_due(partial(self._store.lapsed, again_after=lost_after), due=_lapsed_and_paused),
             relayed=self.relay(at_most=_RELAYED * BATCH).published,
             lost=self._publish_overtaken(lost_after),
             purged=self.purge(),
@@ -179,6 +193,44 @@ class Recovery:
                 time.sleep(min(rest.in_flight, _LOOK_EVERY))
         if lost_after is not None and not stopped():
             yield Recovered(lost=self.publish_waiting(lost_after, stopped=stopped))
+
+    def due(self, *, lost_after: float | None = None, at_most: int = 1000) -> Due:
+        """What :meth:`steps` would do, as far as that can be seen: nothing is published, changed or deleted.
+
+        Args:
+            lost_after: As for :meth:`steps`.
+            at_most: Rows of each kind that are looked at.
+
+        Raises:
+            StoreError: As for :meth:`step`.
+        """
+        self._see_what_ran()
+        settings, store = self._queue_log.settings, self._store
+        lapsed = store.lapsed(again_after=settings.lost_after, limit=at_most)
+        lost = {
+            row.key: row
+            for read in self._overtaken(settings.lost_after)
+            for row in read(limit=at_most)
+            if _overtaken_and_paused(row)
+        }
+        if lost_after is not None:
+            lost.update((row.key, row) for row in store.waiting(older_than=lost_after, limit=at_most))
+        return Due(
+            taken_back=tuple(row for row in lapsed if _lapsed_and_paused(row) and self._is_ours(row)),
+            relayed=tuple(row for row in store.unsent(limit=at_most) if row.lease_left <= 0 and self._is_ours(row)),
+            lost=tuple(filter(self._is_ours, lost.values())),
+            purged=store.purgeable(older_than=settings.retention),
+        )
+
+    def _is_ours(self, row: Row) -> bool:
+        """Whether this app can publish a row's message."""
+        if not is_guarded(self._queue_log.app.tasks.get(row.key.task_name)):
+            return False
+        try:
+            decode_message(self._queue_log.app, row.message)
+        except UndecodableError:
+            return False
+        return True
 
     def relay(self, *, at_most: float = BATCH, stopped: Callable[[], bool] = lambda: False) -> Relayed:
         """Publish what was committed and never handed to the broker, in the order in which it was recorded.
@@ -295,25 +347,22 @@ class Recovery:
         self._latest.update({row.queue: row.key for row in reversed(self._store.newest(limit=_NEWEST))})
 
     def _publish_overtaken(self, lost_after: float) -> int:
-        published = 0
+        return sum(self._publish_due(read, due=_overtaken_and_paused) for read in self._overtaken(lost_after))
+
+    def _overtaken(self, lost_after: float) -> Iterator[_Read]:
+        """For each queue what reads the rows that have been overtaken on it."""
         for key in list(self._latest.values()):
             with no_fork():
                 latest = self._store.find(key)
             # Of a message whose queue is not known nobody knows what it has overtaken.
             if latest is None or latest.worker is None or latest.queue is None:
                 continue
-            overtaken = partial(
+            yield partial(
                 self._store.waiting,
                 older_than=lost_after,
                 queue=latest.queue,
                 before=latest.created_timestamp - timedelta(seconds=lost_after),
             )
-            published += self._publish_due(
-                # A retry waits since it was due, which no message of its own that it had before has to do with.
-                overtaken,
-                due=lambda row: _has_paused(row, since=row.available_at or row.created_timestamp),
-            )
-        return published
 
     def _publish_due(
         self,
@@ -424,6 +473,15 @@ class Recovery:
             outcomes.tell(
                 kind, row.key, row=row, task_id=row.task_id, queue=row.queue, attempt=row.attempt, reason=reason
             )
+
+
+def _lapsed_and_paused(row: Row) -> bool:
+    return _has_paused(row, since=row.lease_expires_at)
+
+
+def _overtaken_and_paused(row: Row) -> bool:
+    # A retry waits since it was due, which no message of its own that it had before has to do with.
+    return _has_paused(row, since=row.available_at or row.created_timestamp)
 
 
 def _has_paused(row: Row, *, since: datetime | None) -> bool:

@@ -5,21 +5,22 @@ from __future__ import annotations
 import json
 import logging
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from time import monotonic, sleep
+from typing import Any
 
 import click
 from celery.bin.base import CeleryCommand
 from kombu.exceptions import OperationalError
 
 from celery_idempotent.cli.opening import one_line, opened
-from celery_idempotent.cli.options import as_json, duration
-from celery_idempotent.cli.printing import print_
+from celery_idempotent.cli.options import as_json, dry_run, duration
+from celery_idempotent.cli.printing import print_, table
 from celery_idempotent.errors import StoreUnavailableError
 from celery_idempotent.queue_log import QueueLog
-from celery_idempotent.recovery import Recovered
+from celery_idempotent.recovery import Due, Recovered
 
 __all__ = ["recover"]
 
@@ -32,6 +33,18 @@ _RECOVERED = {
     "lost": "published again {} presumed lost",
     "purged": "purged {}",
 }
+
+#: What a step would do, and what would become of a message that is due.
+_WOULD = {
+    "taken_back": "take back {} whose worker died",
+    "relayed": "relay {} never published",
+    "lost": "publish again {} presumed lost",
+    "purged": "purge {}",
+}
+_DUE = {"taken_back": "be taken back", "relayed": "be relayed", "lost": "be published again"}
+
+#: So many messages of each kind are looked at by a dry run.
+_LOOKED_AT = 1000
 
 #: The longest pause in seconds of `recover --watch` while the store or the broker is not there, unless its interval is longer.
 _LONGEST_BACK_OFF = 60.0
@@ -55,9 +68,12 @@ _NOTICE = 0.2
     help="Publish every message again that has waited for longer, overtaken or not: for a broker that was emptied. "
     "Whatever it still has gets a copy. With --watch, once.",
 )
+@dry_run
 @as_json
 @click.pass_context
-def recover(ctx: click.Context, watch: bool, interval: float | None, lost_after: float | None, json_: bool) -> None:
+def recover(
+    ctx: click.Context, watch: bool, interval: float | None, lost_after: float | None, dry_run: bool, json_: bool
+) -> None:
     """Publish what a dead worker, broker or producer left behind, and purge.
 
     This is what a worker does every idempotent_recovery_interval seconds: it takes back messages whose worker died, relays those
@@ -66,16 +82,55 @@ def recover(ctx: click.Context, watch: bool, interval: float | None, lost_after:
 
     Any number may run at once, beside workers too. Should a message be published that the broker still has, the claim absorbs the
     copy: it is skipped, and counted as a duplicate. A message that was published again goes to the end of its queue.
+
+    --dry-run lists what is due, without a broker. What runs and waits goes on meanwhile, so that it need not be what is done next.
     """
     if interval is not None and (interval == 0 or not watch):
         raise click.UsageError("--interval is the pause of --watch, and more than 0")
+    if watch and dry_run:
+        raise click.UsageError("--dry-run is one look, without --watch")
     with opened(ctx) as queue_log:
         queue_log.app.loader.import_default_modules()  # a message whose task is not known is left alone
-        if watch:
+        if dry_run:
+            due = queue_log.recovery.due(lost_after=lost_after, at_most=_LOOKED_AT)
+            print_(json_, _plain(due), lambda: _listed(due))
+        elif watch:
             _watch(queue_log, interval or queue_log.settings.recovery_interval or 30.0, lost_after, json_)
         else:
             done = sum(queue_log.recovery.steps(lost_after=lost_after, in_flight=True), start=Recovered())
             print_(json_, asdict(done), lambda: [_recovered(done) or "nothing was due"])
+
+
+def _plain(due: Due) -> dict[str, Any]:
+    """What is due, for programs."""
+    rows = {name: getattr(due, name) for name in _DUE}
+    return {
+        "dry_run": True,
+        **{
+            name: [
+                {"message_id": row.key.message_id, "task_name": row.key.task_name, "task_id": row.task_id}
+                for row in each
+            ]
+            for name, each in rows.items()
+        },
+        "purged": due.purged,
+    }
+
+
+def _listed(due: Due) -> Iterator[str]:
+    """What is due, for people: each message, and how many of each kind."""
+    records = [
+        {**{name: getattr(row, name) for name in ("status", "queue")}, **asdict(row.key), "would": would}
+        for name, would in _DUE.items()
+        for row in getattr(due, name)
+    ]
+    if records:
+        yield from table(records, ("message_id", "task_name", "status", "queue", "would"))
+    numbers = {name: len(getattr(due, name)) for name in _DUE}
+    would = _recovered(Recovered(**numbers, purged=due.purged), _WOULD)
+    yield f"would {would}" if would else "nothing is due"
+    if max(numbers.values()) >= _LOOKED_AT:
+        yield f"no more than {_LOOKED_AT} of each kind were looked at"
 
 
 def _watch(queue_log: QueueLog, interval: float, lost_after: float | None, json_: bool) -> None:
@@ -116,6 +171,6 @@ def _told_to_stop() -> Iterator[Callable[[], bool]]:
             signal.signal(signum, handler)
 
 
-def _recovered(done: Recovered) -> str:
+def _recovered(done: Recovered, words: Mapping[str, str] = _RECOVERED) -> str:
     """What was done, in a line; empty if nothing was."""
-    return ", ".join(_RECOVERED[name].format(count) for name, count in asdict(done).items() if count)
+    return ", ".join(words[name].format(count) for name, count in asdict(done).items() if count)

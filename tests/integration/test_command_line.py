@@ -548,6 +548,48 @@ def test_recover_publishes_what_is_due_and_says_so(celery: RunCelery, losses: Lo
     assert losses.published() == ["lapsed", "unsent"]
 
 
+def test_a_dry_run_of_recover_lists_what_is_due_and_changes_nothing(celery: RunCelery, losses: Losses) -> None:
+    losses.lapsed("lapsed", task="shop.late")
+    losses.lapsed("of another app", task="another.task")
+    losses.unsent("unsent")
+    losses.pending("being published", published=False, publish_within=60.0)
+    losses.age(2 * DAY, losses.done("old"))
+    losses.age(1000.0, losses.pending("overtaken"), losses.pending("elsewhere", queue="other"))
+    losses.claimed("overtaking")
+    before = list(losses.store.rows(RowFilter()))
+    losses.broker.stop()
+
+    people = celery("idempotent", "recover", "--dry-run", **losses.environment)
+    programs = celery("idempotent", "recover", "--dry-run", "--lost-after", "900", "--json", **losses.environment)
+
+    assert (people.returncode, people.stderr) == (0, "")
+    head, *listed, last = people.stdout.splitlines()
+    assert head.split() == ["message_id", "task_name", "status", "queue", "would"]
+    assert [line.split() for line in listed] == [
+        ["lapsed", "shop.late", "processing", "celery", "be", "taken", "back"],
+        ["unsent", "shop.charge", "pending", "celery", "be", "relayed"],
+        ["overtaken", "shop.charge", "pending", "celery", "be", "published", "again"],
+    ]
+    assert (
+        last == "would take back 1 whose worker died, relay 1 never published, publish again 1 presumed lost, purge 1"
+    )
+    said = json.loads(programs.stdout)
+    assert {row["message_id"] for row in said["lost"]} == {"overtaken", "elsewhere"}
+    assert (said["dry_run"], said["purged"]) == (True, 1)
+    assert [replace(row, read_at=None) for row in losses.store.rows(RowFilter())] == [  # type: ignore[arg-type]
+        replace(row, read_at=None)  # type: ignore[arg-type]
+        for row in before
+    ]
+
+    losses.broker.start()
+    losses.store.relayed([MessageKey("being published", "shop.charge")], published=True)
+    done = celery("idempotent", "recover", **losses.environment)
+    assert done.stdout == (
+        "taken back 1 whose worker died, relayed 1 never published, published again 1 presumed lost, purged 1\n"
+    )
+    assert celery("idempotent", "recover", "--dry-run", **losses.environment).stdout == "nothing is due\n"
+
+
 def test_recover_goes_on_until_nothing_more_is_due(celery: RunCelery, losses: Losses) -> None:
     names = sorted(losses.unsent(f"m:{number:03}").message_id for number in range(450))
     run = celery("idempotent", "recover", "--json", **losses.environment)
