@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -97,7 +98,11 @@ def recover(
         elif watch:
             _watch(queue_log, interval or queue_log.settings.recovery_interval or 30.0, lost_after, json_)
         else:
-            done = sum(queue_log.recovery.steps(lost_after=lost_after, in_flight=True), start=Recovered())
+            done = Recovered()
+            for step in queue_log.recovery.steps(lost_after=lost_after, in_flight=True):
+                done += step
+                if step.more and sys.stderr.isatty():
+                    click.echo(f"so far: {_recovered(done)}", err=True)
             print_(json_, asdict(done), lambda: [_recovered(done) or "nothing was due"])
 
 

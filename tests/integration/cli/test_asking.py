@@ -103,6 +103,22 @@ def test_at_a_terminal_purge_asks_before_it_deletes_what_workers_would_keep(proj
     assert statuses(store) == [None, None]
 
 
+def test_at_a_terminal_recover_says_how_far_it_is(project: Path, store: SQLStore) -> None:
+    message = encode_message(("late",), {}, {}, serializer="json")
+    store.record_all(
+        [
+            NewMessage(
+                MessageKey(f"m{number}", "shop.charge"), f"m{number}", "celery", message=message, published=False
+            )
+            for number in range(250)
+        ]
+    )
+    status, seen = at_a_terminal(project, "recover", answer="")
+    assert status == 0
+    assert "so far: relayed 250 never published" in seen
+    assert seen.rstrip().endswith("relayed 250 never published")
+
+
 @pytest.mark.parametrize("verb", ["requeue", "forget"])
 def test_without_a_terminal_it_has_to_be_told(project: Path, store: SQLStore, verb: str) -> None:
     given = command(project, "idempotent", verb, "a", app="proj", store="sqlite:///log.db")
