@@ -97,7 +97,7 @@ def test_a_pages_python_runs(page: str, tmp_path: Path) -> None:
 _TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 #: Programs that are not ours to check.
-_FOREIGN = {"curl", "cd", "docker", "export", "kill", "mail", "pip", "psql", "python", "redis-cli"}
+_FOREIGN = {"cat", "curl", "cd", "docker", "echo", "export", "kill", "mail", "pip", "psql", "python", "redis-cli", "rm"}
 
 
 def commands(block: Block) -> list[str]:
@@ -146,6 +146,30 @@ def test_the_page_of_the_table_has_its_columns() -> None:
 
     page = (ROOT / "docs" / "reference" / "table.md").read_text()
     assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == set(queue_log_table(sa.MetaData()).c.keys())
+
+
+def test_what_the_page_of_brokers_says_that_it_costs_was_measured() -> None:
+    """After a run of `make bench` the page has to be told."""
+    measured = (ROOT / "docs" / "explanation" / "benchmarks.md").read_text()
+
+    def figures(heading: str, subject: str) -> tuple[str, float]:
+        """The ratio to plain Celery, and the milliseconds of processor time."""
+        table = measured.partition(f"### {heading}")[2].partition("###")[0]
+        row = next(line for line in table.splitlines() if line.startswith(f"| {subject} |"))
+        ratio, _, cpu, *_ = (cell.strip() for cell in row.split("|")[2:])
+        return ratio.partition(" ")[0], float(cpu)
+
+    said = (ROOT / "docs" / "explanation" / "brokers.md").read_text().partition("**What it costs**, as [measured]")[2]
+    publish, batch, consume = "Publishing: one", "Publishing: 1,000 calls in a batch", "Consuming a no-op"
+    for heading in (publish, batch, consume):
+        for subject in ("postgresql", "redis"):
+            assert figures(heading, subject)[0] in said, (heading, subject)
+    for subject, form in (
+        ("postgresql", "{:.1f} ms for a message that is sent and {:.1f} ms"),
+        ("redis", "{:.1f} and {:.1f} ms"),
+    ):
+        more = [figures(heading, subject)[1] - figures(heading, "plain")[1] for heading in (publish, consume)]
+        assert form.format(*more) in said, (subject, more)
 
 
 def test_the_readmes_table_of_options_is_whole() -> None:

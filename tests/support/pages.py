@@ -4,6 +4,7 @@ A block of Python is run, in the order of the page and in one namespace, unless 
 
     <!-- not run: why -->
     <!-- run by: tests/acceptance/test_readme.py -->
+    <!-- all run by: tests/acceptance/test_tutorial.py -->          anywhere on the page
 
 ``app``, ``Celery`` and ``IdempotentTask`` are there. What else a page's blocks take for granted, and what became of them, stands in a comment
 of the page itself, which no reader sees: ``<!-- invisible-code: python``.
@@ -46,11 +47,14 @@ PAGES = sorted(
 
 #: What is shown, and what is there when a page is run: only the addresses are ours.
 ADDRESSES = {
+    'backend="redis://localhost"': 'backend="cache+memory://"',
     "redis://localhost": "memory://",
     "postgresql+psycopg://localhost/shop": "sqlite:///shop.db",
 }
 
 _SAID = re.compile(r"<!-- (not run|run by): ([^\n]+?) -->\n\Z")
+
+_SAID_OF_ALL = re.compile(r"^<!-- all run by: ([^\n]+?) -->$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,8 @@ def blocks(page: str) -> Iterator[Block]:
     for example in document:
         found = _said_above(example)
         said = {} if found is None else {found[1]: found[2]}
+        if everything := _SAID_OF_ALL.search(document.text):
+            said = {"run by": everything[1]}
         yield Block(
             page,
             example.line,

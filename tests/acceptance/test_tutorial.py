@@ -1,0 +1,114 @@
+"""The tutorial, word by word: its files are written, its lines are typed, and what it says is printed is printed."""
+
+from __future__ import annotations
+
+import doctest
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.pages import ROOT, blocks
+from tests.support.servers import PrivateRedis
+from tests.support.worker import WorkerProcess
+
+PAGE = "docs/tutorial/first-hour.md"
+_SAME = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+
+
+class Terminal:
+    """Where the reader sits: a directory, and a worker that may be running."""
+
+    def __init__(self, directory: Path, redis: str) -> None:
+        self.directory = directory
+        self.redis = redis
+        self.worker: WorkerProcess | None = None
+        scripts = Path(sys.executable).parent
+        self.environment = {
+            **os.environ,
+            "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{directory}",
+        }
+        self.typed = 0
+
+    def write(self, text: str) -> None:
+        name = text.partition("\n")[0].removeprefix("# ")
+        assert name == "shop.py"
+        assert text.count('"redis://localhost"') == 2
+        (self.directory / name).write_text(text.replace("redis://localhost", self.redis))
+
+    def type(self, text: str) -> None:
+        """Type what stands behind each dollar sign, and compare what comes with what follows it."""
+        assert text.startswith("$ ")
+        for command in ("\n" + text).split("\n$ ")[1:]:
+            line, _, shown = command.partition("\n")
+            self.typed += 1
+            match line.split():
+                case ["pip", "install", *_]:
+                    continue
+                case ["celery", "-A", "shop", "worker"]:
+                    self.start_worker()
+                    continue
+            done = subprocess.run(
+                line,
+                shell=True,
+                cwd=self.directory,
+                env=self.environment,
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=False,
+            )
+            assert done.returncode == (3 if "warnings: 1" in shown else 0), done.stdout + done.stderr
+            if shown.strip():
+                checker = doctest.OutputChecker()
+                assert checker.check_output(shown, done.stdout, _SAME), f"$ {line}\n{done.stdout}\n--- shown:\n{shown}"
+
+    def talk(self, text: str) -> None:
+        """Have a Python session of its own say what is shown."""
+        self.typed += 1
+        session = self.directory / "session.txt"
+        session.write_text(text)
+        command = [sys.executable, "-m", "doctest", "-o", "ELLIPSIS", str(session)]
+        done = subprocess.run(
+            command,
+            cwd=self.directory,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def start_worker(self) -> None:
+        self.stop_worker()
+        environment = {"PYTHONPATH": self.environment["PYTHONPATH"]}
+        self.worker = WorkerProcess(self.directory, environment, app="shop").start()
+
+    def stop_worker(self) -> None:
+        if self.worker is not None:
+            self.worker.terminate()
+            self.worker = None
+
+
+@pytest.mark.timeout(240)
+def test_a_newcomers_hour(tmp_path: Path, private_redis: PrivateRedis) -> None:
+    terminal = Terminal(tmp_path, private_redis.url)
+    try:
+        for block in blocks(PAGE):
+            match block.language:
+                case "python":
+                    terminal.write(block.text)
+                case "pycon":
+                    terminal.talk(block.text)
+                case "console":
+                    terminal.type(block.text)
+                case other:
+                    raise AssertionError(f"{block}: what is {other!r}?")
+    finally:
+        if terminal.worker is not None:
+            terminal.worker.stop()
+    assert terminal.typed > 15
