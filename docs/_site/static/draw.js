@@ -11,7 +11,7 @@
       diagram.textContent = diagram.dataset.source;
       delete diagram.dataset.processed;
     }
-    mermaid.initialize({ startOnLoad: false, theme: dark() ? "dark" : "default", sequence: { wrap: true } });
+    mermaid.initialize({ startOnLoad: false, theme: dark() ? "dark" : "default", sequence: { wrap: true, actorMargin: 130 } });
     mermaid.run({ nodes: diagrams });
   };
   document.addEventListener("DOMContentLoaded", () => {
