@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, assert_never
 
 from celery import states
 from celery.backends.base import DisabledBackend
-from celery.exceptions import Ignore
 from kombu.exceptions import OperationalError
 from kombu.utils.functional import retry_over_time
 
 from celery_idempotent import outage
 from celery_idempotent.children import fix_callbacks, unsent_errbacks
 from celery_idempotent.chords import claimed_for
+from celery_idempotent.copies import CopyIgnored
 from celery_idempotent.decision import Delivery, DeliveryAction, DeliveryDecision, decide_delivery
 from celery_idempotent.errors import (
     AlreadyFailedError,
@@ -263,7 +263,8 @@ class _Admission:
                 answered(self.task, self.request)
                 logger.info("%s is skipped: it is %s already", self.run, row.status)
                 self.run.tell(OutcomeKind.SKIPPED, row)
-                raise Ignore(f"{self.run} is a duplicate: it is {row.status}")
+                running = row.status is not Status.DONE and self._is_of(row)
+                raise CopyIgnored(f"{self.run} is a duplicate: it is {row.status}", row.key, "skipped", running)
             case DeliveryAction.REPLAY:
                 self._wait_for_the_chord()
                 return self._replay(row)
@@ -430,10 +431,13 @@ class _Admission:
         # Most owners end long before their lease does, and somebody may wait for this copy's result.
         delay = min(decision.delay, _FIRST_HOLD * 2 ** min(self.holds, _LONGEST_HOLD))
         self._mark(holds=self.holds + 1)
-        held: Exception = self._hold(delay, row)
-        return held
+        return self._hold(delay, row)
 
-    def _hold(self, delay: float, row: Row | None = None) -> Ignore:
+    def _is_of(self, row: Row) -> bool:
+        """Whether this copy has the Celery id of what the row waits for or runs."""
+        return self.request.id in (row.task_id, row.ran_task_id)
+
+    def _hold(self, delay: float, row: Row | None = None) -> CopyIgnored:
         """Publish a delayed copy, so that this one can be acknowledged.
 
         On Redis a restored copy shares its delivery tag with the running original: acknowledging either deletes the broker's
@@ -451,7 +455,10 @@ class _Admission:
         logger.info("%s is held for %.1f s", self.run, countdown)
         self._publish_copy(countdown)
         self.run.tell(OutcomeKind.HELD, row, delay=countdown)
-        return Ignore(f"{self.run} is held for {countdown:.1f} s")
+        running = row is None or self._is_of(row)
+        return CopyIgnored(
+            f"{self.run} is held for {countdown:.1f} s", self.message.key, "held", running, countdown=countdown
+        )
 
     def _publish_copy(self, countdown: float) -> None:
         """Publish until the broker takes it: acknowledged without its copy, the message would be lost."""

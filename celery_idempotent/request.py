@@ -16,6 +16,7 @@ from celery.worker.state import active_requests
 
 from celery_idempotent.children import fix_callbacks
 from celery_idempotent.consumer import ABANDONED, sent_key
+from celery_idempotent.copies import announce
 from celery_idempotent.errors import StoreError
 from celery_idempotent.outcomes import OutcomeKind, reason_of
 from celery_idempotent.producer import identify
@@ -83,6 +84,7 @@ class IdempotentRequest(Request):  # type: ignore[misc]
                 return None
             else:
                 self._lost()
+        announce(self, error)
         return super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
 
     def _had_succeeded(self) -> bool:
