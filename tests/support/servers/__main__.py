@@ -3,8 +3,8 @@
 Each server is, in this order: the one that ``CELERY_IDEMPOTENT_TEST_<NAME>`` names; the one at its standard address, if it
 lets us in; one started for this run, as an ordinary account with its data in a temporary directory, and ended with it. What is not
 installed is first installed with apt-get, where that is there and we are root (``CELERY_IDEMPOTENT_TEST_INSTALL=0`` says
-no). The command finds all of them in its environment. A server that could not be had is said loudly: its tests skip, and under
-``CI=true`` they fail.
+no); so is the browser. The command finds all of them in its environment. A server that could not be had is said loudly: its tests skip,
+and under ``CI=true`` they fail.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+from tests.support import browser
 from tests.support.servers.kinds import KINDS, Kind
 from tests.support.servers.private import NotInstalledError, PrivateServer
 
@@ -40,7 +41,10 @@ def find_or_start(kinds: Iterable[Kind], started: ExitStack) -> list[Outcome]:
     with ThreadPoolExecutor(max_workers=len(kinds)) as threads:
         unreachable = dict(zip(kinds, threads.map(Kind.why_unreachable, kinds), strict=True))
     absent = [kind for kind in kinds if unreachable[kind] is not None and not kind.chosen]
-    install([kind for kind in absent if not is_installed(kind)])
+    install(
+        [kind.package for kind in absent if not is_installed(kind)]
+        + ([] if browser.is_installed() else [*browser.PACKAGES])
+    )
     with ThreadPoolExecutor(max_workers=len(kinds)) as threads:
         ours = dict(zip(absent, threads.map(start, absent), strict=True))
 
@@ -72,12 +76,11 @@ def is_installed(kind: Kind) -> bool:
         server.close()
 
 
-def install(kinds: list[Kind]) -> None:
+def install(packages: list[str]) -> None:
     """Install Debian's packages of what is missing, if we may; what stays missing is found out by starting it."""
     wanted = os.environ.get("CELERY_IDEMPOTENT_TEST_INSTALL", "1") != "0"
-    if not kinds or not wanted or os.geteuid() != 0 or shutil.which("apt-get") is None:
+    if not packages or not wanted or os.geteuid() != 0 or shutil.which("apt-get") is None:
         return
-    packages = [kind.package for kind in kinds]
     print(f"installing {', '.join(packages)} with apt-get ...", file=sys.stderr, flush=True)
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     for command in (["update"], ["install", *packages]):
@@ -108,12 +111,15 @@ def report(outcomes: list[Outcome]) -> None:
     for outcome in outcomes:
         print(f"{outcome.kind.name:<11} {outcome.url or 'MISSING'} ({outcome.how})", file=sys.stderr)
     missing = [outcome for outcome in outcomes if outcome.url is None]
-    if missing:
-        names = ", ".join(outcome.kind.name for outcome in missing)
-        packages = " ".join(outcome.kind.package for outcome in missing)
+    names = [outcome.kind.name for outcome in missing]
+    packages = [outcome.kind.package for outcome in missing]
+    if not browser.is_installed():
+        names.append("browser")
+        packages += browser.PACKAGES
+    if names:
         print(f"\n{'!' * 100}", file=sys.stderr)
-        print(f"! NO {names.upper()}: every test that needs it will {fate}.", file=sys.stderr)
-        print(f"! Debian and Ubuntu: apt-get install {packages}", file=sys.stderr)
+        print(f"! NO {', '.join(names).upper()}: every test that needs it will {fate}.", file=sys.stderr)
+        print(f"! Debian and Ubuntu: apt-get install {' '.join(packages)}", file=sys.stderr)
         for outcome in missing:
             print(f"! Elsewhere: name one with {outcome.kind.variable}={outcome.kind.default_url}", file=sys.stderr)
         print(f"{'!' * 100}\n", file=sys.stderr)

@@ -1,0 +1,136 @@
+"""What an operator has to know before anything else: what fails, and what stands still, since when, and what to do."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Literal
+
+from celery_idempotent.consumer import ABANDONED
+from celery_idempotent.contrib.flower.figures import LISTED, Glance
+from celery_idempotent.records import Row
+from celery_idempotent.settings import Settings
+
+__all__ = ["Alarm", "alarms", "is_abandoned"]
+
+#: How long ago a failure counts as one of now, and of lately.
+_NOW, _LATELY = timedelta(minutes=15), timedelta(hours=1)
+
+#: What is younger is on its way.
+_BRIEF = timedelta(seconds=5)
+
+#: Steps of recovery that something may have waited for in vain, and seconds; as `doctor` has it.
+_STEPS_IN_VAIN, _AT_LEAST = 5, 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Alarm:
+    """Something that is wrong.
+
+    Attributes:
+        level: ``danger`` for what does not go away by itself.
+        what: What it is.
+        since: Since when, or when last.
+        remedy: What to do, or what will happen.
+        see: The part of the page that has it.
+    """
+
+    level: Literal["danger", "warning"]
+    what: str
+    since: datetime | None
+    remedy: str
+    see: str
+
+
+def alarms(glance: Glance, failed: Sequence[Row], held: AbstractSet[str], settings: Settings) -> list[Alarm]:
+    """What is wrong, what is worst coming first.
+
+    Args:
+        glance: How the queue log stands.
+        failed: Messages that failed, those that failed last coming first.
+        held: Celery ids of copies that are held: those wait for a message that runs.
+        settings: The app's, for how long recovery may take.
+    """
+    found = [*_stuck(glance, settings), *_failing(glance.read_at, failed), *_behind(glance, held, settings)]
+    return sorted(found, key=lambda alarm: alarm.level != "danger")
+
+
+def _stuck(glance: Glance, settings: Settings) -> Iterator[Alarm]:
+    patience = timedelta(seconds=max(_AT_LEAST, _STEPS_IN_VAIN * settings.recovery_interval))
+    condition = glance.condition
+    if condition.lapsed_since is not None and glance.read_at - condition.lapsed_since > _BRIEF:
+        overdue = glance.read_at - condition.lapsed_since > patience
+        number = _many(len(glance.lapsed) or 1, "message whose worker died is", "messages whose workers died are")
+        yield Alarm(
+            "danger" if overdue else "warning",
+            f"{number} not taken over",
+            condition.lapsed_since,
+            "Nobody recovers it: is a worker up, with an idempotent_recovery_interval? `celery -A proj idempotent recover` does it now."
+            if overdue
+            else "A worker's next recovery step publishes it again, or fails it as abandoned.",
+            "running",
+        )
+    if condition.unsent_since is not None and glance.read_at - condition.unsent_since > _BRIEF:
+        overdue = glance.read_at - condition.unsent_since > patience
+        number = _many(len(glance.unsent) or 1, "message is", "messages are")
+        yield Alarm(
+            "danger" if overdue else "warning",
+            f"{number} recorded and not handed to the broker",
+            condition.unsent_since,
+            "Nobody publishes it: is the broker up, and a worker? `celery -A proj idempotent recover` does it now."
+            if overdue
+            else "A worker's next recovery step publishes it.",
+            "waiting",
+        )
+
+
+def _failing(now: datetime, failed: Sequence[Row]) -> Iterator[Alarm]:
+    lately = [row for row in failed if row.processed_timestamp is not None and now - row.processed_timestamp < _LATELY]
+    if not lately:
+        return
+    last = lately[0].processed_timestamp
+    assert last is not None  # which was asked for
+    kinds = Counter(_kind(row) for row in lately).most_common(3)
+    yield Alarm(
+        "danger" if now - last < _NOW else "warning",
+        f"{_many(len(lately), 'message has', 'messages have')} failed within the last hour",
+        last,
+        ", ".join(f"{number} {kind}" for kind, number in kinds),
+        "failed",
+    )
+
+
+def _kind(row: Row) -> str:
+    """The type of an error, or why there is none."""
+    return (row.error or "no error").partition(":")[0][:60]
+
+
+def _behind(glance: Glance, held: AbstractSet[str], settings: Settings) -> Iterator[Alarm]:
+    # A copy that something waits on has a row of its own, under its Celery id.
+    waiting = [row for row in glance.waiting if row.key.message_id not in held]
+    if not waiting:
+        return
+    oldest = min(waiting, key=lambda row: row.waiting_since)
+    if glance.read_at - oldest.waiting_since > timedelta(seconds=settings.lost_after):
+        where = f" on queue {oldest.queue}" if oldest.queue else ""
+        yield Alarm(
+            "warning",
+            f"The oldest message that is due waits{where}",
+            oldest.waiting_since,
+            "Do workers consume from it, and fast enough? If the broker has lost it, it is published again once later ones were claimed.",
+            "waiting",
+        )
+
+
+def _many(number: int, one: str, more: str) -> str:
+    if number == 1:
+        return f"1 {one}"
+    return f"{number}{' or more' if number >= LISTED else ''} {more}"
+
+
+def is_abandoned(row: Row) -> bool:
+    """Whether a message failed because its owner's lease ran out."""
+    return row.error is not None and row.error.startswith(ABANDONED.partition(":")[0])

@@ -1,0 +1,253 @@
+"""What Flower's page and series show of a queue log: what is read at a glance, and what is counted now and then.
+
+At a glance is what indexes tell, however long the log is. Counting, and looking for what failed, read the whole log: they are done in the
+background, once at a time, and so seldom that they take no more than a twentieth of the time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from celery_idempotent.contrib.flower.heard import Heard
+from celery_idempotent.contrib.flower.questions import Questions
+from celery_idempotent.errors import IdempotentError, StoreError
+from celery_idempotent.queue_log import QueueLog
+from celery_idempotent.records import FORGOTTEN, Condition, ProcessedStatus, Row, RowFilter, Status, TaskCount
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+    from celery_idempotent.records import MessageKey
+    from celery_idempotent.store import Store
+
+__all__ = ["LISTED", "Counted", "Figures", "Glance"]
+
+logger = logging.getLogger("celery_idempotent")
+
+T = TypeVar("T")
+
+#: At most so many rows of a kind.
+LISTED = 100
+
+#: Seconds for which a glance is good; within which it must be answered; and which a page waits for it.
+_GLANCE_GOOD, _GLANCE_WITHIN = 2.0, 5.0
+
+#: Seconds for which counts are good at least, and how many times as long as they took; and which a page waits for new ones.
+_COUNT_GOOD, _COUNT_SHARE, _COUNT_PATIENCE = 5.0, 20.0, 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Glance:
+    """How the queue log stands, as far as indexes tell. Rows of each kind: at most :data:`LISTED`.
+
+    Attributes:
+        condition: See :class:`~celery_idempotent.records.Condition`.
+        running: Claims, those recorded first coming first.
+        lapsed: Those whose lease ran out and whose message nobody has published again since.
+        unsent: Messages that were never handed to the broker, the oldest first.
+        waiting: Messages that the broker has and that are due, those published first coming first.
+        latest: What runs, and what ended last, in no order.
+    """
+
+    condition: Condition
+    running: tuple[Row, ...] = ()
+    lapsed: tuple[Row, ...] = ()
+    unsent: tuple[Row, ...] = ()
+    waiting: tuple[Row, ...] = ()
+    latest: tuple[Row, ...] = ()
+
+    @property
+    def read_at(self) -> datetime:
+        """The store's clock."""
+        return self.condition.read_at
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """What a look at the whole log told.
+
+    Attributes:
+        counts: Rows by task and status.
+        failed: Of the messages that failed, those recorded last; at most :data:`LISTED`.
+        at: When, by :func:`time.monotonic`.
+        duplicates_before: Copies that were skipped, by the count before, and when that was; ``None`` for the first.
+    """
+
+    counts: tuple[TaskCount, ...]
+    failed: tuple[Row, ...]
+    at: float = field(default_factory=time.monotonic)
+    duplicates_before: tuple[int, float] | None = None
+
+    @property
+    def duplicates(self) -> int:
+        """Copies that were skipped, of all messages in the log."""
+        return sum(count.duplicates for count in self.counts)
+
+    def number(self, status: Status, processed_status: ProcessedStatus | None = None) -> int:
+        """Messages in a status; and that ended so, if that is said."""
+        return sum(
+            count.rows
+            for count in self.counts
+            if count.status is status and processed_status in (None, count.processed_status)
+        )
+
+
+class _Kept(Generic[T]):
+    """The last answer to a question that many ask: it is passed on once at a time, and not before the answer is too old."""
+
+    def __init__(self, ask: Callable[[], Any], good: Callable[[float], float]) -> None:
+        self._ask, self._good = ask, good
+        self._asking: asyncio.Task[None] | None = None
+        self._since: float | None = None
+        self.answer: T | None = None
+        self.error: IdempotentError | None = None
+        self.took = 0.0
+        self.began: float | None = None
+
+    async def look(self, *, patience: float) -> None:
+        """Have it asked if that is due, and wait for an answer that is on its way for so many seconds."""
+        if self._asking is None and (self._since is None or time.monotonic() - self._since > self._good(self.took)):
+            self.began = time.monotonic()
+            self._asking = asyncio.ensure_future(self._look())
+        if self._asking is not None:
+            await asyncio.wait({self._asking}, timeout=patience)
+
+    def forget(self) -> None:
+        """Have it asked next time."""
+        self._since = None
+
+    async def _look(self) -> None:
+        assert self.began is not None
+        try:
+            self.answer, self.error = await self._ask(), None
+        except IdempotentError as error:
+            self.error = error
+        except Exception as error:
+            logger.exception("Flower's page cannot read the queue log")
+            self.error = StoreError(f"{type(error).__name__}: {error}")
+        finally:
+            self._since = time.monotonic()
+            self.took, self.began, self._asking = self._since - self.began, None, None
+
+
+class Figures:
+    """The figures of an app's queue log. All of it is for one event loop.
+
+    Args:
+        app: The app.
+    """
+
+    def __init__(self, app: Celery) -> None:
+        self._app = app
+        self._questions = Questions()
+        self._is_there = False
+        self._glance: _Kept[Glance] = _Kept(
+            lambda: self._questions.ask(self._read, within=_GLANCE_WITHIN), lambda _: _GLANCE_GOOD
+        )
+        self._counted: _Kept[Counted] = _Kept(
+            lambda: self._questions.ask(self._count, within=None), lambda took: max(_COUNT_GOOD, _COUNT_SHARE * took)
+        )
+        self.heard = Heard()
+
+    @property
+    def queue_log(self) -> QueueLog:
+        """The app's queue log."""
+        return QueueLog.of(self._app)
+
+    async def ask(self, question: Callable[[], T], *, within: float) -> T:
+        """See :meth:`Questions.ask`."""
+        return await self._questions.ask(question, within=within)
+
+    async def look(self) -> None:
+        """See to it that the figures are as new as they are to be; waits some seconds for a store that does not answer."""
+        await self._glance.look(patience=_GLANCE_WITHIN + 1.0)
+        if self._glance.error is None:
+            await self._counted.look(patience=_COUNT_PATIENCE)
+
+    def changed(self, key: MessageKey) -> None:
+        """A message is no more what it was."""
+        self._glance.forget()
+        counted = self._counted.answer
+        if counted is not None:
+            failed = tuple(row for row in counted.failed if row.key != key)
+            self._counted.answer = Counted(counted.counts, failed, counted.at, counted.duplicates_before)
+
+    @property
+    def glance(self) -> Glance | None:
+        """What was read last, if the store has answered since it was last asked."""
+        return None if self._glance.error is not None else self._glance.answer
+
+    @property
+    def counted(self) -> Counted | None:
+        """What was counted last."""
+        return self._counted.answer
+
+    @property
+    def took(self) -> float:
+        """Seconds that the last count took."""
+        return self._counted.took
+
+    @property
+    def counting_for(self) -> float | None:
+        """Seconds for which a count is under way."""
+        return None if self._counted.began is None else time.monotonic() - self._counted.began
+
+    @property
+    def error(self) -> IdempotentError | None:
+        """Why the queue log cannot be read."""
+        return self._glance.error or self._counted.error
+
+    @property
+    def failed(self) -> list[Row]:
+        """Messages that failed, those that failed last coming first; without what is known to have changed since."""
+        rows = {row.key: row for row in (self.counted.failed if self.counted else ())}
+        if self.glance is not None:
+            rows.update((row.key, row) for row in (*self.glance.latest, *self.glance.waiting, *self.glance.unsent))
+        failed = (row for row in rows.values() if _has_failed(row))
+        return sorted(failed, key=_ended, reverse=True)[:LISTED]
+
+    # -- in threads ------------------------------------------------------------------------------------------------------
+
+    def _store(self) -> Store | None:
+        """The store, once its schema is there."""
+        store = self.queue_log.store
+        # Where it is made on first use, that is not ours to make.
+        self._is_there = self._is_there or store.inspect()
+        return store if self._is_there else None
+
+    def _read(self) -> Glance:
+        store = self._store()
+        if store is None:
+            return Glance(Condition(datetime.now(UTC)))
+        return Glance(
+            store.condition(),
+            running=tuple(store.rows(RowFilter(status=Status.PROCESSING, oldest_first=True, limit=LISTED))),
+            lapsed=tuple(store.lapsed(again_after=0.0, limit=LISTED)),
+            unsent=tuple(store.unsent(limit=LISTED)),
+            waiting=tuple(store.waiting(older_than=0.0, limit=10)),
+            latest=tuple(store.newest(limit=2 * LISTED)),
+        )
+
+    def _count(self) -> Counted:
+        store, last = self._store(), self._counted.answer
+        before = None if last is None else (last.duplicates, last.at)
+        if store is None:
+            return Counted((), (), duplicates_before=before)
+        counts = tuple(store.counts())
+        failed = RowFilter(status=Status.DONE, processed_status=ProcessedStatus.FAILURE, limit=LISTED)
+        return Counted(counts, tuple(store.rows(failed)), duplicates_before=before)
+
+
+def _has_failed(row: Row) -> bool:
+    failed = row.status is Status.DONE and row.processed_status is ProcessedStatus.FAILURE
+    return failed and row.error != FORGOTTEN
+
+
+def _ended(row: Row) -> datetime:
+    return row.processed_timestamp or row.created_timestamp

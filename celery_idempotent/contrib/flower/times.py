@@ -1,0 +1,40 @@
+"""Moments and spans as people read them: ``3 min ago``, with the moment itself in UTC beside it."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from tornado.escape import xhtml_escape
+
+__all__ = ["ago", "span"]
+
+_UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
+
+
+def span(seconds: float) -> str:
+    """A span in its largest unit, with the next one where that says much: ``42 s``, ``12 min``, ``3 h 5 min``, ``2 d``."""
+    left = max(0, round(seconds))
+    for index, (unit, length) in enumerate(_UNITS):
+        if left >= length:
+            number, rest = divmod(left, length)
+            if number >= 10 or index + 1 == len(_UNITS) or rest < _UNITS[index + 1][1]:
+                return f"{number} {unit}"
+            smaller, size = _UNITS[index + 1]
+            return f"{number} {unit} {rest // size} {smaller}"
+    return "0 s"
+
+
+def ago(moment: datetime | float | None, now: datetime) -> str:
+    """HTML that says how far a moment is from now, and shows the moment to whoever points at it.
+
+    Args:
+        moment: A moment, or seconds since the epoch; ``None`` becomes a dash.
+        now: By the same clock.
+    """
+    if moment is None:
+        return '<span class="ql-none">&ndash;</span>'
+    moment = moment if isinstance(moment, datetime) else datetime.fromtimestamp(moment, UTC)
+    seconds = (now - moment).total_seconds()
+    text = "now" if abs(seconds) < 1 else f"{span(seconds)} ago" if seconds > 0 else f"in {span(-seconds)}"
+    exact = moment.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    return f'<time datetime="{moment.astimezone(UTC).isoformat()}" title="{xhtml_escape(exact)}">{text}</time>'

@@ -1,0 +1,120 @@
+"""A Flower on a bench with real traffic, and a browser that looks at it: one of each for all tests of this folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from selenium.webdriver import Chrome
+
+from tests.conftest import LOGS, missing
+from tests.support.bench import Bench, open_bench
+from tests.support.browser import open_browser
+from tests.support.flower import FlowerProcess
+from tests.support.servers import NotInstalledError
+from tests.support.waiting import wait_until
+
+#: Who may change things in the shared Flower.
+OPERATOR = "operator:secret"
+
+TASKS = (
+    "tests.support.apps.generic",
+    "tests.support.apps.outcomes",
+    "tests.support.apps.scenarios",
+)
+
+
+@pytest.fixture(scope="session")
+def watched_bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    """A bench whose worker sends events."""
+    directory = Path(tmp_path_factory.mktemp("watched"))
+    # Its tests make claims that ran out, and look at what is said of them.
+    settings = {"idempotent_recovery_interval": 0, "worker_send_task_events": True}
+    try:
+        opened = open_bench(directory, TASKS, settings=settings, concurrency=4)
+        bench = opened.__enter__()
+    except NotInstalledError as error:
+        missing("a private server", str(error))
+    try:
+        yield bench
+    finally:
+        opened.__exit__(None, None, None)
+
+
+@pytest.fixture(scope="session")
+def shared_flower(watched_bench: Bench) -> Iterator[FlowerProcess]:
+    """Flower with basic authentication."""
+    with FlowerProcess(watched_bench.directory, watched_bench.spec, f"--basic_auth={OPERATOR}") as flower:
+        wait_until_it_hears(flower, watched_bench)
+        yield flower
+
+
+@pytest.fixture
+def bench(watched_bench: Bench) -> Bench:
+    """The bench; a test uses message ids of its own."""
+    return watched_bench
+
+
+@pytest.fixture
+def flower(request: pytest.FixtureRequest, watched_bench: Bench, shared_flower: FlowerProcess) -> FlowerProcess:
+    """The Flower that all tests look at."""
+    logs = request.node.stash.setdefault(LOGS, {})
+    logs["Flower"] = shared_flower.log_tail
+    assert watched_bench.worker is not None
+    logs["the worker"] = watched_bench.worker.log_tail
+    return shared_flower
+
+
+@pytest.fixture(scope="session")
+def shared_browser() -> Iterator[Chrome]:
+    """A Chromium."""
+    try:
+        opened = open_browser()
+        browser = opened.__enter__()
+    except NotInstalledError as error:
+        missing("a browser", str(error))
+    try:
+        yield browser
+    finally:
+        opened.__exit__(None, None, None)
+
+
+@pytest.fixture
+def browser(shared_browser: Chrome) -> Chrome:
+    """The Chromium, on an empty page."""
+    shared_browser.get("about:blank")
+    return shared_browser
+
+
+def wait_until_it_hears(flower: FlowerProcess, bench: Bench) -> None:
+    """Wait until Flower has heard of the worker, so that it misses no event; from its first request for ``/metrics`` it notes ours."""
+    assert bench.worker is not None
+    online = f'flower_worker_online{{worker="{bench.worker.hostname}"}} 1.0'
+    wait_until(lambda: online in flower.get("/metrics").text, timeout=60.0, describe=flower.log_tail)
+
+
+def info_of(flower: FlowerProcess, task_id: str) -> dict[str, Any]:
+    """What Flower knows of a task; nothing before it has heard of it."""
+    answer = flower.get(f"/api/task/info/{task_id}", credentials=OPERATOR)
+    return json.loads(answer.text) if answer.status == 200 else {}
+
+
+def wait_for_state(flower: FlowerProcess, task_id: str, state: str) -> dict[str, Any]:
+    """What Flower knows of a task, once it has a state."""
+    return wait_until(
+        lambda: info if (info := info_of(flower, task_id)).get("state") == state else None,
+        timeout=30.0,
+        describe=lambda: f"{state} of {task_id}: {info_of(flower, task_id)}",
+    )
+
+
+def value_of(flower: FlowerProcess, series: str) -> float:
+    """The value of a series of Flower's ``/metrics``; 0 before there is one."""
+    for line in flower.get("/metrics").text.splitlines():
+        name, _, value = line.rpartition(" ")
+        if name == series:
+            return float(value)
+    return 0.0
