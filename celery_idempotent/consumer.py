@@ -167,6 +167,8 @@ class _Admission:
         self.run.trace = self.marker.trace
         #: Whether a claim of ours may stand, or may yet: the store was asked and its answer did not come.
         self.unanswered = False
+        #: Whether such a claim was found.
+        self.found_again = False
 
     @property
     def _store(self) -> Store:
@@ -221,11 +223,11 @@ class _Admission:
             took = time.monotonic() - self.run.asked
             run = self._claimed(answer) if isinstance(answer, Claimed) else self._follow(answer)
             if run is not None:
-                if isinstance(answer, Claimed):
-                    run.tell(OutcomeKind.CLAIMED, store=took)
                 if run.claim is not None and (run.first != self.request.id or not self.knows_first):
                     self.unanswered = True  # should the store give no answer now: the claim stands, and is found again
                     self._keep_the_first()
+                if isinstance(answer, Claimed) or self.found_again:
+                    run.tell(OutcomeKind.CLAIMED, store=took)
                 run.attach()
                 return run
         logger.warning("%s kept changing hands; it is delivered again", self.run)
@@ -340,7 +342,8 @@ class _Admission:
         mine = Claimed(Claim(row.key, row.token))
         self._note_first(row)
         self.run.asked += min(row.lease_left - self.task.idempotency.lease, 0.0)  # it was asked for earlier than that
-        claimed = self._claimed(mine) if row.lease_left > 0 else self._take_over(row)
+        self.found_again = row.lease_left > 0
+        claimed = self._claimed(mine) if self.found_again else self._take_over(row)
         if claimed is not None and row.processed_status is ProcessedStatus.SUCCESS:
             return self._replay_claimed(row)
         return claimed

@@ -129,6 +129,7 @@ def serve(port: int, *, address: str = "0.0.0.0") -> Callable[[], None]:  # noqa
 
     Raises:
         OSError: The port is taken.
+        ValueError: ``PROMETHEUS_MULTIPROC_DIR`` is no directory.
     """
     registry = REGISTRY
     if _DIRECTORY in os.environ:

@@ -16,6 +16,8 @@ from celery_idempotent import (
     IdempotentError,
     IdempotentTask,
     MessageMismatchError,
+    Outcome,
+    OutcomeKind,
     QueueLog,
     StoreUnavailableError,
     by_arguments,
@@ -25,6 +27,15 @@ from celery_idempotent import (
 
 app = Celery("shop", broker="redis://localhost", backend="redis://localhost")
 app.conf.idempotent_store = "postgresql+psycopg://localhost/shop"
+
+
+def count(outcome: Outcome) -> None:
+    if outcome.kind is OutcomeKind.COMPLETED:
+        assert_type(outcome.ran, float | None)
+        assert_type(outcome.task_name, str | None)
+
+
+app.conf.idempotent_hooks = [count, "celery_idempotent.contrib.prometheus.hook"]
 
 
 @app.task(base=IdempotentTask)

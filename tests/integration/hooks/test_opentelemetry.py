@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,6 +61,14 @@ class Traced:
             ),
             timeout=PATIENCE,
             describe=lambda: f"a span {name!r} of {message_id}: {[s['name'] for s in self.spans()]}",
+        )
+
+    def parent_of(self, span: dict[str, Any]) -> dict[str, Any]:
+        """The span of the worker that a span is within, once that has ended."""
+        return wait_until(
+            lambda: next((s for s in self.spans() if s["context"]["span_id"] == span["parent_id"]), None),
+            timeout=PATIENCE,
+            describe=lambda: f"the parent of {span}",
         )
 
     def spans(self) -> list[dict[str, Any]]:
@@ -165,8 +175,7 @@ def test_a_copy_in_the_worker_is_linked_too_and_is_within_celerys_span(site: Tra
 
     for span in (held, skipped):
         assert links_of(span) == written(first)
-        run = next(one for one in site.spans() if one["context"]["span_id"] == span["parent_id"])
-        assert run["name"] == "run/gated"
+        assert site.parent_of(span)["name"] == "run/gated"
         assert span["attributes"]["celery_idempotent.first_task_id"] == result.id
 
 
@@ -220,6 +229,27 @@ def test_what_keeps_no_result_has_no_link_once_it_is_done_but_says_the_first_id(
     assert span.links == ()
     assert span.attributes is not None
     assert span.attributes["celery_idempotent.first_task_id"] == first.id
+
+
+def test_the_global_provider_may_be_set_after_the_hook_was_made() -> None:
+    """As in a prefork worker, which imports its hooks before it forks, and sets its provider up in each child."""
+    script = """
+from celery_idempotent.contrib.opentelemetry import hook
+from celery_idempotent.outcomes import Outcome, OutcomeKind
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+skipped = Outcome(kind=OutcomeKind.SKIPPED, task_name="t", message_id="m")
+hook(skipped)
+memory, provider = InMemorySpanExporter(), TracerProvider()
+provider.add_span_processor(SimpleSpanProcessor(memory))
+trace.set_tracer_provider(provider)
+hook(skipped)
+print([span.name for span in memory.get_finished_spans()])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['skipped t']"
 
 
 def test_a_retry_and_what_is_published_from_its_row_keep_the_span(site: Traced) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from celery import chain
 from kombu.exceptions import OperationalError
+from sqlalchemy.orm import Session
 
 from celery_idempotent import DuplicateMessageError, MessageMismatchError, outbox
 from celery_idempotent.records import Claimed, MessageKey, NewMessage, Status
@@ -122,6 +123,22 @@ class TestTheProducer:
         assert [result.get(timeout=PATIENCE) for result in results] == ids
         for m, result in zip(ids, results, strict=True):
             assert told.wait(m, "recorded")["task_id"] == result.id
+
+    def test_in_a_transaction_it_is_told_behind_the_commit_and_not_after_a_rollback(
+        self, bench: Bench, told: Told
+    ) -> None:
+        m = bench.fresh()
+        with Session(bench.app.queue_log.store.engine) as session, outbox(session):
+            bench.task("echo").apply_async(message_id=m)
+            session.rollback()
+            assert told(m) == []
+            result = bench.task("echo").apply_async(message_id=m)
+            assert told(m) == []
+            session.commit()
+
+        assert told.wait(m, "recorded")["task_id"] == result.id
+        told.wait(m, "completed")
+        assert sorted(told.kinds(m)) == ["claimed", "completed", "recorded"]
 
 
 class TestTheWorker:
@@ -255,27 +272,26 @@ class TestTheWorker:
 
 class TestRecovery:
     def test_what_is_published_from_its_row_is_recovered(self, bench: Bench, told: Told) -> None:
-        taken_back, lost = bench.fresh(), bench.fresh()
-        gate = bench.path("gate")
+        taken_back, relayed, lost, gate = bench.fresh(), bench.fresh(), bench.fresh(), bench.path("gate")
         Path(gate).touch()
-        leave_behind(bench, "last.late", taken_back, gate)
-        message = encode_message((), {}, {}, serializer="json")
-        bench.app.queue_log.store.record(
-            NewMessage(MessageKey(lost, "echo"), bench.fresh("task"), bench.spec.queue, message=message)
-        )
-        relayed = bench.fresh()
-        bench.app.queue_log.store.record(
-            NewMessage(
-                MessageKey(relayed, "echo"), bench.fresh("task"), bench.spec.queue, published=False, message=message
-            )
-        )
-        bench.app.queue_log.recovery.step()
-        bench.app.queue_log.recovery.publish_waiting(0.0)
+        store, message = bench.app.queue_log.store, encode_message((), {}, {}, serializer="json")
 
-        reasons = {m: told.wait(m, "recovered")["reason"] for m in (taken_back, lost, relayed)}
-        assert reasons == {taken_back: "taken_back", lost: "lost", relayed: "relayed"}
-        for m in (taken_back, lost, relayed):
+        def record(m: str, *, published: bool) -> None:
+            key = MessageKey(m, "echo")
+            store.record(NewMessage(key, bench.fresh("task"), bench.spec.queue, published=published, message=message))
+
+        leave_behind(bench, "last.late", taken_back, gate)
+        record(relayed, published=False)
+        bench.app.queue_log.recovery.step()
+        for m, reason in ((taken_back, "taken_back"), (relayed, "relayed")):
             told.wait(m, "completed")
+            assert told.wait(m, "recovered")["reason"] == reason
+
+        record(lost, published=True)
+        bench.app.queue_log.recovery.publish_waiting(0.0)
+        told.wait(lost, "completed")
+        recovered = told.wait(lost, "recovered")
+        assert (recovered["reason"], recovered["status"]) == ("lost", "pending")
 
     def test_a_purge_tells_how_many(self, bench: Bench, told: Told) -> None:
         ids = [bench.fresh() for _ in range(3)]
