@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from zlib import crc32
 
 from sqlalchemy import Connection, Table, text
@@ -19,9 +19,9 @@ from sqlalchemy.schema import DDLElement, DropIndex
 
 from celery_idempotent.errors import StoreUnavailableError
 from celery_idempotent.stores.sql.clock import MYSQL_NAMES
-from celery_idempotent.stores.sql.steps import OnlineIndex, Step
+from celery_idempotent.stores.sql.steps import Step, is_online
 
-__all__ = ["alone", "broken_indexes", "execute"]
+__all__ = ["alone", "broken_indexes", "execute", "partitions", "seen_at_once"]
 
 logger = logging.getLogger("celery_idempotent")
 
@@ -49,9 +49,13 @@ def alone(connection: Connection, table: Table) -> Iterator[None]:
     PostgreSQL builds an index beside others only when all transactions have ended that can see the table as it was, and a session that
     waits for a lock is one of them: two builds wait for each other, and the one that is ended leaves half an index. So nobody waits in the
     database. The lock is the session's, as such a build is in no transaction; a pooler that hands sessions around must not be in between.
+
+    SQLite has one writer at a time, and does it all in one transaction. MySQL and MariaDB sort it out by themselves: the second one is told that
+    it is done.
     """
     if connection.dialect.name != "postgresql":
-        yield
+        with _sqlite_transaction(connection, "BEGIN IMMEDIATE"):
+            yield
         return
     key = {"what": _ADVISORY, "which": crc32(table.fullname.encode()) - 2**31}
     waiting = False
@@ -63,8 +67,32 @@ def alone(connection: Connection, table: Table) -> Iterator[None]:
     try:
         yield
     finally:
-        if not connection.invalidated:  # with the connection the lock is gone
+        with suppress(DBAPIError):  # of a connection that broke, or whose transaction did: with it the lock is gone
             connection.scalar(text("SELECT pg_advisory_unlock(:what, :which)"), key)
+
+
+@contextmanager
+def seen_at_once(connection: Connection) -> Iterator[None]:
+    """What is looked at inside is of one moment: an index of SQLite's can go between its name and its columns."""
+    with _sqlite_transaction(connection, "BEGIN"):
+        yield
+
+
+@contextmanager
+def _sqlite_transaction(connection: Connection, begin: str) -> Iterator[None]:
+    """On SQLite a transaction, unless there is one already."""
+    raw = connection.connection.dbapi_connection
+    if connection.dialect.name != "sqlite" or getattr(raw, "in_transaction", True):
+        yield
+        return
+    connection.exec_driver_sql(begin)
+    try:
+        yield
+    except BaseException:
+        if getattr(raw, "in_transaction", False):  # it may have ended it by itself
+            connection.exec_driver_sql("ROLLBACK")
+        raise
+    connection.exec_driver_sql("COMMIT")
 
 
 def broken_indexes(connection: Connection, table: Table) -> frozenset[str]:
@@ -79,6 +107,21 @@ def broken_indexes(connection: Connection, table: Table) -> frozenset[str]:
         {"name": connection.dialect.identifier_preparer.format_table(table)},
     )
     return frozenset(found)
+
+
+def partitions(connection: Connection, table: Table) -> list[tuple[str, str]]:
+    """Schema and name of each partition of a table that PostgreSQL keeps in several; none of any other."""
+    if connection.dialect.name != "postgresql":
+        return []
+    found = connection.execute(
+        text(
+            "SELECT n.nspname, c.relname FROM pg_inherits AS i JOIN pg_class AS c ON c.oid = i.inhrelid "
+            "JOIN pg_namespace AS n ON n.oid = c.relnamespace JOIN pg_class AS whole ON whole.oid = i.inhparent "
+            "WHERE whole.oid = to_regclass(:name) AND whole.relkind = 'p' ORDER BY n.nspname, c.relname"
+        ),
+        {"name": connection.dialect.identifier_preparer.format_table(table)},
+    )
+    return [(schema, name) for schema, name in found]
 
 
 def execute(connection: Connection, step: Step) -> bool:
@@ -116,7 +159,7 @@ def execute(connection: Connection, step: Step) -> bool:
 def _briefly(connection: Connection, ddl: DDLElement) -> Iterator[None]:
     """For the statement inside, no lock is waited for for long."""
     name = connection.dialect.name
-    if name == "postgresql" and not isinstance(ddl, OnlineIndex | DropIndex):  # those two wait in nobody's way
+    if name == "postgresql" and not is_online(ddl):  # which waits in nobody's way
         begin, end = f"SET lock_timeout = '{_AT_A_TIME}s'", "RESET lock_timeout"
     elif name in MYSQL_NAMES:
         begin = f"SET SESSION lock_wait_timeout = {_AT_A_TIME}"

@@ -5,15 +5,15 @@ By inspection of what the database has, so that a table made by a migration of o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-from sqlalchemy import Connection, Table, inspect
+from sqlalchemy import Connection, MetaData, Table, inspect
 from sqlalchemy.exc import NoSuchTableError
 
 from celery_idempotent.errors import SchemaError
 from celery_idempotent.records import Change
-from celery_idempotent.stores.sql.online import alone, broken_indexes, execute
-from celery_idempotent.stores.sql.steps import Present, Step, newest, steps_to
+from celery_idempotent.stores.sql.online import alone, broken_indexes, execute, partitions, seen_at_once
+from celery_idempotent.stores.sql.steps import AddColumn, OnlineIndex, Present, Step, at_once, newest, steps_to
 
 __all__ = ["create", "is_there", "outstanding", "present", "verify"]
 
@@ -47,7 +47,8 @@ def outstanding(connection: Connection, table: Table) -> list[Change]:
     Raises:
         SchemaError: A table of that name is of no version.
     """
-    return [step.change(connection.dialect) for step in _steps(connection, table)]
+    with seen_at_once(connection):
+        return [step.change(connection.dialect) for step in _steps(connection, table)]
 
 
 def create(connection: Connection, table: Table, before: Callable[[Change], None] | None = None) -> bool:
@@ -64,7 +65,9 @@ def create(connection: Connection, table: Table, before: Callable[[Change], None
     Raises:
         SchemaError: A table of that name is of no version; it is not touched.
     """
-    if not _steps(connection, table):
+    with seen_at_once(connection):
+        steps = _steps(connection, table)
+    if not steps:
         return False
     changed = False
     with alone(connection, table):
@@ -77,7 +80,27 @@ def create(connection: Connection, table: Table, before: Callable[[Change], None
 
 
 def _steps(connection: Connection, table: Table) -> list[Step]:
-    return list(steps_to(newest(), table.name, table.schema, present(connection, table)))
+    steps = list(steps_to(newest(), table.name, table.schema, present(connection, table)))
+    if any(step.alters for step in steps) and (parts := partitions(connection, table)):
+        return list(_by_parts(connection, steps, parts))
+    return steps
+
+
+def _by_parts(connection: Connection, steps: list[Step], parts: list[tuple[str, str]]) -> Iterator[Step]:
+    """The steps for a table in partitions. PostgreSQL builds no index beside the writers of all of them.
+
+    But of one, and an index over all that finds its like on each takes those for its parts, in a moment.
+    """
+    of_parts = any(isinstance(step.ddl, OnlineIndex) for step in steps)
+    for step in steps:
+        if of_parts and not isinstance(step.ddl, AddColumn):
+            of_parts = False
+            for schema, name in parts:
+                part = Table(name, MetaData(), schema=schema)
+                for each in steps_to(newest(), name, schema, present(connection, part)):
+                    if not isinstance(each.ddl, AddColumn):  # which a partition has of the table
+                        yield each
+        yield at_once(step)
 
 
 def present(connection: Connection, table: Table) -> Present | None:

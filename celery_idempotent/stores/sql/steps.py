@@ -19,7 +19,22 @@ from celery_idempotent.stores.sql import table as tables
 from celery_idempotent.stores.sql.clock import MYSQL_NAMES
 from celery_idempotent.stores.sql.table import table_of_version
 
-__all__ = ["AddColumn", "Present", "Step", "check_version", "newest", "present_in", "steps_back", "steps_to"]
+__all__ = [
+    "AddColumn",
+    "OnlineIndex",
+    "Present",
+    "Step",
+    "at_once",
+    "check_version",
+    "is_online",
+    "newest",
+    "present_in",
+    "steps_back",
+    "steps_to",
+]
+
+
+_CONCURRENTLY = "postgresql_concurrently"
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,8 +198,22 @@ class OnlineIndex(CreateIndex):
 
 def _online(ddl: Any) -> Any:
     """Without keeping writers away, where PostgreSQL has to be told that."""
-    ddl.element.dialect_kwargs["postgresql_concurrently"] = True
+    ddl.element.dialect_kwargs[_CONCURRENTLY] = True
     return ddl
+
+
+def is_online(ddl: DDLElement) -> bool:
+    """Whether PostgreSQL is told so."""
+    return isinstance(ddl, CreateIndex | DropIndex) and ddl.element.dialect_kwargs.get(_CONCURRENTLY) is True
+
+
+def at_once(step: Step) -> Step:
+    """The same step without that, where it takes a moment only, or PostgreSQL has no other way."""
+    ddl = step.ddl
+    if is_online(ddl):
+        assert isinstance(ddl, CreateIndex | DropIndex)
+        ddl.element.dialect_kwargs[_CONCURRENTLY] = False
+    return step
 
 
 @compiles(AddColumn)

@@ -85,6 +85,38 @@ def test_what_the_page_makes_is_what_the_library_asks_for(url: str) -> None:
             assert tuple(connection.exec_driver_sql(kind).one()) == ("p", 16)
 
 
+def test_an_index_that_is_missing_is_built_part_by_part() -> None:
+    """As `init` of a version does that has a new one; what was built before it was broken off is not built again."""
+    with partitioned(PARTS) as url, closing(SQLStore(url)) as store:
+        found = sa.inspect(store.engine).get_indexes("queue_log")
+        (name,) = [index["name"] for index in found if index["column_names"] == ["status", "queue", "published_at"]]
+        with store.engine.begin() as connection:
+            connection.execute(sa.text(f"DROP INDEX {name}"))
+            connection.execute(
+                sa.text(
+                    "CREATE INDEX made ON queue_log_1 (status, queue, published_at) WHERE processed_timestamp IS NULL"
+                )
+            )
+        assert [change.what for change in store.outstanding()] == [
+            "create the index queue_log_0_open",
+            "create the index queue_log_2_open",
+            "create the index queue_log_3_open",
+            "create the index queue_log_open",
+        ]
+
+        assert store.init()
+
+        assert store.outstanding() == []
+        parts = (
+            "SELECT count(*) FROM pg_inherits JOIN pg_index ON indexrelid = inhparent "
+            "WHERE inhparent = 'queue_log_open'::regclass AND indisvalid"
+        )
+        made = "SELECT inhparent = 'queue_log_open'::regclass FROM pg_inherits WHERE inhrelid = 'made'::regclass"
+        with store.engine.connect() as connection:
+            assert connection.scalar(sa.text(parts)) == PARTS
+            assert connection.scalar(sa.text(made)), "it was taken for its part"
+
+
 @pytest.fixture(scope="module")
 def long() -> Iterator[SQLStore]:
     """A log of some hundred thousand rows in partitions, which are long themselves."""
