@@ -142,7 +142,8 @@ def test_a_first_message_comes_back_although_its_copy_retried(bench: Bench) -> N
         wait_until(lambda: bench.find("retry_n", first.id) is None, timeout=PATIENCE, describe="the end of its row")
     assert first.children[0].get(timeout=PATIENCE) == [1, "first"]
     assert copy.children[0].get(timeout=PATIENCE) == [1, "copy"]
-    assert bench.find("retry_n", copy.id) is None
+    # What was published again may have come while the copy's callbacks were being sent, and is held for a second then.
+    wait_until(lambda: bench.find("retry_n", copy.id) is None, timeout=PATIENCE, describe="the end of the copy's row")
 
 
 @pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")  # Celery's own
