@@ -18,13 +18,13 @@ Nothing of Alembic is imported here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from sqlalchemy import Connection, MetaData
 
 from celery_idempotent.stores.sql.online import alone, execute
-from celery_idempotent.stores.sql.schema import present
+from celery_idempotent.stores.sql.schema import steps
 from celery_idempotent.stores.sql.steps import Step, check_version, present_in, steps_back, steps_to
 from celery_idempotent.stores.sql.table import table_of_version
 
@@ -59,14 +59,11 @@ def upgrade(op: Any, version: int, *, since: int = 0, table: str = "queue_log", 
         return
     declared = table_of_version(version, MetaData(), table, schema)
 
-    def steps() -> list[Step]:
-        return list(steps_to(version, table, schema, present(op.get_bind(), declared)))
-
-    alters = any(step.alters for step in steps())
-    with _outside(context) if alters else _inside():
+    alters = any(step.alters for step in steps(op.get_bind(), declared, version))
+    with _outside(context) if alters else nullcontext():
         connection: Connection = op.get_bind()
         with alone(connection, declared):
-            for step in steps():
+            for step in steps(connection, declared, version):
                 execute(connection, step)
 
 
@@ -88,14 +85,14 @@ def downgrade(op: Any, version: int, *, since: int, table: str = "queue_log", sc
     check_version(version)
     check_version(since)
     context = op.get_context()
-    steps = list(steps_back(since, version, table, schema))
+    back = list(steps_back(since, version, table, schema))
     if context.as_sql:
-        _write(op, steps)
+        _write(op, back)
         return
-    with _outside(context) if version else _inside():
+    with _outside(context) if version else nullcontext():
         connection = op.get_bind()
         with alone(connection, table_of_version(since, MetaData(), table, schema)):
-            for step in steps:
+            for step in back:
                 execute(connection, step)
 
 
@@ -120,18 +117,13 @@ def apart_from(
     return include_object
 
 
-def _write(op: Any, steps: Iterable[Step]) -> None:
+def _write(op: Any, written: Iterable[Step]) -> None:
     """Have the statements written, as `--sql` does; those that are in no transaction between two."""
-    steps = list(steps)
+    written = list(written)
     context = op.get_context()
-    with _outside(context) if any(step.alters for step in steps) else _inside():
-        for step in steps:
+    with _outside(context) if any(step.alters for step in written) else nullcontext():
+        for step in written:
             op.execute(step.ddl)
-
-
-@contextmanager
-def _inside() -> Iterator[None]:
-    yield
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from celery_idempotent.records import Change
 from celery_idempotent.stores.sql.online import alone, broken_indexes, execute, partitions, seen_at_once
 from celery_idempotent.stores.sql.steps import AddColumn, OnlineIndex, Present, Step, at_once, newest, steps_to
 
-__all__ = ["create", "is_there", "outstanding", "present", "verify"]
+__all__ = ["create", "is_there", "outstanding", "steps", "verify"]
 
 _INIT = "`celery -A proj idempotent init`"
 
@@ -48,7 +48,7 @@ def outstanding(connection: Connection, table: Table) -> list[Change]:
         SchemaError: A table of that name is of no version.
     """
     with seen_at_once(connection):
-        return [step.change(connection.dialect) for step in _steps(connection, table)]
+        return [step.change(connection.dialect) for step in steps(connection, table, newest())]
 
 
 def create(connection: Connection, table: Table, before: Callable[[Change], None] | None = None) -> bool:
@@ -66,12 +66,11 @@ def create(connection: Connection, table: Table, before: Callable[[Change], None
         SchemaError: A table of that name is of no version; it is not touched.
     """
     with seen_at_once(connection):
-        steps = _steps(connection, table)
-    if not steps:
-        return False
+        if not steps(connection, table, newest()):
+            return False
     changed = False
     with alone(connection, table):
-        for step in _steps(connection, table):
+        for step in steps(connection, table, newest()):
             if before is not None:
                 before(step.change(connection.dialect))
             changed = execute(connection, step) or changed
@@ -79,31 +78,36 @@ def create(connection: Connection, table: Table, before: Callable[[Change], None
     return changed
 
 
-def _steps(connection: Connection, table: Table) -> list[Step]:
-    steps = list(steps_to(newest(), table.name, table.schema, present(connection, table)))
-    if any(step.alters for step in steps) and (parts := partitions(connection, table)):
-        return list(_by_parts(connection, steps, parts))
-    return steps
+def steps(connection: Connection, table: Table, version: int) -> list[Step]:
+    """What takes the database's table to a version.
+
+    Raises:
+        SchemaError: A table of that name is of no version.
+    """
+    whole = list(steps_to(version, table.name, table.schema, _present(connection, table)))
+    if any(step.alters for step in whole) and (parts := partitions(connection, table)):
+        return list(_by_parts(connection, whole, parts, version))
+    return whole
 
 
-def _by_parts(connection: Connection, steps: list[Step], parts: list[tuple[str, str]]) -> Iterator[Step]:
+def _by_parts(connection: Connection, whole: list[Step], parts: list[tuple[str, str]], version: int) -> Iterator[Step]:
     """The steps for a table in partitions. PostgreSQL builds no index beside the writers of all of them.
 
     But of one, and an index over all that finds its like on each takes those for its parts, in a moment.
     """
-    of_parts = any(isinstance(step.ddl, OnlineIndex) for step in steps)
-    for step in steps:
+    of_parts = any(isinstance(step.ddl, OnlineIndex) for step in whole)
+    for step in whole:
         if of_parts and not isinstance(step.ddl, AddColumn):
             of_parts = False
             for schema, name in parts:
                 part = Table(name, MetaData(), schema=schema)
-                for each in steps_to(newest(), name, schema, present(connection, part)):
+                for each in steps_to(version, name, schema, _present(connection, part)):
                     if not isinstance(each.ddl, AddColumn):  # which a partition has of the table
                         yield each
         yield at_once(step)
 
 
-def present(connection: Connection, table: Table) -> Present | None:
+def _present(connection: Connection, table: Table) -> Present | None:
     """What the database has of the table; ``None`` when there is no such table."""
     columns = _columns(connection, table)
     if columns is None:
