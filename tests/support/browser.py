@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-
-from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
+from typing import TYPE_CHECKING
 
 from tests.support.servers import NotInstalledError
+
+if TYPE_CHECKING:
+    from selenium.webdriver import Chrome
 
 __all__ = ["PACKAGES", "is_installed", "open_browser"]
 
@@ -27,12 +28,16 @@ def is_installed() -> bool:
 
 
 @contextmanager
-def open_browser(*, width: int = 1280, height: int = 900) -> Iterator[webdriver.Chrome]:
+def open_browser(*, width: int = 1280, height: int = 900) -> Iterator[Chrome]:
     """A browser with a profile of its own.
 
     Raises:
         NotInstalledError: There is none on this machine.
     """
+    # `make test` asks at each start whether there is one.
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
     browser, driver = shutil.which(_BROWSER), shutil.which(_DRIVER)
     if browser is None or driver is None:
         raise NotInstalledError(f"`{_BROWSER}` or `{_DRIVER}` was not found")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Literal
@@ -45,16 +44,16 @@ class Alarm:
     see: str
 
 
-def alarms(glance: Glance, failed: Sequence[Row], held: AbstractSet[str], settings: Settings) -> list[Alarm]:
+def alarms(glance: Glance, failed: Sequence[Row], waiting: Sequence[Row], settings: Settings) -> list[Alarm]:
     """What is wrong, what is worst coming first.
 
     Args:
         glance: How the queue log stands.
         failed: Messages that failed, those that failed last coming first.
-        held: Celery ids of copies that are held: those wait for a message that runs.
+        waiting: Messages that the broker has and that are due, without copies that are held: those wait for a message that runs.
         settings: The app's, for how long recovery may take.
     """
-    found = [*_stuck(glance, settings), *_failing(glance.read_at, failed), *_behind(glance, held, settings)]
+    found = [*_stuck(glance, settings), *_failing(glance.read_at, failed), *_behind(glance.read_at, waiting, settings)]
     return sorted(found, key=lambda alarm: alarm.level != "danger")
 
 
@@ -105,16 +104,14 @@ def _failing(now: datetime, failed: Sequence[Row]) -> Iterator[Alarm]:
 
 def _kind(row: Row) -> str:
     """The type of an error, or why there is none."""
-    return (row.error or "no error").partition(":")[0][:60]
+    return (row.error or "no error").partition(":")[0].rpartition(".")[2][:60]
 
 
-def _behind(glance: Glance, held: AbstractSet[str], settings: Settings) -> Iterator[Alarm]:
-    # A copy that something waits on has a row of its own, under its Celery id.
-    waiting = [row for row in glance.waiting if row.key.message_id not in held]
+def _behind(now: datetime, waiting: Sequence[Row], settings: Settings) -> Iterator[Alarm]:
     if not waiting:
         return
     oldest = min(waiting, key=lambda row: row.waiting_since)
-    if glance.read_at - oldest.waiting_since > timedelta(seconds=settings.lost_after):
+    if now - oldest.waiting_since > timedelta(seconds=settings.lost_after):
         where = f" on queue {oldest.queue}" if oldest.queue else ""
         yield Alarm(
             "warning",

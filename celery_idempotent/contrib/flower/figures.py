@@ -164,9 +164,14 @@ class Figures:
         """See :meth:`Questions.ask`."""
         return await self._questions.ask(question, within=within)
 
-    async def look(self) -> None:
-        """See to it that the figures are as new as they are to be; waits some seconds for a store that does not answer."""
-        await self._glance.look(patience=_GLANCE_WITHIN + 1.0)
+    async def look(self, *, patience: float = _GLANCE_WITHIN + 1.0) -> None:
+        """See to it that the figures are as new as they are to be.
+
+        Args:
+            patience: Seconds for which a store is waited for that does not answer. Without an answer, nor the end of its time, the last
+                one stays.
+        """
+        await self._glance.look(patience=patience)
         if self._glance.error is None:
             await self._counted.look(patience=_COUNT_PATIENCE)
 
@@ -214,7 +219,7 @@ class Figures:
 
     # -- in threads ------------------------------------------------------------------------------------------------------
 
-    def _store(self) -> Store | None:
+    def store(self) -> Store | None:
         """The store, once its schema is there."""
         store = self.queue_log.store
         # Where it is made on first use, that is not ours to make.
@@ -222,7 +227,7 @@ class Figures:
         return store if self._is_there else None
 
     def _read(self) -> Glance:
-        store = self._store()
+        store = self.store()
         if store is None:
             return Glance(Condition(datetime.now(UTC)))
         return Glance(
@@ -235,7 +240,7 @@ class Figures:
         )
 
     def _count(self) -> Counted:
-        store, last = self._store(), self._counted.answer
+        store, last = self.store(), self._counted.answer
         before = None if last is None else (last.duplicates, last.at)
         if store is None:
             return Counted((), (), duplicates_before=before)

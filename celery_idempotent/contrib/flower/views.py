@@ -25,7 +25,6 @@ from celery_idempotent.contrib.flower.figures import LISTED, Figures
 from celery_idempotent.contrib.flower.series import Series
 from celery_idempotent.contrib.flower.times import ago, span
 from celery_idempotent.errors import IdempotentError
-from celery_idempotent.queue_log import QueueLog
 from celery_idempotent.records import FORGOTTEN, MessageKey, ProcessedStatus, Row, RowFilter, Status
 from celery_idempotent.requeue import NotRequeued, obstacle, requeue
 
@@ -35,6 +34,9 @@ logger = get_logger("celery_idempotent")
 
 #: Seconds for a search, for a message, and for a requeue, which publishes.
 _SEARCH_WITHIN, _FIND_WITHIN, _REQUEUE_WITHIN = 10.0, 5.0, 10.0
+
+#: Seconds for which Flower's own series wait for ours.
+_SCRAPE_WITHIN = 2.0
 
 #: So many rows of a search are shown.
 _FOUND = 50
@@ -119,6 +121,9 @@ class QueueLogView(_Page):
                 return
         figures, glance = self.figures, self.figures.glance
         failed_rows, held = figures.failed, figures.heard.held()
+        # A copy that something waits on has a row of its own, under its Celery id.
+        held_ids = {copy.task_id for copy in held}
+        waiting = [row for row in (glance.waiting if glance else ()) if row.key.message_id not in held_ids]
         self.show(
             "queue_log.html",
             wanted=wanted,
@@ -126,11 +131,9 @@ class QueueLogView(_Page):
             more=len(found) > _FOUND,
             search_error=error,
             failed=failed_rows,
-            alarms=[]
-            if glance is None
-            else alarms(glance, failed_rows, {copy.task_id for copy in held}, figures.queue_log.settings),
+            alarms=[] if glance is None else alarms(glance, failed_rows, waiting, figures.queue_log.settings),
             held=held,
-            held_ids={copy.task_id for copy in held},
+            waiting=waiting,
             duplicates=[] if glance is None else latest_duplicates(glance, figures.heard),
             by_task=_by_task(figures),
         )
@@ -145,7 +148,7 @@ class MessageView(_Page):
         key = MessageKey(self.given("id"), self.given("task"))
         row, error = None, None
         try:
-            row = await self.figures.ask(lambda: self.figures.queue_log.store.find(key), within=_FIND_WITHIN)
+            row = await self.figures.ask(lambda: _find(self.figures, key), within=_FIND_WITHIN)
         except IdempotentError as failed:
             error = failed
         if row is None and error is None:
@@ -175,9 +178,8 @@ class Requeue(BaseApiHandler):  # type: ignore[misc]
             self._refuse(HTTPStatus.FORBIDDEN, "Read only mode is enabled")
             return
         key = MessageKey(self._given("message_id"), self._given("task_name"))
-        queue_log = self.figures.queue_log
         try:
-            answer = await self.figures.ask(lambda: _requeue(queue_log, key), within=_REQUEUE_WITHIN)
+            answer = await self.figures.ask(lambda: _requeue(self.figures, key), within=_REQUEUE_WITHIN)
         except IdempotentError as error:
             self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, f"{error}; look again whether it was requeued")
             return
@@ -215,7 +217,7 @@ class Metrics(monitor.Metrics):  # type: ignore[misc]
     async def get(self) -> None:
         """Show both; a store that gives no answer is a series."""
         self.figures.heard.listen(self.application.events.state)
-        await self.figures.look()
+        await self.figures.look(patience=_SCRAPE_WITHIN)
         await super().get()
         self.write(generate_latest(self.series.registry))
 
@@ -225,23 +227,30 @@ class Metrics(monitor.Metrics):  # type: ignore[misc]
 
 def _search(figures: Figures, wanted: str) -> list[Row]:
     """The rows of a message id, or of a pattern of ids; one more than is shown says that there are more."""
-    queue_log = figures.queue_log
+    store = figures.store()
+    if store is None:
+        return []
     if _is_pattern(wanted):
-        return list(queue_log.store.rows(RowFilter(message_id=wanted, limit=_FOUND + 1)))
+        return list(store.rows(RowFilter(message_id=wanted, limit=_FOUND + 1)))
     # By its key: in Redis whatever else finds it reads the whole log.
-    names = {name for name, task in queue_log.app.tasks.items() if is_guarded(task)}
+    names = {name for name, task in figures.queue_log.app.tasks.items() if is_guarded(task)}
     names |= {count.task_name for count in (figures.counted.counts if figures.counted else ())}
-    found = (queue_log.store.find(MessageKey(wanted, name)) for name in sorted(names))
+    found = (store.find(MessageKey(wanted, name)) for name in sorted(names))
     return [row for row in found if row is not None]
+
+
+def _find(figures: Figures, key: MessageKey) -> Row | None:
+    store = figures.store()
+    return None if store is None else store.find(key)
 
 
 def _is_pattern(wanted: str) -> bool:
     return "*" in wanted or "?" in wanted
 
 
-def _requeue(queue_log: QueueLog, key: MessageKey) -> dict[str, Any] | NotRequeued | None:
+def _requeue(figures: Figures, key: MessageKey) -> dict[str, Any] | NotRequeued | None:
     """What was done: as JSON if it waits again."""
-    row = queue_log.store.find(key)
+    queue_log, row = figures.queue_log, _find(figures, key)
     if row is None:
         return None
     if row.error == FORGOTTEN and obstacle(row) is None:

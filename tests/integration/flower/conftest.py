@@ -21,6 +21,7 @@ from tests.support.waiting import wait_until
 OPERATOR = "operator:secret"
 
 TASKS = (
+    "tests.support.apps.flaky",
     "tests.support.apps.generic",
     "tests.support.apps.outcomes",
     "tests.support.apps.scenarios",
