@@ -13,7 +13,7 @@ COMPILE = $(DEV)/uv pip compile pyproject.toml --universal --python-version 3.11
 	--no-emit-index-url --no-emit-find-links --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs chaos chaos-peers bench bench-scale lock clean
+.PHONY: help demo test check docs chaos chaos-peers bench bench-scale screenshots lock clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## *\(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -47,6 +47,9 @@ ROWS ?= 1000000
 
 bench-scale: .venv/installed  ## what a queue log of ROWS= rows costs, on a PostgreSQL of its own; tables and JSON in bench/
 	@$(DEV)/python -m benchmarks.scale --rows $(ROWS) $(if $(DATA),--data $(DATA))
+
+screenshots: .venv/installed  ## the pictures of Flower's page in docs/how-to, of real traffic
+	@$(DEV)/python -m tests.support.servers $(DEV)/python -m tests.support.screenshots
 
 check: .venv/installed  ## format, lint, types, direction of imports, the documentation's links and references
 	$(DEV)/ruff format --check .
