@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["PACKAGES", "is_installed", "open_browser"]
 
-#: Debian's packages.
-PACKAGES = ("chromium", "chromium-driver")
+#: Debian's packages; without a font its pictures have boxes for letters.
+PACKAGES = ("chromium", "chromium-driver", "fonts-dejavu-core")
 
 _BROWSER, _DRIVER = "chromium", "chromedriver"
 
