@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.apps import AppSpec
+from tests.support.flower import FlowerProcess
 from tests.support.pages import ROOT, blocks
 from tests.support.servers import PrivateRedis
+from tests.support.waiting import wait_until
 from tests.support.worker import WorkerProcess
 
 PAGE = "docs/tutorial/first-hour.md"
@@ -25,6 +28,7 @@ class Terminal:
         self.directory = directory
         self.redis = redis
         self.worker: WorkerProcess | None = None
+        self.flower: FlowerProcess | None = None
         scripts = Path(sys.executable).parent
         self.environment = {
             **os.environ,
@@ -34,8 +38,13 @@ class Terminal:
         self.typed = 0
 
     def write(self, text: str) -> None:
-        name = text.partition("\n")[0].removeprefix("# ")
+        comment, _, rest = text.partition("\n")
+        name = comment.removeprefix("# ").removesuffix(", at its end")
         assert name == "shop.py"
+        if comment.endswith(", at its end"):
+            with (self.directory / name).open("a") as module:
+                module.write(f"\n{rest}")
+            return
         assert text.count('"redis://localhost"') == 2
         (self.directory / name).write_text(text.replace("redis://localhost", self.redis))
 
@@ -50,6 +59,9 @@ class Terminal:
                     continue
                 case ["celery", "-A", "shop", "worker"]:
                     self.start_worker()
+                    continue
+                case ["celery", "-A", "shop", "flower"]:
+                    self.start_flower()
                     continue
             done = subprocess.run(
                 line,
@@ -88,6 +100,13 @@ class Terminal:
         environment = {"PYTHONPATH": self.environment["PYTHONPATH"]}
         self.worker = WorkerProcess(self.directory, environment, app="shop").start()
 
+    def start_flower(self) -> None:
+        spec = AppSpec(
+            broker=self.redis, backend=self.redis, store="sqlite://", queue="celery", ledger=""
+        )  # not read by this app
+        environment = {"PYTHONPATH": self.environment["PYTHONPATH"]}
+        self.flower = FlowerProcess(self.directory, spec, environment=environment, app="shop").__enter__()
+
     def stop_worker(self) -> None:
         if self.worker is not None:
             self.worker.terminate()
@@ -108,7 +127,12 @@ def test_a_newcomers_hour(tmp_path: Path, private_redis: PrivateRedis) -> None:
                     terminal.type(block.text)
                 case other:
                     raise AssertionError(f"{block}: what is {other!r}?")
+        flower = terminal.flower
+        assert flower is not None
+        wait_until(lambda: "order:o-1" in flower.get("/queue-log").text, timeout=30, describe=flower.log_tail)
     finally:
+        if terminal.flower is not None:
+            terminal.flower.__exit__(None, None, None)
         if terminal.worker is not None:
             terminal.worker.stop()
     assert terminal.typed > 15
