@@ -90,11 +90,17 @@ def _batch(name: str, numbers: Iterable[int]) -> None:
         _single(name, numbers)
 
 
+def _group_batch(name: str, numbers: Iterable[int]) -> None:
+    with outbox():
+        _group(name, numbers)
+
+
 WAYS: Mapping[str, Callable[[str, Iterable[int]], None]] = {
     "single": _single,
     "group": _group,
     # What the others have for a thousand calls at once is a thousand calls.
     "batch": _batch if subject.guarded else _single,
+    "group-batch": _group_batch if subject.guarded else _group,
     "bare": _single if place.store is None else BehindTheDriver(place.store, noop, bare),
     "between": statements or _single,
 }

@@ -24,12 +24,12 @@ from celery_idempotent.stores.redis.layout import Layout, identity
 __all__ = ["BehindTheDriver", "BetweenTheStatements"]
 
 
-class BehindTheDriver:
-    """A way to publish.
+class _Bare:
+    """A plain task beside the statements that a store sends for a guarded one.
 
     Args:
         url: Of the store.
-        guarded: A task, whose calls are recorded beforehand.
+        guarded: The task whose messages are recorded.
         plain: The task that is published.
     """
 
@@ -41,6 +41,10 @@ class BehindTheDriver:
         self._statements: list[Statement] = []
         self._send: Callable[[Statement], object] | None = None
         self._kept = ExitStack()
+
+
+class BehindTheDriver(_Bare):
+    """A way to publish: behind the statement that records the message."""
 
     def prepare(self, numbers: Sequence[int]) -> None:
         """Find out what the store sends for these messages, and leave none of them."""
@@ -67,25 +71,14 @@ class BehindTheDriver:
             self._plain.delay(number)
 
 
-class BetweenTheStatements:
-    """A plain task between the statements by which the store claims a message and completes it.
+class BetweenTheStatements(_Bare):
+    """A task's body between the statements by which the store claims its message and completes it; the task calls :meth:`run`.
 
     They are learnt once in each process, of a message of its own, and sent again with others' names in the place of that one's.
-
-    Args:
-        url: Of the store.
-        guarded: A task, whose messages are recorded beforehand.
-        plain: The task that is published, and that calls :meth:`run`.
     """
 
     def __init__(self, url: str, guarded: IdempotentTask, plain: Task) -> None:
-        self._url = url
-        self._guarded = guarded
-        self._plain = plain
-        self._driver = driver_of(url)
-        self._statements: list[Statement] = []
-        self._send: Callable[[Statement], object] | None = None
-        self._kept = ExitStack()
+        super().__init__(url, guarded, plain)
         self._layout = Layout("queue_log")
         #: What the statements were learnt of.
         self._learnt = MessageKey("", guarded.name)

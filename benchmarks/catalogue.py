@@ -17,6 +17,7 @@ MEASURES: Mapping[str, Measure] = {
         PublishBare("bare", "Publishing a plain task behind the driver's own record: no guard gets further", 2000),
         Publish("keyless", "Publishing a task that is known by its task id", 2000, task="keyless"),
         Publish("group", "Publishing: a group of 1,000", 2000, how="group", turns=2),
+        Publish("group-outbox", "Publishing: a group of 1,000, `with outbox()`", 2000, how="group-batch", turns=2),
         Publish("outbox", "Publishing: 1,000 calls in a batch, `with outbox()`", 2000, how="batch", turns=2),
         OwnCode("own-code", "The store's verbs, and their statements sent by the driver alone", 500),
         OwnCode("own-code-memory", "The same, without waiting for the disk", 500, disk=False),

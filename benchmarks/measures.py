@@ -113,7 +113,7 @@ class Publish(Measure):
     )
 
     def takes(self, subject: Subject) -> bool:
-        if self.how in {"batch", "bare"}:
+        if self.how in {"batch", "group-batch", "bare"}:
             return subject.kind != "peer"
         return self.task in subject.tasks and (self.how != "group" or subject.has_groups)
 

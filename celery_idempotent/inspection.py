@@ -41,6 +41,9 @@ def claims(queue_log: QueueLog) -> list[dict[str, Any]]:
     statement each, and a child that has not claimed yet, or has finished, is left out. While the store gives no answer, children are
     listed as they are known here, without a token.
 
+    Hazard:
+        A store that refuses answers at once; one that says nothing keeps the worker's loop for as long as its driver waits, once.
+
     Returns:
         For each: ``message_id``, ``task_name``, ``task_id``, ``token``, ``attempt``, ``since`` (when the worker gave it to its pool,
         ISO 8601 in UTC), ``lease`` and ``lease_left`` (seconds), ``pid``.
