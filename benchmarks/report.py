@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from benchmarks.catalogue import MEASURES
@@ -158,7 +159,8 @@ def plot(results: Results, path: Path) -> None:
         axis.barh(list(bars), middle, xerr=errors, color=colours, ecolor="#444444", capsize=3)
         axis.axvline(1.0, color="black", linewidth=0.8)
         axis.invert_yaxis()
-        axis.set_title(f"{measure.title}\n{figure}, as a multiple of plain Celery's", fontsize=9)
+        title = fill(measure.title, 64)
+        axis.set_title(f"{title}\n{figure}, as a multiple of plain Celery's", fontsize=9)
     figure_.tight_layout()
     figure_.savefig(path, dpi=110)
     plt.close(figure_)
