@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from celery import Celery
 from kombu import Producer
 
 from celery_idempotent import outbox
+from celery_idempotent.publication import ANSWER
 from tests.support.apps import AppSpec, OpenApp
 from tests.support.brokers import redis_broker
 from tests.support.servers import PrivateRedis
@@ -109,3 +111,17 @@ def test_what_is_wrong_with_one_message_is_left_to_the_relay_alone(
     names = send(app, "first", 20)
     assert published(app) == names[:7], "each once; those behind it keep their order"
     assert [row.key.message_id for row in app.queue_log.store.unsent(limit=99)] == names[7:]
+
+
+def test_a_broker_that_says_nothing_is_waited_for_once(app: Celery, private_redis: PrivateRedis) -> None:
+    send(app, "first", 3)
+    published(app)
+    private_redis.pause()
+    began = time.monotonic()
+    names = send(app, "second", 3)
+    took = time.monotonic() - began
+    private_redis.resume()
+    assert took < 2 * ANSWER, "once for all of them"
+    assert [row.key.message_id for row in app.queue_log.store.unsent(limit=9)] == names
+    assert app.queue_log.recovery.relay().published == 3
+    assert set(published(app)) == set(names)
