@@ -102,10 +102,20 @@ def test_what_failed_last_comes_first_and_what_runs_again_has_not_failed(store: 
         return message
 
     messages = {name: record(name) for name in ("first", "second", "forgotten")}
-    for name in ("second", "first", "forgotten"):
-        claimed = store.claim(messages[name], worker="w", lease=60.0, grace=30.0)
+
+    def fail(message: NewMessage) -> None:
+        claimed = store.claim(message, worker="w", lease=60.0, grace=30.0)
         assert isinstance(claimed, Claimed)
-        store.fail(claimed.claim, error=f"ValueError: {name}")
+        store.fail(claimed.claim, error=f"ValueError: {message.key.message_id}")
+        row = store.find(message.key)
+        assert row is not None
+        ended = row.processed_timestamp
+        assert ended is not None
+        # SQLite's clock tells milliseconds, and two messages may fail within one.
+        wait_until(lambda: store.condition().read_at > ended, timeout=5.0)
+
+    for name in ("second", "first", "forgotten"):
+        fail(messages[name])
     forgotten = store.find(messages["forgotten"].key)
     assert forgotten is not None
     store.forget(forgotten)
