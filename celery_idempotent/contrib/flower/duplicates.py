@@ -34,8 +34,8 @@ class Duplicates:
     @property
     def order(self) -> datetime:
         """What they are ordered by: that, or when the message was last written."""
-        if self.copy is not None:
-            return datetime.fromtimestamp(self.copy.at, UTC)
+        if self.at is not None:
+            return self.at
         assert self.row is not None  # one of both there is
         return self.row.processed_timestamp or self.row.created_timestamp
 

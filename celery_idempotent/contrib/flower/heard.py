@@ -82,16 +82,17 @@ class Heard:
                 del self._copies[task_id]
             return
         before = self._copies.pop(task_id, None)
+        if before is not None and before.fate != fate:
+            before = None
         at = float(event.get("timestamp") or time.time())
-        again = before is not None and before.fate == fate
         self._copies[task_id] = Copy(
             MessageKey(str(event.get("message_id")), str(event.get("name"))),
             task_id,
             fate,
             str(event.get("hostname")),
-            since=before.since if before is not None and again else at,
+            since=at if before is None else before.since,
             at=at,
-            times=before.times + 1 if before is not None and again else 1,
+            times=1 if before is None else before.times + 1,
             countdown=float(event.get("countdown") or 0.0),
         )
         while len(self._copies) > _KEPT:
