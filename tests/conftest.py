@@ -1,7 +1,7 @@
 """The fixtures that all layers share.
 
 Servers: ``postgresql_url``, ``mariadb_url``, ``redis_url``, ``rabbitmq_url`` (shared; a test takes care to use names of its own),
-``private_postgresql``, ``private_redis``, ``private_rabbitmq`` (the test's own, to stop, kill and pause).
+``private_postgresql``, ``private_pgbouncer`` (before it), ``private_redis``, ``private_rabbitmq`` (the test's own, to stop, kill and pause).
 
 Places of a test's own: ``store_url`` (sqlite, postgresql, mariadb) and ``broker`` (redis, rabbitmq-classic, rabbitmq-quorum,
 filesystem). A test that asks for one runs once per kind; to run on some only::
@@ -29,6 +29,7 @@ from tests.support.ledger import Ledger
 from tests.support.servers import (
     KINDS,
     NotInstalledError,
+    PrivatePgBouncer,
     PrivatePostgreSQL,
     PrivateRabbitMQ,
     PrivateRedis,
@@ -81,6 +82,14 @@ def _private(request: pytest.FixtureRequest, make: Callable[[], Server]) -> Iter
 def private_postgresql(request: pytest.FixtureRequest) -> Iterator[PrivatePostgreSQL]:
     """A PostgreSQL of the test's own, with an empty database; a second or so."""
     yield from _private(request, PrivatePostgreSQL)
+
+
+@pytest.fixture
+def private_pgbouncer(
+    request: pytest.FixtureRequest, private_postgresql: PrivatePostgreSQL
+) -> Iterator[PrivatePgBouncer]:
+    """A PgBouncer in transaction pooling before ``private_postgresql``, with four connections to it; some milliseconds."""
+    yield from _private(request, lambda: PrivatePgBouncer(private_postgresql.url))
 
 
 @pytest.fixture

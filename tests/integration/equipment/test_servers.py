@@ -6,14 +6,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 import redis
 import sqlalchemy as sa
 
-from tests.support.servers import KINDS, PrivatePostgreSQL, PrivateRedis
+from tests.support.servers import KINDS, PrivatePgBouncer, PrivatePostgreSQL, PrivateRedis
 from tests.support.servers.reach import why_unreachable
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -44,6 +44,12 @@ def test_a_restarted_postgresql_has_ended_its_sessions(private_postgresql: Priva
         private_postgresql.restart()
         with pytest.raises(sa.exc.OperationalError):
             connection.execute(sa.text("SELECT 1"))
+
+
+def test_clients_of_a_pooler_share_its_connections(private_pgbouncer: PrivatePgBouncer) -> None:
+    with ExitStack() as stack:
+        clients = [stack.enter_context(database(private_pgbouncer.url)) for _ in range(10)]
+        assert len({client.scalar(sa.text("SELECT pg_backend_pid()")) for client in clients}) <= 4
 
 
 def test_a_killed_redis_comes_back_with_what_was_written(private_redis: PrivateRedis) -> None:

@@ -5,6 +5,7 @@
 
 from tests.support.servers.kinds import KINDS, Kind, missing
 from tests.support.servers.mariadb import PrivateMariaDB
+from tests.support.servers.pgbouncer import PrivatePgBouncer
 from tests.support.servers.postgresql import PrivatePostgreSQL
 from tests.support.servers.private import NotInstalledError, PrivateServer, free_port
 from tests.support.servers.rabbitmq import PrivateRabbitMQ
@@ -16,6 +17,7 @@ __all__ = [
     "Kind",
     "NotInstalledError",
     "PrivateMariaDB",
+    "PrivatePgBouncer",
     "PrivatePostgreSQL",
     "PrivateRabbitMQ",
     "PrivateRedis",

@@ -3,7 +3,7 @@
 Each server is, in this order: the one that ``CELERY_IDEMPOTENT_TEST_<NAME>`` names; the one at its standard address, if it
 lets us in; one started for this run, as an ordinary account with its data in a temporary directory, and ended with it. What is not
 installed is first installed with apt-get, where that is there and we are root (``CELERY_IDEMPOTENT_TEST_INSTALL=0`` says
-no); so is the browser. The command finds all of them in its environment. A server that could not be had is said loudly: its tests skip,
+no); so are the browser and PgBouncer, which tests start for themselves. The command finds all of them in its environment. A server that could not be had is said loudly: its tests skip,
 and under ``CI=true`` they fail.
 """
 
@@ -20,6 +20,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from tests.support import browser
+from tests.support.servers import pgbouncer
 from tests.support.servers.kinds import KINDS, Kind
 from tests.support.servers.private import NotInstalledError, PrivateServer
 
@@ -44,6 +45,7 @@ def find_or_start(kinds: Iterable[Kind], started: ExitStack) -> list[Outcome]:
     install(
         [kind.package for kind in absent if not is_installed(kind)]
         + ([] if browser.is_installed() else [*browser.PACKAGES])
+        + ([] if pgbouncer.is_installed() else [pgbouncer.PACKAGE])
     )
     with ThreadPoolExecutor(max_workers=len(kinds)) as threads:
         ours = dict(zip(absent, threads.map(start, absent), strict=True))
@@ -116,6 +118,9 @@ def report(outcomes: list[Outcome]) -> None:
     if not browser.is_installed():
         names.append("browser")
         packages += browser.PACKAGES
+    if not pgbouncer.is_installed():
+        names.append("PgBouncer")
+        packages.append(pgbouncer.PACKAGE)
     if names:
         print(f"\n{'!' * 100}", file=sys.stderr)
         print(f"! NO {', '.join(names).upper()}: every test that needs it will {fate}.", file=sys.stderr)
