@@ -123,10 +123,10 @@ class _Admission:
         self.task = task
         self.request = request
         key = delivered_key(task.name, request)
-        marker = Marker.read(request.headers)
+        marker = Marker.delivered(key, request.id, request.headers)
         #: Whether the message says which Celery id was first sent under its message id.
-        self.knows_first = marker is not None and marker.task_name == task.name
-        if marker is None or not self.knows_first:
+        self.knows_first = marker is not None
+        if marker is None:
             # From a producer without this library. Its id stands; whether its arguments are compared is ours to say.
             named = key.message_id if key.message_id != request.id else None
             _, fingerprint = identify(
@@ -137,23 +137,9 @@ class _Admission:
                 task_id=request.id,
                 task_name=task.name,
             )
-            marker = Marker(key.message_id, task.name, request.id, fingerprint)
-        self.holds = marker.holds
-        mine = marker.belongs_to(task.name, request.id)
-        trace = marker.trace if mine else None
-        if trace is None and task.queue_log.outcomes is not None:
-            trace = task.queue_log.outcomes.trace_among(request.headers)
-        self.marker = Marker(
-            key.message_id,
-            task.name,
-            request.id,
-            marker.fingerprint,
-            copied=marker.copied,
-            first=marker.first if mine else None,
-            lost=marker.lost if mine else 0,
-            trace=trace,
-        )
-        self._mark()
+            marker = Marker.new(key, request.id, fingerprint)
+        if marker.trace is None and task.queue_log.outcomes is not None:
+            marker = replace(marker, trace=task.queue_log.outcomes.trace_among(request.headers))
         fix_callbacks(request)
         self.message = NewMessage(
             key=key,
@@ -162,9 +148,8 @@ class _Admission:
             fingerprint=marker.fingerprint,
             attempt=request.retries or 0,
         )
-        self.run = Run(task, request, self.message)
-        self.run.first, self.run.lost = self.marker.first or request.id, self.marker.lost
-        self.run.trace = self.marker.trace
+        self.run = Run(task, request, self.message, marker)
+        self._mark()
         #: Whether a claim of ours may stand, or may yet: the store was asked and its answer did not come.
         self.unanswered = False
         #: Whether such a claim was found.
@@ -223,7 +208,7 @@ class _Admission:
             took = time.monotonic() - self.run.asked
             run = self._claimed(answer) if isinstance(answer, Claimed) else self._follow(answer)
             if run is not None:
-                if run.claim is not None and (run.first != self.request.id or not self.knows_first):
+                if run.claim is not None and (run.marker.first_id != self.request.id or not self.knows_first):
                     self.unanswered = True  # should the store give no answer now: the claim stands, and is found again
                     self._keep_the_first()
                 if isinstance(answer, Claimed) or self.found_again:
@@ -296,7 +281,7 @@ class _Admission:
         self._note_first(row)
         if row.task_id == self.request.id:
             return
-        own = Marker(row.key.message_id, row.key.task_name, row.task_id).row_of_its_own
+        own = Marker.new(row.key, row.task_id).row_of_its_own
         if own == row.key or not self._is_message_of(row.task_id, row):
             return
         self._store.record(
@@ -313,16 +298,16 @@ class _Admission:
     def _note_first(self, row: Row) -> None:
         """The body's calls are told by the first id, in this attempt and in those that come after it."""
         # What was requeued under another id than it had says so itself: its row knows no more than the new one.
-        renamed = self.marker.first if row.task_id == self.request.id else None
-        self.run.first = renamed or row.task_id
-        self.run.trace = trace_of(row.message) or self.run.trace
-        self._mark(first=None if self.run.first == self.request.id else self.run.first)
+        renamed = self.run.marker.first if row.task_id == self.request.id else None
+        first = renamed or row.task_id
+        self._mark(
+            first=None if first == self.request.id else first, trace=trace_of(row.message) or self.run.marker.trace
+        )
 
     def _mark(self, **changes: Any) -> None:
         """Let the headers say what is known now: they go along with a retry, and with a copy that is held."""
-        if changes:
-            self.marker = replace(self.marker, **changes)
-        self.request.headers = self.marker.write(self.request.headers)
+        self.run.marker = replace(self.run.marker, **changes)
+        self.request.headers = self.run.marker.write(self.request.headers)
 
     def _is_message_of(self, task_id: str, row: Row) -> bool:
         """Whether the message that a row has was sent under this Celery id: behind a copy's retry it is the copy's."""
@@ -432,8 +417,9 @@ class _Admission:
             # There is no broker to hold it; the caller is here and can be told.
             return AlreadyProcessingError(row.key.message_id, decision.delay)
         # Most owners end long before their lease does, and somebody may wait for this copy's result.
-        delay = min(decision.delay, _FIRST_HOLD * 2 ** min(self.holds, _LONGEST_HOLD))
-        self._mark(holds=self.holds + 1)
+        holds = self.run.marker.holds
+        delay = min(decision.delay, _FIRST_HOLD * 2 ** min(holds, _LONGEST_HOLD))
+        self._mark(holds=holds + 1)
         return self._hold(delay, row)
 
     def _is_of(self, row: Row) -> bool:
@@ -497,9 +483,9 @@ class _Admission:
 
     def _is_owed(self) -> bool:
         """Whether what waits on this copy has yet to go on: its result is stored before that."""
-        if not (self.marker.copied and waited_on(self.request)):
+        if not (self.run.marker.copied and waited_on(self.request)):
             return False
-        return self._store.find(self.marker.row_of_its_own) is not None
+        return self._store.find(self.run.marker.row_of_its_own) is not None
 
     def _result_is_ready(self) -> bool:
         backend = self.task.backend
@@ -519,7 +505,7 @@ class _Admission:
             request.kwargs,
             signature.options,
             serializer=serializer_of(self.task),
-            trace=self.marker.trace,
+            trace=self.run.marker.trace,
         )
         return replace(self.message, message=data)
 

@@ -131,6 +131,8 @@ class Sending:
     args: Any
     kwargs: Any
     message: NewMessage
+    #: What the message's header says.
+    marker: Marker
     call: Call
     options: dict[str, Any]
     #: The guarded run that sends its own message on (retry, replace by itself), if this call does.
@@ -140,11 +142,6 @@ class Sending:
     #: The calls of the guarded body that makes this one, if one does, and its place among them.
     calls: Calls | None = None
     position: Position | None = None
-    #: What the header of the message that this one sends on says besides; see :class:`Marker`.
-    first: str | None = None
-    lost: int = 0
-    #: The span in which the message is sent, if the app's hooks say so.
-    trace: str | None = None
     #: What the call comes to if it is not found, and the seconds that the store took to tell.
     recorded: OutcomeKind = OutcomeKind.RECORDED
     took: float | None = None
@@ -170,18 +167,18 @@ class Sending:
             raise TypeError(f"task keyword arguments must be a mapping, not {type(kwargs).__name__}")
         options = dict(options)
         message_id = options.pop("message_id", None)
-        marker = Marker.read(options.get("headers"))
+        sent = Marker.read(options.get("headers"))
         run = Run.current(task.app)
         mine = run is not None and run.request.id == task_id
         dispatched = _dispatched(task, run, task_id, options)
         calls: Calls | None = None
         position: Position | None = None
-        if marker is not None and marker.belongs_to(task.name, task_id):
+        if sent is not None and sent.belongs_to(task.name, task_id):
             # A retry: of the running body, or by the parent of a worker that was lost, which has moved the row itself.
-            key, fingerprint = MessageKey(marker.message_id, marker.task_name), marker.fingerprint
-            call = Call(fingerprint, own=True)
+            marker = sent.next_attempt()
+            call = Call(marker.fingerprint, own=True)
         else:
-            marker, given = None, task_id
+            given = task_id
             if run is not None and run.in_body and not mine:
                 calls = run.calls
                 position = calls.next(task.name, task.idempotency.signature, args, kwargs)
@@ -198,21 +195,18 @@ class Sending:
             replacing = mine and run is not None and run.replacing
             canvas = replacing or dispatched or _waited_on(given, options)
             call = Call(fingerprint, canvas=canvas, own=replacing and run.key == key)  # type: ignore[union-attr]
-        assert task_id is not None
-        if marker is not None:
-            trace = marker.trace
-        else:
             outcomes = task.queue_log.outcomes
             trace = None if outcomes is None else outcomes.traceparent()
+            marker = Marker.new(key, task_id, fingerprint, trace=trace)
         box = None if call.own else current_outbox(task.queue_log)
         if box is not None:
             options = _for_later(task.app, options)
             args, kwargs = _kept(args), _kept(kwargs)
         message = NewMessage(
-            key=key,
-            task_id=task_id,
+            key=marker.key,
+            task_id=marker.task_id,
             queue=_queue_of(task, args, kwargs, options),
-            fingerprint=fingerprint,
+            fingerprint=marker.fingerprint,
             attempt=options.get("retries") or 0,
             delay=delay_of(task, options),
             published=box is None,
@@ -220,10 +214,10 @@ class Sending:
             message=encode_message(
                 args,
                 kwargs,
-                {**options, "task_id": task_id, "message_id": key.message_id},
+                {**options, "task_id": marker.task_id, "message_id": marker.message_id},
                 serializer=serializer_of(task, options),
                 now=None if options.get("countdown") is options.get("expires") is None else task.app.now(),
-                trace=trace,
+                trace=marker.trace,
             ),
         )
         return cls(
@@ -231,15 +225,13 @@ class Sending:
             args,
             kwargs,
             message,
+            marker,
             call,
             options,
             run if mine else None,
             dispatched,
             calls,
             position,
-            first=None if marker is None else marker.first,
-            lost=0 if marker is None else marker.lost,
-            trace=trace,
             box=box,
         )
 
@@ -353,7 +345,7 @@ class Sending:
                     return None
                 logger.warning("%s is published again: it has waited since %s", self._name, row.waiting_since)
                 self._tell(OutcomeKind.DUPLICATE, row, action)
-                return self._publish_now(task_id=row.task_id, duplicate=True)
+                return self._publish_now(replace(self.marker, task_id=row.task_id), duplicate=True)
             case CallAction.RESUBMIT:
                 if not self._ask(partial(self._store.resubmit, row, self.message)):
                     return None
@@ -405,55 +397,45 @@ class Sending:
 
     def _publish_copy(self, row: Row) -> AsyncResult[Any]:
         """Publish under its own task id, with a row of its own that lasts until its consumer has answered it."""
-        own = MessageKey(self.message.task_id, self.message.key.task_name)
+        marker = self.marker.copy_of(row.task_id)
+        own = marker.row_of_its_own
         if own == self.message.key or self.task.app.conf.task_always_eager:
             self._tell(OutcomeKind.DUPLICATE, row, CallAction.PUBLISH_COPY)
             return self._publish_now(duplicate=True)
-        self.first = row.task_id
         self._ask(partial(self._store.record, replace(self.message, key=own)))
         take_back = partial(self._store.withdraw, own, task_id=self.message.task_id)
         tell = partial(self._tell, OutcomeKind.DUPLICATE, row, CallAction.PUBLISH_COPY)
-        return self._publish_or(take_back, tell, copied=True)
+        return self._publish_or(take_back, tell, marker)
 
     def _publish_now(
         self,
+        marker: Marker | None = None,
         *,
-        task_id: str | None = None,
         duplicate: bool = False,
-        copied: bool = False,
         tell: Callable[[], None] | None = None,
     ) -> AsyncResult[Any]:
-        key, task_id = self.message.key, task_id or self.message.task_id
-        marker = Marker(
-            key.message_id,
-            key.task_name,
-            task_id,
-            self.message.fingerprint,
-            copied=copied,
-            first=self.first,
-            lost=self.lost,
-            trace=self.trace,
-        )
+        marker = marker or self.marker
         if self.box is not None:
-            row = marker.row_of_its_own if copied else key
+            row = marker.row_of_its_own if marker.copied else marker.key
             options = without_local(self.options)
             due = options.pop("eta", None)
             due = _moment(self.task.app, due)
             self.box.add(Outgoing(row, self.task, self.args, self.kwargs, marker, due, options, tell))
-            return self._trailed(self._result(task_id, duplicate=duplicate))
-        options = {**self.options, "headers": marker.write(self.options.get("headers")), "message_id": key.message_id}
-        result = self.task.publish(self.args, self.kwargs, task_id=task_id, **options)
+            return self._trailed(self._result(marker.task_id, duplicate=duplicate))
+        headers = marker.write(self.options.get("headers"))
+        options = {**self.options, "headers": headers, "message_id": marker.message_id}
+        result = self.task.publish(self.args, self.kwargs, task_id=marker.task_id, **options)
         result.duplicate = duplicate
         if tell is not None:
             tell()
         return result
 
     def _publish_or(
-        self, take_back: Callable[[], object], tell: Callable[[], None], *, copied: bool = False
+        self, take_back: Callable[[], object], tell: Callable[[], None], copy: Marker | None = None
     ) -> AsyncResult[Any]:
         """Publish, and tell what that comes to once it is certain: in an outbox that is behind its commit."""
         try:
-            return self._publish_now(duplicate=copied, copied=copied, tell=tell)
+            return self._publish_now(copy, duplicate=copy is not None, tell=tell)
         except BaseException:
             # Whatever it was, the caller is told and the id is free again. Should the broker have the message after all, its
             # consumer inserts the row.

@@ -443,14 +443,10 @@ class Recovery:
             return None
         # A copy's own row is known by its task id; the message in it says which message it is a copy of.
         message_id = options.get("message_id") or row.key.message_id
-        copied = message_id != row.key.message_id
-        trace = trace_of(row.message)
-        marker = Marker(message_id, row.key.task_name, row.task_id, row.fingerprint, copied=copied, trace=trace)
-        sent = Marker.read(options.get("headers"))
-        if sent is not None and sent.belongs_to(
-            row.key.task_name, row.task_id
-        ):  # a retry, which says whose calls it makes
-            marker = replace(marker, first=sent.first, lost=sent.lost)
+        key = MessageKey(message_id, row.key.task_name)
+        # A retry says itself whose calls it makes.
+        sent = Marker.delivered(key, row.task_id, options.get("headers")) or Marker.new(key, row.task_id)
+        marker = replace(sent, fingerprint=row.fingerprint, copied=key != row.key, holds=0, trace=trace_of(row.message))
         # What the row knows better, and what was true of one delivery only.
         replaced = ("eta", "task_id", "message_id", "retries", "redelivered", "is_eager", "ignore_result")
         kept = {name: value for name, value in options.items() if name not in replaced}

@@ -119,17 +119,16 @@ class IdempotentRequest(Request):  # type: ignore[misc]
         # Celery sends the next attempt from here, outside of any run: move the row on first, and let the headers say whose it is.
         context = self._context
         key = self.key
-        marker = Marker.read(context.headers)
-        fingerprint = marker.fingerprint if marker else self._fingerprint(key.message_id)
-        first, lost, trace = (marker.first, marker.lost, marker.trace) if marker else (None, 0, None)
-        marker = Marker(key.message_id, self.task.name, self.id, fingerprint, first=first, lost=lost + 1, trace=trace)
+        marker = Marker.delivered(key, self.id, context.headers)
+        marker = marker or Marker.new(key, self.id, self._fingerprint(key.message_id))
+        marker = marker.next_attempt(lost=True)
         context.headers = marker.write(context.headers)
         attempt, delay = context.retries + 1, self.task.default_retry_delay or 0.0
         message = NewMessage(
             key=key,
             task_id=self.id,
             queue=(context.delivery_info or {}).get("routing_key"),
-            fingerprint=fingerprint,
+            fingerprint=marker.fingerprint,
             attempt=attempt,
             delay=delay,
             message=encode_message(
@@ -137,7 +136,7 @@ class IdempotentRequest(Request):  # type: ignore[misc]
                 context.kwargs,
                 {**context.as_execution_options(), "retries": attempt, "message_id": key.message_id},
                 serializer=serializer_of(self.task),
-                trace=trace,
+                trace=marker.trace,
             ),
         )
         if self._end("hand on", lambda owner: self.task.queue_log.store.retry(owner, message)):

@@ -6,7 +6,7 @@ down: it is relayed (see :mod:`celery_idempotent.recovery`), by whoever asks for
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from celery.utils import uuid
@@ -135,5 +135,5 @@ def _anew(row: Row, options: Mapping[str, Any], task_id: str) -> dict[str, Any]:
     if first is None and task_id != row.task_id:
         first = row.task_id
     if first is not None:
-        headers = Marker(row.key.message_id, row.key.task_name, task_id, row.fingerprint, first=first).write(headers)
+        headers = replace(Marker.new(row.key, task_id, row.fingerprint), first=first).write(headers)
     return {**kept, "headers": headers or None, "task_id": task_id, "message_id": row.key.message_id}

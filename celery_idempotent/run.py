@@ -76,18 +76,15 @@ class RunState(StrEnum):
 class Run:
     """A delivery's passage through the guard."""
 
-    def __init__(self, task: IdempotentTask, request: Context, message: NewMessage) -> None:
+    def __init__(self, task: IdempotentTask, request: Context, message: NewMessage, marker: Marker) -> None:
         self.task = task
         self.queue_log = task.queue_log
         self.request = request
         self.message = message
         self.state = RunState.UNGUARDED
         self.claim: Claim | None = None
-        #: The Celery id that was first sent under the message id, and how many of the retries only repeat what a worker has lost.
-        self.first = message.task_id
-        self.lost = 0
-        #: The span in which the message was sent, if the app's hooks say so.
-        self.trace: str | None = None
+        #: What the message's header says, and what its row has told of it since.
+        self.marker = marker
         #: What is returned without running the body, in REPLAYED and in a CHECKPOINTED run that was taken over.
         self.value: Any = None
         #: Whether the body is about to replace itself by another task under the same task id.
@@ -132,7 +129,7 @@ class Run:
     @cached_property
     def calls(self) -> Calls:
         """The calls that the body makes."""
-        return Calls(self.key, self.first, self.message.attempt - self.lost)
+        return Calls(self.key, self.marker.first_id, self.message.attempt - self.marker.lost)
 
     @property
     def in_body(self) -> bool:
@@ -302,7 +299,7 @@ class Run:
 
     def _succeed(self, value: Any) -> None:
         wanted = self.task.idempotency.keep_result or self.waited_on
-        result = encode_result(self.task.app, value, trace=self.trace) if wanted else None
+        result = encode_result(self.task.app, value, trace=self.marker.trace) if wanted else None
         if self.waited_on:
             # What waits on this result is sent after we return: until it is known to be, the row says so.
             # On SQLite a transaction that writes keeps all others from writing, renewals too: the lease may have run out.

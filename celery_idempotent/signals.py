@@ -87,7 +87,8 @@ class _PublishHook:
         properties["message_id"] = key.message_id
         outcomes = task.queue_log.outcomes
         trace = None if outcomes is None else outcomes.traceparent()
-        headers.update(Marker(key.message_id, sender, task_id, fingerprint, trace=trace).write(None))
+        marker = Marker.new(key, task_id, fingerprint, trace=trace)
+        headers.update(marker.write(None))
         options = {**_options(headers, embed), "message_id": key.message_id}
         queue_log = task.queue_log
         message = NewMessage(
@@ -103,9 +104,7 @@ class _PublishHook:
             policy = self.app.conf.task_publish_retry_policy or {}
             found = ask_again(lambda: queue_log.store.record(message), policy)
             if isinstance(found, Found) and task_id not in (found.row.task_id, key.message_id):
-                copy = Marker(
-                    key.message_id, sender, task_id, fingerprint, copied=True, first=found.row.task_id, trace=trace
-                )
+                copy = marker.copy_of(found.row.task_id)
                 ask_again(lambda: queue_log.store.record(replace(message, key=copy.row_of_its_own)), policy)
                 headers.update(copy.write(None))
         except StoreError as error:

@@ -245,7 +245,7 @@ class IdempotentTask(Task):  # type: ignore[misc]
             key, fingerprint = identify(
                 self.idempotency, args, kwargs, message_id=message_id, task_id=task_id, task_name=self.name
             )
-            marker = Marker(key.message_id, self.name, task_id, fingerprint)
+            marker = Marker.new(key, task_id, fingerprint)
             run = Run.of(self.request_stack.top)
             if run is not None and run.replacing and run.key == key:
                 run.hand_on(

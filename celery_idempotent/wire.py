@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from celery_idempotent.records import MessageKey
@@ -31,7 +31,10 @@ def is_trace(value: object) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Marker:
-    """The header of a recorded message.
+    """The header of a recorded message: all that travels with it beside its arguments.
+
+    It is passed on as one value. Make one by :meth:`new`, :meth:`delivered` or :meth:`read`, and the next one from it by
+    :meth:`copy_of`, :meth:`next_attempt` or :func:`dataclasses.replace`.
 
     Attributes:
         message_id: Its message id.
@@ -79,6 +82,37 @@ class Marker:
             trace if trace is not None and is_trace(trace) else None,
         )
 
+    @classmethod
+    def new(cls, key: MessageKey, task_id: str, fingerprint: str | None = None, *, trace: str | None = None) -> Marker:
+        """The marker of a message that is sent for the first time."""
+        return cls(key.message_id, key.task_name, task_id, fingerprint, trace=trace)
+
+    @classmethod
+    def delivered(cls, key: MessageKey, task_id: str, headers: Mapping[str, Any] | None) -> Marker | None:
+        """The marker of a delivered message; ``None`` if its producer has none, or its header is another task's."""
+        sent = cls.read(headers)
+        if sent is None or sent.task_name != key.task_name:
+            return None
+        marker = replace(sent, message_id=key.message_id, task_id=task_id)
+        # What a header says of another message than this one is no history of ours.
+        return marker if sent.task_id == task_id else replace(marker, first=None, lost=0, trace=None)
+
+    def copy_of(self, first: str) -> Marker:
+        """The marker of a copy that is published although its message id is known.
+
+        Args:
+            first: The Celery id that was first sent under it.
+        """
+        return replace(self, copied=True, first=first)
+
+    def next_attempt(self, *, lost: bool = False) -> Marker:
+        """The marker of the message's retry.
+
+        Args:
+            lost: Whether it is sent because a worker was lost, to make the same calls as what was lost.
+        """
+        return replace(self, holds=0, copied=False, lost=self.lost + lost)
+
     def write(self, headers: Mapping[str, Any] | None) -> dict[str, Any]:
         """The headers with this marker among them."""
         marker: dict[str, str | int] = {
@@ -103,6 +137,16 @@ class Marker:
     def belongs_to(self, task_name: str, task_id: str | None) -> bool:
         """Whether a call with this header sends on the marker's own message."""
         return self.task_name == task_name and self.task_id == task_id
+
+    @property
+    def key(self) -> MessageKey:
+        """The key of the message's row."""
+        return MessageKey(self.message_id, self.task_name)
+
+    @property
+    def first_id(self) -> str:
+        """The Celery id that was first sent under the message id."""
+        return self.first or self.task_id
 
     @property
     def row_of_its_own(self) -> MessageKey:

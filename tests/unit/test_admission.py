@@ -78,7 +78,7 @@ def test_a_copy_whose_store_goes_silent_behind_its_claim_goes_on_with_that(
 
     run = admit(task, request)
 
-    assert (run.state, run.first, getattr(store, silent)) == (RunState.CLAIMED, "first", 0)
+    assert (run.state, run.marker.first_id, getattr(store, silent)) == (RunState.CLAIMED, "first", 0)
     claimed, own = store.find(KEY), store.find(OWN)
     assert claimed is not None
     assert run.claim is not None

@@ -19,6 +19,7 @@ from celery_idempotent.producer import Sending
 from celery_idempotent.records import Claim, Claimed, MessageKey, NewMessage, Note, ProcessedStatus, Row, Status
 from celery_idempotent.run import Run, RunState, describe, waited_on, worker_label
 from celery_idempotent.serialization import decode_result
+from celery_idempotent.wire import Marker
 
 KEY = MessageKey("m", "task")
 
@@ -65,7 +66,9 @@ def claimed(task: IdempotentTask, store: SQLStore, **request: Any) -> Run:
     store.record(message)
     answer = store.claim(message, worker="w", lease=60.0, grace=30.0)
     assert isinstance(answer, Claimed)
-    run = Run(task, Context(id="task-id", retries=0, args=[], kwargs={}, **request), message)
+    run = Run(
+        task, Context(id="task-id", retries=0, args=[], kwargs={}, **request), message, Marker.new(KEY, "task-id")
+    )
     run.claim, run.state = answer.claim, RunState.CLAIMED
     return run
 
@@ -359,7 +362,7 @@ class TestARetryThatIsNotPublished:
     def send_on(self, run: Run, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> Any:
         monkeypatch.setattr(type(run.task), "publish", lambda *_, **__: raising(error)())
         message = NewMessage(KEY, "task-id", attempt=1)
-        return Sending(run.task, (), {}, message, Call(own=True), {}, run).send()
+        return Sending(run.task, (), {}, message, run.marker, Call(own=True), {}, run).send()
 
     def test_because_the_broker_is_away_is_left_to_recovery(
         self, run: Run, store: SQLStore, monkeypatch: pytest.MonkeyPatch

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from celery_idempotent.records import MessageKey
 from celery_idempotent.wire import HEADER, Marker
 
+TRACE = f"00-{'a' * 32}-{'b' * 16}-01"
 MARKER = Marker("order:1", "shop.charge", "0b51", "f" * 64, holds=2)
 
 
@@ -87,3 +89,30 @@ def test_a_later_versions_details_do_no_harm() -> None:
 )
 def test_it_belongs_to_its_own_task_and_celery_id_only(task_name: str, task_id: str | None, belongs: bool) -> None:
     assert MARKER.belongs_to(task_name, task_id) is belongs
+
+
+class TestTheNextMarker:
+    """Made of the one before: what is not named goes along."""
+
+    KEY = MessageKey("m", "t")
+
+    def test_of_a_copy_says_whose_it_is(self) -> None:
+        copy = Marker.new(self.KEY, "copy", "f", trace=TRACE).copy_of("first")
+        assert copy == Marker("m", "t", "copy", "f", copied=True, first="first", trace=TRACE)
+        assert (copy.key, copy.row_of_its_own, copy.first_id) == (self.KEY, MessageKey("copy", "t"), "first")
+
+    @pytest.mark.parametrize(("lost", "count"), [(False, 1), (True, 2)])
+    def test_of_a_retry_keeps_whose_calls_it_makes(self, lost: bool, count: int) -> None:
+        before = Marker("m", "t", "i", "f", holds=3, copied=True, first="first", lost=1, trace=TRACE)
+        assert before.next_attempt(lost=lost) == Marker("m", "t", "i", "f", first="first", lost=count, trace=TRACE)
+
+    def test_of_a_delivery_is_as_it_was_sent(self) -> None:
+        sent = Marker("m", "t", "i", "f", holds=3, copied=True, first="first", lost=1, trace=TRACE)
+        assert Marker.delivered(self.KEY, "i", sent.write(None)) == sent
+
+    def test_of_a_delivery_with_another_messages_header_has_no_history(self) -> None:
+        sent = Marker("other", "t", "other", "f", first="first", lost=1, trace=TRACE)
+        assert Marker.delivered(self.KEY, "i", sent.write(None)) == Marker("m", "t", "i", "f")
+
+    def test_of_a_delivery_with_another_tasks_header_is_none(self) -> None:
+        assert Marker.delivered(self.KEY, "i", Marker("m", "other", "i").write(None)) is None
