@@ -38,7 +38,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
-from datetime import date, datetime, time, timedelta
+from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from enum import Enum, Flag
 from pathlib import PurePath, PureWindowsPath
@@ -47,7 +47,7 @@ from uuid import UUID
 
 from celery_idempotent.errors import ConfigurationError
 
-__all__ = ["FORM", "canonical", "fingerprint"]
+__all__ = ["FORM", "canonical", "fingerprint", "plain"]
 
 #: Version of the form, part of every digest: a later form can never be taken for this one.
 FORM = b"celery-idempotent:1\n"
@@ -57,6 +57,9 @@ _ITEM, _FIELD, _KEY, _ELEMENT = "[{!r}]", ".{}", ".keys()", "{{...}}"
 
 #: Types of which every value has a form, so that nobody has to be told where one was that has none.
 _LEAVES = frozenset((str, int, float, bool, type(None)))
+
+#: Zeros that the text of a Decimal has at the end rather than an exponent.
+_ZEROS = 64
 
 _MICROSECOND = timedelta(microseconds=1)
 
@@ -91,6 +94,74 @@ def fingerprint(value: object) -> str:
         ConfigurationError: As :func:`canonical`.
     """
     return hashlib.sha256(FORM + canonical(value)).hexdigest()
+
+
+def plain(value: Any) -> Any:
+    """What a value stands for, as plain data: values of one canonical form have one text.
+
+    A format string over the arguments is filled with it, so that both sides of the wire make the same of it: a member of a
+    ``StrEnum`` is its value, a tuple a list, an aware ``datetime`` the same instant in UTC, ``Decimal("1.00")`` is
+    ``Decimal("1")``. What has no canonical form is returned as it is.
+
+    Raises:
+        RecursionError: The value contains itself.
+    """
+    match value:
+        case None | bool():
+            return value
+        case str():
+            return _text(value).decode("utf-8", "surrogatepass")
+        case int():
+            return int.__index__(value)
+        case float():
+            return float.__add__(value, 0.0)
+        case list() | tuple():
+            return [plain(item) for item in value]
+        case dict():
+            named = {_json_key(key): key for key in value}
+            keys = named if len(named) == len(value) else {key: key for key in value}
+            return {plain(name): plain(value[keys[name]]) for name in sorted(keys, key=str)}
+    if hasattr(type(value), "__json__"):
+        return plain(value.__json__())
+    match value:
+        case datetime():
+            # Field by field, as for the form.
+            wall = datetime.combine(date.fromordinal(value.toordinal()), time()) + _since_midnight(value)
+            return _at_utc(wall, value.utcoffset())
+        case date():
+            return date.fromordinal(value.toordinal())
+        case time():
+            at = _at_utc(datetime(1970, 1, 2) + _since_midnight(value), value.utcoffset())  # noqa: DTZ001 - the zone is added there
+            return at.timetz()
+        case Decimal():
+            return _plain_decimal(value)
+        case bytes() | bytearray() | memoryview():
+            return bytes(value)
+    if callable(getattr(type(value), "model_dump", None)):
+        return plain(value.model_dump(mode="json"))
+    return value
+
+
+def _at_utc(wall: datetime, offset: timedelta | None) -> datetime:
+    if offset is None:
+        return wall
+    try:
+        return (wall - offset).replace(tzinfo=UTC)
+    except OverflowError:  # the first or the last hours that there are
+        return wall.replace(tzinfo=timezone(offset))
+
+
+def _plain_decimal(value: Decimal) -> Decimal:
+    sign, digits, exponent = value.as_tuple()
+    if not isinstance(exponent, int):
+        return Decimal(_decimal(value))
+    places = len(digits) - len("".join(map(str, digits)).rstrip("0"))
+    if places >= len(digits):
+        return Decimal(0)
+    significant, power = digits[: len(digits) - places], exponent + places
+    if 0 < power <= _ZEROS:  # a hundred is 100, not 1E+2
+        significant, power = significant + (0,) * power, 0
+    return Decimal((sign, significant, power))
 
 
 class _Form:

@@ -13,10 +13,11 @@ import string
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from decimal import Decimal
 from types import MethodType
 from typing import Any, cast
 
-from celery_idempotent.canonical import canonical, fingerprint
+from celery_idempotent.canonical import canonical, fingerprint, plain
 from celery_idempotent.errors import ConfigurationError
 
 __all__ = [
@@ -187,6 +188,59 @@ class CallSignature:
                 hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(self.parameters) or 'none'}"
                 raise ConfigurationError(f"{option}: {self.name} has no parameter {name!r}; {hint}")
 
+    def check_callable(self, option: Callable[..., object]) -> None:
+        """Refuse a callable that takes no call of the body.
+
+        Raises:
+            ConfigurationError: It cannot be called with the arguments of the body, given by place or by name.
+        """
+        try:
+            takes = inspect.signature(option)
+        except (TypeError, ValueError):  # as of some types written in C: it is found out when it is called
+            return
+        every = list(self._signature.parameters.values())
+        for some in (every, [p for p in every if p.default is p.empty]):
+            by_place = [p for p in some if p.kind in {p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD}]
+            by_name = {p.name: None for p in some if p.kind in {p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY}}
+            only = [p for p in some if p.kind is p.POSITIONAL_ONLY]
+            for args, kwargs in (
+                (by_place, {p.name: None for p in some if p.kind is p.KEYWORD_ONLY}),
+                (only, by_name),
+            ):
+                try:
+                    takes.bind(*args, **kwargs)
+                except TypeError:
+                    continue
+                return
+        if any(p.kind in {p.VAR_POSITIONAL, p.VAR_KEYWORD} for p in every):
+            return  # the body takes any number, and this one its own
+        raise ConfigurationError(
+            f"the message_id callable of {self.name} takes {takes}, and is called as {self.name} is, with "
+            f"{inspect.Signature([p.replace(annotation=p.empty) for p in every])}: give it these parameters; "
+            f"a first parameter called `self` is the task"
+        )
+
+    def wants_task(self, option: Callable[..., object], owner: type | None = None) -> bool:
+        """Whether a ``message_id`` function asks for the task before the arguments, as a method does.
+
+        Args:
+            option: What stands in the task's class or was given to the decorator.
+            owner: The task's class.
+        """
+        if inspect.isclass(option) or isinstance(option, MethodType) or not hasattr(type(option), "__get__"):
+            return False  # nothing that Python would bind to an object
+        try:
+            first = next(iter(inspect.signature(option).parameters.values()), None)
+        except (TypeError, ValueError):
+            return False
+        if first is None or first.kind not in {first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD}:
+            return False
+        if first.name in self._signature.parameters:
+            return False
+        # One that is written in the class is a method, whatever it calls its task; else the name says it.
+        methods = {f"{cls.__qualname__}.message_id" for cls in getattr(owner, "__mro__", ())}
+        return first.name == "self" or getattr(option, "__qualname__", None) in methods
+
     def _misfit(self, error: TypeError, args: Args, kwargs: Kwargs) -> TypeError:
         misfit = TypeError(f"{self.name}(): {error}")
         try:
@@ -295,9 +349,11 @@ def message_id_source(
 
             * ``None``: the message is known by its task id;
             * a format string over the bound arguments: ``"order:{order_id}"``, ``"order:{order.id}"``,
-              ``"{order[id]}"``, ``"{amount:.2f}"``;
+              ``"{order[id]}"``, ``"{amount:.2f}"``. Fields are filled with plain data, so that arguments which
+              :func:`by_arguments` calls equal give one text: see :func:`~celery_idempotent.canonical.plain`;
             * :func:`by_arguments`;
-            * a callable, called with the arguments as the task itself is, that returns the id.
+            * a callable, called with the arguments as the task itself is, that returns the id. Bind it to the task first if
+              it asks for that: see :meth:`CallSignature.wants_task`.
         run: The task's body, or its signature.
         bound: As for :class:`CallSignature`; of no effect when ``run`` is one.
 
@@ -388,6 +444,7 @@ class _Called:
     def __init__(self, option: Callable[..., str], signature: CallSignature) -> None:
         self._option = option
         self._signature = signature
+        signature.check_callable(option)
 
     def __call__(self, args: Args, kwargs: Kwargs) -> str:
         self._signature.bind(args, kwargs)  # so that a wrong call is reported as the task's, not as the callable's
@@ -409,6 +466,8 @@ class _Template(string.Formatter):
         self._option = f"message_id={template!r}"
         try:
             fields = list(_fields(template))
+            for _, _, specification, _ in string.Formatter().parse(template):
+                self._check_width(specification or "")
         except ValueError as error:
             raise ConfigurationError(f"{self._option} is not a format string: {error}") from None
         example = f"{{{next(iter(signature.parameters), 'order_id')}}}"
@@ -435,8 +494,9 @@ class _Template(string.Formatter):
 
     def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         try:
-            value, first = super().get_field(field_name, args, kwargs)
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            found, first = super().get_field(field_name, args, kwargs)
+            value = plain(object.__getattribute__(found, "_at"))
+        except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
             raise ConfigurationError(
                 f"{self._option}: {{{field_name}}} is not in the arguments of this call "
                 f"({type(error).__name__}: {error})"
@@ -453,11 +513,60 @@ class _Template(string.Formatter):
             )
         return value, first
 
+    def get_value(self, key: int | str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        return _Step(super().get_value(key, args, kwargs))
+
     def format_field(self, value: Any, format_spec: str) -> str:
+        self._check_width(format_spec)
+        if isinstance(value, Decimal) and value.is_finite() and abs(value.adjusted()) > MAX_BYTES and format_spec:
+            raise ConfigurationError(
+                f"{self._option}: {value} has more digits than the {MAX_BYTES} bytes that an id may have: leave out {format_spec!r}"
+            )
         try:
             return str(format(value, format_spec))
         except (TypeError, ValueError) as error:
             raise ConfigurationError(f"{self._option}: {error}") from error
+
+    def convert_field(self, value: Any, conversion: Any) -> Any:
+        try:
+            return super().convert_field(value, conversion)
+        except ValueError as error:  # an int that is too long for decimal text
+            raise ConfigurationError(f"{self._option}: {error}") from error
+
+    def _check_width(self, specification: str) -> None:
+        """Refuse a width or a precision that no id has room for; it may be a caller's, and of gigabytes."""
+        for number in re.findall(r"\d+", specification):
+            if len(number) > len(str(MAX_BYTES)) or int(number) > MAX_BYTES:
+                raise ConfigurationError(
+                    f"{self._option}: {number[:32]} in the format specification {specification[:64]!r} is more than the "
+                    f"{MAX_BYTES} bytes that an id may have: use a smaller width or precision"
+                )
+
+
+class _Step:
+    """A step into an argument: the same on both sides of the wire, where a model arrives as a dict, and an int key as its text."""
+
+    __slots__ = ("_at",)
+
+    def __init__(self, value: Any) -> None:
+        self._at = value
+
+    def __getattribute__(self, name: str) -> _Step:
+        value = object.__getattribute__(self, "_at")
+        try:
+            return _Step(getattr(value, name))
+        except AttributeError:
+            if isinstance(value, Mapping) and name in value:
+                return _Step(value[name])
+            raise
+
+    def __getitem__(self, name: int | str) -> _Step:
+        value = object.__getattribute__(self, "_at")
+        if isinstance(value, Mapping) and isinstance(name, int) and name not in value:
+            return _Step(value[str(name)])
+        if isinstance(name, str) and callable(getattr(type(value), "model_dump", None)):
+            return _Step(getattr(value, name))
+        return _Step(value[name])
 
 
 def _fields(template: str) -> Iterator[tuple[str, str | None]]:

@@ -6,7 +6,8 @@ import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import lru_cache
+from functools import lru_cache, partialmethod
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from celery_idempotent.decision import CallPolicy, DeliveryPolicy
@@ -79,7 +80,7 @@ class Options:
         run = inspect.getattr_static(type(task), "run")
         signature = CallSignature(type(task).run, bound=not isinstance(run, staticmethod))
         return cls(
-            message_id=message_id_source(given("message_id"), signature),
+            message_id=message_id_source(_message_id_of(task, given("message_id"), signature), signature),
             signature=signature,
             call=CallPolicy(
                 on_duplicate=chosen("on_duplicate", "skip", "skip", "raise"),
@@ -96,6 +97,16 @@ class Options:
             atomic=flag("atomic", False),
             keep_result=flag("keep_result", True),
         )
+
+
+def _message_id_of(task: IdempotentTask, option: Any, signature: CallSignature) -> Any:
+    """The option ``message_id`` as it asks to be called: a method gets the task before the arguments."""
+    stored = inspect.getattr_static(type(task), "message_id", None)
+    if isinstance(stored, partialmethod):
+        return stored.__get__(task, type(task))
+    if isinstance(stored, staticmethod) and stored.__func__ is option:
+        return option
+    return MethodType(option, task) if signature.wants_task(option, type(task)) else option
 
 
 def refuse_misspelt_call(task_name: str, options: Iterable[str]) -> None:

@@ -107,7 +107,8 @@ class IdempotentTask(Task):  # type: ignore[misc]
     abstract = True
 
     #: Where the message id comes from: ``None`` (the task id: safe against redelivery), a format string over the bound
-    #: arguments (``"order:{order_id}"``), or a callable of the call's arguments returning ``str``; ``by_arguments()`` is one.
+    #: arguments (``"order:{order_id}"``), or a callable of the call's arguments returning ``str``; ``by_arguments()`` is one. A
+    #: method of the class, or a callable whose first parameter is called ``self``, gets the task before the arguments.
     message_id: ClassVar[str | Callable[..., str] | None] = None
 
     #: What the caller of a duplicate gets: the first message's AsyncResult (``"skip"``) or a DuplicateMessageError (``"raise"``).

@@ -5,16 +5,20 @@ from __future__ import annotations
 import copy
 import enum
 import functools
+import operator
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import Decimal
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
+from uuid import UUID
 
 import pytest
 from celery import Celery
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kombu.serialization import dumps, loads
 
 from celery_idempotent.canonical import fingerprint
 from celery_idempotent.errors import ConfigurationError
@@ -451,6 +455,7 @@ def test_format_string(template: str, run: Callable[..., Any], each: Call, expec
         ("order:{order_id", ["is not a format string"]),
         ("order:}", ["is not a format string"]),
         ("{order_id!z}", ["no conversion !z"]),
+        ("{order_id:>1000}", ["1000 in the format specification", "255 bytes"]),
     ],
 )
 def test_format_strings_are_checked_before_any_call(template: str, says: list[str]) -> None:
@@ -475,13 +480,17 @@ def test_any_name_may_be_among_keywords() -> None:
         ("order:{order_id!r}", call(None), ["order_id is None"]),
         ("order:{order_id.id}", call(Order(None)), ["order_id.id is None"]),
         ("order:{order_id[id]}", call({"id": None}), ["order_id[id] is None"]),
-        ("{order_id.id}", call({"id": 7}), ["{order_id.id} is not in the arguments", "AttributeError"]),
+        ("{order_id.id}", call({"no": 7}), ["{order_id.id} is not in the arguments", "AttributeError"]),
         ("{order_id[id]}", call({}), ["{order_id[id]} is not in the arguments", "KeyError"]),
         ("{order_id[3]}", call([1]), ["{order_id[3]} is not in the arguments", "IndexError"]),
         ("{order_id[id]}", call("text"), ["{order_id[id]} is not in the arguments", "TypeError"]),
         ("{order_id:d}", call("o-1"), ["message_id='{order_id:d}'", "format code 'd'"]),
         ("{order_id}", call({"b", "a"}), ["order_id, of type set", "not the same in every process", "by_arguments"]),
         ("{order_id}", call(Opaque()), ["order_id, of type Opaque", "not the same in every process"]),
+        ("{amount:>{currency}}", call("o-1", 5, currency=10**9), ["1000000000", "255 bytes", "smaller width"]),
+        ("{amount:>{currency}}", call("o-1", 5, currency="٩" * 9), ["255 bytes", "smaller width"]),
+        ("{amount:.2f}", call("o-1", Decimal("1E+999999")), ["more digits than the 255 bytes"]),
+        ("{amount!s}", call("o-1", 10**5000), ["integer string conversion"]),
         ("{order_id}", call(""), ["message_id='{order_id}'", "cannot be empty"]),
         ("{order_id}", call("x" * 256), ["message_id='{order_id}'", "256 bytes", "by_arguments"]),
         ("{order_id}", call("a\0b"), ["NUL"]),
@@ -491,6 +500,127 @@ def test_a_format_string_refuses_what_gives_no_id(template: str, each: Call, say
     with pytest.raises(ConfigurationError) as caught:
         source(template, charge)(*each)
     assert [part for part in says if part not in str(caught.value)] == []
+
+
+class Colour(str, enum.Enum):  # noqa: UP042 - its str() is not its value
+    RED = "red"
+
+
+class Level(enum.IntEnum):
+    HIGH = 3
+
+
+class Count(int):
+    def __format__(self, _: str) -> str:
+        return f"<{int(self)}>"
+
+
+class Mode(enum.StrEnum):
+    FAST = "fast"
+
+
+class Local(datetime):
+    def __str__(self) -> str:
+        return "somewhen"
+
+
+class Point(NamedTuple):
+    x: int
+    y: int
+
+
+class Jsonable:
+    def __json__(self) -> Any:
+        return {"n": Colour.RED}
+
+
+class Line:
+    """As a model of pydantic's."""
+
+    def __init__(self, sku: str) -> None:
+        self.sku, self.colour = sku, Colour.RED
+
+    def model_dump(self, *, mode: str) -> dict[str, Any]:
+        assert mode == "json"
+        return {"sku": self.sku, "colour": "red"}
+
+
+NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
+CET = timezone(timedelta(hours=1))
+ONE_ID: list[list[Any]] = [
+    [Colour.RED, "red"],
+    [Mode.FAST, "fast"],
+    [Level.HIGH, 3, Count(3)],
+    [True],
+    [1],
+    [-0.0, 0.0],
+    [Decimal(1), Decimal("1.00"), Decimal("1E0")],
+    [Decimal(100), Decimal("1E2"), Decimal("100.0")],
+    [Decimal(0), Decimal("0.00"), Decimal("-0")],
+    [Decimal("NaN"), Decimal("-sNaN1")],
+    [NOON, NOON.astimezone(CET), Local(2026, 3, 1, 13, tzinfo=CET)],
+    [datetime(2026, 3, 1, 12), Local(2026, 3, 1, 12)],  # noqa: DTZ001 - a naive one
+    [datetime.min.replace(tzinfo=CET)],
+    [time(12, tzinfo=UTC), time(13, tzinfo=CET)],
+    [date(2026, 3, 1)],
+    [UUID(int=7)],
+    [b"ab", bytearray(b"ab"), memoryview(b"ab")],
+    [[1, Colour.RED], (1, "red"), [1, "red"]],
+    [Point(1, 2), (1, 2), [1, 2]],
+    [{1: Level.HIGH, "b": 2}, {"b": 2, "1": 3}],
+    [{1: "a", "1": "b"}],
+    [Jsonable(), {"n": "red"}],
+    [Line(sku="s"), {"sku": "s", "colour": "red"}],
+    ["\ud83d\ude00", "\U0001f600"],
+]
+
+
+def _is_carried(value: Any) -> bool:
+    """Whether JSON and pickle carry a value."""
+    return not isinstance(value, (bytearray, memoryview)) and value != {1: "a", "1": "b"}
+
+
+@pytest.mark.parametrize("template", ["{order_id}", "{order_id!s}", "{order_id!r}"])
+@pytest.mark.parametrize("values", ONE_ID, ids=lambda values: f"{type(values[0]).__name__} {values[0]}"[:30])
+def test_a_format_string_gives_what_by_arguments_calls_equal_one_id(template: str, values: list[Any]) -> None:
+    digests = {fingerprint(value) for value in values}
+    ids = {source(template, charge)(*call(value)) for value in values}
+    assert (len(digests), len(ids)) == (1, 1)
+
+
+@pytest.mark.parametrize("serializer", ["json", "pickle"])
+@pytest.mark.parametrize("value", [value for values in ONE_ID for value in values if _is_carried(value)])
+def test_a_format_string_gives_the_consumer_the_producers_id(value: Any, serializer: str) -> None:
+    make = source("{order_id}", charge)
+    if isinstance(value, Line):
+        value = value.model_dump(mode="json")  # as Celery does
+    content_type, encoding, data = dumps([value], serializer)
+    (arrived,) = loads(data, content_type, encoding, accept={content_type})
+    assert make(*call(arrived)) == make(*call(value))
+
+
+@pytest.mark.parametrize(
+    ("template", "value", "arrived"),
+    [
+        ("{order_id.sku}", Line(sku="s"), {"sku": "s"}),
+        ("{order_id[sku]}", Line(sku="s"), {"sku": "s"}),
+        ("{order_id.colour}", Line(sku="s"), {"colour": "red"}),
+        ("{order_id[1]}", {1: "a"}, {"1": "a"}),
+        ("{order_id[0]}", Point(1, 2), [1, 2]),
+        ("{order_id:%d.%m.}", NOON.astimezone(timezone(timedelta(hours=13))), NOON),
+    ],
+)
+def test_a_step_into_an_argument_is_the_same_where_it_arrives(template: str, value: Any, arrived: Any) -> None:
+    make = source(template, charge)
+    assert make(*call(value)) == make(*call(arrived))
+
+
+@pytest.mark.parametrize("value", ["on", Colour.RED])
+def test_an_attribute_of_a_plain_value_is_its_own(value: Any) -> None:
+    if isinstance(value, enum.Enum):
+        assert source("{order_id.name}", charge)(*call(value)) == "RED"
+    with pytest.raises(ConfigurationError, match="AttributeError"):
+        source("{order_id._at}", charge)(*call(value))
 
 
 # -- callables and everything else -------------------------------------------------------------------------------------
@@ -506,6 +636,35 @@ def test_a_callable_is_called_as_the_task_is() -> None:
     assert source(message_id, charge)(("o-1",), {"amount": 5}) == "id"
     assert source(message_id, bound_task, True)(("o-1",), None) == "id"
     assert seen == [call("o-1", amount=5), call("o-1")]
+
+
+@pytest.mark.parametrize(
+    ("option", "takes"),
+    [
+        (lambda a, b, c, d: "id", "(a, b, c, d)"),
+        (lambda *, other: "id", "(*, other)"),
+        (lambda: "id", "()"),
+    ],
+)
+def test_a_callable_that_takes_no_call_of_the_body_is_refused(option: Any, takes: str) -> None:
+    text = refusal(option, charge)
+    assert f"of charge takes {takes}, and is called as charge is, with (order_id, amount=0, *, currency='EUR')" in text
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        lambda order_id: "id",
+        lambda order_id, **_: "id",
+        lambda *, order_id, amount=0, currency="": "id",
+        lambda *a: "id",
+        functools.partial(lambda kind, *a, **k: "id", "order"),
+        str,
+        operator.itemgetter(0),
+    ],
+)
+def test_a_callable_that_takes_some_call_of_the_body_is_taken(option: Any) -> None:
+    assert source(option, charge) is not None
 
 
 def test_a_callable_may_be_a_class_or_an_object() -> None:

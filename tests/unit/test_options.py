@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
+from functools import cache, partialmethod
 from typing import Any
 
 import pytest
@@ -128,6 +129,121 @@ class TestMessageId:
         for task in (declare(app, message_id=by_order), declare(Celery("other", set_as_current=False), base=Ours)):
             assert task.idempotency.message_id is not None
             assert task.idempotency.message_id(("o-1",), {"amount": 5}) == "o-1-5"
+
+    @pytest.mark.parametrize("bind", [False, True])
+    def test_a_callable_that_asks_for_the_task_gets_it(self, app: Celery, bind: bool) -> None:
+        def body(order_id: str, amount: int = 0) -> None: ...
+
+        def bound(self: Task, order_id: str, amount: int = 0) -> None: ...
+
+        asks = app.task(
+            bound if bind else body,
+            base=IdempotentTask,
+            bind=bind,
+            name="asks",
+            shared=False,
+            message_id=lambda self, order_id, amount=0: f"{self.name}:{order_id}",
+        )
+        assert asks.idempotency.message_id is not None
+        assert asks.idempotency.message_id(("o-1", 5), {}) == "asks:o-1"
+        assert asks.idempotency.message_id((), {"order_id": "o-2"}) == "asks:o-2"
+
+    def test_a_body_with_an_argument_called_self_keeps_it(self, app: Celery) -> None:
+        def body(self: str, other: str) -> None: ...
+
+        task = app.task(
+            body, base=IdempotentTask, name="own", shared=False, message_id=lambda self, other: f"{self}:{other}"
+        )
+        assert task.idempotency.message_id(("a", "b"), {}) == "a:b"
+
+    def test_methods_of_every_kind_are_called_as_python_would(self, app: Celery) -> None:
+        class Charge(IdempotentTask):
+            abstract = True
+            shop = "shop"
+
+            def run(self, order_id: str, amount: int = 0) -> None: ...
+
+        class Method(Charge):
+            name = "method"
+
+            def message_id(self, order_id: str, amount: int = 0) -> str:
+                return f"{self.shop}:{order_id}"
+
+        class OtherName(Charge):
+            name = "other-name"
+
+            def message_id(task, order_id: str, amount: int = 0) -> str:  # noqa: N805 - somebody calls it so
+                return f"{task.shop}:{order_id}"
+
+        class AnyArguments(Charge):
+            name = "any"
+
+            def message_id(self, *args: Any, **kwargs: Any) -> str:
+                return f"{self.shop}:{args[0]}"
+
+        class Inherited(Method):
+            name = "inherited"
+            shop = "other"
+
+        class Decorated(Charge):
+            name = "decorated"
+
+            @cache  # noqa: B019 - as people write it
+            def message_id(self, order_id: str, amount: int = 0) -> str:
+                return f"{self.shop}:{order_id}"
+
+        class Static(Charge):
+            name = "static"
+
+            @staticmethod
+            def message_id(order_id: str, amount: int = 0) -> str:
+                return f"static:{order_id}"
+
+        class OfClass(Charge):
+            name = "of-class"
+
+            @classmethod
+            def message_id(cls, order_id: str, amount: int = 0) -> str:
+                return f"{cls.shop}:{order_id}"
+
+        class Partial(Charge):
+            name = "partial"
+
+            def _made(self, kind: str, order_id: str, amount: int = 0) -> str:
+                return f"{self.shop}:{kind}:{order_id}"
+
+            message_id = partialmethod(_made, "order")
+
+        class PlainFunction(Charge):
+            name = "plain"
+
+            def message_id(order_id: str, amount: int = 0) -> str:  # noqa: N805 - it takes no task
+                return f"plain:{order_id}"
+
+        ids = {}
+        for kind in (Method, OtherName, AnyArguments, Inherited, Decorated, Static, OfClass, Partial, PlainFunction):
+            task = app.register_task(kind())
+            ids[task.name] = [task.idempotency.message_id((order, 5), {}) for order in ("o-1", "o-2")]
+        assert ids == {
+            **{name: ["shop:o-1", "shop:o-2"] for name in ("method", "other-name", "any", "decorated", "of-class")},
+            "inherited": ["other:o-1", "other:o-2"],
+            "static": ["static:o-1", "static:o-2"],
+            "partial": ["shop:order:o-1", "shop:order:o-2"],
+            "plain": ["plain:o-1", "plain:o-2"],
+        }
+
+    def test_a_method_that_takes_no_call_of_the_body_is_refused(self, app: Celery) -> None:
+        class Charge(IdempotentTask):
+            name = "refused"
+
+            def message_id(self) -> str:
+                return "id"
+
+            def run(self, order_id: str) -> None: ...
+
+        task = app.register_task(Charge())
+        with pytest.raises(ConfigurationError, match=r"task refused: the message_id callable of run takes \(\)"):
+            _ = task.idempotency
 
     def test_a_bound_body_does_not_count_itself(self, app: Celery) -> None:
         @app.task(base=IdempotentTask, bind=True, name="bound", message_id="{order_id}", shared=False)
