@@ -27,7 +27,7 @@ from celery_idempotent.errors import (
     StoreError,
     StoreUnavailableError,
 )
-from celery_idempotent.outcomes import OutcomeKind
+from celery_idempotent.outcomes import OutcomeKind, reason_of
 from celery_idempotent.producer import identify
 from celery_idempotent.records import Claim, Claimed, MessageKey, NewMessage, Note, ProcessedStatus, Row, Status, Taken
 from celery_idempotent.run import Run, RunState, answered, describe, ignores_result, waited_on, worker_label
@@ -245,6 +245,11 @@ class _Admission:
                     return None
                 self.run.tell(OutcomeKind.ABANDONED, row, reason="abandoned")
                 raise AlreadyFailedError(row.key.message_id, ABANDONED)
+            case DeliveryAction.CANCEL:
+                # An earlier delivery was discarded while its owner lived, which has died since.
+                if self._store.abandon(row, error=row.error or ABANDONED, unique_for=self.task.idempotency.unique_for):
+                    self.run.tell(OutcomeKind.CANCELLED, row, reason=reason_of(row.error or ABANDONED))
+                return None
             case DeliveryAction.SKIP:
                 self._store.count_duplicate(row.key)
                 answered(self.task, self.request)
@@ -266,6 +271,8 @@ class _Admission:
             case DeliveryAction.RAISE_MISMATCH:
                 self.run.tell(OutcomeKind.MISMATCHED, row)
                 raise MessageMismatchError(row.key.message_id, row.key.task_name)
+            case DeliveryAction.FORBID:  # pragma: no cover - what is discarded does not come here
+                raise AssertionError("a delivery that is discarded reaches no task")
             case _:  # pragma: no cover - the type checker proves it away
                 assert_never(decision.action)
 

@@ -98,6 +98,9 @@ def decide_call(row: Row | None, call: Call, policy: CallPolicy) -> CallAction:
     # absent, or `expires_at` passed
     if row is None or row.expired:
         return CallAction.RECORD
+    # done/failure, revoked or expired before its body ever began
+    if row.never_began:
+        return CallAction.RESUBMIT
     # there, other fingerprint
     if _differ(row.fingerprint, call.fingerprint):
         return CallAction.RAISE_MISMATCH
@@ -134,6 +137,8 @@ class DeliveryAction(StrEnum):
     HOLD = "hold"  # publish a delayed copy, then ack
     TAKE_OVER = "take_over"  # token + 1, run
     ABANDON = "abandon"  # done/failure, reason `abandoned`
+    CANCEL = "cancel"  # done/failure, since it was revoked or has expired
+    FORBID = "forbid"  # the row notes that it is not to run again
     TAKE_OVER_AND_REPLAY = "take_over_and_replay"  # token + 1, return the stored result without running the body
     SKIP = "skip"  # ack, nothing else
     REPLAY = "replay"  # return the stored result without running the body
@@ -150,6 +155,7 @@ class Delivery:
         task_id: Its Celery task id.
         retries: Celery's retry count in it.
         fingerprint: SHA-256 of its canonical arguments; ``None`` when they are not compared.
+        discarded: Why Celery discards it without running it: it was revoked, or has expired. ``None`` when it does not.
         awaited: Whether its result is kept for somebody (``ignore_result`` is off).
         canvas: Whether callbacks, a chain, a group or a chord wait on it.
         result_ready: Whether the result backend already has its final state; only looked at when the row is done.
@@ -159,6 +165,7 @@ class Delivery:
     task_id: str
     retries: int = 0
     fingerprint: str | None = None
+    discarded: str | None = None
     awaited: bool = True
     canvas: bool = False
     result_ready: bool = False
@@ -209,6 +216,11 @@ def decide_delivery(row: Row | None, delivery: Delivery, policy: DeliveryPolicy)
         return DeliveryDecision(DeliveryAction.RAISE_MISMATCH)
     match row.status:
         case Status.PENDING:
+            # pending, and the delivery was revoked or has expired
+            if delivery.discarded is not None:
+                return DeliveryDecision(
+                    DeliveryAction.CANCEL if delivery.task_id == row.task_id else DeliveryAction.SKIP
+                )
             # pending, `retries >= attempt` or `available_at` passed by a grace
             waited = row.available_at is not None and row.available_in <= -policy.grace
             if delivery.retries >= row.attempt or waited:
@@ -216,14 +228,21 @@ def decide_delivery(row: Row | None, delivery: Delivery, policy: DeliveryPolicy)
             # pending, `retries < attempt` (an old copy of a retried message)
             return DeliveryDecision(DeliveryAction.HOLD, max(row.available_in, 0.0) + policy.grace)
         case Status.PROCESSING:
-            return _decide_processing(row, policy)
+            return _decide_processing(row, delivery, policy)
         case Status.DONE:
             return DeliveryDecision(_decide_done(row, delivery))
         case _:  # pragma: no cover - the type checker proves it away
             assert_never(row.status)
 
 
-def _decide_processing(row: Row, policy: DeliveryPolicy) -> DeliveryDecision:
+def _decide_processing(row: Row, delivery: Delivery, policy: DeliveryPolicy) -> DeliveryDecision:
+    # Only the first id counts: a copy that is revoked says nothing of the message that it is a copy of.
+    discarded = delivery.discarded is not None
+    if discarded and delivery.task_id != row.task_id:
+        return DeliveryDecision(DeliveryAction.SKIP)
+    # processing, lease live, and the delivery was revoked or has expired
+    if discarded and row.lease_left > 0:
+        return DeliveryDecision(DeliveryAction.FORBID)
     # processing, lease live, another delivery
     if row.lease_left > 0:
         match policy.on_processing:
@@ -241,6 +260,9 @@ def _decide_processing(row: Row, policy: DeliveryPolicy) -> DeliveryDecision:
     # (processing, success), lease expired
     if row.processed_status is ProcessedStatus.SUCCESS:
         return DeliveryDecision(DeliveryAction.TAKE_OVER_AND_REPLAY)
+    # processing, lease expired, and the delivery was revoked or has expired, or one before it
+    if discarded or row.forbidden:
+        return DeliveryDecision(DeliveryAction.CANCEL)
     # processing, lease expired, `on_abandoned="rerun"`
     if policy.on_abandoned == "rerun":
         return DeliveryDecision(DeliveryAction.TAKE_OVER)

@@ -10,6 +10,7 @@ from datetime import datetime
 from enum import StrEnum
 
 __all__ = [
+    "DISCARDED",
     "FORGOTTEN",
     "Change",
     "Claim",
@@ -48,6 +49,9 @@ class Note(StrEnum):
 
 #: What is left in ``error`` of a row that an operator had forgotten.
 FORGOTTEN = "forgotten"
+
+#: How the error of a message begins that Celery discarded. Workers remember its Celery id for hours.
+DISCARDED = ("revoked", "expired")
 
 
 class ProcessedStatus(StrEnum):
@@ -133,6 +137,17 @@ class Row:
         """Whether the id is free again (``unique_for`` passed)."""
         done = self.status is Status.DONE
         return done and self.expires_at is not None and self.expires_at <= self.read_at
+
+    @property
+    def never_began(self) -> bool:
+        """Whether it was revoked, or expired, before its body ever began: its id is free for calls, and a copy of it never runs."""
+        failed = self.status is Status.DONE and self.processed_status is ProcessedStatus.FAILURE
+        return failed and self.worker is None and (self.error or "").startswith(DISCARDED)
+
+    @property
+    def forbidden(self) -> bool:
+        """Whether a running message is not to run again if its owner dies; ``error`` says why. See ``Store.forbid``."""
+        return self.status is Status.PROCESSING and self.processed_status is None and self.error is not None
 
     @property
     def lease_left(self) -> float:

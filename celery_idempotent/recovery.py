@@ -23,9 +23,9 @@ from celery_idempotent.children import is_guarded
 from celery_idempotent.consumer import ABANDONED
 from celery_idempotent.forks import no_fork
 from celery_idempotent.outboxes import PUBLISH_WITHIN
-from celery_idempotent.outcomes import OutcomeKind
+from celery_idempotent.outcomes import OutcomeKind, reason_of
 from celery_idempotent.publication import publish
-from celery_idempotent.records import MessageKey, Row, Status
+from celery_idempotent.records import MessageKey, ProcessedStatus, Row, Status
 from celery_idempotent.serialization import UndecodableError, decode_message, trace_of
 from celery_idempotent.wire import Marker
 
@@ -432,6 +432,10 @@ class Recovery:
         task = self._queue_log.app.tasks.get(row.key.task_name)
         if not is_guarded(task):
             return None  # another app's, on the same store: its own workers recover it
+        if row.forbidden:
+            if self._store.abandon(row, error=row.error or ABANDONED, unique_for=task.idempotency.unique_for):
+                self._tell(OutcomeKind.CANCELLED, row, reason_of(row.error or ABANDONED))
+            return None
         try:
             args, kwargs, options = decode_message(self._queue_log.app, row.message)
         except UndecodableError as error:
@@ -448,7 +452,17 @@ class Recovery:
         sent = Marker.delivered(key, row.task_id, options.get("headers")) or Marker.new(key, row.task_id)
         marker = replace(sent, fingerprint=row.fingerprint, copied=key != row.key, holds=0, trace=trace_of(row.message))
         # What the row knows better, and what was true of one delivery only.
-        replaced = ("eta", "task_id", "message_id", "retries", "redelivered", "is_eager", "ignore_result")
+        replaced: tuple[str, ...] = (
+            "eta",
+            "task_id",
+            "message_id",
+            "retries",
+            "redelivered",
+            "is_eager",
+            "ignore_result",
+        )
+        if row.processed_status is ProcessedStatus.SUCCESS:
+            replaced += ("expires",)  # its body ran in time
         kept = {name: value for name, value in options.items() if name not in replaced}
         return partial(
             publish,

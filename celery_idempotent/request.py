@@ -17,6 +17,7 @@ from celery.worker.state import active_requests
 from celery_idempotent.children import fix_callbacks
 from celery_idempotent.consumer import ABANDONED, sent_key
 from celery_idempotent.copies import announce
+from celery_idempotent.discards import REVOKED, discard
 from celery_idempotent.errors import StoreError
 from celery_idempotent.outcomes import OutcomeKind, reason_of
 from celery_idempotent.producer import identify
@@ -76,7 +77,8 @@ class IdempotentRequest(Request):  # type: ignore[misc]
         if not return_ok and isinstance(error, (Terminated, WorkerLostError, SystemExit, KeyboardInterrupt)):
             cancelled = self._already_cancelled and not self._already_revoked
             if self._already_revoked or (isinstance(error, Terminated) and not cancelled):
-                self._fail("revoked: it was terminated while it ran", OutcomeKind.CANCELLED)
+                if not self._fail("revoked: it was terminated while it ran", OutcomeKind.CANCELLED):
+                    discard(self.task, self._context, REVOKED)  # its child died before it claimed
             elif cancelled:
                 # Celery tells its caller that it will run again; whether it does is for its next delivery to decide, and to say.
                 self._end("expire", self.task.queue_log.store.expire)
@@ -159,10 +161,12 @@ class IdempotentRequest(Request):  # type: ignore[misc]
         label = worker_label(self.hostname, None if pid == os.getpid() else pid)
         return Owner(self.key, label)
 
-    def _fail(self, error: str, kind: OutcomeKind = OutcomeKind.FAILED) -> None:
+    def _fail(self, error: str, kind: OutcomeKind = OutcomeKind.FAILED) -> bool:
         store, unique_for = self.task.queue_log.store, self.task.idempotency.unique_for
-        if self._end("fail", lambda owner: store.fail(owner, error=error, unique_for=unique_for)):
+        failed = self._end("fail", lambda owner: store.fail(owner, error=error, unique_for=unique_for))
+        if failed:
             self._tell(kind, reason_of(error))
+        return failed
 
     def _end(self, what: str, write: Callable[[Owner], bool]) -> bool:
         """End the claim of a child; whether it was there to be ended so."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from celery.utils import uuid
 
 from celery_idempotent.children import is_guarded
-from celery_idempotent.records import MessageKey, NewMessage, ProcessedStatus, Row, Status
+from celery_idempotent.records import DISCARDED, MessageKey, NewMessage, ProcessedStatus, Row, Status
 from celery_idempotent.serialization import UndecodableError, decode_message, encode_message, serializer_of, trace_of
 from celery_idempotent.wire import HEADER, Marker
 
@@ -27,8 +27,8 @@ __all__ = ["NotRequeued", "Requeued", "obstacle", "requeue"]
 _OF_BEFORE = ("eta", "countdown", "expires", "retries", "redelivered", "is_eager")
 
 
-#: How the error of a message begins whose Celery id workers remember: they would discard it for hours.
-_REMEMBERED = ("revoked", "expired")
+#: Why a message has failed whose worker had died when it was requeued.
+_OWNERLESS = "abandoned: its worker had died, and it was requeued"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +66,8 @@ def obstacle(row: Row) -> str | None:
             return "it waits already; if the broker has lost it, see `recover --lost-after`"
         case Status.PROCESSING if row.lease_left > 0:
             return f"it runs, on {row.worker}"
-        case Status.PROCESSING:
-            return "its worker died, and it runs again once it is recovered: see `recover`"
+        case Status.PROCESSING if row.processed_status is not None:
+            return "its body ran, and what waits on it is sent once it is recovered: see `recover`"
         case Status.DONE if row.processed_status is ProcessedStatus.SUCCESS:
             return "it succeeded; to have it run once more, `forget` it and send it again"
         case _:
@@ -104,7 +104,9 @@ def requeue(queue_log: QueueLog, row: Row) -> Requeued | NotRequeued:
         args, kwargs, options = decode_message(queue_log.app, row.message)
     except UndecodableError as error:
         return NotRequeued(row.key, f"its message cannot be read: {error}")
-    renamed = row.error is not None and row.error.startswith(_REMEMBERED)
+    if row.status is Status.PROCESSING and not queue_log.store.abandon(row, error=row.error or _OWNERLESS):
+        return NotRequeued(row.key, "somebody else has changed it meanwhile")
+    renamed = row.error is not None and row.error.startswith(DISCARDED)
     task_id = uuid() if renamed else row.task_id
     message = NewMessage(
         key=row.key,

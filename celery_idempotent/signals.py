@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 from celery import _state, current_app, signals, states
 
 from celery_idempotent.children import is_guarded
-from celery_idempotent.consumer import delivered_key
+from celery_idempotent.discards import EXPIRED, REVOKED, discard
 from celery_idempotent.errors import StoreError
 from celery_idempotent.outage import ask_again
 from celery_idempotent.outboxes import current_outbox
 from celery_idempotent.outcomes import OutcomeKind
 from celery_idempotent.producer import delay_of, identify
-from celery_idempotent.records import Found, NewMessage
-from celery_idempotent.run import Run, answered, worker_label
+from celery_idempotent.records import Found, NewMessage, Recorded
+from celery_idempotent.run import Run, answered
 from celery_idempotent.serialization import encode_message, serializer_of
 from celery_idempotent.steps import CheckStep, RecoveryStep
 from celery_idempotent.wire import Marker
@@ -103,6 +103,10 @@ class _PublishHook:
         try:
             policy = self.app.conf.task_publish_retry_policy or {}
             found = ask_again(lambda: queue_log.store.record(message), policy)
+            if isinstance(found, Found) and found.row.never_began:
+                free = found.row
+                if ask_again(lambda: queue_log.store.resubmit(free, message), policy):
+                    found = Recorded()
             if isinstance(found, Found) and task_id not in (found.row.task_id, key.message_id):
                 copy = marker.copy_of(found.row.task_id)
                 ask_again(lambda: queue_log.store.record(replace(message, key=copy.row_of_its_own)), policy)
@@ -198,22 +202,4 @@ def _revoked(sender: Any, request: Context, terminated: bool = False, expired: b
     if terminated or not is_guarded(sender):
         return
     answered(sender, request)
-    key = delivered_key(sender.name, request)
-    reason = "expired: it was not started in time" if expired else "revoked"
-    queue_log = sender.queue_log
-    try:
-        ended = queue_log.store.cancel(key, task_id=request.id, error=reason, unique_for=sender.idempotency.unique_for)
-    except StoreError as error:
-        # In the worker's event loop, which must not wait.
-        logger.error("%s[%s] was %s, but its row stays pending: %s", key.task_name, key.message_id, reason, error)
-        return
-    if ended and queue_log.outcomes is not None:
-        queue_log.outcomes.tell(
-            OutcomeKind.CANCELLED,
-            key,
-            task_id=request.id,
-            queue=(request.delivery_info or {}).get("routing_key"),
-            attempt=request.retries or 0,
-            worker=worker_label(request.hostname),
-            reason="expired" if expired else "revoked",
-        )
+    discard(sender, request, EXPIRED if expired else REVOKED)

@@ -91,7 +91,7 @@ class Store(Protocol):
 
         Args:
             row: The ``done``/``failure`` row as it was read.
-            message: What is published now; its task id, message, queue, attempt and delay replace the row's.
+            message: What is published now; its task id, message, fingerprint, queue, attempt and delay replace the row's.
 
         Returns:
             Whether the row still stood as read; ``False`` means that somebody else was first.
@@ -294,6 +294,22 @@ class Store(Protocol):
 
         Returns:
             Whether a pending row was ended.
+
+        Atomicity: one statement.
+        """
+        ...
+
+    def forbid(self, row: Row, *, error: str) -> bool:
+        """Note in a running message's ``error`` that it is not to run again if its owner dies (revoked, expired).
+
+        The owner goes on, and what it writes replaces the note.
+
+        Args:
+            row: A ``processing`` row that is no recovery point, as it was read.
+            error: Why.
+
+        Returns:
+            Whether the row was still processing under the same token, and no recovery point.
 
         Atomicity: one statement.
         """

@@ -134,8 +134,8 @@ def forget(
             queue_log, message_ids, chosen, lambda: chosen.rows(limit=limit, oldest_first=True)
         )
         rows = [row for row in rows if row.error != FORGOTTEN]
-        refused = [] if force else [(row.key, _WHY[row.status]) for row in rows if row.status in _WHY]
-        rows = [row for row in rows if force or row.status not in _WHY]
+        refused = [] if force else [(row.key, why) for row in rows if (why := _why_not_forgotten(row))]
+        rows = [row for row in rows if force or not _why_not_forgotten(row)]
         if rows and not dry_run:
             confirmed(_question("forget", rows), yes=yes)
             with _progress("forgetting", rows) as each:
@@ -146,8 +146,15 @@ def forget(
     _end(refused, missing, full=len(rows) >= limit and not message_ids, limit=limit, json_=json_)
 
 
-#: Why a message is not forgotten without --force.
-_WHY = {Status.PENDING: "it waits to run; see --force", Status.PROCESSING: "it runs; see --force"}
+def _why_not_forgotten(row: Row) -> str | None:
+    """Why a message is not forgotten without --force."""
+    match row.status:
+        case Status.PENDING:
+            return "it waits to run; see --force"
+        case Status.PROCESSING if row.lease_left > 0:
+            return "it runs; see --force"
+        case _:
+            return None
 
 
 @click.command(cls=CeleryCommand)

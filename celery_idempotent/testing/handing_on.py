@@ -1,4 +1,4 @@
-"""The contract of ``retry``, ``release`` and ``cancel``."""
+"""The contract of ``retry``, ``release``, ``cancel`` and ``forbid``."""
 
 # ruff: noqa: D102 - a test's name says what it shows
 
@@ -13,6 +13,7 @@ from celery_idempotent.store import Store
 from celery_idempotent.testing.base import StoreFixtures
 from celery_idempotent.testing.examples import (
     KEY,
+    LEASE,
     WORKER,
     claim,
     done,
@@ -30,7 +31,7 @@ BY = pytest.mark.parametrize("by_worker", [False, True], ids=["by claim", "by wo
 
 
 class HandingOnContract(StoreFixtures):
-    """``retry``, ``release``, ``cancel``."""
+    """``retry``, ``release``, ``cancel``, ``forbid``."""
 
     # -- retry ---------------------------------------------------------------------------------------------------------
 
@@ -156,3 +157,32 @@ class HandingOnContract(StoreFixtures):
 
     def test_an_absent_message_is_not_cancelled(self, store: Store) -> None:
         assert not store.cancel(MessageKey("absent", "t"), task_id="task-1", error="revoked")
+
+    # -- forbid --------------------------------------------------------------------------------------------------------
+
+    def test_a_running_message_notes_that_it_is_not_to_run_again(self, store: Store) -> None:
+        held = processing(store)
+        before = read(store)
+        assert store.forbid(before, error="revoked")
+        row = read(store)
+        assert (row.status, row.error, row.forbidden) == (Status.PROCESSING, "revoked", True)
+        assert (row.token, row.worker, row.lease_expires_at) == (before.token, before.worker, before.lease_expires_at)
+        assert store.complete(held, result=b"1")
+        assert read(store).error is None
+
+    def test_what_runs_no_more_is_not_noted(self, store: Store) -> None:
+        held = processing(store)
+        before = read(store)
+        store.checkpoint(held, result=b"1")
+        assert not store.forbid(before, error="revoked")
+        store.complete(held, result=b"1")
+        assert not store.forbid(before, error="revoked")
+        assert read(store).error is None
+
+    def test_what_runs_for_another_is_not_noted(self, store: Store) -> None:
+        held = processing(store)
+        before = read(store)
+        store.expire(held)
+        assert store.take_over(read(store), task_id="task-2", worker="b", lease=LEASE, attempt=0)
+        assert not store.forbid(before, error="revoked")
+        assert read(store).error is None

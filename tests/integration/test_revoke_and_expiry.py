@@ -10,7 +10,7 @@ import pytest
 from celery import states
 from celery.exceptions import TaskRevokedError
 
-from celery_idempotent.records import ProcessedStatus, Status
+from celery_idempotent.records import Claimed, MessageKey, NewMessage, ProcessedStatus, Status
 from tests.support.bench import PATIENCE, Bench
 from tests.support.waiting import wait_until
 
@@ -118,3 +118,75 @@ def test_a_revoked_copy_leaves_the_row_of_the_first_message_alone(bench: Bench) 
         copy.get(timeout=PATIENCE)
     row = bench.row("echo", m)
     assert (row.status, row.task_id, row.error) == (Status.PENDING, first.id, None)
+
+
+def test_an_id_is_free_after_its_message_was_revoked_unbegun(bench: Bench) -> None:
+    m = bench.fresh()
+    bench.task("echo").apply_async((1,), message_id=m, task_id=revoke(bench, bench.fresh("task")))
+    bench.done("echo", m)
+
+    second = bench.task("echo").apply_async((2,), message_id=m)
+
+    assert not second.duplicate
+    assert second.get(timeout=PATIENCE) == 2
+
+
+def test_an_id_is_free_for_a_call_by_name_too(bench: Bench) -> None:
+    m = bench.fresh()
+    bench.task("echo").apply_async((1,), message_id=m, task_id=revoke(bench, bench.fresh("task")))
+    bench.done("echo", m)
+
+    assert bench.app.send_task("echo", (2,), message_id=m).get(timeout=PATIENCE) == 2
+
+
+@pytest.mark.parametrize("how", ["revoked", "expired"])
+def test_a_discarded_message_whose_owner_died_has_failed(bench: Bench, how: str) -> None:
+    m, task_id = bench.fresh(), bench.fresh("task")
+    key, store = MessageKey(m, "echo"), bench.app.queue_log.store
+    claimed = store.claim(NewMessage(key, task_id, message=b""), worker="dead:1", lease=60.0, grace=0.0)
+    assert isinstance(claimed, Claimed)
+    store.expire(claimed.claim)
+    if how == "revoked":
+        revoke(bench, task_id)
+
+    late: dict[str, Any] = {} if how == "revoked" else {"countdown": 0.6, "expires": 0.2}
+    bench.deliver("echo", (1,), message_id=m, task_id=task_id, **late)
+
+    row = bench.done("echo", m)
+    assert (row.processed_status, str(row.error).partition(":")[0], row.token) == (FAILURE, how, 1)
+    assert bench.starts("echo", m) == []
+
+
+def test_a_row_knows_of_a_revoke_that_a_new_worker_does_not(bench: Bench) -> None:
+    """It was discarded while the owner's lease lived; then the owner is dead, and a worker that knows nothing gets it."""
+    m, task_id = bench.fresh(), bench.fresh("task")
+    key, store = MessageKey(m, "echo"), bench.app.queue_log.store
+    claimed = store.claim(NewMessage(key, task_id, message=b""), worker="dead:1", lease=3600.0, grace=0.0)
+    assert isinstance(claimed, Claimed)
+    revoke(bench, task_id)
+    bench.deliver("echo", (1,), message_id=m, task_id=task_id)
+    wait_until(lambda: bench.row("echo", m).error == "revoked", timeout=PATIENCE, describe="the note")
+
+    store.expire(claimed.claim)
+    stranger = bench.deliver("echo", (1,), message_id=m)  # the worker does not know this task id
+
+    error = stranger.get(timeout=PATIENCE, propagate=False)
+    assert (type(error).__name__, error.args) == ("AlreadyFailedError", (m, "revoked"))
+    row = bench.done("echo", m)
+    assert (row.processed_status, row.error) == (FAILURE, "revoked")
+    assert bench.starts("echo", m) == []
+
+
+def test_a_discarded_recovery_point_has_succeeded(bench: Bench) -> None:
+    m, task_id = bench.fresh(), bench.fresh("task")
+    key, store = MessageKey(m, "echo"), bench.app.queue_log.store
+    claimed = store.claim(NewMessage(key, task_id, message=b""), worker="dead:1", lease=60.0, grace=0.0)
+    assert isinstance(claimed, Claimed)
+    store.checkpoint(claimed.claim, result=None)
+    store.expire(claimed.claim)
+    revoke(bench, task_id)
+
+    bench.deliver("echo", (1,), message_id=m, task_id=task_id)
+
+    row = bench.done("echo", m)
+    assert (row.processed_status, row.token) == (ProcessedStatus.SUCCESS, 2)

@@ -212,8 +212,20 @@ CALLS: dict[str, list[CallCase]] = {
 
 REPEATED = Call(fingerprint=ONE, repeated=True)
 
+NEVER_BEGAN = {"worker": None, "ran_task_id": None, "token": 0}
+
 #: What the code adds to the table, in its own words.
 MORE_CALLS: dict[str, list[CallCase]] = {
+    "done/failure, revoked or expired before its body ever began": [
+        *(
+            (failed(**NEVER_BEGAN, error=error), call, policy, CallAction.RESUBMIT)
+            for error in ("revoked", "expired: it was not started in time")
+            for call in (CALL, IN_CANVAS, replace(CALL, fingerprint=TWO))
+            for policy in (SKIP_DUPLICATES, RAISE_DUPLICATES)
+        ),
+        (failed(error="revoked: it was terminated while it ran"), CALL, SKIP_DUPLICATES, CallAction.RETURN_FIRST),
+        (failed(**NEVER_BEGAN, error="ValueError: no"), CALL, SKIP_DUPLICATES, CallAction.RETURN_FIRST),
+    ],
     "the same call, made by an earlier run of the body": [
         # The body that is run again is nobody's duplicate, and has called what failed already.
         (there, REPEATED, policy, CallAction.RETURN_FIRST)
@@ -376,8 +388,34 @@ DELIVERIES: dict[str, list[DeliveryCase]] = {
 }
 
 
+DISCARDED = Delivery(FIRST, discarded="revoked")
+OF_A_COPY = replace(DISCARDED, task_id=OTHER)
+CANCEL = DeliveryDecision(DeliveryAction.CANCEL)
+
 #: What the code adds to the table, in its own words.
 MORE_DELIVERIES: dict[str, list[DeliveryCase]] = {
+    "pending, and the delivery was revoked or has expired": [
+        (pending(), DISCARDED, DEFAULT, CANCEL),
+        (pending(attempt=3, available_at=ahead(60)), DISCARDED, DEFAULT, CANCEL),
+        (pending(), OF_A_COPY, DEFAULT, SKIP),
+    ],
+    "processing, lease live, and the delivery was revoked or has expired": [
+        (processing(), DISCARDED, RERUN, DeliveryDecision(DeliveryAction.FORBID)),
+        (recovery_point(), DISCARDED, RERUN, DeliveryDecision(DeliveryAction.FORBID)),
+        (processing(), OF_A_COPY, RERUN, SKIP),
+        # The owner goes on, and copies are held behind it.
+        (processing(error="revoked"), SAME, RERUN, hold(40)),
+    ],
+    "processing, lease expired, and the delivery was revoked or has expired, or one before it": [
+        (processing(**EXPIRED), DISCARDED, RERUN, CANCEL),
+        (processing(**EXPIRED), DISCARDED, FAIL, CANCEL),
+        (processing(**EXPIRED), OF_A_COPY, RERUN, SKIP),
+        (processing(**EXPIRED, error="revoked"), SAME, RERUN, CANCEL),
+        (processing(**EXPIRED, error="revoked"), COPY, FAIL, CANCEL),
+        # Its body ran.
+        (recovery_point(**EXPIRED), DISCARDED, RERUN, TAKE_OVER_AND_REPLAY),
+        (recovery_point(**EXPIRED, error="revoked"), SAME, RERUN, TAKE_OVER_AND_REPLAY),
+    ],
     "done behind its own callbacks": [
         (succeeded(), replace(SAME, canvas=True), DEFAULT, SKIP),
         (failed(), replace(SAME, canvas=True), DEFAULT, RAISE_FAILED),
@@ -422,7 +460,9 @@ def test_the_code_says_it_in_the_same_words(words: str) -> None:
 
 def test_every_action_stands_in_a_table() -> None:
     assert {expected for cases in CALLS.values() for *_, expected in cases} == set(CallAction)
-    assert {expected.action for cases in DELIVERIES.values() for *_, expected in cases} == set(DeliveryAction)
+    assert {expected.action for cases in (DELIVERIES | MORE_DELIVERIES).values() for *_, expected in cases} == set(
+        DeliveryAction
+    )
 
 
 # -- the states of DESIGN section 4, as far as the decisions move them -------------------------------------------------
@@ -657,6 +697,7 @@ def test_a_hold_ends(
         DeliveryAction.TAKE_OVER,
         DeliveryAction.TAKE_OVER_AND_REPLAY,
         DeliveryAction.ABANDON,
+        DeliveryAction.CANCEL,
     }
 
 

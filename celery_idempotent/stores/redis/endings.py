@@ -23,7 +23,7 @@ from celery_idempotent.stores.redis.rows import (
 )
 from celery_idempotent.stores.redis.scripts import Script
 
-__all__ = ["abandon", "cancel", "checkpoint", "complete", "expire", "fail", "release", "retry"]
+__all__ = ["abandon", "cancel", "checkpoint", "complete", "expire", "fail", "forbid", "release", "retry"]
 
 _CHECKPOINT = Script("""
 local ident, row = ARGV[1], read(ARGV[1])
@@ -111,6 +111,14 @@ return 1
 """)
 
 
+_FORBID = Script("""
+local ident, row = ARGV[1], read(ARGV[1])
+if not (row and row.status == 'processing' and row.token == ARGV[2] and not row.processed_status) then return 0 end
+move(ident, row, {error = ARGV[3]})
+return 1
+""")
+
+
 def checkpoint(on: On, claim: Claim, *, result: bytes | None, lease: float | None) -> bool:
     """The recovery point; written a second time it is the same."""
     ident = identity(claim.key)
@@ -181,6 +189,12 @@ def cancel(on: On, key: MessageKey, *, task_id: str, error: str, unique_for: flo
         return _wrote(answer)
     found = _row(key, answer)
     return found is not None and found.task_id == task_id and _failed(found, text)
+
+
+def forbid(on: On, row: Row, *, error: str) -> bool:
+    """Not to run again."""
+    ident = identity(row.key)
+    return _wrote(on.call(_FORBID, ident, ident, row.token, storable(error)))
 
 
 def _wrote(answer: Any) -> bool:

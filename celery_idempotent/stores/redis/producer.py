@@ -64,7 +64,6 @@ if not (row and row.status == 'done' and row.processed_status == 'failure'
 end
 local columns, message = new(4, now)
 columns.created_timestamp = nil
-columns.fingerprint = nil
 columns.processed_status = false
 columns.processed_timestamp = false
 columns.worker = false

@@ -155,6 +155,9 @@ class RedisStore:
             lambda on, again: endings.cancel(on, key, task_id=task_id, error=error, unique_for=unique_for, again=again)
         )
 
+    def forbid(self, row: Row, *, error: str) -> bool:
+        return self._run(lambda on, _: endings.forbid(on, row, error=error))
+
     # -- recovery ------------------------------------------------------------------------------------------------------
 
     def lapsed(self, *, again_after: float, limit: int) -> list[Row]:

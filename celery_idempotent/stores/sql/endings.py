@@ -104,6 +104,12 @@ class Endings:
             .values(failed)
         )
 
+        self._forbid = (
+            update(table)
+            .where(has_key(table), processing, token, table.c.processed_status.is_(None))
+            .values(error=parameter(table, "error"))
+        )
+
     def checkpoint(self, connection: Connection, claim: Claim, *, result: bytes | None, lease: float | None) -> bool:
         """The recovery point; written a second time it is the same."""
         return _wrote(connection, self._checkpoint, {**holder_parameters(claim), "p_result": result, "p_lease": lease})
@@ -217,6 +223,10 @@ class Endings:
             and _ended(found, ProcessedStatus.FAILURE)
             and found.error == storable(error)
         )
+
+    def forbid(self, connection: Connection, row: Row, *, error: str) -> bool:
+        """Not to run again."""
+        return _wrote(connection, self._forbid, {**key_parameters(row.key), "p_token": row.token, "p_error": error})
 
 
 def _wrote(connection: Connection, statement: Update, parameters: dict[str, Any]) -> bool:

@@ -84,7 +84,7 @@ class Producer:
                 status=PENDING,
                 processed_status=null(),
                 processed_timestamp=null(),
-                **{name: parameter(table, name) for name in ("task_id", "queue", "attempt", "message")},
+                **{name: parameter(table, name) for name in ("task_id", "queue", "fingerprint", "attempt", "message")},
                 worker=null(),
                 lease_expires_at=FromNow(seconds("p_publish_within")),
                 available_at=FromNow(seconds("p_delay")),

@@ -202,6 +202,9 @@ class SQLStore:
             )
         )
 
+    def forbid(self, row: Row, *, error: str) -> bool:
+        return self._run(lambda on, _: self._endings.forbid(on, row, error=error))
+
     # -- recovery ------------------------------------------------------------------------------------------------------
 
     def lapsed(self, *, again_after: float, limit: int) -> list[Row]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from celery_idempotent import MessageMismatchError
-from celery_idempotent.records import FORGOTTEN, ProcessedStatus, Status
+from celery_idempotent.records import FORGOTTEN, MessageKey, NewMessage, ProcessedStatus, Status
 from tests.integration.cli.conftest import Command
 from tests.support.bench import PATIENCE, Bench
 
@@ -78,3 +78,13 @@ def test_many_are_chosen_once(bench: Bench, command: Command) -> None:
     assert forgotten(command, "--message-id", f"{mark}:*") == []
     status, said = command("requeue", "--message-id", f"{mark}:*", "--yes")
     assert (status, said["requeued"], said["refused"]) == (0, [], [])
+
+
+def test_a_message_whose_worker_died_is_forgotten(bench: Bench, command: Command) -> None:
+    m, store = bench.fresh(), bench.app.queue_log.store
+    lost = store.claim(NewMessage(MessageKey(m, "echo"), m), worker="w:1", lease=60.0, grace=0.0)
+    store.expire(lost.claim)
+
+    assert forgotten(command, m) == [m]
+
+    assert not store.complete(lost.claim, result=b"late")

@@ -266,11 +266,25 @@ def test_what_has_not_failed_stays_as_it_is(bench: Bench, command: Command) -> N
     assert reasons[done].startswith("it succeeded")
     assert reasons[waits].startswith("it waits already")
     assert reasons[runs].startswith("it runs, on ")
-    assert reasons[dead].startswith("its worker died")
+    assert reasons[dead] == "its row has no message any more"
     assert [bench.row("echo", m).token for m in (done, waits, dead)] == [1, 0, 1]
     bench.app.queue_log.store.fail(lost.claim, error="over")
     Path(gate).touch()
     result.get(timeout=PATIENCE)
+
+
+def test_a_message_whose_worker_died_runs_again(bench: Bench, command: Command) -> None:
+    m, store = bench.fresh(), bench.app.queue_log.store
+    message = encode_message(("value",), {}, {}, serializer="json")
+    lost = store.claim(NewMessage(MessageKey(m, "echo"), m, message=message), worker="w:1", lease=60.0, grace=0.0)
+    assert command("requeue", m, "--yes")[0] == 1
+    store.expire(lost.claim)
+
+    requeued(command, m)
+
+    row = bench.wait_for_row("echo", m, lambda row: row.status is Status.DONE)
+    assert (row.processed_status, row.token) == (SUCCESS, 2)
+    assert not store.complete(lost.claim, result=b"late")
 
 
 def test_what_cannot_be_published_stays_as_it_is(bench: Bench, command: Command) -> None:

@@ -28,7 +28,7 @@ VERBS = (
         "release",
         "expire",
     ),
-    *("abandon", "cancel", "relay", "relayed", "not_published"),
+    *("abandon", "cancel", "forbid", "relay", "relayed", "not_published"),
 )
 
 
@@ -81,6 +81,8 @@ def act(store: Store, chance: random.Random, claims: dict[MessageKey, Claim]) ->
             return store.abandon(row, error="abandoned", unique_for=unique_for)
         case "cancel":
             return store.cancel(key, task_id="id-0", error="revoked", unique_for=unique_for)
+        case "forbid" if row is not None:
+            return store.forbid(row, error="revoked")
         case "withdraw":
             return store.withdraw(key, task_id="id-0")
         case "resubmit" if row is not None:

@@ -30,7 +30,7 @@ VERBS = (
         "release",
         "expire",
     ),
-    *("abandon", "cancel", "relay", "relayed", "not_published"),
+    *("abandon", "cancel", "forbid", "relay", "relayed", "not_published"),
 )
 
 

@@ -84,6 +84,11 @@ def cancel(store: Store) -> Callable[[], object]:
     return partial(store.cancel, KEY, task_id="task-1", error="revoked")
 
 
+def forbid(store: Store) -> Callable[[], object]:
+    processing(store)
+    return partial(store.forbid, read(store), error="revoked")
+
+
 def withdraw(store: Store) -> Callable[[], object]:
     pending(store)
     return partial(store.withdraw, KEY, task_id="task-1")
@@ -128,7 +133,7 @@ def forget(store: Store) -> Callable[[], object]:
 
 VERBS: list[Measured] = [
     *(record, claim_pending, renew, checkpoint, complete, fail, fail_by_worker, retry, release, expire, take_over),
-    *(abandon, cancel, withdraw, resubmit, republish, count_duplicate, find),
+    *(abandon, cancel, forbid, withdraw, resubmit, republish, count_duplicate, find),
     *(record_all, relay, relayed, forget),
 ]
 

@@ -1,0 +1,89 @@
+"""What becomes of a message that Celery discards: it was revoked, or it has expired.
+
+Its task is not reached, so the worker's main process takes the decision. It runs in the worker's event loop, which must not wait for a store
+that is down: each verb is asked once. A row that could not be ended is published again by recovery, and discarded again.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from celery_idempotent.consumer import ABANDONED, delivered_key
+from celery_idempotent.decision import Delivery, DeliveryAction, decide_delivery
+from celery_idempotent.errors import StoreError
+from celery_idempotent.outcomes import OutcomeKind, reason_of
+from celery_idempotent.records import Row, Status
+from celery_idempotent.run import worker_label
+
+if TYPE_CHECKING:
+    from celery.app.task import Context
+
+    from celery_idempotent.task import IdempotentTask
+
+__all__ = ["EXPIRED", "REVOKED", "discard"]
+
+logger = logging.getLogger("celery_idempotent")
+
+#: Why Celery discards a message; what is kept in ``error`` begins with one of :data:`~celery_idempotent.records.DISCARDED`.
+REVOKED = "revoked"
+EXPIRED = "expired: it was not started in time"
+
+
+def discard(task: IdempotentTask, request: Context, why: str) -> None:
+    """Decide what becomes of the row of a discarded delivery, and do it.
+
+    Args:
+        task: The task it is for.
+        request: Celery's context of the delivery.
+        why: :data:`REVOKED` or :data:`EXPIRED`.
+    """
+    key = delivered_key(task.name, request)
+    try:
+        row = task.queue_log.store.find(key)
+        kind = None if row is None else _end(task, request, row, why)
+    except StoreError as error:
+        logger.error("%s[%s] was %s, but its row stays as it is: %s", key.task_name, key.message_id, why, error)
+        return
+    if kind is not None and task.queue_log.outcomes is not None:
+        task.queue_log.outcomes.tell(
+            kind,
+            key,
+            task_id=request.id,
+            queue=(request.delivery_info or {}).get("routing_key"),
+            attempt=request.retries or 0,
+            worker=worker_label(request.hostname),
+            reason=reason_of(why),
+        )
+
+
+def _end(task: IdempotentTask, request: Context, row: Row, why: str) -> OutcomeKind | None:
+    """Carry out the decision; what is to be told of it."""
+    store, unique_for = task.queue_log.store, task.idempotency.unique_for
+    delivery = Delivery(request.id, retries=request.retries or 0, discarded=why)
+    match decide_delivery(row, delivery, task.idempotency.delivery).action:
+        case DeliveryAction.CANCEL if row.status is Status.PENDING:
+            ended = store.cancel(row.key, task_id=row.task_id, error=why, unique_for=unique_for)
+            return OutcomeKind.CANCELLED if ended else None
+        case DeliveryAction.CANCEL:
+            ended = store.abandon(row, error=why, unique_for=unique_for)
+            return OutcomeKind.CANCELLED if ended else None
+        case DeliveryAction.FORBID:
+            store.forbid(row, error=why)
+        case DeliveryAction.ABANDON:
+            ended = store.abandon(row, error=ABANDONED, unique_for=unique_for)
+            return OutcomeKind.ABANDONED if ended else None
+        case DeliveryAction.TAKE_OVER_AND_REPLAY:
+            # The body had its effect, and Celery has told the caller that this was revoked: nothing waits on it any more.
+            taken = store.take_over(
+                row,
+                task_id=request.id,
+                worker=worker_label(request.hostname),
+                lease=task.idempotency.lease,
+                attempt=row.attempt,
+            )
+            if taken is not None and store.complete(taken.claim, result=None, unique_for=unique_for):
+                return OutcomeKind.COMPLETED
+        case _:
+            pass  # there is nothing to end
+    return None
