@@ -24,6 +24,7 @@ from celery_idempotent.canonical import FORM, canonical
 from celery_idempotent.errors import ConfigurationError
 from celery_idempotent.message_ids import CallSignature, arguments_fingerprint
 from celery_idempotent.records import MessageKey, Status
+from celery_idempotent.storable import is_text
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -76,8 +77,10 @@ def unsent_errbacks(app: Celery, request: Context, store: Store) -> bool:
         if task.idempotency.message_id is not None and not options.get("message_id"):
             continue  # its id is made of arguments that it does not have yet
         message_id = options.get("message_id") or options.get("task_id")
-        row = store.find(MessageKey(message_id, task.name)) if message_id else None
-        if message_id and (row is None or (row.status is Status.PENDING and row.worker is None)):
+        if not message_id or not is_text(message_id):
+            continue  # one that has no id, or one that no store can keep: it is refused when it is sent
+        row = store.find(MessageKey(message_id, task.name))
+        if row is None or (row.status is Status.PENDING and row.worker is None):
             return True  # one that was recorded only, or that still waits: a copy too many is absorbed
     return False
 

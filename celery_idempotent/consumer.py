@@ -23,10 +23,12 @@ from celery_idempotent.decision import Delivery, DeliveryAction, DeliveryDecisio
 from celery_idempotent.errors import (
     AlreadyFailedError,
     AlreadyProcessingError,
+    ConfigurationError,
     MessageMismatchError,
     StoreError,
     StoreUnavailableError,
 )
+from celery_idempotent.message_ids import check_message_id
 from celery_idempotent.outcomes import OutcomeKind, reason_of
 from celery_idempotent.producer import identify
 from celery_idempotent.records import Claim, Claimed, MessageKey, NewMessage, Note, ProcessedStatus, Row, Status, Taken
@@ -87,13 +89,17 @@ def delivered_key(task_name: str, request: Context) -> MessageKey:
 def sent_key(
     task_name: str, task_id: str, properties: Mapping[str, Any] | None, headers: Mapping[str, Any] | None
 ) -> MessageKey:
-    """The same by what the message has."""
+    """The same by what the message has.
+
+    Raises:
+        ConfigurationError: No store can keep it.
+    """
     message_id = properties.get("message_id") if properties else None
     if not message_id:
         marker = Marker.read(headers)
         if marker is not None and marker.task_name == task_name:
             message_id = marker.message_id
-    return MessageKey(message_id or task_id, task_name)
+    return MessageKey(check_message_id(message_id or task_id), task_name)
 
 
 def admit(task: IdempotentTask, request: Context) -> Run:
@@ -110,19 +116,38 @@ def admit(task: IdempotentTask, request: Context) -> Run:
         Ignore: There is nothing to do here: it was done, or a copy was published to come again later.
         AlreadyFailedError: The first run failed, and this copy's caller is to learn of it.
         AlreadyProcessingError: Another delivery runs, and the task says ``on_processing="raise"``.
+        ConfigurationError: No store can keep its ids, its headers or its numbers.
         MessageMismatchError: The id is known with other arguments.
         StoreUnavailableError: The store gave no answer, and the app says ``on_store_error="raise"``.
     """
-    return _Admission(task, request).decide()
+    delivered = _delivered(task, request)
+    if isinstance(delivered, ConfigurationError):
+        decision = decide_delivery(None, Delivery(request.id, storable=False), task.idempotency.delivery)
+        assert decision.action is DeliveryAction.REFUSE, "it is decided before all"
+        raise delivered
+    return _Admission(task, request, delivered).decide()
+
+
+def _delivered(task: IdempotentTask, request: Context) -> NewMessage | ConfigurationError:
+    """A delivery as a store is asked for it; or what is wrong with it, if none can be."""
+    try:
+        return NewMessage(
+            key=delivered_key(task.name, request),
+            task_id=request.id,
+            queue=(request.delivery_info or {}).get("routing_key"),
+            attempt=0 if request.retries is None else request.retries,
+        )
+    except ConfigurationError as error:
+        return error
 
 
 class _Admission:
     """One delivery at the door."""
 
-    def __init__(self, task: IdempotentTask, request: Context) -> None:
+    def __init__(self, task: IdempotentTask, request: Context, delivered: NewMessage) -> None:
         self.task = task
         self.request = request
-        key = delivered_key(task.name, request)
+        key = delivered.key
         marker = Marker.delivered(key, request.id, request.headers)
         #: Whether the message says which Celery id was first sent under its message id.
         self.knows_first = marker is not None
@@ -141,13 +166,7 @@ class _Admission:
         if marker.trace is None and task.queue_log.outcomes is not None:
             marker = replace(marker, trace=task.queue_log.outcomes.trace_among(request.headers))
         fix_callbacks(request)
-        self.message = NewMessage(
-            key=key,
-            task_id=request.id,
-            queue=(request.delivery_info or {}).get("routing_key"),
-            fingerprint=marker.fingerprint,
-            attempt=request.retries or 0,
-        )
+        self.message = replace(delivered, fingerprint=marker.fingerprint)
         self.run = Run(task, request, self.message, marker)
         self._mark()
         #: Whether a claim of ours may stand, or may yet: the store was asked and its answer did not come.
@@ -229,6 +248,8 @@ class _Admission:
             self._mark(copied=True)
         decision = decide_delivery(row, self._delivery(row), self.task.idempotency.delivery)
         match decision.action:
+            case DeliveryAction.REFUSE:  # pragma: no cover - it was decided before there was a row: see `admit`
+                raise AssertionError(decision)
             case DeliveryAction.CLAIM:
                 return None
             case DeliveryAction.HOLD:

@@ -133,6 +133,7 @@ def _decide_repeated(row: Row, call: Call) -> CallAction:
 class DeliveryAction(StrEnum):
     """What a consumer does with a delivered message."""
 
+    REFUSE = "refuse"  # the error that says why no store can keep it ends it
     CLAIM = "claim"  # claim, run
     HOLD = "hold"  # publish a delayed copy, then ack
     TAKE_OVER = "take_over"  # token + 1, run
@@ -160,6 +161,7 @@ class Delivery:
         canvas: Whether callbacks, a chain, a group or a chord wait on it.
         result_ready: Whether the result backend already has its final state; only looked at when the row is done.
         owed: Whether errbacks wait on it of which one is known not to have been sent; only looked at when it failed.
+        storable: Whether a store can keep its ids, its headers and its numbers.
     """
 
     task_id: str
@@ -170,6 +172,7 @@ class Delivery:
     canvas: bool = False
     result_ready: bool = False
     owed: bool = False
+    storable: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +211,9 @@ def decide_delivery(row: Row | None, delivery: Delivery, policy: DeliveryPolicy)
     Returns:
         What to do; nothing has been done.
     """
+    # (before all) an id, header or number that no store can keep
+    if not delivery.storable:
+        return DeliveryDecision(DeliveryAction.REFUSE)
     # absent
     if row is None or row.expired:
         return DeliveryDecision(DeliveryAction.CLAIM)

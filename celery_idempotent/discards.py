@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from celery_idempotent.consumer import ABANDONED, delivered_key
 from celery_idempotent.decision import Delivery, DeliveryAction, decide_delivery
-from celery_idempotent.errors import StoreError
+from celery_idempotent.errors import ConfigurationError, StoreError
 from celery_idempotent.outcomes import OutcomeKind, reason_of
 from celery_idempotent.records import Row, Status
 from celery_idempotent.run import worker_label
@@ -38,7 +38,10 @@ def discard(task: IdempotentTask, request: Context, why: str) -> None:
         request: Celery's context of the delivery.
         why: :data:`REVOKED` or :data:`EXPIRED`.
     """
-    key = delivered_key(task.name, request)
+    try:
+        key = delivered_key(task.name, request)
+    except ConfigurationError:
+        return  # no store can keep it, so none has a row of it
     try:
         row = task.queue_log.store.find(key)
         kind = None if row is None else _end(task, request, row, why)

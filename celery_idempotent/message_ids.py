@@ -19,9 +19,9 @@ from typing import Any, cast
 
 from celery_idempotent.canonical import canonical, fingerprint, plain
 from celery_idempotent.errors import ConfigurationError
+from celery_idempotent.storable import LONGEST, check_text
 
 __all__ = [
-    "MAX_BYTES",
     "ByArguments",
     "CallSignature",
     "MessageIdSource",
@@ -30,9 +30,6 @@ __all__ = [
     "check_message_id",
     "message_id_source",
 ]
-
-#: Longest message id, in bytes of UTF-8: AMQP writes the property as a short string, whose length is one byte.
-MAX_BYTES = 255
 
 #: What the arguments of a call look like: ``apply_async`` takes ``None`` for none.
 Args = Sequence[Any] | None
@@ -411,28 +408,9 @@ def check_message_id(value: object) -> str:
     Raises:
         ConfigurationError: It cannot; the text says why and what to do.
     """
-    if not isinstance(value, str):
-        raise ConfigurationError(
-            f"a message_id is text, not {value!r} of type {type(value).__name__}: convert it to str"
-        )
-    text = str.__str__(value)  # the value of a member of a str enum, whose own __str__ gives its name
+    text = check_text("message_id", value, shorten="hash what it is made of, with message_id=by_arguments(...)")
     if not text:
         raise ConfigurationError("a message_id cannot be empty: leave it out to have the message known by its task id")
-    if "\0" in text:
-        raise ConfigurationError(
-            f"message_id {text!r} contains a NUL character, which databases do not store: leave it out"
-        )
-    try:
-        size = len(text.encode())
-    except UnicodeEncodeError:
-        raise ConfigurationError(
-            f"message_id {text!r} contains a lone surrogate, which is not valid text: decode its source without surrogateescape"
-        ) from None
-    if size > MAX_BYTES:
-        raise ConfigurationError(
-            f"message_id {text[:32]!r}... is {size} bytes long in UTF-8, and AMQP carries {MAX_BYTES}: "
-            f"hash what it is made of, with message_id=by_arguments(...)"
-        )
     return text
 
 
@@ -518,9 +496,9 @@ class _Template(string.Formatter):
 
     def format_field(self, value: Any, format_spec: str) -> str:
         self._check_width(format_spec)
-        if isinstance(value, Decimal) and value.is_finite() and abs(value.adjusted()) > MAX_BYTES and format_spec:
+        if isinstance(value, Decimal) and value.is_finite() and abs(value.adjusted()) > LONGEST and format_spec:
             raise ConfigurationError(
-                f"{self._option}: {value} has more digits than the {MAX_BYTES} bytes that an id may have: leave out {format_spec!r}"
+                f"{self._option}: {value} has more digits than the {LONGEST} bytes that an id may have: leave out {format_spec!r}"
             )
         try:
             return str(format(value, format_spec))
@@ -536,10 +514,10 @@ class _Template(string.Formatter):
     def _check_width(self, specification: str) -> None:
         """Refuse a width or a precision that no id has room for; it may be a caller's, and of gigabytes."""
         for number in re.findall(r"\d+", specification):
-            if len(number) > len(str(MAX_BYTES)) or int(number) > MAX_BYTES:
+            if len(number) > len(str(LONGEST)) or int(number) > LONGEST:
                 raise ConfigurationError(
                     f"{self._option}: {number[:32]} in the format specification {specification[:64]!r} is more than the "
-                    f"{MAX_BYTES} bytes that an id may have: use a smaller width or precision"
+                    f"{LONGEST} bytes that an id may have: use a smaller width or precision"
                 )
 
 

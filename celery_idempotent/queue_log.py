@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+# Before anybody can ask Celery for an app's settings, and before anything is logged.
+from celery_idempotent import censorship, loglines  # noqa: F401
 from celery_idempotent.errors import ConfigurationError
 from celery_idempotent.outcomes import Outcomes
 from celery_idempotent.renewal import Renewals

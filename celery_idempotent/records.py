@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 
+from celery_idempotent.storable import FINGERPRINT, check_number, check_text
+
 __all__ = [
     "DISCARDED",
     "FORGOTTEN",
@@ -101,10 +103,25 @@ class NewMessage:
     publish_within: float | None = None
     message: bytes | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse what no store can keep, so that no store is asked to.
+
+        Raises:
+            ConfigurationError: An id, a name or the attempt is such.
+        """
+        check_text("message_id", self.key.message_id)
+        check_text("the name of the task", self.key.task_name)
+        check_text("task_id", self.task_id)
+        if self.queue is not None:
+            check_text("the routing key", self.queue)
+        if self.fingerprint is not None:
+            check_text("the fingerprint", self.fingerprint, longest=FINGERPRINT)
+        check_number("retries", self.attempt)
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row of the queue log as the store read it at ``read_at``; see DESIGN section 3 for each column."""
+    """A row of the queue log as the store read it at ``read_at``; the page "The table" tells of each column."""
 
     key: MessageKey
     status: Status

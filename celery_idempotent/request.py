@@ -10,7 +10,7 @@ from typing import Any
 
 from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
 from celery import states
-from celery.exceptions import Terminated, TimeLimitExceeded, WorkerLostError
+from celery.exceptions import InvalidTaskError, Terminated, TimeLimitExceeded, WorkerLostError
 from celery.worker.request import Request
 from celery.worker.state import active_requests
 
@@ -18,13 +18,14 @@ from celery_idempotent.children import fix_callbacks
 from celery_idempotent.consumer import ABANDONED, sent_key
 from celery_idempotent.copies import announce
 from celery_idempotent.discards import REVOKED, discard
-from celery_idempotent.errors import StoreError
+from celery_idempotent.errors import ConfigurationError, StoreError
 from celery_idempotent.outcomes import OutcomeKind, reason_of
 from celery_idempotent.producer import identify
 from celery_idempotent.records import MessageKey, NewMessage, Owner, ProcessedStatus, Status
 from celery_idempotent.renewal import Held
 from celery_idempotent.run import describe, worker_label
 from celery_idempotent.serialization import UndecodableError, decode_result, encode_message, serializer_of
+from celery_idempotent.storable import LONGEST, is_text
 from celery_idempotent.wire import Marker
 
 __all__ = ["IdempotentRequest", "running"]
@@ -41,20 +42,35 @@ class IdempotentRequest(Request):  # type: ignore[misc]
 
     held: Held | None = None
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not is_text(self.id):
+            # There is no result under such an id, and one that cannot be hashed ends the worker: Celery rejects the message at once.
+            raise InvalidTaskError(f"a task id is text of at most {LONGEST} bytes without NUL, not {self.id!a:.80}")
+
     @cached_property
-    def key(self) -> MessageKey:
-        """The message's key. By what was sent: Celery's context of a request takes long to make."""
+    def key(self) -> MessageKey | None:
+        """The message's key, by what was sent: Celery's context of a request takes long to make.
+
+        ``None`` for a message that no store can keep: whoever is to run it refuses it, and there is no claim on it.
+        """
         sent = self.request_dict
         headers = sent.get("headers")
-        return sent_key(self.task.name, self.id, sent.get("properties"), sent if headers is None else headers)
+        try:
+            return sent_key(self.task.name, self.id, sent.get("properties"), sent if headers is None else headers)
+        except ConfigurationError:
+            return None
 
     def on_accepted(self, pid: int, time_accepted: float) -> None:
         """A child begins: keep its lease alive from here as well, for a body that holds the child's GIL."""
         super().on_accepted(pid, time_accepted)
-        queue_log = self.task.queue_log
-        queue_log.recovery.saw(self.delivery_info["routing_key"], self.key)
+        queue_log, key, queue = self.task.queue_log, self.key, self.delivery_info["routing_key"]
+        if key is None:
+            return
+        if is_text(queue):
+            queue_log.recovery.saw(queue, key)
         if pid != os.getpid():
-            self.held = Held(self._owner(pid), self.task.idempotency.lease, pid)
+            self.held = Held(self._owner(key, pid), self.task.idempotency.lease, pid)
             queue_log.renewals.hold_for_child(self.held, _children)
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
@@ -92,11 +108,13 @@ class IdempotentRequest(Request):  # type: ignore[misc]
     def _had_succeeded(self) -> bool:
         """Whether the row of a lost child says success, so that it was lost before Celery stored the result: that is done from here."""
         store, key = self.task.queue_log.store, self.key
+        if key is None:
+            return False
         try:
             row = store.find(key)
             if row is None or row.processed_status is not ProcessedStatus.SUCCESS or row.status is not Status.DONE:
                 return False
-            if self.worker_pid is None or row.worker != self._owner(self.worker_pid).worker or row.result is None:
+            if self.worker_pid is None or row.worker != self._owner(key, self.worker_pid).worker or row.result is None:
                 return False
             value = decode_result(self.app, row.result)
         except (StoreError, UndecodableError) as error:
@@ -121,6 +139,8 @@ class IdempotentRequest(Request):  # type: ignore[misc]
         # Celery sends the next attempt from here, outside of any run: move the row on first, and let the headers say whose it is.
         context = self._context
         key = self.key
+        if key is None:
+            return super()._retry_worker_lost(exc, exc_info)
         marker = Marker.delivered(key, self.id, context.headers)
         marker = marker or Marker.new(key, self.id, self._fingerprint(key.message_id))
         marker = marker.next_attempt(lost=True)
@@ -157,9 +177,8 @@ class IdempotentRequest(Request):  # type: ignore[misc]
         )
         return fingerprint
 
-    def _owner(self, pid: int) -> Owner:
-        label = worker_label(self.hostname, None if pid == os.getpid() else pid)
-        return Owner(self.key, label)
+    def _owner(self, key: MessageKey, pid: int) -> Owner:
+        return Owner(key, worker_label(self.hostname, None if pid == os.getpid() else pid))
 
     def _fail(self, error: str, kind: OutcomeKind = OutcomeKind.FAILED) -> bool:
         store, unique_for = self.task.queue_log.store, self.task.idempotency.unique_for
@@ -170,11 +189,11 @@ class IdempotentRequest(Request):  # type: ignore[misc]
 
     def _end(self, what: str, write: Callable[[Owner], bool]) -> bool:
         """End the claim of a child; whether it was there to be ended so."""
-        if self.worker_pid is None:
-            return False  # never accepted by a child, so never claimed
+        if self.worker_pid is None or self.key is None:
+            return False  # never accepted by a child, or refused by it, so never claimed
         if self.held is not None:
             self.held.ended = True
-        owner = self._owner(self.worker_pid)
+        owner = self._owner(self.key, self.worker_pid)
         try:
             # A body that had ended has left a recovery point: what waits on it is still to be sent.
             if write(owner):
@@ -187,8 +206,8 @@ class IdempotentRequest(Request):  # type: ignore[misc]
     def _tell(self, kind: OutcomeKind, reason: str, attempt: int | None = None) -> None:
         """Tell the app's hooks, if it has any, what became of a message whose child cannot."""
         outcomes = self.task.queue_log.outcomes
-        if outcomes is not None and self.worker_pid is not None:
-            owner = self._owner(self.worker_pid)
+        if outcomes is not None and self.worker_pid is not None and self.key is not None:
+            owner = self._owner(self.key, self.worker_pid)
             outcomes.tell(
                 kind,
                 owner.key,

@@ -634,6 +634,8 @@ def worker_label(hostname: str | None, pid: int | None = None) -> str:
     A thread (or greenlet) runs one task at a time, so the label is of one delivery. A parent knows its child's.
     """
     label = f"{hostname or 'local'}:{pid or os.getpid()}"
+    if not label.isascii():  # a node's name comes from the command line, which may hold what is no text
+        label = label.encode("utf-8", "backslashreplace").decode()
     if pid is None and threading.current_thread() is not threading.main_thread():
         label = f"{label}:{threading.get_ident()}"
     return label[-255:]

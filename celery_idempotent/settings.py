@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal
@@ -55,7 +55,7 @@ class Settings:
             shown. The rows keep them: a message has to be published again.
     """
 
-    store: str = "sqlite:///queue_log.db"
+    store: str = field(default="sqlite:///queue_log.db", repr=False)
     table: str = "queue_log"
     retention: float = 7 * 86400.0
     recovery_interval: float = 30.0
@@ -112,7 +112,9 @@ def _refuse_unknown(app: Celery) -> None:
 
 def _text(name: str, value: object) -> str:
     if not isinstance(value, str) or not value:
-        raise ConfigurationError(f"setting {PREFIX + name} must be a non-empty string, not {value!r}")
+        # A URL in a list, or in bytes, has a password as well.
+        shown = repr(value) if not value or isinstance(value, (int, float)) else f"one of type {type(value).__name__}"
+        raise ConfigurationError(f"setting {PREFIX + name} must be a non-empty string, not {shown}")
     return value
 
 

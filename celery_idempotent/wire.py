@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from celery_idempotent.records import MessageKey
+from celery_idempotent.storable import FINGERPRINT, is_text
 
 __all__ = ["HEADER", "TRACE_HEADER", "Marker", "is_trace"]
 
@@ -67,17 +68,17 @@ class Marker:
         if not isinstance(found, Mapping):
             return None
         message_id, task_name, task_id = (found.get(name) for name in ("message_id", "task", "task_id"))
-        if not (isinstance(message_id, str) and isinstance(task_name, str) and isinstance(task_id, str)):
+        if not (is_text(message_id) and is_text(task_name) and is_text(task_id)):
             return None
         fingerprint, holds, first, lost, trace = map(found.get, ("fingerprint", "holds", "first", "lost", "trace"))
         return cls(
             message_id,
             task_name,
             task_id,
-            fingerprint if isinstance(fingerprint, str) else None,
+            fingerprint if is_text(fingerprint, longest=FINGERPRINT) else None,
             holds if isinstance(holds, int) and holds > 0 else 0,
             found.get("copied") is True,
-            first if isinstance(first, str) else None,
+            first if is_text(first) else None,
             lost if isinstance(lost, int) and lost > 0 else 0,
             trace if trace is not None and is_trace(trace) else None,
         )

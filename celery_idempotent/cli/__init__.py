@@ -19,7 +19,8 @@ from __future__ import annotations
 import click
 from celery.bin.base import handle_preload_options
 
-from celery_idempotent import inspection  # noqa: F401 - `celery inspect` asks for what it knows, and Celery imports us for it
+# Celery imports us for every command: `celery inspect` asks for what `inspection` knows, and `celery report` shows settings.
+from celery_idempotent import censorship, inspection  # noqa: F401
 from celery_idempotent.cli.changing import forget, purge, requeue
 from celery_idempotent.cli.reading import list_, show, stats
 from celery_idempotent.cli.recovering import recover

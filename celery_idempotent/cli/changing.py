@@ -14,7 +14,7 @@ from celery.bin.base import CeleryCommand
 
 from celery_idempotent.cli.opening import opened
 from celery_idempotent.cli.options import Chosen, as_json, choose, confirmed, dry_run, duration, limit, yes
-from celery_idempotent.cli.printing import print_, table
+from celery_idempotent.cli.printing import print_, printable, table
 from celery_idempotent.cli.reading import listing, not_there, record_of, rows_of
 from celery_idempotent.queue_log import QueueLog
 from celery_idempotent.records import FORGOTTEN, MessageKey, ProcessedStatus, Row, Status
@@ -236,7 +236,7 @@ def _question(verb: str, rows: Sequence[Row]) -> str:
 
 
 def _name(key: MessageKey) -> str:
-    return f"{key.task_name}[{key.message_id}]"
+    return printable(f"{key.task_name}[{key.message_id}]")
 
 
 def _report(

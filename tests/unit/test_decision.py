@@ -99,7 +99,7 @@ RESUBMIT = CallPolicy(on_duplicate="raise", resubmit_failed=True)
 
 CallCase = tuple[Row | None, Call, CallPolicy, CallAction]
 
-#: The table of DESIGN section 5, its words and its order; under each what it says of which rows.
+#: The first table of docs/explanation/decisions.md; under each what it says of which rows.
 CALLS: dict[str, list[CallCase]] = {
     "absent, or `expires_at` passed": [
         (None, CALL, SKIP_DUPLICATES, CallAction.RECORD),
@@ -260,6 +260,7 @@ DEFAULT = DeliveryPolicy()
 RERUN = DeliveryPolicy(on_abandoned="rerun")
 FAIL = DeliveryPolicy(on_abandoned="fail")
 
+REFUSE = DeliveryDecision(DeliveryAction.REFUSE)
 CLAIM = DeliveryDecision(DeliveryAction.CLAIM)
 TAKE_OVER = DeliveryDecision(DeliveryAction.TAKE_OVER)
 ABANDON = DeliveryDecision(DeliveryAction.ABANDON)
@@ -279,6 +280,12 @@ DeliveryCase = tuple[Row | None, Delivery, DeliveryPolicy, DeliveryDecision]
 EXPIRED = {"lease_expires_at": ago(1)}
 
 DELIVERIES: dict[str, list[DeliveryCase]] = {
+    "(before all) an id, header or number that no store can keep": [
+        (None, replace(SAME, storable=False), DEFAULT, REFUSE),
+        (pending(), replace(SAME, storable=False), RERUN, REFUSE),
+        (processing(), replace(COPY, storable=False, fingerprint=TWO), FAIL, REFUSE),
+        (succeeded(), replace(READY, storable=False), DEFAULT, REFUSE),
+    ],
     "absent": [
         (None, SAME, DEFAULT, CLAIM),
         (None, replace(SAME, retries=3), FAIL, CLAIM),
@@ -465,7 +472,7 @@ def test_every_action_stands_in_a_table() -> None:
     )
 
 
-# -- the states of DESIGN section 4, as far as the decisions move them -------------------------------------------------
+# -- the states of docs/explanation/states.md, as far as the decisions move them ---------------------------------------------
 
 
 @pytest.mark.parametrize(

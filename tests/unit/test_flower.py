@@ -13,7 +13,7 @@ import pytest
 
 from celery_idempotent.contrib.flower.alarms import alarms, is_abandoned
 from celery_idempotent.contrib.flower.duplicates import latest_duplicates
-from celery_idempotent.contrib.flower.figures import Glance
+from celery_idempotent.contrib.flower.figures import Glance, legible
 from celery_idempotent.contrib.flower.heard import Heard
 from celery_idempotent.contrib.flower.times import ago, span
 from celery_idempotent.records import Condition, MessageKey, ProcessedStatus, Row, Status
@@ -232,3 +232,36 @@ def test_duplicates_are_known_by_their_rows_and_by_what_was_heard_the_latest_fir
         ("order:1", True, False),
         ("order:9", False, True),
     ]
+
+
+# -- what is sent and kept by who means ill ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"uuid": "a\udcff"},
+        {"uuid": {"a": 1}},
+        {"message_id": "m\udcff"},
+        {"message_id": None},
+        {"name": ["t"]},
+        {"hostname": "h\udcff"},
+        {"timestamp": "now"},
+        {"timestamp": 1e300},
+        {"countdown": "soon"},
+        {"countdown": float("nan")},
+        {"type": None},
+        {"type": ["task-held"]},
+    ],
+    ids=str,
+)
+def test_an_event_that_no_worker_sends_is_passed_over(heard: Heard, fields: dict[str, Any]) -> None:
+    heard.note({**event("task-held"), **fields})
+    assert (heard.held(), heard.skipped()) == ([], [])
+
+
+def test_a_row_is_shown_whatever_its_ids_are() -> None:
+    hostile = replace(ROW, key=MessageKey("m\udcff", "t"), task_id="a\udcff", error="ValueError: \udcff")
+    (shown,) = legible([hostile])
+    assert (shown.key.message_id, shown.task_id, shown.error) == (r"m\udcff", r"a\udcff", r"ValueError: \udcff")
+    assert legible([ROW])[0] is ROW

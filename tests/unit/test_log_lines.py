@@ -5,14 +5,19 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import celery_idempotent
+from celery_idempotent import loglines
 from celery_idempotent.contrib.log import hook
 from celery_idempotent.outcomes import Outcome, OutcomeKind
+from celery_idempotent.records import MessageKey
 
 SKIPPED = Outcome(
     kind=OutcomeKind.SKIPPED,
@@ -97,3 +102,37 @@ def test_a_level_that_is_off_costs_no_line(lines: io.StringIO) -> None:
     logging.getLogger("celery_idempotent.outcomes").setLevel(logging.WARNING)
     hook(SKIPPED)
     assert read(lines) == []
+
+
+FORGED = "m\n[2026-01-01 00:00:00: ERROR] shop.charge[x] is lost \x1b[2J\r\x9b\u2028\udcff"
+
+
+@pytest.mark.parametrize("name", loglines.LOGGERS)
+def test_an_id_cannot_forge_a_line(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    key = MessageKey(FORGED, "shop.charge")
+    with caplog.at_level("INFO", logger=name):
+        logging.getLogger(name).info("%s[%s] is skipped: %s", key.task_name, key.message_id, ValueError(FORGED))
+        hook(replace(SKIPPED, message_id=FORGED))
+
+    assert len(caplog.records) == 2
+    for record in caplog.records:
+        text = record.getMessage()
+        assert text.isprintable()
+        assert r"m\n[2026-01-01" in text
+        assert r"\x1b[2J\r\x9b\u2028\udcff" in text
+
+
+def test_a_line_as_it_should_be_keeps_its_template(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="celery_idempotent"):
+        logging.getLogger("celery_idempotent").info("%s is held for %.1f s", "shop.charge[zażółć]", 1.0)
+        logging.getLogger("celery_idempotent").error("%s failed", "shop.charge[m]", exc_info=ValueError("two\nlines"))
+
+    held, failed = caplog.records
+    assert (held.msg, held.args) == ("%s is held for %.1f s", ("shop.charge[zażółć]", 1.0))
+    assert failed.exc_info
+    assert "two\nlines" in str(failed.exc_info[1])
+
+
+def test_every_logger_of_the_library_is_one_of_these() -> None:
+    source = "".join(path.read_text() for path in Path(celery_idempotent.__file__).parent.rglob("*.py"))
+    assert set(re.findall(r'logging\.getLogger\("([^"]+)"\)', source)) == set(loglines.LOGGERS)

@@ -17,7 +17,7 @@ from tests.conftest import missing
 
 ROOT = Path(__file__).resolve().parents[2]
 
-DESIGN = {
+PUBLIC = {
     "AlreadyFailedError",
     "AlreadyProcessingError",
     "ConfigurationError",
@@ -43,9 +43,9 @@ DESIGN = {
 
 
 def test_all_is_the_public_api() -> None:
-    assert set(celery_idempotent.__all__) == DESIGN
+    assert set(celery_idempotent.__all__) == PUBLIC
     assert list(celery_idempotent.__all__) == sorted(celery_idempotent.__all__)
-    for name in DESIGN:
+    for name in PUBLIC:
         assert getattr(celery_idempotent, name).__module__.startswith("celery_idempotent.")
 
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from datetime import timedelta
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from celery import Celery
+from celery.utils.serialization import jsonify
+from kombu.utils.encoding import safe_repr
 
 from celery_idempotent import ConfigurationError, IdempotentTask, QueueLog
 from celery_idempotent.settings import OPTION_NAMES, PREFIX, Settings, one_of, seconds, yes_or_no
@@ -232,3 +239,59 @@ def test_a_flag_is_a_bool(value: object) -> None:
     assert yes_or_no("atomic", False) is False
     with pytest.raises(ConfigurationError, match="atomic must be True or False, not"):
         yes_or_no("atomic", value)
+
+
+# -- what is shown of them ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "namespace"), [("idempotent_store", None), ("CELERY_IDEMPOTENT_STORE", "CELERY")], ids=["plain", "Django"]
+)
+@pytest.mark.parametrize(
+    "store",
+    [
+        "postgresql://shop:tiger@db/shop",
+        "redis://:tiger@db/0",
+        "sentinel://db:26379/0?master_name=m&sentinel_password=tiger",
+        sa.make_url("postgresql://shop:tiger@db/shop"),
+        sa.make_url("postgresql://db/shop?password=tiger"),
+    ],
+    ids=str,
+)
+def test_the_stores_password_is_not_shown(name: str, namespace: str | None, store: Any) -> None:
+    app = Celery("shop", set_as_current=False)
+    app.config_from_object({name: store}, namespace=namespace)
+    app.conf.broker_transport_options = {"sentinel_kwargs": {"password": "tiger"}}
+
+    shown = [app.bugreport(), app.conf.humanize(), json.dumps(jsonify(app.conf.table(), unknown_type_filter=safe_repr))]
+
+    assert [text for text in shown if "tiger" in text] == []
+    assert all("idempotent_store" in text.lower() for text in shown)
+
+
+def test_settings_do_not_show_the_stores_password() -> None:
+    app = Celery("shop", set_as_current=False)
+    app.conf.idempotent_store = "postgresql://shop:tiger@db/shop"
+    assert "tiger" not in repr(Settings.from_app(app))
+    app.conf.idempotent_store = ["postgresql://shop:tiger@db/shop"]
+    with pytest.raises(ConfigurationError) as refused:
+        Settings.from_app(app)
+    assert "tiger" not in str(refused.value)
+
+
+def test_the_report_of_an_app_masks_the_store(tmp_path: Path) -> None:
+    """Its module does not import the library: the command line does."""
+    (tmp_path / "shop.py").write_text(
+        "from celery import Celery\n"
+        "app = Celery('shop', broker='memory://')\n"
+        "app.conf.idempotent_store = 'postgresql://shop:tiger@db/shop'\n"
+    )
+    report = subprocess.run(
+        [sys.executable, "-m", "celery", "-A", "shop", "report"],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert "idempotent_store: '********'" in report.stdout
+    assert "tiger" not in report.stdout + report.stderr

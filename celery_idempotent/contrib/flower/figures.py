@@ -9,24 +9,34 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import astuple, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from celery_idempotent.contrib.flower.heard import Heard
 from celery_idempotent.contrib.flower.questions import Questions
-from celery_idempotent.errors import IdempotentError, StoreError
+from celery_idempotent.errors import IdempotentError, StoreError, StoreUnavailableError
 from celery_idempotent.queue_log import QueueLog
-from celery_idempotent.records import FORGOTTEN, Condition, ProcessedStatus, Row, RowFilter, Status, TaskCount
+from celery_idempotent.records import (
+    FORGOTTEN,
+    Condition,
+    MessageKey,
+    ProcessedStatus,
+    Row,
+    RowFilter,
+    Status,
+    TaskCount,
+)
+from celery_idempotent.storable import is_text
 
 if TYPE_CHECKING:
     from celery import Celery
 
-    from celery_idempotent.records import MessageKey
     from celery_idempotent.store import Store
 
-__all__ = ["LISTED", "Counted", "Figures", "Glance"]
+__all__ = ["LISTED", "Counted", "Figures", "Glance", "legible"]
 
 logger = logging.getLogger("celery_idempotent")
 
@@ -40,6 +50,12 @@ _GLANCE_GOOD, _GLANCE_WITHIN = 2.0, 5.0
 
 #: Seconds for which counts are good at least, and how many times as long as they took; and which a page waits for new ones.
 _COUNT_GOOD, _COUNT_SHARE, _COUNT_PATIENCE = 5.0, 20.0, 1.0
+
+#: What of a row comes from a message, besides its key.
+_TEXTS = ("task_id", "queue", "worker", "error", "ran_task_id")
+
+#: So many searches are kept with what they found.
+_SEARCHES_KEPT = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,14 +161,14 @@ class Figures:
 
     def __init__(self, app: Celery) -> None:
         self._app = app
-        self._questions = Questions()
+        # Each kind of question has threads of its own: searches that take minutes keep nobody from telling whether the store answers.
+        glances, counts, self._questions, self._searches = Questions(2), Questions(1), Questions(), Questions(2)
         self._is_there = False
         self._glance: _Kept[Glance] = _Kept(
-            lambda: self._questions.ask(self._read, within=_GLANCE_WITHIN), lambda _: _GLANCE_GOOD
+            lambda: glances.ask(self._read, within=_GLANCE_WITHIN), lambda _: _GLANCE_GOOD
         )
-        self._counted: _Kept[Counted] = _Kept(
-            lambda: self._questions.ask(self._count, within=None), lambda took: max(_COUNT_GOOD, _COUNT_SHARE * took)
-        )
+        self._counted: _Kept[Counted] = _Kept(lambda: counts.ask(self._count, within=None), _good_for)
+        self._found: OrderedDict[str, _Kept[list[Row]]] = OrderedDict()
         self.heard = Heard()
 
     @property
@@ -163,6 +179,40 @@ class Figures:
     async def ask(self, question: Callable[[], T], *, within: float) -> T:
         """See :meth:`Questions.ask`."""
         return await self._questions.ask(question, within=within)
+
+    async def search(self, pattern: str, *, limit: int, patience: float) -> list[Row]:
+        """The rows of a pattern of message ids, those recorded last coming first.
+
+        A search reads the whole log. So it is made once for all who look for the same, as a count is, and its answer is good for as long.
+
+        Args:
+            pattern: The pattern.
+            limit: At most so many rows.
+            patience: Seconds for which an answer is waited for.
+
+        Raises:
+            StoreUnavailableError: There is none yet; it is being looked for, unless too many other searches are.
+            IdempotentError: What the store said instead.
+        """
+
+        def search() -> list[Row]:
+            store = self.store()
+            if store is None or not is_text(pattern):  # nothing that could not be kept is there
+                return []
+            return legible(store.rows(RowFilter(message_id=pattern, limit=limit)))
+
+        found = self._found.pop(pattern, None) or _Kept(lambda: self._searches.ask(search, within=None), _good_for)
+        self._found[pattern] = found
+        while len(self._found) > _SEARCHES_KEPT:
+            self._found.popitem(last=False)
+        await found.look(patience=patience)
+        if found.error is not None:
+            raise found.error
+        if found.answer is None:
+            raise StoreUnavailableError(
+                f"the search is under way and has taken {patience:g} s so far: look again in a moment"
+            )
+        return found.answer
 
     async def look(self, *, patience: float = _GLANCE_WITHIN + 1.0) -> None:
         """See to it that the figures are as new as they are to be.
@@ -232,11 +282,11 @@ class Figures:
             return Glance(Condition(datetime.now(UTC)))
         return Glance(
             store.condition(),
-            running=tuple(store.rows(RowFilter(status=Status.PROCESSING, oldest_first=True, limit=LISTED))),
-            lapsed=tuple(store.lapsed(again_after=0.0, limit=LISTED)),
-            unsent=tuple(store.unsent(limit=LISTED)),
-            waiting=tuple(store.waiting(older_than=0.0, limit=10)),
-            latest=tuple(store.newest(limit=2 * LISTED)),
+            running=tuple(legible(store.rows(RowFilter(status=Status.PROCESSING, oldest_first=True, limit=LISTED)))),
+            lapsed=tuple(legible(store.lapsed(again_after=0.0, limit=LISTED))),
+            unsent=tuple(legible(store.unsent(limit=LISTED))),
+            waiting=tuple(legible(store.waiting(older_than=0.0, limit=10))),
+            latest=tuple(legible(store.newest(limit=2 * LISTED))),
         )
 
     def _count(self) -> Counted:
@@ -246,7 +296,31 @@ class Figures:
             return Counted((), (), duplicates_before=before)
         counts = tuple(store.counts())
         failed = RowFilter(status=Status.DONE, processed_status=ProcessedStatus.FAILURE, limit=LISTED)
-        return Counted(counts, tuple(store.rows(failed)), duplicates_before=before)
+        return Counted(counts, tuple(legible(store.rows(failed))), duplicates_before=before)
+
+
+def legible(rows: Iterable[Row]) -> list[Row]:
+    """The rows as a page can show them: a lone surrogate, which Redis keeps and UTF-8 has not, as an escape."""
+    return [_legible(row) for row in rows]
+
+
+def _legible(row: Row) -> Row:
+    texts = {name: getattr(row, name) for name in _TEXTS}
+    try:
+        "".join(filter(None, (*astuple(row.key), *texts.values()))).encode()
+    except UnicodeEncodeError:
+        told: dict[str, Any] = {name: None if text is None else _escaped(text) for name, text in texts.items()}
+        return replace(row, key=MessageKey(*map(_escaped, astuple(row.key))), **told)
+    return row
+
+
+def _escaped(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _good_for(took: float) -> float:
+    """Seconds for which an answer is good that took so many: what reads the whole log takes no more than a twentieth of the time."""
+    return max(_COUNT_GOOD, _COUNT_SHARE * took)
 
 
 def _has_failed(row: Row) -> bool:

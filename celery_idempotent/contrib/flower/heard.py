@@ -9,10 +9,11 @@ import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from celery_idempotent.copies import EVENTS
 from celery_idempotent.records import MessageKey
+from celery_idempotent.storable import is_text
 
 __all__ = ["Copy", "Heard"]
 
@@ -21,6 +22,9 @@ _KEPT = 1000
 
 #: Seconds for which a copy that should have come again is still said to be held.
 _LATE = 60.0
+
+#: Seconds since the epoch beyond which there is no date.
+_LAST = 250_000_000_000
 
 #: What else ends that a copy is held: its own end.
 _ENDS = {"task-succeeded", "task-failed", "task-revoked", "task-rejected"}
@@ -75,25 +79,30 @@ class Heard:
 
     def note(self, event: Mapping[str, Any]) -> None:
         """Note what an event tells."""
-        task_id = str(event.get("uuid"))
-        fate = EVENTS.get(event["type"])
+        task_id, type_ = event.get("uuid"), event.get("type")
+        if not (is_text(task_id) and isinstance(type_, str)):
+            return  # whoever reaches the broker may send anything
+        fate = EVENTS.get(type_)
         if fate is None:
-            if event["type"] in _ENDS and task_id in self._copies and self._copies[task_id].fate == "held":
+            if type_ in _ENDS and task_id in self._copies and self._copies[task_id].fate == "held":
                 del self._copies[task_id]
+            return
+        message_id, name, worker = event.get("message_id"), event.get("name"), event.get("hostname")
+        at, countdown = event.get("timestamp") or time.time(), event.get("countdown") or 0.0
+        if not (is_text(message_id) and is_text(name) and is_text(worker) and _is_time(at) and _is_time(countdown)):
             return
         before = self._copies.pop(task_id, None)
         if before is not None and before.fate != fate:
             before = None
-        at = float(event.get("timestamp") or time.time())
         self._copies[task_id] = Copy(
-            MessageKey(str(event.get("message_id")), str(event.get("name"))),
+            MessageKey(message_id, name),
             task_id,
             fate,
-            str(event.get("hostname")),
+            worker,
             since=at if before is None else before.since,
             at=at,
             times=1 if before is None else before.times + 1,
-            countdown=float(event.get("countdown") or 0.0),
+            countdown=countdown,
         )
         while len(self._copies) > _KEPT:
             self._copies.popitem(last=False)
@@ -111,3 +120,8 @@ class Heard:
     def of(self, key: MessageKey) -> list[Copy]:
         """Copies of a message, the last one first."""
         return [copy for copy in reversed(self._copies.values()) if copy.key == key]
+
+
+def _is_time(value: object) -> TypeGuard[float]:
+    """Whether it is seconds since the epoch, or of a wait, that a page can show."""
+    return isinstance(value, (int, float)) and 0 <= value < _LAST

@@ -21,18 +21,19 @@ from tornado.web import authenticated
 from celery_idempotent.children import is_guarded
 from celery_idempotent.contrib.flower.alarms import alarms, is_abandoned
 from celery_idempotent.contrib.flower.duplicates import latest_duplicates
-from celery_idempotent.contrib.flower.figures import LISTED, Figures
+from celery_idempotent.contrib.flower.figures import LISTED, Figures, legible
 from celery_idempotent.contrib.flower.series import Series
 from celery_idempotent.contrib.flower.times import ago, span
 from celery_idempotent.errors import IdempotentError
-from celery_idempotent.records import FORGOTTEN, MessageKey, ProcessedStatus, Row, RowFilter, Status
+from celery_idempotent.records import FORGOTTEN, MessageKey, ProcessedStatus, Row, Status
 from celery_idempotent.requeue import NotRequeued, obstacle, requeue
+from celery_idempotent.storable import is_text
 
 __all__ = ["MessageView", "Metrics", "QueueLogView", "Requeue"]
 
 logger = get_logger("celery_idempotent")
 
-#: Seconds for a search, for a message, and for a requeue, which publishes.
+#: Seconds for a search by a pattern, for a message, and for a requeue, which publishes.
 _SEARCH_WITHIN, _FIND_WITHIN, _REQUEUE_WITHIN = 10.0, 5.0, 10.0
 
 #: Seconds for which Flower's own series wait for ours.
@@ -113,7 +114,10 @@ class QueueLogView(_Page):
         error: IdempotentError | None = None
         if wanted and self.figures.error is None:
             try:
-                found = await self.figures.ask(lambda: _search(self.figures, wanted), within=_SEARCH_WITHIN)
+                if _is_pattern(wanted):
+                    found = await self.figures.search(wanted, limit=_FOUND + 1, patience=_SEARCH_WITHIN)
+                else:
+                    found = await self.figures.ask(lambda: _search(self.figures, wanted), within=_FIND_WITHIN)
             except IdempotentError as failed:
                 error = failed
             if len(found) == 1 and not _is_pattern(wanted):
@@ -226,22 +230,19 @@ class Metrics(monitor.Metrics):  # type: ignore[misc]
 
 
 def _search(figures: Figures, wanted: str) -> list[Row]:
-    """The rows of a message id, or of a pattern of ids; one more than is shown says that there are more."""
-    store = figures.store()
-    if store is None:
-        return []
-    if _is_pattern(wanted):
-        return list(store.rows(RowFilter(message_id=wanted, limit=_FOUND + 1)))
-    # By its key: in Redis whatever else finds it reads the whole log.
+    """The rows of a message id. By its key: in Redis whatever else finds it reads the whole log."""
     names = {name for name, task in figures.queue_log.app.tasks.items() if is_guarded(task)}
     names |= {count.task_name for count in (figures.counted.counts if figures.counted else ())}
-    found = (store.find(MessageKey(wanted, name)) for name in sorted(names))
+    found = (_find(figures, MessageKey(wanted, name)) for name in sorted(names))
     return [row for row in found if row is not None]
 
 
 def _find(figures: Figures, key: MessageKey) -> Row | None:
     store = figures.store()
-    return None if store is None else store.find(key)
+    if store is None or not (is_text(key.message_id) and is_text(key.task_name)):  # what could not be kept is not there
+        return None
+    row = store.find(key)
+    return None if row is None else legible([row])[0]
 
 
 def _is_pattern(wanted: str) -> bool:

@@ -17,7 +17,7 @@ from celery_idempotent import QueueLog, SQLStore
 from celery_idempotent.contrib.flower.figures import Figures
 from celery_idempotent.contrib.flower.questions import Questions
 from celery_idempotent.errors import StoreUnavailableError
-from celery_idempotent.records import Claimed, MessageKey, NewMessage, TaskCount
+from celery_idempotent.records import Claimed, MessageKey, NewMessage, Row, RowFilter, TaskCount
 from tests.integration.flower.conftest import value_of
 from tests.support.bench import Bench
 from tests.support.flower import FlowerProcess
@@ -35,6 +35,15 @@ class Observed(SQLStore):
         self.counted = 0
         self.let = threading.Event()
         self.let.set()
+        self.searched: list[str] = []
+        self.search = threading.Event()
+        self.search.set()
+
+    def rows(self, where: RowFilter) -> Iterator[Row]:
+        if where.message_id is not None:
+            self.searched.append(where.message_id)
+            self.search.wait(30.0)
+        return super().rows(where)
 
     def counts(self) -> list[TaskCount]:
         self.counted += 1
@@ -48,6 +57,7 @@ def store(tmp_path: Path) -> Iterator[Observed]:
     store.init()
     yield store
     store.let.set()
+    store.search.set()
     store.close()
 
 
@@ -87,6 +97,29 @@ def test_nobody_waits_for_a_count_that_takes_long_and_it_is_not_begun_twice(stor
 
     assert store.counted == 1
     assert figures.counted is not None
+
+
+def test_searches_that_take_long_are_made_once_and_keep_nobody_else_waiting(store: Observed, figures: Figures) -> None:
+    """Open tabs that load themselves anew, each with a search that is slower than its page waits for it."""
+    store.record(NewMessage(MessageKey("order:1", "charge"), "id"))
+
+    async def look() -> None:
+        store.search.clear()
+        for _ in range(10):
+            for pattern in ("order:*", "*:1", "one more*"):
+                with pytest.raises(StoreUnavailableError):
+                    await figures.search(pattern, limit=10, patience=0.01)
+        await figures.look()
+        assert figures.glance is not None, "the store answers"
+        assert await figures.ask(lambda: "answer", within=5.0) == "answer"
+        store.search.set()
+        assert [row.task_id for row in await figures.search("order:*", limit=10, patience=30.0)] == ["id"]
+        assert await figures.search("ord\udcff*", limit=10, patience=30.0) == []
+        assert await figures.search("ord\0*", limit=10, patience=30.0) == []
+
+    asyncio.run(look())
+
+    assert sorted(store.searched) == ["*:1", "order:*"], "two at once, and each once"
 
 
 def test_a_count_that_took_long_is_good_for_twenty_times_as_long(store: Observed, figures: Figures) -> None:

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,12 +70,24 @@ class SQLite(OnConflict):
         return arguments
 
     def prepare(self, opened: Engine) -> None:
+        event.listen(opened, "do_connect", _make_private)
         event.listen(opened, "connect", _set_pragmas)
 
 
 def in_memory(url: URL) -> bool:
     """Whether the database lives in the memory of one process."""
     return url.database in (None, "", ":memory:") or url.query.get("mode") == "memory"
+
+
+def _make_private(dialect: object, record: object, arguments: list[Any], named: object) -> None:
+    """Let a file that is not there yet be its owner's alone: it holds arguments and results. What is there keeps its mode.
+
+    SQLite would make it for all to read, and gives its journals the same mode. What a URI beginning with "file:" names is left to SQLite.
+    """
+    path = str(arguments[0])
+    if path != ":memory:" and not path.startswith("file:"):
+        with contextlib.suppress(OSError):  # it is there; or it cannot be made, which SQLite says better
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
 
 
 def _set_pragmas(connection: sqlite3.Connection, record: Any) -> None:

@@ -1,0 +1,29 @@
+"""The store's URL holds a password: Celery masks it where it shows an app's settings.
+
+``celery report``, ``celery inspect conf`` and Flower's page of a worker show settings by ``Settings.table()``, which masks those whose names
+Celery knows to be secret. There is no public way to name another one. A value that masks itself is none: it is sent as JSON, which knows no
+subclass of ``str``, and whoever reads the setting would get something else than was set.
+
+Read from Celery 5.5 to 5.7, ``celery/app/utils.py``.
+"""
+
+from __future__ import annotations
+
+import re
+
+from celery.app import utils
+
+__all__ = ["mask_in_settings"]
+
+#: The name of the setting, in any case and behind any namespace.
+SETTING = "IDEMPOTENT_STORE$"
+
+
+def mask_in_settings() -> None:
+    """Have Celery mask ``idempotent_store``; doing so again changes nothing."""
+    known = utils.HIDDEN_SETTINGS
+    if SETTING not in known.pattern:
+        utils.HIDDEN_SETTINGS = re.compile(f"{known.pattern}|{SETTING}", known.flags)
+
+
+mask_in_settings()

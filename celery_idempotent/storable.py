@@ -1,0 +1,88 @@
+"""What every store can keep of a message: checked where the message comes in, before a store is asked.
+
+Anybody who reaches the broker can put any id, header or number on it. A database refuses some of them, each database others, and a refusal
+looks like a store in trouble: the message would be held, and held again, for ever.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeGuard
+
+from celery_idempotent.errors import ConfigurationError
+
+__all__ = ["FINGERPRINT", "LONGEST", "MOST", "check_number", "check_text", "is_text"]
+
+#: Bytes of UTF-8 in an id or a name: AMQP's bound for a property, and within that of each column.
+LONGEST = 255
+
+#: Bytes of a fingerprint: a SHA-256 in hexadecimal.
+FINGERPRINT = 64
+
+#: The largest number of a 32-bit column.
+MOST = 2**31 - 1
+
+#: Characters of what is refused that its error shows.
+_SHOWN = 64
+
+
+def check_text(what: str, value: object, *, longest: int = LONGEST, shorten: str = "use a shorter one") -> str:
+    """The value as text that every store can keep.
+
+    Args:
+        what: What it is, for the error.
+        value: An id or a name.
+        longest: Bytes of UTF-8 that it may have.
+        shorten: What to do about one that is too long, for the error.
+
+    Raises:
+        ConfigurationError: It is no text, has a NUL or a lone surrogate, or is longer.
+    """
+    if not isinstance(value, str):
+        raise ConfigurationError(
+            f"{what} is text, not {_shown(value)} of type {type(value).__name__}: convert it to str"
+        )
+    text = str.__str__(value)  # the value of a member of a str enum, whose own __str__ gives its name
+    if "\0" in text:
+        raise ConfigurationError(
+            f"{what} {_shown(text)} contains a NUL character, which databases do not store: leave it out"
+        )
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        raise ConfigurationError(
+            f"{what} {_shown(text)} contains a lone surrogate, which is not valid text: decode its source without surrogateescape"
+        ) from None
+    if size > longest:
+        raise ConfigurationError(
+            f"{what} {_shown(text)} is {size} bytes long in UTF-8, and {longest} are kept: {shorten}"
+        )
+    return text
+
+
+def is_text(value: object, *, longest: int = LONGEST) -> TypeGuard[str]:
+    """Whether every store can keep the value as text."""
+    if not isinstance(value, str):
+        return False
+    try:
+        check_text("", value, longest=longest)
+    except ConfigurationError:
+        return False
+    return True
+
+
+def check_number(what: str, value: object) -> int:
+    """The value as a number that every store can keep.
+
+    Raises:
+        ConfigurationError: It is no whole number from 0 to 2,147,483,647.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MOST:
+        raise ConfigurationError(
+            f"{what} is a whole number from 0 to {MOST}, not {_shown(value)}: correct it where the message is sent"
+        )
+    return value
+
+
+def _shown(value: Any) -> str:
+    shown = ascii(value)
+    return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
