@@ -166,7 +166,7 @@ class _Admission:
         if marker.trace is None and task.queue_log.outcomes is not None:
             marker = replace(marker, trace=task.queue_log.outcomes.trace_among(request.headers))
         fix_callbacks(request)
-        self.message = replace(delivered, fingerprint=marker.fingerprint)
+        self.message = replace(delivered, fingerprint=marker.fingerprint, first=marker.first)
         self.run = Run(task, request, self.message, marker)
         self._mark()
         #: Whether a claim of ours may stand, or may yet: the store was asked and its answer did not come.
@@ -447,7 +447,9 @@ class _Admission:
         # Most owners end long before their lease does, and somebody may wait for this copy's result.
         holds = self.run.marker.holds
         delay = min(decision.delay, _FIRST_HOLD * 2 ** min(holds, _LONGEST_HOLD))
-        self._mark(holds=holds + 1)
+        # Should this message end and its id be free again before the copy comes back, the copy is known by it.
+        first = self.run.marker.first or (None if row.task_id == self.request.id else row.task_id)
+        self._mark(holds=holds + 1, first=first)
         return self._hold(delay, row)
 
     def _is_of(self, row: Row) -> bool:
@@ -502,6 +504,7 @@ class _Admission:
         return Delivery(
             task_id=self.message.task_id,
             retries=self.message.attempt,
+            first=self.message.first,
             fingerprint=self.message.fingerprint,
             awaited=awaited,
             canvas=waited_on(self.request),

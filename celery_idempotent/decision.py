@@ -155,6 +155,7 @@ class Delivery:
     Attributes:
         task_id: Its Celery task id.
         retries: Celery's retry count in it.
+        first: The Celery id that was first sent under its message id, if that is known to be another.
         fingerprint: SHA-256 of its canonical arguments; ``None`` when they are not compared.
         discarded: Why Celery discards it without running it: it was revoked, or has expired. ``None`` when it does not.
         awaited: Whether its result is kept for somebody (``ignore_result`` is off).
@@ -166,6 +167,7 @@ class Delivery:
 
     task_id: str
     retries: int = 0
+    first: str | None = None
     fingerprint: str | None = None
     discarded: str | None = None
     awaited: bool = True
@@ -214,8 +216,8 @@ def decide_delivery(row: Row | None, delivery: Delivery, policy: DeliveryPolicy)
     # (before all) an id, header or number that no store can keep
     if not delivery.storable:
         return DeliveryDecision(DeliveryAction.REFUSE)
-    # absent
-    if row is None or row.expired:
+    # absent, or done, `expires_at` passed, and this is no copy of what ended
+    if row is None or row.is_free_for(delivery.task_id, delivery.first):
         return DeliveryDecision(DeliveryAction.CLAIM)
     # same id, other fingerprint
     if _differ(row.fingerprint, delivery.fingerprint):

@@ -132,7 +132,7 @@ class Store(Protocol):
         """Take a delivered message, or report the row that stands in the way.
 
         Claimed are: an absent message (inserted as claimed, for a producer without this library), an id that is free
-        again, and a pending one with ``attempt <= message.attempt`` or whose ``available_at`` passed more than ``grace``
+        again unless this is a copy of the message that ended (see :meth:`Row.is_free_for`), and a pending one with ``attempt <= message.attempt`` or whose ``available_at`` passed more than ``grace``
         ago. A row with another fingerprint is never claimed (either side ``None`` compares equal). ``message.attempt``
         is the delivery's ``retries``; the row keeps the greater of both. A claim adds one to the token, clears
         ``processed_status``, ``error`` and ``available_at``, and sets ``ran_task_id`` to ``message.task_id``.

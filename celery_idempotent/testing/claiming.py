@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
 import pytest
 
@@ -25,6 +26,7 @@ from celery_idempotent.testing.examples import (
     read,
     same_row,
     try_claim,
+    wait_until,
 )
 
 __all__ = ["ClaimContract"]
@@ -168,6 +170,35 @@ class ClaimContract(StoreFixtures):
         assert (row.result, row.processed_status, row.processed_timestamp, row.expires_at) == (None, None, None, None)
         assert row.duplicates == 0
         assert not store.complete(old, result=b"late")
+
+    @pytest.mark.parametrize(
+        "delivery",
+        [
+            {"task_id": "task-1"},
+            {"task_id": "task-3", "first": "task-1"},
+            {"task_id": "task-3", "first": "task-2"},
+            {"task_id": "task-2"},
+        ],
+        ids=["the first", "a copy of the first", "a copy of a copy", "the one that ran"],
+    )
+    def test_a_copy_of_what_ended_is_not_claimed_when_the_id_is_free_again(
+        self, store: Store, delivery: dict[str, Any]
+    ) -> None:
+        pending(store)
+        ran = claim(store, new_message(task_id="task-2"))
+        assert store.complete(ran, result=b"1", unique_for=0.001)
+        wait_until(lambda: read(store).expired)
+
+        answer = try_claim(store, new_message(message=None, **delivery))
+
+        assert isinstance(answer, Taken)
+        assert (answer.row.status, answer.row.task_id, answer.row.ran_task_id) == (Status.DONE, "task-1", "task-2")
+        assert isinstance(try_claim(store, new_message(task_id="task-4")), Claimed)
+
+    def test_a_call_under_a_free_id_may_have_the_same_task_id(self, store: Store) -> None:
+        expired_id(store)
+        pending(store)
+        claim(store)
 
     # -- attempts ------------------------------------------------------------------------------------------------------
 

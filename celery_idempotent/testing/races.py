@@ -107,7 +107,7 @@ def record(store: Store, key: MessageKey, racer: int) -> bool:
 
 def claim_it(store: Store, key: MessageKey, racer: int) -> bool:
     """Claim it."""
-    return isinstance(try_claim(store, new_message(key), worker=f"racer-{racer}"), Claimed)
+    return isinstance(try_claim(store, new_message(key, task_id=f"task-of-{racer}"), worker=f"racer-{racer}"), Claimed)
 
 
 def take_over(store: Store, key: MessageKey, racer: int) -> bool:

@@ -48,6 +48,35 @@ def test_a_copy_is_held_as_often_as_it_takes(bench: Bench) -> None:
     assert len(bench.starts("busy.hold", m)) == 1
 
 
+@pytest.mark.parametrize("how", ["redelivered", "another task id", "by name"])
+def test_a_held_copy_does_not_run_when_its_id_is_free(bench: Bench, how: str) -> None:
+    """The id is free for calls long before the copy comes back."""
+    m, gate = bench.fresh(), bench.path("gate")
+    first = bench.task("busy.window").apply_async((gate, "value"), message_id=m)
+    bench.wait_for_starts("busy.window", m)
+
+    if how == "by name":
+        copy = bench.app.send_task("busy.window", (gate, "value"), message_id=m)
+    else:
+        task_id = first.id if how == "redelivered" else None
+        copy = bench.deliver("busy.window", (gate, "value"), message_id=m, task_id=task_id)
+    bench.wait_until_held("busy.window", m)
+    Path(gate).touch()
+
+    assert (first.get(timeout=PATIENCE), copy.get(timeout=PATIENCE)) == ("value", "value")
+    row = bench.wait_for_row("busy.window", m, lambda row: row.duplicates >= 1)
+    assert row.expired
+    # The broker delivers the first message once more.
+    bench.deliver("busy.window", (gate, "value"), message_id=m, task_id=first.id)
+    row = bench.wait_for_row("busy.window", m, lambda row: row.duplicates >= 2)
+    assert (row.status, row.processed_status, row.token) == (Status.DONE, SUCCESS, 1)
+    assert len(bench.starts("busy.window", m)) == 1
+    # A call is another message.
+    again = bench.deliver("busy.window", (gate, "value"), message_id=m)
+    assert again.get(timeout=PATIENCE) == "value"
+    assert [start.task_id for start in bench.starts("busy.window", m)] == [first.id, again.id]
+
+
 def test_a_copy_is_skipped_where_the_task_says_so(bench: Bench) -> None:
     m, gate = bench.fresh(), bench.path("gate")
     first = bench.task("busy.skip").apply_async((gate, "value"), message_id=m)

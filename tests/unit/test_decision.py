@@ -286,11 +286,12 @@ DELIVERIES: dict[str, list[DeliveryCase]] = {
         (processing(), replace(COPY, storable=False, fingerprint=TWO), FAIL, REFUSE),
         (succeeded(), replace(READY, storable=False), DEFAULT, REFUSE),
     ],
-    "absent": [
+    "absent, or done, `expires_at` passed, and this is no copy of what ended": [
         (None, SAME, DEFAULT, CLAIM),
         (None, replace(SAME, retries=3), FAIL, CLAIM),
         (succeeded(expires_at=ago(1)), COPY, DEFAULT, CLAIM),
-        (failed(expires_at=NOW), SAME, DEFAULT, CLAIM),
+        (failed(expires_at=NOW), COPY, DEFAULT, CLAIM),
+        (failed(expires_at=NOW, ran_task_id=None), replace(COPY, first="another"), DEFAULT, CLAIM),
         (succeeded(expires_at=ago(1), fingerprint=TWO), COPY, DEFAULT, CLAIM),
     ],
     "pending, `retries >= attempt` or `available_at` passed by a grace": [
@@ -369,6 +370,10 @@ DELIVERIES: dict[str, list[DeliveryCase]] = {
         (succeeded(), SAME, DEFAULT, REPLAY),
         (succeeded(result=None), COPY, DEFAULT, REPLAY),
         (succeeded(expires_at=ahead(1)), COPY, DEFAULT, REPLAY),
+        # The id is free for calls, and these are copies of what ended.
+        (succeeded(expires_at=ago(1)), SAME, DEFAULT, REPLAY),
+        (succeeded(expires_at=ago(1)), replace(COPY, first=FIRST), DEFAULT, REPLAY),
+        (succeeded(expires_at=ago(1), ran_task_id=OTHER), COPY, DEFAULT, REPLAY),
     ],
     "done/failure, another task id waits on this message_id": [
         (failed(), COPY, DEFAULT, RAISE_FAILED),
@@ -377,6 +382,7 @@ DELIVERIES: dict[str, list[DeliveryCase]] = {
         # Its own failure never reached the backend.
         (failed(), SAME, DEFAULT, RAISE_FAILED),
         (failed(error=None), COPY, DEFAULT, RAISE_FAILED),
+        (failed(expires_at=NOW), SAME, DEFAULT, RAISE_FAILED),
     ],
     "same id, other fingerprint": [
         (there, replace(delivery, fingerprint=TWO), policy, RAISE_MISMATCH)

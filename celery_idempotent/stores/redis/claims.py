@@ -23,7 +23,7 @@ ROUNDS = 20
 # The token; nothing for a message that is absent, or whose id is free again; or the row that stands in the way.
 _CLAIM = Script("""
 local ident, row = ARGV[1], read(ARGV[1])
-if not row or is_free(row) then return false end
+if not row or is_free_for(row, ARGV[5], ARGV[8]) then return false end
 local attempt, fingerprint = tonumber(ARGV[2]), optional(ARGV[3])
 local waited = row.available_at and tonumber(row.available_at) <= now - tonumber(ARGV[7])
 if row.status ~= 'pending'
@@ -50,9 +50,9 @@ return token
 # The token, or the row that somebody else has made meanwhile.
 _CLAIM_NEW = Script("""
 local ident, row = ARGV[1], read(ARGV[1])
-if row and not is_free(row) then return tell(ident) end
+if row and not is_free_for(row, ARGV[3], ARGV[5]) then return tell(ident) end
 local token = tonumber(row and row.token or 0) + 1
-local columns, message = new(5, now)
+local columns, message = new(6, now)
 columns.status = 'processing'
 columns.worker = ARGV[2]
 columns.ran_task_id = ARGV[3]
@@ -114,7 +114,8 @@ def claim(
     key = message.key
     ident = identity(key)
     who = (encoded(worker), encoded(message.task_id), duration(lease))
-    asked = (ident, message.attempt, optional(message.fingerprint), *who, duration(grace))
+    first = optional(message.first)
+    asked = (ident, message.attempt, optional(message.fingerprint), *who, duration(grace), first)
     whole: tuple[bytes, ...] | None = None
     for _ in range(ROUNDS):
         answer = on.call(_CLAIM, ident, *asked)
@@ -127,7 +128,7 @@ def claim(
         if answer is None:
             if whole is None:
                 whole = message_arguments(message if adopt is None else adopt())
-            answer = on.call(_CLAIM_NEW, ident, ident, *who, *whole)
+            answer = on.call(_CLAIM_NEW, ident, ident, *who, first, *whole)
         if isinstance(answer, int):
             return Claimed(Claim(key, answer))
     raise StoreUnavailableError(f"message {key.message_id!r} could not be claimed: its row kept changing")

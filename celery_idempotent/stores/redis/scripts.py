@@ -54,6 +54,17 @@ local function is_free(row)
   return row.status == 'done' and row.expires_at and tonumber(row.expires_at) <= now
 end
 
+-- Whether a delivery is no copy of the message that ended here, which never runs again: see `Row.is_free_for`.
+local function is_free_for(row, task_id, first)
+  if not is_free(row) then return false end
+  if row.error == 'forgotten' then return true end
+  first = optional(first) or task_id
+  for _, of in ipairs({row.task_id, row.ran_task_id or row.task_id}) do
+    if of == task_id or of == first then return false end
+  end
+  return true
+end
+
 local function lease_ran_out(row)
   return not row.lease_expires_at or tonumber(row.lease_expires_at) <= now
 end

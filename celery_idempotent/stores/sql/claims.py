@@ -72,7 +72,11 @@ class Claims:
         restarted = {**anew(table), **taken, "available_at": null()}
         self._insert = directly(dialect.insert(table, {**new_key(table), "token": literal_column("1"), **restarted}))
         self._restart = dialect.telling_token(
-            update(table).where(has_key(table), free_again(table)).values(**restarted, token=next_token), table
+            update(table)
+            # The row as it was read: of a message that started anew and ended since, this delivery may be a copy.
+            .where(has_key(table), free_again(table), table.c.token == parameter(table, "token"))
+            .values(**restarted, token=next_token),
+            table,
         )
         self._take_over = (
             update(table)
@@ -129,7 +133,7 @@ class Claims:
             if token is not None:
                 return Claimed(Claim(key, token))
             row = self._read(connection, key)
-            if row is not None and not (row.status is Status.DONE and row.expired):
+            if row is not None and not row.is_free_for(message.task_id, message.first):
                 # The first attempt of this very call took effect, and its answer was lost.
                 if again and row.status is Status.PROCESSING and row.worker == worker:
                     return Claimed(Claim(key, row.token))
@@ -144,7 +148,7 @@ class Claims:
                 if self._dialect.inserted(connection, self._insert, whole):
                     return Claimed(Claim(key, 1))
             else:
-                token = self._dialect.token(connection.execute(self._restart, whole))
+                token = self._dialect.token(connection.execute(self._restart, {**whole, "p_token": row.token}))
                 if token is not None:
                     return Claimed(Claim(key, token))
         raise StoreUnavailableError(f"message {key.message_id!r} could not be claimed: its row kept changing")

@@ -269,6 +269,7 @@ def _leases(app: Celery, base: type[Task], ledger: Ledger) -> None:
             return value
 
     app.task(gated, base=base, bind=True, name="busy.hold", on_processing="hold")
+    app.task(gated, base=base, bind=True, name="busy.window", on_processing="hold", unique_for=0.1)
     app.task(gated, base=base, bind=True, name="busy.skip", on_processing="skip")
     app.task(gated, base=base, bind=True, name="busy.raise", on_processing="raise")
     app.task(gated, base=base, bind=True, name="left.rerun", on_abandoned="rerun")
