@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self
 
+from celery_idempotent.beginnings import begin
 from celery_idempotent.errors import ConfigurationError, IdempotentError
 from celery_idempotent.outboxes import OUTBOX, Outbox
 from celery_idempotent.transactions import refuse_autocommit, transactional
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     #: What makes the sessions of atomic bodies.
     SessionFactory = sessionmaker[Any] | scoped_session[Any] | Callable[..., Session]
 
-__all__ = ["RUNS", "NotCommittedError", "UnitOfWork"]
+__all__ = ["RUNS", "NotCommittedError", "UnitOfWork", "given_up_error"]
 
 logger = logging.getLogger("celery_idempotent")
 
@@ -52,17 +53,27 @@ class NotCommittedError(Exception):
         self.again = again
 
 
+def given_up_error() -> IdempotentError:
+    """What to tell of a commit that the database answers, or would answer, by a rollback."""
+    return IdempotentError(
+        "the transaction of this atomic body was not committed: a statement in it failed, the error was caught, and so the database "
+        "rolled it back; run what may fail in begin_nested()"
+    )
+
+
 class UnitOfWork:
     """The transaction of one body.
 
     Args:
         queue_log: On whose store's database it is, with its session factory and its isolation level.
+        contended: Whether the body was run before, and gave way to another transaction.
 
     Raises:
         ConfigurationError: The store has no transactions.
     """
 
-    def __init__(self, queue_log: QueueLog) -> None:
+    def __init__(self, queue_log: QueueLog, *, contended: bool = False) -> None:
+        self._contended = contended
         self._store = transactional(queue_log.store)
         self._session_factory = queue_log.session_factory
         self._isolation_level = queue_log.isolation_level
@@ -78,6 +89,8 @@ class UnitOfWork:
         self.collided = False
         #: Whether a commit was asked for, and how it went is not known.
         self.in_doubt = False
+        #: Whether the driver tells how the transaction stands.
+        self._told = True
         #: The messages that the body sends: recorded in the transaction, published by whoever learns that it has committed.
         self.outbox: Outbox = _BodysOutbox(self, queue_log)
 
@@ -162,6 +175,7 @@ class UnitOfWork:
                 "the body of an atomic task ended its transaction itself: by rollback() or close(), or by an error of a flush that "
                 "it caught; nothing of it is kept. To undo a part use begin_nested(), to undo all of it raise an error"
             )
+        self._refuse_given_up(self._connection)
 
     def commit(self, write: Callable[[Store], bool]) -> bool:
         """Write how the message ended, in the transaction, and commit.
@@ -180,14 +194,14 @@ class UnitOfWork:
             self.roll_back()
             return False
         connection, session = self.connection, self._session
-        self._committing = self.in_doubt = self._over = True
+        self._committing = self._over = True
         # By the session, so that what listens to it is told. One that was not used yet has nothing to commit.
         if session is not None and session.in_transaction():
             session.commit()
         transaction = connection.get_transaction()
         if transaction is not None and transaction.is_active:
             transaction.commit()
-        self.in_doubt = False
+        self.in_doubt = not self._told
         self.roll_back()  # which closes what is left
         return True
 
@@ -248,6 +262,7 @@ class UnitOfWork:
                 "give QueueLog(app, isolation_level=...) another level for atomic tasks",
             )
             connection.begin()
+            begin(connection, at_once=self._contended)
         except BaseException:
             connection.close()
             raise
@@ -278,12 +293,21 @@ class UnitOfWork:
         if self.gave_way is None and self._store.gave_way(error):
             self.gave_way, self.collided = error, not broken
 
-    def _before_commit(self) -> None:
+    def _before_commit(self, connection: Connection) -> None:
         if not self._committing:
             raise IdempotentError(
                 "the body of an atomic task is committed when it ends, together with its message, and not before: leave commit() out "
                 "(with session.begin() too)"
             )
+        # The completion is written, but what listens to the session's commit may have failed since.
+        self._refuse_given_up(connection)
+        self.in_doubt = True
+
+    def _refuse_given_up(self, connection: Connection) -> None:
+        given_up = self._store.gave_up(connection)
+        self._told = given_up is not None
+        if given_up:
+            raise given_up_error()
 
     def _before_rollback(self) -> None:
         self._undone = True
@@ -325,7 +349,7 @@ def _on_error(context: ExceptionContext) -> None:
 def _on_commit(connection: Connection) -> None:
     unit = _unit_of(connection)
     if unit is not None:
-        unit._before_commit()  # noqa: SLF001
+        unit._before_commit(connection)  # noqa: SLF001
 
 
 def _on_rollback(connection: Connection) -> None:

@@ -6,19 +6,32 @@ whoever committed; should that one not come to it, the relay does (see :mod:`cel
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import logging
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
+from inspect import CO_GENERATOR
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, cast
 
-from celery_idempotent.errors import ConfigurationError, DuplicateMessageError, MessageMismatchError
+from celery_idempotent.beginnings import begin, begin_before_savepoints
+from celery_idempotent.errors import (
+    ConfigurationError,
+    DuplicateMessageError,
+    MessageMismatchError,
+    StoreError,
+    StoreUnavailableError,
+)
 from celery_idempotent.transactions import refuse_autocommit, transactional
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from celery.result import AsyncResult
     from sqlalchemy import Connection
-    from sqlalchemy.engine import ExceptionContext
     from sqlalchemy.orm import Session, SessionTransaction, scoped_session
 
     from celery_idempotent.producer import Sending
@@ -29,6 +42,8 @@ if TYPE_CHECKING:
 
 __all__ = ["OUTBOX", "PUBLISH_WITHIN", "Outbox", "current_outbox", "outbox"]
 
+logger = logging.getLogger("celery_idempotent")
+
 #: Seconds for which a row of the outbox is its recorder's to publish, from when it was recorded. After a transaction that took longer a
 #: relay may publish it too: a copy too many, which the claim absorbs.
 PUBLISH_WITHIN = 5.0
@@ -36,16 +51,40 @@ PUBLISH_WITHIN = 5.0
 #: The execution option by which a connection knows the outbox that is published by whoever commits it.
 OUTBOX = "celery_idempotent_outbox"
 
-#: The execution option by which a connection knows the outboxes that are to be told of its errors.
-_WATCHED = "celery_idempotent_watched"
-
 #: Where a session keeps its outbox.
 _INFO = "celery_idempotent_outbox"
 
 #: Messages that a batch records and publishes in one go: few enough to be published while they are its own to publish.
 BATCH = 500
 
-_current: ContextVar[Outbox | None] = ContextVar("celery_idempotent_outbox", default=None)
+#: Whose threads run a function in a copy of the context, which ends with it.
+_THREAD_POOLS = ("anyio", "asyncio", "concurrent", "threading")
+
+
+@dataclass(slots=True, eq=False)
+class _Block:
+    """A ``with outbox(...)``, or an atomic body.
+
+    Attributes:
+        box: What takes its calls; ``None`` if they are sent at once.
+        around: The block that it is in.
+        left: Whether it has ended. A task of an event loop, or a thread, that was begun in it may outlive it.
+    """
+
+    box: Outbox | None
+    around: _Block | None
+    left: bool = False
+
+
+_current: ContextVar[_Block | None] = ContextVar("celery_idempotent_outbox", default=None)
+
+
+def _innermost() -> _Block | None:
+    """The innermost block, here and now, that has not ended."""
+    block = _current.get()
+    while block is not None and block.left:
+        block = block.around
+    return block
 
 
 def current_outbox(queue_log: QueueLog) -> Outbox | None:
@@ -53,18 +92,60 @@ def current_outbox(queue_log: QueueLog) -> Outbox | None:
 
     That is the innermost ``with outbox(...)`` or atomic body, as far as that is one of the same queue log and not over.
     """
-    box = _current.get()
+    block = _innermost()
+    box = None if block is None else block.box
     return box if box is not None and box.takes(queue_log) else None
 
 
 @contextmanager
 def within(box: Outbox | None) -> Iterator[None]:
-    """Have an outbox take the calls of the block; or none."""
-    token = _current.set(box)
+    """Have an outbox take the calls of the block; or none.
+
+    Raises:
+        ConfigurationError: The block's code runs in other contexts than its beginning, and is not seen to be in it.
+    """
+    _refuse_fleeting_context()
+    around = _innermost()
+    block = _Block(box, around)
+    _current.set(block)
     try:
         yield
     finally:
-        _current.reset(token)
+        block.left = True
+        if _current.get() is block:
+            _current.set(around)
+        elif not _is_around(block, _current.get()) and not isinstance(sys.exception(), GeneratorExit):
+            raise ConfigurationError(
+                "with outbox(...) was left in another context than it was entered in, so the calls in between were not seen to be in "
+                "it, and were sent at once: enter and leave it in one function, or in one coroutine"
+            )
+
+
+def _is_around(block: _Block, inner: _Block | None) -> bool:
+    while inner is not None and inner is not block:
+        inner = inner.around
+    return inner is block
+
+
+def _refuse_fleeting_context() -> None:
+    """Refuse a block in a generator that a pool of threads runs as far as to the ``yield``.
+
+    FastAPI enters a dependency without ``async`` so: in a copy of the request's context, which is gone when the endpoint is called.
+    """
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - documented, if only for what looks at callers
+    in_generator, module = False, ""
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if module not in (__name__, "contextlib"):
+            if not frame.f_code.co_flags & CO_GENERATOR:
+                break
+            in_generator = True
+        frame = frame.f_back
+    if in_generator and frame is not None and module.partition(".")[0] in _THREAD_POOLS:
+        raise ConfigurationError(
+            "with outbox(...) is in a generator that a pool of threads enters, as FastAPI does with a dependency without async: its "
+            "caller would not be in the block, and would send its calls at once; write `async def`, or put the block into the caller"
+        )
 
 
 def outbox(
@@ -97,7 +178,7 @@ def outbox(
         ExceptionGroup: At the end of a batch, of the DuplicateMessageError and MessageMismatchError of single calls; all others
             were sent.
         StoreUnavailableError: At the end of a batch: the store gave no answer. Nothing was sent, or (beyond some hundreds) the
-            first of them.
+            first of them; the error says so.
 
     Hazard:
         Calls by name (``send_task``) and of tasks that are no ``IdempotentTask`` are published at once, with a warning in the log.
@@ -136,10 +217,6 @@ class Outbox:
         self._connection: Connection | None = None
         self._messages: list[Outgoing] = []
         self._duplicates: list[tuple[QueueLog, MessageKey]] = []
-        #: How many messages there were before each savepoint, by its name.
-        self._savepoints: dict[str, int] = {}
-        #: Whether the database has refused a statement of the transaction: PostgreSQL then answers its commit by a rollback, without a word.
-        self._doubted = False
 
     # -- for the producer ----------------------------------------------------------------------------------------------
 
@@ -165,8 +242,8 @@ class Outbox:
                 connection,
                 "outbox() needs a transaction, and this session is in autocommit; give it another isolation level",
             )
-            self._watch(connection)
             self._connection = connection
+        begin(connection)
         return store.within(connection)
 
     def add(self, message: Outgoing) -> None:
@@ -180,16 +257,14 @@ class Outbox:
     # -- for whoever ends the transaction ------------------------------------------------------------------------------
 
     def publish(self) -> None:
-        """It has committed."""
-        messages, duplicates, doubted = self._messages, self._duplicates, self._doubted
+        """It has committed: publish what is there."""
+        messages, duplicates = self._messages, self._duplicates
         self.discard()
-        if doubted:
-            messages = [message for message in messages if message.is_there()]
         if not (messages or duplicates):
             return
         with within(None):  # what is run eagerly is behind it, not in it
             for queue_log, some in groupby(messages, lambda message: message.task.queue_log):
-                ours = list(some)
+                ours = self._still_there(queue_log, list(some))
                 queue_log.publisher.publish(ours)
                 if queue_log.outcomes is not None:
                     for message in ours:
@@ -200,41 +275,29 @@ class Outbox:
 
     def discard(self) -> None:
         """It was rolled back; or nobody can tell, and the relay will."""
-        self._messages, self._duplicates, self._savepoints, self._doubted = [], [], {}, False
-
-    # -- savepoints ----------------------------------------------------------------------------------------------------
+        self._messages, self._duplicates = [], []
 
     def that_commits(self) -> Outbox:
         """This one, or the atomic body's whose connection it is on."""
         found: Outbox | None = self._connect().get_execution_options().get(OUTBOX)
         return found or self
 
-    def _watch(self, connection: Connection) -> None:
-        from sqlalchemy import event
-        from sqlalchemy.sql.expression import RollbackToSavepointClause, SavepointClause
+    def _still_there(self, queue_log: QueueLog, messages: list[Outgoing]) -> list[Outgoing]:
+        """Those whose rows are there.
 
-        # By the statements: the event of a savepoint comes before that has a name.
-        def before_execute(_: Connection, statement: Any, *__: Any) -> None:
-            if isinstance(statement, SavepointClause):
-                self._savepoints[statement.ident] = len(self._messages)
-            elif isinstance(statement, RollbackToSavepointClause):
-                del self._messages[self._savepoints.get(statement.ident, 0) :]
-
-        event.listen(connection, "before_execute", before_execute)
-        connection.execution_options(**{_WATCHED: (*connection.get_execution_options().get(_WATCHED, ()), self)})
-        if not event.contains(connection.engine, "handle_error", _on_error):
-            event.listen(connection.engine, "handle_error", _on_error)
-
-    def doubt(self) -> None:
-        """A statement of the transaction was refused: whether its commit commits is to be looked up."""
-        self._doubted = True
-
-
-def _on_error(context: ExceptionContext) -> None:
-    """Of all connections of an engine, its owner's own included."""
-    if context.connection is not None:
-        for box in context.connection.get_execution_options().get(_WATCHED, ()):
-            box.doubt()
+        A commit that succeeds has not committed everything: a savepoint may have been rolled back, in words too; PostgreSQL answers by a
+        rollback, without an error, after an error that was caught, even one that only the driver heard of; after a deadlock MySQL
+        goes on in another transaction. So the rows are read, rather than all of that followed.
+        """
+        if not messages:
+            return messages
+        try:
+            task_ids = transactional(queue_log.store).recorded([message.key for message in messages])
+        except StoreError as error:
+            logger.warning("%d messages are left to the relay, the store gives no answer: %s", len(messages), error)
+            return []
+        # Behind what was rolled back somebody else may have recorded the id.
+        return [message for message in messages if task_ids.get(message.key) == message.marker.task_id]
 
 
 # -- with a session ----------------------------------------------------------------------------------------------------------
@@ -249,6 +312,7 @@ class _SessionOutbox(Outbox):
         super().__init__(self._connection_of_session)
         self._session = session
         self._committed = False
+        event.listen(session, "after_begin", self._after_begin)
         event.listen(session, "after_commit", self._after_commit)
         event.listen(session, "after_transaction_end", self._after_end)
 
@@ -261,6 +325,9 @@ class _SessionOutbox(Outbox):
             raise ConfigurationError(
                 "outbox(session) needs a session with a default bind, the store's database; this one has binds for single tables only"
             ) from error
+
+    def _after_begin(self, session: Session, transaction: SessionTransaction, connection: Connection) -> None:  # noqa: ARG002
+        begin_before_savepoints(connection)
 
     def _after_commit(self, session: Session) -> None:
         # Not of a savepoint; nor of a session inside of somebody's transaction, whose commit nobody tells us of.
@@ -281,6 +348,8 @@ def _of_session(session: Session) -> Outbox:
     found: Outbox | None = session.info.get(_INFO)
     if found is None:
         found = session.info[_INFO] = _SessionOutbox(session)
+        if session.in_transaction() and session.get_bind().dialect.name == "sqlite":
+            begin_before_savepoints(session.connection())
     return found
 
 
@@ -299,7 +368,7 @@ def _around(connection: Connection) -> Iterator[None]:
         nonlocal commits
         commits = True
 
-    def begin(_: Connection) -> None:
+    def began(_: Connection) -> None:
         nonlocal commits
         if commits:  # which took place, or there would be no other one
             commits = False
@@ -308,7 +377,8 @@ def _around(connection: Connection) -> Iterator[None]:
     def rollback(_: Connection) -> None:
         box.discard()
 
-    listeners = (("commit", commit), ("begin", begin), ("rollback", rollback))
+    begin_before_savepoints(connection)
+    listeners = (("commit", commit), ("begin", began), ("rollback", rollback))
     for name, listener in listeners:
         event.listen(connection, name, listener)
     try:
@@ -326,8 +396,13 @@ def _around(connection: Connection) -> Iterator[None]:
 
 @contextmanager
 def _batch() -> Iterator[None]:
-    around = _current.get()
-    batch = _Batch(around)
+    around = _innermost()
+    box = None if around is None else around.box
+    if isinstance(box, _Batch):  # whose error leaves nothing of this one either
+        with within(box):
+            yield
+        return
+    batch = _Batch(box)
     with within(batch):
         yield
     batch.send()
@@ -339,7 +414,9 @@ class _Batch(Outbox):
     def __init__(self, around: Outbox | None) -> None:
         super().__init__(self._no_connection)
         self._around = around
-        self._calls: list[tuple[Sending, AsyncResult[Any]]] = []
+        #: ``None`` once they are being sent.
+        self._calls: list[tuple[Sending, AsyncResult[Any]]] | None = []
+        self._lock = threading.Lock()
         #: Whose transaction takes what is sent now.
         self._outer: Outbox | None = None
 
@@ -352,7 +429,17 @@ class _Batch(Outbox):
 
     def take(self, sending: Sending) -> AsyncResult[Any]:
         result = sending.promised()
-        self._calls.append((sending, result))
+        with self._lock:
+            if self._calls is not None:
+                self._calls.append((sending, result))
+                return result
+        # A thread that came to the block before its end, and to its call after it.
+        sending.box = late = _Batch(None)
+        late.take(sending)
+        try:
+            late.send()
+        except ExceptionGroup as group:
+            raise group.exceptions[0] from None
         return result
 
     def store(self, queue_log: QueueLog) -> Store:
@@ -370,6 +457,9 @@ class _Batch(Outbox):
         else:
             self._outer.count(queue_log, key)
 
+    def _still_there(self, queue_log: QueueLog, messages: list[Outgoing]) -> list[Outgoing]:  # noqa: ARG002
+        return messages  # each was recorded on its own, and nothing takes that back
+
     def send(self) -> None:
         """Record and publish, some hundreds at a time.
 
@@ -377,15 +467,42 @@ class _Batch(Outbox):
             ExceptionGroup: Of what is wrong with single calls.
             StoreUnavailableError: The store gave no answer.
         """
+        with self._lock:
+            every, self._calls = self._calls or [], None
         refused: list[Exception] = []
-        for queue_log, group in groupby(self._calls, lambda call: call[0].task.queue_log):
+        sent = 0
+        for queue_log, group in groupby(every, lambda call: call[0].task.queue_log):
             calls = list(group)
             around = self._around
             self._outer = around.that_commits() if around is not None and around.takes(queue_log) else None
             for first in range(0, len(calls), BATCH):
-                refused += self._send(calls[first : first + BATCH])
+                some = calls[first : first + BATCH]
+                try:
+                    refused += self._send(some)
+                except StoreError as error:
+                    if self._outer is not None:
+                        raise  # what becomes of the transaction is its owner's affair
+                    raise self._explained(error, len(every), sent, [sending for sending, _ in some]) from error
+                sent += len(some)
         if refused:
-            raise ExceptionGroup(f"{len(refused)} of {len(self._calls)} calls of the batch were not sent", refused)
+            raise ExceptionGroup(f"{len(refused)} of {len(every)} calls of the batch were not sent", refused)
+
+    def _explained(self, error: StoreError, count: int, sent: int, calls: Sequence[Sending]) -> StoreError:
+        """What to tell of calls whose recording was refused, or not answered: some may have been recorded, and are taken back."""
+        unsent = isinstance(error, StoreUnavailableError) and error.unsent
+        left = not unsent and not all(sending.taken_back() for sending in calls)
+        if sent:
+            told = f"the first {sent} of the {count} calls of the batch were sent"
+        else:
+            told = f"none of the {count} calls of the batch was sent"
+        if left:
+            told += f"{'' if sent else ' so far'}, but some of {len(calls)} were recorded and may be sent by a relay"
+        elif sent:
+            told += ", and no others"
+        explained = type(error)(f"{error}; {told}")
+        if isinstance(explained, StoreUnavailableError):
+            explained.unsent = not (sent or left)
+        return explained
 
     def _send(self, calls: list[tuple[Sending, AsyncResult[Any]]]) -> list[Exception]:
         refused: list[Exception] = []

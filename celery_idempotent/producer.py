@@ -317,6 +317,15 @@ class Sending:
             call.unanswered, call.took = self.unanswered, took
         return answers
 
+    def taken_back(self) -> bool:
+        """Take the call back if it was recorded, and not published; whether that is certain."""
+        try:
+            self._withdraw()
+        except StoreError as error:
+            logger.warning("%s may have been recorded, and is not taken back: %s", self._name, error)
+            return False
+        return True
+
     def _send_again(self, row: Row) -> AsyncResult[Any] | None:
         """What becomes of a call whose id is taken; ``None`` when the row moved and the decision is void."""
         action = decide_call(row, self._call_against(row), self.task.idempotency.call)

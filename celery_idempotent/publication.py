@@ -114,14 +114,6 @@ class Outgoing:
     options: Mapping[str, Any]
     tell: Callable[[], None] | None = None
 
-    def is_there(self) -> bool:
-        """Whether its row is; if nobody can tell, that is left to the relay."""
-        try:
-            return self.task.queue_log.store.find(self.key) is not None
-        except StoreError as error:
-            logger.warning("%s is left to the relay, the store gives no answer: %s", self, error)
-            return False
-
     def publish(self, producer: Producer | None) -> None:
         """Hand it to the broker."""
         options = {**self.options}

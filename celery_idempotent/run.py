@@ -21,7 +21,7 @@ from celery.backends.base import DisabledBackend
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 from kombu.exceptions import EncodeError
 
-from celery_idempotent.atomic import RUNS, NotCommittedError, UnitOfWork
+from celery_idempotent.atomic import RUNS, NotCommittedError, UnitOfWork, given_up_error
 from celery_idempotent.children import Calls
 from celery_idempotent.errors import (
     AlreadyFailedError,
@@ -211,7 +211,7 @@ class Run:
         for number in range(1, RUNS + 1):
             began = time.monotonic()
             try:
-                unit = UnitOfWork(self.queue_log)
+                unit = UnitOfWork(self.queue_log, contended=collided)
             except ConfigurationError as wrong:
                 self._finish(self._failed(describe(wrong)))
                 raise
@@ -516,6 +516,9 @@ class Run:
                 raise NotCommittedError(error, again=unit.gave_way is not None) from error
             logger.warning("%s was committed, although the answer was lost: %r", self, error)
             held = True
+        else:
+            if unit.in_doubt and not written():
+                raise NotCommittedError(given_up_error(), again=unit.gave_way is not None)
         if held:
             self._publish(unit)
         return held

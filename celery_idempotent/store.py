@@ -530,6 +530,27 @@ class TransactionalStore(Store, Protocol):
         """
         ...
 
+    def recorded(self, keys: Sequence[MessageKey]) -> Mapping[MessageKey, str]:
+        """Which of these messages have a row now, whatever its status, and under which Celery task id each was recorded.
+
+        Args:
+            keys: The messages; an empty list asks nothing.
+
+        Atomicity: one statement for some hundreds of rows.
+        """
+        ...
+
+    def gave_up(self, connection: Connection) -> bool | None:
+        """Whether the database has given a transaction up, so that its commit would be a rollback, without an error.
+
+        Args:
+            connection: In the transaction.
+
+        Returns:
+            ``None`` when the driver does not tell: then it is known by what is there after the commit.
+        """
+        ...
+
     def gave_way(self, error: BaseException) -> bool:
         """Whether a transaction that met an error took no effect, and may if all of it is done again.
 

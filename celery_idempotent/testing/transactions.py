@@ -1,4 +1,4 @@
-"""The contract of a store with transactions for its users: ``within`` and ``gave_way``."""
+"""The contract of a store with transactions for its users: ``within``, ``recorded`` and ``gave_way``."""
 
 # ruff: noqa: D102 - a test's name says what it shows
 
@@ -20,7 +20,7 @@ OTHER = MessageKey("order:2", "shop.charge")
 
 
 class TransactionContract(StoreFixtures):
-    """``within``, ``gave_way``: what :class:`~celery_idempotent.store.TransactionalStore` promises beside ``Store``."""
+    """``within``, ``recorded``, ``gave_way``: what :class:`~celery_idempotent.store.TransactionalStore` promises beside ``Store``."""
 
     @pytest.fixture
     def transactional(self, open_store_again: Callable[[], Store]) -> Iterator[TransactionalStore]:
@@ -104,6 +104,14 @@ class TransactionContract(StoreFixtures):
             connection.rollback()
         assert (read(transactional).status, read(transactional).token) == (Status.PENDING, 0)
         assert claim(transactional) == Claim(KEY, 1)
+
+    def test_what_is_recorded_is_told_with_its_task_ids(self, transactional: TransactionalStore) -> None:
+        pending(transactional)
+        with transactional.engine.connect() as connection:
+            transactional.within(connection).record(new_message(OTHER))
+            connection.rollback()
+        assert transactional.recorded([KEY, OTHER]) == {KEY: read(transactional).task_id}
+        assert transactional.recorded([]) == {}
 
     def test_an_error_of_the_bodys_own_is_no_giving_way(self, transactional: TransactionalStore) -> None:
         assert not transactional.gave_way(ValueError("no"))

@@ -6,7 +6,7 @@ a column's own name would become part of the ``SET`` clause.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from sqlalchemy import (
@@ -14,6 +14,7 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     RowMapping,
+    Select,
     String,
     Table,
     and_,
@@ -167,11 +168,16 @@ def holder_parameters(holder: Holder) -> dict[str, Any]:
 
 
 class Lookup:
-    """The row of a message, read together with the clock."""
+    """The row of a message, read together with the clock.
 
-    def __init__(self, table: Table) -> None:
+    Args:
+        table: The table.
+        made: Makes what is asked of it.
+    """
+
+    def __init__(self, table: Table, made: Callable[[Select[Any]], Select[Any]] = lambda query: query) -> None:
         self._table = table
-        self._all = select(table, Now().label("read_at"))
+        self._all = made(select(table, Now().label("read_at")))
         self._select = self._all.where(has_key(table))
 
     def __call__(self, connection: Connection, key: MessageKey) -> Row | None:

@@ -175,7 +175,13 @@ class Database:
 
     def _attempt(self, operation: Callable[[Connection, bool], T], again: bool, prepared: bool, patient: bool) -> T:
         opened = self._here()
-        with opened.turn, self._connect(opened) as connection, nullcontext() if patient else self._watched(connection):
+        self._autocommit(opened)  # before its turn is taken, which is known when it is open
+        with (
+            opened.turn,
+            self._connect(opened) as connection,
+            self._alone(connection),
+            nullcontext() if patient else self._watched(connection),
+        ):
             try:
                 if prepared and not opened.ready:
                     self._prepare(connection)
@@ -199,6 +205,11 @@ class Database:
             raise ConfigurationError(
                 f"the queue log at {self} cannot be opened, its URL has a wrong option: {error}"
             ) from error
+
+    def _alone(self, connection: Connection) -> AbstractContextManager[None]:
+        """Have each statement stand for itself, whatever listeners make of a transaction."""
+        quiet = isinstance(connection, DirectConnection) and not connection.watched
+        return nullcontext() if quiet else self._dialect.autocommit(connection)
 
     @contextmanager
     def _watched(self, connection: Connection) -> Iterator[None]:
@@ -234,7 +245,7 @@ class Database:
             if self._made_in != os.getpid():
                 self._inherited_pools.append(self._target.pool)
                 self._target.dispose(close=False)
-            engine: Engine = self._target.execution_options(isolation_level="AUTOCOMMIT")
+            engine = self._dialect.in_autocommit(self._target)
         else:
             engine = self._create(self._target, isolation_level="AUTOCOMMIT", **_without_rollbacks())
         if isinstance(engine.pool, StaticPool):
@@ -250,7 +261,9 @@ class Database:
             return autocommit.execution_options(isolation_level="SERIALIZABLE")
         # A pool of its own: bodies that hold a connection for minutes must not keep a lease from being renewed. It has as many
         # as bodies run at once, which is for the worker's concurrency to say.
-        return self._create(self._target, max_overflow=-1)
+        engine = self._create(self._target, max_overflow=-1)
+        self._dialect.prepare_for_transactions(engine)
+        return engine
 
     def _create(self, url: URL, **arguments: Any) -> Engine:
         # Parameters hold messages and results, which have no place in logs and error texts.

@@ -112,7 +112,7 @@ class DirectConnection(Connection):
         Raises:
             sqlalchemy.exc.DBAPIError: As SQLAlchemy raises it.
         """
-        plan = None if self._watched else self._plans.of(statement, self.engine)
+        plan = None if self.watched else self._plans.of(statement, self.engine)
         if plan is None or not isinstance(parameters, Mapping):
             return super().execute(statement, parameters, **options)
         driver = self.connection
@@ -127,7 +127,7 @@ class DirectConnection(Connection):
             cursor.close()
 
     @property
-    def _watched(self) -> bool:
+    def watched(self) -> bool:
         """Whether somebody listens to what SQLAlchemy executes, as tracing does: then it executes everything."""
         return bool(self._has_events or self.engine._has_events)  # noqa: SLF001 - as it asks itself before each event
 

@@ -46,6 +46,7 @@ class Producer:
     def __init__(self, table: Table, dialect: Dialect) -> None:
         self._dialect = dialect
         self._read = Lookup(table)
+        self._read_in_transaction = Lookup(table, dialect.as_of_now)
         restarted = anew(table)
         new = {**new_key(table), "token": literal_column("0"), **restarted}
         self._insert = directly(dialect.insert(table, new, replaced=list(restarted), free=free_again(table)))
@@ -118,10 +119,11 @@ class Producer:
         """
         parameters = message_parameters(message)
         insert = self._insert_unlocked if in_transaction else self._insert
+        read = self._read_in_transaction if in_transaction else self._read
         for _ in range(ROUNDS):
             if self._dialect.inserted(connection, insert, parameters):
                 return Recorded()
-            row = self._read(connection, message.key)
+            row = read(connection, message.key)
             if row is None:
                 continue  # withdrawn or purged since
             if row.status is Status.DONE and row.expired:
@@ -152,7 +154,8 @@ class Producer:
             recorded.append(message.key in new)
             new.discard(message.key)  # whoever has the same key further behind finds it
         others = [message.key for message, is_new in zip(messages, recorded, strict=True) if not is_new]
-        rows = {row.key: row for row in self._read.many(connection, others)} if others else {}
+        read = self._read_in_transaction if in_transaction else self._read
+        rows = {row.key: row for row in read.many(connection, others)} if others else {}
         return [
             Recorded() if is_new else self._found_or_record(connection, message, rows.get(message.key), in_transaction)
             for message, is_new in zip(messages, recorded, strict=True)

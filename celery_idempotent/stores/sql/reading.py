@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from sqlalchemy import ColumnElement, Connection, Table, func, select
 
 from celery_idempotent.records import MessageKey, Row, RowFilter, Status, TaskCount
 from celery_idempotent.stores.sql.clock import FromNow, Now, seconds
-from celery_idempotent.stores.sql.columns import Lookup, row_of, statuses_of
+from celery_idempotent.stores.sql.columns import AT_ONCE, Lookup, among, row_of, statuses_of
 from celery_idempotent.stores.sql.dialects import Dialect
 
 __all__ = ["Reading"]
@@ -32,6 +34,7 @@ class Reading:
             # Null if it ended without having run.
             table.c.worker.is_not(None),
         ).order_by(table.c.processed_timestamp.desc())
+        self._task_ids = select(*key, table.c.task_id)
         kind = (table.c.task_name, table.c.status, table.c.processed_status)
         self._counts = select(
             *kind, func.count().label("rows"), func.sum(table.c.duplicates).label("duplicates")
@@ -40,6 +43,14 @@ class Reading:
     def find(self, connection: Connection, key: MessageKey) -> Row | None:
         """The row of a message."""
         return self._read(connection, key)
+
+    def task_ids(self, connection: Connection, keys: Sequence[MessageKey]) -> dict[MessageKey, str]:
+        """The Celery task ids of the rows that are there."""
+        found: dict[MessageKey, str] = {}
+        for first in range(0, len(keys), AT_ONCE):
+            some = self._task_ids.where(among(self._table, keys[first : first + AT_ONCE]))
+            found.update({MessageKey(*key): task_id for *key, task_id in connection.execute(some)})
+        return found
 
     def rows(self, connection: Connection, where: RowFilter) -> list[Row]:
         """Rows that match, in the order asked for, without what is large."""

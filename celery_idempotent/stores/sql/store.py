@@ -106,6 +106,12 @@ class SQLStore:
         joined._in_transaction = True  # noqa: SLF001
         return joined
 
+    def recorded(self, keys: Sequence[MessageKey]) -> Mapping[MessageKey, str]:
+        return self._run(lambda on, _: self._reading.task_ids(on, keys)) if keys else {}
+
+    def gave_up(self, connection: Connection) -> bool | None:
+        return self._dialect.gave_up(connection.connection.driver_connection)
+
     def gave_way(self, error: BaseException) -> bool:
         return self._database.gave_way(error)
 

@@ -75,12 +75,13 @@ def test_it_costs_one_statement_more_than_the_same_transaction_by_hand(here: Her
     with Session(here.store.engine) as session:
         session.add(Effect(name="by hand"))
         session.commit()
-    by_hand = [statement for statement in statements if statement != "ROLLBACK"]
+    unseen = {"ROLLBACK", "BEGIN"}  # of which SQLite's driver has made the latter without a word, at its own time
+    by_hand = [statement for statement in statements if statement not in unseen]
     statements.clear()
 
     task.apply(message_id="second")
 
-    mine = [statement for statement in statements if statement != "ROLLBACK"]
+    mine = [statement for statement in statements if statement not in unseen]
     started = next(index for index, statement in enumerate(mine) if "INSERT INTO effects" in statement)
     assert by_hand == ["INSERT INTO effects (name, value) VALUES " + by_hand[0].partition("VALUES ")[2], "COMMIT"]
     assert (mine[started], mine[-1]) == (by_hand[0], "COMMIT")

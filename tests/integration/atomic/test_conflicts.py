@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -222,6 +223,31 @@ def test_a_claim_that_was_lost_is_not_run_for_again(fixed: Here, caplog: pytest.
     assert (done.row.status, done.row.token, done.row.worker) == (Status.PROCESSING, 2, "other")
     assert fixed.effects.names() == []
     assert "what its body wrote in its transaction was rolled back" in caplog.text
+
+
+@on_servers
+@pytest.mark.parametrize("kind", ["default", "fixed"])
+def test_a_duplicate_that_is_newer_than_the_snapshot_is_one(
+    here: Here, open_fixed: OpenFixed, store_url: str, kind: str
+) -> None:
+    """Where what is newer cannot be seen at all, the body is run again, and sees it."""
+    at = here if kind == "default" else open_fixed(store_url)
+    told = at.task(lambda self, order: order, name="told", atomic=False, message_id="{order}")
+    seen: list[bool | None] = []
+
+    def body(self: IdempotentTask) -> None:
+        self.session.scalars(sa.select(Effect.value)).all()
+        if not seen:
+            contextvars.Context().run(told.delay, "o-1")
+        seen.append(None)
+        seen[-1] = told.delay("o-1").duplicate
+        self.session.add(Effect(name="paid"))
+
+    done = at.run(body)
+
+    assert done.row.processed_status is SUCCESS
+    assert seen[-1] is True
+    assert at.effects.names() == ["paid"]
 
 
 # -- a file with one writer --------------------------------------------------------------------------------------------

@@ -4,13 +4,14 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import httpx
 import pytest
 import sqlalchemy as sa
 from celery.signals import after_task_publish
-from fastapi import Depends, FastAPI
+from fastapi import Depends, FastAPI, Request, Response
 from sqlalchemy.ext.asyncio import (
     AsyncEngine,
     AsyncSession,
@@ -115,6 +116,67 @@ def test_an_endpoint_that_fails_leaves_neither_effect_nor_message(
     assert (office.published(), office.row("charge", "o-1"), office.effects.names()) == ([], None, [])
     assert post(plain_site, f"/{path}/o-1").status_code == 200
     assert office.published() == ["o-1"]
+
+
+@pytest.mark.parametrize("path", ["orders", "in-a-function"])
+def test_a_block_in_a_dependency_without_async_is_refused(store_url: str, office: Office, path: str) -> None:
+    """FastAPI runs it in a copy of the context: the endpoint would not be in the block, and its calls be published at once."""
+    charge = office.app.tasks["charge"]
+    engine = sa.create_engine(store_url)
+
+    def open_session() -> Iterator[Session]:
+        with Session(engine) as session, outbox(session):
+            yield session
+
+    site = FastAPI()
+    told: list[str] = []
+
+    @site.exception_handler(ConfigurationError)
+    async def tell(_: Request, error: ConfigurationError) -> Response:
+        told.append(str(error))
+        return Response(status_code=500)
+
+    @site.post("/orders/{order}")
+    def place(order: str, session: Annotated[Session, Depends(open_session)]) -> None:
+        charge.delay(order)
+        session.rollback()
+
+    @site.post("/in-a-function/{order}")
+    def record(order: str) -> None:
+        with contextmanager(open_session)() as session:
+            charge.delay(order)
+            assert office.published() == []
+            session.commit()
+
+    answer = post(site, f"/{path}/o-1")
+    refused = path == "orders"
+    assert answer.status_code == (500 if refused else 200)
+    assert ["async def" in text for text in told] == [True] * refused
+    assert office.published() == ([] if refused else ["o-1"])
+    engine.dispose()
+
+
+@pytest.mark.parametrize("end", ["commit", "rollback"])
+def test_a_block_in_a_dependency_with_async_is_around_the_endpoint(store_url: str, office: Office, end: str) -> None:
+    charge = office.app.tasks["charge"]
+    engine = sa.create_engine(store_url)
+
+    async def open_session() -> AsyncIterator[Session]:
+        with Session(engine) as session, outbox(session):
+            yield session
+
+    site = FastAPI()
+
+    @site.post("/orders/{order}")
+    def place(order: str, session: Annotated[Session, Depends(open_session)]) -> None:
+        session.add(Effect(name=order))
+        charge.delay(order)
+        assert office.published() == []
+        getattr(session, end)()
+
+    assert post(site, "/orders/o-1").status_code == 200
+    assert office.published() == (["o-1"] if end == "commit" else [])
+    engine.dispose()
 
 
 # -- asynchronous sessions --------------------------------------------------------------------------------------------------

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
-from celery_idempotent import DuplicateMessageError, MessageMismatchError, StoreUnavailableError, outbox, outboxes
+from celery_idempotent import (
+    DuplicateMessageError,
+    MessageMismatchError,
+    SQLStore,
+    StoreUnavailableError,
+    outbox,
+    outboxes,
+)
+from celery_idempotent.records import Found, NewMessage, Recorded, RowFilter
 from celery_idempotent.store import Store
 from tests.integration.outbox.conftest import Office
 from tests.support.effects import Effect
@@ -78,6 +87,75 @@ def test_an_error_in_the_block_leaves_nothing(office: Office) -> None:
         raise ZeroDivisionError
     assert office.row("charge", "o-1") is None
     assert office.published() == []
+
+
+class Refusing:
+    """A store that refuses in the midst of many, as a Redis whose memory is full does, and perhaps all that follows."""
+
+    def __init__(self, store: SQLStore, patch: pytest.MonkeyPatch, *, after: int, for_good: bool) -> None:
+        self._after = after
+        self._record_all = store.record_all
+        patch.setattr(store, "record_all", self.record_all)
+        if for_good:
+            patch.setattr(store, "withdraw", self.refuse)
+
+    def record_all(self, messages: Sequence[NewMessage]) -> list[Recorded | Found]:
+        few = messages[: self._after]
+        self._after -= len(few)
+        answers = self._record_all(few)
+        return answers if len(few) == len(messages) else self.refuse()
+
+    def refuse(self, *_: object, **__: object) -> Any:
+        raise StoreUnavailableError("no room")
+
+
+@pytest.mark.parametrize("store_url", ["sqlite", "mariadb"], indirect=True)
+@pytest.mark.parametrize(
+    ("count", "after", "for_good", "told", "left"),
+    [
+        (400, 100, False, "none of the 400 calls of the batch was sent", 0),
+        (700, 600, False, "the first 500 of the 700 calls of the batch were sent, and no others", 500),
+        (400, 100, True, "none of the 400 calls of the batch was sent so far, but some of 400 were recorded", 100),
+    ],
+)
+def test_of_a_batch_that_is_refused_midway_the_truth_is_told(
+    office: Office,
+    monkeypatch: pytest.MonkeyPatch,
+    count: int,
+    after: int,
+    for_good: bool,
+    told: str,
+    left: int,
+) -> None:
+    office.app.conf.task_publish_retry = False
+    charge = office.app.tasks["charge"]
+    first = charge.delay("o-0")
+    office.messages()
+    with monkeypatch.context() as patch:
+        Refusing(office.store, patch, after=after, for_good=for_good)
+        with pytest.raises(StoreUnavailableError, match=told), outbox():
+            results = [charge.delay(f"o-{number}") for number in range(count)]
+
+    assert office.there("charge", "o-0").task_id == first.id
+    assert len(list(office.store.rows(RowFilter(limit=1000)))) == max(left, 1)
+    sent = office.published()
+    assert len(sent) == (left - 1 if after > 500 else 0)
+    assert [result.duplicate for result in results[len(sent) + 1 :]] == [None] * (count - len(sent) - 1)
+
+
+@pytest.mark.parametrize("fail", [False, True])
+def test_a_batch_inside_of_a_batch_is_part_of_it(office: Office, fail: bool) -> None:
+    charge = office.app.tasks["charge"]
+    with suppress(ZeroDivisionError), outbox():
+        charge.delay("o-1")
+        with outbox():
+            inner = charge.delay("o-2")
+        assert (office.published(), inner.duplicate) == ([], None)
+        if fail:
+            raise ZeroDivisionError
+    assert office.published() == ([] if fail else ["o-1", "o-2"])
+    assert inner.duplicate is (None if fail else False)
+    assert (office.row("charge", "o-2") is None) is fail
 
 
 def test_a_batch_inside_of_an_outbox_joins_its_transaction(office: Office, inserts: list[str]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from celery import chain, chord, group
-from sqlalchemy import insert, text
+from sqlalchemy import Connection, insert, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
@@ -164,6 +164,25 @@ def test_what_is_refused_is_raised_at_the_call_and_leaves_the_transaction_intact
         office.app.tasks[task].delay("o-2", 1)
         session.commit()
     assert office.published() == ["o-2"]
+    assert office.effects.names() == ["kept"]
+
+
+@pytest.mark.parametrize("store_url", ["mariadb"], indirect=True)
+@pytest.mark.parametrize("batch", [False, True])
+def test_a_duplicate_may_be_newer_than_the_snapshot(office: Office, batch: bool) -> None:
+    """At the default level a transaction reads what was there when it first read; an insert meets what is there."""
+    charge = office.app.tasks["charge"]
+    with office.session() as session, outbox(session):
+        session.scalars(select(Effect.id)).all()
+        with office.session() as other, outbox(other):
+            firsts = [charge.delay(f"o-{number}") for number in range(2)]
+            other.commit()
+        with outbox() if batch else nullcontext():
+            again = [charge.delay(f"o-{number}") for number in range(2)]
+        session.add(Effect(name="kept"))
+        session.commit()
+    assert [(result.id, result.duplicate) for result in again] == [(first.id, True) for first in firsts]
+    assert office.published() == ["o-0", "o-1"]
     assert office.effects.names() == ["kept"]
 
 
@@ -352,6 +371,55 @@ def test_a_commit_that_the_database_answers_by_a_rollback_publishes_nothing(offi
     assert office.effects.names() == kept
     assert office.published() == kept
     assert office.store.unsent(limit=9) == []
+
+
+@pytest.mark.parametrize("how", ["session", "connection"])
+def test_an_error_that_only_the_driver_knows_of_publishes_nothing(office: Office, how: str) -> None:
+    """As that of a COPY, or of anything on a cursor of the driver's own."""
+    engine = office.effects.engine
+    with Session(engine) if how == "session" else engine.connect() as owner, outbox(owner):
+        owner.execute(insert(Effect).values(name="o-1", value=0))
+        office.app.tasks["charge"].delay("o-1")
+        connection = owner if isinstance(owner, Connection) else owner.connection()
+        cursor = connection.connection.cursor()
+        with pytest.raises(Exception, match=r"no[ _]such|[Uu]nknown"):
+            cursor.execute("SELECT no_such_column")
+        cursor.close()
+        owner.commit()
+
+    kept = [] if engine.dialect.name == "postgresql" else ["o-1"]
+    assert office.effects.names() == kept
+    assert office.published() == kept
+    assert office.store.unsent(limit=9) == []
+
+
+def test_a_savepoint_in_words_takes_its_calls_along(office: Office) -> None:
+    charge = office.app.tasks["charge"]
+    with office.session() as session, outbox(session):
+        charge.delay("kept")
+        session.execute(text("SAVEPOINT mine"))
+        charge.delay("undone")
+        charge.delay("again")
+        session.execute(text("ROLLBACK TO SAVEPOINT mine"))
+        second = charge.delay("again")
+        session.commit()
+    assert office.published() == ["kept", "again"]
+    assert office.there("charge", "again").task_id == second.id
+    assert office.row("charge", "undone") is None
+
+
+@pytest.mark.parametrize("store_url", ["mariadb"], indirect=True)
+def test_what_a_deadlock_took_is_not_published(office: Office) -> None:
+    """The server ends the transaction, and the next statement begins another one, which commits."""
+    charge = office.app.tasks["charge"]
+    with office.session() as session, outbox(session):
+        charge.delay("before")
+        # A deadlock does so, by its own choice of whom; this has no choice.
+        session.connection().connection.dbapi_connection.rollback()  # type: ignore[union-attr]
+        charge.delay("after")
+        session.commit()
+    assert office.published() == ["after"]
+    assert office.row("charge", "before") is None
 
 
 def test_what_is_committed_behind_an_error_in_a_savepoint_is_published(office: Office) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from celery_idempotent.records import Claimed
+from celery_idempotent.records import Claimed, MessageKey
 from celery_idempotent.stores.sql import SQLStore
 from celery_idempotent.testing.examples import claim, new_message, pending, processing, read, try_claim
 
@@ -209,3 +209,28 @@ def test_threads_share_a_store(store: SQLStore) -> None:
     assert len(won) == 1
     assert read(store).worker == f"thread-{won[0]}"
     assert claim(store, new_message(type(read(store).key)("next", "t"))).token == 1
+
+
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///{file}"])
+def test_a_store_may_be_first_used_by_many_threads_at_once(url: str, tmp_path: Path) -> None:
+    for attempt in range(20):
+        store = SQLStore(url.format(file=tmp_path / f"{attempt}.db"))
+        keys = [MessageKey(f"o-{number}", "charge") for number in range(8)]
+        together = threading.Barrier(len(keys))
+        errors: list[BaseException] = []
+
+        def record(key: MessageKey) -> None:
+            together.wait()  # noqa: B023 - of this round, which ends in it
+            try:
+                store.record(new_message(key))  # noqa: B023
+            except BaseException as error:  # noqa: BLE001 - whatever it is, the test has to hear of it
+                errors.append(error)  # noqa: B023
+
+        threads = [threading.Thread(target=record, args=(key,)) for key in keys]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert errors == []
+        assert [key for key in keys if store.find(key) is None] == []
+        store.close()

@@ -100,6 +100,15 @@ def _that_last(app: Celery, late: dict[str, Any], ledger: Ledger) -> None:
                 self.session.add(Effect(name=name))
             return name
 
+    @app.task(**late, name="atomic.late")
+    def put_late(self: IdempotentTask, name: str, gate: str) -> str:
+        """Run until the test makes the file ``gate``, and ask for a transaction only then, to have an effect."""
+        with ledger.run(self):
+            wait_until(Path(gate).exists, timeout=100.0, describe=f"the gate {gate}")
+            self.session.add(Effect(name=name))
+            self.session.flush()
+            return name
+
     @app.task(**late, name="atomic.lasting")
     def lasting(self: IdempotentTask, name: str, seconds: float) -> str:
         """Read, take some time, and have an effect."""

@@ -6,10 +6,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from enum import Enum, auto
 from typing import Any, ClassVar
 
-from sqlalchemy import URL, ColumnElement, Connection, CursorResult, Engine, Executable, Table, Update
+from sqlalchemy import URL, ColumnElement, Connection, CursorResult, Engine, Executable, Select, Table, Update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError
 
@@ -72,6 +73,10 @@ class Dialect(ABC):
     #: microseconds, which is less than a statement takes.
     recorded_order: ClassVar[ColumnElement[Any] | None] = None
 
+    def as_of_now(self, query: Select[Any]) -> Select[Any]:
+        """The query, made to see what an insert in its transaction has met, even if that is newer than the transaction's snapshot."""
+        return query
+
     @abstractmethod
     def next_token(self, token: ColumnElement[int]) -> ColumnElement[int]:
         """The token's next value, for the ``SET`` clause of an update whose token is asked for."""
@@ -100,6 +105,10 @@ class Dialect(ABC):
     def fault(self, error: DBAPIError) -> Fault:
         """What an error means."""
 
+    def gave_up(self, connection: Any) -> bool | None:
+        """Whether the transaction of a driver's connection can only be rolled back; ``None`` when the driver does not tell."""
+        return False
+
     def socket(self, connection: Any) -> int | None:
         """The descriptor of a driver's connection; ``None`` when there is none, or it is closed, or the driver does not tell."""
         return None
@@ -115,6 +124,18 @@ class Dialect(ABC):
     def prepare(self, opened: Engine) -> None:
         """Set up an engine that the store opened itself, before its first connection."""
         return
+
+    def prepare_for_transactions(self, opened: Engine) -> None:
+        """Set up an engine that the store opened itself for transactions of its users."""
+        return
+
+    def in_autocommit(self, engine: Engine) -> Engine:
+        """An engine of somebody's own, with connections in autocommit."""
+        return engine.execution_options(isolation_level="AUTOCOMMIT")
+
+    def autocommit(self, connection: Connection) -> AbstractContextManager[None]:
+        """Have each statement on such a connection stand for itself."""
+        return nullcontext()
 
 
 class OnConflict(Dialect):

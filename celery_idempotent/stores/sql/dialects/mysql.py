@@ -14,6 +14,7 @@ from sqlalchemy import (
     CursorResult,
     Engine,
     Executable,
+    Select,
     Table,
     Update,
     collate,
@@ -94,6 +95,10 @@ class MySQL(Dialect):
             if _code(error) == _DUPLICATE_KEY:
                 return None
             raise
+
+    def as_of_now(self, query: Select[Any]) -> Select[Any]:
+        # At REPEATABLE READ, which is the default. The insert has left such a lock on the row already.
+        return query.with_for_update(read=True)
 
     def next_token(self, token: ColumnElement[int]) -> ColumnElement[int]:
         return func.last_insert_id(token + 1, type_=token.type)

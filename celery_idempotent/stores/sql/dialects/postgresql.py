@@ -23,6 +23,9 @@ _SCHEMA = {"42P01", "42703", "3F000"}
 #: read_only_sql_transaction (a standby after a failover): psycopg calls it an InternalError.
 _UNAVAILABLE = {"25006"}
 
+#: libpq's PQTRANS_INERROR: after an error PostgreSQL answers a commit by a rollback.
+_IN_ERROR = 3
+
 #: Seconds to reach the server; libpq itself waits for as long as TCP does, which is minutes.
 _CONNECT_TIMEOUT = 10
 
@@ -49,6 +52,10 @@ class PostgreSQL(OnConflict):
         if state in _UNAVAILABLE or isinstance(error, OperationalError | InterfaceError):
             return Fault.UNAVAILABLE
         return Fault.OTHER
+
+    def gave_up(self, connection: Any) -> bool | None:
+        status = getattr(getattr(connection, "info", None), "transaction_status", None)  # of psycopg and psycopg2
+        return None if status is None else int(status) == _IN_ERROR
 
     def socket(self, connection: Any) -> int | None:
         tell = getattr(connection, "fileno", None)  # psycopg and psycopg2 have it, pg8000 does not

@@ -7,13 +7,16 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from sqlalchemy import URL, ColumnElement, Engine, StaticPool, event, literal_column, text
+from sqlalchemy import URL, ColumnElement, Connection, Engine, StaticPool, event, literal_column, text
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import DBAPIError, OperationalError
 
+from celery_idempotent.beginnings import begin
 from celery_idempotent.stores.sql.dialects.base import Fault, OnConflict
 
 if TYPE_CHECKING:
@@ -57,6 +60,9 @@ class SQLite(OnConflict):
             return Fault.UNAVAILABLE
         return Fault.OTHER
 
+    def gave_up(self, connection: Any) -> bool:
+        return not connection.in_transaction  # after some errors, as for want of room, it has rolled back itself
+
     def exists(self, url: URL) -> bool:
         # What begins with "file:" is a URI, which may say anything.
         return in_memory(url) or str(url.database).startswith("file:") or Path(str(url.database)).exists()
@@ -72,6 +78,32 @@ class SQLite(OnConflict):
     def prepare(self, opened: Engine) -> None:
         event.listen(opened, "do_connect", _make_private)
         event.listen(opened, "connect", _set_pragmas)
+
+    def prepare_for_transactions(self, opened: Engine) -> None:
+        event.listen(opened, "begin", begin)
+
+    def in_autocommit(self, engine: Engine) -> Engine:
+        return engine  # SQLAlchemy's way to autocommit leaves the driver in another mode than its owner's
+
+    @contextmanager
+    def autocommit(self, connection: Connection) -> Iterator[None]:
+        # What listeners do at the beginning of a transaction, they do now. SQLAlchemy's recipes for SQLite begin one in the database there,
+        # which nobody would commit; or have the driver do that, always (`autocommit=False`, since Python 3.12).
+        connection.begin()
+        driver = cast("Any", connection.connection.driver_connection)
+        level, always = driver.isolation_level, getattr(driver, "autocommit", None) is False
+        if always:
+            driver.autocommit = True
+        driver.isolation_level = None
+        if driver.in_transaction:
+            driver.commit()
+        try:
+            yield
+        finally:
+            if not connection.invalidated:
+                driver.isolation_level = level
+                if always:
+                    driver.autocommit = False
 
 
 def in_memory(url: URL) -> bool:
