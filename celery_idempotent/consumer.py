@@ -16,6 +16,7 @@ from kombu.exceptions import OperationalError
 from kombu.utils.functional import retry_over_time
 
 from celery_idempotent import outage
+from celery_idempotent.celery_versions import ignores_result
 from celery_idempotent.children import fix_callbacks, unsent_errbacks
 from celery_idempotent.chords import claimed_for
 from celery_idempotent.copies import CopyIgnored
@@ -32,7 +33,7 @@ from celery_idempotent.message_ids import check_message_id
 from celery_idempotent.outcomes import OutcomeKind, reason_of
 from celery_idempotent.producer import identify
 from celery_idempotent.records import Claim, Claimed, MessageKey, NewMessage, Note, ProcessedStatus, Row, Status, Taken
-from celery_idempotent.run import Run, RunState, answered, describe, ignores_result, waited_on, worker_label
+from celery_idempotent.run import Run, RunState, answered, describe, waited_on, worker_label
 from celery_idempotent.serialization import (
     UndecodableError,
     decode_message,
@@ -125,7 +126,8 @@ def admit(task: IdempotentTask, request: Context) -> Run:
         decision = decide_delivery(None, Delivery(request.id, storable=False), task.idempotency.delivery)
         assert decision.action is DeliveryAction.REFUSE, "it is decided before all"
         raise delivered
-    return _Admission(task, request, delivered).decide()
+    admission = _Admission(task, request, delivered)
+    return admission.run.limits.without(admission.decide)
 
 
 def _delivered(task: IdempotentTask, request: Context) -> NewMessage | ConfigurationError:
@@ -182,8 +184,8 @@ class _Admission:
         policy = self.run.on_store_error
         try:
             if policy == "retry" and not self.request.is_eager:
-                return outage.ask_until_deadline(self._admit, "claim", self.run, self._patience)
-            return self._admit()
+                return self._in_time(outage.ask_until_deadline(self._admit, "claim", self.run, self._patience))
+            return self._in_time(self._admit())
         except StoreError as error:  # also a table that was dropped: its messages wait for it to come back
             if policy == "run":
                 logger.error("%s runs unguarded, the store gives no answer: %s", self.run, error)
@@ -202,10 +204,18 @@ class _Admission:
 
     def _patience(self) -> float:
         """Seconds to wait for the store in place: a time limit is for the body, and must not strike before that began."""
-        task, conf = self.task, self.task.app.conf
-        limits = (*(self.request.timelimit or ()), task.time_limit, task.soft_time_limit)
-        given = [float(limit) for limit in (*limits, conf.task_time_limit, conf.task_soft_time_limit) if limit]
-        return min([outage.WAIT_IN_PLACE, *(limit / 2 for limit in given)])
+        return min(outage.WAIT_IN_PLACE, self.run.limits.patience)
+
+    def _in_time(self, run: Run) -> Run:
+        """Give a message back that has waited for its claim for so long that its body would run into its time limit."""
+        if self.request.is_eager or run.state is not RunState.CLAIMED or not run.limits.spent:
+            return run
+        logger.warning("%s is given back: it waited for its claim through much of its time limit", run)
+        claim = run.claim
+        assert claim is not None, "a claimed run has a claim"
+        run.detach()
+        outage.ask_until_answered(lambda: self._store.release(claim), "release", run)
+        raise self._hold(_SETTLE)
 
     def _admit(self) -> Run:
         try:

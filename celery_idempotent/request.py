@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -14,6 +15,7 @@ from celery.exceptions import InvalidTaskError, Terminated, TimeLimitExceeded, W
 from celery.worker.request import Request
 from celery.worker.state import active_requests
 
+from celery_idempotent.celery_versions import acknowledges_timeouts, retries_lost_workers
 from celery_idempotent.children import fix_callbacks
 from celery_idempotent.consumer import ABANDONED, sent_key
 from celery_idempotent.copies import announce
@@ -33,6 +35,10 @@ __all__ = ["IdempotentRequest", "running"]
 logger = logging.getLogger("celery_idempotent")
 
 
+#: Why a row failed whose body was terminated by ``revoke(terminate=True)``.
+TERMINATED = "revoked: it was terminated while it ran"
+
+
 class IdempotentRequest(Request):  # type: ignore[misc]
     """Celery's request, which also ends the claim of a child that died, was killed at its time limit or was terminated.
 
@@ -40,6 +46,8 @@ class IdempotentRequest(Request):  # type: ignore[misc]
     not be ended runs out with its lease.
     """
 
+    #: Who claims the message, once it was accepted; and what is kept alive for it from here, if that is a child.
+    owner: Owner | None = None
     held: Held | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -62,15 +70,21 @@ class IdempotentRequest(Request):  # type: ignore[misc]
             return None
 
     def on_accepted(self, pid: int, time_accepted: float) -> None:
-        """A child begins: keep its lease alive from here as well, for a body that holds the child's GIL."""
-        super().on_accepted(pid, time_accepted)
+        """The body is about to be run, by a child or here: learn who claims the message.
+
+        A child's lease is kept alive from here as well, for a body that holds the child's GIL.
+        """
+        # Where there are no children, Celery calls this in the thread that runs the body. Its pid is then the process's or, with
+        # greenlets, the thread's.
+        here = pid in (os.getpid(), threading.get_ident())
         queue_log, key, queue = self.task.queue_log, self.key, self.delivery_info["routing_key"]
-        if key is None:
-            return
-        if is_text(queue):
+        if key is not None:
+            self.owner = Owner(key, worker_label(self.hostname, None if here else pid))
+            self.held = None if here else Held(self.owner, self.task.idempotency.lease, pid)
+        super().on_accepted(pid, time_accepted)
+        if key is not None and is_text(queue):
             queue_log.recovery.saw(queue, key)
-        if pid != os.getpid():
-            self.held = Held(self._owner(key, pid), self.task.idempotency.lease, pid)
+        if self.held is not None:
             queue_log.renewals.hold_for_child(self.held, _children)
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
@@ -79,7 +93,7 @@ class IdempotentRequest(Request):  # type: ignore[misc]
         super().on_timeout(soft, timeout)
         if soft:
             return
-        if self.task.acks_late and not self.task.acks_on_timeout:
+        if self.task.acks_late and not acknowledges_timeouts(self.task):
             self._end("release", self.task.queue_log.store.release)
         else:
             self._fail(describe(TimeLimitExceeded(timeout)))
@@ -93,8 +107,7 @@ class IdempotentRequest(Request):  # type: ignore[misc]
         if not return_ok and isinstance(error, (Terminated, WorkerLostError, SystemExit, KeyboardInterrupt)):
             cancelled = self._already_cancelled and not self._already_revoked
             if self._already_revoked or (isinstance(error, Terminated) and not cancelled):
-                if not self._fail("revoked: it was terminated while it ran", OutcomeKind.CANCELLED):
-                    discard(self.task, self._context, REVOKED)  # its child died before it claimed
+                self._end_terminated()
             elif cancelled:
                 # Celery tells its caller that it will run again; whether it does is for its next delivery to decide, and to say.
                 self._end("expire", self.task.queue_log.store.expire)
@@ -105,6 +118,22 @@ class IdempotentRequest(Request):  # type: ignore[misc]
         announce(self, error)
         return super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
 
+    def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
+        """A body that was terminated in this process says nothing when it ends: end its claim here."""
+        super()._announce_revoked(reason, terminated, signum, expired)
+        if terminated and self.owner is not None and self.held is None:
+            self._end_terminated()
+
+    def _announce_cancelled(self, **options: Any) -> None:
+        """The same of a body that was stopped because the connection to the broker broke: it runs again."""
+        super()._announce_cancelled(**options)
+        if self.held is None:
+            self._end("expire", self.task.queue_log.store.expire)
+
+    def _end_terminated(self) -> None:
+        if not self._fail(TERMINATED, OutcomeKind.CANCELLED):
+            discard(self.task, self._context, REVOKED)  # it ended before it claimed
+
     def _had_succeeded(self) -> bool:
         """Whether the row of a lost child says success, so that it was lost before Celery stored the result: that is done from here."""
         store, key = self.task.queue_log.store, self.key
@@ -114,7 +143,7 @@ class IdempotentRequest(Request):  # type: ignore[misc]
             row = store.find(key)
             if row is None or row.processed_status is not ProcessedStatus.SUCCESS or row.status is not Status.DONE:
                 return False
-            if self.worker_pid is None or row.worker != self._owner(key, self.worker_pid).worker or row.result is None:
+            if self.owner is None or row.worker != self.owner.worker or row.result is None:
                 return False
             value = decode_result(self.app, row.result)
         except (StoreError, UndecodableError) as error:
@@ -129,7 +158,7 @@ class IdempotentRequest(Request):  # type: ignore[misc]
     def _lost(self) -> None:
         task = self.task
         # As Celery decides it: the next attempt is sent from here, after this, and moves the row on.
-        retried = task.retry_on_worker_lost and (task.max_retries is None or self._context.retries < task.max_retries)
+        retried = retries_lost_workers(task) and (task.max_retries is None or self._context.retries < task.max_retries)
         if retried or task.idempotency.delivery.on_abandoned == "rerun":
             self._end("expire", self.task.queue_log.store.expire)
         else:
@@ -177,9 +206,6 @@ class IdempotentRequest(Request):  # type: ignore[misc]
         )
         return fingerprint
 
-    def _owner(self, key: MessageKey, pid: int) -> Owner:
-        return Owner(key, worker_label(self.hostname, None if pid == os.getpid() else pid))
-
     def _fail(self, error: str, kind: OutcomeKind = OutcomeKind.FAILED) -> bool:
         store, unique_for = self.task.queue_log.store, self.task.idempotency.unique_for
         failed = self._end("fail", lambda owner: store.fail(owner, error=error, unique_for=unique_for))
@@ -188,17 +214,16 @@ class IdempotentRequest(Request):  # type: ignore[misc]
         return failed
 
     def _end(self, what: str, write: Callable[[Owner], bool]) -> bool:
-        """End the claim of a child; whether it was there to be ended so."""
-        if self.worker_pid is None or self.key is None:
-            return False  # never accepted by a child, or refused by it, so never claimed
+        """End the claim of a body that cannot end it itself; whether it was there to be ended so."""
+        if self.owner is None:
+            return False  # never accepted, so never claimed
         if self.held is not None:
             self.held.ended = True
-        owner = self._owner(self.key, self.worker_pid)
         try:
             # A body that had ended has left a recovery point: what waits on it is still to be sent.
-            if write(owner):
+            if write(self.owner):
                 return True
-            self.task.queue_log.store.expire(owner)
+            self.task.queue_log.store.expire(self.owner)
         except StoreError as error:
             logger.error("could not %s the claim of %s; it runs out with its lease: %s", what, self, error)
         return False
@@ -206,15 +231,14 @@ class IdempotentRequest(Request):  # type: ignore[misc]
     def _tell(self, kind: OutcomeKind, reason: str, attempt: int | None = None) -> None:
         """Tell the app's hooks, if it has any, what became of a message whose child cannot."""
         outcomes = self.task.queue_log.outcomes
-        if outcomes is not None and self.worker_pid is not None and self.key is not None:
-            owner = self._owner(self.key, self.worker_pid)
+        if outcomes is not None and self.owner is not None:
             outcomes.tell(
                 kind,
-                owner.key,
+                self.key,
                 task_id=self.id,
                 queue=(self._context.delivery_info or {}).get("routing_key"),
                 attempt=self._context.retries if attempt is None else attempt,
-                worker=owner.worker,
+                worker=self.owner.worker,
                 reason=reason,
             )
 

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from enum import StrEnum
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from celery import states
@@ -22,6 +22,7 @@ from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 from kombu.exceptions import EncodeError
 
 from celery_idempotent.atomic import RUNS, NotCommittedError, UnitOfWork, given_up_error
+from celery_idempotent.celery_versions import ignores_result
 from celery_idempotent.children import Calls
 from celery_idempotent.errors import (
     AlreadyFailedError,
@@ -30,6 +31,7 @@ from celery_idempotent.errors import (
     StoreError,
     StoreUnavailableError,
 )
+from celery_idempotent.limits import TimeLimits
 from celery_idempotent.outage import ask_until_answered
 from celery_idempotent.outboxes import within
 from celery_idempotent.outcomes import OutcomeKind, reason_of
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
     from celery_idempotent.store import Store
     from celery_idempotent.task import IdempotentTask
 
-__all__ = ["Run", "RunState", "describe", "ignores_result", "waited_on", "worker_label"]
+__all__ = ["Run", "RunState", "describe", "waited_on", "worker_label"]
 
 logger = logging.getLogger("celery_idempotent")
 
@@ -96,6 +98,7 @@ class Run:
         self.unit: UnitOfWork | None = None
         #: Seconds that the body took, once it has ended.
         self.ran: float | None = None
+        self.limits = TimeLimits(task, request)
         #: When the claim was asked for, by the monotonic clock: its lease does not run out before that much later.
         self.asked = time.monotonic()
 
@@ -187,6 +190,9 @@ class Run:
         Raises:
             Ignore: The claim was lost, or the message goes on elsewhere: this run has no outcome.
         """
+        return self.limits.without(lambda: self._perform_or_replay(partial(self.limits.within, body)))
+
+    def _perform_or_replay(self, body: Callable[[], T]) -> T:
         if self.state in (RunState.REPLAYED, RunState.CHECKPOINTED):
             return cast("T", self.value)
         if self.state is RunState.UNGUARDED:
@@ -602,15 +608,6 @@ def answered(task: IdempotentTask, request: Context) -> None:
         task.queue_log.store.withdraw(own, task_id=own.message_id)
     except StoreError as error:
         logger.warning("%s[%s] was answered, and will be published once more: %s", task.name, request.id, error)
-
-
-def ignores_result(task: IdempotentTask, request: Context) -> bool:
-    """Whether Celery stores no result for a request."""
-    try:
-        from celery.app.task import get_actual_ignore_result
-    except ImportError:  # before Celery 5.7, where a call could not ask for a result that its task ignores
-        return bool(task.ignore_result or request.ignore_result)
-    return bool(get_actual_ignore_result(task, request))
 
 
 def waited_on(request: Context) -> bool:

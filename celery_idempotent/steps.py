@@ -10,7 +10,7 @@ from typing import Any
 from celery.bootsteps import StartStopStep, Step
 
 from celery_idempotent.children import is_guarded
-from celery_idempotent.errors import StoreUnavailableError
+from celery_idempotent.errors import ConfigurationError, StoreUnavailableError
 from celery_idempotent.queue_log import QueueLog
 from celery_idempotent.transactions import transactional
 
@@ -23,7 +23,7 @@ class CheckStep(Step):  # type: ignore[misc]
     """Keeps a worker from starting that could not guard its tasks: every message it took would be delayed or fail.
 
     Raises:
-        ConfigurationError: A setting or a task's option is not valid.
+        ConfigurationError: A setting or a task's option is not valid, or the worker's pool is eventlet's.
         SchemaError: The table is missing or behind.
     """
 
@@ -33,6 +33,11 @@ class CheckStep(Step):  # type: ignore[misc]
         """Check; a store that gives no answer now may do so later, and is waited for then."""
         from celery_idempotent import inspection  # noqa: F401 - makes its command known
 
+        # Database drivers wait by `select.poll`, which eventlet takes away.
+        if parent.pool_cls.__module__ == "celery.concurrency.eventlet":
+            raise ConfigurationError(
+                "celery-idempotent does not run in the eventlet pool; start the worker with --pool=gevent or --pool=threads"
+            )
         queue_log = QueueLog.of(parent.app)
         _ = queue_log.outcomes  # a hook that cannot be had
         for task in parent.app.tasks.values():

@@ -13,6 +13,7 @@ from celery import Task
 from celery.backends.base import DisabledBackend
 from celery.utils.quorum_queues import detect_quorum_queues
 
+from celery_idempotent.celery_versions import retries_lost_workers
 from celery_idempotent.children import is_guarded
 from celery_idempotent.doctor.facts import AppFacts, BrokerFacts, Facts, QueueFacts, StoreFacts, TaskFacts
 from celery_idempotent.errors import ConfigurationError, SchemaError, StoreError, StoreUnavailableError
@@ -108,7 +109,7 @@ def _read_task(name: str, task: IdempotentTask) -> TaskFacts:
     return TaskFacts(
         name,
         acks_late=bool(task.acks_late),
-        told_lost=bool(task.acks_late and reruns and not task.reject_on_worker_lost and not task.retry_on_worker_lost),
+        told_lost=bool(task.acks_late and reruns and not task.reject_on_worker_lost and not retries_lost_workers(task)),
         awaited=not task.ignore_result,
         track_started=bool(task.track_started),
         time_limit=next((float(limit) for limit in limits if limit), None),

@@ -295,11 +295,12 @@ class TestWhenTheOwnerEnds:
         assert str(row.error).startswith("abandoned")
         assert len(scene.starts("last.early.long", result)) == 1
 
+    @pytest.mark.parametrize("pool", ["prefork", "gevent"])
     def test_a_body_that_celery_cancels_because_its_connection_broke_runs_again_at_once(
-        self, make_scene: Callable[..., Scene]
+        self, make_scene: Callable[..., Scene], pool: Pool
     ) -> None:
         scene = make_scene(worker_cancel_long_running_tasks_on_connection_loss=True)
-        worker = scene.worker()
+        worker = scene.worker(pool=pool)
         worker.wait_until_ready()
         gate = scene.gate()
 

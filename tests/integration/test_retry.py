@@ -7,6 +7,7 @@ from celery.exceptions import MaxRetriesExceededError, Reject
 
 from celery_idempotent.records import ProcessedStatus, Status
 from tests.support.bench import PATIENCE, Bench
+from tests.support.versions import CELERY
 
 SUCCESS, FAILURE = ProcessedStatus.SUCCESS, ProcessedStatus.FAILURE
 
@@ -145,9 +146,10 @@ def test_a_retry_that_cannot_be_published_fails_the_row(bench: Bench) -> None:
 
     result = bench.task("retry_nowhere").apply_async(message_id=m)
 
-    # Celery turns the error into a rejection, and a rejection into a failure.
-    assert isinstance(result.get(timeout=PATIENCE, propagate=False), Reject)
     row = bench.done("retry_nowhere", m)
+    # Celery turns the error into a rejection; and that, since 5.7, into a failure.
+    if CELERY >= (5, 7):
+        assert isinstance(result.get(timeout=PATIENCE, propagate=False), Reject)
     assert (row.processed_status, row.attempt) == (FAILURE, 0)
     assert row.error is not None
     assert "JSON" in row.error

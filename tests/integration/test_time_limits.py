@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
+import sqlalchemy as sa
 from celery.exceptions import SoftTimeLimitExceeded, TimeLimitExceeded
 
-from celery_idempotent.records import ProcessedStatus, Status
+from celery_idempotent.records import MessageKey, ProcessedStatus, Status
+from tests.conftest import StartWorker
+from tests.support.apps import AppSpec, OpenApp
 from tests.support.bench import PATIENCE, Bench
+from tests.support.effects import Effects
+from tests.support.ledger import Ledger
+from tests.support.waiting import wait_until
+from tests.support.worker import WorkerProcess
 
 SUCCESS, FAILURE = ProcessedStatus.SUCCESS, ProcessedStatus.FAILURE
 
@@ -63,3 +75,65 @@ def test_the_hard_limit_gives_a_message_back_that_is_not_acknowledged_on_timeout
     assert (row.processed_status, row.token, row.attempt) == (SUCCESS, 2, 0)
     assert result.get(timeout=PATIENCE) == "in time"
     assert len(bench.starts("hard.late.unacknowledged", m)) == 2
+
+
+@contextmanager
+def locked_until_the_limit_strikes(store_url: str, worker: WorkerProcess) -> Iterator[None]:
+    """Lock the table; in the end, wait until the soft limit strikes, while what the worker asks of the table waits."""
+    engine = sa.create_engine(store_url)
+    try:
+        with engine.begin() as connection:
+            connection.execute(sa.text("LOCK TABLE queue_log IN ACCESS EXCLUSIVE MODE"))
+            yield
+            worker.wait_for_log("Soft time limit (3", timeout=PATIENCE)
+    finally:
+        engine.dispose()
+
+
+@pytest.mark.parametrize("acks_late", [False, True])
+@pytest.mark.parametrize("broker", ["redis"], indirect=True)
+@pytest.mark.parametrize("store_url", ["postgresql"], indirect=True)
+def test_the_soft_limit_does_not_strike_a_message_that_waits_for_its_claim(
+    spec: AppSpec, open_app: OpenApp, start_worker: StartWorker, store_url: str, ledger: Ledger, acks_late: bool
+) -> None:
+    spec = replace(spec, settings={**spec.settings, "task_acks_late": acks_late})
+    app = open_app(spec)
+    result = app.tasks["echo"].apply_async(("value",), message_id="m", soft_time_limit=3)
+
+    with locked_until_the_limit_strikes(store_url, start_worker(spec, wait=False)):
+        pass
+
+    assert result.get(timeout=PATIENCE) == "value"
+    assert len(ledger.starts("echo")) == 1
+    row = app.queue_log.store.find(MessageKey("m", "echo"))
+    assert (row.status, row.processed_status, row.attempt) == (Status.DONE, SUCCESS, 0)
+
+
+@pytest.mark.parametrize("task", ["gated", "atomic.gated"])
+@pytest.mark.parametrize("broker", ["redis"], indirect=True)
+@pytest.mark.parametrize("store_url", ["postgresql"], indirect=True)
+def test_the_soft_limit_does_not_strike_a_body_that_has_ended(
+    spec: AppSpec,
+    open_app: OpenApp,
+    start_worker: StartWorker,
+    store_url: str,
+    ledger: Ledger,
+    tmp_path: Path,
+    task: str,
+) -> None:
+    spec = replace(spec, tasks=("tests.support.apps.generic", "tests.support.apps.atomic"))
+    app, gate = open_app(spec), tmp_path / "gate"
+    effects = Effects(store_url)
+    worker = start_worker(spec)
+    args = (str(gate),) if task == "gated" else ("effect", str(gate))
+    result = app.tasks[task].apply_async(args, message_id="m", soft_time_limit=3)
+    wait_until(lambda: ledger.starts(task), timeout=PATIENCE, describe="the start")
+
+    with locked_until_the_limit_strikes(store_url, worker):
+        gate.touch()
+        wait_until(lambda: ledger.ends(task_id=result.id), timeout=PATIENCE, describe="the end of the body")
+
+    result.get(timeout=PATIENCE)
+    row = app.queue_log.store.find(MessageKey("m", task))
+    assert (row.status, row.processed_status, row.token) == (Status.DONE, SUCCESS, 1)
+    assert effects.names() == ([] if task == "gated" else ["effect"])

@@ -19,7 +19,7 @@ from tests.support.waiting import wait_until
 
 __all__ = ["Pool", "StartWorker", "WorkerProcess"]
 
-Pool = Literal["prefork", "threads", "solo", "gevent"]
+Pool = Literal["prefork", "threads", "solo", "gevent", "eventlet"]
 
 ROOT = Path(__file__).resolve().parents[2]
 
