@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from celery import states
 from celery.exceptions import TaskRevokedError, TimeLimitExceeded
 
 from celery_idempotent.records import ProcessedStatus
@@ -14,6 +15,7 @@ from tests.conftest import StartWorker, missing
 from tests.support.apps import AppSpec
 from tests.support.bench import PATIENCE, Bench, open_bench
 from tests.support.servers import NotInstalledError
+from tests.support.versions import CELERY
 from tests.support.waiting import wait_until
 
 SUCCESS, FAILURE = ProcessedStatus.SUCCESS, ProcessedStatus.FAILURE
@@ -52,6 +54,7 @@ def test_a_greenlet_at_its_time_limit_ends_as_failure(gevent_bench: Bench, task:
     assert len(bench.starts(task, m)) == 1
 
 
+@pytest.mark.skipif(CELERY < (5, 7), reason="before 5.7 Celery keeps the message until the worker ends")
 def test_a_greenlet_at_its_time_limit_gives_an_unacknowledged_message_back(gevent_bench: Bench) -> None:
     bench = gevent_bench
     m = bench.fresh()
@@ -60,7 +63,11 @@ def test_a_greenlet_at_its_time_limit_gives_an_unacknowledged_message_back(geven
 
     row = bench.done("hard.late.unacknowledged", m)
     assert (row.processed_status, row.token, row.attempt) == (SUCCESS, 2, 0)
-    assert result.get(timeout=PATIENCE) == "in time"
+    wait_until(
+        lambda: bench.app.AsyncResult(result.id).state == states.SUCCESS,
+        timeout=PATIENCE,
+        describe="the result of the second run",
+    )
     assert len(bench.starts("hard.late.unacknowledged", m)) == 2
 
 
