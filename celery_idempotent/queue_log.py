@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -69,6 +70,7 @@ class QueueLog:
         self.isolation_level = isolation_level
         self._given_store = store
         setattr(app, _ATTRIBUTE, self)
+        _close_with(app)
 
     @classmethod
     def of(cls, app: Celery) -> QueueLog:
@@ -96,9 +98,12 @@ class QueueLog:
             return self._given_store
         settings = self.settings
         try:
-            return open_store(settings.store, table=settings.table)
+            store = open_store(settings.store, table=settings.table)
         except ConfigurationError as error:
             raise ConfigurationError(f"setting idempotent_store: {error}") from error
+        # What the app opened ends with it. At the end of the process the operating system closes it.
+        weakref.finalize(self, store.close).atexit = False
+        return store
 
     @cached_property
     def outcomes(self) -> Outcomes | None:
@@ -144,5 +149,28 @@ class QueueLog:
         if "store" in vars(self):
             self.store.close()
 
+    def end(self) -> None:
+        """Close what was opened for the app in this process, which is closed; whatever is used again is opened again."""
+        if self._given_store is None:
+            self.close()
+        if "renewals" in vars(self):
+            self.renewals.rest()
+
     def __repr__(self) -> str:
         return f"<QueueLog of {self.app.main or 'app'}>"
+
+
+def _close_with(app: Celery) -> None:
+    """Have ``app.close()`` close what the app's queue log has opened. Celery tells nobody of it."""
+    if "close" in vars(app):
+        return
+    itself = weakref.ref(app)
+    close = type(app).close
+
+    def close_all() -> None:
+        app = itself()
+        if app is not None:
+            QueueLog.of(app).end()
+            close(app)
+
+    app.close = close_all

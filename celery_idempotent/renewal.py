@@ -5,7 +5,8 @@ Two processes renew in a prefork pool: the child that runs the body, which is wh
 parent, which is what counts when the body holds the child's GIL. In the other pools there is one process, and a body that holds
 its GIL for longer than the lease stops the renewal with everything else.
 
-The thread outlives a worker's steps: during a warm shutdown they stop before the pool has drained.
+The thread outlives a worker's steps: during a warm shutdown they stop before the pool has drained. It does not outlive its app, which it
+refers to only while it renews.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import logging
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -34,6 +36,9 @@ logger = logging.getLogger("celery_idempotent")
 _PER_LEASE = 3
 
 _NEVER = float("inf")
+
+#: Seconds for which the thread waits for another claim when there is none.
+_IDLE = 30.0
 
 #: Seconds after which a claim that could not be renewed is asked for again, before it is called lost.
 _LOOK_AGAIN = 1.0
@@ -113,6 +118,12 @@ class Renewals:
         """
         self._here().hold_for_child(held, children)
 
+    def rest(self) -> None:
+        """End this process's thread, if it has nothing to keep alive; another claim begins one anew."""
+        here = self._renewals.get(os.getpid())
+        if here is not None:
+            here.rest()
+
     def _here(self) -> _Renewal:
         """This process's. Without a lock, which a fork could have left locked; ``setdefault`` is atomic."""
         return self._renewals.get(os.getpid()) or self._renewals.setdefault(os.getpid(), _Renewal(self._store))
@@ -129,6 +140,8 @@ class _Renewal:
         self._children: Callable[[], Iterable[Held]] = tuple
         self._thread: threading.Thread | None = None
         self._wakes_at = _NEVER
+        #: When the thread ends if it has nothing to keep alive.
+        self._rests_at = _NEVER
 
     def hold(self, held: Held) -> None:
         with self._changed:
@@ -154,27 +167,44 @@ class _Renewal:
 
     def _expect(self, held: Held) -> None:
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="celery-idempotent-renewal", daemon=True)
+            changed = self._changed
+            itself = weakref.ref(self, lambda _: _notify(changed))
+            self._thread = threading.Thread(
+                target=_keep_alive, args=(itself, changed), name="celery-idempotent-renewal", daemon=True
+            )
             self._thread.start()
-            atexit.register(self._give_up)
+            _to_give_up.add(self)
+            # Behind what was registered since, so that the store can still be asked.
+            atexit.unregister(_give_up)
+            atexit.register(_give_up)
         elif held.due < self._wakes_at:
             self._changed.notify()
 
     def _everything(self) -> list[Held]:
         return [held for held in (*self._held.values(), *self._children()) if not held.ended]
 
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                now = time.monotonic()
-                everything = self._everything()
-                due = [held for held in everything if held.due <= now]
-                if not due:
-                    self._wakes_at = min((held.due for held in everything), default=_NEVER)
-                    self._changed.wait(None if self._wakes_at == _NEVER else self._wakes_at - now)
-            for lease in {held.lease for held in due}:
-                with no_fork():
-                    self._renew([held for held in due if held.lease == lease], lease)
+    def rest(self) -> None:
+        with self._changed:
+            self._rests_at = 0.0
+            self._changed.notify()
+
+    def due(self) -> tuple[list[Held], float | None]:
+        """What is to be renewed now; or nothing, and the seconds until then, ``None`` if the thread is to end."""
+        now = time.monotonic()
+        everything = self._everything()
+        due = [held for held in everything if held.due <= now]
+        if everything or self._rests_at == _NEVER:
+            self._rests_at = now + _IDLE
+        elif self._rests_at <= now:
+            self._thread, self._rests_at, self._wakes_at = None, _NEVER, _NEVER
+            return [], None
+        self._wakes_at = min((held.due for held in everything), default=self._rests_at)
+        return due, self._wakes_at - now
+
+    def renew(self, due: list[Held]) -> None:
+        for lease in {held.lease for held in due}:
+            with no_fork():
+                self._renew([held for held in due if held.lease == lease], lease)
 
     def _renew(self, due: list[Held], lease: float) -> None:
         pause = lease / _PER_LEASE
@@ -217,7 +247,7 @@ class _Renewal:
         except Exception as error:  # noqa: BLE001 - it then runs out by itself
             logger.warning("could not end the lease of %s, it runs out: %s", held.holder.key.message_id, error)
 
-    def _give_up(self) -> None:
+    def give_up(self) -> None:
         """As this process ends, nobody keeps alive any more what did not end before, and nobody has to wait for that.
 
         In a cold shutdown these are bodies of this very process, and children that were killed with their work.
@@ -240,3 +270,36 @@ def _lives(pid: int | None) -> bool:
         return os.waitpid(pid, os.WNOHANG) == (0, 0)
     except ChildProcessError:  # somebody has waited for it already
         return False
+
+
+def _keep_alive(itself: weakref.ref[_Renewal], changed: threading.Condition) -> None:
+    """What the thread does. Between two renewals it refers to nothing of the app's, so that this can be collected."""
+    while True:
+        with changed:
+            renewal = itself()
+            if renewal is None:
+                return
+            due, pause = renewal.due()
+            if pause is None:
+                return
+            if not due:
+                del renewal
+                if itself() is not None:
+                    changed.wait(pause)
+                continue
+        renewal.renew(due)
+        del renewal
+
+
+def _notify(changed: threading.Condition) -> None:
+    with changed:
+        changed.notify()
+
+
+#: Those of this process, and of those that it was forked from, which have had a thread.
+_to_give_up: weakref.WeakSet[_Renewal] = weakref.WeakSet()
+
+
+def _give_up() -> None:
+    for renewal in list(_to_give_up):
+        renewal.give_up()
