@@ -25,6 +25,7 @@ from celery_idempotent.errors import ConfigurationError
 from celery_idempotent.message_ids import CallSignature, arguments_fingerprint
 from celery_idempotent.records import MessageKey, Status
 from celery_idempotent.storable import is_text
+from celery_idempotent.wire import Marker
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
     from celery_idempotent.store import Store
 
-__all__ = ["Calls", "Position", "fix_callbacks", "is_derived", "is_guarded", "unsent_errbacks"]
+__all__ = ["Calls", "Position", "derived", "fix_callbacks", "is_derived", "is_guarded", "unsent_errbacks"]
 
 #: How the message id of a call begins whose Celery id somebody else has chosen: a canvas, or ``send_task``.
 _PREFIX = "call:"
@@ -53,13 +54,15 @@ def is_guarded(task: object) -> bool:
 def fix_callbacks(request: Context) -> None:
     """Give a request's callbacks and errbacks their Celery ids, which Celery would make anew at each dispatch.
 
-    They are made from the request's own id: another copy of the message, which another caller waits on, has callbacks of its own.
-    Doing so again changes nothing.
+    They are made from the request's own id, or from the name of its call: another copy of the message, which another caller waits on,
+    has callbacks of its own. Doing so again changes nothing.
     """
+    marker = Marker.read(request.headers)
+    base = request.id if marker is None or marker.call is None else marker.call
     for kind, name in (("link", "callbacks"), ("errback", "errbacks")):
         callbacks = getattr(request, name, None)
         if callbacks:
-            setattr(request, name, _fixed(callbacks, request.id, kind))
+            setattr(request, name, _fixed(callbacks, base, kind))
 
 
 def unsent_errbacks(app: Celery, request: Context, store: Store) -> bool:

@@ -68,6 +68,9 @@ _LONGEST_HOLD = 20
 #: Seconds. To quorum queues Celery publishes whole seconds only, and raises ValueError for less than one.
 _SHORTEST_HOLD = 1.0
 
+#: Seconds of grace for an older copy in the claim itself: whether it may run in a retry's place, and as which attempt, is told by the row.
+_NEVER = 1e9
+
 #: Seconds by which copies of one message are spread, at most; also a tenth of the delay, if that is less.
 _JITTER = 1.0
 
@@ -227,13 +230,7 @@ class _Admission:
     def _claim_or_follow(self) -> Run:
         for _ in range(_ATTEMPTS):
             self.run.asked = time.monotonic()
-            answer = self._store.claim(
-                self.message,
-                worker=worker_label(self.request.hostname),
-                lease=self.task.idempotency.lease,
-                grace=self.task.idempotency.delivery.grace,
-                adopt=self._adopted,
-            )
+            answer = self._ask()
             took = time.monotonic() - self.run.asked
             run = self._claimed(answer) if isinstance(answer, Claimed) else self._follow(answer)
             if run is not None:
@@ -246,6 +243,25 @@ class _Admission:
                 return run
         logger.warning("%s kept changing hands; it is delivered again", self.run)
         raise self._hold(_SETTLE)
+
+    def _ask(self) -> Claimed | Taken:
+        later = self.run.marker.call is not None
+        if later:
+            # Never in the place of the first call under its Celery id, whose callbacks would not be sent then.
+            row = self._store.find(self.message.key)
+            if row is not None and not row.expired:
+                return Taken(row)
+        answer = self._store.claim(
+            self.message,
+            worker=worker_label(self.request.hostname),
+            lease=self.task.idempotency.lease,
+            grace=_NEVER,
+            adopt=self._adopted,
+        )
+        if later and isinstance(answer, Claimed):
+            answered(self.task, self.request)  # the row that it has now is the message's
+            self._mark(call=None, copied=False)
+        return answer
 
     def _follow(self, taken: Taken) -> Run | None:
         """Carry out the decision on a row that stands in the way; ``None`` when it moved and the decision is void."""
@@ -261,6 +277,7 @@ class _Admission:
             case DeliveryAction.REFUSE:  # pragma: no cover - it was decided before there was a row: see `admit`
                 raise AssertionError(decision)
             case DeliveryAction.CLAIM:
+                self.message = replace(self.message, attempt=max(row.attempt, self.request.retries or 0))
                 return None
             case DeliveryAction.HOLD:
                 raise self._held(row, decision)
@@ -357,7 +374,11 @@ class _Admission:
 
     # -- runs ----------------------------------------------------------------------------------------------------------
 
-    def _claimed(self, claimed: Claimed) -> Run:
+    def _claimed(self, claimed: Claimed, row: Row | None = None) -> Run:
+        # An older copy goes on with the attempt that the row has come to: its retries are not to begin anew.
+        attempt = self.message.attempt if row is None else max(self.message.attempt, row.attempt)
+        self.message = self.run.message = replace(self.message, attempt=attempt)
+        self.request.retries = attempt
         self.run.claim, self.run.state = claimed.claim, RunState.CLAIMED
         return self.run
 
@@ -366,7 +387,7 @@ class _Admission:
         self._note_first(row)
         self.run.asked += min(row.lease_left - self.task.idempotency.lease, 0.0)  # it was asked for earlier than that
         self.found_again = row.lease_left > 0
-        claimed = self._claimed(mine) if self.found_again else self._take_over(row)
+        claimed = self._claimed(mine, row) if self.found_again else self._take_over(row)
         if claimed is not None and row.processed_status is ProcessedStatus.SUCCESS:
             return self._replay_claimed(row)
         return claimed
@@ -383,7 +404,7 @@ class _Admission:
             return None
         self._note_first(row)
         logger.warning("%s is taken over from %s, whose lease ran out", self.run, row.worker)
-        taken = self._claimed(claimed)
+        taken = self._claimed(claimed, row)
         taken.tell(OutcomeKind.TAKEN_OVER, row)
         return taken
 
@@ -513,13 +534,21 @@ class _Admission:
         failed = row.status is Status.DONE and row.processed_status is ProcessedStatus.FAILURE
         return Delivery(
             task_id=self.message.task_id,
-            retries=self.message.attempt,
+            retries=self.request.retries or 0,
             first=self.message.first,
             fingerprint=self.message.fingerprint,
             awaited=awaited,
             canvas=waited_on(self.request),
             result_ready=awaited and row.status is Status.DONE and self._result_is_ready() and not self._is_owed(),
             owed=failed and unsent_errbacks(self.task.app, self.request, self._store),
+            later=self._is_later(),
+        )
+
+    def _is_later(self) -> bool:
+        """Whether this is a later call under its Celery id that was not answered yet. Once it was, it is a copy like any other."""
+        marker = self.run.marker
+        return marker.call is not None and (
+            bool(self.request.is_eager) or self._store.find(marker.row_of_its_own) is not None
         )
 
     def _is_owed(self) -> bool:

@@ -163,6 +163,7 @@ class Delivery:
         result_ready: Whether the result backend already has its final state; only looked at when the row is done.
         owed: Whether errbacks wait on it of which one is known not to have been sent; only looked at when it failed.
         storable: Whether a store can keep its ids, its headers and its numbers.
+        later: Whether it is a later call under a Celery id that was sent before, and what waits on it is still to go on.
     """
 
     task_id: str
@@ -175,6 +176,7 @@ class Delivery:
     result_ready: bool = False
     owed: bool = False
     storable: bool = True
+    later: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +224,9 @@ def decide_delivery(row: Row | None, delivery: Delivery, policy: DeliveryPolicy)
     # same id, other fingerprint
     if _differ(row.fingerprint, delivery.fingerprint):
         return DeliveryDecision(DeliveryAction.RAISE_MISMATCH)
+    # pending or processing, and a later call under the same Celery id
+    if delivery.later and row.status is not Status.DONE:
+        return DeliveryDecision(DeliveryAction.HOLD, max(row.lease_left, row.available_in, 0.0) + policy.grace)
     match row.status:
         case Status.PENDING:
             # pending, and the delivery was revoked or has expired
@@ -280,7 +285,7 @@ def _decide_processing(row: Row, delivery: Delivery, policy: DeliveryPolicy) -> 
 
 def _decide_done(row: Row, delivery: Delivery) -> DeliveryAction:
     # Whether it is this Celery id under which the body ran, and callbacks and result were sent.
-    ran = delivery.task_id == row.ran_task_id
+    ran = delivery.task_id == row.ran_task_id and not delivery.later
     failed = row.processed_status is ProcessedStatus.FAILURE
     # done/failure, and an errback that nobody has had yet waits on it
     if failed and delivery.owed:

@@ -41,7 +41,7 @@ from celery_idempotent.serialization import (
     serializer_of,
     without_local,
 )
-from celery_idempotent.wire import Marker
+from celery_idempotent.wire import Marker, later_call
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -406,15 +406,33 @@ class Sending:
 
     def _publish_copy(self, row: Row) -> AsyncResult[Any]:
         """Publish under its own task id, with a row of its own that lasts until its consumer has answered it."""
-        marker = self.marker.copy_of(row.task_id)
+        marker = self.marker.copy_of(row.task_id, self._later_call(row))
         own = marker.row_of_its_own
         if own == self.message.key or self.task.app.conf.task_always_eager:
             self._tell(OutcomeKind.DUPLICATE, row, CallAction.PUBLISH_COPY)
-            return self._publish_now(duplicate=True)
+            return self._publish_now(replace(marker, copied=False), duplicate=True)
         self._ask(partial(self._store.record, replace(self.message, key=own)))
         take_back = partial(self._store.withdraw, own, task_id=self.message.task_id)
         tell = partial(self._tell, OutcomeKind.DUPLICATE, row, CallAction.PUBLISH_COPY)
         return self._publish_or(take_back, tell, marker)
+
+    def _later_call(self, row: Row) -> str | None:
+        """The name of a call under a Celery id that was sent before: not the same call once more, which its consumer would skip.
+
+        A signature that was frozen, or given a task id, may stand in several canvases. Behind a task, it is one unless that task, or
+        what it replays, may have sent it already.
+        """
+        if (
+            self.message.task_id not in (row.task_id, row.ran_task_id)
+            or self.position is not None
+            or self.run is not None
+        ):
+            return None
+        parent = Run.current(self.task.app)
+        if parent is not None:
+            return parent.later_call(self.message.task_id) if self.dispatched else None
+        # A task without the guard may be run again, and make the same call again.
+        return None if self.task.app.current_worker_task else later_call()
 
     def _publish_now(
         self,

@@ -448,9 +448,15 @@ class Recovery:
         # A copy's own row is known by its task id; the message in it says which message it is a copy of.
         message_id = options.get("message_id") or row.key.message_id
         key = MessageKey(message_id, row.key.task_name)
+        # Behind a copy's retry a row has the copy's message: what waits on it waits under the copy's own Celery id.
+        task_id = options.get("task_id") or row.task_id
         # A retry says itself whose calls it makes.
-        sent = Marker.delivered(key, row.task_id, options.get("headers")) or Marker.new(key, row.task_id)
-        marker = replace(sent, fingerprint=row.fingerprint, copied=key != row.key, holds=0, trace=trace_of(row.message))
+        sent = Marker.delivered(key, task_id, options.get("headers")) or Marker.new(key, task_id)
+        marker = replace(sent, fingerprint=row.fingerprint, holds=0, trace=trace_of(row.message))
+        if key != row.key:
+            marker = replace(marker, copied=True, call=None if row.key.message_id == task_id else row.key.message_id)
+        elif marker.first is None and task_id != row.task_id:
+            marker = replace(marker, first=row.task_id)
         # What the row knows better, and what was true of one delivery only.
         replaced: tuple[str, ...] = (
             "eta",

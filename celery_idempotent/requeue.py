@@ -107,7 +107,8 @@ def requeue(queue_log: QueueLog, row: Row) -> Requeued | NotRequeued:
     if row.status is Status.PROCESSING and not queue_log.store.abandon(row, error=row.error or _OWNERLESS):
         return NotRequeued(row.key, "somebody else has changed it meanwhile")
     renamed = row.error is not None and row.error.startswith(DISCARDED)
-    task_id = uuid() if renamed else row.task_id
+    # Behind a copy's retry the row has the copy's message, under the copy's id.
+    task_id = uuid() if renamed else str(options.get("task_id") or row.task_id)
     message = NewMessage(
         key=row.key,
         task_id=task_id,

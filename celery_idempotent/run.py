@@ -23,7 +23,7 @@ from kombu.exceptions import EncodeError
 
 from celery_idempotent.atomic import RUNS, NotCommittedError, UnitOfWork, given_up_error
 from celery_idempotent.celery_versions import ignores_result
-from celery_idempotent.children import Calls
+from celery_idempotent.children import Calls, derived
 from celery_idempotent.errors import (
     AlreadyFailedError,
     ConfigurationError,
@@ -112,6 +112,16 @@ class Run:
         """The run of the task that this worker executes here and now."""
         task = app.current_worker_task
         return None if task is None else cls.of(task.request)
+
+    def later_call(self, task_id: str) -> str | None:
+        """The name of a call that Celery sends behind this run, under a Celery id that was sent before.
+
+        Returns:
+            The same each time; ``None`` if an earlier run of this very message may be who sent it.
+        """
+        if self.marker.call is None and self.ran is None:
+            return None
+        return f"again:{derived(self.marker.call or self.request.id, task_id)}"
 
     def attach(self) -> None:
         """Let the request carry this run, and keep its claim alive."""
@@ -605,7 +615,7 @@ def answered(task: IdempotentTask, request: Context) -> None:
         return
     own = marker.row_of_its_own
     try:
-        task.queue_log.store.withdraw(own, task_id=own.message_id)
+        task.queue_log.store.withdraw(own, task_id=marker.task_id)
     except StoreError as error:
         logger.warning("%s[%s] was answered, and will be published once more: %s", task.name, request.id, error)
 

@@ -20,13 +20,14 @@ from celery_idempotent.records import Found, NewMessage, Recorded
 from celery_idempotent.run import Run, answered
 from celery_idempotent.serialization import encode_message, serializer_of
 from celery_idempotent.steps import CheckStep, RecoveryStep
-from celery_idempotent.wire import Marker
+from celery_idempotent.wire import Marker, later_call
 
 if TYPE_CHECKING:
     from celery import Celery
     from celery.app.task import Context
 
     from celery_idempotent.queue_log import QueueLog
+    from celery_idempotent.records import Row
 
 __all__ = ["install"]
 
@@ -107,8 +108,7 @@ class _PublishHook:
                 free = found.row
                 if ask_again(lambda: queue_log.store.resubmit(free, message), policy):
                     found = Recorded()
-            if isinstance(found, Found) and task_id not in (found.row.task_id, key.message_id):
-                copy = marker.copy_of(found.row.task_id)
+            if isinstance(found, Found) and (copy := self._copy(marker, found.row, headers, embed)):
                 ask_again(lambda: queue_log.store.record(replace(message, key=copy.row_of_its_own)), policy)
                 headers.update(copy.write(None))
         except StoreError as error:
@@ -124,6 +124,15 @@ class _PublishHook:
                 attempt=message.attempt,
                 reason="by_name" if isinstance(found, Found) else None,
             )
+
+    def _copy(self, marker: Marker, row: Row, headers: Mapping[str, Any], embed: Mapping[str, Any]) -> Marker | None:
+        """The marker of a call whose message is known; ``None`` when nothing tells it from that message."""
+        if marker.task_id not in (row.task_id, marker.message_id):
+            return marker.copy_of(row.task_id)
+        waited_on = headers.get("group") or any(embed.get(name) for name in ("callbacks", "errbacks", "chain", "chord"))
+        if waited_on and not self.app.current_worker_task:
+            return marker.copy_of(row.task_id, later_call())
+        return None
 
 
 def _publishes(app: Celery, declare: Any) -> bool:

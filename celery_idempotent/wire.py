@@ -12,10 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from celery.utils import uuid
+
 from celery_idempotent.records import MessageKey
 from celery_idempotent.storable import FINGERPRINT, is_text
 
-__all__ = ["HEADER", "TRACE_HEADER", "Marker", "is_trace"]
+__all__ = ["HEADER", "TRACE_HEADER", "Marker", "is_trace", "later_call"]
 
 HEADER = "idempotent"
 
@@ -23,6 +25,11 @@ HEADER = "idempotent"
 TRACE_HEADER = "traceparent"
 
 _TRACE = re.compile("[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+def later_call() -> str:
+    """A name for a later call under a Celery id that was sent before."""
+    return f"again:{uuid()}"
 
 
 def is_trace(value: object) -> bool:
@@ -49,6 +56,8 @@ class Marker:
         first: The Celery id that was first sent under the message id, if it is another: a body's calls are told by it.
         lost: How many of the message's retries were sent because a worker was lost; they make the same calls as what was lost.
         trace: The span in which the message was sent, if the app's hooks say so; see :class:`~celery_idempotent.outcomes.TracingHook`.
+        call: Names a later call under a Celery id that was sent before, as of a frozen signature in a second canvas: what waits on it
+            is still to go on. ``None`` for all other messages.
     """
 
     message_id: str
@@ -60,6 +69,7 @@ class Marker:
     first: str | None = None
     lost: int = 0
     trace: str | None = None
+    call: str | None = None
 
     @classmethod
     def read(cls, headers: Mapping[str, Any] | None) -> Marker | None:
@@ -70,7 +80,8 @@ class Marker:
         message_id, task_name, task_id = (found.get(name) for name in ("message_id", "task", "task_id"))
         if not (is_text(message_id) and is_text(task_name) and is_text(task_id)):
             return None
-        fingerprint, holds, first, lost, trace = map(found.get, ("fingerprint", "holds", "first", "lost", "trace"))
+        fingerprint, holds, first, lost = map(found.get, ("fingerprint", "holds", "first", "lost"))
+        trace, call = map(found.get, ("trace", "call"))
         return cls(
             message_id,
             task_name,
@@ -81,6 +92,7 @@ class Marker:
             first if is_text(first) else None,
             lost if isinstance(lost, int) and lost > 0 else 0,
             trace if trace is not None and is_trace(trace) else None,
+            call if isinstance(call, str) else None,
         )
 
     @classmethod
@@ -96,15 +108,16 @@ class Marker:
             return None
         marker = replace(sent, message_id=key.message_id, task_id=task_id)
         # What a header says of another message than this one is no history of ours.
-        return marker if sent.task_id == task_id else replace(marker, first=None, lost=0, trace=None)
+        return marker if sent.task_id == task_id else replace(marker, first=None, lost=0, trace=None, call=None)
 
-    def copy_of(self, first: str) -> Marker:
+    def copy_of(self, first: str, call: str | None = None) -> Marker:
         """The marker of a copy that is published although its message id is known.
 
         Args:
             first: The Celery id that was first sent under it.
+            call: The name of a later call under the Celery id of the copy itself.
         """
-        return replace(self, copied=True, first=first)
+        return replace(self, copied=True, first=None if first == self.task_id else first, call=call)
 
     def next_attempt(self, *, lost: bool = False) -> Marker:
         """The marker of the message's retry.
@@ -112,7 +125,7 @@ class Marker:
         Args:
             lost: Whether it is sent because a worker was lost, to make the same calls as what was lost.
         """
-        return replace(self, holds=0, copied=False, lost=self.lost + lost)
+        return replace(self, holds=0, copied=False, call=None, lost=self.lost + lost)
 
     def write(self, headers: Mapping[str, Any] | None) -> dict[str, Any]:
         """The headers with this marker among them."""
@@ -133,6 +146,8 @@ class Marker:
             marker["lost"] = self.lost
         if self.trace is not None:
             marker["trace"] = self.trace
+        if self.call is not None:
+            marker["call"] = self.call
         return {**(headers or {}), HEADER: marker}
 
     def belongs_to(self, task_name: str, task_id: str | None) -> bool:
@@ -151,9 +166,9 @@ class Marker:
 
     @property
     def row_of_its_own(self) -> MessageKey:
-        """The key of a copy's own row: its task id.
+        """The key of a copy's own row: its task id, or the name of its call if that task id was sent before.
 
         The row under its message id keeps the first message, and a broker that loses the copy would leave the copy's caller, and
         the rest of its chain or chord, without an answer.
         """
-        return MessageKey(self.task_id, self.task_name)
+        return MessageKey(self.call or self.task_id, self.task_name)

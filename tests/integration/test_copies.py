@@ -12,7 +12,7 @@ from celery import chain, chord
 from celery.result import AsyncResult
 
 from celery_idempotent.consumer import ABANDONED
-from celery_idempotent.records import Claimed, NewMessage, Row, Status
+from celery_idempotent.records import Claimed, MessageKey, NewMessage, Row, Status
 from celery_idempotent.serialization import decode_message, encode_result
 from tests.support.bench import PATIENCE, Bench
 from tests.support.waiting import wait_until
@@ -144,6 +144,46 @@ def test_a_first_message_comes_back_although_its_copy_retried(bench: Bench) -> N
     assert copy.children[0].get(timeout=PATIENCE) == [1, "copy"]
     # What was published again may have come while the copy's callbacks were being sent, and is held for a second then.
     wait_until(lambda: bench.find("retry_n", copy.id) is None, timeout=PATIENCE, describe="the end of the copy's row")
+
+
+def lose_the_next_attempt(bench: Bench, key: MessageKey, task_id: str, attempt: int) -> None:
+    """The next attempt of a message was claimed, and its worker died."""
+    store = bench.app.queue_log.store
+    row = bench.wait_for_row("left.retry", key.message_id, lambda row: row.attempt == attempt)
+    message = NewMessage(key, task_id, row.queue, row.fingerprint, attempt)
+    claim = store.claim(message, worker="dead", lease=60.0, grace=30.0)
+    assert isinstance(claim, Claimed)
+    store.expire(claim.claim)
+
+
+def test_a_chain_goes_on_although_a_copy_of_its_first_message_retried_and_died(bench: Bench) -> None:
+    m, queue, told = bench.fresh(), bench.fresh("queue"), bench.task("told")
+    step = bench.task("left.retry").si(1, 20.0).set(message_id=m, queue=queue)
+    behind = chain(step, told.s("behind"), app=bench.app).apply_async()
+    copy = bench.app.send_task("left.retry", (1, 20.0), message_id=m)
+    lose_the_next_attempt(bench, MessageKey(m, "left.retry"), copy.id, 1)
+
+    bench.app.queue_log.recovery.step()
+
+    assert copy.get(timeout=PATIENCE) == 1
+    with consumed(bench, queue):
+        assert behind.get(timeout=PATIENCE) == [1, "behind"]
+    assert [start.retries for start in bench.starts("left.retry", m)] == [0, 1]
+
+
+def test_a_first_message_that_takes_over_goes_on_with_the_attempt(bench: Bench) -> None:
+    m, queue = bench.fresh(), bench.fresh("queue")
+    first = bench.task("left.retry").apply_async((9, 20.0), message_id=m, queue=queue)
+    copy = bench.app.send_task("left.retry", (9, 20.0), message_id=m)
+    lose_the_next_attempt(bench, MessageKey(m, "left.retry"), copy.id, 1)
+    lapsed = bench.row("left.retry", m)
+    assert lapsed.attempt == 1
+
+    with consumed(bench, queue):
+        starts = bench.wait_for_starts("left.retry", m, 2)
+
+    assert [(start.task_id, start.retries) for start in starts] == [(copy.id, 0), (first.id, 1)]
+    bench.wait_for_row("left.retry", m, lambda row: row.attempt == 2)
 
 
 @pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")  # Celery's own

@@ -255,6 +255,7 @@ def test_call(words: str) -> None:
 SAME = Delivery(FIRST, fingerprint=ONE)
 COPY = Delivery(OTHER, fingerprint=ONE)
 READY = replace(SAME, result_ready=True)
+LATER = replace(SAME, canvas=True, later=True)
 IGNORED = replace(SAME, awaited=False)
 DEFAULT = DeliveryPolicy()
 RERUN = DeliveryPolicy(on_abandoned="rerun")
@@ -436,6 +437,18 @@ MORE_DELIVERIES: dict[str, list[DeliveryCase]] = {
         (succeeded(ran_task_id=OTHER), replace(SAME, canvas=True), DEFAULT, REPLAY),
         (succeeded(ran_task_id=OTHER), replace(COPY, canvas=True), DEFAULT, SKIP),
         (succeeded(ran_task_id=OTHER), replace(IGNORED, canvas=True), DEFAULT, REPLAY),
+    ],
+    "pending or processing, and a later call under the same Celery id": [
+        (pending(), LATER, DEFAULT, hold(AVAILABLE_GRACE)),
+        (pending(available_at=ahead(60)), LATER, RERUN, hold(60 + AVAILABLE_GRACE)),
+        (processing(), LATER, DeliveryPolicy(on_processing="skip"), hold(40 + AVAILABLE_GRACE)),
+        (processing(**EXPIRED), LATER, RERUN, hold(AVAILABLE_GRACE)),
+        (recovery_point(**EXPIRED), LATER, FAIL, hold(AVAILABLE_GRACE)),
+        # Over by now: what waits on the later call has yet to go on.
+        (succeeded(), LATER, DEFAULT, REPLAY),
+        (succeeded(), replace(LATER, awaited=False), DEFAULT, REPLAY),
+        (failed(), LATER, DEFAULT, RAISE_FAILED),
+        (failed(), replace(LATER, awaited=False), DEFAULT, RAISE_FAILED),
     ],
     "done/failure, and an errback that nobody has had yet waits on it": [
         (failed(), replace(READY, owed=True), DEFAULT, RAISE_FAILED),

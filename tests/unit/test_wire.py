@@ -21,6 +21,7 @@ MARKER = Marker("order:1", "shop.charge", "0b51", "f" * 64, holds=2)
         Marker("order:1", "shop.charge", "0b51"),
         Marker("order:1", "shop.charge", "0b51", copied=True, first="0b50", lost=2),
         Marker("ключ:1", "задача", "0b51"),
+        Marker("0b51", "shop.charge", "0b51", copied=True, call="again:1"),
     ],
 )
 def test_it_survives_the_wire(marker: Marker) -> None:

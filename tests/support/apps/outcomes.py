@@ -280,6 +280,14 @@ def _leases(app: Celery, base: type[Task], ledger: Ledger) -> None:
     app.task(gated, base=base, bind=True, name="left.late", acks_late=True)
     app.task(gated, base=base, bind=True, name="left.early", acks_late=False)
 
+    @app.task(base=base, bind=True, name="left.retry", on_abandoned="rerun", max_retries=2)
+    def left_retry(self: Task, times: int, countdown: float) -> int:
+        """Retry so many times, then return the number of retries."""
+        with ledger.run(self):
+            if self.request.retries < times:
+                raise self.retry(countdown=countdown)
+            return int(self.request.retries)
+
     @app.task(base=base, bind=True, name="gated_retry")
     def gated_retry(self: Task, gate: str) -> None:
         """Wait for the gate, and retry at once."""
