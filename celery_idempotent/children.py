@@ -179,6 +179,14 @@ class Calls:
             marked["chord"] = marking.of(options["chord"], self._body(options["chord"]))
         return marked
 
+    def part(self, task_name: str, args: Any, kwargs: Any) -> str:
+        """The Celery id of a part that the body adds to its chord now."""
+        try:
+            fingerprint = arguments_fingerprint(None, tuple(args or ()), dict(kwargs or {}))
+        except ConfigurationError:
+            fingerprint = None
+        return self._take("part", task_name, fingerprint).task_id
+
     def _body(self, body: Mapping[str, Any]) -> str:
         frozen = _frozen_id(body)
         known = self._bodies.get(frozen)

@@ -291,6 +291,8 @@ class _Admission:
                 self._keep_the_first()
                 if not self._store.abandon(row, error=ABANDONED, unique_for=unique_for):
                     return None
+                self.run.state = RunState.FINISHED
+                self.run.attach()  # this delivery has ended the message: its handlers are called
                 self.run.tell(OutcomeKind.ABANDONED, row, reason="abandoned")
                 raise AlreadyFailedError(row.key.message_id, ABANDONED)
             case DeliveryAction.CANCEL:

@@ -47,14 +47,16 @@ class CallSignature:
             ``__signature__``, or arguments are bound to the parameters of the function inside it.
         bound: Whether the task is its first parameter (``bind=True``) and not yet bound to it. It never counts among
             the arguments; a method that is bound already may be given either way.
+        typed: Whether a call must fit. If not (``typing=False``), one that does not is told by its arguments as they are given.
 
     Raises:
         ConfigurationError: ``run`` has no signature to be found, as some functions written in C.
     """
 
-    __slots__ = ("_defaults", "_keywords", "_outer", "_plain", "_signature", "_values", "name")
+    __slots__ = ("_defaults", "_keywords", "_outer", "_plain", "_signature", "_typed", "_values", "name")
 
-    def __init__(self, run: Callable[..., Any], *, bound: bool = False) -> None:
+    def __init__(self, run: Callable[..., Any], *, bound: bool = False, typed: bool = True) -> None:
+        self._typed = typed
         #: What the body is called, for errors.
         self.name: str = getattr(run, "__name__", type(run).__name__)
         try:
@@ -112,6 +114,12 @@ class CallSignature:
         try:
             call = self._signature.bind(*(args or ()), **(kwargs or {}))
         except TypeError as error:
+            if not self._typed:  # sent all the same; the worker says what is wrong with it
+                return {
+                    **dict(zip(self.parameters, args or (), strict=False)),
+                    **(kwargs or {}),
+                    "*": tuple(args or ()),
+                }
             raise self._misfit(error, args, kwargs) from None
         call.apply_defaults()
         return dict(call.arguments)
@@ -136,7 +144,7 @@ class CallSignature:
             TypeError: The body cannot be called so.
         """
         arguments = self.bind(args, kwargs)
-        return arguments if self._keywords is None else {**arguments[self._keywords], **arguments}
+        return arguments if self._keywords not in arguments else {**arguments[self._keywords], **arguments}
 
     def digest(self, args: Args, kwargs: Kwargs, *, only: Sequence[str] = ()) -> str:
         """SHA-256 hex digest (64 characters) of the call: equal for calls whose arguments are equal once bound.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache, partialmethod
 from types import MethodType
 from typing import TYPE_CHECKING, Any
+
+from celery.utils.functional import maybe_list
 
 from celery_idempotent.decision import CallPolicy, DeliveryPolicy
 from celery_idempotent.errors import ConfigurationError
@@ -78,7 +80,9 @@ class Options:
 
         lease, unique_for = given("lease"), given("unique_for")
         run = inspect.getattr_static(type(task), "run")
-        signature = CallSignature(type(task).run, bound=not isinstance(run, staticmethod))
+        signature = CallSignature(
+            type(task).run, bound=not isinstance(run, staticmethod), typed=task.typing is not False
+        )
         return cls(
             message_id=message_id_source(_message_id_of(task, given("message_id"), signature), signature),
             signature=signature,
@@ -109,16 +113,18 @@ def _message_id_of(task: IdempotentTask, option: Any, signature: CallSignature) 
     return MethodType(option, task) if signature.wants_task(option, type(task)) else option
 
 
-def refuse_misspelt_call(task_name: str, options: Iterable[str]) -> None:
+def refuse_misspelt_call(task_name: str, options: Mapping[str, Any]) -> None:
     """Refuse a keyword of ``apply_async`` that is nearly ``message_id``, or an option of the task.
 
-    Celery hands keywords it does not know on as properties of the message, so ``mesage_id="m"`` would silently do nothing.
+    Celery hands keywords it does not know on as properties of the message, so ``mesage_id="m"`` would silently do nothing. Stamps are keywords
+    too, with names of the user's own.
 
     Raises:
         ConfigurationError: What is meant is named.
     """
+    stamps = maybe_list(options.get("stamped_headers")) or ()
     for name in options:
-        near = "" if name == "message_id" else _nearest(name)
+        near = "" if name == "message_id" or name in stamps else _nearest(name)
         if near == "message_id":
             raise ConfigurationError(
                 f"apply_async() of {task_name}: unknown keyword {name!r}; did you mean 'message_id'?"

@@ -37,6 +37,7 @@ from celery_idempotent.serialization import (
     UndecodableError,
     as_moments,
     decode_result,
+    dumped,
     encode_message,
     serializer_of,
     without_local,
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
     from celery_idempotent.options import Options
     from celery_idempotent.task import IdempotentTask
 
-__all__ = ["Sending", "delay_of", "identify", "send"]
+__all__ = ["Sending", "answer_of", "delay_of", "identify", "send"]
 
 logger = logging.getLogger("celery_idempotent")
 
@@ -166,6 +167,7 @@ class Sending:
         if kwargs is not None and not isinstance(kwargs, Mapping):
             raise TypeError(f"task keyword arguments must be a mapping, not {type(kwargs).__name__}")
         options = dict(options)
+        args, kwargs = dumped(task, args, kwargs, options)
         message_id = options.pop("message_id", None)
         sent = Marker.read(options.get("headers"))
         run = Run.current(task.app)
@@ -488,8 +490,10 @@ class Sending:
     # -- answers -------------------------------------------------------------------------------------------------------
 
     def _first_result(self, row: Row) -> AsyncResult[Any]:
-        eager = self.task.app.conf.task_always_eager
-        return self._trailed(self._eager_result(row) if eager else self._result(row.task_id, duplicate=True))
+        if self.task.app.conf.task_always_eager:
+            return self._trailed(_eager_result(self.task, row))
+        _answer_again(self.task, row)
+        return self._trailed(self._result(row.task_id, duplicate=True))
 
     def _trailed(self, result: AsyncResult[Any]) -> AsyncResult[Any]:
         """The result, among those of the task that makes the call."""
@@ -503,28 +507,6 @@ class Sending:
         result = self.task.AsyncResult(task_id)
         result.duplicate = duplicate
         return result
-
-    def _eager_result(self, row: Row) -> AsyncResult[Any]:
-        # An eager caller expects the outcome in its hands; the row has it.
-        task_id, name = row.task_id, self.task.name
-        if row.processed_status is ProcessedStatus.SUCCESS:
-            value = self._stored_value(row)
-            result = EagerResult(task_id, value, states.SUCCESS, name=name)
-        elif row.processed_status is ProcessedStatus.FAILURE:
-            error = AlreadyFailedError(row.key.message_id, row.error)
-            result = EagerResult(task_id, error, states.FAILURE, name=name)
-        else:
-            # The caller of a body that has not ended: only a call from inside of it, or from another thread.
-            result = EagerResult(task_id, None, states.PENDING, name=name)
-        result.duplicate = True
-        return result
-
-    def _stored_value(self, row: Row) -> Any:
-        try:
-            return None if row.result is None else decode_result(self.task.app, row.result)
-        except UndecodableError as error:
-            logger.warning("the stored result of %s cannot be read: %s", self._name, error)
-            return None
 
     def _count_duplicate(self) -> None:
         if self.box is not None:
@@ -583,6 +565,81 @@ class Sending:
             raise silence
         policy = {**(conf.task_publish_retry_policy or {}), **(self.options.get("retry_policy") or {})}
         return ask_again(note_silence, policy, silence=silence)
+
+
+def answer_of(
+    task: IdempotentTask, key: MessageKey, fingerprint: str | None, task_id: str, options: Mapping[str, Any]
+) -> EagerResult[Any] | None:
+    """What ``apply()`` answers for a message that has succeeded; ``None`` when the call is to go the way of a delivery.
+
+    Raises:
+        DuplicateMessageError: The task says so.
+    """
+    if _waited_on(task_id, options):
+        return None
+    store = task.queue_log.store
+    try:
+        row = store.find(key)
+    except StoreError:
+        return None  # what becomes of it then is decided where it is claimed
+    if row is None or row.status is not Status.DONE or row.processed_status is not ProcessedStatus.SUCCESS:
+        return None
+    action = decide_call(row, Call(fingerprint), task.idempotency.call)
+    if action not in (CallAction.RETURN_FIRST, CallAction.RAISE_DUPLICATE):
+        return None
+    store.count_duplicate(key)
+    outcomes = task.queue_log.outcomes
+    if outcomes is not None:
+        outcomes.tell(OutcomeKind.DUPLICATE, key, row=row, task_id=task_id, attempt=0, reason=action)
+    if action is CallAction.RAISE_DUPLICATE:
+        raise DuplicateMessageError(key.message_id, row.task_id, str(row.status))
+    return _eager_result(task, row)
+
+
+def _eager_result(task: IdempotentTask, row: Row) -> EagerResult[Any]:
+    """The outcome of a message in the hands of an eager caller, from its row."""
+    if row.processed_status is ProcessedStatus.SUCCESS:
+        result = EagerResult(row.task_id, _stored_value(task, row), states.SUCCESS, name=task.name)
+    elif row.processed_status is ProcessedStatus.FAILURE:
+        error = AlreadyFailedError(row.key.message_id, row.error)
+        result = EagerResult(row.task_id, error, states.FAILURE, name=task.name)
+    else:
+        # The caller of a body that has not ended: only a call from inside of it, or from another thread.
+        result = EagerResult(row.task_id, None, states.PENDING, name=task.name)
+    result.duplicate = True
+    return result
+
+
+def _stored_value(task: IdempotentTask, row: Row) -> Any:
+    try:
+        return None if row.result is None else decode_result(task.app, row.result)
+    except UndecodableError as error:
+        logger.warning("the stored result of %s[%s] cannot be read: %s", task.name, row.key.message_id, error)
+        return None
+
+
+def _answer_again(task: IdempotentTask, row: Row) -> None:
+    """Store the outcome of a message once more whose result has expired in the backend, where its row outlives it.
+
+    The caller of a duplicate would wait for it for ever.
+    """
+    backend, processed = task.backend, row.processed_timestamp
+    if row.status is not Status.DONE or processed is None or task.ignore_result or not backend.persistent:
+        return
+    if not backend.expires or (row.read_at - processed).total_seconds() < backend.expires:
+        return
+    try:
+        if backend.get_state(row.task_id) in states.READY_STATES:
+            return
+        if row.processed_status is ProcessedStatus.FAILURE:
+            error = AlreadyFailedError(row.key.message_id, row.error)
+            backend.store_result(row.task_id, error, states.FAILURE)
+        elif row.result is not None:  # or nothing was kept, or another task answers
+            backend.store_result(row.task_id, decode_result(task.app, row.result), states.SUCCESS)
+    except Exception as error:  # noqa: BLE001 - the call is a duplicate and needs no backend: its result is asked for later
+        logger.warning(
+            "the result of %s[%s] has expired, and is not stored again: %r", task.name, row.key.message_id, error
+        )
 
 
 def _for_later(app: Celery, options: Mapping[str, Any]) -> dict[str, Any]:

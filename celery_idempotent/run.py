@@ -16,7 +16,7 @@ from enum import StrEnum
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
-from celery import states
+from celery import Task, states
 from celery.backends.base import DisabledBackend
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 from kombu.exceptions import EncodeError
@@ -151,8 +151,8 @@ class Run:
 
     @property
     def waited_on(self) -> bool:
-        """Whether callbacks, a chain or a chord are sent once the body has returned."""
-        return waited_on(self.request)
+        """Whether callbacks, a chain or a chord are sent once the body has returned, or the task's own ``on_success`` is called."""
+        return waited_on(self.request) or type(self.task).on_success is not Task.on_success
 
     @property
     def on_store_error(self) -> Literal["retry", "run", "raise"]:
@@ -300,6 +300,11 @@ class Run:
         if self._ran_on:
             return value
         self._stop_if_sent_on()
+        if isinstance(value, Retry) and self.request.is_eager and value.sig is not None:
+            # `return self.retry(throw=False)`: `apply` goes on with the next attempt, behind which the callbacks are sent.
+            self.hand_on(self._retried(value))
+            self.request.callbacks = self.request.chain = None
+            return value
         self._succeed(value)
         return value
 

@@ -12,10 +12,12 @@ from celery.exceptions import Ignore
 from celery.result import EagerResult
 from celery.utils import uuid
 
+from celery_idempotent.chords import add_part
 from celery_idempotent.consumer import admit
 from celery_idempotent.errors import IdempotentError
+from celery_idempotent.handlers import guard_handlers
 from celery_idempotent.options import Options, refuse_misspelt, refuse_misspelt_call
-from celery_idempotent.producer import identify, send
+from celery_idempotent.producer import answer_of, identify, send
 from celery_idempotent.queue_log import QueueLog
 from celery_idempotent.records import NewMessage
 from celery_idempotent.run import Run
@@ -162,6 +164,7 @@ class IdempotentTask(Task):  # type: ignore[misc]
         """
         bound = super().bind(app)
         refuse_misspelt(cls, IdempotentTask)
+        guard_handlers(cls)
         install(QueueLog.of(app))
         return bound
 
@@ -252,9 +255,16 @@ class IdempotentTask(Task):  # type: ignore[misc]
                 run.hand_on(
                     NewMessage(key=key, task_id=task_id, fingerprint=fingerprint)
                 )  # replaced by itself, eagerly
-        return super().apply(
+            else:
+                answer = answer_of(self, key, fingerprint, task_id, options)
+                if answer is not None:
+                    return answer
+        result = super().apply(
             args, kwargs, task_id=task_id, **{**options, "headers": marker.write(options.get("headers"))}
         )
+        if not hasattr(result, "duplicate"):  # as that of a retry has it already
+            result.duplicate = False
+        return result
 
     def publish(self, args: Any, kwargs: Any, **options: Any) -> AsyncResult[Any]:
         """Publish a message whose row is there: Celery's own ``apply_async``, without the guard."""
@@ -287,6 +297,23 @@ class IdempotentTask(Task):  # type: ignore[misc]
         # In a traced run Celery's own __call__ would push the request a second time (the worker hides that by patching it).
         run.entered = True
         return self.run(*args, **kwargs)
+
+    def add_to_chord(self, sig: Signature[Any], lazy: bool = False) -> Any:
+        """Add a signature to the chord that this task is a member of, once however often the body runs; see Celery's ``add_to_chord``.
+
+        Hazard:
+            Only with Celery's Redis backend. Any other that has it is asked at each run.
+        """
+        run = Run.of(self.request_stack.top)
+        if run is None or not self.request.chord:
+            return super().add_to_chord(sig, lazy)
+        options = sig.options
+        if not options.get("task_id"):
+            options["task_id"] = run.calls.part(sig.task, sig.args, sig.kwargs)
+        request = self.request
+        sig.set(group_id=request.group, group_index=request.group_index, chord=request.chord, root_id=request.root_id)
+        add_part(self.backend, request.group, sig.freeze())
+        return sig if lazy else sig.delay()
 
     def replace(self, sig: Signature[Any]) -> Any:
         """Replace this task by another one under the same task id; see Celery's ``replace``."""

@@ -73,6 +73,12 @@ def _app(facts: Facts) -> Iterator[Finding]:
         )
     if app.result_backend and (tracked := _names(facts, lambda task: task.track_started and task.awaited)):
         yield Finding("track-started", "track_started is on", "task_track_started = False", tracked)
+    if app.result_backend and awaited and app.result_expires is not None and app.result_expires < app.retention:
+        yield Finding(
+            "result-expires",
+            f"results are kept for {app.result_expires:g} s, and rows for {app.retention:g} s",
+            f"result_expires = {app.retention:g}; or a shorter idempotent_retention; or ignore this finding, if nobody waits for so long",
+        )
     if app.recovery_interval == 0 and app.tasks:
         early = _names(facts, lambda task: not task.acks_late)
         yield Finding(

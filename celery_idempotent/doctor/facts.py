@@ -48,6 +48,7 @@ class AppFacts:
         wrong: What is wrong with its settings, or with a task's options, as the library says it.
         tasks: Its guarded tasks.
         result_backend: Whether it has one.
+        result_expires: Seconds for which that keeps results; ``None`` for ever, or where it cannot be told.
         retention: As in the settings, in seconds.
         recovery_interval: As in the settings, in seconds; 0 for none.
         atomic_refused: Why its store cannot do with atomic tasks, if it has some.
@@ -57,6 +58,7 @@ class AppFacts:
     wrong: tuple[str, ...] = ()
     tasks: tuple[TaskFacts, ...] = ()
     result_backend: bool = True
+    result_expires: float | None = None
     retention: float = 7 * 86400.0
     recovery_interval: float = 30.0
     atomic_refused: str | None = None

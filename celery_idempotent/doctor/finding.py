@@ -44,6 +44,10 @@ CODES: dict[str, tuple[Severity, str]] = {
             "AlreadyFailedError, and its errbacks are called again."
         ),
     ),
+    "result-expires": (
+        _W,
+        "A first caller who asks later than that waits for ever; a duplicate call stores the result once more, from its row.",
+    ),
     "recovery-off": (
         _W,
         (

@@ -93,6 +93,7 @@ def _read_app(queue_log: QueueLog) -> AppFacts:
         wrong=tuple(wrong),
         tasks=tuple(tasks),
         result_backend=not isinstance(app.backend, DisabledBackend),
+        result_expires=(app.backend.persistent and app.backend.expires) or None,
         retention=settings.retention,
         recovery_interval=settings.recovery_interval,
         isolation_level=queue_log.isolation_level,

@@ -16,6 +16,8 @@ TASKS = (
     "tests.support.apps.children",
     "tests.support.apps.flaky",
     "tests.support.apps.generic",
+    "tests.support.apps.handlers",
+    "tests.support.apps.modelled",
     "tests.support.apps.identified",
     "tests.support.apps.outcomes",
     "tests.support.apps.subclasses",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from random import randrange
 from typing import Any
 
+import celery
 import pytest
 
 from celery_idempotent import ConfigurationError, DuplicateMessageError, MessageMismatchError, by_arguments
 from celery_idempotent.records import ProcessedStatus, Status
+from tests.support.apps.modelled import Order
 from tests.support.bench import PATIENCE, Bench
 from tests.support.waiting import wait_until
 
@@ -256,3 +259,24 @@ def test_a_call_that_the_body_does_not_take_leaves_nothing(bench: Bench) -> None
         bench.task("add").apply_async((1, 2, 3, 4), message_id=m)
 
     assert bench.find("add", m) is None
+
+
+@pytest.mark.skipif(celery.VERSION < (5, 7), reason="Celery dumps the models that a caller gives since 5.7")
+def test_a_model_is_taken_as_celery_takes_it(bench: Bench) -> None:
+    task, number = bench.task("modelled"), randrange(2**31)
+
+    first = task.delay(Order(number=number))
+    again = [task.delay(Order(number=number)), task.delay(order=Order(number=number)), task.delay({"number": number})]
+
+    assert first.get(timeout=PATIENCE) == number
+    assert [(result.id, result.duplicate) for result in again] == [(first.id, True)] * 3
+    assert len(bench.starts("modelled", f"order:{number}")) == 1
+
+
+def test_a_call_that_does_not_fit_an_untyped_task_fails_in_its_worker(bench: Bench) -> None:
+    m = bench.fresh()
+
+    result = bench.task("untyped").apply_async(("o-1", 2, 3), message_id=m)
+
+    assert isinstance(result.get(timeout=PATIENCE, propagate=False), TypeError)
+    assert bench.done("untyped", m).processed_status is ProcessedStatus.FAILURE

@@ -164,6 +164,21 @@ def test_retries_are_runs_of_one_row(app: Celery, ledger: Ledger, task: str, arg
     assert app.tasks[task].apply_async(args, message_id="m").duplicate
 
 
+@pytest.mark.parametrize("way", ["apply", "delay"])
+def test_a_retry_that_is_returned_runs(app: Celery, ledger: Ledger, way: str) -> None:
+    """``return self.retry(throw=False)``: what waits on the task is sent behind its last attempt."""
+    task, link = app.tasks["retry_returned"], app.tasks["told"].s()
+    send = task.apply if way == "apply" else task.apply_async
+
+    result = send((2,), message_id="m", link=link)
+
+    assert (result.get(), result.state) == (2, states.SUCCESS)
+    assert [start.retries for start in ledger.starts("retry_returned")] == [0, 1, 2]
+    assert [done.detail for done in ledger.entries(task="told") if done.event == "start"] == [None]
+    done = row(app, "retry_returned", "m")
+    assert (done.processed_status, done.attempt, done.token) == (SUCCESS, 2, 3)
+
+
 def test_retries_that_are_used_up_fail(app: Celery, ledger: Ledger) -> None:
     result = app.tasks["give_up"].apply_async((True,), message_id="m")
 
@@ -306,6 +321,21 @@ def test_apply_is_guarded_by_its_id(app: Celery, ledger: Ledger) -> None:
     assert len(ledger.starts("echo")) == 1
     done = row(app, "echo", "m")
     assert (done.processed_status, done.task_id, done.duplicates) == (SUCCESS, results[0].id, 1)
+
+
+@pytest.mark.parametrize("backend", ["cache+memory://", "disabled://"])
+def test_apply_of_a_finished_message_answers_as_delay_does(app: Celery, tmp_path: Path, backend: str) -> None:
+    app.conf.update(result_backend=backend)
+    echo, raising = app.tasks["echo"], app.tasks["order.raise"]
+    first = echo.apply(("value",), message_id="m")
+
+    for second in (echo.apply(("value",), message_id="m"), echo.apply_async(("value",), message_id="m")):
+        assert (second.id, second.state, second.get(), second.duplicate) == (first.id, states.SUCCESS, "value", True)
+    assert not first.duplicate
+    raising.apply(("o-1",))
+    for call in (raising.apply, raising.apply_async):
+        with pytest.raises(DuplicateMessageError):
+            call(("o-1",))
 
 
 def test_apply_makes_the_id_from_the_tasks_option(app: Celery, ledger: Ledger) -> None:

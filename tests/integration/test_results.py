@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from celery import states
 from kombu.exceptions import EncodeError
 
+from celery_idempotent import AlreadyFailedError
 from celery_idempotent.records import ProcessedStatus, Status
 from tests.support.bench import PATIENCE, Bench
 
@@ -42,6 +43,34 @@ def test_a_result_that_never_reached_the_backend_is_replayed_to_its_own_task(ben
 
     assert copy.get(timeout=PATIENCE) == "value"
     assert len(bench.starts("echo", m)) == 1
+
+
+@pytest.mark.parametrize("outcome", ["success", "failure"])
+def test_a_duplicate_of_an_expired_result_is_answered_from_the_row(bench: Bench, outcome: str) -> None:
+    m, task = bench.fresh(), "echo" if outcome == "success" else "fail"
+    short = bench.producer(result_expires=1)
+    bench.task(task).apply_async(("value",), message_id=m).get(timeout=PATIENCE, propagate=False)
+    first = bench.row(task, m).task_id
+    bench.app.backend.delete(bench.app.backend.get_key_for_task(first))
+    bench.wait_for_row(task, m, lambda row: (row.read_at - row.created_timestamp).total_seconds() > 3)
+
+    duplicate = short.tasks[task].apply_async(("value",), message_id=m)
+
+    assert (duplicate.id, duplicate.duplicate) == (first, True)
+    answer = duplicate.get(timeout=PATIENCE, propagate=False)
+    assert answer == "value" if outcome == "success" else isinstance(answer, AlreadyFailedError)
+    assert len(bench.starts(task, m)) == 1
+
+
+def test_a_duplicate_does_not_store_a_result_that_is_there(bench: Bench) -> None:
+    m, backend = bench.fresh(), bench.app.backend
+    first = bench.task("echo").apply_async(("value",), message_id=m)
+    assert first.get(timeout=PATIENCE) == "value"
+    backend.delete(backend.get_key_for_task(first.id))
+
+    bench.task("echo").apply_async(("value",), message_id=m)
+
+    assert backend.get_state(first.id) == states.PENDING, "it has not expired: somebody has forgotten it"
 
 
 def test_a_result_that_is_not_kept_is_replayed_from_the_backend(bench: Bench) -> None:

@@ -756,3 +756,33 @@ def test_an_id_is_refused_or_fits_everywhere(value: str) -> None:
 
 def surrogate(value: str) -> bool:
     return any("\ud800" <= character <= "\udfff" for character in value)
+
+
+class TestCallsThatDoNotFit:
+    """``typing=False``: Celery sends such a call, and its worker says what is wrong with it."""
+
+    def test_they_have_an_id_of_their_own(self) -> None:
+        def body(a: int, b: int = 2) -> None: ...
+
+        signature = CallSignature(body, typed=False)
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+            ((1,), {}),
+            ((1, 2, 3), {}),
+            ((1, 2, 4), {}),
+            ((1,), {"c": 3}),
+            ((1,), {"a": 1}),
+            ((), {}),
+        ]
+        assert len({signature.digest(*call) for call in calls}) == len(calls)
+        assert signature.digest((1, 2), {}) == CallSignature(body).digest((1,), {}), "one that fits is told as ever"
+        with pytest.raises(TypeError):
+            CallSignature(body).digest((1, 2, 3), {})
+
+    def test_a_template_takes_what_is_there(self) -> None:
+        def body(a: int, b: int) -> None: ...
+
+        template = message_id_source("m:{a}", CallSignature(body, typed=False))
+        assert template is not None
+        assert template((1,), {}) == template((), {"a": 1}) == "m:1"
+        with pytest.raises(ConfigurationError, match="is not in the arguments of this call"):
+            template((), {"b": 1})

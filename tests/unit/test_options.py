@@ -378,23 +378,58 @@ class TestAKeywordOfACall:
         with pytest.raises(ConfigurationError, match="'mesage_id'; did you mean 'message_id'"):
             task.s("o-1").set(mesage_id="m").apply_async()
 
+    def test_a_stamp_may_be_called_like_an_option(self) -> None:
+        refuse_misspelt_call("charge", {"stamped_headers": ["leased", "message_ids"], "leased": 1, "message_ids": 2})
+        refuse_misspelt_call("charge", {"stamped_headers": "leased", "leased": 1})
+        with pytest.raises(ConfigurationError, match="'leased' is no keyword of a call"):
+            refuse_misspelt_call("charge", {"stamped_headers": ["other"], "leased": 1})
+
     def test_what_celery_and_kombu_know_is_taken(self) -> None:
         refuse_misspelt_call(
             "charge",
-            [
-                *("message_id", "task_id", "countdown", "eta", "expires", "retry", "retry_policy", "queue", "exchange"),
-                *("routing_key", "priority", "serializer", "compression", "headers", "ignore_result", "link", "shadow"),
-                *(
-                    "correlation_id",
-                    "reply_to",
-                    "app_id",
-                    "user_id",
-                    "delivery_mode",
-                    "mandatory",
-                    "expiration",
-                    "type",
-                ),
-                *("time_limit", "soft_time_limit", "add_to_parent", "group_id", "group_index", "root_id", "parent_id"),
-                *("chain", "chord", "stamped_headers", "replaced_task_nesting", "retries", "argsrepr", "tenant"),
-            ],
+            dict.fromkeys(
+                [
+                    *(
+                        "message_id",
+                        "task_id",
+                        "countdown",
+                        "eta",
+                        "expires",
+                        "retry",
+                        "retry_policy",
+                        "queue",
+                        "exchange",
+                    ),
+                    *(
+                        "routing_key",
+                        "priority",
+                        "serializer",
+                        "compression",
+                        "headers",
+                        "ignore_result",
+                        "link",
+                        "shadow",
+                    ),
+                    *(
+                        "correlation_id",
+                        "reply_to",
+                        "app_id",
+                        "user_id",
+                        "delivery_mode",
+                        "mandatory",
+                        "expiration",
+                        "type",
+                    ),
+                    *(
+                        "time_limit",
+                        "soft_time_limit",
+                        "add_to_parent",
+                        "group_id",
+                        "group_index",
+                        "root_id",
+                        "parent_id",
+                    ),
+                    *("chain", "chord", "stamped_headers", "replaced_task_nesting", "retries", "argsrepr", "tenant"),
+                ]
+            ),
         )

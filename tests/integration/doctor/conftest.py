@@ -43,7 +43,13 @@ def make_app(good_redis: PrivateRedis) -> Iterator[MakeApp]:
     def make_app(*, task: dict[str, Any] | None = None, init: bool = True, **settings: Any) -> Celery:
         app = App("sick", set_as_current=False, broker=good_redis.url, backend=good_redis.url)
         app.conf.update(
-            {"idempotent_store": good_redis.url, "task_acks_late": True, "task_reject_on_worker_lost": True, **settings}
+            {
+                "idempotent_store": good_redis.url,
+                "task_acks_late": True,
+                "task_reject_on_worker_lost": True,
+                "result_expires": 7 * 86400,
+                **settings,
+            }
         )
 
         def charge(order_id: str) -> str:

@@ -46,6 +46,14 @@ def register(app: Celery, *, base: type[Task], ledger: Ledger) -> None:
         with ledger.run(self):
             raise ValueError(text)
 
+    @app.task(base=base, bind=True, name="retry_returned", max_retries=None)
+    def retry_returned(self: Task, times: int) -> Any:
+        """Retry so many times, by what is returned."""
+        with ledger.run(self):
+            if self.request.retries < times:
+                return self.retry(countdown=0, throw=False)
+            return self.request.retries
+
     @app.task(base=base, bind=True, name="retry_n", max_retries=None)
     def retry_n(self: Task, times: int, countdown: float = 0.0) -> int:
         """Retry so many times, then return the number of retries."""

@@ -33,6 +33,7 @@ def register(app: Celery, *, base: type[Task], ledger: Ledger) -> None:
     option("order.loose", message_id="order:{order_id}", fingerprint=False)
     option("order.window", message_id="order:{order_id}", unique_for=1.0)
     option("order.arguments", message_id=by_arguments())
+    option("untyped", typing=False)
 
     @app.task(base=base, bind=True, name="order.daily", message_id=by_day)
     def daily(self: Task, order_id: str, day: str) -> str:

@@ -140,6 +140,7 @@ SICK = [
     Provoked("late-ack-worker-lost", task(told_lost=True), "reject_on_worker_lost", ("late",)),
     Provoked("no-result-backend", app(result_backend=False), "no result backend", ("late", "early")),
     Provoked("track-started", task(track_started=True), "track_started", ("late",)),
+    Provoked("result-expires", app(result_expires=86400.0), "86400 s"),
     Provoked("recovery-off", app(recovery_interval=0.0), "early acknowledgement", ("early",)),
     Provoked("recovery-off", app(recovery_interval=0.0, tasks=TASKS[:1]), "is 0, so that workers do not recover"),
     Provoked("retention-short", app(retention=3600.0), "3600 s"),
