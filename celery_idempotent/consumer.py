@@ -278,7 +278,6 @@ class _Admission:
                 raise AssertionError(decision)
             case DeliveryAction.CLAIM:
                 self.message = replace(self.message, attempt=max(row.attempt, self.request.retries or 0))
-                return None
             case DeliveryAction.HOLD:
                 raise self._held(row, decision)
             case DeliveryAction.TAKE_OVER:
@@ -287,19 +286,11 @@ class _Admission:
                 self._wait_for_the_chord()
                 return self._take_over_and_replay(row)
             case DeliveryAction.ABANDON:
-                unique_for = self.task.idempotency.unique_for
-                self._keep_the_first()
-                if not self._store.abandon(row, error=ABANDONED, unique_for=unique_for):
-                    return None
-                self.run.state = RunState.FINISHED
-                self.run.attach()  # this delivery has ended the message: its handlers are called
-                self.run.tell(OutcomeKind.ABANDONED, row, reason="abandoned")
-                raise AlreadyFailedError(row.key.message_id, ABANDONED)
+                self._abandon(row)
             case DeliveryAction.CANCEL:
                 # An earlier delivery was discarded while its owner lived, which has died since.
                 if self._store.abandon(row, error=row.error or ABANDONED, unique_for=self.task.idempotency.unique_for):
                     self.run.tell(OutcomeKind.CANCELLED, row, reason=reason_of(row.error or ABANDONED))
-                return None
             case DeliveryAction.SKIP:
                 self._store.count_duplicate(row.key)
                 answered(self.task, self.request)
@@ -325,6 +316,21 @@ class _Admission:
                 raise AssertionError("a delivery that is discarded reaches no task")
             case _:  # pragma: no cover - the type checker proves it away
                 assert_never(decision.action)
+        return None
+
+    def _abandon(self, row: Row) -> None:
+        """End a message whose owner's lease ran out; nothing is done when it moved.
+
+        Raises:
+            AlreadyFailedError: It has ended so.
+        """
+        unique_for = self.task.idempotency.unique_for
+        self._keep_the_first()
+        if self._store.abandon(row, error=ABANDONED, unique_for=unique_for):
+            self.run.state = RunState.FINISHED
+            self.run.attach()  # this delivery has ended the message: its handlers are called
+            self.run.tell(OutcomeKind.ABANDONED, row, reason="abandoned")
+            raise AlreadyFailedError(row.key.message_id, ABANDONED)
 
     def _keep_the_first(self) -> None:
         """A copy ends what another message was first sent for: that one gets a row of its own.

@@ -92,7 +92,7 @@ class Marker:
             first if is_text(first) else None,
             lost if isinstance(lost, int) and lost > 0 else 0,
             trace if trace is not None and is_trace(trace) else None,
-            call if isinstance(call, str) else None,
+            call if is_text(call) else None,
         )
 
     @classmethod
