@@ -277,7 +277,8 @@ class _Admission:
             case DeliveryAction.REFUSE:  # pragma: no cover - it was decided before there was a row: see `admit`
                 raise AssertionError(decision)
             case DeliveryAction.CLAIM:
-                self.message = replace(self.message, attempt=max(row.attempt, self.request.retries or 0))
+                if row.status is Status.PENDING:
+                    self.message = replace(self.message, attempt=max(row.attempt, self.request.retries or 0))
             case DeliveryAction.HOLD:
                 raise self._held(row, decision)
             case DeliveryAction.TAKE_OVER:
