@@ -13,7 +13,7 @@ COMPILE = $(DEV)/uv pip compile pyproject.toml --universal --python-version 3.11
 	--no-emit-index-url --no-emit-find-links --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-versions check docs chaos chaos-peers bench bench-scale screenshots lock clean
+.PHONY: help demo test test-versions celery-suite check docs chaos chaos-peers bench bench-scale screenshots lock clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## *\(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -42,6 +42,12 @@ chaos-peers: .venv-peers/installed  ## the same, shorter, for plain Celery and t
 # What docs/explanation/benchmarks.md has; ONLY, STORES and PEERS take names with commas between them, and QUICK=1 is a short run.
 BENCH = $(if $(ONLY),--only $(ONLY)) $(if $(STORES),--stores $(STORES)) $(if $(PEERS),--peers $(PEERS)) \
 	$(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(SEED),--seed $(SEED)) $(if $(QUICK),--quick)
+
+# ONLY= names folders of Celery's tests, VERSIONS= releases of Celery.
+SUITE = $(foreach part,$(ONLY),--part $(part)) $(foreach version,$(VERSIONS),--version $(version))
+
+celery-suite: .venv/installed  ## Celery's own tests, with IdempotentTask as the base of every task; ONLY= VERSIONS=; an hour
+	@$(DEV)/python -m tests.celery_suite $(SUITE)
 
 bench: .venv-peers/installed  ## what the guard costs, beside plain Celery and others; ROUNDS= ONLY= STORES= PEERS= SEED= QUICK=1; 25 minutes
 	@.venv-peers/bin/python -m benchmarks $(BENCH)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import sqlalchemy as sa
 from celery import states
 from kombu.exceptions import EncodeError
 
-from celery_idempotent import AlreadyFailedError
+from celery_idempotent import AlreadyFailedError, queue_log_table
 from celery_idempotent.records import ProcessedStatus, Status
 from tests.support.bench import PATIENCE, Bench
 
@@ -48,15 +49,20 @@ def test_a_result_that_never_reached_the_backend_is_replayed_to_its_own_task(ben
 @pytest.mark.parametrize("outcome", ["success", "failure"])
 def test_a_duplicate_of_an_expired_result_is_answered_from_the_row(bench: Bench, outcome: str) -> None:
     m, task = bench.fresh(), "echo" if outcome == "success" else "fail"
-    short = bench.producer(result_expires=1)
     bench.task(task).apply_async(("value",), message_id=m).get(timeout=PATIENCE, propagate=False)
-    first = bench.row(task, m).task_id
-    bench.app.backend.delete(bench.app.backend.get_key_for_task(first))
-    bench.wait_for_row(task, m, lambda row: (row.read_at - row.created_timestamp).total_seconds() > 3)
+    row = bench.done(task, m)
+    assert row.processed_timestamp is not None
+    bench.app.backend.delete(bench.app.backend.get_key_for_task(row.task_id))
+    table, engine = queue_log_table(sa.MetaData()), sa.create_engine(bench.spec.store)
+    with engine.begin() as connection:
+        where = (table.c.message_id == m, table.c.task_name == task)
+        yesterday = row.processed_timestamp - timedelta(days=1)
+        connection.execute(sa.update(table).where(*where).values(processed_timestamp=yesterday))
+    engine.dispose()
 
-    duplicate = short.tasks[task].apply_async(("value",), message_id=m)
+    duplicate = bench.task(task).apply_async(("value",), message_id=m)
 
-    assert (duplicate.id, duplicate.duplicate) == (first, True)
+    assert (duplicate.id, duplicate.duplicate) == (row.task_id, True)
     answer = duplicate.get(timeout=PATIENCE, propagate=False)
     assert answer == "value" if outcome == "success" else isinstance(answer, AlreadyFailedError)
     assert len(bench.starts(task, m)) == 1

@@ -1,0 +1,37 @@
+"""A pytest plugin for Celery's own tests: IdempotentTask is the base of every task, with a store for each test, or for one worker.
+
+Celery's tests give their tasks ids such as ``"foo"`` again and again; a store of its own keeps one test from being taken for another's duplicate. The
+integration tests share one worker, and so one store; they use fresh ids.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from pathlib import Path
+
+import celery
+import pytest
+
+from celery_idempotent import IdempotentTask
+from celery_idempotent.settings import Settings
+
+celery.Celery.task_cls = "celery_idempotent.task:IdempotentTask"
+celery.Task = IdempotentTask  # for tasks that are classes
+
+_DIRECTORY = Path(os.environ["CELERY_SUITE_STORES"])
+_numbers = itertools.count()
+
+
+def _anew() -> None:
+    Settings.store = f"sqlite:///{_DIRECTORY}/{os.getpid()}-{next(_numbers)}.db"
+
+
+_anew()
+
+
+@pytest.fixture(autouse=True)
+def store_of_its_own(request: pytest.FixtureRequest) -> None:
+    """A new store for each unit test."""
+    if "integration" not in request.path.parts:
+        _anew()
