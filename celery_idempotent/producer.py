@@ -432,9 +432,18 @@ class Sending:
             return None
         parent = Run.current(self.task.app)
         if parent is not None:
-            return parent.later_call(self.message.task_id) if self.dispatched else None
+            if not self.dispatched or self._is_repeated(row, parent):
+                return None
+            return parent.later_call(self.message.task_id)
         # A task without the guard may be run again, and make the same call again.
         return None if self.task.app.current_worker_task else later_call()
+
+    def _is_repeated(self, row: Row, parent: Run) -> bool:
+        """Whether a later call was delivered twice, and sends once more what it has sent: the row is younger than that call."""
+        if parent.marker.call is None or parent.request.is_eager:
+            return False
+        own = self._store.find(parent.marker.row_of_its_own)
+        return own is None or own.created_timestamp <= row.created_timestamp
 
     def _publish_now(
         self,
