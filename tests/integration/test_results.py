@@ -46,6 +46,7 @@ def test_a_result_that_never_reached_the_backend_is_replayed_to_its_own_task(ben
     assert len(bench.starts("echo", m)) == 1
 
 
+@pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")  # Celery's own
 @pytest.mark.parametrize("outcome", ["success", "failure"])
 def test_a_duplicate_of_an_expired_result_is_answered_from_the_row(bench: Bench, outcome: str) -> None:
     m, task = bench.fresh(), "echo" if outcome == "success" else "fail"
