@@ -6,12 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 from celery_idempotent.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from celery import Celery
+    from sqlalchemy import URL
 
 __all__ = ["OPTION_NAMES", "PREFIX", "Settings", "one_of", "seconds", "yes_or_no"]
 
@@ -42,7 +43,7 @@ class Settings:
     """What an app says about its queue log as a whole.
 
     Attributes:
-        store: URL of the store. Default: an SQLite file in the working directory.
+        store: URL of the store, as text or SQLAlchemy's ``URL``. Default: an SQLite file in the working directory.
         table: Name of the table, ``schema.name`` where the database has schemas.
         retention: Seconds for which a finished row is kept before it is purged.
         recovery_interval: Seconds between two recovery steps of a worker; 0 turns recovery off in this worker.
@@ -55,7 +56,7 @@ class Settings:
             shown. The rows keep them: a message has to be published again.
     """
 
-    store: str = field(default="sqlite:///queue_log.db", repr=False)
+    store: str | URL = field(default="sqlite:///queue_log.db", repr=False)
     table: str = "queue_log"
     retention: float = 7 * 86400.0
     recovery_interval: float = 30.0
@@ -74,7 +75,7 @@ class Settings:
         _refuse_unknown(app)
         known = {name: value for name in _APP_NAMES if (value := app.conf.get(PREFIX + name)) is not None}
         return cls(
-            store=_text("store", known.get("store", cls.store)),
+            store=_url("store", known.get("store", cls.store)),
             table=_text("table", known.get("table", cls.table)),
             retention=seconds("idempotent_retention", known.get("retention", cls.retention), positive=True),
             recovery_interval=seconds(
@@ -108,6 +109,15 @@ def _refuse_unknown(app: Celery) -> None:
         if key not in valid and name.startswith(_LIKE_OURS):
             near = get_close_matches(name, plain, n=1, cutoff=0.0)[0]
             raise ConfigurationError(f"unknown setting {key!r}; did you mean {written(near)!r}?")
+
+
+def _url(name: str, value: object) -> str | URL:
+    # Without importing SQLAlchemy, of which a queue log in Redis knows nothing.
+    return value if _is_url(value) else _text(name, value)
+
+
+def _is_url(value: object) -> TypeGuard[URL]:
+    return callable(getattr(value, "render_as_string", None))
 
 
 def _text(name: str, value: object) -> str:

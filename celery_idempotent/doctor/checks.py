@@ -253,6 +253,12 @@ def _servers(facts: Facts) -> Iterator[Finding]:
             yield Finding(
                 "store-read-only", f"{name} is on at {facts.store.name}", "idempotent_store = the primary server"
             )
+    if told.get("pooler") and told.get("prepare_threshold"):
+        yield Finding(
+            "pooler-prepares",
+            f"the engine of {facts.store.name} gives statements a name after {told['prepare_threshold']} uses, and a pooler is in between",
+            'create_engine(url, connect_args={"prepare_threshold": None})',
+        )
     yield from _isolation(facts, told)
 
 

@@ -135,6 +135,10 @@ CODES: dict[str, tuple[Severity, str]] = {
         "What was recorded, claimed or done just before a crash is forgotten, and then runs again, or is never brought back.",
     ),
     "store-read-only": (_E, "Nothing can be recorded or claimed: calls raise, and workers wait."),
+    "pooler-prepares": (
+        _E,
+        "What is named on one connection is executed on another one, where the name is not known or means another statement: bodies fail.",
+    ),
     "store-configuration": (_W, "Whether the server keeps what the queue log writes is not known."),
     "redis-appendonly": (
         _E,

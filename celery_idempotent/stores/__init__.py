@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from celery_idempotent.store import Store
+
+if TYPE_CHECKING:
+    from sqlalchemy import URL
 
 __all__ = ["open_store"]
 
 _OF_REDIS = {"redis", "rediss", "redis+socket", "unix", "sentinel", "redis+cluster", "rediss+cluster"}
 
 
-def open_store(url: str, *, table: str = "queue_log") -> Store:
+def open_store(url: str | URL, *, table: str = "queue_log") -> Store:
     """Open the store that a URL names. Nothing is connected yet.
 
     Args:
         url: ``postgresql://``, ``mysql://``, ``mariadb://`` or ``sqlite://``, as SQLAlchemy writes them; without a driver
             psycopg and PyMySQL are meant. ``postgres://`` is understood. Or ``redis://``, ``rediss://`` (TLS),
-            ``redis+socket://``, ``sentinel://`` or ``redis+cluster://``.
+            ``redis+socket://``, ``sentinel://`` or ``redis+cluster://``. Or SQLAlchemy's ``URL``.
         table: The table's name, or ``schema.name``; in Redis, what all keys begin with.
 
     Raises:
         ConfigurationError: The URL is not valid, names no kind of store there is, or its driver is not installed.
     """
     # On first use: SQLAlchemy takes a while to import, and a producer's module may only want to declare its tasks.
-    if url.partition("://")[0] in _OF_REDIS:
+    if isinstance(url, str) and url.partition("://")[0] in _OF_REDIS:
         from celery_idempotent.stores.redis import RedisStore
 
         return RedisStore(url, table=table)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import socket
+import struct
 import threading
 from collections.abc import Iterator
 from types import TracebackType
@@ -12,6 +14,9 @@ from typing import Self
 from sqlalchemy import URL, make_url
 
 __all__ = ["Proxy"]
+
+#: Linux: a filter on a socket sees each packet for it first. This one keeps nothing of any.
+_SO_ATTACH_FILTER, _BPF_RETURN = 26, 0x06
 
 
 class Proxy:
@@ -29,6 +34,7 @@ class Proxy:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
+        self._clients: set[socket.socket] = set()
         self._swallow: bytes | None = None
         self._closed_for_now = False
         self.connections = 0
@@ -51,6 +57,20 @@ class Proxy:
         with self._lock:
             self._closed_for_now = True
         self._break_all()
+
+    def lead_to(self, url: str) -> None:
+        """Have new connections go to another server, as a name or an address does after a failover; those that are open stay where they are."""
+        self._target = make_url(url)
+
+    def forget_connections(self) -> None:
+        """Have the kernel drop what clients send on the connections that are open, as a NAT does that has forgotten them: not even the receipt
+        is confirmed.
+        """
+        drop = ctypes.create_string_buffer(struct.pack("HBBI", _BPF_RETURN, 0, 0, 0))
+        program = struct.pack("HL", 1, ctypes.addressof(drop))
+        with self._lock:
+            for client in self._clients & self._open:
+                client.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)
 
     def reopen(self) -> None:
         """Relay again."""
@@ -89,6 +109,7 @@ class Proxy:
                 continue
             with self._lock:
                 self._open |= {client, server}
+                self._clients.add(client)
             swallowing = threading.Event()
             for relay, ends in ((self._ask, (client, server)), (self._answer, (server, client))):
                 threading.Thread(target=relay, args=(*ends, swallowing), daemon=True).start()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
 from celery_idempotent.errors import ConfigurationError
 
-__all__ = ["masked", "parse"]
+__all__ = ["masked", "parse", "refuse_driver"]
 
 #: What a URL without a driver means.
 _DRIVERS = {
@@ -20,6 +22,15 @@ _DRIVERS = {
 #: Where a driver's package has another name than SQLAlchemy has for the driver.
 _PACKAGES = {"mysqldb": "mysqlclient", "mysqlconnector": "mysql-connector-python", "mariadbconnector": "mariadb"}
 _EXTRAS = {"postgresql": "postgresql", "mysql": "mysql", "mariadb": "mysql"}
+#: Drivers that cannot be had, and why.
+_REFUSED = {
+    "pg8000": "it tells neither its socket nor its server's process, so that no answer could be waited for in bounded time"
+}
+#: Arguments of `create_engine`, which some take for options of a URL.
+_OF_POOLS = {"pool_size", "max_overflow", "pool_timeout", "pool_recycle", "pool_pre_ping", "poolclass", "echo"}
+#: What stands between the account and the database where there are several hosts, as libpq writes them.
+_HOSTS = re.compile(r"(?P<scheme>[\w+]+)://(?P<account>[^/]*@)?(?P<hosts>[^/?@]*,[^/?@]*)(?P<rest>[/?].*)?")
+_YES, _NO = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}
 _EXAMPLE = (
     "write it as postgresql://user:password@host/database, mysql://user:password@host/database or sqlite:///file.db"
 )
@@ -31,8 +42,9 @@ def parse(text: str | URL) -> URL:
     Raises:
         ConfigurationError: It is no URL, names a database that cannot hold the queue log, or its driver is not installed.
     """
+    whole = _one_host(text) if isinstance(text, str) else text
     try:
-        url = make_url(text)
+        url = make_url(whole)
     except (ArgumentError, ValueError):
         # Neither the text nor the cause: both can hold a password.
         raise ConfigurationError(f"the store's URL cannot be read; {_EXAMPLE}") from None
@@ -44,8 +56,58 @@ def parse(text: str | URL) -> URL:
     if scheme.partition("+")[0] not in _DRIVERS:
         raise ConfigurationError(f"the store's URL begins with {scheme}://, which is not known; {_EXAMPLE}")
     url = url.set(drivername=_DRIVERS.get(scheme, scheme))
+    refuse_driver(url.get_driver_name())
     _require_driver(url)
-    return url
+    if of_pool := sorted(_OF_POOLS & url.query.keys()):
+        raise ConfigurationError(
+            f"{', '.join(of_pool)} in the store's URL is no option of a connection; leave it out, as the store's own pool needs none, or give "
+            f"an engine: QueueLog(app, store=SQLStore(create_engine(url, {of_pool[0]}=...)))"
+        )
+    return _with_tls(url)
+
+
+def refuse_driver(name: str) -> None:
+    """Refuse a driver that the store cannot use.
+
+    Raises:
+        ConfigurationError: It is one.
+    """
+    if name in _REFUSED:
+        raise ConfigurationError(
+            f"the queue log cannot use the driver {name}: {_REFUSED[name]}; use postgresql:// (psycopg): "
+            f"pip install 'celery-idempotent[postgresql]'"
+        )
+
+
+def _one_host(text: str) -> str:
+    """Several hosts as libpq writes them, ``h1:5432,h2``, in the way in which SQLAlchemy does: as options."""
+    found = _HOSTS.fullmatch(text)
+    if found is None:
+        return text
+    if not found["scheme"].startswith("postgres"):
+        raise ConfigurationError(
+            f"the store's URL names several hosts, which the driver of {found['scheme']}:// does not understand; name one, such as a "
+            f"proxy's or a name that leads to the primary"
+        )
+    rest = found["rest"] or "/"
+    path, _, query = rest.partition("?")
+    hosts = "&".join(f"host={host}" for host in found["hosts"].split(","))
+    return f"{found['scheme']}://{found['account'] or ''}{path}?{hosts}{query and f'&{query}'}"
+
+
+def _with_tls(url: URL) -> URL:
+    """``?ssl=true`` for PyMySQL, whose option of that name is a mapping: TLS, whoever the server is."""
+    asked = url.query.get("ssl")
+    if url.get_driver_name() != "pymysql" or asked is None:
+        return url
+    if str(asked).lower() not in _YES | _NO:
+        raise ConfigurationError(
+            "ssl in the store's URL is true or false; to know the server by its certificate, say ssl_ca=/path/to/ca.pem"
+        )
+    url = url.difference_update_query(["ssl"])
+    if str(asked).lower() in _NO:
+        return url.update_query_dict({"ssl_disabled": "true"})
+    return url if "ssl_ca" in url.query else url.update_query_dict({"ssl_verify_cert": "false"})
 
 
 def masked(url: URL) -> str:

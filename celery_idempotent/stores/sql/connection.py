@@ -4,34 +4,32 @@ Every statement of the store stands on its own, so connections are in autocommit
 travels around it, and no ping before it. A pooled connection that its server has closed meanwhile is told by its socket, without
 a round trip. One that breaks under a statement has the statement repeated once on a fresh one; what an operation does on such a
 repeat is its own matter (its ``again``), because the first attempt may have taken effect. A server that does not answer at all is
-not waited for longer than :data:`ANSWER`.
+worked on for longer than :data:`ANSWER`, and what is not waited for any more is not left to the server.
 """
 
 from __future__ import annotations
 
 import os
 import random
-import select
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
-from sqlalchemy import URL, Connection, Engine, Pool, StaticPool, create_engine, event
-from sqlalchemy.engine.default import DefaultDialect
-from sqlalchemy.exc import DBAPIError, DisconnectionError
+from sqlalchemy import URL, Connection, Engine, Pool, StaticPool
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.pool import ConnectionPoolEntry
 
 from celery_idempotent.errors import ConfigurationError, IdempotentError, SchemaError, StoreError, StoreUnavailableError
 from celery_idempotent.forks import no_fork
 from celery_idempotent.stores.sql.address import masked
 from celery_idempotent.stores.sql.dialects import Dialect, Fault
 from celery_idempotent.stores.sql.direct import DirectConnection, Plans
-from celery_idempotent.stores.sql.forks import close_before_forks
-from celery_idempotent.stores.sql.watch import Watch
+from celery_idempotent.stores.sql.engines import LIMITED, beside, close, follow, for_statements, for_transactions
+from celery_idempotent.stores.sql.watch import Watch, Watched, beside_us
 
 __all__ = ["Database", "Joined"]
 
@@ -42,11 +40,18 @@ T = TypeVar("T")
 COLLISIONS = 8
 PATIENCE = 10.0
 
-#: Seconds for the answer to a statement of a producer or a consumer; operators' statements may take as long as they need. Far more
-#: than an answer takes, and less than a broker waits for a heartbeat.
+#: Seconds for which the server works on a statement of a producer or a consumer; operators' statements may take as long as they need. Far
+#: more than an answer takes, and less than a broker waits for a heartbeat.
 ANSWER = 20.0
 
-_USED = "celery_idempotent.used"
+#: How much longer than that an answer is waited for. Until then the server has given up by itself, or was asked to.
+_WAIT = 1.25
+
+#: Faults of a transaction that took no effect, and may if all of it is done again.
+_GAVE_WAY = {Fault.COLLISION, Fault.LOST, Fault.MOVED}
+
+#: Seconds for a statement to be cancelled that an exception from elsewhere broke into.
+_CANCEL = 2.0
 
 
 @dataclass(slots=True, eq=False)
@@ -60,15 +65,20 @@ class _Opened:
     turn: AbstractContextManager[Any] = field(default_factory=nullcontext)
     ready: bool = False
     plans: Plans = field(default_factory=Plans)
-    watch: Watch = field(default_factory=lambda: Watch(ANSWER))
+    limit: float = field(default_factory=lambda: ANSWER)
+    watch: Watch = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.watch = Watch(_WAIT * self.limit)
 
 
 class Database:
     """A database as the store's operations see it: somewhere to run them.
 
     Args:
-        target: A URL, for connections of its own; or an engine, which stays its owner's: it is not disposed of, and used
-            in autocommit by an execution option. After a fork its inherited pool is dropped, unclosed, as SQLAlchemy asks.
+        target: A URL; or an engine, which stays its owner's: it is not disposed of, and atomic bodies are on its connections. The store's
+            own statements are on connections that are made as the engine makes them; but where it has no ``QueuePool`` they are on its
+            own, too, in autocommit by an execution option. After a fork its inherited pool is dropped, unclosed, as SQLAlchemy asks.
         dialect: What is peculiar to it.
         prepare: Called once per process, on a connection, before the first operation; until it succeeds.
     """
@@ -106,6 +116,20 @@ class Database:
                 opened.transactions = self._open_transactions(self._autocommit(opened))
             return opened.transactions
 
+    def of_bodies(self) -> dict[str, str]:
+        """How the connections of atomic bodies are set up, as far as that can be wrong: an engine's, which its owner made.
+
+        Raises:
+            StoreUnavailableError: No connection.
+        """
+        if not isinstance(self._target, Engine):
+            return {}
+        try:
+            with self.engine.connect() as connection:
+                return self._dialect.setup(connection.connection.dbapi_connection)
+        except (DBAPIError, PoolTimeoutError) as error:
+            raise _unavailable(f"the engine of the queue log at {self} has no connection: {error}", False) from error
+
     def run(self, operation: Callable[[Connection, bool], T], *, prepared: bool = True, patient: bool = False) -> T:
         """Run an operation on a connection, repeating it as far as that can help.
 
@@ -119,7 +143,7 @@ class Database:
             SchemaError: A table or column is missing.
             StoreError: Any other error of the database, which repeating would not change.
         """
-        again = inspected = False
+        again = inspected = moved = False
         collisions = 0
         began = time.monotonic()
         while True:
@@ -136,6 +160,8 @@ class Database:
                 elif fault is Fault.COLLISION and collisions < COLLISIONS and time.monotonic() - began < PATIENCE:
                     collisions += 1
                     time.sleep(random.uniform(0, 0.005 * 2**collisions))  # noqa: S311 - spreads contenders, no secret
+                elif fault is Fault.MOVED and not moved:
+                    moved = True  # its connection was thrown away, and the next may lead to where the primary is now
                 elif fault is Fault.SCHEMA and not inspected:
                     # The table is not what it was when it was looked at. Looking again says what is missing.
                     inspected = True
@@ -162,16 +188,14 @@ class Database:
 
     def gave_way(self, error: BaseException) -> bool:
         """Whether a transaction that met an error took no effect, and may if it is repeated."""
-        return isinstance(error, DBAPIError) and self._dialect.fault(error) in (Fault.COLLISION, Fault.LOST)
+        return isinstance(error, DBAPIError) and self._dialect.fault(error) in _GAVE_WAY
 
     def close(self) -> None:
         """Close this process's own connections. The next operation opens new ones."""
         opened = self._opened.pop(os.getpid(), None)
-        if opened is None or isinstance(self._target, Engine):
-            return
-        for engine in (opened.autocommit, opened.transactions):
-            if engine is not None:
-                engine.dispose()
+        for engine in () if opened is None else (opened.autocommit, opened.transactions):
+            if engine is not None and self._is_ours(engine):
+                close(engine)
 
     def _attempt(self, operation: Callable[[Connection, bool], T], again: bool, prepared: bool, patient: bool) -> T:
         opened = self._here()
@@ -180,54 +204,90 @@ class Database:
             opened.turn,
             self._connect(opened) as connection,
             self._alone(connection),
-            nullcontext() if patient else self._watched(connection),
+            self._bounded(opened, connection, patient) as watched,
         ):
             try:
                 if prepared and not opened.ready:
                     self._prepare(connection)
                     opened.ready = True
                 return operation(connection, again)
-            except (DBAPIError, IdempotentError):
+            except DBAPIError as error:
+                if watched is not None and watched.cut:
+                    # Not repeated, as a connection that broke is: the server is there, and had its time.
+                    raise StoreUnavailableError(self._no_answer(opened)) from error
+                if self._dialect.fault(error) is Fault.MOVED:
+                    connection.invalidate(error)
+                    if self._is_ours(connection.engine):
+                        connection.engine.dispose()  # its siblings most likely lead there as well
+                raise
+            except IdempotentError:
                 raise
             except BaseException:
                 # Celery's soft time limit and the like are raised by signal, perhaps in the middle of an answer: whoever
                 # used this connection next would read the rest of it.
-                connection.invalidate()
+                self._abandon(connection)
                 raise
 
     def _connect(self, opened: _Opened) -> Connection:
         try:
             engine = self._autocommit(opened)
             # An engine of somebody's own has events of theirs, and is put into autocommit connection by connection.
-            return engine.connect() if isinstance(self._target, Engine) else DirectConnection(engine, opened.plans)
+            return DirectConnection(engine, opened.plans) if self._is_ours(engine) else engine.connect()
         except (TypeError, ValueError) as error:
+            if isinstance(error, IdempotentError):
+                raise
             # An option of the URL, which some drivers take for an argument of their own.
             raise ConfigurationError(
                 f"the queue log at {self} cannot be opened, its URL has a wrong option: {error}"
             ) from error
+        except DBAPIError as error:
+            if "invalid connection option" not in str(error.orig):  # libpq's words
+                raise
+            raise ConfigurationError(
+                f"the queue log at {self} cannot be opened, its URL has a wrong option: {' '.join(str(error.orig).split())}"
+            ) from error
+        except OSError as error:  # of this host, such as too many open files
+            raise _unavailable(f"the queue log at {self} cannot be opened: {error}", False) from error
 
     def _alone(self, connection: Connection) -> AbstractContextManager[None]:
         """Have each statement stand for itself, whatever listeners make of a transaction."""
         quiet = isinstance(connection, DirectConnection) and not connection.watched
         return nullcontext() if quiet else self._dialect.autocommit(connection)
 
-    @contextmanager
-    def _watched(self, connection: Connection) -> Iterator[None]:
-        """Whatever is asked of the connection is answered in time, or it is cut and the store is unavailable."""
+    def _bounded(
+        self, opened: _Opened, connection: Connection, patient: bool
+    ) -> AbstractContextManager[Watched | None]:
+        """Whatever is asked of the connection is answered in time, or it is cut; unless a person waits for it."""
+        if patient:
+            return self._dialect.unlimited(connection) if LIMITED in connection.info else nullcontext()
         descriptor = self._dialect.socket(connection.connection.dbapi_connection)
         if descriptor is None:
-            yield
-            return
-        watch = self._here().watch
-        with watch.over(descriptor) as watched:
-            try:
-                yield
-            except DBAPIError as error:
-                if watched.cut:
-                    # Not repeated, as a connection that broke is: the server is there, and had its time.
-                    text = f"the queue log at {self} gave no answer within {watch.patience:g} s"
-                    raise StoreUnavailableError(text) from error
-                raise
+            return nullcontext()
+        try:
+            return opened.watch.over(descriptor, partial(self._cancel, connection))
+        except OSError as error:
+            raise _unavailable(f"the queue log at {self} cannot be asked: {error}", False) from error
+
+    def _cancel(self, connection: Connection) -> None:
+        pool = connection.engine.pool
+        cancel = self._dialect.cancel(connection.connection.dbapi_connection, lambda: pool.recreate().connect())
+        if cancel is not None:
+            cancel()
+
+    def _abandon(self, connection: Connection) -> None:
+        """Give a connection up that may be in the middle of an answer, and have the server give up what it works on."""
+        if not connection.invalidated:
+            asking = beside_us(partial(self._cancel, connection))
+            if asking.is_alive():
+                asking.join(_CANCEL)
+        connection.invalidate()
+
+    def _no_answer(self, opened: _Opened) -> str:
+        return f"the queue log at {self} gave no answer within {opened.limit:g} s"
+
+    def _is_ours(self, engine: Engine) -> bool:
+        """Whether an engine is the store's own; its owner's is a proxy of it, or itself."""
+        return not isinstance(self._target, Engine) or engine.pool is not self._target.pool
 
     def _here(self) -> _Opened:
         """What this process has opened. Without a lock, which a fork could have left locked; ``setdefault`` is atomic."""
@@ -245,9 +305,10 @@ class Database:
             if self._made_in != os.getpid():
                 self._inherited_pools.append(self._target.pool)
                 self._target.dispose(close=False)
-            engine = self._dialect.in_autocommit(self._target)
+            own = beside(self._target, self._dialect, opened.limit)
+            engine = self._dialect.in_autocommit(self._target) if own is None else own
         else:
-            engine = self._create(self._target, isolation_level="AUTOCOMMIT", **_without_rollbacks())
+            engine = for_statements(self._target, self._dialect, opened.limit)
         if isinstance(engine.pool, StaticPool):
             opened.turn = opened.lock
         elif engine.dialect.name == "sqlite":
@@ -256,38 +317,20 @@ class Database:
 
     def _open_transactions(self, autocommit: Engine) -> Engine:
         if isinstance(self._target, Engine):
+            follow(self._target)
             return self._target
         if isinstance(autocommit.pool, StaticPool):
             return autocommit.execution_options(isolation_level="SERIALIZABLE")
-        # A pool of its own: bodies that hold a connection for minutes must not keep a lease from being renewed. It has as many
-        # as bodies run at once, which is for the worker's concurrency to say.
-        engine = self._create(self._target, max_overflow=-1)
-        self._dialect.prepare_for_transactions(engine)
-        return engine
-
-    def _create(self, url: URL, **arguments: Any) -> Engine:
-        # Parameters hold messages and results, which have no place in logs and error texts.
-        engine = create_engine(url, hide_parameters=True, **self._dialect.options(url), **arguments)
-        self._dialect.prepare(engine)
-        event.listen(engine, "checkout", self._refuse_closed)
-        if engine.dialect.name == "sqlite":
-            close_before_forks(engine)
-        return engine
-
-    def _refuse_closed(self, connection: Any, record: ConnectionPoolEntry, proxy: object) -> None:  # noqa: ARG002
-        """Have the pool replace a connection that its server has closed, before a statement is sent after it in vain."""
-        if _USED not in record.info:  # a new connection may have something to say, and is not closed
-            record.info[_USED] = True
-            return
-        descriptor = self._dialect.socket(connection)
-        if descriptor is not None and _has_something_to_say(descriptor):
-            raise DisconnectionError("closed by the server")
+        # A pool of its own: bodies that hold a connection for minutes must not keep a lease from being renewed.
+        return for_transactions(self._target, self._dialect)
 
     def _explained(self, fault: Fault, error: DBAPIError, sent: bool) -> StoreError:
         cause = " ".join(str(error.orig).split())
         match fault:
             case Fault.SCHEMA:
                 return SchemaError(f"the queue log at {self}: {cause}; run `celery -A proj idempotent init`")
+            case Fault.UNAVAILABLE if self._dialect.timed_out(error):
+                return _unavailable(f"{self._no_answer(self._here())}: {cause}", sent)
             case Fault.OTHER:
                 return StoreError(f"the queue log at {self} refused: {cause}")
             case _:
@@ -324,15 +367,3 @@ def _unavailable(text: str, sent: bool) -> StoreUnavailableError:
     error = StoreUnavailableError(text)
     error.unsent = not sent
     return error
-
-
-def _has_something_to_say(descriptor: int) -> bool:
-    """Whether something waits to be read where nothing was asked: the end, or words of farewell."""
-    waiting = select.poll()
-    waiting.register(descriptor, select.POLLIN)
-    return bool(waiting.poll(0))
-
-
-def _without_rollbacks() -> dict[str, Any]:
-    """The option by which closing a connection in autocommit sends nothing, where SQLAlchemy has it (2.0.43)."""
-    return {"skip_autocommit_rollback": True} if hasattr(DefaultDialect, "detect_autocommit_setting") else {}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from zlib import crc32
 
 from sqlalchemy import Connection, Table, text
@@ -48,7 +48,8 @@ def alone(connection: Connection, table: Table) -> Iterator[None]:
 
     PostgreSQL builds an index beside others only when all transactions have ended that can see the table as it was, and a session that
     waits for a lock is one of them: two builds wait for each other, and the one that is ended leaves half an index. So nobody waits in the
-    database. The lock is the session's, as such a build is in no transaction; a pooler that hands sessions around must not be in between.
+    database. Such a build is in no transaction, so another connection has the lock, in one of its own: a session's lock would be left with whichever
+    session a pooler had lent. While it does nothing that transaction has no snapshot, and no build waits for it.
 
     SQLite has one writer at a time, and does it all in one transaction. MySQL and MariaDB sort it out by themselves: the second one is told that
     it is done.
@@ -57,18 +58,32 @@ def alone(connection: Connection, table: Table) -> Iterator[None]:
         with _sqlite_transaction(connection, "BEGIN IMMEDIATE"):
             yield
         return
-    key = {"what": _ADVISORY, "which": crc32(table.fullname.encode()) - 2**31}
+    ask = f"SELECT pg_try_advisory_xact_lock({_ADVISORY}, {crc32(table.fullname.encode()) - 2**31})"
     waiting = False
-    while not connection.scalar(text("SELECT pg_try_advisory_lock(:what, :which)"), key):
-        if not waiting:
-            waiting = True
-            logger.warning("%s is being changed by somebody else, who is waited for", table.fullname)
-        time.sleep(_LOOK)
+    pool = connection.engine.pool.recreate()  # for one connection, which the engine's own has not to keep
+    driver = connection.dialect.loaded_dbapi
+    try:
+        other = pool.connect()
+        cursor = other.cursor()
+        cursor.execute("BEGIN ISOLATION LEVEL READ COMMITTED")
+        cursor.execute(ask)
+        while cursor.fetchone() == (False,):
+            if not waiting:
+                waiting = True
+                logger.warning("%s is being changed by somebody else, who is waited for", table.fullname)
+            time.sleep(_LOOK)
+            cursor.execute(ask)
+        # A statement that was sent by name keeps its snapshot until the next one, and builds would wait for that.
+        cursor.execute("SELECT 1")
+    except driver.Error as error:
+        raise StoreUnavailableError(
+            f"cannot change {table.fullname}: no second connection for its lock: {error}"
+        ) from error
     try:
         yield
     finally:
-        with suppress(DBAPIError):  # of a connection that broke, or whose transaction did: with it the lock is gone
-            connection.scalar(text("SELECT pg_advisory_unlock(:what, :which)"), key)
+        other.invalidate()  # with its transaction, and the lock
+        pool.dispose()
 
 
 @contextmanager
@@ -85,14 +100,26 @@ def _sqlite_transaction(connection: Connection, begin: str) -> Iterator[None]:
     if connection.dialect.name != "sqlite" or getattr(raw, "in_transaction", True):
         yield
         return
+    with _transaction(connection, begin):
+        yield
+
+
+@contextmanager
+def _transaction(connection: Connection, begin: str) -> Iterator[None]:
+    """A transaction on a connection in autocommit."""
     connection.exec_driver_sql(begin)
     try:
         yield
     except BaseException:
-        if getattr(raw, "in_transaction", False):  # it may have ended it by itself
+        if not connection.invalidated and not _ended_by_itself(connection):
             connection.exec_driver_sql("ROLLBACK")
         raise
     connection.exec_driver_sql("COMMIT")
+
+
+def _ended_by_itself(connection: Connection) -> bool:
+    """As SQLite ends a transaction after some errors."""
+    return not getattr(connection.connection.dbapi_connection, "in_transaction", True)
 
 
 def broken_indexes(connection: Connection, table: Table) -> frozenset[str]:
@@ -160,19 +187,19 @@ def _briefly(connection: Connection, ddl: DDLElement) -> Iterator[None]:
     """For the statement inside, no lock is waited for for long."""
     name = connection.dialect.name
     if name == "postgresql" and not is_online(ddl):  # which waits in nobody's way
-        begin, end = f"SET lock_timeout = '{_AT_A_TIME}s'", "RESET lock_timeout"
-    elif name in MYSQL_NAMES:
-        begin = f"SET SESSION lock_wait_timeout = {_AT_A_TIME}"
-        end = "SET SESSION lock_wait_timeout = DEFAULT"
-    else:
+        with _transaction(connection, "BEGIN"):
+            connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{_AT_A_TIME}s'")
+            yield
+        return
+    if name not in MYSQL_NAMES:
         yield
         return
-    connection.execute(text(begin))
+    connection.execute(text(f"SET SESSION lock_wait_timeout = {_AT_A_TIME}"))
     try:
         yield
     finally:
         if not connection.invalidated:
-            connection.execute(text(end))
+            connection.execute(text("SET SESSION lock_wait_timeout = DEFAULT"))
 
 
 def _in_use(connection: Connection, error: DBAPIError) -> bool:

@@ -27,7 +27,7 @@ from celery_idempotent.records import (
     TaskCount,
 )
 from celery_idempotent.stores.sql import schema
-from celery_idempotent.stores.sql.address import parse
+from celery_idempotent.stores.sql.address import parse, refuse_driver
 from celery_idempotent.stores.sql.claims import Claims
 from celery_idempotent.stores.sql.columns import AT_ONCE
 from celery_idempotent.stores.sql.connection import Database
@@ -54,8 +54,10 @@ class SQLStore:
     Args:
         url_or_engine: A URL, as for :func:`~celery_idempotent.stores.open_store`; or a SQLAlchemy engine of yours, which
             stays yours: it is never disposed of, except that after a fork its inherited pool is dropped (unclosed, by
-            ``dispose(close=False)``). On MySQL and MariaDB an engine of yours takes some more round trips per
-            verb, to switch its connections to autocommit and back, and ought to be in strict SQL mode.
+            ``dispose(close=False)``). Atomic bodies run on its connections. The store's own statements run on others, which are made as it
+            makes its own, by its creator and with its ``connect`` listeners, in a pool of the same size; they are closed with the store, and when the
+            engine is disposed of. On SQLite, and with an engine that has no ``QueuePool``, they run on the engine's own. On MySQL and MariaDB an
+            engine of yours ought to be in strict SQL mode.
         table: The table's name, or ``schema.name``.
 
     Raises:
@@ -66,6 +68,8 @@ class SQLStore:
 
     def __init__(self, url_or_engine: str | URL | Engine, *, table: str = "queue_log") -> None:
         target = url_or_engine if isinstance(url_or_engine, Engine) else parse(url_or_engine)
+        if isinstance(target, Engine):
+            refuse_driver(target.dialect.driver)
         dialect = dialect_named(target.dialect.name if isinstance(target, Engine) else target.get_backend_name())
         namespace, _, name = table.rpartition(".")
         self._table = queue_log_table(MetaData(), name, schema=namespace or None)
@@ -265,9 +269,10 @@ class SQLStore:
     def configuration(self) -> Mapping[str, str]:
         if not self._database.exists():
             return {"file": str(self.engine.url.database)}
-        return self._run(
+        told = self._run(
             lambda on, _: {name: str(value) for name, value in on.execute(self._dialect.configuration)}, prepared=False
         )
+        return {**told, **self._database.of_bodies()}
 
     # -- life cycle ----------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,5 @@
-"""A server that takes a statement and says nothing: its connection is cut, so that whoever waits is told.
+"""A server that takes a statement and says nothing: it is asked to give the statement up, then its connection is cut, so that
+whoever waits is told.
 
 Drivers bound how long a connection may take, not how long an answer may. A server that is frozen, cut off from its disk, or that
 waits for a lock somebody forgot answers neither yes nor no, and TCP finds nothing wrong with it.
@@ -7,30 +8,52 @@ waits for a lock somebody forgot answers neither yes nor no, and TCP finds nothi
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
-__all__ = ["Watch", "Watched"]
+__all__ = ["Watch", "Watched", "beside_us"]
+
+logger = logging.getLogger("celery_idempotent")
+
+#: The part of the patience after which the server is asked to give up. A server that is told so answers, most of them within the rest.
+_ASKED_AFTER = 0.9
 
 
 @dataclass(slots=True, eq=False)
 class Watched:
-    """A statement under way.
+    """A statement under way: for as long as its ``with`` block lasts.
 
     Attributes:
+        watch: What watches it.
         descriptor: A duplicate of its socket's, so that it can name no other socket when the driver has closed that.
         due: When its answer is overdue, by the monotonic clock.
-        cut: Whether it was, and the connection was shut down.
+        cancel: Asks the server to give it up; ``None`` when there is no way to, or it was asked.
+        cut: Whether its answer was overdue, and the connection was shut down.
     """
 
+    watch: Watch
     descriptor: int
     due: float
+    cancel: Callable[[], object] | None
     cut: bool = False
+
+    @property
+    def next(self) -> float:
+        """When something is to be done about it."""
+        return self.due if self.cancel is None else self.due - self.watch.patience * (1 - _ASKED_AFTER)
+
+    def __enter__(self) -> Self:
+        self.watch._begin(self)  # noqa: SLF001 - of this module
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.watch._end(self)  # noqa: SLF001
 
 
 class Watch:
@@ -46,19 +69,27 @@ class Watch:
         self._watched: set[Watched] = set()
         self._thread: threading.Thread | None = None
 
-    @contextmanager
-    def over(self, descriptor: int) -> Iterator[Watched]:
-        """Shut the socket down unless the block ends within the patience."""
-        watched = Watched(os.dup(descriptor), time.monotonic() + self.patience)
+    def over(self, descriptor: int, cancel: Callable[[], object] | None = None) -> Watched:
+        """Shut the socket down unless the block ends within the patience.
+
+        Args:
+            descriptor: The socket's.
+            cancel: Asks the server to give up, some time before; called in a thread of its own.
+
+        Raises:
+            OSError: This process has no descriptor left.
+        """
+        return Watched(self, os.dup(descriptor), time.monotonic() + self.patience, cancel)
+
+    def _begin(self, watched: Watched) -> None:
         with self._lock:
             self._watched.add(watched)
             if self._thread is None:
                 self._start()
-        try:
-            yield watched
-        finally:
-            with self._lock:
-                self._forget(watched)
+
+    def _end(self, watched: Watched) -> None:
+        with self._lock:
+            self._forget(watched)
 
     def _start(self) -> None:
         thread = threading.Thread(target=self._run, name="celery-idempotent-watch", daemon=True)
@@ -71,15 +102,19 @@ class Watch:
         while True:
             with self._lock:
                 now = time.monotonic()
-                for watched in [watched for watched in self._watched if watched.due <= now]:
+                for watched in [watched for watched in self._watched if watched.next <= now]:
+                    if watched.cancel is not None:
+                        beside_us(watched.cancel)
+                        watched.cancel = None
+                        continue
                     watched.cut = True
                     _shut_down(watched.descriptor)
                     self._forget(watched)
                 if not self._watched:
                     self._thread = None
                     return
-                pause = min(watched.due for watched in self._watched) - now
-            time.sleep(pause)  # a statement that comes meanwhile is due later than these
+                pause = min(watched.next for watched in self._watched) - now
+            time.sleep(max(0.0, pause))  # a statement that comes meanwhile is due later than these
 
     def _forget(self, watched: Watched) -> None:
         # By whoever is first, and by the thread alone when a signal (a soft time limit) broke into `over`.
@@ -96,3 +131,18 @@ def _shut_down(descriptor: int) -> None:
         pass  # its peer was faster
     finally:
         connection.detach()
+
+
+def beside_us(cancel: Callable[[], object]) -> threading.Thread:
+    """Ask a server to give up, in a thread that nobody has to wait for: the server may be out of reach."""
+
+    def ask() -> None:
+        try:
+            cancel()
+        except Exception as error:  # noqa: BLE001 - any of the driver's; its statement ends by the server's own limit, if at all
+            logger.debug("a statement could not be cancelled: %s", error)
+
+    thread = threading.Thread(target=ask, name="celery-idempotent-cancel", daemon=True)
+    with contextlib.suppress(RuntimeError):  # an interpreter on its way out starts no threads
+        thread.start()
+    return thread

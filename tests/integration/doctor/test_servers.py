@@ -19,7 +19,7 @@ from celery_idempotent.records import Claimed, MessageKey, NewMessage
 from celery_idempotent.stores import open_store
 from tests.integration.doctor.conftest import MakeApp, codes, doctor_says, examine
 from tests.integration.test_command_line import PROJECT, command
-from tests.support.servers import PrivatePostgreSQL, PrivateRabbitMQ, PrivateRedis
+from tests.support.servers import PrivatePgBouncer, PrivatePostgreSQL, PrivateRabbitMQ, PrivateRedis
 from tests.support.servers.mariadb import PrivateMariaDB
 
 #: A private server is made to be fast; these are the settings with which one would run it.
@@ -160,6 +160,26 @@ def test_a_right_that_is_missing_is_a_finding(make_app: MakeApp, durable: str, s
     sql("CREATE ROLE nobody LOGIN")
     (found,) = examine(make_app(init=False, idempotent_store=durable.replace("postgres@", "nobody@")))
     assert (found.code, "permission denied" in found.what) == ("store-refused", True)
+
+
+def test_an_engine_that_names_statements_behind_a_pooler(
+    make_app: MakeApp, durable: str, private_postgresql: PrivatePostgreSQL
+) -> None:
+    with PrivatePgBouncer(durable) as pooler:
+        engines = [
+            sa.create_engine(pooler.url),
+            sa.create_engine(pooler.url, connect_args={"prepare_threshold": None}),
+            sa.create_engine(durable),
+        ]
+        app = make_app(idempotent_store=durable)
+        found = []
+        for engine in engines:
+            QueueLog(app, store=SQLStore(engine))
+            found.append([code for code in codes(app) if code == "pooler-prepares"])
+            QueueLog.of(app).close()
+            engine.dispose()
+        assert found == [["pooler-prepares"], [], []]
+        assert "pooler-prepares" not in codes(make_app(idempotent_store=pooler.url)), "which is the store's own engine"
 
 
 # -- MariaDB, SQLite -----------------------------------------------------------------------------------------------------------

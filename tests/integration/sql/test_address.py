@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from celery import Celery
 
-from celery_idempotent.errors import ConfigurationError
+from celery_idempotent import QueueLog
+from celery_idempotent.errors import ConfigurationError, StoreUnavailableError
+from celery_idempotent.records import Found, MessageKey
 from celery_idempotent.stores import open_store
 from celery_idempotent.stores.sql import SQLStore
 from celery_idempotent.stores.sql.address import parse
+from celery_idempotent.testing.examples import KEY, new_message, processing
+from tests.support.servers import PrivatePgBouncer, PrivatePostgreSQL
 
 
 @pytest.mark.parametrize(
@@ -27,6 +36,12 @@ from celery_idempotent.stores.sql.address import parse
         ("sqlite:///queue_log.db", "sqlite:///queue_log.db"),
         ("sqlite://", "sqlite://"),
         ("postgresql://u:p%40ss@h/d?application_name=shop", "postgresql+psycopg://u:p%40ss@h/d?application_name=shop"),
+        ("postgresql://u:p@h1:5432,h2/d", "postgresql+psycopg://u:p@/d?host=h1%3A5432&host=h2"),
+        ("postgres://h1,h2/d?sslmode=require", "postgresql+psycopg:///d?host=h1&host=h2&sslmode=require"),
+        ("postgresql://u:a,b@h/d", "postgresql+psycopg://u:a%2Cb@h/d"),
+        ("mysql://u@h/d?ssl=true", "mysql+pymysql://u@h/d?ssl_verify_cert=false"),
+        ("mysql://u@h/d?ssl=1&ssl_ca=/ca.pem", "mysql+pymysql://u@h/d?ssl_ca=%2Fca.pem"),
+        ("mysql://u@h/d?ssl=false", "mysql+pymysql://u@h/d?ssl_disabled=true"),
     ],
 )
 def test_short_forms_are_written_out(short: str, long: str) -> None:
@@ -43,6 +58,10 @@ def test_short_forms_are_written_out(short: str, long: str) -> None:
         ("mongodb://u:s3cret@h/d", "begins with mongodb://, which is not known"),
         ("postgresql+nosuch://u:s3cret@h/d", "whose driver is not known"),
         ("sqlite+aiosqlite:///s3cret.db", "is not installed|asyncio driver"),
+        ("postgresql+pg8000://u:s3cret@h/d", "cannot use the driver pg8000.*use postgresql://"),
+        ("mysql://u:s3cret@h1:1,h2:2/d", "several hosts.*name one"),
+        ("mysql://u:s3cret@h/d?ssl=s3cret", "ssl in the store's URL is true or false.*ssl_ca="),
+        ("postgresql://u:s3cret@h/d?pool_size=5&max_overflow=9", "max_overflow, pool_size.*leave it out"),
     ],
 )
 def test_a_bad_url_is_told_without_its_password(url: str, text: str) -> None:
@@ -77,6 +96,132 @@ def test_a_missing_driver_is_told_with_the_command_that_installs_it(
         open_store(url)
     assert command in str(caught.value)
     assert "s3cret" not in str(caught.value)
+
+
+def test_a_url_object_is_taken_as_a_store(store_url: str) -> None:
+    app = Celery("urls", broker="memory://", set_as_current=False)
+    app.conf.idempotent_store = sa.make_url(store_url)
+    assert QueueLog(app).init()
+    app.queue_log.close()
+    store = open_store(sa.make_url(store_url))
+    store.check()
+    store.close()
+
+
+@pytest.mark.parametrize("store_url", ["mariadb"], indirect=True)
+def test_tls_is_asked_for_by_a_word(store_url: str) -> None:
+    engine = sa.create_engine(store_url, poolclass=sa.NullPool)
+    with engine.connect() as connection:
+        offered = connection.execute(sa.text("SELECT @@have_ssl")).scalar() == "YES"
+    for asked in (True, False):
+        store = SQLStore(sa.make_url(store_url).update_query_dict({"ssl": str(asked).lower()}))
+        with nullcontext() if offered or not asked else pytest.raises(StoreUnavailableError, match="SSL"):
+            store.init()
+        store.close()
+
+
+@pytest.mark.parametrize("store_url", ["postgresql"], indirect=True)
+def test_an_option_that_the_driver_does_not_know_is_named(store_url: str) -> None:
+    store = SQLStore(sa.make_url(store_url).update_query_dict({"conect_timeout": "3"}))
+    with pytest.raises(ConfigurationError, match='wrong option: invalid connection option "conect_timeout"'):
+        store.check()
+
+
+def test_hosts_are_tried_in_turn(postgresql_url: str) -> None:
+    url = sa.make_url(postgresql_url)
+    store = SQLStore(f"postgresql://{url.username}@127.0.0.1:1,{url.host}:{url.port}/{url.database}")
+    assert store.configuration()
+    store.close()
+
+
+@pytest.fixture
+def odd(private_postgresql: PrivatePostgreSQL) -> Callable[[str, str], str]:
+    """Makes a database as one is found at times: with a statement that makes it, and one that sets it up."""
+
+    def make(create: str, alter: str = "") -> str:
+        engine = sa.create_engine(private_postgresql.url, isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
+        with engine.connect() as connection:
+            for statement in filter(None, (create, alter)):
+                connection.execute(sa.text(statement))
+        return sa.make_url(private_postgresql.url).set(database="odd").render_as_string(hide_password=False)
+
+    return make
+
+
+def as_a_task_uses_it(store: SQLStore) -> None:
+    store.init()
+    held = processing(store, key=MessageKey("größer", "t"))
+    assert store.complete(held, result=b"1")
+    row = store.find(held.key)
+    assert row is not None
+    assert row.processed_timestamp is not None
+    with store.engine.begin() as body:
+        found = store.within(body).record(new_message(held.key))
+        assert isinstance(found, Found)
+        assert found.row.key == held.key
+
+
+@pytest.mark.parametrize(
+    ("create", "alter"),
+    [
+        ("CREATE DATABASE odd ENCODING 'SQL_ASCII' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0", ""),
+        ("CREATE DATABASE odd", "ALTER DATABASE odd SET DateStyle = 'German'"),
+        ("CREATE DATABASE odd", "ALTER DATABASE odd SET DateStyle = 'SQL, DMY'"),
+        ("CREATE DATABASE odd", "ALTER DATABASE odd SET default_transaction_isolation = 'serializable'"),
+    ],
+    ids=["SQL_ASCII", "German dates", "SQL dates", "serializable"],
+)
+def test_a_database_that_is_set_oddly_serves(odd: Callable[[str, str], str], create: str, alter: str) -> None:
+    store = SQLStore(odd(create, alter))
+    as_a_task_uses_it(store)
+    store.close()
+
+
+def test_dates_that_a_session_behind_a_pooler_cannot_ask_for(odd: Callable[[str, str], str]) -> None:
+    url = odd("CREATE DATABASE odd", "ALTER DATABASE odd SET DateStyle = 'German'")
+    with PrivatePgBouncer(url) as pooler:
+        store = SQLStore(pooler.url)
+        with pytest.raises(ConfigurationError, match="ALTER ROLE postgres SET DateStyle = ISO"):
+            store.check()
+        store.close()
+
+
+@contextmanager
+def too_many_open_files() -> Iterator[None]:
+    """This process can open no other."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(int(each.name) for each in Path("/proc/self/fd").iterdir())
+    with ExitStack() as files:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 8, limits[1]))
+        try:
+            with suppress(OSError):
+                while True:
+                    files.enter_context(Path("/dev/null").open())
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_too_many_open_files_are_an_outage(store_url: str) -> None:
+    store = SQLStore(store_url)
+    store.init()
+    store.close()
+    with too_many_open_files(), pytest.raises(StoreUnavailableError) as caught:
+        store.find(KEY)
+    assert caught.value.unsent
+    assert store.find(KEY) is None
+    store.close()
+
+
+@pytest.mark.parametrize("store_url", ["postgresql", "mariadb"], indirect=True)
+def test_too_many_open_files_on_a_connection_that_is_open(store_url: str) -> None:
+    store = SQLStore(store_url)
+    store.init()
+    with too_many_open_files(), pytest.raises(StoreUnavailableError) as caught:
+        store.find(KEY)
+    assert caught.value.unsent
+    assert store.find(KEY) is None
+    store.close()
 
 
 def test_a_representation_hides_passwords() -> None:

@@ -93,14 +93,28 @@ def test_an_owners_engine_outlives_the_store(store: SQLStore) -> None:
     engine = sa.create_engine(store.engine.url)
     owned = SQLStore(engine)
     processing(owned)
-    before = session(owned)
+    ask = sa.text("SELECT pg_backend_pid()" if engine.dialect.name == "postgresql" else "SELECT CONNECTION_ID()")
+    with engine.begin() as connection:
+        before = connection.execute(ask).scalar()
     owned.close()
     with engine.begin() as connection:
+        assert connection.execute(ask).scalar() == before
         assert connection.execute(sa.text("SELECT count(*) FROM queue_log")).scalar() == 1
         connection.execute(sa.text("UPDATE queue_log SET duplicates = 7"))
         connection.rollback()
-    assert session(owned) == before
     assert read(owned).duplicates == 0
+    engine.dispose()
+
+
+@on_servers
+def test_what_the_store_opened_beside_an_engine_is_closed_with_it(store: SQLStore) -> None:
+    engine = sa.create_engine(store.engine.url)
+    owned = SQLStore(engine)
+    processing(owned)
+    before = session(owned)
+    assert session(owned) == before, "one connection, kept"
+    engine.dispose()
+    assert session(owned) != before
     engine.dispose()
 
 

@@ -180,6 +180,7 @@ SICK = [
     Provoked("store-durability", told(REDIS, appendfsync="no"), "appendfsync is no"),
     Provoked("store-read-only", told(MARIADB, read_only="ON"), "read_only is on"),
     Provoked("store-read-only", told({"default_transaction_read_only": "on"}), "default_transaction_read_only is on"),
+    Provoked("pooler-prepares", told({"pooler": "on", "prepare_threshold": "5"}), "after 5 uses"),
     Provoked("store-configuration", told({}), "does not tell this account"),
     Provoked("redis-appendonly", told(REDIS, appendonly="no", appendfsync="no"), "appendonly is no at a store"),
     Provoked("redis-appendonly", told({**REDIS, "appendonly [node:1]": "no"}), "at a store [node:1]"),

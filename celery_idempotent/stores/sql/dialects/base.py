@@ -5,12 +5,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from enum import Enum, auto
 from typing import Any, ClassVar
 
-from sqlalchemy import URL, ColumnElement, Connection, CursorResult, Engine, Executable, Select, Table, Update
+from sqlalchemy import (
+    URL,
+    ColumnElement,
+    Connection,
+    CursorResult,
+    Engine,
+    Executable,
+    PoolProxiedConnection,
+    Select,
+    Table,
+    Update,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError
 
@@ -23,6 +34,7 @@ class Fault(Enum):
     LOST = auto()  # the connection broke: whether the statement took effect is not known
     COLLISION = auto()  # deadlock, serialization failure, busy: it did not take effect, and may at once be repeated
     UNAVAILABLE = auto()  # it did not take effect, and will not until somebody or time helps
+    MOVED = auto()  # nor did this, and it may at once be repeated elsewhere: here the server takes no writes any more
     SCHEMA = auto()  # a table or column is not there
     OTHER = auto()  # the statement or its data are at fault: repeating it changes nothing
 
@@ -136,6 +148,44 @@ class Dialect(ABC):
     def autocommit(self, connection: Connection) -> AbstractContextManager[None]:
         """Have each statement on such a connection stand for itself."""
         return nullcontext()
+
+    def furnish(self, driver: object, connection: Any, *, limit: float | None, ours: bool) -> None:
+        """Set up a driver's connection that was just opened, and that only the store uses.
+
+        Args:
+            driver: The driver's module.
+            connection: In autocommit when there is a limit.
+            limit: Seconds for which the server works on one statement; ``None`` on connections for atomic bodies, whose statements may take
+                as long as they like.
+            ours: Whether the store chose how to connect; else the owner of an engine did.
+
+        Raises:
+            ConfigurationError: The server cannot be used like this; the text says what to change.
+        """
+        return
+
+    def setup(self, connection: Any) -> dict[str, str]:
+        """How a driver's connection is set up by an engine's owner, in addition to the server's ``configuration``."""
+        return {}
+
+    def unlimited(self, connection: Connection) -> AbstractContextManager[None]:
+        """For the statements inside, lift the limit that the connection was furnished with."""
+        return nullcontext()
+
+    def timed_out(self, error: DBAPIError) -> bool:
+        """Whether the server gave up the statement, because of its limit or because it was cancelled."""
+        return False
+
+    def cancel(self, connection: Any, another: Callable[[], PoolProxiedConnection]) -> Callable[[], object] | None:
+        """What asks the server to give up the statement that a driver's connection waits for; ``None`` if there is no way.
+
+        Args:
+            connection: That connection.
+            another: Opens another one.
+
+        To be called in another thread. It may block for seconds, and may fail with any error of the driver's.
+        """
+        return None
 
 
 class OnConflict(Dialect):

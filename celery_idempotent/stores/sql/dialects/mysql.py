@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from sqlalchemy import (
@@ -14,6 +16,7 @@ from sqlalchemy import (
     CursorResult,
     Engine,
     Executable,
+    PoolProxiedConnection,
     Select,
     Table,
     Update,
@@ -38,13 +41,18 @@ _SCHEMA = {1054, 1146}
 _UNAVAILABLE = {
     *(1040, 1203, 1226),  # too many connections, of a user, of a resource
     *(1021, 1030, 1037, 1041, 1114, 3675),  # disk full, storage error, out of memory, table full
-    *(1053, 1077, 1079, 1317, 1927),  # shutting down, interrupted, killed
+    *(1053, 1077, 1079, 1927),  # shutting down, killed
     *(1158, 1159, 1160, 1161),  # packets not read or written
-    *(1290, 1792, 1836),  # read only, after a failover
-    *(1969, 3024),  # statement took too long
     *(1047, 1180, 3101),  # cluster member not ready, error at commit
     *(1044, 1045, 1049, 1698),  # access or database not there (yet)
 }
+
+_STRICT = "sql_mode = CONCAT_WS(',', @@SESSION.sql_mode, 'STRICT_ALL_TABLES')"
+
+#: The server, or the transaction, is read only: this was the primary before a failover.
+_MOVED = {1290, 1792, 1836}
+#: The statement took too long; somebody interrupted it.
+_TIMED_OUT = {1317, 1969, 3024}
 
 #: Seconds to reach the server, and for each of its words until it has let us in.
 _CONNECT_TIMEOUT = 10
@@ -121,10 +129,15 @@ class MySQL(Dialect):
             return Fault.COLLISION
         if code in _SCHEMA:
             return Fault.SCHEMA
+        if code in _MOVED:
+            return Fault.MOVED
         # Errors of the client library itself (2000 and up) are about the connection.
-        if code in _UNAVAILABLE or isinstance(error, InterfaceError):
+        if code in _UNAVAILABLE | _TIMED_OUT or isinstance(error, InterfaceError):
             return Fault.UNAVAILABLE
         return Fault.UNAVAILABLE if isinstance(error, OperationalError) and 2000 <= code < 3000 else Fault.OTHER
+
+    def timed_out(self, error: DBAPIError) -> bool:
+        return _code(error) in _TIMED_OUT
 
     def socket(self, connection: Any) -> int | None:
         # PyMySQL does not tell in public; of another driver's connections nothing is known.
@@ -139,11 +152,38 @@ class MySQL(Dialect):
         return {"connect_args": {name: _CONNECT_TIMEOUT for name in timeouts if name not in url.query}}
 
     def prepare(self, opened: Engine) -> None:
-        event.listen(opened, "connect", _be_strict)
         if "read_timeout" in self.options(opened.url).get("connect_args", ()):
             event.listen(opened, "connect", _take_your_time)
         if not hasattr(opened.dialect, "detect_autocommit_setting"):  # SQLAlchemy before 2.0.43
             _skip_autocommit_rollback(opened)
+
+    def furnish(self, driver: object, connection: Any, *, limit: float | None, ours: bool) -> None:
+        # Without strict mode an id that is too long would be cut, and two ids become one. For an engine of its owner's it is theirs to say.
+        settings = [_STRICT] if ours else []
+        if limit is not None:
+            settings += [
+                # A lower one that somebody has set already stays; 0 is none.
+                f"{name} = IF(@@{name} > 0, LEAST(@@{name}, {value:g}), {value:g})"
+                for name, value in _limits(connection, limit).items()
+            ]
+        if settings:
+            _execute(connection, f"SET {', '.join(settings)}")
+
+    @contextmanager
+    def unlimited(self, connection: Connection) -> Iterator[None]:
+        names = _limits(connection.connection.dbapi_connection, 0.0)
+        before = connection.exec_driver_sql(f"SELECT {', '.join(f'@@{name}' for name in names)}").one()
+        connection.exec_driver_sql(f"SET {', '.join(f'{name} = DEFAULT' for name in names)}")
+        try:
+            yield
+        finally:
+            if not connection.invalidated:
+                settings = ", ".join(f"{name} = {value}" for name, value in zip(names, before, strict=True))
+                connection.exec_driver_sql(f"SET {settings}")
+
+    def cancel(self, connection: Any, another: Callable[[], PoolProxiedConnection]) -> Callable[[], object] | None:
+        number = getattr(connection, "thread_id", None)  # PyMySQL and mysqlclient have it
+        return None if number is None else partial(_kill, number(), another)
 
 
 def _code(error: DBAPIError) -> int:
@@ -151,10 +191,33 @@ def _code(error: DBAPIError) -> int:
     return code if isinstance(code, int) else 0
 
 
-def _be_strict(connection: Any, record: Any) -> None:
-    """Without strict mode an id that is too long would be cut, and two ids become one."""
-    with connection.cursor() as cursor:
-        cursor.execute("SET SESSION sql_mode = CONCAT_WS(',', @@SESSION.sql_mode, 'STRICT_ALL_TABLES')")
+def _limits(connection: Any, seconds: float) -> dict[str, float]:
+    """Settings that end a statement. MySQL has one for what only reads, and two for what waits for a lock; MariaDB has one for all."""
+    if "MariaDB" in connection.get_server_info():
+        return {"max_statement_time": seconds}
+    waiting = max(1, round(seconds))
+    return {
+        "lock_wait_timeout": waiting,
+        "innodb_lock_wait_timeout": waiting,
+        "max_execution_time": round(seconds * 1000),
+    }
+
+
+def _execute(connection: Any, statement: str) -> None:
+    cursor = connection.cursor()
+    try:
+        cursor.execute(statement)
+    finally:
+        cursor.close()
+
+
+def _kill(number: int, another: Callable[[], PoolProxiedConnection]) -> None:
+    """End the statement of a connection; it has to be said on another one, by the same account."""
+    connection = another()
+    try:
+        _execute(connection, f"KILL QUERY {number}")
+    finally:
+        connection.invalidate()
 
 
 def _take_your_time(connection: Any, record: Any) -> None:

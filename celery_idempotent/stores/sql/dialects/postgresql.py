@@ -1,15 +1,18 @@
 """PostgreSQL, and what speaks its language: nothing here is beyond CockroachDB and YugabyteDB."""
 
-# ruff: noqa: D102 - documented in the base class
+# ruff: noqa: ARG002, D102 - documented in the base class
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import URL, text
+from sqlalchemy import URL, Connection, PoolProxiedConnection, text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
+from celery_idempotent.errors import ConfigurationError
 from celery_idempotent.stores.sql.dialects.base import Fault, OnConflict
 
 __all__ = ["PostgreSQL"]
@@ -20,14 +23,31 @@ _LOST = {"40003"}
 _COLLISIONS = {"40001", "40P01"}
 #: undefined_table, undefined_column, invalid_schema_name.
 _SCHEMA = {"42P01", "42703", "3F000"}
-#: read_only_sql_transaction (a standby after a failover): psycopg calls it an InternalError.
-_UNAVAILABLE = {"25006"}
+#: read_only_sql_transaction: a standby, as the primary is after a failover. psycopg calls it an InternalError.
+_MOVED = {"25006"}
+#: query_canceled: by its own limit, by us, or by an operator.
+_CANCELED = "57014"
 
 #: libpq's PQTRANS_INERROR: after an error PostgreSQL answers a commit by a rollback.
 _IN_ERROR = 3
 
 #: Seconds to reach the server; libpq itself waits for as long as TCP does, which is minutes.
 _CONNECT_TIMEOUT = 10
+
+#: How often psycopg executes a statement before it gives it a name, where it may.
+_NAMED_AFTER = 5
+
+#: Seconds for the server to take note of a cancellation.
+_CANCEL_TIMEOUT = 5.0
+
+#: Whether the server's process is the one that we were told of as we connected; and the lower limit of a statement, ours or the one that is set
+#: already. A pooler tells of a process that is none: it has fewer of them than clients, and what a session is set to, or has named, meets
+#: the next client of it.
+_LOOK = (
+    "SELECT pg_backend_pid() = %(pid)s,"
+    " LEAST(NULLIF(EXTRACT(EPOCH FROM current_setting('statement_timeout')::interval) * 1000, 0), %(limit)s)::int"
+)
+_SET = "SELECT set_config('DateStyle', 'ISO', false), set_config('statement_timeout', %(limit)s, false)"
 
 
 class PostgreSQL(OnConflict):
@@ -49,17 +69,117 @@ class PostgreSQL(OnConflict):
             return Fault.COLLISION
         if state in _SCHEMA:
             return Fault.SCHEMA
-        if state in _UNAVAILABLE or isinstance(error, OperationalError | InterfaceError):
-            return Fault.UNAVAILABLE
-        return Fault.OTHER
+        if state in _MOVED:
+            return Fault.MOVED
+        return Fault.UNAVAILABLE if isinstance(error, OperationalError | InterfaceError) else Fault.OTHER
+
+    def timed_out(self, error: DBAPIError) -> bool:
+        return _CANCELED in {getattr(error.orig, "sqlstate", None), getattr(error.orig, "pgcode", None)}
 
     def gave_up(self, connection: Any) -> bool | None:
         status = getattr(getattr(connection, "info", None), "transaction_status", None)  # of psycopg and psycopg2
         return None if status is None else int(status) == _IN_ERROR
 
     def socket(self, connection: Any) -> int | None:
-        tell = getattr(connection, "fileno", None)  # psycopg and psycopg2 have it, pg8000 does not
+        tell = getattr(connection, "fileno", None)  # psycopg and psycopg2 have it
         return None if tell is None or connection.closed else int(tell())
 
     def options(self, url: URL) -> dict[str, Any]:
-        return {} if "connect_timeout" in url.query else {"connect_args": {"connect_timeout": _CONNECT_TIMEOUT}}
+        # A database in SQL_ASCII leaves it to the client to guess, and psycopg then gives bytes.
+        wanted = {"connect_timeout": _CONNECT_TIMEOUT, "client_encoding": "utf8"}
+        arguments: dict[str, Any] = {name: value for name, value in wanted.items() if name not in url.query}
+        if url.get_driver_name() == "psycopg":
+            arguments["prepare_threshold"] = None  # see `furnish`
+        return {"connect_args": arguments}
+
+    def furnish(self, driver: object, connection: Any, *, limit: float | None, ours: bool) -> None:
+        style = str(connection.info.parameter_status("DateStyle") or "ISO")
+        iso = style.startswith("ISO")
+        if limit is None and iso:
+            return
+        wanted = 0 if limit is None else round(limit * 1000)
+        direct, milliseconds = _ask(connection, _LOOK, pid=connection.info.backend_pid, limit=wanted)
+        if direct:
+            _ask(connection, _SET, limit=str(milliseconds))
+            # A statement with a name is planned once for its connection.
+            if ours and limit is not None and hasattr(connection, "prepare_threshold"):
+                connection.prepare_threshold = _NAMED_AFTER
+        elif not iso:
+            raise ConfigurationError(
+                f"the server writes dates in the style {style}, and behind a pooler no session can ask for another; "
+                f"run: ALTER ROLE {connection.info.user} SET DateStyle = ISO"
+            )
+        else:
+            connection.prepare_threshold = None
+            # psycopg's that put values into the text; psycopg2 has no others.
+            cursors = getattr(driver, "ClientCursor", None) or type(connection.cursor())
+            connection.cursor_factory = _limited(cursors, milliseconds)
+
+    def setup(self, connection: Any) -> dict[str, str]:
+        threshold = getattr(connection, "prepare_threshold", None)
+        direct, _ = _ask(connection, _LOOK, pid=connection.info.backend_pid, limit=0)
+        return {
+            **({} if direct else {"pooler": "on"}),
+            **({} if threshold is None else {"prepare_threshold": str(threshold)}),
+        }
+
+    @contextmanager
+    def unlimited(self, connection: Connection) -> Iterator[None]:
+        raw: Any = connection.connection.dbapi_connection
+        cursors = raw.cursor_factory
+        if isinstance(cursors, type) and issubclass(cursors, _Limited):
+            raw.cursor_factory = cursors.unlimited
+            try:
+                yield
+            finally:
+                raw.cursor_factory = cursors
+            return
+        before = connection.exec_driver_sql("SHOW statement_timeout").scalar()
+        connection.exec_driver_sql("SET statement_timeout = 0")
+        try:
+            yield
+        finally:
+            if not connection.invalidated:
+                connection.exec_driver_sql(f"SET statement_timeout = '{before}'")
+
+    def cancel(self, connection: Any, another: Callable[[], PoolProxiedConnection]) -> Callable[[], object] | None:
+        # psycopg's since 3.2, with a timeout where libpq is of 17; before, and psycopg2's, as long as TCP takes.
+        safe = getattr(connection, "cancel_safe", None)
+        return connection.cancel if safe is None else lambda: safe(timeout=_CANCEL_TIMEOUT)
+
+
+def _ask(connection: Any, question: str, **parameters: Any) -> Any:
+    cursor = connection.cursor()
+    try:
+        cursor.execute(question, parameters)
+        return cursor.fetchone()
+    finally:
+        cursor.close()
+
+
+class _Limited:
+    """What tells cursors apart whose statements carry their limit with them.
+
+    Attributes:
+        unlimited: The same without.
+    """
+
+    unlimited: type[Any]
+
+
+def _limited(cursors: Any, milliseconds: int) -> type[_Limited]:
+    """Cursors that send each statement in one message with its limit, which ends with the transaction that the message is."""
+
+    class Limited(cursors, _Limited):  # type: ignore[misc]
+        unlimited = cursors
+
+        def execute(self, query: Any, *args: Any, **kwargs: Any) -> Any:
+            if not isinstance(query, str):  # the driver's own
+                return super().execute(query, *args, **kwargs)
+            super().execute(f"SET LOCAL statement_timeout = {milliseconds}; {query}", *args, **kwargs)
+            # psycopg begins with the first of the answers; psycopg2 has the last alone.
+            while hasattr(self, "pgresult") and self.nextset():
+                pass
+            return self
+
+    return Limited

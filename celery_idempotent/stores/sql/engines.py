@@ -1,0 +1,173 @@
+"""The engines that the store opens: for its own statements, and for the transactions of atomic bodies.
+
+The store's own statements have connections of their own, also where an engine was given: bodies may hold all of that engine's for minutes,
+and a lease has to be renewed meanwhile. What they are set to is the store's, too, and reaches nobody else.
+"""
+
+# ruff: noqa: SLF001 - an engine of ours is made here as SQLAlchemy makes its own
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from sqlalchemy import URL, Engine, Pool, QueuePool, StaticPool, create_engine, event
+from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.engine.default import DefaultDialect
+from sqlalchemy.exc import DBAPIError, DisconnectionError
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from celery_idempotent.stores.sql.dialects import Dialect, Fault, dialect_named
+from celery_idempotent.stores.sql.forks import close_before_forks
+from celery_idempotent.stores.sql.sockets import has_something_to_say, notice_silence
+
+__all__ = ["LIMITED", "beside", "close", "follow", "for_statements", "for_transactions"]
+
+#: What a connection's ``info`` has when the server limits its statements.
+LIMITED = "celery_idempotent.limited"
+
+_USED = "celery_idempotent.used"
+
+#: Execution options: of an engine of ours for bodies; and of a body's connection, which may be an owner's engine's.
+_FOLLOWS = "celery_idempotent_follows"
+_OF_BODIES = {_FOLLOWS, "celery_idempotent_unit"}
+
+
+def for_statements(url: URL, dialect: Dialect, limit: float) -> Engine:
+    """An engine in autocommit.
+
+    Args:
+        url: Where to.
+        dialect: What is peculiar to it.
+        limit: Seconds for which the server works on a statement.
+    """
+    engine = _create(url, dialect, isolation_level="AUTOCOMMIT", **_without_rollbacks())
+    _furnish(engine, engine.pool, dialect, limit, ours=True)
+    return engine
+
+
+def beside(owner: Engine, dialect: Dialect, limit: float) -> Engine | None:
+    """The same on the database of somebody's engine, by connections that are made as that makes its own.
+
+    Returns:
+        ``None`` where the engine's pool keeps none, or one for all: where its connections come from is its owner's to say then. And on
+        SQLite, which has one writer at a time, however many connections there are.
+    """
+    if not isinstance(owner.pool, QueuePool) or owner.dialect.name == "sqlite":
+        return None
+    engine = _Beside(owner)
+
+    def commit_each(connection: Any, record: ConnectionPoolEntry) -> None:  # noqa: ARG001
+        owner.dialect.set_isolation_level(connection, "AUTOCOMMIT")
+
+    event.listen(engine.pool, "connect", commit_each)
+    _furnish(engine, engine.pool, dialect, limit, ours=False)
+    return engine
+
+
+class _Beside(Engine):
+    """Somebody's engine with a pool of its own, which is emptied with theirs.
+
+    Whoever listens to that engine is told of statements here, too, but of no transactions: there are none, and a listener that sends ``BEGIN``
+    would make one. How an engine is made, and listeners are joined, is read from SQLAlchemy 2.0.30 and 2.1.9, whose
+    ``execution_options()`` makes engines in this way.
+    """
+
+    def __init__(self, owner: Engine) -> None:
+        options = {name: value for name, value in owner.get_execution_options().items() if name != "isolation_level"}
+        super().__init__(
+            owner.pool.recreate(), owner.dialect, owner.url, execution_options=options, hide_parameters=True
+        )
+        self._owner = owner
+        self._made_in = os.getpid()
+        own = self.dispatch
+        self.dispatch = own._join(owner.dispatch)
+        for name in ("begin", "commit", "rollback", "engine_disposed"):
+            setattr(self.dispatch, name, getattr(own, name))
+        event.listen(owner, "engine_disposed", self._with_owner)
+
+    @property
+    def _has_events(self) -> bool:
+        return self._owner._has_events or self.__dict__.get("_has_events", False)
+
+    @_has_events.setter
+    def _has_events(self, value: bool) -> None:
+        self.__dict__["_has_events"] = value
+
+    def _with_owner(self, _: Engine) -> None:
+        # A child that was forked empties the pool that it has inherited; these connections are its parent's.
+        if self._made_in == os.getpid():
+            self.dispose()
+
+    def close(self) -> None:
+        event.remove(self._owner, "engine_disposed", self._with_owner)
+        self.dispose()
+
+
+def close(engine: Engine) -> None:
+    """Close what was opened here."""
+    engine.close() if isinstance(engine, _Beside) else engine.dispose()
+
+
+def for_transactions(url: URL, dialect: Dialect) -> Engine:
+    """An engine for atomic bodies. It has as many connections as bodies run at once, which is for the worker's concurrency to say."""
+    engine = _create(url, dialect, max_overflow=-1, execution_options={_FOLLOWS: True})
+    dialect.prepare_for_transactions(engine)
+    _furnish(engine, engine.pool, dialect, None, ours=True)
+
+    follow(engine)
+    return engine
+
+
+def follow(engine: Engine) -> None:
+    """Have the pool let go of a body's connection to a server that takes no writes any more, as the primary does after a failover."""
+    if not event.contains(engine, "handle_error", _leave):
+        event.listen(engine, "handle_error", _leave)
+
+
+def _leave(context: ExceptionContext) -> None:
+    error, connection = context.sqlalchemy_exception, context.connection
+    if (
+        not isinstance(error, DBAPIError)
+        or connection is None
+        or _OF_BODIES.isdisjoint(connection.get_execution_options())
+    ):
+        return
+    if dialect_named(connection.dialect.name).fault(error) is Fault.MOVED:
+        context.is_disconnect = True
+
+
+def _create(url: URL, dialect: Dialect, **arguments: Any) -> Engine:
+    # Parameters hold messages and results, which have no place in logs and error texts.
+    engine = create_engine(url, hide_parameters=True, **dialect.options(url), **arguments)
+    dialect.prepare(engine)
+    return engine
+
+
+def _furnish(engine: Engine, pool: Pool, dialect: Dialect, limit: float | None, *, ours: bool) -> None:
+    def furnish(connection: Any, record: ConnectionPoolEntry) -> None:
+        descriptor = dialect.socket(connection)
+        if descriptor is not None:
+            notice_silence(descriptor)
+        dialect.furnish(engine.dialect.loaded_dbapi, connection, limit=limit, ours=ours)
+        if limit is not None:
+            record.info[LIMITED] = limit
+
+    def refuse_closed(connection: Any, record: ConnectionPoolEntry, proxy: object) -> None:  # noqa: ARG001
+        """Have the pool replace a connection that its server has closed, before a statement is sent after it in vain."""
+        if _USED not in record.info:  # a new connection may have something to say, and is not closed
+            record.info[_USED] = True
+            return
+        descriptor = dialect.socket(connection)
+        if descriptor is not None and has_something_to_say(descriptor):
+            raise DisconnectionError("closed by the server")
+
+    event.listen(pool, "connect", furnish)
+    event.listen(pool, "checkout", refuse_closed)
+    if engine.dialect.name == "sqlite" and not isinstance(pool, StaticPool):
+        close_before_forks(engine)
+
+
+def _without_rollbacks() -> dict[str, Any]:
+    """The option by which closing a connection in autocommit sends nothing, where SQLAlchemy has it (2.0.43)."""
+    return {"skip_autocommit_rollback": True} if hasattr(DefaultDialect, "detect_autocommit_setting") else {}
