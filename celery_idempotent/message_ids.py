@@ -19,9 +19,10 @@ from typing import Any, cast
 
 from celery_idempotent.canonical import canonical, fingerprint, plain
 from celery_idempotent.errors import ConfigurationError
-from celery_idempotent.storable import LONGEST, check_text
+from celery_idempotent.storable import check_plain
 
 __all__ = [
+    "MAX_BYTES",
     "ByArguments",
     "CallSignature",
     "MessageIdSource",
@@ -30,6 +31,9 @@ __all__ = [
     "check_message_id",
     "message_id_source",
 ]
+
+#: Longest message id, in bytes of UTF-8: AMQP writes the property as a short string, whose length is one byte.
+MAX_BYTES = 255
 
 #: What the arguments of a call look like: ``apply_async`` takes ``None`` for none.
 Args = Sequence[Any] | None
@@ -416,9 +420,15 @@ def check_message_id(value: object) -> str:
     Raises:
         ConfigurationError: It cannot; the text says why and what to do.
     """
-    text = check_text("message_id", value, shorten="hash what it is made of, with message_id=by_arguments(...)")
+    text = check_plain("message_id", value)
     if not text:
         raise ConfigurationError("a message_id cannot be empty: leave it out to have the message known by its task id")
+    size = len(text) if text.isascii() else len(text.encode())
+    if size > MAX_BYTES:
+        raise ConfigurationError(
+            f"message_id {text[:32]!r}... is {size} bytes long in UTF-8, and AMQP carries {MAX_BYTES}: "
+            f"hash what it is made of, with message_id=by_arguments(...)"
+        )
     return text
 
 
@@ -504,9 +514,9 @@ class _Template(string.Formatter):
 
     def format_field(self, value: Any, format_spec: str) -> str:
         self._check_width(format_spec)
-        if isinstance(value, Decimal) and value.is_finite() and abs(value.adjusted()) > LONGEST and format_spec:
+        if isinstance(value, Decimal) and value.is_finite() and abs(value.adjusted()) > MAX_BYTES and format_spec:
             raise ConfigurationError(
-                f"{self._option}: {value} has more digits than the {LONGEST} bytes that an id may have: leave out {format_spec!r}"
+                f"{self._option}: {value} has more digits than the {MAX_BYTES} bytes that an id may have: leave out {format_spec!r}"
             )
         try:
             return str(format(value, format_spec))
@@ -522,10 +532,10 @@ class _Template(string.Formatter):
     def _check_width(self, specification: str) -> None:
         """Refuse a width or a precision that no id has room for; it may be a caller's, and of gigabytes."""
         for number in re.findall(r"\d+", specification):
-            if len(number) > len(str(LONGEST)) or int(number) > LONGEST:
+            if len(number) > len(str(MAX_BYTES)) or int(number) > MAX_BYTES:
                 raise ConfigurationError(
                     f"{self._option}: {number[:32]} in the format specification {specification[:64]!r} is more than the "
-                    f"{LONGEST} bytes that an id may have: use a smaller width or precision"
+                    f"{MAX_BYTES} bytes that an id may have: use a smaller width or precision"
                 )
 
 

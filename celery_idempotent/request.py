@@ -54,7 +54,9 @@ class IdempotentRequest(Request):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         if not is_text(self.id):
             # There is no result under such an id, and one that cannot be hashed ends the worker: Celery rejects the message at once.
-            raise InvalidTaskError(f"a task id is text of at most {LONGEST} bytes without NUL, not {self.id!a:.80}")
+            raise InvalidTaskError(
+                f"a task id is text of at most {LONGEST} characters without NUL, not {self.id!a:.80}"
+            )
 
     @cached_property
     def key(self) -> MessageKey | None:

@@ -10,12 +10,12 @@ from typing import Any, TypeGuard
 
 from celery_idempotent.errors import ConfigurationError
 
-__all__ = ["FINGERPRINT", "LONGEST", "MOST", "check_number", "check_text", "is_text"]
+__all__ = ["FINGERPRINT", "LONGEST", "MOST", "check_number", "check_plain", "check_text", "is_text"]
 
-#: Bytes of UTF-8 in an id or a name: AMQP's bound for a property, and within that of each column.
+#: Characters in an id or a name: what each column has room for.
 LONGEST = 255
 
-#: Bytes of a fingerprint: a SHA-256 in hexadecimal.
+#: Characters of a fingerprint: a SHA-256 in hexadecimal.
 FINGERPRINT = 64
 
 #: The largest number of a 32-bit column.
@@ -25,17 +25,32 @@ MOST = 2**31 - 1
 _SHOWN = 64
 
 
-def check_text(what: str, value: object, *, longest: int = LONGEST, shorten: str = "use a shorter one") -> str:
+def check_text(what: str, value: object, *, longest: int = LONGEST) -> str:
     """The value as text that every store can keep.
 
     Args:
         what: What it is, for the error.
         value: An id or a name.
-        longest: Bytes of UTF-8 that it may have.
-        shorten: What to do about one that is too long, for the error.
+        longest: Characters that it may have.
 
     Raises:
-        ConfigurationError: It is no text, has a NUL or a lone surrogate, or is longer.
+        ConfigurationError: As for :func:`check_plain`, or it is longer.
+    """
+    if type(value) is str and value.isascii() and len(value) <= longest and "\0" not in value:
+        return value  # nearly every one, and every message has several
+    text = check_plain(what, value)
+    if len(text) > longest:
+        raise ConfigurationError(
+            f"{what} {_shown(text)} has {len(text)} characters, and {longest} are kept: use a shorter one"
+        )
+    return text
+
+
+def check_plain(what: str, value: object) -> str:
+    """The value as text that every store can keep, if it is not too long.
+
+    Raises:
+        ConfigurationError: It is no text, or has a NUL or a lone surrogate.
     """
     if not isinstance(value, str):
         raise ConfigurationError(
@@ -46,15 +61,9 @@ def check_text(what: str, value: object, *, longest: int = LONGEST, shorten: str
         raise ConfigurationError(
             f"{what} {_shown(text)} contains a NUL character, which databases do not store: leave it out"
         )
-    try:
-        size = len(text.encode())
-    except UnicodeEncodeError:
+    if any("\ud800" <= character <= "\udfff" for character in text):
         raise ConfigurationError(
             f"{what} {_shown(text)} contains a lone surrogate, which is not valid text: decode its source without surrogateescape"
-        ) from None
-    if size > longest:
-        raise ConfigurationError(
-            f"{what} {_shown(text)} is {size} bytes long in UTF-8, and {longest} are kept: {shorten}"
         )
     return text
 

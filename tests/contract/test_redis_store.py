@@ -12,7 +12,8 @@ from redis import Redis
 from celery_idempotent.store import Store
 from celery_idempotent.stores import open_store
 from celery_idempotent.testing import StoreContract
-from tests.support.servers import NotInstalledError, missing
+from tests.support.servers import NotInstalledError, PrivateRedis, missing
+from tests.support.servers.redis import redis_6
 from tests.support.servers.redis_cluster import PrivateRedisCluster
 
 
@@ -24,6 +25,23 @@ class TestRedis(StoreContract):
         with Redis.from_url(redis_url) as client:
             for key in client.scan_iter(match=f"{{{table}:*", count=1000):
                 client.delete(key)
+
+
+@pytest.fixture(scope="module")
+def redis_6_2() -> Iterator[PrivateRedis]:
+    try:
+        server = PrivateRedis(program=redis_6()).__enter__()
+    except NotInstalledError as error:
+        missing("a Redis 6.2", str(error))
+        raise
+    yield server
+    server.close()
+
+
+class TestRedis6(StoreContract):
+    @pytest.fixture
+    def open_store_again(self, redis_6_2: PrivateRedis) -> Callable[[], Store]:
+        return partial(open_store, redis_6_2.url, table=f"contract_{uuid4().hex[:12]}")
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from kombu.serialization import dumps, loads
 from celery_idempotent.canonical import fingerprint
 from celery_idempotent.errors import ConfigurationError
 from celery_idempotent.message_ids import (
+    MAX_BYTES,
     ByArguments,
     CallSignature,
     MessageIdSource,
@@ -31,7 +32,6 @@ from celery_idempotent.message_ids import (
     check_message_id,
     message_id_source,
 )
-from celery_idempotent.storable import LONGEST
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -747,7 +747,7 @@ def test_an_id_is_refused_or_fits_everywhere(value: str) -> None:
     try:
         checked = check_message_id(value)
     except ConfigurationError:
-        assert not value or "\0" in value or len(value.encode(errors="surrogatepass")) > LONGEST or surrogate(value)
+        assert not value or "\0" in value or len(value.encode(errors="surrogatepass")) > MAX_BYTES or surrogate(value)
     else:
         assert checked == value
         assert 0 < len(checked.encode()) <= 255

@@ -18,8 +18,11 @@ _EXAMPLE = (
     "sentinel://host:26379;sentinel://host:26379/0?master_name=name or redis+cluster://host:6379"
 )
 
+#: Calls that a process makes at once, unless the URL says otherwise (``max_connections``). One takes a millisecond.
+AT_ONCE = 20
+
 #: Options of a client rather than of a connection: what they ask for is the store's own business.
-_NOT_OURS = ("decode_responses", "encoding", "encoding_errors", "max_connections", "protocol", "retry_on_timeout")
+_NOT_OURS = ("decode_responses", "encoding", "encoding_errors", "protocol", "retry_on_timeout")
 #: What a URL of Celery's calls ssl_cert_reqs, and what redis-py does.
 _CERT_REQS = {"CERT_NONE": "none", "CERT_OPTIONAL": "optional", "CERT_REQUIRED": "required"}
 _KINDS: dict[str, Literal["server", "sentinel", "cluster"]] = {
@@ -45,6 +48,7 @@ class Address:
         options: What every connection is made with, but for its host and port.
         master_name: What the Sentinels call the master.
         sentinel_options: What a connection to a Sentinel is made with.
+        at_once: How many calls a process makes at once, and so how many connections to one server it keeps.
     """
 
     kind: Literal["server", "sentinel", "cluster"]
@@ -54,6 +58,7 @@ class Address:
     options: Mapping[str, Any] = field(repr=False)
     master_name: str = ""
     sentinel_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    at_once: int = AT_ONCE
 
 
 def parse(url: str) -> Address:
@@ -82,6 +87,11 @@ def _parse(url: str, scheme: str, kind: Literal["server", "sentinel", "cluster"]
     # Sentinels, as Celery has them: one URL each, with semicolons between them, and what follows them behind the last.
     parts = [urlsplit(part if "://" in part else f"{scheme}://{part}") for part in url.split(";")]
     last = parts[-1]
+    if kind == "server" and (len(parts) > 1 or "," in last.netloc.rpartition("@")[2]):
+        raise ConfigurationError(
+            f"the store's URL names more than one server, and {scheme}:// is of one: name Sentinels by sentinel://a;sentinel://b/0?master_name=..., "
+            f"or the nodes of a cluster by redis+cluster://a;b"
+        )
     socket = scheme in {"unix", "redis+socket"}
     if not socket and last.path.strip("/") and not last.path.strip("/").isdigit():
         raise ConfigurationError("the store's URL names a database of Redis by its number, as in redis://host/0")
@@ -100,6 +110,11 @@ def _parse(url: str, scheme: str, kind: Literal["server", "sentinel", "cluster"]
         options["db"] = int(virtual_host)
     if "ssl_cert_reqs" in options:
         options["ssl_cert_reqs"] = _CERT_REQS.get(options["ssl_cert_reqs"], options["ssl_cert_reqs"])
+    at_once = options.pop("max_connections", AT_ONCE)
+    if at_once < 1:
+        raise ConfigurationError(
+            "the store's URL allows no connection: leave max_connections out, or let it be at least 1"
+        )
     if kind == "sentinel" and not ours["master_name"]:
         raise ConfigurationError("the store's URL has to name the master that its Sentinels watch: ?master_name=...")
     if kind == "cluster" and options.pop("db", 0):
@@ -119,6 +134,7 @@ def _parse(url: str, scheme: str, kind: Literal["server", "sentinel", "cluster"]
         options=options,
         master_name=ours["master_name"] or "",
         sentinel_options={**of_tls, **{name: value for name, value in of_sentinel.items() if value}},
+        at_once=at_once,
     )
 
 

@@ -202,6 +202,7 @@ class Server:
             wires = Wires(opened, self._connect)
             on = self._on(wires)
             try:
+                opened.begin(wires, at_once=self._address.at_once, patience=CONNECT)
                 if prepared and not opened.ready:
                     self._prepare(on)
                     opened.ready = True

@@ -59,11 +59,13 @@ for _, index in ipairs(redis.call('SMEMBERS', tag .. ':queues')) do
   local last = redis.call('ZREVRANGE', tag .. index, 0, 0, 'WITHSCORES')
   if #last > 0 then due = math.max(due, tonumber(last[2])) end
 end
-local lapsed = first_of(':running', at(now), function (row, lease)
-  return tonumber(redis.call('HGET', row, 'published_at') or 0) < lease
+local lapsed = first_of(':running', at(now), function (key, lease)
+  local row = redis.call('HMGET', key, 'status', 'published_at')
+  return row[1] == 'processing' and tonumber(row[2] or 0) < lease
 end)
-local unsent = first_of(':unsent', '+inf', function (row)
-  return tonumber(redis.call('HGET', row, 'lease_expires_at') or 0) <= now
+local unsent = first_of(':unsent', '+inf', function (key)
+  local row = redis.call('HMGET', key, 'status', 'lease_expires_at')
+  return row[1] == 'pending' and tonumber(row[2] or 0) <= now
 end)
 local done = redis.call('ZRANGE', tag .. ':done', 0, 0, 'WITHSCORES')[2] or ''
 for _, ident in ipairs(redis.call('ZRANGEBYSCORE', tag .. ':kept', '-inf', at(now), 'LIMIT', 0, 500)) do

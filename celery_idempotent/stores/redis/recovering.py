@@ -14,7 +14,7 @@ from typing import Any
 
 from celery_idempotent.records import MessageKey, Row, Status
 from celery_idempotent.stores.redis.connection import On
-from celery_idempotent.stores.redis.layout import SHARDS, encoded, identity, key_of
+from celery_idempotent.stores.redis.layout import SHARDS, VERSION, encoded, identity, key_of
 from celery_idempotent.stores.redis.rows import Argument, duration, moment, row_of
 from celery_idempotent.stores.redis.scripts import Script
 
@@ -25,36 +25,38 @@ _ROWS = 500
 
 # An identity and its place in the order, one behind the other; so with each script that looks into an index.
 _LAPSED = Script("""
-local again_after, limit = tonumber(ARGV[1]), tonumber(ARGV[2])
-local found, first = {}, 0
-repeat
-  local some = redis.call('ZRANGEBYSCORE', tag .. ':running', '-inf', at(now), 'WITHSCORES', 'LIMIT', first, 500)
-  for i = 1, #some, 2 do
-    local published = tonumber(redis.call('HGET', tag .. ':row:' .. some[i], 'published_at') or 0)
-    if published < tonumber(some[i + 1]) or published <= now - again_after then
-      found[#found + 1] = some[i]
-      found[#found + 1] = some[i + 1]
-      if #found == 2 * limit then return found end
-    end
-  end
-  first = first + 500
-until #some < 1000
-return found
+local again_after = tonumber(ARGV[1])
+return look(':running', at(now), tonumber(ARGV[2]), function (key, lease)
+  local row = redis.call('HMGET', key, 'status', 'published_at')
+  if row[1] ~= 'processing' then return nil end
+  local published = tonumber(row[2] or 0)
+  return published < lease or published <= now - again_after
+end)
 """)
 
 _WAITING = Script("""
-local before, limit = now - tonumber(ARGV[1]), ARGV[2]
+local before, limit = now - tonumber(ARGV[1]), tonumber(ARGV[2])
 if ARGV[4] ~= '' then before = math.min(before, tonumber(ARGV[4]) - 1) end
 local indexes = ARGV[3] ~= '' and {':waiting:' .. optional(ARGV[3])} or redis.call('SMEMBERS', tag .. ':queues')
 local found = {}
 for _, index in ipairs(indexes) do
-  local some = redis.call('ZRANGEBYSCORE', tag .. index, '-inf', at(before), 'WITHSCORES', 'LIMIT', 0, limit)
+  local some = look(index, at(before), limit, function (key)
+    local row = redis.call('HMGET', key, 'status', 'published_at')
+    if row[1] ~= 'pending' or not row[2] then return nil end
+    return true
+  end)
   for i = 1, #some do found[#found + 1] = some[i] end
 end
 return found
 """)
 
-_UNSENT = Script("return redis.call('ZRANGE', tag .. ':unsent', 0, ARGV[1] - 1, 'WITHSCORES')")
+_UNSENT = Script("""
+return look(':unsent', '+inf', tonumber(ARGV[1]), function (key)
+  local row = redis.call('HMGET', key, 'status', 'published_at')
+  if row[1] ~= 'pending' or row[2] then return nil end
+  return true
+end)
+""")
 
 _FETCH = Script("""
 local answers = {}
@@ -112,6 +114,8 @@ for _, ident in ipairs(old) do
   redis.call('ZREM', tag .. ':recent', ident)
   redis.call('UNLINK', tag .. ':row:' .. ident, tag .. ':big:' .. ident)
 end
+-- Somebody may have emptied the server under running processes: what they write then is to say of which layout it is.
+if ARGV[3] ~= '' and redis.call('EXISTS', tag .. ':layout') == 0 then redis.call('SETNX', tag .. ':layout', ARGV[3]) end
 return {#old, (#old == limit or #free == limit) and 1 or 0}
 """)
 
@@ -161,7 +165,9 @@ def purge(on: On, *, older_than: float, limit: int) -> int:
         share, rest = divmod(limit - purged, len(shards))
         shares = [(shard, share + (place < rest)) for place, shard in enumerate(shards)]
         asked = [(shard, some) for shard, some in shares if some]
-        answers = on.call_each(_PURGE, [(shard, (duration(older_than), some)) for shard, some in asked])
+        answers = on.call_each(
+            _PURGE, [(shard, (duration(older_than), some, b"" if shard else VERSION)) for shard, some in asked]
+        )
         purged += sum(deleted for deleted, _ in answers)
         exhausted = {shard for (shard, _), (_, more) in zip(asked, answers, strict=True) if not more}
         shards = [shard for shard in shards if shard not in exhausted]

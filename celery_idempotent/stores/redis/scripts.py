@@ -114,6 +114,33 @@ local function enter(ident, row)
   end
 end
 
+-- The identities in an index up to a place in it, each with its place behind it. `wanted` is given a row's key and its place, and says
+-- whether it is to be told; or nil of one that is not in this index by rights, since its row was evicted or deleted. Such a one is taken
+-- out, with what is left of it: where it stood it would count for one that is there.
+local function look(index, last, limit, wanted)
+  local found, stale, start, page = {}, {}, 0, math.min(limit, 500)
+  repeat
+    local some = redis.call('ZRANGEBYSCORE', tag .. index, '-inf', last, 'WITHSCORES', 'LIMIT', start, page)
+    for i = 1, #some, 2 do
+      local is = wanted(tag .. ':row:' .. some[i], tonumber(some[i + 1]))
+      if is == nil then
+        stale[#stale + 1] = some[i]
+      elseif is then
+        found[#found + 1] = some[i]
+        found[#found + 1] = some[i + 1]
+        if #found == 2 * limit then break end
+      end
+    end
+    start = start + page
+  until #some < 2 * page or #found == 2 * limit
+  for _, ident in ipairs(stale) do
+    redis.call('ZREM', tag .. index, ident)
+    if redis.call('EXISTS', tag .. ':row:' .. ident) == 0 then redis.call('UNLINK', tag .. ':big:' .. ident) end
+  end
+  if #stale > 0 and redis.call('EXISTS', tag .. index) == 0 then redis.call('SREM', tag .. ':queues', index) end
+  return found
+end
+
 -- Write columns; false is null.
 local function write(ident, row, changes)
   local put, gone = {}, {}
@@ -172,6 +199,8 @@ local function begin(ident, old, columns, message)
   end
   local row = {}
   write(ident, row, columns)
+  -- Of a row that was evicted this is left. Not before the row is written: a full server is to refuse that.
+  if not old then redis.call('UNLINK', tag .. ':big:' .. ident) end
   if message then write_big(ident, 'message', message) end
   enter(ident, row)
 end

@@ -4,11 +4,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+from weakref import WeakSet
 
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import (
+    ClusterDownError,
+    MasterDownError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+    TryAgainError,
+)
 
 from celery_idempotent.stores.redis.rows import Argument
 from celery_idempotent.stores.redis.scripts import Script
@@ -41,6 +53,21 @@ class Wire(Protocol):
 
     def read_response(self) -> Any: ...
 
+
+#: How a server before 7.0 words the refusal of a command that a script gave, and the refusals that redis-py knows by their codes.
+_WRAPPED = re.compile(
+    r"(?:ERR )?Error running script \(call to \w+\): @user_script:\d+: @user_script: \d+: -([A-Z]+) (.*)", re.DOTALL
+)
+_KNOWN: Mapping[str, type[ResponseError]] = {
+    "CLUSTERDOWN": ClusterDownError,
+    "MASTERDOWN": MasterDownError,
+    "OOM": OutOfMemoryError,
+    "READONLY": ReadOnlyError,
+    "TRYAGAIN": TryAgainError,
+}
+
+#: Seconds between two looks whether it is an operation's turn.
+_LOOK_EVERY = 0.002
 
 #: A server's host and port.
 Place = tuple[str, int]
@@ -87,6 +114,38 @@ class Opened:
     ready: bool = False
     slots: list[Place] = field(default_factory=list)
     _closed: bool = False
+    #: The operations under way. They are referred to weakly: one that a signal broke off between two lines is not counted for ever.
+    _busy: WeakSet[Wires] = field(default_factory=WeakSet)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def begin(self, wires: Wires, *, at_once: int, patience: float) -> None:
+        """Wait for an operation's turn.
+
+        Args:
+            wires: The operation's.
+            at_once: How many there may be.
+            patience: Seconds.
+
+        Raises:
+            NoConnectionError: Its turn did not come.
+        """
+        deadline = time.monotonic() + patience
+        while True:
+            with self._lock:
+                if len(self._busy) < at_once:
+                    self._busy.add(wires)
+                    return
+            if time.monotonic() > deadline:
+                raise NoConnectionError(
+                    f"all {at_once} connections of this process were in use for {patience:g} s; "
+                    f"let the store's URL allow more by max_connections=..."
+                )
+            time.sleep(_LOOK_EVERY)
+
+    def end(self, wires: Wires) -> None:
+        """The operation is over."""
+        with self._lock:
+            self._busy.discard(wires)
 
     def take(self, place: Place) -> Wire | None:
         """A connection that nobody uses, and that its server has not closed."""
@@ -154,11 +213,13 @@ class Wires:
         """They may be used by others."""
         for place, wire in self._taken.items():
             self.opened.give_back(place, wire)
+        self.opened.end(self)
 
     def disconnect(self) -> None:
         """They may be in the midst of something."""
         for wire in self._taken.values():
             wire.disconnect()
+        self.opened.end(self)
 
 
 def exchange(wire: Wire, calls: Sequence[Call], *, at_one_moment: bool = False) -> list[Any]:
@@ -208,4 +269,14 @@ def _hear_one(wire: Wire) -> Any:
     try:
         return wire.read_response()
     except ResponseError as error:
+        return _unwrapped(error)
+
+
+def _unwrapped(error: ResponseError) -> ResponseError:
+    """A refusal as the server means it: before 7.0 it wraps that of a command in a script into one of the script."""
+    wrapped = _WRAPPED.match(str(error))
+    if wrapped is None:
         return error
+    code, text = wrapped.groups()
+    # As redis-py gives them: those that it knows are types, without the code.
+    return _KNOWN[code](text) if code in _KNOWN else ResponseError(f"{code} {text}")

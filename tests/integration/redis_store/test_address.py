@@ -76,6 +76,10 @@ def test_sentinels_have_a_password_of_their_own() -> None:
         ("rediss://:s3cret@h/0?ssl_cert_reqs=s3cret", "cannot be read"),
         ("sentinel://:s3cret@h:26379/0", "has to name the master"),
         ("redis+cluster://:s3cret@h/1", "has no other database than 0"),
+        ("redis://:s3cret@h;h2/0", "names more than one server.*sentinel://.*redis[+]cluster://"),
+        ("redis://:s3cret@h:1,h2:2/0", "names more than one server"),
+        ("rediss://:s3cret@h;rediss://:s3cret@h2/0", "names more than one server"),
+        ("redis://:s3cret@h/0?max_connections=0", "allows no connection"),
     ],
 )
 def test_a_bad_url_is_told_without_its_password(url: str, text: str) -> None:

