@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, assert_never
 
 from celery import states
 from celery.backends.base import DisabledBackend
+from celery.exceptions import Reject
 from kombu.exceptions import OperationalError
 from kombu.utils.functional import retry_over_time
 
@@ -29,20 +30,32 @@ from celery_idempotent.errors import (
     StoreError,
     StoreUnavailableError,
 )
-from celery_idempotent.message_ids import check_message_id
+from celery_idempotent.identity import FANOUT, Identity, identity_of
 from celery_idempotent.outcomes import OutcomeKind, reason_of
 from celery_idempotent.producer import identify
-from celery_idempotent.records import Claim, Claimed, MessageKey, NewMessage, Note, ProcessedStatus, Row, Status, Taken
+from celery_idempotent.records import (
+    FORGOTTEN,
+    Claim,
+    Claimed,
+    MessageKey,
+    NewMessage,
+    Note,
+    ProcessedStatus,
+    Row,
+    Status,
+    Taken,
+)
 from celery_idempotent.run import Run, RunState, answered, describe, waited_on, worker_label
 from celery_idempotent.serialization import (
     UndecodableError,
+    content_of,
     decode_message,
     decode_result,
     encode_message,
     serializer_of,
     trace_of,
 )
-from celery_idempotent.wire import Marker
+from celery_idempotent.wire import Marker, rejections
 
 if TYPE_CHECKING:
     from celery.app.task import Context
@@ -50,7 +63,7 @@ if TYPE_CHECKING:
     from celery_idempotent.store import Store
     from celery_idempotent.task import IdempotentTask
 
-__all__ = ["admit", "delivered_key", "sent_key"]
+__all__ = ["admit"]
 
 logger = logging.getLogger("celery_idempotent")
 
@@ -85,27 +98,6 @@ _VISIBILITY_TIMEOUT = {
 ABANDONED = "abandoned: the worker that ran it died or lost its lease"
 
 
-def delivered_key(task_name: str, request: Context) -> MessageKey:
-    """The key of a delivered message: its ``message_id`` property, or for one without, the Celery task id."""
-    return sent_key(task_name, request.id, request.properties, request.headers)
-
-
-def sent_key(
-    task_name: str, task_id: str, properties: Mapping[str, Any] | None, headers: Mapping[str, Any] | None
-) -> MessageKey:
-    """The same by what the message has.
-
-    Raises:
-        ConfigurationError: No store can keep it.
-    """
-    message_id = properties.get("message_id") if properties else None
-    if not message_id:
-        marker = Marker.read(headers)
-        if marker is not None and marker.task_name == task_name:
-            message_id = marker.message_id
-    return MessageKey(check_message_id(message_id or task_id), task_name)
-
-
 def admit(task: IdempotentTask, request: Context) -> Run:
     """Decide what becomes of a delivery, and do it as far as it comes before the body.
 
@@ -124,41 +116,45 @@ def admit(task: IdempotentTask, request: Context) -> Run:
         MessageMismatchError: The id is known with other arguments.
         StoreUnavailableError: The store gave no answer, and the app says ``on_store_error="raise"``.
     """
-    delivered = _delivered(task, request)
-    if isinstance(delivered, ConfigurationError):
+    try:
+        identity = identity_of(task, request)
+        delivered = _delivered(identity, request)
+    except ConfigurationError:
         decision = decide_delivery(None, Delivery(request.id, storable=False), task.idempotency.delivery)
         assert decision.action is DeliveryAction.REFUSE, "it is decided before all"
-        raise delivered
-    admission = _Admission(task, request, delivered)
+        raise
+    admission = _Admission(task, request, identity, delivered)
     return admission.run.limits.without(admission.decide)
 
 
-def _delivered(task: IdempotentTask, request: Context) -> NewMessage | ConfigurationError:
-    """A delivery as a store is asked for it; or what is wrong with it, if none can be."""
-    try:
-        return NewMessage(
-            key=delivered_key(task.name, request),
-            task_id=request.id,
-            queue=(request.delivery_info or {}).get("routing_key"),
-            attempt=0 if request.retries is None else request.retries,
-        )
-    except ConfigurationError as error:
-        return error
+def _delivered(identity: Identity, request: Context) -> NewMessage:
+    """A delivery as a store is asked for it.
+
+    Raises:
+        ConfigurationError: None can be.
+    """
+    return NewMessage(
+        key=identity.key,
+        task_id=request.id,
+        queue=(request.delivery_info or {}).get("routing_key"),
+        attempt=0 if request.retries is None else request.retries,
+    )
 
 
 class _Admission:
     """One delivery at the door."""
 
-    def __init__(self, task: IdempotentTask, request: Context, delivered: NewMessage) -> None:
+    def __init__(self, task: IdempotentTask, request: Context, identity: Identity, delivered: NewMessage) -> None:
         self.task = task
         self.request = request
-        key = delivered.key
+        self.identity = identity
+        key = MessageKey(identity.message_id, task.name)
         marker = Marker.delivered(key, request.id, request.headers)
         #: Whether the message says which Celery id was first sent under its message id.
         self.knows_first = marker is not None
         if marker is None:
             # From a producer without this library. Its id stands; whether its arguments are compared is ours to say.
-            named = key.message_id if key.message_id != request.id else None
+            named = key.message_id if key.message_id != request.id and identity.older is None else None
             _, fingerprint = identify(
                 task.idempotency,
                 request.args,
@@ -170,6 +166,7 @@ class _Admission:
             marker = Marker.new(key, request.id, fingerprint)
         if marker.trace is None and task.queue_log.outcomes is not None:
             marker = replace(marker, trace=task.queue_log.outcomes.trace_among(request.headers))
+        marker = replace(marker, rejected=marker.rejected + rejections(request.headers))
         fix_callbacks(request)
         self.message = replace(delivered, fingerprint=marker.fingerprint, first=marker.first)
         self.run = Run(task, request, self.message, marker)
@@ -228,6 +225,8 @@ class _Admission:
             raise
 
     def _claim_or_follow(self) -> Run:
+        if self.identity.older is not None:
+            self._prefer(self.identity.older)
         for _ in range(_ATTEMPTS):
             self.run.asked = time.monotonic()
             answer = self._ask()
@@ -263,6 +262,21 @@ class _Admission:
             self._mark(call=None, copied=False)
         return answer
 
+    def _prefer(self, older: MessageKey) -> None:
+        """Go by the row under the Celery id if there is one: a worker that did not compute ids has claimed the message."""
+        row = self._store.find(older)
+        if row is not None and row.error != FORGOTTEN and not self._is_row_of_a_copy(row):
+            self.message = self.run.message = replace(self.message, key=older)
+            self._mark(message_id=self.request.id)
+        self.identity = replace(self.identity, older=None)
+
+    def _is_row_of_a_copy(self, row: Row) -> bool:
+        """Whether a row under a Celery id is what keeps a copy of a message with another id; see ADR 5."""
+        try:
+            return bool(decode_message(self.task.app, row.message)[2].get("message_id") == self.identity.message_id)
+        except UndecodableError:  # as when it succeeded
+            return False
+
     def _follow(self, taken: Taken) -> Run | None:
         """Carry out the decision on a row that stands in the way; ``None`` when it moved and the decision is void."""
         row = taken.row
@@ -279,6 +293,10 @@ class _Admission:
             case DeliveryAction.CLAIM:
                 if row.status is Status.PENDING:
                     self.message = replace(self.message, attempt=max(row.attempt, self.request.retries or 0))
+                elif row.rejected_before is not None:
+                    # It comes back from a dead-letter queue: what follows claims it as it claims what waits.
+                    self._store.resubmit(row, self._adopted())
+                return None
             case DeliveryAction.HOLD:
                 raise self._held(row, decision)
             case DeliveryAction.TAKE_OVER:
@@ -343,7 +361,7 @@ class _Admission:
         if row is None:
             return
         self._note_first(row)
-        if row.task_id == self.request.id:
+        if row.task_id == self.request.id or self.identity.node is not None:
             return
         own = Marker.new(row.key, row.task_id).row_of_its_own
         if own == row.key or not self._is_message_of(row.task_id, row):
@@ -496,8 +514,11 @@ class _Admission:
         """Whether this copy has the Celery id of what the row waits for or runs."""
         return self.request.id in (row.task_id, row.ran_task_id)
 
-    def _hold(self, delay: float, row: Row | None = None) -> CopyIgnored:
+    def _hold(self, delay: float, row: Row | None = None) -> Exception:
         """Publish a delayed copy, so that this one can be acknowledged.
+
+        Nothing goes back to a fanout exchange, which would give each worker a copy. What cannot be published is given back in
+        another way.
 
         On Redis a restored copy shares its delivery tag with the running original: acknowledging either deletes the broker's
         only copy. The delayed one is a message of its own, and it is there before the acknowledgement.
@@ -511,8 +532,14 @@ class _Admission:
         if timeout:
             # A copy that waits in a worker is unacknowledged, so it must not wait past the broker's patience.
             countdown = min(countdown, float(timeout) / 2)
+        if self.identity.node is not None:
+            return self._give_back(row)
         logger.info("%s is held for %.1f s", self.run, countdown)
-        self._publish_copy(countdown)
+        try:
+            self._publish_copy(countdown)
+        except Exception as error:  # noqa: BLE001 - whatever it is, acknowledged without its copy the message would be lost
+            logger.error("%s cannot be held by publishing a copy: %r", self.run, error)
+            return self._give_back(row)
         self.run.tell(OutcomeKind.HELD, row, delay=countdown)
         running = row is None or self._is_of(row)
         return CopyIgnored(
@@ -527,13 +554,34 @@ class _Admission:
             return next(pauses)
 
         retry_over_time(
-            partial(self.task.publish_copy, self.request, self.message.key, countdown),
+            partial(self.task.publish_copy, self.request, self.run.marker.message_id, countdown),
             OperationalError,
             errback=complain,
             interval_start=0.5,
             interval_step=0.5,
             interval_max=5.0,
         )
+
+    def _give_back(self, row: Row | None) -> Exception:
+        """Give a message back that cannot be held by publishing it: to the broker if it has not been acknowledged, or to its row."""
+        if self.task.acks_late and (self.identity.node is None or row is None):
+            time.sleep(_SETTLE)  # the broker delivers it again at once
+            back: Exception = Reject("it is given back, since it cannot be held", requeue=True)
+            return back
+        running = row is None or self._is_of(row)
+        if self.identity.node is None:
+            own = MessageKey(self.request.id, self.task.name)
+            if own != self.message.key:
+                # Acknowledged already: a row of its own keeps it for recovery to publish. See ADR 5.
+                self._store.record(replace(self._adopted(), key=own, published=False))
+            logger.error("%s is left to recovery", self.run)
+        elif row is not None:
+            self._store.count_duplicate(row.key)
+        else:
+            return StoreUnavailableError(
+                f"{self.run} was broadcast and has been acknowledged, so it cannot wait for the store"
+            )
+        return CopyIgnored(f"{self.run} is left to its row", self.message.key, "skipped", running)
 
     # -- the delivery --------------------------------------------------------------------------------------------------
 
@@ -546,6 +594,7 @@ class _Admission:
             retries=self.request.retries or 0,
             first=self.message.first,
             fingerprint=self.message.fingerprint,
+            rejected=self.run.marker.rejected,
             awaited=awaited,
             canvas=waited_on(self.request),
             result_ready=awaited and row.status is Status.DONE and self._result_is_ready() and not self._is_owed(),
@@ -579,11 +628,14 @@ class _Admission:
         if request.is_eager:
             return self.message  # its arguments may be anything, and nobody publishes it again
         signature = self.task.signature_from_request(request, retries=request.retries)
+        options = {**signature.options, **content_of(request), "message_id": self.run.marker.message_id}
+        if self.identity.node is not None:
+            options["exchange_type"] = FANOUT  # for recovery, which may not know the exchange
         data = encode_message(
             request.args,
             request.kwargs,
-            signature.options,
-            serializer=serializer_of(self.task),
+            options,
+            serializer=serializer_of(self.task, options),
             trace=self.run.marker.trace,
         )
         return replace(self.message, message=data)

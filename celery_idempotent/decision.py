@@ -158,6 +158,7 @@ class Delivery:
         first: The Celery id that was first sent under its message id, if that is known to be another.
         fingerprint: SHA-256 of its canonical arguments; ``None`` when they are not compared.
         discarded: Why Celery discards it without running it: it was revoked, or has expired. ``None`` when it does not.
+        rejected: How often it was rejected before, as RabbitMQ counts that in ``x-death``.
         awaited: Whether its result is kept for somebody (``ignore_result`` is off).
         canvas: Whether callbacks, a chain, a group or a chord wait on it.
         result_ready: Whether the result backend already has its final state; only looked at when the row is done.
@@ -171,6 +172,7 @@ class Delivery:
     first: str | None = None
     fingerprint: str | None = None
     discarded: str | None = None
+    rejected: int = 0
     awaited: bool = True
     canvas: bool = False
     result_ready: bool = False
@@ -287,6 +289,9 @@ def _decide_done(row: Row, delivery: Delivery) -> DeliveryAction:
     # Whether it is this Celery id under which the body ran, and callbacks and result were sent.
     ran = delivery.task_id == row.ran_task_id and not delivery.later
     failed = row.processed_status is ProcessedStatus.FAILURE
+    # done/failure by `Reject(requeue=False)`, and the delivery's `x-death` count for `rejected` is higher than the row's
+    if row.rejected_before is not None and delivery.rejected > row.rejected_before:
+        return DeliveryAction.CLAIM
     # done/failure, and an errback that nobody has had yet waits on it
     if failed and delivery.owed:
         return DeliveryAction.RAISE_FAILED

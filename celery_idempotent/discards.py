@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from celery_idempotent.consumer import ABANDONED, delivered_key
+from celery_idempotent.consumer import ABANDONED
 from celery_idempotent.decision import Delivery, DeliveryAction, decide_delivery
 from celery_idempotent.errors import ConfigurationError, StoreError
+from celery_idempotent.identity import identity_of
 from celery_idempotent.outcomes import OutcomeKind, reason_of
 from celery_idempotent.records import Row, Status
 from celery_idempotent.run import worker_label
@@ -39,9 +40,9 @@ def discard(task: IdempotentTask, request: Context, why: str) -> None:
         why: :data:`REVOKED` or :data:`EXPIRED`.
     """
     try:
-        key = delivered_key(task.name, request)
-    except ConfigurationError:
-        return  # no store can keep it, so none has a row of it
+        key = identity_of(task, request).key
+    except (ConfigurationError, TypeError):
+        return  # no store can keep it, or it is no call of its task, so none has a row of it
     try:
         row = task.queue_log.store.find(key)
         kind = None if row is None else _end(task, request, row, why)

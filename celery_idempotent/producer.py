@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, assert_never
@@ -26,12 +26,23 @@ from celery_idempotent.errors import (
     StoreError,
     StoreUnavailableError,
 )
+from celery_idempotent.identity import FANOUT, is_fanout
 from celery_idempotent.message_ids import arguments_fingerprint, check_message_id
 from celery_idempotent.outage import ask_again
 from celery_idempotent.outboxes import PUBLISH_WITHIN, Outbox, current_outbox
 from celery_idempotent.outcomes import OutcomeKind
 from celery_idempotent.publication import Outgoing
-from celery_idempotent.records import Found, MessageKey, NewMessage, ProcessedStatus, Recorded, Row, Status
+from celery_idempotent.records import (
+    Claimed,
+    Found,
+    MessageKey,
+    NewMessage,
+    Note,
+    ProcessedStatus,
+    Recorded,
+    Row,
+    Status,
+)
 from celery_idempotent.run import Run
 from celery_idempotent.serialization import (
     UndecodableError,
@@ -51,7 +62,7 @@ if TYPE_CHECKING:
     from celery_idempotent.options import Options
     from celery_idempotent.task import IdempotentTask
 
-__all__ = ["Sending", "answer_of", "delay_of", "identify", "send"]
+__all__ = ["Sending", "answer_of", "delay_of", "end_broadcast", "identify", "send"]
 
 logger = logging.getLogger("celery_idempotent")
 
@@ -150,6 +161,8 @@ class Sending:
     box: Outbox | None = None
     #: Whether the store was asked and its answer did not come, so that what this call wrote may stand, or may yet.
     unanswered: bool = False
+    #: The options that its message is published by.
+    routed: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -204,10 +217,11 @@ class Sending:
         if box is not None:
             options = _for_later(task.app, options)
             args, kwargs = _kept(args), _kept(kwargs)
+        routed = _routed(task, args, kwargs, options)
         message = NewMessage(
             key=marker.key,
             task_id=marker.task_id,
-            queue=_queue_of(task, args, kwargs, options),
+            queue=None if task.app.conf.task_always_eager else routed.get("queue") or routed.get("routing_key"),
             fingerprint=marker.fingerprint,
             attempt=options.get("retries") or 0,
             delay=delay_of(task, options),
@@ -216,9 +230,9 @@ class Sending:
             message=encode_message(
                 args,
                 kwargs,
-                {**options, "task_id": marker.task_id, "message_id": marker.message_id},
+                {**routed, "task_id": marker.task_id, "message_id": marker.message_id},
                 serializer=serializer_of(task, options),
-                now=None if options.get("countdown") is options.get("expires") is None else task.app.now(),
+                now=None if routed.get("countdown") is routed.get("expires") is None else task.app.now(),
                 trace=marker.trace,
             ),
         )
@@ -235,6 +249,7 @@ class Sending:
             calls,
             position,
             box=box,
+            routed=routed,
         )
 
     def send(self) -> AsyncResult[Any]:
@@ -410,7 +425,7 @@ class Sending:
         """Publish under its own task id, with a row of its own that lasts until its consumer has answered it."""
         marker = self.marker.copy_of(row.task_id, self._later_call(row))
         own = marker.row_of_its_own
-        if own == self.message.key or self.task.app.conf.task_always_eager:
+        if own == self.message.key or self.task.app.conf.task_always_eager or self._is_broadcast:
             self._tell(OutcomeKind.DUPLICATE, row, CallAction.PUBLISH_COPY)
             return self._publish_now(replace(marker, copied=False), duplicate=True)
         self._ask(partial(self._store.record, replace(self.message, key=own)))
@@ -473,7 +488,7 @@ class Sending:
     ) -> AsyncResult[Any]:
         """Publish, and tell what that comes to once it is certain: in an outbox that is behind its commit."""
         try:
-            return self._publish_now(copy, duplicate=copy is not None, tell=tell)
+            result = self._publish_now(copy, duplicate=copy is not None, tell=tell)
         except BaseException:
             # Whatever it was, the caller is told and the id is free again. Should the broker have the message after all, its
             # consumer inserts the row.
@@ -484,6 +499,14 @@ class Sending:
             else:
                 self._tell(OutcomeKind.WITHDRAWN)
             raise
+        if self._is_broadcast and self.box is None:
+            end_broadcast(self.task, self.message)
+        return result
+
+    @property
+    def _is_broadcast(self) -> bool:
+        """Whether each worker gets the message, which is done here once it is published."""
+        return self.routed.get("exchange_type") == FANOUT
 
     def _withdraw(self) -> None:
         self._store.withdraw(self.message.key, task_id=self.message.task_id)
@@ -651,6 +674,19 @@ def _answer_again(task: IdempotentTask, row: Row) -> None:
         )
 
 
+def end_broadcast(task: IdempotentTask, message: NewMessage) -> None:
+    """The producer's row of a message that each worker gets ends when it is published: they have rows of their own."""
+    store = task.queue_log.store
+    try:
+        answer = store.claim(message, worker=str(Note.BROADCAST), lease=task.idempotency.lease, grace=0.0)
+        if isinstance(answer, Claimed):
+            store.complete(answer.claim, result=None, note=Note.BROADCAST, unique_for=task.idempotency.unique_for)
+    except StoreError as error:
+        logger.warning(
+            "%s[%s] was published, and its row is ended by recovery: %s", task.name, message.key.message_id, error
+        )
+
+
 def _for_later(app: Celery, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a call that is published later, maybe by another process: with what Celery would add of here and now."""
     later = as_moments(options, app.now())
@@ -694,10 +730,22 @@ def _dispatched(task: IdempotentTask, run: Run | None, task_id: str | None, opti
     return task_id is not None and bool(options.get("reply_to")) and bool(task.app.current_worker_task)
 
 
-def _queue_of(task: IdempotentTask, args: Any, kwargs: Any, options: Mapping[str, Any]) -> str | None:
+def _routed(task: IdempotentTask, args: Any, kwargs: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a call with all that Celery publishes it by: the task's own, and where its routes send it."""
     if task.app.conf.task_always_eager:
-        return None
-    merged = {**task._get_exec_options(), **options}  # noqa: SLF001 - what apply_async itself routes by
-    queue = task.app.amqp.router.route(merged, task.name, args, kwargs, task).get("queue") or merged.get("routing_key")
-    name = getattr(queue, "name", queue)
-    return None if name is None else str(name)
+        return dict(options)
+    own = {name: value for name, value in task._get_exec_options().items() if value is not None}  # noqa: SLF001 - as apply_async does
+    routed: dict[str, Any] = task.app.amqp.router.route({**own, **options}, task.name, args, kwargs, task)
+    queue = routed.get("queue")
+    if routed.get("exchange"):
+        exchange = getattr(routed["exchange"], "name", routed["exchange"])
+        if is_fanout(task.app, exchange):
+            routed["exchange_type"] = FANOUT
+    elif getattr(getattr(queue, "exchange", None), "type", None) == FANOUT:
+        routed["exchange_type"] = FANOUT
+    if queue is not None:
+        # A Broadcast is known by its alias; each process has a queue of its own for it.
+        routed["queue"] = str(getattr(queue, "alias", None) or getattr(queue, "name", queue))
+    if "serializer" not in options:
+        routed.pop("serializer", None)  # the row's message says it
+    return routed

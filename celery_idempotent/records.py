@@ -31,6 +31,7 @@ __all__ = [
     "Status",
     "Taken",
     "TaskCount",
+    "rejected",
 ]
 
 
@@ -46,7 +47,22 @@ class Note(StrEnum):
     """Why a message that succeeded has no result to replay; kept in ``error``."""
 
     IGNORED = "ignored"  # the body raised Ignore
+    BROADCAST = "broadcast"  # it was published to a fanout exchange; each worker has a row of its own
     REPLACED = "replaced"  # the body replaced itself, and another task answers under its Celery id
+
+
+#: How ``error`` ends of what a body rejected, before the number of rejections that its delivery had seen.
+_REJECTED = "; rejected before: "
+
+
+def rejected(error: str, before: int) -> str:
+    """What is kept in ``error`` of a message that its body rejected, so that it may come back dead-lettered.
+
+    Args:
+        error: Type and text of the error.
+        before: How often the message had been rejected when it was delivered.
+    """
+    return f"{error}{_REJECTED}{before}"
 
 
 #: What is left in ``error`` of a row that an operator had forgotten.
@@ -182,6 +198,14 @@ class Row:
     def forbidden(self) -> bool:
         """Whether a running message is not to run again if its owner dies; ``error`` says why. See ``Store.forbid``."""
         return self.status is Status.PROCESSING and self.processed_status is None and self.error is not None
+
+    @property
+    def rejected_before(self) -> int | None:
+        """How often a message had been rejected when the body rejected it that ended here; ``None`` if it ended otherwise."""
+        if self.error is None or self.processed_status is not ProcessedStatus.FAILURE:
+            return None
+        _, mark, before = self.error.rpartition(_REJECTED)
+        return int(before) if mark and before.isdecimal() else None
 
     @property
     def lease_left(self) -> float:

@@ -22,16 +22,19 @@ from kombu.exceptions import OperationalError
 from celery_idempotent.children import is_guarded
 from celery_idempotent.consumer import ABANDONED
 from celery_idempotent.forks import no_fork
+from celery_idempotent.identity import FANOUT
 from celery_idempotent.outboxes import PUBLISH_WITHIN
 from celery_idempotent.outcomes import OutcomeKind, reason_of
+from celery_idempotent.producer import end_broadcast
 from celery_idempotent.publication import publish
-from celery_idempotent.records import MessageKey, ProcessedStatus, Row, Status
+from celery_idempotent.records import MessageKey, NewMessage, ProcessedStatus, Row, Status
 from celery_idempotent.serialization import UndecodableError, decode_message, trace_of
 from celery_idempotent.wire import Marker
 
 if TYPE_CHECKING:
     from celery_idempotent.queue_log import QueueLog
     from celery_idempotent.store import Store
+    from celery_idempotent.task import IdempotentTask
 
 __all__ = ["Due", "Recovered", "Recovery", "Relayed"]
 
@@ -445,6 +448,9 @@ class Recovery:
                 if ended:
                     self._tell(OutcomeKind.ABANDONED, row, "abandoned")
             return None
+        if options.get("exchange_type") == FANOUT and (row.published_at or row.key.message_id != options["message_id"]):
+            self._end_broadcast(task, row, options["message_id"])
+            return None
         # A copy's own row is known by its task id; the message in it says which message it is a copy of.
         message_id = options.get("message_id") or row.key.message_id
         key = MessageKey(message_id, row.key.task_name)
@@ -481,6 +487,22 @@ class Recovery:
             retries=row.attempt,
             **kept,
         )
+
+    def _end_broadcast(self, task: IdempotentTask, row: Row, message_id: str) -> None:
+        """End what went to each worker, since nobody else is to get it again: the producer's row, or that of a worker that died."""
+        unique_for = task.idempotency.unique_for
+        if row.status is Status.PROCESSING:
+            ended = self._store.abandon(row, error=ABANDONED, unique_for=unique_for)
+        elif row.key.message_id == message_id:
+            end_broadcast(task, NewMessage(row.key, row.task_id))
+            ended = False
+        elif row.attempt == 0:
+            ended = False  # given back to the broker, which has it
+        else:
+            error = f"{ABANDONED}; a retry to a fanout exchange is not published again"
+            ended = self._store.cancel(row.key, task_id=row.task_id, error=error, unique_for=unique_for)
+        if ended:
+            self._tell(OutcomeKind.ABANDONED, row, "abandoned")
 
     def _tell(self, kind: OutcomeKind, row: Row, reason: str) -> None:
         """Tell the app's hooks, if it has any, what became of a row."""

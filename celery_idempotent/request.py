@@ -17,10 +17,11 @@ from celery.worker.state import active_requests
 
 from celery_idempotent.celery_versions import acknowledges_timeouts, retries_lost_workers
 from celery_idempotent.children import fix_callbacks
-from celery_idempotent.consumer import ABANDONED, sent_key
+from celery_idempotent.consumer import ABANDONED
 from celery_idempotent.copies import announce
 from celery_idempotent.discards import REVOKED, discard
-from celery_idempotent.errors import ConfigurationError, StoreError
+from celery_idempotent.errors import StoreError
+from celery_idempotent.identity import Identity, identity_of_sent
 from celery_idempotent.outcomes import OutcomeKind, reason_of
 from celery_idempotent.producer import identify
 from celery_idempotent.records import MessageKey, NewMessage, Owner, ProcessedStatus, Status
@@ -50,8 +51,12 @@ class IdempotentRequest(Request):  # type: ignore[misc]
     owner: Owner | None = None
     held: Held | None = None
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, message: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(message, *args, **kwargs)
+        # For whoever publishes it again: the pool's process is not told.
+        known = {"content_type": message.content_type, "compression": (message.headers or {}).get("compression")}
+        content = {name: value for name, value in known.items() if value is not None}
+        self.request_dict["properties"] = {**(message.properties or {}), **content}
         if not is_text(self.id):
             # There is no result under such an id, and one that cannot be hashed ends the worker: Celery rejects the message at once.
             raise InvalidTaskError(
@@ -59,17 +64,32 @@ class IdempotentRequest(Request):  # type: ignore[misc]
             )
 
     @cached_property
-    def key(self) -> MessageKey | None:
-        """The message's key, by what was sent: Celery's context of a request takes long to make.
+    def identity(self) -> Identity | None:
+        """By what the message is known, by what was sent: Celery's context of a request takes long to make.
 
         ``None`` for a message that no store can keep: whoever is to run it refuses it, and there is no claim on it.
         """
         sent = self.request_dict
         headers = sent.get("headers")
         try:
-            return sent_key(self.task.name, self.id, sent.get("properties"), sent if headers is None else headers)
-        except ConfigurationError:
+            return identity_of_sent(
+                self.task,
+                self.id,
+                properties=sent.get("properties"),
+                headers=sent if headers is None else headers,
+                args=self.args,
+                kwargs=self.kwargs,
+                exchange=self.delivery_info.get("exchange"),
+                node=self.hostname,
+            )
+        except Exception as refused:  # noqa: BLE001 - a callable of the user's may raise anything; its run says so
+            logger.debug("%s is refused where it is run: %r", self.id, refused)
             return None
+
+    @property
+    def key(self) -> MessageKey | None:
+        """The key of the message's row."""
+        return None if self.identity is None else self.identity.key
 
     def on_accepted(self, pid: int, time_accepted: float) -> None:
         """The body is about to be run, by a child or here: learn who claims the message.
@@ -172,8 +192,10 @@ class IdempotentRequest(Request):  # type: ignore[misc]
         key = self.key
         if key is None:
             return super()._retry_worker_lost(exc, exc_info)
-        marker = Marker.delivered(key, self.id, context.headers)
-        marker = marker or Marker.new(key, self.id, self._fingerprint(key.message_id))
+        assert self.identity is not None, "a message with a key has one"
+        travels = MessageKey(self.identity.message_id, self.task.name)
+        marker = Marker.delivered(travels, self.id, context.headers)
+        marker = marker or Marker.new(travels, self.id, self._fingerprint(travels.message_id))
         marker = marker.next_attempt(lost=True)
         context.headers = marker.write(context.headers)
         attempt, delay = context.retries + 1, self.task.default_retry_delay or 0.0
@@ -187,7 +209,10 @@ class IdempotentRequest(Request):  # type: ignore[misc]
             message=encode_message(
                 context.args,
                 context.kwargs,
-                {**context.as_execution_options(), "retries": attempt, "message_id": key.message_id},
+                {
+                    **self.task.signature_from_request(context, retries=attempt).options,
+                    "message_id": marker.message_id,
+                },
                 serializer=serializer_of(self.task),
                 trace=marker.trace,
             ),
@@ -197,7 +222,8 @@ class IdempotentRequest(Request):  # type: ignore[misc]
         return super()._retry_worker_lost(exc, exc_info)
 
     def _fingerprint(self, message_id: str) -> str | None:
-        named = message_id if message_id != self.id else None
+        computed = self.identity is not None and self.identity.older is not None
+        named = None if computed or message_id == self.id else message_id
         _, fingerprint = identify(
             self.task.idempotency,
             self.args,
@@ -224,6 +250,9 @@ class IdempotentRequest(Request):  # type: ignore[misc]
         try:
             # A body that had ended has left a recovery point: what waits on it is still to be sent.
             if write(self.owner):
+                return True
+            older = self.identity.older if self.identity is not None else None
+            if older is not None and write(Owner(older, self.owner.worker)):
                 return True
             self.task.queue_log.store.expire(self.owner)
         except StoreError as error:

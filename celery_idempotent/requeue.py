@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from celery.utils import uuid
 
 from celery_idempotent.children import is_guarded
+from celery_idempotent.identity import FANOUT
 from celery_idempotent.records import DISCARDED, MessageKey, NewMessage, ProcessedStatus, Row, Status
 from celery_idempotent.serialization import UndecodableError, decode_message, encode_message, serializer_of, trace_of
 from celery_idempotent.wire import HEADER, Marker
@@ -106,6 +107,8 @@ def requeue(queue_log: QueueLog, row: Row) -> Requeued | NotRequeued:
         return NotRequeued(row.key, f"its message cannot be read: {error}")
     if row.status is Status.PROCESSING and not queue_log.store.abandon(row, error=row.error or _OWNERLESS):
         return NotRequeued(row.key, "somebody else has changed it meanwhile")
+    if options.get("exchange_type") == FANOUT:
+        return NotRequeued(row.key, "it went to a fanout exchange, and each worker would get it again: send it anew")
     renamed = row.error is not None and row.error.startswith(DISCARDED)
     # Behind a copy's retry the row has the copy's message, under the copy's id.
     task_id = uuid() if renamed else str(options.get("task_id") or row.task_id)

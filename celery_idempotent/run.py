@@ -35,7 +35,17 @@ from celery_idempotent.limits import TimeLimits
 from celery_idempotent.outage import ask_until_answered
 from celery_idempotent.outboxes import within
 from celery_idempotent.outcomes import OutcomeKind, reason_of
-from celery_idempotent.records import Claim, Claimed, MessageKey, NewMessage, Note, ProcessedStatus, Row, Status
+from celery_idempotent.records import (
+    Claim,
+    Claimed,
+    MessageKey,
+    NewMessage,
+    Note,
+    ProcessedStatus,
+    Row,
+    Status,
+    rejected,
+)
 from celery_idempotent.serialization import decode_result, encode_message, encode_result
 from celery_idempotent.wire import Marker
 
@@ -344,7 +354,7 @@ class Run:
                 self.tell(OutcomeKind.RETRIED, reason="rejected")
             self._finish(held)
         else:
-            self._finish(self._failed(describe(reject)))
+            self._finish(self._failed(rejected(describe(reject), self.marker.rejected)))
 
     # -- what follows the body -----------------------------------------------------------------------------------------
 

@@ -15,10 +15,12 @@ from kombu.serialization import dumps, loads, prepare_accept_content, registry
 
 if TYPE_CHECKING:
     from celery import Celery, Task
+    from celery.app.task import Context
 
 __all__ = [
     "UndecodableError",
     "as_moments",
+    "content_of",
     "decode_message",
     "decode_result",
     "dumped",
@@ -100,6 +102,16 @@ def dumped(task: Task, args: Any, kwargs: Any, options: Mapping[str, Any]) -> tu
 def serializer_of(task: Task, options: Mapping[str, Any] | None = None) -> str:
     """The serializer that a call of the task with these options is published with."""
     return str((options and options.get("serializer")) or task.serializer or task.app.conf.task_serializer)
+
+
+def content_of(request: Context) -> dict[str, Any]:
+    """By which serializer and compression a delivered message was published, as options of ``apply_async``."""
+    properties = request.properties or {}
+    content = {
+        "serializer": registry.type_to_name.get(properties.get("content_type")),
+        "compression": properties.get("compression"),
+    }
+    return {name: value for name, value in content.items() if value is not None}
 
 
 def without_local(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextvars import ContextVar
 from dataclasses import replace
+from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from celery import _state, current_app, signals, states
+from celery.app.task import Context
 
 from celery_idempotent.children import is_guarded
 from celery_idempotent.discards import EXPIRED, REVOKED, discard
 from celery_idempotent.errors import StoreError
+from celery_idempotent.identity import FANOUT, type_of_exchange
 from celery_idempotent.outage import ask_again
 from celery_idempotent.outboxes import current_outbox
 from celery_idempotent.outcomes import OutcomeKind
-from celery_idempotent.producer import delay_of, identify
+from celery_idempotent.producer import delay_of, end_broadcast, identify
 from celery_idempotent.records import Found, NewMessage, Recorded
 from celery_idempotent.run import Run, answered
 from celery_idempotent.serialization import encode_message, serializer_of
@@ -24,7 +29,7 @@ from celery_idempotent.wire import Marker, later_call
 
 if TYPE_CHECKING:
     from celery import Celery
-    from celery.app.task import Context
+    from celery.result import AsyncResult
 
     from celery_idempotent.queue_log import QueueLog
     from celery_idempotent.records import Row
@@ -33,10 +38,20 @@ __all__ = ["install"]
 
 logger = logging.getLogger("celery_idempotent")
 
+#: What the second protocol has in the body beside the arguments.
+_EMBEDDED = ("callbacks", "errbacks", "chain", "chord")
+
+#: Properties that Celery makes of other options.
+_MADE_BY_CELERY = frozenset(("correlation_id", "expiration", "message_id", "reply_to"))
+
+#: Of Celery's native delayed delivery (`kombu.transport.native_delayed_delivery`): its exchanges, and the parts of a key before ours.
+_DELAYED, _LEVELS = "celery_delayed_", 28
+
 
 def install(queue_log: QueueLog) -> None:
     """Connect the hooks for an app's queue log; doing so again changes nothing."""
     hooks = vars(queue_log.app).setdefault("queue_log_hooks", _PublishHook(queue_log))
+    vars(queue_log.app).setdefault("send_task", partial(_send_task, queue_log.app))
     queue_log.app.steps["worker"].update({CheckStep, RecoveryStep})
     signals.before_task_publish.connect(hooks.before_publish, weak=True)
     signals.task_success.connect(_succeeded)
@@ -61,6 +76,8 @@ class _PublishHook:
         headers: dict[str, Any] | None = None,
         properties: dict[str, Any] | None = None,
         declare: Any = None,
+        exchange: Any = None,
+        routing_key: str | None = None,
         **_: Any,
     ) -> None:
         # Not `app.tasks`, which would finalize an app that only sends.
@@ -75,10 +92,13 @@ class _PublishHook:
             )
         if not is_guarded(task):
             return
-        if "id" not in headers or not _publishes(self.app, declare):
+        # The first protocol has in its body what the second one has in its headers.
+        first_protocol = isinstance(body, Mapping)
+        sent: Mapping[str, Any] = body if first_protocol else headers
+        if "id" not in sent or not _publishes(self.app, declare):
             return
-        args, kwargs, embed = body
-        task_id, message_id = headers["id"], properties.get("message_id")
+        args, kwargs, embed = (sent["args"], sent["kwargs"], sent) if first_protocol else body
+        task_id, message_id = sent["id"], properties.get("message_id")
         run = Run.current(self.app)
         if run is not None and run.in_body and message_id is None and task.idempotency.message_id is None:
             message_id = run.calls.next(sender, task.idempotency.signature, args, kwargs).message_id
@@ -89,17 +109,19 @@ class _PublishHook:
         outcomes = task.queue_log.outcomes
         trace = None if outcomes is None else outcomes.traceparent()
         marker = Marker.new(key, task_id, fingerprint, trace=trace)
+        destination = _destination(self.app, declare, exchange, routing_key)
+        options = {**_options(sent, embed, headers, properties), **destination, **_given.get()}
+        options["message_id"] = key.message_id
         headers.update(marker.write(None))
-        options = {**_options(headers, embed), "message_id": key.message_id}
         queue_log = task.queue_log
         message = NewMessage(
             key=key,
             task_id=task_id,
-            queue=declare[0].name if declare else None,
+            queue=destination.get("queue") or destination.get("routing_key"),
             fingerprint=fingerprint,
-            attempt=headers.get("retries") or 0,
-            delay=delay_of(task, {"eta": headers.get("eta")}),
-            message=encode_message(args, kwargs, options, serializer=serializer_of(task), trace=trace),
+            attempt=sent.get("retries") or 0,
+            delay=delay_of(task, {"eta": sent.get("eta")}),
+            message=encode_message(args, kwargs, options, serializer=serializer_of(task, options), trace=trace),
         )
         try:
             policy = self.app.conf.task_publish_retry_policy or {}
@@ -108,7 +130,10 @@ class _PublishHook:
                 free = found.row
                 if ask_again(lambda: queue_log.store.resubmit(free, message), policy):
                     found = Recorded()
-            if isinstance(found, Found) and (copy := self._copy(marker, found.row, headers, embed)):
+            broadcast = options.get("exchange_type") == FANOUT
+            if broadcast and not isinstance(found, Found):
+                end_broadcast(task, message)
+            if isinstance(found, Found) and not broadcast and (copy := self._copy(marker, found.row, sent, embed)):
                 ask_again(lambda: queue_log.store.record(replace(message, key=copy.row_of_its_own)), policy)
                 headers.update(copy.write(None))
         except StoreError as error:
@@ -157,27 +182,50 @@ def _finalize(sender: str, declare: Any = None, **message: Any) -> None:
 signals.before_task_publish.connect(_finalize)
 
 
-def _options(headers: Mapping[str, Any], embed: Mapping[str, Any]) -> dict[str, Any]:
+def _options(
+    sent: Mapping[str, Any], embed: Mapping[str, Any], headers: Mapping[str, Any], properties: Mapping[str, Any]
+) -> dict[str, Any]:
     """The options of ``apply_async`` that a message was made from."""
-    limits = headers.get("timelimit") or (None, None)
+    # Celery's own way from a message back to options; what it does not know among the headers was given by the caller.
+    context = Context({**sent, **{name: embed.get(name) for name in _EMBEDDED}, "reply_to": properties.get("reply_to")})
+    if sent is not headers:
+        context.headers = dict(headers)
     return {
-        "task_id": headers["id"],
-        "link": embed.get("callbacks"),
-        "link_error": embed.get("errbacks"),
-        "chain": embed.get("chain"),
-        "chord": embed.get("chord"),
-        "group_id": headers.get("group"),
-        "group_index": headers.get("group_index"),
-        "root_id": headers.get("root_id"),
-        "parent_id": headers.get("parent_id"),
-        "eta": headers.get("eta"),
-        "expires": headers.get("expires"),
-        "retries": headers.get("retries"),
-        "time_limit": limits[0],
-        "soft_time_limit": limits[1],
-        "shadow": headers.get("shadow"),
-        "ignore_result": headers.get("ignore_result"),
+        **{name: value for name, value in properties.items() if name not in _MADE_BY_CELERY},
+        **context.as_execution_options(),
+        "eta": sent.get("eta"),
+        "ignore_result": sent.get("ignore_result"),
     }
+
+
+def _destination(app: Celery, declare: Any, exchange: Any, routing_key: str | None) -> dict[str, Any]:
+    """Where a message is published, as options of ``apply_async``."""
+    name = getattr(exchange, "name", exchange)
+    if not name:
+        return {"queue": routing_key}
+    if name.startswith(_DELAYED):
+        # The delay is in front of the key, in as many parts as there are levels.
+        routing_key = str(routing_key).split(".", _LEVELS)[-1]
+        known = next((queue for queue in app.amqp.queues.values() if queue.routing_key == routing_key), None)
+        return {"routing_key": routing_key} if known is None else {"queue": known.name}
+    queue = declare[0] if declare else None
+    if queue is not None and (queue.exchange.name, queue.routing_key) == (name, routing_key):
+        return {"queue": queue.name}
+    return {"exchange": name, "routing_key": routing_key, "exchange_type": type_of_exchange(app, name)}
+
+
+#: What a call by name was given that its message does not show.
+_given: ContextVar[Mapping[str, Any]] = ContextVar("given", default=MappingProxyType({}))
+
+
+def _send_task(app: Celery, *args: Any, **options: Any) -> AsyncResult[Any]:
+    """Celery's ``send_task``; Celery's signal does not say by which serializer and compression it publishes."""
+    shown = {name: options[name] for name in ("serializer", "compression", "delivery_mode") if options.get(name)}
+    token = _given.set(shown)
+    try:
+        return type(app).send_task(app, *args, **options)
+    finally:
+        _given.reset(token)
 
 
 def _succeeded(sender: Any, **_: Any) -> None:

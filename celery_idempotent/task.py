@@ -16,11 +16,13 @@ from celery_idempotent.chords import add_part
 from celery_idempotent.consumer import admit
 from celery_idempotent.errors import IdempotentError
 from celery_idempotent.handlers import guard_handlers
+from celery_idempotent.identity import type_of_exchange
 from celery_idempotent.options import Options, refuse_misspelt, refuse_misspelt_call
 from celery_idempotent.producer import answer_of, identify, send
 from celery_idempotent.queue_log import QueueLog
 from celery_idempotent.records import NewMessage
 from celery_idempotent.run import Run
+from celery_idempotent.serialization import content_of
 from celery_idempotent.signals import install
 from celery_idempotent.wire import Marker
 
@@ -33,7 +35,6 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
     from celery_idempotent.atomic import UnitOfWork
-    from celery_idempotent.records import MessageKey
     from celery_idempotent.result import IdempotentResult
 
 __all__ = ["IdempotentTask"]
@@ -270,10 +271,14 @@ class IdempotentTask(Task):  # type: ignore[misc]
         """Publish a message whose row is there: Celery's own ``apply_async``, without the guard."""
         return super().apply_async(args, kwargs, **options)
 
-    def publish_copy(self, request: Context, key: MessageKey, countdown: float) -> None:
+    def publish_copy(self, request: Context, message_id: str, countdown: float) -> None:
         """Publish a running delivery's message once more, to arrive in ``countdown`` seconds; same task id, same retries."""
         signature: Signature[Any] = self.signature_from_request(request, retries=request.retries)
-        options = {**signature.options, "message_id": key.message_id, "add_to_parent": False, "countdown": countdown}
+        options = {**signature.options, **content_of(request), "message_id": message_id, "add_to_parent": False}
+        options["countdown"] = countdown
+        if options.get("exchange"):
+            # Celery's native delayed delivery asks for it where no queue is named.
+            options["exchange_type"] = type_of_exchange(self.app, options["exchange"])
         options.pop("redelivered", None)
         self.publish(signature.args, signature.kwargs, **options)
 

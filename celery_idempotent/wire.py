@@ -17,7 +17,7 @@ from celery.utils import uuid
 from celery_idempotent.records import MessageKey
 from celery_idempotent.storable import FINGERPRINT, is_text
 
-__all__ = ["HEADER", "TRACE_HEADER", "Marker", "is_trace", "later_call"]
+__all__ = ["HEADER", "TRACE_HEADER", "Marker", "is_trace", "later_call", "rejections"]
 
 HEADER = "idempotent"
 
@@ -30,6 +30,17 @@ _TRACE = re.compile("[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 def later_call() -> str:
     """A name for a later call under a Celery id that was sent before."""
     return f"again:{uuid()}"
+
+
+def rejections(headers: Mapping[str, Any] | None) -> int:
+    """How often RabbitMQ has dead-lettered a message because it was rejected, by its header ``x-death``."""
+    deaths = headers.get("x-death") if isinstance(headers, Mapping) else None
+    counts = [
+        death.get("count")
+        for death in (deaths if isinstance(deaths, list) else ())
+        if isinstance(death, Mapping) and death.get("reason") == "rejected"
+    ]
+    return sum(count for count in counts if isinstance(count, int) and count > 0)
 
 
 def is_trace(value: object) -> bool:
@@ -55,6 +66,7 @@ class Marker:
             see :meth:`row_of_its_own`.
         first: The Celery id that was first sent under the message id, if it is another: a body's calls are told by it.
         lost: How many of the message's retries were sent because a worker was lost; they make the same calls as what was lost.
+        rejected: How often it was rejected before it was published by its consumer again, which drops RabbitMQ's own count.
         trace: The span in which the message was sent, if the app's hooks say so; see :class:`~celery_idempotent.outcomes.TracingHook`.
         call: Names a later call under a Celery id that was sent before, as of a frozen signature in a second canvas: what waits on it
             is still to go on. ``None`` for all other messages.
@@ -70,6 +82,7 @@ class Marker:
     lost: int = 0
     trace: str | None = None
     call: str | None = None
+    rejected: int = 0
 
     @classmethod
     def read(cls, headers: Mapping[str, Any] | None) -> Marker | None:
@@ -93,6 +106,7 @@ class Marker:
             lost if isinstance(lost, int) and lost > 0 else 0,
             trace if trace is not None and is_trace(trace) else None,
             call if is_text(call) else None,
+            rejected if isinstance(rejected := found.get("rejected"), int) and rejected > 0 else 0,
         )
 
     @classmethod
@@ -108,7 +122,11 @@ class Marker:
             return None
         marker = replace(sent, message_id=key.message_id, task_id=task_id)
         # What a header says of another message than this one is no history of ours.
-        return marker if sent.task_id == task_id else replace(marker, first=None, lost=0, trace=None, call=None)
+        return (
+            marker
+            if sent.task_id == task_id
+            else replace(marker, first=None, lost=0, trace=None, call=None, rejected=0)
+        )
 
     def copy_of(self, first: str, call: str | None = None) -> Marker:
         """The marker of a copy that is published although its message id is known.
@@ -148,6 +166,8 @@ class Marker:
             marker["trace"] = self.trace
         if self.call is not None:
             marker["call"] = self.call
+        if self.rejected:
+            marker["rejected"] = self.rejected
         return {**(headers or {}), HEADER: marker}
 
     def belongs_to(self, task_name: str, task_id: str | None) -> bool:

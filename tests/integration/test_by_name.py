@@ -149,3 +149,22 @@ def test_another_apps_messages_are_left_alone(bench: Bench) -> None:
 
     assert result.id
     assert bench.find("echo", m) is None
+
+
+def test_a_call_by_name_of_the_first_protocol_is_recorded(bench: Bench) -> None:
+    order = bench.fresh("order")
+    first_protocol = bench.producer(task_protocol=1)
+    first_protocol.set_current()
+    try:
+        first = first_protocol.send_task("order", (order,))
+        assert first.get(timeout=PATIENCE) == {"order": order, "amount": 1}
+        row = bench.row("order", f"order:{order}")
+        assert (row.task_id, row.queue) == (first.id, bench.spec.queue)
+
+        again = first_protocol.send_task("order", (order,))
+
+        assert again.get(timeout=PATIENCE) == {"order": order, "amount": 1}
+    finally:
+        bench.app.set_current()
+    bench.wait_for_row("order", f"order:{order}", lambda row: row.duplicates == 1)
+    assert len(bench.starts("order", f"order:{order}")) == 1

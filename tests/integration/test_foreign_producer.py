@@ -13,8 +13,10 @@ from kombu.connection import Connection
 from kombu.messaging import Producer
 
 from celery_idempotent import MessageMismatchError
-from celery_idempotent.records import ProcessedStatus, Status
+from celery_idempotent.records import Claimed, MessageKey, NewMessage, ProcessedStatus, Recorded, Status
+from celery_idempotent.serialization import encode_message, encode_result
 from tests.support.bench import PATIENCE, Bench
+from tests.support.waiting import wait_until
 
 SUCCESS, FAILURE = ProcessedStatus.SUCCESS, ProcessedStatus.FAILURE
 
@@ -97,15 +99,56 @@ def test_a_message_written_by_hand_is_guarded(bench: Bench) -> None:
     assert len(bench.starts("echo", m)) == 1
 
 
-def test_the_tasks_option_is_the_producers_business(bench: Bench) -> None:
-    """The id is decided at the publication and never recomputed: a foreign message without one is known by its task id."""
-    order = bench.fresh("order")
-    results = [bench.deliver("order", (order,)) for _ in range(2)]
+@pytest.mark.parametrize("task", ["order", "order.arguments", "order.daily"])
+@pytest.mark.parametrize("protocol", [1, 2])
+def test_a_message_without_an_id_is_known_by_the_tasks_option(bench: Bench, task: str, protocol: int) -> None:
+    """The broker's copy has no header: a redelivery computes the id again."""
+    order, ids = bench.fresh("order"), [str(uuid4()), str(uuid4())]
+    args = (order, "monday") if task == "order.daily" else (order,)
 
-    for result in results:
-        assert result.get(timeout=PATIENCE) == {"order": order, "amount": 1}
-        assert bench.row("order", result.id).processed_status is SUCCESS
+    for task_id in (ids[0], ids[1], ids[0]):
+        publish(bench, task, *args, task_id=task_id, protocol=protocol)
+    values = [bench.app.AsyncResult(task_id).get(timeout=PATIENCE) for task_id in ids]
+
+    assert values[0] == values[1]
+    m = bench.task(task).idempotency.message_id(args, {})
+    row = bench.wait_for_row(task, m, lambda row: row.duplicates == 2)
+    assert (row.processed_status, row.token) == (SUCCESS, 1)
+    assert sum(len(bench.ledger.starts(task, task_id=task_id)) for task_id in ids) == 1
+    assert bench.task(task).delay(*args).duplicate
+
+
+def test_a_row_under_the_task_id_goes_before_a_computed_one(bench: Bench) -> None:
+    """A worker of an earlier version has claimed the message by its task id."""
+    order, task_id = bench.fresh("order"), str(uuid4())
+    store, key = bench.app.queue_log.store, MessageKey(task_id, "order")
+    answer = store.claim(NewMessage(key, task_id), worker="older", lease=60.0, grace=30.0)
+    assert isinstance(answer, Claimed)
+    assert store.complete(answer.claim, result=encode_result(bench.app, "the first"))
+
+    publish(bench, "order", order, task_id=task_id)
+
+    assert bench.app.AsyncResult(task_id).get(timeout=PATIENCE) == "the first"
+    assert bench.row("order", task_id).duplicates == 1
     assert bench.find("order", f"order:{order}") is None
+    assert bench.ledger.starts("order", task_id=task_id) == []
+
+
+def test_a_first_message_whose_copy_ran_is_not_taken_for_another(bench: Bench) -> None:
+    """What keeps it in the meantime is a row under its task id."""
+    order, first, copy = bench.fresh("order"), str(uuid4()), str(uuid4())
+    store, m = bench.app.queue_log.store, f"order:{order}"
+    message = encode_message([order], {}, {"task_id": first, "message_id": m}, serializer="json")
+    assert store.record(NewMessage(MessageKey(m, "order"), first, message=message)) == Recorded()
+
+    publish(bench, "order", order, task_id=copy)
+    assert bench.app.AsyncResult(copy).get(timeout=PATIENCE) == {"order": order, "amount": 1}
+    assert bench.row("order", first).status is Status.PENDING
+    publish(bench, "order", order, task_id=first)
+
+    assert bench.app.AsyncResult(first).get(timeout=PATIENCE) == {"order": order, "amount": 1}
+    wait_until(lambda: bench.find("order", first) is None, timeout=PATIENCE)
+    assert [len(bench.ledger.starts("order", task_id=task_id)) for task_id in (first, copy)] == [0, 1]
 
 
 def test_other_arguments_under_the_same_property_are_refused(bench: Bench) -> None:

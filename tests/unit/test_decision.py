@@ -450,6 +450,14 @@ MORE_DELIVERIES: dict[str, list[DeliveryCase]] = {
         (failed(), LATER, DEFAULT, RAISE_FAILED),
         (failed(), replace(LATER, awaited=False), DEFAULT, RAISE_FAILED),
     ],
+    "done/failure by `Reject(requeue=False)`, and the delivery's `x-death` count for `rejected` is higher than the row's": [
+        (failed(error="Reject: no; rejected before: 0"), replace(READY, rejected=1), DEFAULT, CLAIM),
+        (failed(error="Reject: no; rejected before: 2"), replace(SAME, rejected=3), DEFAULT, CLAIM),
+        (failed(error="Reject: no; rejected before: 1"), replace(READY, rejected=1), DEFAULT, SKIP),
+        (failed(error="Reject: no; rejected before: 0"), READY, DEFAULT, SKIP),
+        (failed(error="ValueError: no"), replace(READY, rejected=3), DEFAULT, SKIP),
+        (succeeded(error="odd; rejected before: 0"), replace(READY, rejected=3), DEFAULT, SKIP),
+    ],
     "done/failure, and an errback that nobody has had yet waits on it": [
         (failed(), replace(READY, owed=True), DEFAULT, RAISE_FAILED),
         (failed(), replace(IGNORED, owed=True), DEFAULT, RAISE_FAILED),

@@ -23,9 +23,10 @@ from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 from kombu.exceptions import OperationalError
 
 from celery_idempotent import IdempotentTask, MessageMismatchError, QueueLog
-from celery_idempotent.consumer import ABANDONED, admit, delivered_key
+from celery_idempotent.consumer import ABANDONED, admit
 from celery_idempotent.decision import MAX_TAKEOVERS
 from celery_idempotent.errors import AlreadyFailedError
+from celery_idempotent.identity import identity_of
 from celery_idempotent.records import Claim, Holder, MessageKey, Owner, ProcessedStatus, Row, Status
 from celery_idempotent.run import Run, RunState, worker_label
 from celery_idempotent.signals import _after_run, _revoked, _succeeded
@@ -306,7 +307,7 @@ class World:
         self.known[MessageKey(copy.message_id, task.name)].copies += 1
         if not task.acks_late:
             self.broker.ack(copy)
-        self.queue_log.recovery.saw("celery", delivered_key(task.name, request))
+        self.queue_log.recovery.saw("celery", identity_of(task, request).key)
         try:
             with self._traced(task, request):
                 run = admit(task, request)

@@ -1,0 +1,77 @@
+"""Messages that RabbitMQ routes: by a topic exchange without a queue's name, and back from a dead-letter queue."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from celery_idempotent.records import MessageKey, ProcessedStatus, Row, Status
+from tests.support.apps import AppSpec, OpenApp
+from tests.support.bench import PATIENCE
+from tests.support.ledger import Ledger
+from tests.support.waiting import wait_until
+from tests.support.worker import StartWorker
+
+TASKS = ("tests.support.apps.generic", "tests.support.apps.routing")
+
+pytestmark = pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
+
+
+@pytest.mark.parametrize("typed", [True, False], ids=["a route with the exchange's type", "without"])
+@pytest.mark.parametrize("broker", ["rabbitmq-quorum"], indirect=True)
+def test_a_copy_is_held_where_routes_name_no_queue(
+    spec: AppSpec, open_app: OpenApp, start_worker: StartWorker, ledger: Ledger, tmp_path: Path, typed: bool
+) -> None:
+    route = {"exchange": f"{spec.queue}-topic", "routing_key": f"{spec.queue}.work.now"}
+    settings = {
+        **spec.settings,
+        "task_default_queue_type": "quorum",
+        "task_routes": {"gated": {**route, **({"exchange_type": "topic"} if typed else {})}},
+    }
+    told = replace(spec, settings=settings, tasks=TASKS)
+    app = open_app(told)
+    worker = start_worker(told, pool="threads", concurrency=3, queues=[f"{spec.queue}-work"])
+    gate = str(tmp_path / "gate")
+    key = MessageKey("m-1", "gated")
+
+    def row() -> Row:
+        found: Row | None = app.queue_log.store.find(key)
+        assert found is not None
+        return found
+
+    first = app.tasks["gated"].apply_async((gate, "value"), message_id="m-1")
+    wait_until(lambda: ledger.starts("gated"), timeout=PATIENCE)
+    assert row().queue == f"{spec.queue}.work.now"
+    app.tasks["gated"].publish((gate, "value"), {}, task_id=first.id, message_id="m-1")
+    worker.wait_for_log("gated[m-1] is held for", timeout=PATIENCE)
+    Path(gate).touch()
+
+    assert first.get(timeout=PATIENCE) == "value"
+    wait_until(lambda: row().duplicates == 1, timeout=PATIENCE, describe=lambda: str(row()))
+    assert len(ledger.starts("gated")) == 1
+    assert "KeyError" not in worker.log.read_text()
+
+
+@pytest.mark.parametrize("broker", ["rabbitmq-classic", "rabbitmq-quorum"], indirect=True)
+def test_a_rejected_message_that_comes_back_runs_again(
+    spec: AppSpec, open_app: OpenApp, start_worker: StartWorker, ledger: Ledger
+) -> None:
+    kind = "quorum" if "quorum" in spec.queue else "classic"
+    told = replace(spec, settings={**spec.settings, "task_default_queue_type": kind}, tasks=TASKS)
+    app = open_app(told)
+    rejects = f"{spec.queue}-rejects"
+    with app.connection_for_write() as connection, connection.channel() as channel:
+        app.amqp.queues[f"{spec.queue}-later"](channel).declare()
+    start_worker(told, queues=[rejects])
+
+    result = app.tasks["rejects"].apply_async((2,), queue=rejects, message_id="m-1")
+
+    def ended() -> Row | None:
+        row = app.queue_log.store.find(MessageKey("m-1", "rejects"))
+        return row if row is not None and row.processed_status is ProcessedStatus.SUCCESS else None
+
+    row: Row = wait_until(ended, timeout=PATIENCE)
+    assert (row.status, row.token) == (Status.DONE, 3)
+    assert len(ledger.starts("rejects", task_id=result.id)) == 3
