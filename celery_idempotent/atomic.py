@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from enum import Enum, auto
 from typing import TYPE_CHECKING, Any, Self
 
 from celery_idempotent.beginnings import begin
-from celery_idempotent.errors import ConfigurationError, IdempotentError
+from celery_idempotent.errors import ConfigurationError, IdempotentError, StoreUnavailableError
 from celery_idempotent.outboxes import OUTBOX, Outbox
 from celery_idempotent.transactions import refuse_autocommit, transactional
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     #: What makes the sessions of atomic bodies.
     SessionFactory = sessionmaker[Any] | scoped_session[Any] | Callable[..., Session]
 
-__all__ = ["RUNS", "NotCommittedError", "UnitOfWork", "given_up_error"]
+__all__ = ["RUNS", "NotCommittedError", "Setback", "UnitOfWork", "given_up_error"]
 
 logger = logging.getLogger("celery_idempotent")
 
@@ -37,6 +38,14 @@ RUNS = 5
 
 #: The execution option by which a connection knows its unit.
 _UNIT = "celery_idempotent_unit"
+
+
+class Setback(Enum):
+    """Why the transaction of a body gave way."""
+
+    COLLIDED = auto()  # another transaction went first
+    BROKE = auto()  # its connection broke, or the database takes nothing for now
+    NOT_CONNECTED = auto()  # there was no connection to be had
 
 
 class NotCommittedError(Exception):
@@ -82,11 +91,11 @@ class UnitOfWork:
         self._over = False
         self._committing = False
         self._undone = False
-        #: The error by which the database ended the transaction, or a statement of it, in favour of another one; or the connection's
-        #: end. The body may have caught it, but what it wrote before may be gone.
+        #: The error by which the database ended the transaction, or a statement of it. The body may have caught it, but what it wrote
+        #: before may be gone.
         self.gave_way: BaseException | None = None
-        #: Whether it was another transaction: the connection did not break.
-        self.collided = False
+        #: For what.
+        self.setback: Setback | None = None
         #: Whether a commit was asked for, and how it went is not known.
         self.in_doubt = False
         #: Whether the driver tells how the transaction stands.
@@ -146,6 +155,20 @@ class UnitOfWork:
         return self._over
 
     # -- for the run ---------------------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Begin the transaction now, rather than when the body asks for it.
+
+        Raises:
+            StoreUnavailableError: There is no connection to be had for now.
+        """
+        self.gave_way = self.setback = None
+        try:
+            self._open()
+        except Exception as error:
+            if self.setback is Setback.NOT_CONNECTED:
+                raise StoreUnavailableError(f"no connection to the store's database: {error}") from error
+            raise
 
     @property
     def opened(self) -> bool:
@@ -250,7 +273,7 @@ class UnitOfWork:
         try:
             connection = engine.connect()
         except (DBAPIError, PoolTimeoutError) as error:  # which belong to no connection, and have done nothing
-            self.gave_way = error
+            self.gave_way, self.setback = error, Setback.NOT_CONNECTED
             raise
         try:
             connection.execution_options(**{_UNIT: self, OUTBOX: self.outbox})
@@ -289,9 +312,10 @@ class UnitOfWork:
         transaction = self._connection.get_transaction()
         return transaction is not None and transaction.is_active and not self._undone
 
-    def _note(self, error: BaseException, *, broken: bool) -> None:
+    def _note(self, error: BaseException) -> None:
         if self.gave_way is None and self._store.gave_way(error):
-            self.gave_way, self.collided = error, not broken
+            self.gave_way = error
+            self.setback = Setback.COLLIDED if self._store.collided(error) else Setback.BROKE
 
     def _before_commit(self, connection: Connection) -> None:
         if not self._committing:
@@ -343,7 +367,7 @@ def _unit_of(connection: Connection | None) -> UnitOfWork | None:
 def _on_error(context: ExceptionContext) -> None:
     unit = _unit_of(context.connection)
     if unit is not None and context.sqlalchemy_exception is not None:
-        unit._note(context.sqlalchemy_exception, broken=context.is_disconnect)  # noqa: SLF001 - of this module
+        unit._note(context.sqlalchemy_exception)  # noqa: SLF001 - of this module
 
 
 def _on_commit(connection: Connection) -> None:

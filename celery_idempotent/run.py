@@ -21,7 +21,7 @@ from celery.backends.base import DisabledBackend
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 from kombu.exceptions import EncodeError
 
-from celery_idempotent.atomic import RUNS, NotCommittedError, UnitOfWork, given_up_error
+from celery_idempotent.atomic import RUNS, NotCommittedError, Setback, UnitOfWork, given_up_error
 from celery_idempotent.celery_versions import ignores_result
 from celery_idempotent.children import Calls, derived
 from celery_idempotent.errors import (
@@ -228,12 +228,16 @@ class Run:
         """Run the body in a transaction, and again in a new one if that gave way to others."""
 
         def flushed() -> T:
+            if self.unit is not None and setback is Setback.NOT_CONNECTED and self._waits:
+                # Not by running the body over and over: what it does elsewhere before it writes, it would do each time.
+                ask_until_answered(self.unit.open, "begin the transaction of", self)
             value = body()
             if self.unit is not None and self.state is RunState.CLAIMED:
                 self.unit.flush()
             return value
 
         longest, collided = 0.0, False
+        setback: Setback | None = None
         for number in range(1, RUNS + 1):
             began = time.monotonic()
             try:
@@ -246,7 +250,8 @@ class Run:
                     return self._perform(flushed)
             except NotCommittedError as stopped:
                 error, again = stopped.error, stopped.again and number < RUNS
-                collided = collided or unit.collided
+                setback = unit.setback
+                collided = collided or setback is Setback.COLLIDED
             finally:
                 self.unit = None
             if not again:
@@ -577,9 +582,7 @@ class Run:
             self.unit.roll_back()
 
         def write() -> T:
-            if self.request.is_eager or self.on_store_error != "retry":
-                return ask()
-            return ask_until_answered(ask, f"{what} for", self)
+            return ask_until_answered(ask, f"{what} for", self) if self._waits else ask()
 
         try:
             return write()
@@ -591,6 +594,11 @@ class Run:
                 logger.error("could not %s for %s, so a copy of it may run again: %s", what, self, error)
                 return cast("T", True)
             raise
+
+    @property
+    def _waits(self) -> bool:
+        """Whether the store is waited for as long as it gives no answer."""
+        return not self.request.is_eager and self.on_store_error == "retry"
 
     def _finish(self, held: bool) -> None:
         self._continue(held, RunState.FINISHED)

@@ -554,7 +554,11 @@ class TransactionalStore(Store, Protocol):
     def gave_way(self, error: BaseException) -> bool:
         """Whether a transaction that met an error took no effect, and may if all of it is done again.
 
-        So it is after a deadlock, a serialization failure or a lock that was waited for in vain; and after a connection that broke,
-        unless it broke while the transaction was being committed.
+        So it is after a deadlock, a serialization failure or a lock that was waited for in vain; after a connection that broke,
+        unless it broke while the transaction was being committed; and when the database takes nothing for now, as while it is read-only.
         """
+        ...
+
+    def collided(self, error: BaseException) -> bool:
+        """Whether it did so in favour of another transaction: a deadlock, a serialization failure, a lock that was waited for in vain."""
         ...

@@ -116,3 +116,4 @@ class TransactionContract(StoreFixtures):
     def test_an_error_of_the_bodys_own_is_no_giving_way(self, transactional: TransactionalStore) -> None:
         assert not transactional.gave_way(ValueError("no"))
         assert not transactional.gave_way(KeyboardInterrupt())
+        assert not transactional.collided(ValueError("no"))

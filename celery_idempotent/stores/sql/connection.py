@@ -188,7 +188,15 @@ class Database:
 
     def gave_way(self, error: BaseException) -> bool:
         """Whether a transaction that met an error took no effect, and may if it is repeated."""
-        return isinstance(error, DBAPIError) and self._dialect.fault(error) in _GAVE_WAY
+        if not isinstance(error, DBAPIError):
+            return False
+        fault = self._dialect.fault(error)
+        # That a statement took too long is the body's own affair; that the database takes nothing for now is not.
+        return fault in _GAVE_WAY or (fault is Fault.UNAVAILABLE and not self._dialect.timed_out(error))
+
+    def collided(self, error: BaseException) -> bool:
+        """Whether it did so in favour of another one."""
+        return isinstance(error, DBAPIError) and self._dialect.fault(error) is Fault.COLLISION
 
     def close(self) -> None:
         """Close this process's own connections. The next operation opens new ones."""

@@ -119,6 +119,9 @@ class SQLStore:
     def gave_way(self, error: BaseException) -> bool:
         return self._database.gave_way(error)
 
+    def collided(self, error: BaseException) -> bool:
+        return self._database.collided(error)
+
     # -- producer ------------------------------------------------------------------------------------------------------
 
     def record(self, message: NewMessage) -> Recorded | Found:

@@ -19,8 +19,8 @@ __all__ = ["PostgreSQL"]
 
 #: statement_completion_unknown: CockroachDB lost a node while it committed.
 _LOST = {"40003"}
-#: serialization_failure, deadlock_detected.
-_COLLISIONS = {"40001", "40P01"}
+#: serialization_failure, deadlock_detected, lock_not_available (``lock_timeout``).
+_COLLISIONS = {"40001", "40P01", "55P03"}
 #: undefined_table, undefined_column, invalid_schema_name.
 _SCHEMA = {"42P01", "42703", "3F000"}
 #: read_only_sql_transaction: a standby, as the primary is after a failover. psycopg calls it an InternalError.
