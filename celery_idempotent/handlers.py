@@ -21,7 +21,7 @@ from celery_idempotent.run import Run, RunState
 if TYPE_CHECKING:
     from celery_idempotent.task import IdempotentTask
 
-__all__ = ["guard_handlers"]
+__all__ = ["guard_handlers", "inherited"]
 
 #: What marks a handler that is wrapped. Tools that wrap it again (``functools.wraps``) keep the mark.
 _MARK = "idempotent_handler"
@@ -32,19 +32,19 @@ def guard_handlers(cls: type[IdempotentTask]) -> None:
     for name, once in (("on_success", _on_success), ("on_failure", _on_failure), ("after_return", _after_return)):
         handler = getattr(cls, name)
         if handler is not getattr(Task, name) and not hasattr(handler, _MARK):
-            wrapped = once(vars(cls).get(name) or _inherited(cls, name))
+            wrapped = once(vars(cls).get(name) or inherited(cls, name))
             setattr(wrapped, _MARK, True)
             setattr(cls, name, wrapped)
 
 
-def _inherited(cls: type, name: str) -> Callable[..., Any]:
-    """What a class has from its bases, looked up at each call."""
+def inherited(cls: type, name: str) -> Callable[..., Any]:
+    """What a class has from its bases, looked up at each call: a tool may replace it there later."""
 
     @wraps(getattr(cls, name))
-    def inherited(self: IdempotentTask, *args: Any, **kwargs: Any) -> Any:
+    def hook(self: IdempotentTask, *args: Any, **kwargs: Any) -> Any:
         return getattr(super(cls, self), name)(*args, **kwargs)
 
-    return inherited
+    return hook
 
 
 def _on_success(handler: Callable[..., Any]) -> Callable[..., Any]:

@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from celery_idempotent.store import Store
     from celery_idempotent.task import IdempotentTask
 
-__all__ = ["Run", "RunState", "describe", "waited_on", "worker_label"]
+__all__ = ["Passage", "Run", "RunState", "describe", "waited_on", "worker_label"]
 
 logger = logging.getLogger("celery_idempotent")
 
@@ -85,8 +85,16 @@ class RunState(StrEnum):
     FINISHED = "finished"
 
 
+class Passage(StrEnum):
+    """How far the calls of a run have come: through the guard, then through each ``__call__`` of its task's classes."""
+
+    OUTSIDE = "outside"  # no ``__call__`` yet
+    CALLED = "called"  # the guard runs the first of them
+    IN_BODY = "in_body"  # Celery's own, the last of them, runs the body
+
+
 class Run:
-    """A delivery's passage through the guard."""
+    """A delivery's way through the guard."""
 
     def __init__(self, task: IdempotentTask, request: Context, message: NewMessage, marker: Marker) -> None:
         self.task = task
@@ -101,9 +109,7 @@ class Run:
         self.value: Any = None
         #: Whether the body is about to replace itself by another task under the same task id.
         self.replacing = False
-        #: Whether the outermost guarded ``__call__`` is on the stack, and whether the body was reached through it.
-        self.performing = False
-        self.entered = False
+        self.passage = Passage.OUTSIDE
         #: The transaction of an atomic body, while that runs.
         self.unit: UnitOfWork | None = None
         #: Seconds that the body took, once it has ended.
@@ -213,6 +219,7 @@ class Run:
         return self.limits.without(lambda: self._perform_or_replay(partial(self.limits.within, body)))
 
     def _perform_or_replay(self, body: Callable[[], T]) -> T:
+        self.passage = Passage.CALLED
         if self.state in (RunState.REPLAYED, RunState.CHECKPOINTED):
             return cast("T", self.value)
         if self.state is RunState.UNGUARDED:
@@ -275,7 +282,7 @@ class Run:
         lease = self.task.idempotency.lease + 2 * unrenewed
         lost = self._write("keep a claim", lambda: self._store.renew([self._claim], lease=lease))
         self._continue(not lost, RunState.CLAIMED)
-        self.entered = self.replacing = False
+        self.passage, self.replacing = Passage.CALLED, False
         self.__dict__.pop("calls", None)  # it makes the same calls in the same places
 
     def _perform(self, body: Callable[[], T]) -> T:
@@ -362,6 +369,40 @@ class Run:
             self._finish(self._failed(rejected(describe(reject), self.marker.rejected)))
 
     # -- what follows the body -----------------------------------------------------------------------------------------
+
+    def end_as_seen(self, state: str | None, outcome: Any) -> None:
+        """End a claim that the guard has not ended, by what Celery saw.
+
+        Args:
+            state: Celery's, of the run. ``None`` if the process is about to exit: the worker's request learns of that.
+            outcome: The return value, or the exception.
+        """
+        if self.state is not RunState.CLAIMED or state is None:
+            return
+        logger.error(
+            "%s was still claimed when Celery had finished with it, and ends as Celery saw it, %s: either its before_start raised, "
+            "or something calls its body past the guard",
+            self,
+            state,
+        )
+        try:
+            match state:
+                case states.SUCCESS:
+                    wanted = self.task.idempotency.keep_result
+                    result = encode_result(self.task.app, outcome, trace=self.marker.trace) if wanted else None
+                    self._finish(self._completed(result))
+                case states.RETRY:
+                    self.hand_on(self._retried(outcome))
+                case states.IGNORED:
+                    self._finish(self._completed(None, note=Note.REPLACED if self.replacing else Note.IGNORED))
+                case states.REJECTED:
+                    self._rejected(outcome)
+                case _:
+                    self._finish(self._failed(describe(outcome)))
+        except Ignore:  # the claim was lost, which is logged
+            return
+        except StoreError as error:
+            logger.error("%s stays claimed until its lease runs out: %s", self, error)
 
     def dispatched(self) -> None:
         """Callbacks and result of a checkpointed run were sent."""

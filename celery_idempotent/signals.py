@@ -248,6 +248,7 @@ def _after_run(sender: Any, state: str | None = None, retval: Any = None, **_: A
     if state == states.FAILURE and request is not None:
         answered(sender, request)
     if run is not None:
+        run.end_as_seen(state, retval)
         run.not_dispatched(retval if state == states.FAILURE else None)
         run.detach()
         if state == states.RETRY:

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
-from functools import cached_property, partial, wraps
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeVar, overload
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeVar, cast, overload
 
 from celery import Task
 from celery.exceptions import Ignore
 from celery.result import EagerResult
 from celery.utils import uuid
 
+from celery_idempotent.binding import REQUEST, guard
 from celery_idempotent.chords import add_part
-from celery_idempotent.consumer import admit
-from celery_idempotent.errors import IdempotentError
+from celery_idempotent.errors import ConfigurationError, IdempotentError
 from celery_idempotent.handlers import guard_handlers
 from celery_idempotent.identity import type_of_exchange
 from celery_idempotent.options import Options, refuse_misspelt, refuse_misspelt_call
 from celery_idempotent.producer import answer_of, identify, send
 from celery_idempotent.queue_log import QueueLog
 from celery_idempotent.records import NewMessage
-from celery_idempotent.run import Run
+from celery_idempotent.run import Passage, Run
 from celery_idempotent.serialization import content_of
+from celery_idempotent.settings import PREFIX
 from celery_idempotent.signals import install
 from celery_idempotent.wire import Marker
 
@@ -45,7 +46,7 @@ T = TypeVar("T")
 class _InTheBody(Generic[T]):
     """An attribute that a task has while its atomic body runs: that of this thread, since a task is one object for all.
 
-    A task that keeps something of its own under the name, on its class or on itself, still may.
+    A task that is not atomic may have something of its own under the name: on its class, on any of its bases, or on itself.
     """
 
     def __init__(self, read: Callable[[UnitOfWork], T], name: str, doc: str) -> None:
@@ -64,6 +65,9 @@ class _InTheBody(Generic[T]):
         if run is not None and run.unit is not None:
             return self._read(run.unit)
         if not task.idempotency.atomic:
+            bases = type(task).__mro__
+            if any(self._name in vars(base) for base in bases[bases.index(IdempotentTask) + 1 :]):
+                return cast("T", getattr(super(IdempotentTask, task), self._name))
             raise IdempotentError(
                 f"task {task.name} has no {self._name}: it is not atomic; give it the option atomic=True"
             )
@@ -71,25 +75,6 @@ class _InTheBody(Generic[T]):
             f"task {task.name} has no {self._name} here: an atomic task has one while a worker, or apply(), runs its body; "
             f"a call as a function, map, starmap and chunks are not guarded"
         )
-
-
-def _guarded(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Put the guard around a ``__call__``, so that a subclass that overrides it without ``super()`` is guarded all the same."""
-
-    @wraps(call)
-    def __call__(self: IdempotentTask, *args: Any, **kwargs: Any) -> Any:  # noqa: N807 - it is one
-        request = self.request_stack.top
-        if request is None or request.called_directly:
-            return call(self, *args, **kwargs)  # a direct call runs unguarded
-        run = Run.of(request)
-        if run is None:
-            run = admit(self, request)  # a subclass overrode before_start without super()
-        if run.performing:
-            return call(self, *args, **kwargs)
-        run.performing = True
-        return run.perform(partial(call, self, *args, **kwargs))
-
-    return __call__
 
 
 class IdempotentTask(Task):  # type: ignore[misc]
@@ -147,27 +132,33 @@ class IdempotentTask(Task):  # type: ignore[misc]
     #: Whether the return value is kept for replay. Default: ``True``.
     keep_result: ClassVar[bool | None] = None
 
-    #: The worker's side of a request, which learns of dead children and time limits.
-    Request = "celery_idempotent.request:IdempotentRequest"
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        call = cls.__dict__.get("__call__")
-        if call is not None:
-            cls.__call__ = _guarded(call)  # type: ignore[method-assign]
+    #: The worker's side of a request, which learns of dead children and time limits. One of your own is combined with it.
+    Request: ClassVar[Any] = REQUEST
 
     @classmethod
     def bind(cls, app: Celery) -> Celery:
-        """Bind the task to an app, and give the app what the guard needs: a queue log and the signal hooks.
+        """Bind the task to an app: guard its class, and give the app what the guard needs, a queue log and the signal hooks.
 
         Raises:
-            ConfigurationError: An option is misspelt.
+            ConfigurationError: An option is misspelt, or a class that it derives from keeps it from being guarded.
         """
         bound = super().bind(app)
         refuse_misspelt(cls, IdempotentTask)
+        guard(cls)
         guard_handlers(cls)
+        cls._refuse_two_sessions(app)
         install(QueueLog.of(app))
         return bound
+
+    @classmethod
+    def _refuse_two_sessions(cls, app: Celery) -> None:
+        atomic = app.conf.get(f"{PREFIX}atomic") if cls.atomic is None else cls.atomic
+        for name in ("session", "connection") if atomic else ():
+            for base in cls.__mro__:
+                if not isinstance(vars(base).get(name, IdempotentTask.session), _InTheBody):
+                    raise ConfigurationError(
+                        f"task {cls.name} is atomic, so self.{name} is its transaction's; {base.__name__} has another {name}: rename that one"
+                    )
 
     @property
     def queue_log(self) -> QueueLog:
@@ -284,24 +275,18 @@ class IdempotentTask(Task):  # type: ignore[misc]
 
     # -- consumer ------------------------------------------------------------------------------------------------------
 
-    def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:  # noqa: ARG002 - Celery's signature
-        """Decide what becomes of the delivered message; a duplicate does not reach the body.
+    def push_request(self, *args: Any, **kwargs: Any) -> None:
+        """Push a request for a direct call.
 
-        A subclass that overrides this should call ``super()`` first; if it does not, ``__call__`` decides.
+        Celery's ``__call__`` calls this. When it is the end of the ``super()`` calls of a delivery, the body keeps that delivery's request.
         """
         request = self.request_stack.top
-        if Run.of(request) is None:
-            admit(self, request)
-
-    @_guarded
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the body: guarded in a traced run, as it is when called directly."""
-        run = Run.of(self.request_stack.top)
-        if run is None or run.entered:
-            return super().__call__(*args, **kwargs)
-        # In a traced run Celery's own __call__ would push the request a second time (the worker hides that by patching it).
-        run.entered = True
-        return self.run(*args, **kwargs)
+        run = Run.of(request)
+        if run is None or run.passage is not Passage.CALLED:
+            super().push_request(*args, **kwargs)
+        else:
+            run.passage = Passage.IN_BODY
+            self.request_stack.push(request)
 
     def add_to_chord(self, sig: Signature[Any], lazy: bool = False) -> Any:
         """Add a signature to the chord that this task is a member of, once however often the body runs; see Celery's ``add_to_chord``.

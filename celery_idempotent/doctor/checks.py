@@ -56,6 +56,13 @@ def _app(facts: Facts) -> Iterator[Finding]:
             "the app has no task with base=IdempotentTask, or their modules are not imported by it",
             "give the tasks base=IdempotentTask, and name their modules in `imports` or `include`",
         )
+    if replaced := _names(facts, lambda task: task.past_the_guard):
+        yield Finding(
+            "past-the-guard",
+            "something replaced __call__ and before_start of these tasks' classes after they were bound to the app",
+            "let it call what it replaces; or derive a class that overrides the hooks, and give it to the task as a base",
+            replaced,
+        )
     if lost := _names(facts, lambda task: task.told_lost):
         yield Finding(
             "late-ack-worker-lost",

@@ -26,6 +26,7 @@ class TaskFacts:
         lease: Of its claims.
         unique_for: After its end, for which its id stays taken; ``None`` until it is purged.
         atomic: Whether its body runs in a transaction.
+        past_the_guard: Whether something has replaced both hooks of its class that the guard comes before.
     """
 
     name: str
@@ -38,6 +39,7 @@ class TaskFacts:
     lease: float = 60.0
     unique_for: float | None = None
     atomic: bool = False
+    past_the_guard: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,10 @@ CODES: dict[str, tuple[Severity, str]] = {
     # the app
     "settings": (_E, "A worker does not start, and a call raises ConfigurationError."),
     "no-guarded-tasks": (_W, "Nothing is guarded, and nothing of this report is about your tasks."),
+    "past-the-guard": (
+        _E,
+        "Messages of these tasks run unguarded: copies run again, rows stay pending, and recovery publishes them.",
+    ),
     "late-ack-worker-lost": (
         _W,
         (

@@ -13,6 +13,7 @@ from celery import Task
 from celery.backends.base import DisabledBackend
 from celery.utils.quorum_queues import detect_quorum_queues
 
+from celery_idempotent.binding import passes_the_guard
 from celery_idempotent.celery_versions import retries_lost_workers
 from celery_idempotent.children import is_guarded
 from celery_idempotent.doctor.facts import AppFacts, BrokerFacts, Facts, QueueFacts, StoreFacts, TaskFacts
@@ -101,6 +102,7 @@ def _read_app(queue_log: QueueLog) -> AppFacts:
 
 
 def _read_task(name: str, task: IdempotentTask) -> TaskFacts:
+    _ = task.Request  # raises if it cannot be imported, or combined with ours
     options, conf = task.idempotency, task.app.conf
     reruns = options.delivery.on_abandoned == "rerun"
     limits = [task.time_limit or conf.task_time_limit, task.soft_time_limit or conf.task_soft_time_limit]
@@ -117,6 +119,7 @@ def _read_task(name: str, task: IdempotentTask) -> TaskFacts:
         longest_delay=float(delay) if retries and task.max_retries != 0 else 0.0,
         lease=options.lease,
         unique_for=options.unique_for,
+        past_the_guard=not any(passes_the_guard(type(task), hook) for hook in ("__call__", "before_start")),
         atomic=options.atomic,
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from celery.exceptions import TimeLimitExceeded
 
 from celery_idempotent.records import ProcessedStatus, Status
 from tests.support.apps.subclasses import HOOKS
@@ -23,14 +24,20 @@ CALLED_ON_SUCCESS = {
     "hooks": ["on_success", "after_return"],
     "hooks.super": ["on_success", "after_return"],
     "everything": ["before_start", "__call__", "on_success", "after_return"],
+    "flask.first": ["before_start", "push", "pop"],
+    "flask.last": ["before_start", "push", "pop"],
+    "mixin.first": ["before_start with its own", "__call__ with its own"],
+    "mixin.last": ["before_start with its own", "__call__ with its own"],
+    "wrapped": ["patched"],
+    "replaced": ["patched"],
 }
-every_class = pytest.mark.parametrize("name", [*HOOKS, "request", "class"])
+every_class = pytest.mark.parametrize("name", [*HOOKS, "request.first", "request.last", "class"])
 
 
 def called(bench: Bench, task_id: str) -> list[str]:
     """The hooks that were called for a task, in order."""
     lines = Path(f"{bench.ledger.path}.hooks").read_text().splitlines()
-    return [line.split()[2] for line in lines if line.split()[1] == task_id]
+    return [line.split(maxsplit=2)[2] for line in lines if line.split()[1] == task_id]
 
 
 @every_class
@@ -85,7 +92,7 @@ def test_the_hooks_are_called_as_celery_calls_them(bench: Bench, name: str) -> N
     assert called(bench, result.id) == expected
 
 
-@pytest.mark.parametrize("name", ["call", "call.super", "flask", "everything"])
+@pytest.mark.parametrize("name", ["call", "call.super", "flask", "everything", "flask.first", "mixin.last"])
 def test_a_replay_does_not_enter_the_users_call(bench: Bench, name: str) -> None:
     task, m = f"sub.{name}", bench.fresh()
     assert bench.task(task).apply_async(message_id=m).get(timeout=PATIENCE) == "success"
@@ -93,7 +100,20 @@ def test_a_replay_does_not_enter_the_users_call(bench: Bench, name: str) -> None
     copy = bench.deliver(task, message_id=m)
 
     assert copy.get(timeout=PATIENCE) == "success"
-    assert not {"__call__", "push"} & set(called(bench, copy.id))
+    assert not {"__call__", "__call__ with its own", "push"} & set(called(bench, copy.id))
+
+
+@pytest.mark.parametrize("name", ["request.first", "request.last"])
+def test_both_requests_learn_of_a_hard_limit(bench: Bench, name: str) -> None:
+    task, m = f"sub.{name}", bench.fresh()
+
+    result = bench.task(task).apply_async(("hang",), message_id=m)
+
+    assert isinstance(result.get(timeout=PATIENCE, propagate=False), TimeLimitExceeded)
+    row = bench.done(task, m)
+    assert (row.processed_status, row.token) == (FAILURE, 1)
+    wait_until(lambda: called(bench, result.id) == ["on_timeout"], describe="the user's on_timeout")
+    assert len(bench.starts(task, m)) == 1
 
 
 def test_a_direct_call_goes_through_the_users_call_once(bench: Bench) -> None:

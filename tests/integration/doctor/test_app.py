@@ -6,6 +6,7 @@ import pytest
 from celery import Celery
 
 from celery_idempotent import QueueLog
+from celery_idempotent.children import is_guarded
 from tests.integration.doctor.conftest import MakeApp, codes, doctor_says, examine
 
 
@@ -32,6 +33,7 @@ def test_with_a_good_set_up_nothing_is_found(make_app: MakeApp, capsys: pytest.C
         ("visibility-eta", 3, {}, {"autoretry_for": (ValueError,), "retry_backoff": True, "retry_backoff_max": 4000}),
         ("atomic-store", 1, {}, {"atomic": True}),
         ("settings", 1, {}, {"on_duplicate": "skipp"}),
+        ("settings", 1, {}, {"Request": "nowhere:Request"}),
     ],
 )
 def test_what_is_wrong_is_found_and_nothing_else(
@@ -50,6 +52,14 @@ def test_what_is_wrong_is_found_and_nothing_else(
     assert found["see"] == f"docs/how-to/doctor.md#{code}"
     assert all(found[name] for name in ("what", "stake", "remedy"))
     assert doctor_says(app, capsys, "--ignore", code)[0] == 0
+
+
+def test_hooks_that_were_replaced_are_found(make_app: MakeApp) -> None:
+    app = make_app()
+    (task,) = (task for task in app.tasks.values() if is_guarded(task))
+    for hook, found in (("__call__", []), ("before_start", ["past-the-guard"])):
+        setattr(type(task), hook, lambda self, *args: None)
+        assert codes(app) == found
 
 
 def test_settings_of_no_effect_are_not_found(make_app: MakeApp) -> None:

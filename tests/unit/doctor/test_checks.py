@@ -137,6 +137,7 @@ class Provoked:
 SICK = [
     Provoked("settings", app(wrong=("unknown setting 'idempotent_stor'",), tasks=()), "idempotent_stor"),
     Provoked("no-guarded-tasks", app(tasks=()), "base=IdempotentTask"),
+    Provoked("past-the-guard", task(past_the_guard=True), "__call__ and before_start", ("late",)),
     Provoked("late-ack-worker-lost", task(told_lost=True), "reject_on_worker_lost", ("late",)),
     Provoked("no-result-backend", app(result_backend=False), "no result backend", ("late", "early")),
     Provoked("track-started", task(track_started=True), "track_started", ("late",)),

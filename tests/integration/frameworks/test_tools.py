@@ -1,0 +1,96 @@
+"""Mixins of Celery's own in both orders, in a worker with Sentry, OpenTelemetry, django-structlog and celery-progress: guarded once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from celery_idempotent.records import ProcessedStatus, Status
+from tests.conftest import LOGS, missing
+from tests.support.apps.tools import NAMES, VARIABLE
+from tests.support.bench import PATIENCE, Bench, open_bench
+from tests.support.servers import NotInstalledError
+from tests.support.waiting import wait_until
+
+every_task = pytest.mark.parametrize("task", [f"tools.{name}" for name in NAMES])
+
+
+@pytest.fixture(scope="module")
+def notes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the tools of the worker saw."""
+    return tmp_path_factory.mktemp("tools") / "notes"
+
+
+@pytest.fixture(scope="module")
+def opened(notes: Path) -> Iterator[Bench]:
+    try:
+        with open_bench(
+            notes.parent,
+            ["tests.support.apps.tools"],
+            settings={"idempotent_recovery_interval": 0},
+            environment={VARIABLE: str(notes)},
+        ) as bench:
+            yield bench
+    except NotInstalledError as error:
+        missing("a private server", str(error))
+
+
+@pytest.fixture
+def bench(request: pytest.FixtureRequest, opened: Bench) -> Bench:
+    assert opened.worker is not None
+    request.node.stash.setdefault(LOGS, {})["the worker"] = opened.worker.log_tail
+    return opened
+
+
+@every_task
+def test_a_message_and_its_duplicates_are_one_run(bench: Bench, task: str) -> None:
+    m = bench.fresh()
+
+    first = bench.task(task).apply_async(message_id=m)
+    assert first.get(timeout=PATIENCE) == ["PROGRESS", False]
+    again = bench.task(task).apply_async(message_id=m)
+    redelivered = bench.deliver(task, message_id=m, task_id=first.id)
+    other = bench.deliver(task, message_id=m)
+
+    assert (again.id, again.duplicate) == (first.id, True)
+    assert hasattr(again, "abort") is task.startswith("tools.abortable"), "the class of results is the mixin's"
+    assert other.get(timeout=PATIENCE) == redelivered.get(timeout=PATIENCE) == ["PROGRESS", False]
+    row = bench.wait_for_row(task, m, lambda row: row.duplicates == 3)
+    assert (row.status, row.processed_status, row.token) == (Status.DONE, ProcessedStatus.SUCCESS, 1)
+    assert len(bench.starts(task, m)) == 1
+
+
+@every_task
+def test_a_retry_is_a_second_run_of_one_row(bench: Bench, task: str) -> None:
+    m = bench.fresh()
+
+    result = bench.task(task).apply_async((bench.path("flag"),), message_id=m)
+
+    # Celery publishes a retry before it stores that state, which may come after the progress that the retry reports.
+    assert result.get(timeout=PATIENCE)[0] in {"PROGRESS", "RETRY"}
+    row = bench.done(task, m)
+    assert (row.processed_status, row.attempt, row.token) == (ProcessedStatus.SUCCESS, 1, 2)
+    assert [start.retries for start in bench.starts(task, m)] == [0, 1]
+
+
+@every_task
+def test_each_tool_sees_a_run_once(bench: Bench, notes: Path, task: str) -> None:
+    result = bench.task(task).delay()
+    result.get(timeout=PATIENCE)
+
+    expected = sorted(
+        [
+            f"opentelemetry run/{task} {result.id}",
+            f"sentry {task} {result.id}",
+            f"structlog task_started {result.id}",
+            f"structlog task_succeeded {result.id}",
+        ]
+    )
+
+    def seen() -> list[str]:
+        return sorted(line for line in notes.read_text().splitlines() if line.endswith(result.id))
+
+    wait_until(lambda: len(seen()) >= len(expected), timeout=PATIENCE, describe=lambda: f"{expected}: {seen()}")
+    assert seen() == expected
