@@ -6,14 +6,15 @@ import logging
 import random
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, assert_never
 
 from celery import states
 from celery.backends.base import DisabledBackend
-from celery.exceptions import Reject
-from kombu.exceptions import OperationalError
+from celery.exceptions import Ignore, Reject, SoftTimeLimitExceeded
+from kombu.exceptions import ContentDisallowed, DecodeError, OperationalError
 from kombu.utils.functional import retry_over_time
 
 from celery_idempotent import outage
@@ -26,6 +27,7 @@ from celery_idempotent.errors import (
     AlreadyFailedError,
     AlreadyProcessingError,
     ConfigurationError,
+    IdempotentError,
     MessageMismatchError,
     StoreError,
     StoreUnavailableError,
@@ -55,7 +57,7 @@ from celery_idempotent.serialization import (
     serializer_of,
     trace_of,
 )
-from celery_idempotent.wire import Marker, rejections
+from celery_idempotent.wire import HEADER, Marker, rejections
 
 if TYPE_CHECKING:
     from celery.app.task import Context
@@ -180,6 +182,27 @@ class _Admission:
     def _store(self) -> Store:
         return self.run.queue_log.store
 
+    @contextmanager
+    def _asking_the_backend(self) -> Iterator[None]:
+        """Whatever is asked of the result backend is answered; while it is away, the message waits, as it does for the store.
+
+        An error here would end the message as a failure, outside of its body. What a backend raises that is away is its client's own.
+        """
+        try:
+            yield
+        except (Ignore, IdempotentError, DecodeError, ContentDisallowed, SoftTimeLimitExceeded):
+            raise
+        except Exception as error:
+            if self.request.is_eager:
+                raise
+            logger.error(
+                "%s is delivered again in %.0f s, the result backend gives no answer: %r",
+                self.run,
+                outage.REDELIVER_AFTER,
+                error,
+            )
+            raise self._hold(outage.REDELIVER_AFTER) from error
+
     def decide(self) -> Run:
         policy = self.run.on_store_error
         try:
@@ -224,9 +247,21 @@ class _Admission:
             self.unanswered = self.unanswered or not error.unsent
             raise
 
+    def _is_unrecorded(self) -> bool:
+        """Whether nobody has recorded the message of a task that is turned off: it runs as Celery would run it."""
+        if self.task.idempotency.idempotent or self.knows_first:
+            return False
+        row = self._store.find(self.message.key)
+        return row is None or row.expired
+
     def _claim_or_follow(self) -> Run:
         if self.identity.older is not None:
             self._prefer(self.identity.older)
+        if self._is_unrecorded():
+            # Nor is its retry to look like one of a recorded message.
+            self.request.headers = {name: value for name, value in self.request.headers.items() if name != HEADER}
+            self.run.attach()
+            return self.run
         for _ in range(_ATTEMPTS):
             self.run.asked = time.monotonic()
             answer = self._ask()
@@ -469,7 +504,8 @@ class _Admission:
     def _first_error(self, row: Row) -> BaseException:
         """What a copy of a failed message ends with: what it ended with before, if that was itself."""
         if row.ran_task_id == self.request.id and self._result_is_ready():
-            stored = self.task.AsyncResult(self.request.id).result
+            with self._asking_the_backend():
+                stored = self.task.AsyncResult(self.request.id).result
             if isinstance(stored, Exception):
                 return stored
         return AlreadyFailedError(row.key.message_id, row.error)
@@ -477,6 +513,8 @@ class _Admission:
     def _first_result(self, row: Row) -> Any:
         """What the result backend has for the id under which the body ran, when the queue log has kept nothing."""
         first = self.task.AsyncResult(row.ran_task_id or row.task_id)
+        with self._asking_the_backend():
+            _ = first.state  # which is kept once it is final
         if first.state == states.SUCCESS:
             return first.result
         if first.state in states.READY_STATES:
@@ -620,7 +658,8 @@ class _Admission:
         # An eager run has no stored result; rpc:// keeps results in their caller's queue, where a worker cannot look.
         if self.request.is_eager or not backend.persistent:
             return False
-        return bool(backend.get_state(self.request.id) in states.READY_STATES)
+        with self._asking_the_backend():
+            return bool(backend.get_state(self.request.id) in states.READY_STATES)
 
     def _adopted(self) -> NewMessage:
         """The full record of a message whose producer recorded none."""
@@ -638,7 +677,7 @@ class _Admission:
             serializer=serializer_of(self.task, options),
             trace=self.run.marker.trace,
         )
-        return replace(self.message, message=data)
+        return replace(self.message, message=self.run.keeping.of(data))
 
 
 _NOTHING = object()

@@ -99,7 +99,7 @@ def decide_call(row: Row | None, call: Call, policy: CallPolicy) -> CallAction:
     if row is None or row.expired:
         return CallAction.RECORD
     # done/failure, revoked or expired before its body ever began
-    if row.never_began:
+    if row.never_began and not call.repeated:
         return CallAction.RESUBMIT
     # there, other fingerprint
     if _differ(row.fingerprint, call.fingerprint):

@@ -28,6 +28,7 @@ class Options:
     """What a task says about its messages, checked.
 
     Attributes:
+        idempotent: Whether new calls are recorded. Rows that were recorded are completed either way.
         message_id: Makes the message id of a call from its arguments; ``None`` uses the task id.
         signature: Binds a call's arguments to the names of the body's parameters.
         call: What the producer's decision depends on.
@@ -39,6 +40,7 @@ class Options:
         keep_result: Whether the return value is kept for replay.
     """
 
+    idempotent: bool
     message_id: Callable[[tuple[Any, ...], dict[str, Any]], str] | None
     signature: CallSignature
     call: CallPolicy
@@ -83,7 +85,9 @@ class Options:
         signature = CallSignature(
             type(task).run, bound=not isinstance(run, staticmethod), typed=task.typing is not False
         )
+        idempotent = getattr(type(task), "idempotent", None)
         return cls(
+            idempotent=settings.enabled if idempotent is None else yes_or_no("idempotent", idempotent),
             message_id=message_id_source(_message_id_of(task, given("message_id"), signature), signature),
             signature=signature,
             call=CallPolicy(
@@ -164,4 +168,4 @@ def refuse_misspelt(cls: type[IdempotentTask], base: type) -> None:
 @lru_cache(maxsize=1024)
 def _nearest(name: str) -> str:
     """The option that a name is nearly, or is; empty when there is none. Kept, since every call has the same few keywords."""
-    return next(iter(get_close_matches(name.lower(), OPTION_NAMES, n=1, cutoff=0.85)), "")
+    return next(iter(get_close_matches(name.lower(), (*OPTION_NAMES, "idempotent"), n=1, cutoff=0.85)), "")

@@ -43,7 +43,7 @@ from celery_idempotent.records import (
     Row,
     Status,
 )
-from celery_idempotent.run import Run
+from celery_idempotent.run import Run, RunState
 from celery_idempotent.serialization import (
     UndecodableError,
     as_moments,
@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     from celery_idempotent.options import Options
     from celery_idempotent.task import IdempotentTask
 
-__all__ = ["Sending", "answer_of", "delay_of", "end_broadcast", "identify", "send"]
+__all__ = ["Sending", "answer_of", "delay_of", "end_broadcast", "identify", "is_unrecorded", "send"]
 
 logger = logging.getLogger("celery_idempotent")
 
@@ -132,7 +132,22 @@ def send(
     Atomicity: of N concurrent calls one records and publishes. Between the two a crash leaves a pending row, which a later call
     of the same id publishes again once it is older than ``idempotent_lost_after``.
     """
+    if is_unrecorded(task, task_id, options):
+        options.pop("message_id", None)
+        result = task.publish(args, kwargs, task_id=task_id, **options)
+        result.duplicate = False
+        return result
     return Sending.of(task, args, kwargs, task_id, options).send()
+
+
+def is_unrecorded(task: IdempotentTask, task_id: str | None, options: Mapping[str, Any]) -> bool:
+    """Whether a call is sent as Celery would: its task is turned off, and it does not send a recorded message on."""
+    if task.idempotency.idempotent:
+        return False
+    marker, run = Marker.read(options.get("headers")), Run.current(task.app)
+    if marker is not None and marker.belongs_to(task.name, task_id):
+        return False
+    return run is None or run.state is RunState.UNGUARDED or run.request.id != task_id
 
 
 @dataclass

@@ -49,6 +49,7 @@ class Note(StrEnum):
     IGNORED = "ignored"  # the body raised Ignore
     BROADCAST = "broadcast"  # it was published to a fanout exchange; each worker has a row of its own
     REPLACED = "replaced"  # the body replaced itself, and another task answers under its Celery id
+    UNKEPT = "unkept"  # the store did not take the result; the result backend may have it
 
 
 #: How ``error`` ends of what a body rejected, before the number of rejections that its delivery had seen.
@@ -281,6 +282,7 @@ class RowFilter:
         task_name: Exact task name, or a pattern with ``*`` and ``?``.
         status: Only rows in this status.
         processed_status: Only rows that ended so.
+        queue: Exact name of the queue they were routed to, or a pattern with ``*`` and ``?``.
         error: Exact text of the error, or a pattern with ``*`` and ``?``.
         older_than: Only rows of at least this age in seconds: since the message was done, or if it is not, since it was recorded.
         newer_than: Only rows of less than this age in seconds.
@@ -292,6 +294,7 @@ class RowFilter:
     task_name: str | None = None
     status: Status | None = None
     processed_status: ProcessedStatus | None = None
+    queue: str | None = None
     error: str | None = None
     older_than: float | None = None
     newer_than: float | None = None

@@ -10,13 +10,16 @@ was recorded ``idempotent_lost_after`` later on its queue has been claimed.
 from __future__ import annotations
 
 import logging
+import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from celery.utils.time import rate
 from kombu.exceptions import OperationalError
 
 from celery_idempotent.children import is_guarded
@@ -61,6 +64,9 @@ _LONGEST_PAUSE = timedelta(days=1)
 
 #: Seconds that a step spends on purging before it leaves the rest to the next.
 _PURGE_FOR = 5.0
+
+#: Of how many queues, or routing keys, the last message is kept in mind: those seen last.
+_QUEUES = 500
 
 #: How many messages that run, and how many that ended, are looked at for what they have overtaken.
 _NEWEST = 1000
@@ -137,7 +143,8 @@ class Recovery:
 
     def __init__(self, queue_log: QueueLog) -> None:
         self._queue_log = queue_log
-        self._latest: dict[str | None, MessageKey] = {}
+        #: By queue, and by task where a rate limit keeps it waiting; those seen last come last.
+        self._latest: dict[tuple[str | None, str | None], MessageKey] = {}
 
     @property
     def _store(self) -> Store:
@@ -145,7 +152,11 @@ class Recovery:
 
     def saw(self, queue: str | None, key: MessageKey) -> None:
         """A message of this queue has just reached a worker: by its row the next step tells what it has overtaken."""
-        self._latest[queue] = key
+        of = queue, key.task_name if self._held_by_rate(key.task_name) else None
+        self._latest.pop(of, None)
+        self._latest[of] = key
+        if len(self._latest) > _QUEUES:
+            self._latest.pop(next(iter(self._latest)), None)
 
     def step(self) -> Recovered:
         """Recover once.
@@ -156,7 +167,9 @@ class Recovery:
         """
         lost_after = self._queue_log.settings.lost_after
         return Recovered(
-            taken_back=self._publish_due(partial(self._store.lapsed, again_after=lost_after), due=_lapsed_and_paused),
+            taken_back=self._publish_due(
+                partial(self._store.lapsed, again_after=lost_after, tasks=self._tasks()), due=_lapsed_and_paused
+            ),
             relayed=self.relay(at_most=_RELAYED * BATCH).published,
             lost=self._publish_overtaken(lost_after),
             purged=self.purge(),
@@ -166,6 +179,7 @@ class Recovery:
         self,
         *,
         lost_after: float | None = None,
+        task: str | None = None,
         in_flight: bool = False,
         stopped: Callable[[], bool] = lambda: False,
     ) -> Iterator[Recovered]:
@@ -175,6 +189,7 @@ class Recovery:
 
         Args:
             lost_after: As for :meth:`publish_waiting`, which comes last then; ``None`` leaves it out.
+            task: As for :meth:`publish_waiting`.
             in_flight: Whether to wait some seconds for what others are publishing just then, since they may be dead.
             stopped: Asked after each batch whether the rest is to be left.
 
@@ -195,13 +210,14 @@ class Recovery:
                     break
                 time.sleep(min(rest.in_flight, _LOOK_EVERY))
         if lost_after is not None and not stopped():
-            yield Recovered(lost=self.publish_waiting(lost_after, stopped=stopped))
+            yield Recovered(lost=self.publish_waiting(lost_after, task=task, stopped=stopped))
 
-    def due(self, *, lost_after: float | None = None, at_most: int = 1000) -> Due:
+    def due(self, *, lost_after: float | None = None, task: str | None = None, at_most: int = 1000) -> Due:
         """What :meth:`steps` would do, as far as that can be seen: nothing is published, changed or deleted.
 
         Args:
             lost_after: As for :meth:`steps`.
+            task: As for :meth:`steps`.
             at_most: Rows of each kind that are looked at.
 
         Raises:
@@ -209,7 +225,7 @@ class Recovery:
         """
         self._see_what_ran()
         settings, store = self._queue_log.settings, self._store
-        lapsed = store.lapsed(again_after=settings.lost_after, limit=at_most)
+        lapsed = store.lapsed(again_after=settings.lost_after, limit=at_most, tasks=self._tasks())
         lost = {
             row.key: row
             for read in self._overtaken(settings.lost_after)
@@ -217,23 +233,41 @@ class Recovery:
             if _overtaken_and_paused(row)
         }
         if lost_after is not None:
-            lost.update((row.key, row) for row in store.waiting(older_than=lost_after, limit=at_most))
+            waiting = store.waiting(older_than=lost_after, limit=at_most, tasks=self._recorded_tasks(task))
+            lost.update((row.key, row) for row in waiting)
         return Due(
             taken_back=tuple(row for row in lapsed if _lapsed_and_paused(row) and self._is_ours(row)),
-            relayed=tuple(row for row in store.unsent(limit=at_most) if row.lease_left <= 0 and self._is_ours(row)),
+            relayed=tuple(
+                row
+                for row in store.unsent(limit=at_most, tasks=self._tasks())
+                if row.lease_left <= 0 and self._is_ours(row)
+            ),
             lost=tuple(filter(self._is_ours, lost.values())),
-            purged=store.purgeable(older_than=settings.retention),
+            purged=self.purgeable(),
         )
 
     def _is_ours(self, row: Row) -> bool:
         """Whether this app can publish a row's message."""
-        if not is_guarded(self._queue_log.app.tasks.get(row.key.task_name)):
-            return False
         try:
-            decode_message(self._queue_log.app, row.message)
+            decode_message(self._queue_log.app, self._whole(row).message)
         except UndecodableError:
             return False
         return True
+
+    def _tasks(self) -> list[str]:
+        """The guarded tasks of this app: what others have in the same store, their own workers recover."""
+        return [name for name, task in self._queue_log.app.tasks.items() if is_guarded(task)]
+
+    def _recorded_tasks(self, task: str | None = None) -> list[str]:
+        """Of these, those that are not turned off: messages of one that is may have run without the guard, and are left to be named."""
+        tasks = self._queue_log.app.tasks
+        return [
+            name for name in self._tasks() if (tasks[name].idempotency.idempotent if task is None else name == task)
+        ]
+
+    def _whole(self, row: Row) -> Row:
+        """A row with its message, which is not listed if it is large."""
+        return row if row.message is not None else self._store.find(row.key) or row
 
     def relay(self, *, at_most: float = BATCH, stopped: Callable[[], bool] = lambda: False) -> Relayed:
         """Publish what was committed and never handed to the broker, in the order in which it was recorded.
@@ -250,12 +284,12 @@ class Recovery:
             StoreError: As for :meth:`step`.
             kombu.exceptions.OperationalError: As for :meth:`step`.
         """
-        published, left = 0, set[MessageKey]()
+        published, left, tasks = 0, set[MessageKey](), self._tasks()
         while published < at_most and not stopped():
-            # Read past what is another app's, or cannot be published, lest it keeps all others from being relayed.
+            # Read past what cannot be published, lest it keeps all others from being relayed.
             limit = BATCH + 2 * len(left)
             with no_fork():
-                rows = self._store.unsent(limit=limit)
+                rows = self._store.unsent(limit=limit, tasks=tasks)
             ours: list[tuple[Row, Callable[[], object]]] = []
             for row in rows:
                 if row.key not in left:
@@ -299,11 +333,14 @@ class Recovery:
                     self._store.relayed([head], published=False)
         return len(done)
 
-    def publish_waiting(self, lost_after: float, *, stopped: Callable[[], bool] = lambda: False) -> int:
+    def publish_waiting(
+        self, lost_after: float, *, task: str | None = None, stopped: Callable[[], bool] = lambda: False
+    ) -> int:
         """Publish every pending message again that has waited longer, overtaken or not: for a broker that was emptied.
 
         Args:
             lost_after: Seconds; a message that the broker still has gets a copy, which its claim absorbs.
+            task: Only messages of this task. Those of a task that is turned off are only published if it is named.
             stopped: Asked after each batch whether the rest is to be left.
 
         Returns:
@@ -314,14 +351,24 @@ class Recovery:
             kombu.exceptions.OperationalError: As for :meth:`step`.
         """
         relayed = self.relay(at_most=_ALL, stopped=stopped).published
-        waiting = partial(self._store.waiting, older_than=lost_after)
+        waiting = partial(self._store.waiting, older_than=lost_after, tasks=self._recorded_tasks(task))
         return relayed + self._publish_due(waiting, at_most=_ALL, stopped=stopped)
 
-    def purge(self, *, older_than: float | None = None, within: float | None = None) -> int:
+    def purge(
+        self,
+        *,
+        older_than: float | None = None,
+        task_name: str | None = None,
+        processed_status: ProcessedStatus | None = None,
+        within: float | None = None,
+    ) -> int:
         """Delete rows of messages that are done, in small batches; their ids are free again.
 
         Args:
             older_than: Seconds since they were done; ``None`` for ``idempotent_retention``.
+            task_name: Only rows of this task; a pattern with ``*`` and ``?``.
+            processed_status: Only rows that ended so. Unless it is ``FAILURE``, failures that can be requeued are kept for
+                ``idempotent_failure_retention``.
             within: Seconds after which the rest is left to the next time; ``None`` for a step's share of them.
 
         Returns:
@@ -330,12 +377,11 @@ class Recovery:
         Raises:
             StoreError: As for :meth:`step`.
         """
-        if older_than is None:
-            older_than = self._queue_log.settings.retention
+        chosen = self._old(older_than, task_name, processed_status)
         purged, deadline = 0, time.monotonic() + (_PURGE_FOR if within is None else within)
         while time.monotonic() < deadline:
             with no_fork():
-                deleted = self._store.purge(older_than=older_than, limit=BATCH)
+                deleted = self._store.purge(**chosen, limit=BATCH)
                 if deleted and self._queue_log.outcomes is not None:
                     self._queue_log.outcomes.tell(OutcomeKind.PURGED, count=deleted)
             purged += deleted
@@ -343,29 +389,79 @@ class Recovery:
                 break
         return purged
 
+    def purgeable(
+        self,
+        *,
+        older_than: float | None = None,
+        task_name: str | None = None,
+        processed_status: ProcessedStatus | None = None,
+    ) -> int:
+        """How many rows :meth:`purge` would delete now.
+
+        Raises:
+            StoreError: As for :meth:`step`.
+        """
+        return self._store.purgeable(**self._old(older_than, task_name, processed_status))
+
+    def _old(
+        self, older_than: float | None, task_name: str | None, processed_status: ProcessedStatus | None
+    ) -> dict[str, Any]:
+        settings = self._queue_log.settings
+        told = older_than is not None and processed_status is ProcessedStatus.FAILURE
+        return {
+            "older_than": settings.retention if older_than is None else older_than,
+            "failures_older_than": None if told else settings.failure_retention,
+            "task_name": task_name,
+            "processed_status": processed_status,
+        }
+
     # -- publishing ----------------------------------------------------------------------------------------------------
 
     def _see_what_ran(self) -> None:
         """The newest message of each queue that ran or runs stands for the deliveries that other processes have seen."""
-        self._latest.update({row.queue: row.key for row in reversed(self._store.newest(limit=_NEWEST))})
+        for row in reversed(self._store.newest(limit=_NEWEST)):
+            self.saw(row.queue, row.key)
 
     def _publish_overtaken(self, lost_after: float) -> int:
         return sum(self._publish_due(read, due=_overtaken_and_paused) for read in self._overtaken(lost_after))
 
-    def _overtaken(self, lost_after: float) -> Iterator[_Read]:
-        """For each queue what reads the rows that have been overtaken on it."""
-        for key in list(self._latest.values()):
-            with no_fork():
-                latest = self._store.find(key)
+    def _overtaken(self, lost_after: float) -> list[_Read]:
+        """What reads the rows that have been overtaken on their queues: those of most tasks, and of each that has a rate limit.
+
+        Workers keep messages of such a task back while others pass: only what it overtakes itself counts, by more than what a worker keeps
+        back of it.
+        """
+        with no_fork():
+            rows = self._store.find_all(set(self._latest.values()))
+        before: dict[str | None, dict[str, datetime]] = {}
+        for row in rows:
+            held = self._held_by_rate(row.key.task_name)
             # Of a message whose queue is not known nobody knows what it has overtaken.
-            if latest is None or latest.worker is None or latest.queue is None:
+            if row.worker is None or row.queue is None or held == math.inf:
                 continue
-            yield partial(
-                self._store.waiting,
-                older_than=lost_after,
-                queue=latest.queue,
-                before=latest.created_timestamp - timedelta(seconds=lost_after),
-            )
+            of = before.setdefault(row.key.task_name if held else None, {})
+            moment = row.created_timestamp - timedelta(seconds=lost_after + held)
+            of[row.queue] = max(moment, of.get(row.queue, moment))
+        recorded = self._recorded_tasks()
+        unlimited = [name for name in recorded if not self._held_by_rate(name)]
+        reads: list[_Read] = []
+        for task, moments in before.items():
+            tasks = unlimited if task is None else [name for name in recorded if name == task]
+            if tasks:
+                reads.append(partial(self._store.waiting, older_than=lost_after, before=moments, tasks=tasks))
+        return reads
+
+    def _held_by_rate(self, task_name: str) -> float:
+        """Seconds for which a worker keeps a message of a task back for its rate limit, at most; 0 for none."""
+        app = self._queue_log.app
+        limit = getattr(app.tasks.get(task_name), "rate_limit", None)
+        if not limit or app.conf.worker_disable_rate_limits:
+            return 0.0
+        per_second = rate(limit)
+        if not per_second:
+            return 0.0
+        prefetched = app.conf.worker_prefetch_multiplier * (app.conf.worker_concurrency or os.cpu_count() or 1)
+        return prefetched / per_second if prefetched else math.inf
 
     def _publish_due(
         self,
@@ -432,15 +528,27 @@ class Recovery:
 
     def _publication(self, row: Row) -> Callable[[], object] | None:
         """How to publish a row's message; ``None`` when it cannot be, which ends a message without an owner."""
-        task = self._queue_log.app.tasks.get(row.key.task_name)
-        if not is_guarded(task):
-            return None  # another app's, on the same store: its own workers recover it
+        task = self._queue_log.app.tasks[row.key.task_name]
         if row.forbidden:
             if self._store.abandon(row, error=row.error or ABANDONED, unique_for=task.idempotency.unique_for):
                 self._tell(OutcomeKind.CANCELLED, row, reason_of(row.error or ABANDONED))
             return None
+        if row.message is None:
+            # Not listed, as it may be large: it is read when its turn has come.
+            return partial(self._publish_whole, row)
+        return self._publication_of(row, row)
+
+    def _publish_whole(self, row: Row) -> None:
+        whole = self._store.find(row.key)
+        publish = None if whole is None else self._publication_of(row, whole)
+        if publish is None:
+            raise UndecodableError("it was left as it is")
+        publish()
+
+    def _publication_of(self, row: Row, whole: Row) -> Callable[[], object] | None:
+        task = self._queue_log.app.tasks[row.key.task_name]
         try:
-            args, kwargs, options = decode_message(self._queue_log.app, row.message)
+            args, kwargs, options = decode_message(self._queue_log.app, whole.message)
         except UndecodableError as error:
             logger.error("%s[%s] cannot be published again: %s", row.key.task_name, row.key.message_id, error)
             if row.status is Status.PROCESSING:

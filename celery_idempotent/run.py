@@ -12,6 +12,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from enum import StrEnum
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
@@ -31,6 +32,7 @@ from celery_idempotent.errors import (
     StoreError,
     StoreUnavailableError,
 )
+from celery_idempotent.keeping import Keeping
 from celery_idempotent.limits import TimeLimits
 from celery_idempotent.outage import ask_until_answered
 from celery_idempotent.outboxes import within
@@ -76,7 +78,7 @@ _FIRST_PAUSE = 0.1
 class RunState(StrEnum):
     """How far a run has come."""
 
-    UNGUARDED = "unguarded"  # the store gives no answer, and the app says "run"
+    UNGUARDED = "unguarded"  # the store gives no answer, and the app says "run"; or the task is turned off, and it was not recorded
     CLAIMED = "claimed"  # the body is to run, or runs
     REPLAYED = "replayed"  # the stored result is returned; nothing is held
     CHECKPOINTED = "checkpointed"  # the body ran; callbacks and result are being sent
@@ -112,6 +114,8 @@ class Run:
         self.passage = Passage.OUTSIDE
         #: The transaction of an atomic body, while that runs.
         self.unit: UnitOfWork | None = None
+        #: What the store takes of the result, and of the next attempt's message.
+        self.keeping = Keeping()
         #: Seconds that the body took, once it has ended.
         self.ran: float | None = None
         self.limits = TimeLimits(task, request)
@@ -223,13 +227,26 @@ class Run:
         if self.state in (RunState.REPLAYED, RunState.CHECKPOINTED):
             return cast("T", self.value)
         if self.state is RunState.UNGUARDED:
-            return body()
+            return self._perform_unrecorded(body) if self.task.idempotency.atomic else body()
         if self.claim is not None and time.monotonic() - self.asked > self.task.idempotency.lease:
             self._make_sure()
         if self.task.idempotency.atomic:
             return self._perform_atomically(body)
         with within(None):  # an eager run inside of an outbox, or of an atomic body, stands for itself
             return self._perform(body)
+
+    def _perform_unrecorded(self, body: Callable[[], T]) -> T:
+        """Run the body of an atomic task that is turned off: in a transaction, without a row that would end with it."""
+        unit = UnitOfWork(self.queue_log)
+        try:
+            with unit as self.unit, within(unit.outbox):
+                value = body()
+                if unit.opened:
+                    unit.commit(lambda _: True)
+                    self._publish(unit)
+        finally:
+            self.unit = None
+        return value
 
     def _perform_atomically(self, body: Callable[[], T]) -> T:
         """Run the body in a transaction, and again in a new one if that gave way to others."""
@@ -343,18 +360,35 @@ class Run:
     def _succeed(self, value: Any) -> None:
         wanted = self.task.idempotency.keep_result or self.waited_on
         result = encode_result(self.task.app, value, trace=self.marker.trace) if wanted else None
+        refusal = self._refused_by_backend(value) if result is None else None
+        if refusal is not None:
+            self._finish(self._failed(describe(refusal)))
+            raise refusal
         if self.waited_on:
             # What waits on this result is sent after we return: until it is known to be, the row says so.
             # On SQLite a transaction that writes keeps all others from writing, renewals too: the lease may have run out.
             lease = None if self.unit is None else self.task.idempotency.lease
             held = self._commit(
                 "note a recovery point",
-                lambda store: store.checkpoint(self._claim, result=result, lease=lease),
+                result,
+                lambda store, kept: store.checkpoint(self._claim, result=kept, lease=lease),
                 self._has_succeeded,
             )
             self._continue(held, RunState.CHECKPOINTED)
         else:
             self._finish(self._completed(result))
+
+    def _refused_by_backend(self, value: Any) -> EncodeError | None:
+        """What Celery will tell the caller instead of the value: that its result backend cannot take it."""
+        request, backend = self.request, self.task.backend
+        stored = not request.is_eager or self.task.store_eager_result
+        if not stored or ignores_result(self.task, request) or isinstance(backend, DisabledBackend):
+            return None
+        try:
+            backend.encode(backend.prepare_value(value))
+        except EncodeError as error:
+            return error
+        return None
 
     def _rejected(self, reject: Reject) -> None:
         if self.state is not RunState.CLAIMED:
@@ -441,15 +475,19 @@ class Run:
             return False
 
         def hand_on(store: Store) -> bool:
-            return store.retry(self._claim, message)
+            return store.retry(self._claim, replace(message, message=self.keeping.of(message.message)))
 
         def handed_on() -> bool:
             return self._is_pending(message.attempt)
 
         if self.replacing:  # by itself: what the body did until here stands
-            held = self._commit("hand a message on", hand_on, handed_on) or handed_on()
+            held = (
+                self._commit("hand a message on", message.message, lambda store, _: hand_on(store), handed_on)
+                or handed_on()
+            )
         else:
-            held = self._write("hand a message on", lambda: hand_on(self._store)) or handed_on()
+            wrote = partial(self.keeping.write, message.message, lambda _: hand_on(self._store))
+            held = self._write("hand a message on", wrote) or handed_on()
         self.state = RunState.HANDED_ON if held else RunState.LOST
         if held:
             self.tell(OutcomeKind.RETRIED, attempt=message.attempt, reason="replaced" if self.replacing else None)
@@ -547,7 +585,13 @@ class Run:
         unique_for, began = self.task.idempotency.unique_for, time.monotonic()
         held = self._commit(
             "record a success",
-            lambda store: store.complete(self._claim, result=result, note=note, unique_for=unique_for),
+            result,
+            lambda store, kept: store.complete(
+                self._claim,
+                result=kept,
+                note=note or (Note.UNKEPT if self.keeping.refused else None),
+                unique_for=unique_for,
+            ),
             self._has_succeeded,
         )
         if held:
@@ -568,11 +612,18 @@ class Run:
         row = self._write("read a message", lambda: self._store.find(self.key))
         return row is not None and (row.token, row.processed_status) == (self._claim.token, ProcessedStatus.SUCCESS)
 
-    def _commit(self, what: str, write: Callable[[Store], bool], written: Callable[[], bool]) -> bool:
+    def _commit(
+        self,
+        what: str,
+        value: bytes | None,
+        write: Callable[[Store, bytes | None], bool],
+        written: Callable[[], bool],
+    ) -> bool:
         """Write how a body ended well, together with what it wrote itself if it is an atomic one.
 
         Args:
             what: For the log.
+            value: What the row is to keep, if the store takes it.
             write: The verb.
             written: Reads whether it was done.
 
@@ -584,13 +635,25 @@ class Run:
         """
         unit = self.unit
         if unit is None or not unit.opened:
-            return self._write(what, lambda: write(self._store))
+            return self._write(what, lambda: self.keeping.write(value, lambda kept: write(self._store, kept)))
+        kept, refused = self.keeping.of(value), list[Exception]()
+
+        def write_in_transaction(store: Store) -> bool:
+            try:
+                return write(store, kept)
+            except Exception as error:
+                refused.append(error)
+                raise
+
         try:
-            held = unit.commit(write)
+            held = unit.commit(write_in_transaction)
         except Exception as error:
             unit.roll_back(broken=True)
             if not (unit.in_doubt and self._took_place(written)):
-                raise NotCommittedError(error, again=unit.gave_way is not None) from error
+                again = unit.gave_way is not None
+                if error in refused and unit.setback is not Setback.COLLIDED:
+                    again = self.keeping.learn(error, kept, silent=again) or again
+                raise NotCommittedError(error, again=again) from error
             logger.warning("%s was committed, although the answer was lost: %r", self, error)
             held = True
         else:

@@ -35,7 +35,18 @@ OPTION_NAMES = (
 #: How a setting begins that is meant to be one of ours.
 _LIKE_OURS = ("idemp", "idemo", "idepo", "indemp")
 
-_APP_NAMES = ("store", "table", "retention", "recovery_interval", "lost_after", "on_store_error", "hooks", "redact")
+_APP_NAMES = (
+    "enabled",
+    "store",
+    "table",
+    "retention",
+    "failure_retention",
+    "recovery_interval",
+    "lost_after",
+    "on_store_error",
+    "hooks",
+    "redact",
+)
 
 
 @dataclass(frozen=True)
@@ -54,6 +65,8 @@ class Settings:
             of each message. Default: none.
         redact: Names of parameters and keys, or patterns with ``*`` and ``?``, whose values are masked wherever arguments and results are
             shown. The rows keep them: a message has to be published again.
+        failure_retention: The same as ``retention`` for a message that failed, which somebody may yet requeue. At least ``retention``.
+        enabled: Whether new calls are recorded, of tasks whose option ``idempotent`` does not say; see there.
     """
 
     store: str | URL = field(default="sqlite:///queue_log.db", repr=False)
@@ -64,6 +77,8 @@ class Settings:
     on_store_error: Literal["retry", "run", "raise"] = "retry"
     hooks: tuple[str | Callable[..., object], ...] = ()
     redact: tuple[str, ...] = ()
+    enabled: bool = True
+    failure_retention: float = 30 * 86400.0
 
     @classmethod
     def from_app(cls, app: Celery) -> Settings:
@@ -74,10 +89,14 @@ class Settings:
         """
         _refuse_unknown(app)
         known = {name: value for name in _APP_NAMES if (value := app.conf.get(PREFIX + name)) is not None}
+        retention = seconds("idempotent_retention", known.get("retention", cls.retention), positive=True)
+        failures = known.get("failure_retention", max(cls.failure_retention, retention))
         return cls(
+            failure_retention=seconds("idempotent_failure_retention", failures, positive=True),
+            enabled=yes_or_no("idempotent_enabled", known.get("enabled", cls.enabled)),
             store=_url("store", known.get("store", cls.store)),
             table=_text("table", known.get("table", cls.table)),
-            retention=seconds("idempotent_retention", known.get("retention", cls.retention), positive=True),
+            retention=retention,
             recovery_interval=seconds(
                 "idempotent_recovery_interval", known.get("recovery_interval", cls.recovery_interval), positive=False
             ),

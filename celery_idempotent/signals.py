@@ -15,23 +15,24 @@ from celery.app.task import Context
 
 from celery_idempotent.children import is_guarded
 from celery_idempotent.discards import EXPIRED, REVOKED, discard
-from celery_idempotent.errors import StoreError
+from celery_idempotent.errors import IdempotentError, StoreError
 from celery_idempotent.identity import FANOUT, type_of_exchange
 from celery_idempotent.outage import ask_again
 from celery_idempotent.outboxes import current_outbox
 from celery_idempotent.outcomes import OutcomeKind
 from celery_idempotent.producer import delay_of, end_broadcast, identify
+from celery_idempotent.queue_log import QueueLog
 from celery_idempotent.records import Found, NewMessage, Recorded
 from celery_idempotent.run import Run, answered
 from celery_idempotent.serialization import encode_message, serializer_of
 from celery_idempotent.steps import CheckStep, RecoveryStep
+from celery_idempotent.turned_off import end_unguarded
 from celery_idempotent.wire import Marker, later_call
 
 if TYPE_CHECKING:
     from celery import Celery
     from celery.result import AsyncResult
 
-    from celery_idempotent.queue_log import QueueLog
     from celery_idempotent.records import Row
 
 __all__ = ["install"]
@@ -90,7 +91,7 @@ class _PublishHook:
                 "a rollback does not undo that",
                 sender,
             )
-        if not is_guarded(task):
+        if not is_guarded(task) or not task.idempotency.idempotent:
             return
         # The first protocol has in its body what the second one has in its headers.
         first_protocol = isinstance(body, Mapping)
@@ -166,6 +167,29 @@ def _publishes(app: Celery, declare: Any) -> bool:
         return bool(current_app == app)
     name = getattr(declare[0], "name", None)
     return name in app.amqp.queues and app.amqp.queues[name] is declare[0]
+
+
+def _ran_unguarded(
+    sender: Any, task_id: str | None = None, retval: Any = None, state: str | None = None, **_: Any
+) -> None:
+    """A recorded message has run as a plain task, which lost its ``base=IdempotentTask`` since: end its row, or it would run again."""
+    if is_guarded(sender) or task_id is None:
+        return
+    request = sender.request_stack.top
+    marker = None if request is None else Marker.read(request.headers)
+    if marker is None or not marker.belongs_to(sender.name, task_id) or state not in states.READY_STATES:
+        return
+    if "queue_log" not in vars(sender.app) and not sender.app.conf.get("idempotent_store"):
+        return  # an app that never had a queue log, and to which others send
+    try:
+        end_unguarded(QueueLog.of(sender.app), marker, request, retval if state == states.FAILURE else None)
+    except IdempotentError as error:
+        logger.error(
+            "%s[%s] ran without base=IdempotentTask, and its row stays pending: %s", sender.name, task_id, error
+        )
+
+
+signals.task_postrun.connect(_ran_unguarded)
 
 
 def _finalize(sender: str, declare: Any = None, **message: Any) -> None:

@@ -9,7 +9,7 @@ no answer (nothing is known to have been written, and the call may be repeated) 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Protocol
 
@@ -23,6 +23,7 @@ from celery_idempotent.records import (
     MessageKey,
     NewMessage,
     Note,
+    ProcessedStatus,
     Recorded,
     Row,
     RowFilter,
@@ -33,7 +34,10 @@ from celery_idempotent.records import (
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
 
-__all__ = ["Store", "TransactionalStore"]
+__all__ = ["LARGE_MESSAGE", "Store", "TransactionalStore"]
+
+#: Bytes up to which the verbs that recovery lists rows by read the messages too: some hundreds of them are in memory at once.
+LARGE_MESSAGE = 64 * 1024
 
 
 class Store(Protocol):
@@ -317,32 +321,47 @@ class Store(Protocol):
 
     # -- recovery ------------------------------------------------------------------------------------------------------
 
-    def lapsed(self, *, again_after: float, limit: int) -> list[Row]:
+    # Rows come without results, and with messages of at most :data:`LARGE_MESSAGE` bytes: `find` reads a larger one.
+
+    def lapsed(self, *, again_after: float, limit: int, tasks: Collection[str] | None = None) -> list[Row]:
         """Processing rows whose lease ran out, and which were not published since, or not for ``again_after`` seconds.
 
+        Args:
+            again_after: Seconds; >= 0.
+            limit: At most so many, those whose lease ran out first coming first.
+            tasks: Only rows of these tasks.
+
         Returns:
-            At most ``limit`` rows with their messages, those whose lease ran out first coming first.
+            The rows, with their messages if these are not large.
         """
         ...
 
     def waiting(
-        self, *, older_than: float, limit: int, queue: str | None = None, before: datetime | None = None
+        self,
+        *,
+        older_than: float,
+        limit: int,
+        before: Mapping[str, datetime] | None = None,
+        tasks: Collection[str] | None = None,
     ) -> list[Row]:
         """Pending rows that were published, and due, more than ``older_than`` seconds ago.
 
         Args:
             older_than: Seconds; >= 0.
             limit: At most so many, those that were not published for longest first.
-            queue: Only those routed to this queue.
-            before: Only those published, and due, before this moment of the store's clock.
+            before: Only those routed to these queues, and for each of them only those published, and due, before this moment of the
+                store's clock.
+            tasks: Only rows of these tasks.
 
         Returns:
-            The rows, with their messages.
+            The rows, with their messages if these are not large.
         """
         ...
 
-    def unsent(self, *, limit: int) -> list[Row]:
-        """Pending rows that were never handed to the broker (``published_at`` is null), oldest first, with their messages.
+    def unsent(self, *, limit: int, tasks: Collection[str] | None = None) -> list[Row]:
+        """Pending rows that were never handed to the broker (``published_at`` is null), oldest first.
+
+        With their messages if these are not large; only of these tasks.
 
         Those of one recorder come in the order in which it recorded them. A row whose lease lives is being published by whoever
         recorded it, or by a relay: see :meth:`relay`.
@@ -383,8 +402,24 @@ class Store(Protocol):
         """
         ...
 
-    def purge(self, *, older_than: float, limit: int) -> int:
+    def purge(
+        self,
+        *,
+        older_than: float,
+        limit: int,
+        failures_older_than: float | None = None,
+        task_name: str | None = None,
+        processed_status: ProcessedStatus | None = None,
+    ) -> int:
         """Delete rows that were done more than ``older_than`` seconds ago, but for ids that ``expires_at`` keeps taken.
+
+        Args:
+            older_than: Seconds; >= 0.
+            limit: At most so many.
+            failures_older_than: Seconds since a failure that can be requeued was done (its message is there); never less than
+                ``older_than``. ``None`` for the same.
+            task_name: Exact task name, or a pattern with ``*`` and ``?``.
+            processed_status: Only rows that ended so.
 
         Returns:
             How many were deleted; fewer than ``limit`` when there are no more.
@@ -398,6 +433,13 @@ class Store(Protocol):
 
         Args:
             limit: At most so many of either, > 0; it costs no more than these, however long the log is.
+        """
+        ...
+
+    def find_all(self, keys: Collection[MessageKey]) -> list[Row]:
+        """Those rows of some messages that are there, in any order, without ``message`` and ``result``.
+
+        Atomicity: one statement for some hundreds of rows.
         """
         ...
 
@@ -434,7 +476,14 @@ class Store(Protocol):
         """
         ...
 
-    def purgeable(self, *, older_than: float) -> int:
+    def purgeable(
+        self,
+        *,
+        older_than: float,
+        failures_older_than: float | None = None,
+        task_name: str | None = None,
+        processed_status: ProcessedStatus | None = None,
+    ) -> int:
         """How many rows :meth:`purge` would delete now, if it had no limit."""
         ...
 

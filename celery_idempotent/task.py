@@ -18,7 +18,7 @@ from celery_idempotent.errors import ConfigurationError, IdempotentError
 from celery_idempotent.handlers import guard_handlers
 from celery_idempotent.identity import type_of_exchange
 from celery_idempotent.options import Options, refuse_misspelt, refuse_misspelt_call
-from celery_idempotent.producer import answer_of, identify, send
+from celery_idempotent.producer import answer_of, identify, is_unrecorded, send
 from celery_idempotent.queue_log import QueueLog
 from celery_idempotent.records import NewMessage
 from celery_idempotent.run import Passage, Run
@@ -93,6 +93,10 @@ class IdempotentTask(Task):  # type: ignore[misc]
     """
 
     abstract = True
+
+    #: Whether new calls of the task are recorded. ``False`` turns the guard off for them: they run as plain Celery tasks. What was recorded
+    #: before is still guarded and completed, so that waiting messages do not run twice. Default: the setting ``idempotent_enabled``, ``True``.
+    idempotent: ClassVar[bool | None] = None
 
     #: Where the message id comes from: ``None`` (the task id: safe against redelivery), a format string over the bound
     #: arguments (``"order:{order_id}"``), or a callable of the call's arguments returning ``str``; ``by_arguments()`` is one. A
@@ -236,6 +240,10 @@ class IdempotentTask(Task):  # type: ignore[misc]
         refuse_misspelt_call(self.name, options)
         task_id = options.pop("task_id", None) or uuid()
         message_id = options.pop("message_id", None)
+        if is_unrecorded(self, task_id, options):
+            result = super().apply(args, kwargs, task_id=task_id, **options)
+            result.duplicate = False
+            return result
         marker = Marker.read(options.get("headers"))
         if marker is None or not marker.belongs_to(self.name, task_id):
             key, fingerprint = identify(

@@ -10,8 +10,8 @@ Tables for people, ``--json`` for programs, an exit status for scripts:
 3   of ``doctor``: nothing but warnings was found
 ==  ========================================================================================================================
 
-What takes a choice from an operator and changes data (``requeue``, ``forget``, a ``purge`` of more than workers purge), or a table that is there
-(``init``), asks before, at a terminal, unless it is told ``--yes``.
+Commands that change what an operator chooses (``requeue``, ``forget``, ``purge``, ``recover --lost-after``), or a table that is there (``init``), ask
+first in a terminal, and require ``--yes`` elsewhere. ``recover`` without a choice does what each worker does by itself, and does not ask.
 """
 
 from __future__ import annotations

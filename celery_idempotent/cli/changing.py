@@ -125,6 +125,8 @@ def forget(
 
     A copy that the broker still has runs, as if it were new. So a message that waits, or runs, is forgotten by --force only: what waits
     will run all the same, unless the broker has lost it; a body that runs is not stopped, and its outcome is refused.
+
+    `celery purge` alone does not last: recovery publishes what waits in the log. After it: forget --queue NAME --status pending --force.
     """
     chosen = Chosen(**choice)
     if status is not None:
@@ -164,42 +166,59 @@ def _why_not_forgotten(row: Row) -> str | None:
     callback=duration,
     help="Only what was done so long ago, e.g. 7d.  [default: idempotent_retention]",
 )
+@click.option("--task", "task_name", help="Only this task; * and ? are wildcards.")
+@click.option(
+    "--processed-status",
+    type=click.Choice([str(status) for status in ProcessedStatus]),
+    help="Only what ended so. With failure, --older-than is about failures too.",
+)
 @dry_run
 @yes
 @as_json
 @click.pass_context
-def purge(ctx: click.Context, older_than: float | None, dry_run: bool, yes: bool, json_: bool) -> None:
+def purge(
+    ctx: click.Context,
+    older_than: float | None,
+    task_name: str | None,
+    processed_status: str | None,
+    dry_run: bool,
+    yes: bool,
+    json_: bool,
+) -> None:
     """Delete the rows of messages that are done.
 
     Workers do this by themselves. With its row a message is forgotten: a late copy of it would run, and its id may be used again.
-    An id that unique_for still keeps taken keeps its row.
+    An id that unique_for still keeps taken keeps its row. What waits is not touched: this is not `celery purge`. A failure that can be requeued is kept for idempotent_failure_retention, unless
+    --processed-status failure --older-than says otherwise.
 
-    At a terminal it asks before it deletes what is younger than idempotent_retention.
+    It asks before it deletes, and requires --yes where there is no terminal.
     """
     with opened(ctx) as queue_log:
-        retention = queue_log.settings.retention
-        seconds = retention if older_than is None else older_than
-        if dry_run:
-            purged = queue_log.store.purgeable(older_than=seconds)
-        else:
-            if seconds < retention and sys.stdin.isatty() and not yes:
-                number = queue_log.store.purgeable(older_than=seconds)
-                confirmed(f"Delete {number} rows, up to some that were done {seconds:g} s ago?", yes=yes)
-            purged = _purge(queue_log, seconds)
+        chosen: dict[str, Any] = {
+            "older_than": older_than,
+            "task_name": task_name,
+            "processed_status": None if processed_status is None else ProcessedStatus(processed_status),
+        }
+        purged = queue_log.recovery.purgeable(**chosen) if dry_run or not yes else 0
+        if not dry_run:
+            if purged or not sys.stdin.isatty():
+                seconds = queue_log.settings.retention if older_than is None else older_than
+                confirmed(f"Delete {purged} rows, up to some that were done {seconds:g} s ago?", yes=yes)
+            purged = _purge(queue_log, chosen)
     would = {"dry_run": True} if dry_run else {}
     print_(json_, {**would, "purged": purged}, lambda: [f"{'would purge' if dry_run else 'purged'} {purged}"])
 
 
-def _purge(queue_log: QueueLog, older_than: float) -> int:
+def _purge(queue_log: QueueLog, chosen: dict[str, Any]) -> int:
     """Purge to the end, and say from time to time how far it is."""
     if not sys.stderr.isatty():
-        return queue_log.recovery.purge(older_than=older_than, within=math.inf)
-    length = queue_log.store.purgeable(older_than=older_than)
+        return queue_log.recovery.purge(**chosen, within=math.inf)
+    length = queue_log.recovery.purgeable(**chosen)
     purged = 0
     with click.progressbar(length=length, label="purging", file=sys.stderr) as bar:
         while True:
             until = time.monotonic() + _STRIDE
-            deleted = queue_log.recovery.purge(older_than=older_than, within=_STRIDE)
+            deleted = queue_log.recovery.purge(**chosen, within=_STRIDE)
             purged += deleted
             bar.update(deleted)
             if time.monotonic() < until:  # it was not the time that ended it

@@ -48,6 +48,7 @@ def limit(default: int, help_: str) -> Callable[[Command], Command]:
 _CHOICE = (
     click.option("--task", "task_name", help="Only this task; * and ? are wildcards."),
     click.option("--message-id", help="Only this message id; * and ? are wildcards."),
+    click.option("--queue", help="Only what was routed to this queue; * and ? are wildcards."),
     click.option("--error", help="Only messages that ended with this error: its type and text; * and ? are wildcards."),
     click.option(
         "--older-than",
@@ -87,5 +88,7 @@ def confirmed(question: str, *, yes: bool) -> None:
     if yes:
         return
     if not sys.stdin.isatty():
-        raise click.UsageError("there is no terminal to ask at whether to go on: look with --dry-run, and say --yes")
+        raise click.UsageError(
+            "confirmation required, but stdin is not a terminal: check with --dry-run, then pass --yes"
+        )
     click.confirm(question, abort=True, err=True)

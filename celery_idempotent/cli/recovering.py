@@ -17,7 +17,7 @@ from celery.bin.base import CeleryCommand
 from kombu.exceptions import OperationalError
 
 from celery_idempotent.cli.opening import one_line, opened
-from celery_idempotent.cli.options import as_json, dry_run, duration
+from celery_idempotent.cli.options import as_json, confirmed, dry_run, duration, yes
 from celery_idempotent.cli.printing import print_, table
 from celery_idempotent.errors import StoreUnavailableError
 from celery_idempotent.queue_log import QueueLog
@@ -69,11 +69,23 @@ _NOTICE = 0.2
     help="Publish every message again that has waited for longer, overtaken or not: for a broker that was emptied. "
     "Whatever it still has gets a copy. With --watch, once.",
 )
+@click.option(
+    "--task",
+    help="With --lost-after: only messages of this task. Those of a task that is turned off (idempotent=False) are published only so.",
+)
 @dry_run
+@yes
 @as_json
 @click.pass_context
 def recover(
-    ctx: click.Context, watch: bool, interval: float | None, lost_after: float | None, dry_run: bool, json_: bool
+    ctx: click.Context,
+    watch: bool,
+    interval: float | None,
+    lost_after: float | None,
+    task: str | None,
+    dry_run: bool,
+    yes: bool,
+    json_: bool,
 ) -> None:
     """Publish what a dead worker, broker or producer left behind, and purge.
 
@@ -90,16 +102,21 @@ def recover(
         raise click.UsageError("--interval is the pause of --watch, and more than 0")
     if watch and dry_run:
         raise click.UsageError("--dry-run is one look, without --watch")
+    if task is not None and lost_after is None:
+        raise click.UsageError("--task is about --lost-after: a step recovers all tasks")
     with opened(ctx) as queue_log:
         queue_log.app.loader.import_default_modules()  # a message whose task is not known is left alone
         if dry_run:
-            due = queue_log.recovery.due(lost_after=lost_after, at_most=_LOOKED_AT)
+            due = queue_log.recovery.due(lost_after=lost_after, task=task, at_most=_LOOKED_AT)
             print_(json_, _plain(due), lambda: _listed(due))
-        elif watch:
-            _watch(queue_log, interval or queue_log.settings.recovery_interval or 30.0, lost_after, json_)
+            return
+        if lost_after is not None:
+            confirmed(f"Publish again {task or 'every message'} that has waited for {lost_after:g} s?", yes=yes)
+        if watch:
+            _watch(queue_log, interval or queue_log.settings.recovery_interval or 30.0, lost_after, task, json_)
         else:
             done = Recovered()
-            for step in queue_log.recovery.steps(lost_after=lost_after, in_flight=True):
+            for step in queue_log.recovery.steps(lost_after=lost_after, task=task, in_flight=True):
                 done += step
                 if step.more and sys.stderr.isatty():
                     click.echo(f"so far: {_recovered(done)}", err=True)
@@ -138,13 +155,13 @@ def _listed(due: Due) -> Iterator[str]:
         yield f"no more than {_LOOKED_AT} of each kind were looked at"
 
 
-def _watch(queue_log: QueueLog, interval: float, lost_after: float | None, json_: bool) -> None:
+def _watch(queue_log: QueueLog, interval: float, lost_after: float | None, task: str | None, json_: bool) -> None:
     """Recover every so many seconds until told to stop; a store or a broker that is not there is waited for."""
     with _told_to_stop() as stopped:
         in_vain = 0
         while not stopped():
             try:
-                for done in queue_log.recovery.steps(lost_after=lost_after, stopped=stopped):
+                for done in queue_log.recovery.steps(lost_after=lost_after, task=task, stopped=stopped):
                     if done != Recovered():
                         click.echo(json.dumps(asdict(done)) if json_ else _recovered(done))
             except (StoreUnavailableError, OperationalError) as error:

@@ -339,6 +339,7 @@ def _condition(facts: Facts) -> Iterator[Finding]:
                 ),
                 "keep the clocks of all hosts in step, by NTP",
             )
+    yield from _left_waiting(facts)
     patience = timedelta(seconds=max(_AT_LEAST, _STEPS_IN_VAIN * app.recovery_interval))
     overdue = {
         "a message whose owner's lease ran out at {} was not published again": condition.lapsed_since,
@@ -352,11 +353,33 @@ def _condition(facts: Facts) -> Iterator[Finding]:
                 "idempotent_recovery_interval = 30 in a worker that runs, or `celery -A proj idempotent recover`; its log says what keeps it",
             )
     done = condition.done_since
-    if done is not None and (now - done).total_seconds() > app.retention + _PURGED_WITHIN:
+    kept = max(app.retention, app.failure_retention)
+    if done is not None and (now - done).total_seconds() > kept + _PURGED_WITHIN:
         yield Finding(
             "purge-behind",
-            f"a row that was done at {done.isoformat(sep=' ', timespec='seconds')} is still there, and retention is {app.retention:g} s",
+            f"a row that was done at {done.isoformat(sep=' ', timespec='seconds')} is still there, and retention is {kept:g} s",
             "idempotent_recovery_interval = 30 in a worker that runs, or `celery -A proj idempotent purge`",
+        )
+
+
+def _left_waiting(facts: Facts) -> Iterator[Finding]:
+    """Messages whose tasks do not guard them here."""
+    app, guarded = facts.app, {task.name for task in facts.app.tasks} - set(facts.app.unguarded)
+    waiting = [name for name in facts.store.waiting if name not in guarded]
+    if unguarded := tuple(name for name in waiting if name in app.unguarded):
+        yield Finding(
+            "waiting-unguarded",
+            "recorded messages wait of tasks that have no base=IdempotentTask here, or are turned off by idempotent=False",
+            "let them end before; what has run meanwhile: `celery -A proj idempotent forget --task NAME --status pending --force`; "
+            "what the broker has lost: `... recover --task NAME --lost-after 0`",
+            unguarded,
+        )
+    if unknown := tuple(name for name in waiting if name not in app.unguarded):
+        yield Finding(
+            "waiting-unknown",
+            "recorded messages wait of tasks that this app does not have",
+            "import their modules; ignore this finding if another app with the same store has them; or `... forget --task NAME --force`",
+            unknown,
         )
 
 

@@ -52,7 +52,9 @@ class AppFacts:
         result_backend: Whether it has one.
         result_expires: Seconds for which that keeps results; ``None`` for ever, or where it cannot be told.
         retention: As in the settings, in seconds.
+        failure_retention: As in the settings, in seconds.
         recovery_interval: As in the settings, in seconds; 0 for none.
+        unguarded: Its tasks that are not guarded, or are turned off.
         atomic_refused: Why its store cannot do with atomic tasks, if it has some.
         isolation_level: Of atomic tasks, where the app names one.
     """
@@ -62,7 +64,9 @@ class AppFacts:
     result_backend: bool = True
     result_expires: float | None = None
     retention: float = 7 * 86400.0
+    failure_retention: float = 30 * 86400.0
     recovery_interval: float = 30.0
+    unguarded: tuple[str, ...] = ()
     atomic_refused: str | None = None
     isolation_level: str | None = None
 
@@ -122,6 +126,7 @@ class StoreFacts:
         there: Whether its schema is there; it may be one that is made on first use.
         configuration: As far as its server tells it; ``None`` if it was not asked.
         condition: How it stands; ``None`` if it was not asked.
+        waiting: The tasks of the messages that have waited longest.
         local_clock: This host's clock, at the moment for which the condition tells the store's.
         clock_error: Seconds by which that may be wrong.
     """
@@ -134,6 +139,7 @@ class StoreFacts:
     there: bool = True
     configuration: Mapping[str, str] | None = None
     condition: Condition | None = None
+    waiting: tuple[str, ...] = ()
     local_clock: datetime | None = None
     clock_error: float = 0.0
 

@@ -163,6 +163,14 @@ CODES: dict[str, tuple[Severity, str]] = {
             "too early, or too late, by the difference."
         ),
     ),
+    "waiting-unguarded": (
+        _W,
+        (
+            "Messages that were recorded wait while their task is not guarded: what the broker loses of them is not published again; and if their rows "
+            "stay when the task is guarded again, they may run a second time."
+        ),
+    ),
+    "waiting-unknown": (_W, "If they are no other app's, nobody runs them, and nobody publishes them again."),
     "recovery-behind": (_E, "Nobody recovers: messages of dead workers, or of an outbox, wait for ever."),
     "purge-behind": (_W, "The queue log grows without end, since nobody purges it."),
 }

@@ -19,6 +19,7 @@ from celery_idempotent.children import is_guarded
 from celery_idempotent.doctor.facts import AppFacts, BrokerFacts, Facts, QueueFacts, StoreFacts, TaskFacts
 from celery_idempotent.errors import ConfigurationError, SchemaError, StoreError, StoreUnavailableError
 from celery_idempotent.publication import ANSWER
+from celery_idempotent.records import RowFilter, Status
 from celery_idempotent.transactions import transactional
 
 if TYPE_CHECKING:
@@ -38,6 +39,9 @@ _DELIVERY_LIMIT, _WITH_DELIVERY_LIMIT = 20, (4, 0)
 
 _LOCAL_HOSTS = {None, "", "localhost", "127.0.0.1", "::1"}
 _LOCAL_TRANSPORTS = {"memory", "filesystem"}
+
+#: So many of the messages that have waited longest are looked at.
+_OLDEST = 1000
 
 #: How a driver is told not to wait for longer for a server that says nothing.
 _PATIENCE: Mapping[str, Mapping[str, float]] = {
@@ -96,9 +100,18 @@ def _read_app(queue_log: QueueLog) -> AppFacts:
         result_backend=not isinstance(app.backend, DisabledBackend),
         result_expires=(app.backend.persistent and app.backend.expires) or None,
         retention=settings.retention,
+        failure_retention=settings.failure_retention,
         recovery_interval=settings.recovery_interval,
+        unguarded=tuple(name for name, task in sorted(app.tasks.items()) if not (is_guarded(task) and _is_on(task))),
         isolation_level=queue_log.isolation_level,
     )
+
+
+def _is_on(task: IdempotentTask) -> bool:
+    try:
+        return task.idempotency.idempotent
+    except ConfigurationError:  # a finding of its own
+        return True
 
 
 def _read_task(name: str, task: IdempotentTask) -> TaskFacts:
@@ -229,6 +242,8 @@ def _read_store(store: Store, clock: Callable[[], datetime]) -> StoreFacts:
             facts["condition"] = store.condition()
             took = time.monotonic() - asked
             # The statement was somewhere between the two.
+            oldest = store.rows(RowFilter(status=Status.PENDING, limit=_OLDEST, oldest_first=True))
+            facts["waiting"] = tuple(sorted({row.key.task_name for row in oldest}))
             facts["local_clock"], facts["clock_error"] = began + timedelta(seconds=took / 2), took / 2
     except StoreUnavailableError as error:
         facts["away"] = _text(error)

@@ -37,6 +37,17 @@ __all__ = ["OperatorContract"]
 class OperatorContract(StoreFixtures):
     """``find``, ``rows``, ``counts``; ``forget``, ``purgeable``, ``condition``, ``configuration``; a store's life."""
 
+    def test_rows_are_listed_by_queue(self, store: Store) -> None:
+        for name, queue in (("a", "mail.fast"), ("b", "mail.slow"), ("c", "m"), ("d", None)):
+            pending(store, key=MessageKey(name, "t"), queue=queue)
+        pending(store, key=MessageKey("e", "t"), queue="mail.slow", published=False)
+        done(store, key=MessageKey("f", "t"), queue="mail.slow")
+        expected = {"mail.*": "abef", "mail.slow": "bef", "m": "c", "?": "c", "*": "abcef", "none": ""}
+        for queue, names in expected.items():
+            assert {row.key.message_id for row in store.rows(RowFilter(queue=queue))} == set(names)
+        waiting = store.rows(RowFilter(queue="mail.slow", status=Status.PENDING))
+        assert {row.key.message_id for row in waiting} == {"b", "e"}
+
     def test_an_absent_message_is_not_found(self, store: Store) -> None:
         assert store.find(KEY) is None
 

@@ -5,9 +5,10 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from functools import partial
 
-from celery_idempotent.records import MessageKey, Recorded, Row, Status
-from celery_idempotent.store import Store
+from celery_idempotent.records import MessageKey, ProcessedStatus, Recorded, Row, Status
+from celery_idempotent.store import LARGE_MESSAGE, Store
 from celery_idempotent.testing.base import StoreFixtures
 from celery_idempotent.testing.examples import (
     KEY,
@@ -37,6 +38,10 @@ def overdue(store: Store, name: str = "order:1") -> Row:
     wait_until(lambda: read(store, held.key).read_at > row.read_at)
     assert store.expire(held)
     return read(store, held.key)
+
+
+def _later(store: Store, row: Row) -> bool:
+    return read(store, row.key).read_at > row.read_at
 
 
 def ids(rows: list[Row]) -> list[str]:
@@ -115,15 +120,17 @@ class RecoveryContract(StoreFixtures):
         pending(store, key=MessageKey("a", "t"), queue="a")
         pending(store, key=MessageKey("b", "t"), queue="b")
         wait_until(lambda: len(store.waiting(older_than=0.0, limit=10)) == 2)
-        assert ids(store.waiting(older_than=0.0, limit=10, queue="b")) == ["b"]
+        assert ids(
+            store.waiting(older_than=0.0, limit=10, before={"b": read(store, MessageKey("b", "t")).read_at})
+        ) == ["b"]
 
     def test_messages_published_before_a_moment_are_listed(self, store: Store) -> None:
         row = pending(store)
         assert row.published_at is not None
         wait_until(lambda: store.waiting(older_than=0.0, limit=10) != [])
-        assert store.waiting(older_than=0.0, limit=10, before=row.published_at) == []
+        assert store.waiting(older_than=0.0, limit=10, before={"celery": row.published_at}) == []
         after = row.published_at + timedelta(milliseconds=1)
-        assert ids(store.waiting(older_than=0.0, limit=10, before=after)) == [KEY.message_id]
+        assert ids(store.waiting(older_than=0.0, limit=10, before={"celery": after})) == [KEY.message_id]
 
     def test_a_message_published_again_waits_anew_behind_the_others(self, store: Store) -> None:
         first = pending(store, key=MessageKey("first", "t"))
@@ -149,6 +156,48 @@ class RecoveryContract(StoreFixtures):
         many = [f"n{number}" for number in (5, 4, 6)]
         store.record_all([new_message(MessageKey(name, "t"), published=False) for name in many])
         assert ids(store.unsent(limit=10)) == names + many
+
+    def test_only_messages_of_some_tasks_are_listed(self, store: Store) -> None:
+        for task in ("ours", "theirs"):
+            pending(store, key=MessageKey("waits", task))
+            pending(store, key=MessageKey("unsent", task), published=False)
+            held = processing(store, key=MessageKey("lapsed", task))
+            row = read(store, held.key)
+            wait_until(partial(_later, store, row))
+            store.expire(held)
+        wait_until(lambda: len(store.waiting(older_than=0.0, limit=10)) == 2)
+        soon = read(store, MessageKey("waits", "ours")).read_at + timedelta(days=1)
+        for tasks, names in ((["ours"], ["ours"]), (["ours", "theirs"], ["ours", "theirs"]), ([], []), (["none"], [])):
+            found = [
+                store.waiting(older_than=0.0, limit=10, tasks=tasks),
+                store.waiting(older_than=0.0, limit=10, before={"celery": soon, "other": soon}, tasks=tasks),
+                store.unsent(limit=10, tasks=tasks),
+                store.lapsed(again_after=LONG, limit=10, tasks=tasks),
+            ]
+            assert [sorted(row.key.task_name for row in rows) for rows in found] == [names] * 4
+
+    def test_of_many_queues_each_has_its_own_moment(self, store: Store) -> None:
+        rows = {name: pending(store, key=MessageKey(name, "t"), queue=name) for name in ("a", "b", "c")}
+        wait_until(lambda: len(store.waiting(older_than=0.0, limit=10)) == 3)
+        soon = read(store, MessageKey("a", "t")).read_at + timedelta(days=1)
+        published = rows["b"].published_at
+        assert published is not None
+        before = {"a": soon, "b": published, **{f"none {number}": soon for number in range(120)}}
+        assert ids(store.waiting(older_than=0.0, limit=10, before=before)) == ["a"]
+
+    def test_large_messages_and_results_are_not_listed(self, store: Store) -> None:
+        large, small = b"x" * (LARGE_MESSAGE + 1), b"x" * LARGE_MESSAGE
+        for name, message in (("large", large), ("small", small)):
+            pending(store, key=MessageKey(name, "t"), published=False, message=message)
+        assert {row.key.message_id: row.message for row in store.unsent(limit=10)} == {"large": None, "small": small}
+        assert read(store, MessageKey("large", "t")).message == large
+
+    def test_many_messages_are_found_at_once(self, store: Store) -> None:
+        keys = [pending(store, key=MessageKey(f"m{number}", "t")).key for number in range(3)]
+        found = store.find_all([*keys, MessageKey("m0", "other")])
+        assert {row.key for row in found} == set(keys)
+        assert all(row.message is None for row in found)
+        assert store.find_all([]) == []
 
     # -- relay ---------------------------------------------------------------------------------------------------------
 
@@ -290,3 +339,40 @@ class RecoveryContract(StoreFixtures):
         store.record(new_message())
         assert store.purge(older_than=0.0, limit=10) == 0
         assert read(store).status is Status.PENDING
+
+    def test_failures_that_can_be_requeued_are_kept_for_longer(self, store: Store) -> None:
+        failed = processing(store, key=MessageKey("failed", "t"))
+        store.fail(failed, error="ValueError: no")
+        forgotten = processing(store, key=MessageKey("forgotten", "t"))
+        store.fail(forgotten, error="ValueError: no")
+        assert store.forget(read(store, forgotten.key))
+        done(store, key=MessageKey("done", "t"))
+        wait_until(lambda: store.purgeable(older_than=0.0) == 3)
+
+        assert store.purgeable(older_than=0.0, failures_older_than=LONG) == 2
+        assert store.purge(older_than=0.0, failures_older_than=LONG, limit=10) == 2
+        assert store.purgeable(older_than=0.0, failures_older_than=LONG) == 0
+        assert store.purge(older_than=0.0, failures_older_than=LONG, limit=10) == 0
+        assert store.purgeable(older_than=LONG, failures_older_than=0.0) == 0
+        assert store.purge(older_than=0.0, failures_older_than=0.0, limit=10) == 1
+        assert store.find(failed.key) is None
+
+    def test_only_what_is_chosen_is_purged(self, store: Store) -> None:
+        for task in ("shop.charge", "shop.refund", "other"):
+            done(store, key=MessageKey("done", task))
+            store.fail(processing(store, key=MessageKey("failed", task)), error="ValueError: no")
+        done(store, key=MessageKey("free again", "shop.charge"), unique_for=0.001)
+        wait_until(lambda: store.purgeable(older_than=0.0) == 7)
+        success, failure = ProcessedStatus.SUCCESS, ProcessedStatus.FAILURE
+
+        assert store.purgeable(older_than=0.0, task_name="shop.*") == 5
+        assert store.purgeable(older_than=0.0, task_name="shop?charge", processed_status=success) == 2
+        assert store.purgeable(older_than=0.0, task_name="shop") == 0
+        assert store.purge(older_than=0.0, limit=1, task_name="shop.*", processed_status=failure) == 1
+        assert store.purge(older_than=0.0, limit=10, task_name="shop.*", processed_status=failure) == 1
+        assert store.purge(older_than=0.0, limit=10, task_name="shop.charge") == 2
+        assert {(count.task_name, count.processed_status) for count in store.counts()} == {
+            ("shop.refund", success),
+            ("other", success),
+            ("other", failure),
+        }

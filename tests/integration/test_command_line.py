@@ -455,7 +455,7 @@ def test_it_is_one_of_celerys_commands(celery: RunCelery) -> None:
         f"  {name} " in own.stdout
         for name in ("init", "list", "purge", "recover", "requeue", "forget", "show", "stats")
     )
-    assert "idempotent_store: 'sqlite:///filled.db'" in report.stdout
+    assert "idempotent_store: '********'" in report.stdout
 
 
 # -- recover, purge --------------------------------------------------------------------------------------------------------
@@ -619,7 +619,7 @@ def test_recover_all_that_waits_for_a_broker_that_was_emptied(celery: RunCelery,
     losses.pending("young")
     assert json.loads(celery("idempotent", "recover", "--json", **losses.environment).stdout)["lost"] == 0
 
-    run = celery("idempotent", "recover", "--lost-after", "1m", **losses.environment)
+    run = celery("idempotent", "recover", "--lost-after", "1m", "--yes", **losses.environment)
 
     assert (run.returncode, run.stdout) == (0, "published again 3 presumed lost\n")
     assert losses.published() == ["a", "b", "c"]
@@ -678,9 +678,10 @@ def test_purge(celery: RunCelery, losses: Losses) -> None:
     losses.age(2 * DAY, old, waiting)
     losses.age(2 * 3600.0, young)
 
-    by_retention = celery("idempotent", "purge", **losses.environment)
+    by_retention = celery("idempotent", "purge", "--yes", **losses.environment)
     by_age = [
-        celery("idempotent", "purge", "--older-than", age, "--json", **losses.environment) for age in ("3h", "1h")
+        celery("idempotent", "purge", "--older-than", age, "--yes", "--json", **losses.environment)
+        for age in ("3h", "1h")
     ]
 
     assert (by_retention.returncode, by_retention.stdout, by_retention.stderr) == (0, "purged 1\n", "")
@@ -780,7 +781,7 @@ def test_watch_publishes_all_that_waits_once(losses: Losses, watch: Callable[...
     """Again and again, a backlog would be published for being one."""
     names = [losses.pending(f"waiting:{number}").message_id for number in range(3)]
     losses.age(60.0, *(MessageKey(name, "shop.charge") for name in names))
-    watching = watch("--lost-after", "0")
+    watching = watch("--lost-after", "0", "--yes")
     watching.wait_for(lambda: watching.lines)
     losses.unsent("later")
     watching.wait_for(lambda: len(watching.lines) == 2)

@@ -104,18 +104,20 @@ def test_a_result_that_is_not_kept_serves_a_canvas_all_the_same(bench: Bench) ->
     assert len(bench.starts("unkept", m)) == 1
 
 
-def test_an_unserializable_result_is_celerys_affair_and_the_run_stays_done(bench: Bench) -> None:
+@pytest.mark.parametrize("task", ["unserializable", "unserializable_unkept"])
+def test_a_result_that_celery_cannot_store_is_a_failure_in_both_places(bench: Bench, task: str) -> None:
     m = bench.fresh()
 
-    result = bench.task("unserializable").apply_async(message_id=m)
+    result = bench.task(task).apply_async(message_id=m)
 
-    # As without this library: the result cannot be stored, and the caller learns of it.
     assert isinstance(result.get(timeout=PATIENCE, propagate=False), EncodeError)
-    row = bench.done("unserializable", m)
-    assert (row.processed_status, row.result, row.token) == (SUCCESS, None, 1)
-    bench.deliver("unserializable", message_id=m, task_id=result.id)
-    bench.wait_for_row("unserializable", m, lambda row: row.duplicates == 1)
-    assert len(bench.starts("unserializable", m)) == 1
+    row = bench.done(task, m)
+    assert (row.processed_status, row.result, row.token) == (ProcessedStatus.FAILURE, None, 1)
+    assert str(row.error).startswith("kombu.exceptions.EncodeError: ")
+    assert row.message is not None  # to be requeued
+    bench.deliver(task, message_id=m, task_id=result.id)
+    bench.wait_for_row(task, m, lambda row: row.duplicates == 1)
+    assert len(bench.starts(task, m)) == 1
 
 
 def test_an_unserializable_result_that_is_ignored_is_nobodys_affair(bench: Bench) -> None:

@@ -225,6 +225,8 @@ MORE_CALLS: dict[str, list[CallCase]] = {
         ),
         (failed(error="revoked: it was terminated while it ran"), CALL, SKIP_DUPLICATES, CallAction.RETURN_FIRST),
         (failed(**NEVER_BEGAN, error="ValueError: no"), CALL, SKIP_DUPLICATES, CallAction.RETURN_FIRST),
+        # A body that is run again does not undo a revoke of what it has sent.
+        (failed(**NEVER_BEGAN, error="revoked"), Call(ONE, repeated=True), RESUBMIT, CallAction.RETURN_FIRST),
     ],
     "the same call, made by an earlier run of the body": [
         # The body that is run again is nobody's duplicate, and has called what failed already.

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
 from celery_idempotent.records import FORGOTTEN, Condition, ProcessedStatus, Row, Status
 from celery_idempotent.stores.redis.connection import On
 from celery_idempotent.stores.redis.layout import SHARDS, encoded, identity
-from celery_idempotent.stores.redis.rows import duration, optional_moment, row_of, storable
+from celery_idempotent.stores.redis.recovering import PURGEABLE
+from celery_idempotent.stores.redis.rows import Argument, optional_moment, row_of, storable
 from celery_idempotent.stores.redis.scripts import Script
 
 __all__ = ["condition", "configuration", "forget", "purgeable"]
@@ -29,16 +30,25 @@ redis.call('UNLINK', tag .. ':big:' .. ident)
 return 1
 """)
 
-# How many, of those that no id keeps and of five hundred whose ids are free again; and whether there may be more of the latter.
-_PURGEABLE = Script("""
-local before, first = now - tonumber(ARGV[1]), ARGV[2]
-local count = first == '0' and redis.call('ZCOUNT', tag .. ':done', '-inf', at(before)) or 0
+# How many, of five hundred that no id keeps and of five hundred whose ids are free again; and how many were looked at, or all counted.
+_PURGEABLE = Script(f"""{PURGEABLE}
+local before, first = now - tonumber(ARGV[1]), ARGV[5]
+local count, looked = 0, 0
+if not everything then
+  local done = redis.call('ZRANGEBYSCORE', tag .. ':done', '-inf', at(before), 'LIMIT', first, 500)
+  for _, ident in ipairs(done) do
+    if is_old(ident) then count = count + 1 end
+  end
+  looked = #done
+elseif first == '0' then
+  count = redis.call('ZCOUNT', tag .. ':done', '-inf', at(before))
+end
 local free = redis.call('ZRANGEBYSCORE', tag .. ':kept', '-inf', at(now), 'LIMIT', first, 500)
 for _, ident in ipairs(free) do
   local processed = redis.call('HGET', tag .. ':row:' .. ident, 'processed_timestamp')
-  if processed and tonumber(processed) <= before then count = count + 1 end
+  if processed and tonumber(processed) <= before and is_old(ident) then count = count + 1 end
 end
-return {count, #free}
+return {{count, math.max(looked, #free)}}
 """)
 
 # The clock, and the moments of a Condition; empty for none.
@@ -108,11 +118,11 @@ def forget(on: On, row: Row, *, again: bool) -> bool:
     )
 
 
-def purgeable(on: On, *, older_than: float) -> int:
+def purgeable(on: On, chosen: Sequence[Argument]) -> int:
     """How many rows are past retention."""
     counted, shards, first = 0, list(range(SHARDS)), 0
     while shards:
-        answers = on.call_each(_PURGEABLE, [(shard, (duration(older_than), first)) for shard in shards])
+        answers = on.call_each(_PURGEABLE, [(shard, (*chosen, first)) for shard in shards])
         counted += sum(count for count, _ in answers)
         shards = [shard for shard, (_, looked_at) in zip(shards, answers, strict=True) if looked_at == 500]
         first += 500

@@ -11,7 +11,7 @@ import fnmatch
 import heapq
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 from celery_idempotent.errors import StoreError
@@ -22,7 +22,7 @@ from celery_idempotent.stores.redis.recovering import fetch, first_of_all
 from celery_idempotent.stores.redis.rows import row_of
 from celery_idempotent.stores.redis.scripts import Script
 
-__all__ = ["counts", "find", "newest", "rows"]
+__all__ = ["counts", "find", "find_all", "newest", "rows"]
 
 _FIND = Script("return tell(ARGV[1])")
 
@@ -47,10 +47,11 @@ local looked = {}
 for i = 1, #found[2], 2 do
   local ident = found[2][i]
   local row = redis.call('HMGET', tag .. ':row:' .. ident,
-    'status', 'processed_status', 'duplicates', 'created_timestamp', 'processed_timestamp', ARGV[3])
+    'status', 'processed_status', 'duplicates', 'created_timestamp', 'processed_timestamp', ARGV[3], 'queue')
   if row[1] then
     local since = tonumber(row[5] or row[4] or 0)
-    looked[#looked + 1] = {ident, row[1], row[2] or '', row[3] or '0', row[4] or '0', at(now - since), row[6] or ''}
+    looked[#looked + 1] = {ident, row[1], row[2] or '', row[3] or '0', row[4] or '0', at(now - since), row[6] or '',
+      row[7] and '=' .. row[7] or ''}
   end
 end
 return {found[1], looked}
@@ -67,9 +68,16 @@ def find(on: On, key: MessageKey) -> Row | None:
     return None if answer is None else row_of(key, answer)
 
 
+def find_all(on: On, keys: Collection[MessageKey]) -> list[Row]:
+    """Those that are there, without what is large."""
+    return fetch(on, [identity(key) for key in keys], _FETCH_SMALL)
+
+
 def rows(on: On, where: RowFilter) -> list[Row]:
     """Rows that match, in the order asked for, without what is large."""
-    matches_id, matches_task, matches_error = map(_matches, (where.message_id, where.task_name, where.error))
+    matches_id, matches_task, matches_queue, matches_error = map(
+        _matches, (where.message_id, where.task_name, where.queue, where.error)
+    )
     chosen: dict[bytes, int] = {}
     for seen in _look(on, where.status, error=where.error is not None):
         key = key_of(seen.ident)
@@ -80,6 +88,7 @@ def rows(on: On, where: RowFilter) -> list[Row]:
             and where.processed_status in {None, seen.processed_status}
             and (where.older_than is None or seen.age >= where.older_than)
             and (where.newer_than is None or seen.age < where.newer_than)
+            and (where.queue is None or (seen.queue is not None and matches_queue(seen.queue)))
             and (where.error is None or (seen.error != "" and matches_error(seen.error)))
         ):
             chosen[seen.ident] = seen.created
@@ -120,6 +129,7 @@ class _Seen:
     created: int
     age: float
     error: str
+    queue: str | None
 
 
 def _look(on: On, status: Status | None, *, error: bool = False) -> Iterator[_Seen]:
@@ -139,7 +149,7 @@ def _look(on: On, status: Status | None, *, error: bool = False) -> Iterator[_Se
                 for ident, *columns in found:
                     if ident not in seen:
                         seen.add(ident)
-                        duplicates, created, age, text = columns[2:]
+                        duplicates, created, age, text, queue = columns[2:]
                         yield _Seen(
                             ident,
                             *_statuses(ident, columns[0], columns[1]),
@@ -147,6 +157,7 @@ def _look(on: On, status: Status | None, *, error: bool = False) -> Iterator[_Se
                             int(created),
                             int(age) / 1_000_000,
                             text.decode("utf-8", "surrogatepass") if error else "",
+                            queue[1:].decode("utf-8", "surrogatepass") if queue else None,
                         )
                 if cursor == b"0":
                     cursor = None

@@ -7,62 +7,107 @@ so that nothing recorded earlier is missed beside something recorded later), and
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from typing import Any
 
-from celery_idempotent.records import MessageKey, Row, Status
+from celery_idempotent.records import MessageKey, ProcessedStatus, Row, Status
+from celery_idempotent.store import LARGE_MESSAGE
 from celery_idempotent.stores.redis.connection import On
 from celery_idempotent.stores.redis.layout import SHARDS, VERSION, encoded, identity, key_of
 from celery_idempotent.stores.redis.rows import Argument, duration, moment, row_of
 from celery_idempotent.stores.redis.scripts import Script
 
-__all__ = ["fetch", "first_of_all", "lapsed", "not_published", "purge", "relay", "relayed", "unsent", "waiting"]
+__all__ = [
+    "PURGEABLE",
+    "chosen_by",
+    "fetch",
+    "first_of_all",
+    "lapsed",
+    "not_published",
+    "purge",
+    "relay",
+    "relayed",
+    "unsent",
+    "waiting",
+]
 
 #: Rows that one round trip reads: they are as large as their messages.
 _ROWS = 500
 
+# Whether a row, by its key, is of one of the tasks that the arguments from some place on name, or there are none.
+_WANTED = """
+local function wanted(first)
+  if #ARGV < first then return function () return true end end
+  local tasks = {}
+  for i = first, #ARGV do tasks[ARGV[i]] = true end
+  return function (key)
+    local ident = string.sub(key, #tag + 6)
+    local length = string.match(ident, '^%d+')
+    return tasks[string.sub(ident, #length + 2, #length + 1 + tonumber(length))] or false
+  end
+end
+"""
+
 # An identity and its place in the order, one behind the other; so with each script that looks into an index.
-_LAPSED = Script("""
-local again_after = tonumber(ARGV[1])
+_LAPSED = Script(f"""{_WANTED}
+local again_after, is_wanted = tonumber(ARGV[1]), wanted(3)
 return look(':running', at(now), tonumber(ARGV[2]), function (key, lease)
   local row = redis.call('HMGET', key, 'status', 'published_at')
   if row[1] ~= 'processing' then return nil end
   local published = tonumber(row[2] or 0)
-  return published < lease or published <= now - again_after
+  return is_wanted(key) and (published < lease or published <= now - again_after)
 end)
 """)
 
-_WAITING = Script("""
-local before, limit = now - tonumber(ARGV[1]), tonumber(ARGV[2])
-if ARGV[4] ~= '' then before = math.min(before, tonumber(ARGV[4]) - 1) end
-local indexes = ARGV[3] ~= '' and {':waiting:' .. optional(ARGV[3])} or redis.call('SMEMBERS', tag .. ':queues')
-local found = {}
+_WAITING = Script(f"""{_WANTED}
+local before, limit, queues = now - tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3]
+local indexes, last = {{}}, {{}}
+if queues == '' then
+  indexes = redis.call('SMEMBERS', tag .. ':queues')
+else
+  for i = 4, 3 + 2 * tonumber(queues), 2 do
+    local index = ':waiting:' .. ARGV[i]
+    indexes[#indexes + 1] = index
+    last[index] = tonumber(ARGV[i + 1]) - 1
+  end
+end
+local found, is_wanted = {{}}, wanted(4 + 2 * (tonumber(queues) or 0))
 for _, index in ipairs(indexes) do
-  local some = look(index, at(before), limit, function (key)
+  local some = look(index, at(math.min(before, last[index] or before)), limit, function (key)
     local row = redis.call('HMGET', key, 'status', 'published_at')
     if row[1] ~= 'pending' or not row[2] then return nil end
-    return true
+    return is_wanted(key)
   end)
   for i = 1, #some do found[#found + 1] = some[i] end
 end
 return found
 """)
 
-_UNSENT = Script("""
+_UNSENT = Script(f"""{_WANTED}
+local is_wanted = wanted(2)
 return look(':unsent', '+inf', tonumber(ARGV[1]), function (key)
   local row = redis.call('HMGET', key, 'status', 'published_at')
   if row[1] ~= 'pending' or row[2] then return nil end
-  return true
+  return is_wanted(key)
 end)
 """)
 
-_FETCH = Script("""
-local answers = {}
+_FETCH = Script(f"""
+local answers = {{}}
 for i = 1, #KEYS do
   tag = KEYS[i]
-  answers[i] = tell(ARGV[i])
+  local row, big = tag .. ':row:' .. ARGV[i], tag .. ':big:' .. ARGV[i]
+  local flat, large = redis.call('HGETALL', row), {{}}
+  if #flat > 0 then
+    local length = redis.call('HSTRLEN', big, 'message')
+    if length > 0 and length <= {LARGE_MESSAGE} then large = {{'message', redis.call('HGET', big, 'message')}} end
+    answers[i] = {{at(now), flat, large}}
+  else
+    answers[i] = false
+  end
 end
 return answers
 """)
@@ -98,9 +143,29 @@ if row and row.status ~= 'done' and (row.token or '0') == ARGV[2] then move(iden
 return 1
 """)
 
+#: What a purge is for, by the arguments from the second on: failures of what age, which end, and a pattern of the task's name.
+PURGEABLE = """
+local failures, how, pattern = ARGV[2] ~= '' and tonumber(ARGV[2]), ARGV[3], ARGV[4]
+local everything = not failures and how == '' and pattern == ''
+local function is_old(ident)
+  if everything then return true end
+  local row = redis.call('HMGET', tag .. ':row:' .. ident, 'processed_status', 'processed_timestamp')
+  if how ~= '' and row[1] ~= how then return false end
+  if pattern ~= '' then
+    local length = string.match(ident, '^%d+')
+    local name = string.sub(ident, #length + 2, #length + 1 + tonumber(length))
+    if not string.find(name, pattern) then return false end
+  end
+  if failures and row[1] == 'failure' and tonumber(row[2] or 0) > now - failures then
+    return redis.call('HEXISTS', tag .. ':big:' .. ident, 'message') == 0
+  end
+  return true
+end
+"""
+
 # How many were deleted, and whether there may be more.
-_PURGE = Script("""
-local limit = tonumber(ARGV[2])
+_PURGE = Script(f"""{PURGEABLE}
+local limit = tonumber(ARGV[5])
 -- An id that was to stay taken for longer than retention kept its row; one that is free again is like any other.
 local free = redis.call('ZRANGEBYSCORE', tag .. ':kept', '-inf', at(now), 'LIMIT', 0, limit)
 for _, ident in ipairs(free) do
@@ -108,35 +173,58 @@ for _, ident in ipairs(free) do
   redis.call('ZREM', tag .. ':kept', ident)
   if processed then redis.call('ZADD', tag .. ':done', processed, ident) end
 end
-local old = redis.call('ZRANGEBYSCORE', tag .. ':done', '-inf', at(now - tonumber(ARGV[1])), 'LIMIT', 0, limit)
-for _, ident in ipairs(old) do
-  redis.call('ZREM', tag .. ':done', ident)
-  redis.call('ZREM', tag .. ':recent', ident)
-  redis.call('UNLINK', tag .. ':row:' .. ident, tag .. ':big:' .. ident)
-end
+local before, kept, old = at(now - tonumber(ARGV[1])), 0, {{}}
+repeat
+  local some = redis.call('ZRANGEBYSCORE', tag .. ':done', '-inf', before, 'LIMIT', kept, everything and limit or 500)
+  for _, ident in ipairs(some) do
+    if #old < limit and is_old(ident) then
+      redis.call('ZREM', tag .. ':done', ident)
+      redis.call('ZREM', tag .. ':recent', ident)
+      redis.call('UNLINK', tag .. ':row:' .. ident, tag .. ':big:' .. ident)
+      old[#old + 1] = ident
+    else
+      kept = kept + 1
+    end
+  end
+until #some == 0 or #old == limit
 -- Somebody may have emptied the server under running processes: what they write then is to say of which layout it is.
-if ARGV[3] ~= '' and redis.call('EXISTS', tag .. ':layout') == 0 then redis.call('SETNX', tag .. ':layout', ARGV[3]) end
-return {#old, (#old == limit or #free == limit) and 1 or 0}
+if ARGV[6] ~= '' and redis.call('EXISTS', tag .. ':layout') == 0 then redis.call('SETNX', tag .. ':layout', ARGV[6]) end
+return {{#old, (#old == limit or #free == limit) and 1 or 0}}
 """)
 
 
-def lapsed(on: On, *, again_after: float, limit: int) -> list[Row]:
+def lapsed(on: On, *, again_after: float, limit: int, tasks: Collection[str] | None) -> list[Row]:
     """Processing, its lease run out."""
-    found = first_of_all(on, _LAPSED, duration(again_after), limit, limit=limit)
+    found = first_of_all(on, _LAPSED, duration(again_after), limit, *_names(tasks), limit=limit)
     return [row for row in fetch(on, found) if row.status is Status.PROCESSING and row.lease_left <= 0]
 
 
-def waiting(on: On, *, older_than: float, limit: int, queue: str | None, before: datetime | None) -> list[Row]:
+def waiting(
+    on: On,
+    *,
+    older_than: float,
+    limit: int,
+    before: Mapping[str, datetime] | None,
+    tasks: Collection[str] | None,
+) -> list[Row]:
     """Pending for a while, those first that have been published and due for longest."""
-    which = b"" if queue is None else b"=" + encoded(queue)
-    found = first_of_all(on, _WAITING, duration(older_than), limit, which, moment(before), limit=limit)
+    queues: list[Argument] = [b""]
+    if before is not None:
+        pairs = [(encoded(queue), moment(last)) for queue, last in before.items()]
+        queues = [len(pairs), *(argument for pair in pairs for argument in pair)]
+    found = first_of_all(on, _WAITING, duration(older_than), limit, *queues, *_names(tasks), limit=limit)
     return [row for row in fetch(on, found) if row.status is Status.PENDING and row.published_at is not None]
 
 
-def unsent(on: On, *, limit: int) -> list[Row]:
+def unsent(on: On, *, limit: int, tasks: Collection[str] | None) -> list[Row]:
     """Pending, never published."""
-    found = first_of_all(on, _UNSENT, limit, limit=limit)
+    found = first_of_all(on, _UNSENT, limit, *_names(tasks), limit=limit)
     return [row for row in fetch(on, found) if row.status is Status.PENDING and row.published_at is None]
+
+
+def _names(tasks: Collection[str] | None) -> list[bytes]:
+    """Tasks as the scripts are given them: any, or these; a name that none has stands for none."""
+    return [] if tasks is None else [encoded(name) for name in tasks] or [b""]
 
 
 def relay(on: On, row: Row, *, lease: float) -> bool:
@@ -158,20 +246,45 @@ def not_published(on: On, key: MessageKey, *, token: int) -> None:
     on.call(_NOT_PUBLISHED, ident, ident, token)
 
 
-def purge(on: On, *, older_than: float, limit: int) -> int:
+def purge(on: On, chosen: Sequence[Argument], *, limit: int) -> int:
     """Delete what is done and past retention, so many in each shard that it is no more than asked for."""
     purged, shards = 0, list(range(SHARDS))
     while shards and purged < limit:
         share, rest = divmod(limit - purged, len(shards))
         shares = [(shard, share + (place < rest)) for place, shard in enumerate(shards)]
         asked = [(shard, some) for shard, some in shares if some]
-        answers = on.call_each(
-            _PURGE, [(shard, (duration(older_than), some, b"" if shard else VERSION)) for shard, some in asked]
-        )
+        answers = on.call_each(_PURGE, [(shard, (*chosen, some, b"" if shard else VERSION)) for shard, some in asked])
         purged += sum(deleted for deleted, _ in answers)
         exhausted = {shard for (shard, _), (_, more) in zip(asked, answers, strict=True) if not more}
         shards = [shard for shard in shards if shard not in exhausted]
     return purged
+
+
+def chosen_by(
+    older_than: float,
+    failures_older_than: float | None,
+    task_name: str | None,
+    processed_status: ProcessedStatus | None,
+) -> list[Argument]:
+    """What is to be purged, as the scripts are given it; see ``Store.purge``."""
+    keeps = failures_older_than is not None and failures_older_than > older_than
+    pattern = b""
+    if task_name is not None:
+        parts = re.split(r"([*?])", task_name)
+        pattern = b"^" + b"".join(_WILDCARDS.get(part) or _lua_escaped(encoded(part)) for part in parts) + b"$"
+    return [
+        duration(older_than),
+        duration(failures_older_than) if keeps else b"",
+        b"" if processed_status is None else processed_status.encode(),
+        pattern,
+    ]
+
+
+_WILDCARDS = {"*": b".*", "?": b"."}
+
+
+def _lua_escaped(text: bytes) -> bytes:
+    return re.sub(rb"([^A-Za-z0-9\x80-\xff])", rb"%\1", text)
 
 
 def first_of_all(on: On, script: Script, *arguments: Argument, limit: int, last: bool = False) -> list[bytes]:

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import datetime
 
 from celery_idempotent.errors import SchemaError
@@ -18,6 +18,7 @@ from celery_idempotent.records import (
     MessageKey,
     NewMessage,
     Note,
+    ProcessedStatus,
     Recorded,
     Row,
     RowFilter,
@@ -160,18 +161,23 @@ class RedisStore:
 
     # -- recovery ------------------------------------------------------------------------------------------------------
 
-    def lapsed(self, *, again_after: float, limit: int) -> list[Row]:
-        return self._run(lambda on, _: recovering.lapsed(on, again_after=again_after, limit=limit))
+    def lapsed(self, *, again_after: float, limit: int, tasks: Collection[str] | None = None) -> list[Row]:
+        return self._run(lambda on, _: recovering.lapsed(on, again_after=again_after, limit=limit, tasks=tasks))
 
     def waiting(
-        self, *, older_than: float, limit: int, queue: str | None = None, before: datetime | None = None
+        self,
+        *,
+        older_than: float,
+        limit: int,
+        before: Mapping[str, datetime] | None = None,
+        tasks: Collection[str] | None = None,
     ) -> list[Row]:
         return self._run(
-            lambda on, _: recovering.waiting(on, older_than=older_than, limit=limit, queue=queue, before=before)
+            lambda on, _: recovering.waiting(on, older_than=older_than, limit=limit, before=before, tasks=tasks)
         )
 
-    def unsent(self, *, limit: int) -> list[Row]:
-        return self._run(lambda on, _: recovering.unsent(on, limit=limit))
+    def unsent(self, *, limit: int, tasks: Collection[str] | None = None) -> list[Row]:
+        return self._run(lambda on, _: recovering.unsent(on, limit=limit, tasks=tasks))
 
     def relay(self, row: Row, *, lease: float) -> bool:
         return self._run(lambda on, _: recovering.relay(on, row, lease=lease))
@@ -183,11 +189,23 @@ class RedisStore:
     def not_published(self, key: MessageKey, *, token: int) -> None:
         self._run(lambda on, _: recovering.not_published(on, key, token=token))
 
-    def purge(self, *, older_than: float, limit: int) -> int:
-        return self._run(lambda on, _: recovering.purge(on, older_than=older_than, limit=limit))
+    def purge(
+        self,
+        *,
+        older_than: float,
+        limit: int,
+        failures_older_than: float | None = None,
+        task_name: str | None = None,
+        processed_status: ProcessedStatus | None = None,
+    ) -> int:
+        chosen = recovering.chosen_by(older_than, failures_older_than, task_name, processed_status)
+        return self._run(lambda on, _: recovering.purge(on, chosen, limit=limit))
 
     def newest(self, *, limit: int) -> list[Row]:
         return self._run(lambda on, _: reading.newest(on, limit=limit))
+
+    def find_all(self, keys: Collection[MessageKey]) -> list[Row]:
+        return self._run(lambda on, _: reading.find_all(on, keys)) if keys else []
 
     # -- operators -----------------------------------------------------------------------------------------------------
 
@@ -203,8 +221,16 @@ class RedisStore:
     def forget(self, row: Row) -> bool:
         return self._run(lambda on, again: operating.forget(on, row, again=again))
 
-    def purgeable(self, *, older_than: float) -> int:
-        return self._run(lambda on, _: operating.purgeable(on, older_than=older_than))
+    def purgeable(
+        self,
+        *,
+        older_than: float,
+        failures_older_than: float | None = None,
+        task_name: str | None = None,
+        processed_status: ProcessedStatus | None = None,
+    ) -> int:
+        chosen = recovering.chosen_by(older_than, failures_older_than, task_name, processed_status)
+        return self._run(lambda on, _: operating.purgeable(on, chosen))
 
     def condition(self) -> Condition:
         return self._run(lambda on, _: operating.condition(on), prepared=False)

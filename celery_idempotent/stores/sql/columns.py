@@ -7,6 +7,7 @@ a column's own name would become part of the ``SET`` clause.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import (
@@ -29,6 +30,7 @@ from sqlalchemy import (
 from celery_idempotent.errors import StoreError
 from celery_idempotent.records import Claim, Holder, MessageKey, NewMessage, ProcessedStatus, Row, Status
 from celery_idempotent.stores.sql.clock import FromNow, Now, seconds
+from celery_idempotent.stores.sql.dialects import Dialect
 
 __all__ = [
     "AT_ONCE",
@@ -38,6 +40,7 @@ __all__ = [
     "PROCESSING",
     "SUCCESS",
     "Lookup",
+    "Old",
     "among",
     "anew",
     "free_again",
@@ -45,6 +48,7 @@ __all__ = [
     "held_by",
     "holder_parameters",
     "key_parameters",
+    "matching",
     "message_parameters",
     "new_key",
     "parameter",
@@ -96,6 +100,51 @@ def among(table: Table, keys: Iterable[MessageKey]) -> ColumnElement[bool]:
 def unneeded(table: Table) -> ColumnElement[bool]:
     """What may be purged for its age: done, and its id is not to stay taken for longer than retention."""
     return and_(table.c.status == DONE, or_(table.c.expires_at.is_(None), table.c.expires_at <= Now()))
+
+
+@dataclass(frozen=True, slots=True)
+class Old:
+    """What is to be purged; see ``Store.purge``."""
+
+    older_than: float
+    failures_older_than: float | None = None
+    task_name: str | None = None
+    processed_status: ProcessedStatus | None = None
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Those of :meth:`conditions`, and ``p_ago``."""
+        parameters: dict[str, Any] = {"p_ago": -self.older_than}
+        if self._keeps_failures:
+            parameters["p_failures_ago"] = -(self.failures_older_than or 0.0)
+        return parameters
+
+    def conditions(self, table: Table, dialect: Dialect) -> list[ColumnElement[bool]]:
+        """What else than its age a row is chosen by."""
+        found: list[ColumnElement[bool]] = []
+        if self._keeps_failures:
+            # One without its message, as after a `forget`, cannot be requeued.
+            found.append(
+                or_(
+                    table.c.processed_status != FAILURE,
+                    table.c.message.is_(None),
+                    table.c.processed_timestamp <= FromNow(seconds("p_failures_ago")),
+                )
+            )
+        if self.task_name is not None:
+            found.append(matching(dialect, table.c.task_name, self.task_name))
+        if self.processed_status is not None:
+            found.append(table.c.processed_status == self.processed_status.value)
+        return found
+
+    @property
+    def _keeps_failures(self) -> bool:
+        return self.failures_older_than is not None and self.failures_older_than > self.older_than
+
+
+def matching(dialect: Dialect, column: ColumnElement[str], pattern: str) -> ColumnElement[bool]:
+    """It is the text, or matches the pattern with ``*`` and ``?``."""
+    return dialect.like(column, pattern) if "*" in pattern or "?" in pattern else column == pattern
 
 
 def free_again(table: Table) -> ColumnElement[bool]:

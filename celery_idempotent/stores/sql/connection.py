@@ -151,6 +151,8 @@ class Database:
                 return self._attempt(operation, again, prepared, patient)
             except PoolTimeoutError as error:
                 raise _unavailable(f"the queue log at {self}: every connection is in use ({error})", again) from error
+            except UnicodeError as error:
+                raise StoreError(f"the queue log at {self} refused: {error}") from error
             except DBAPIError as error:
                 fault = self._dialect.fault(error)
                 # An error that belongs to no statement is one of connecting.

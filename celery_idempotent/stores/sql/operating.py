@@ -12,11 +12,13 @@ from celery_idempotent.stores.sql.columns import (
     PENDING,
     PROCESSING,
     Lookup,
+    Old,
     has_key,
     key_parameters,
     parameter,
     unneeded,
 )
+from celery_idempotent.stores.sql.dialects import Dialect
 
 __all__ = ["Operating"]
 
@@ -24,7 +26,8 @@ __all__ = ["Operating"]
 class Operating:
     """Statements for operators, for one table."""
 
-    def __init__(self, table: Table) -> None:
+    def __init__(self, table: Table, dialect: Dialect) -> None:
+        self._table, self._dialect = table, dialect
         self._read = Lookup(table)
         self._forget = (
             update(table)
@@ -91,9 +94,10 @@ class Operating:
             and (found.token, found.task_id, found.error) == (row.token, row.task_id, FORGOTTEN)
         )
 
-    def purgeable(self, connection: Connection, *, older_than: float) -> int:
+    def purgeable(self, connection: Connection, chosen: Old) -> int:
         """How many rows are past retention."""
-        counted: int = connection.execute(self._purgeable, {"p_ago": -older_than}).scalar_one()
+        conditions = chosen.conditions(self._table, self._dialect)
+        counted: int = connection.execute(self._purgeable.where(*conditions), chosen.parameters).scalar_one()
         return counted
 
     def condition(self, connection: Connection) -> Condition:

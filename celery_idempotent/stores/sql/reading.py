@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
-from sqlalchemy import ColumnElement, Connection, Table, func, select
+from sqlalchemy import Connection, Table, func, select
 
 from celery_idempotent.records import MessageKey, Row, RowFilter, Status, TaskCount
 from celery_idempotent.stores.sql.clock import FromNow, Now, seconds
-from celery_idempotent.stores.sql.columns import AT_ONCE, Lookup, among, row_of, statuses_of
+from celery_idempotent.stores.sql.columns import AT_ONCE, Lookup, among, matching, row_of, statuses_of
 from celery_idempotent.stores.sql.dialects import Dialect
 
 __all__ = ["Reading"]
@@ -25,6 +25,7 @@ class Reading:
         self._dialect = dialect
         self._read = Lookup(table)
         small = select(*(column for column in table.c if column.name not in _LARGE), Now().label("read_at"))
+        self._small = small
         recorded, key = table.c.created_timestamp, (table.c.message_id, table.c.task_name)
         self._newest_first = small.order_by(recorded.desc(), *key)
         self._oldest_first = small.order_by(recorded, *key)
@@ -52,21 +53,31 @@ class Reading:
             found.update({MessageKey(*key): task_id for *key, task_id in connection.execute(some)})
         return found
 
+    def find_all(self, connection: Connection, keys: Collection[MessageKey]) -> list[Row]:
+        """Those that are there, without what is large."""
+        every, found = list(keys), list[Row]()
+        for first in range(0, len(every), AT_ONCE):
+            these = self._small.where(among(self._table, every[first : first + AT_ONCE]))
+            found += [row_of(read) for read in connection.execute(these).mappings()]
+        return found
+
     def rows(self, connection: Connection, where: RowFilter) -> list[Row]:
         """Rows that match, in the order asked for, without what is large."""
         listed = (self._oldest_first if where.oldest_first else self._newest_first).limit(where.limit)
         if where.message_id is not None:
-            listed = listed.where(self._matches(self._table.c.message_id, where.message_id))
+            listed = listed.where(matching(self._dialect, self._table.c.message_id, where.message_id))
         if where.task_name is not None:
-            listed = listed.where(self._matches(self._table.c.task_name, where.task_name))
+            listed = listed.where(matching(self._dialect, self._table.c.task_name, where.task_name))
         if where.status is not None:
             listed = listed.where(self._table.c.status == where.status.value)
             if where.status is not Status.DONE:  # of which there is an index
                 listed = listed.where(self._table.c.processed_timestamp.is_(None))
         if where.processed_status is not None:
             listed = listed.where(self._table.c.processed_status == where.processed_status.value)
+        if where.queue is not None:
+            listed = listed.where(matching(self._dialect, self._table.c.queue, where.queue))
         if where.error is not None:
-            listed = listed.where(self._matches(self._dialect.exact(self._table.c.error), where.error))
+            listed = listed.where(matching(self._dialect, self._dialect.exact(self._table.c.error), where.error))
         ages: dict[str, float] = {}
         if where.older_than is not None:
             listed, ages["p_older"] = listed.where(self._since <= FromNow(seconds("p_older"))), -where.older_than
@@ -89,8 +100,3 @@ class Reading:
         ]
         # Here and not in SQL: collations and the place of nulls differ between databases.
         return sorted(counts, key=lambda count: (count.task_name, count.status, count.processed_status or ""))
-
-    def _matches(self, column: ColumnElement[str], pattern: str) -> ColumnElement[bool]:
-        if "*" in pattern or "?" in pattern:
-            return self._dialect.like(column, pattern)
-        return column == pattern

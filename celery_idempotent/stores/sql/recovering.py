@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, Select, Table, delete, func, null, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Executable,
+    Select,
+    Table,
+    case,
+    delete,
+    func,
+    literal_column,
+    null,
+    or_,
+    select,
+    union_all,
+    update,
+)
 
 from celery_idempotent.records import MessageKey, Row
+from celery_idempotent.store import LARGE_MESSAGE
 from celery_idempotent.stores.sql.clock import FromNow, Now, seconds
 from celery_idempotent.stores.sql.columns import (
     AT_ONCE,
     DONE,
     PENDING,
     PROCESSING,
+    Old,
     among,
     has_key,
     key_parameters,
@@ -26,15 +43,18 @@ from celery_idempotent.stores.sql.dialects import Dialect
 
 __all__ = ["Recovering"]
 
+#: Queues that one statement looks into.
+_QUEUES_AT_ONCE = 50
+
 
 class Recovering:
     """Statements of the recovery step, for one table; each finds its rows together in one index."""
 
     def __init__(self, table: Table, dialect: Dialect) -> None:
-        self._table = table
+        self._table, self._dialect = table, dialect
         ago = FromNow(seconds("p_ago"))
         # Of what is not done there is an index, and by this the databases know that it serves.
-        read = select(table, Now().label("read_at")).where(table.c.processed_timestamp.is_(None))
+        read = select(*_listed(table), Now().label("read_at")).where(table.c.processed_timestamp.is_(None))
         self._lapsed = (
             read.where(
                 table.c.status == PROCESSING,
@@ -91,35 +111,52 @@ class Recovering:
         )
         self._old_from = self._old.where(table.c.processed_timestamp >= parameter(table, "processed_timestamp"))
         # Where the last batch of a purge ended, while there is more.
-        self._purged_to: datetime | None = None
+        self._purged_to: dict[Old, datetime] = {}
         self._delete = delete(table).where(table.c.processed_timestamp <= ago, unneeded(table))
 
-    def lapsed(self, connection: Connection, *, again_after: float, limit: int) -> list[Row]:
+    def lapsed(
+        self, connection: Connection, *, again_after: float, limit: int, tasks: Collection[str] | None
+    ) -> list[Row]:
         """Processing, its lease run out."""
-        return self._rows(connection, self._lapsed.limit(limit), again_after)
+        return self._rows(connection, self._of(self._lapsed, tasks).limit(limit), again_after)
 
     def waiting(
-        self, connection: Connection, *, older_than: float, limit: int, queue: str | None, before: datetime | None
+        self,
+        connection: Connection,
+        *,
+        older_than: float,
+        limit: int,
+        before: Mapping[str, datetime] | None,
+        tasks: Collection[str] | None,
     ) -> list[Row]:
         """Pending for a while."""
-        waiting, table = self._waiting, self._table
+        table, waiting = self._table, self._of(self._waiting, tasks).limit(limit)
         if before is not None:
-            waiting = waiting.where(
-                table.c.published_at < before,
-                or_(table.c.available_at.is_(None), table.c.available_at < before),
-            )
-        waiting = waiting.limit(limit)
-        if queue is not None:
-            return self._rows(connection, waiting.where(table.c.queue == queue), older_than)
+            of_queues = [
+                waiting.where(
+                    table.c.queue == queue,
+                    table.c.published_at < moment,
+                    or_(table.c.available_at.is_(None), table.c.available_at < moment),
+                )
+                for queue, moment in before.items()
+            ]
+            rows: list[Row] = []
+            for first in range(0, len(of_queues), _QUEUES_AT_ONCE):
+                rows += self._rows(connection, _together(of_queues[first : first + _QUEUES_AT_ONCE]), older_than)
+            return sorted(rows, key=_published)[:limit]
         # Queue by queue, each in the order of the index: read at once, the whole backlog would have to be sorted.
         rows = self._rows(connection, waiting.where(table.c.queue.is_(None)), older_than)
         for name in self._queues(connection):
             rows += self._rows(connection, waiting.where(table.c.queue == name), older_than)
         return sorted(rows, key=_published)[:limit]
 
-    def unsent(self, connection: Connection, *, limit: int) -> list[Row]:
+    def unsent(self, connection: Connection, *, limit: int, tasks: Collection[str] | None) -> list[Row]:
         """Pending, never published."""
-        return [row_of(read) for read in connection.execute(self._unsent.limit(limit)).mappings()]
+        unsent = self._of(self._unsent, tasks).limit(limit)
+        return [row_of(read) for read in connection.execute(unsent).mappings()]
+
+    def _of(self, statement: Select[Any], tasks: Collection[str] | None) -> Select[Any]:
+        return statement if tasks is None else statement.where(self._table.c.task_name.in_(sorted(tasks)))
 
     def relay(self, connection: Connection, row: Row, *, lease: float) -> bool:
         """The right to publish, by compare and set."""
@@ -138,23 +175,25 @@ class Recovering:
         """It was not handed to the broker after all."""
         connection.execute(self._not_published, {**key_parameters(key), "p_token": token})
 
-    def purge(self, connection: Connection, *, older_than: float, limit: int) -> int:
+    def purge(self, connection: Connection, chosen: Old, *, limit: int) -> int:
         """Delete what is done and past retention, by its keys: a limit on DELETE is not everywhere.
 
         A batch begins where a full one before it has ended. What that deleted stands in the index until the table is vacuumed, and
         what its ``expires_at`` keeps stays: read again by each batch, either would make a purge of millions take ever longer.
         """
-        parameters: dict[str, Any] = {"p_ago": -older_than}
-        since, old = self._purged_to, list[Any]()
+        conditions, parameters = chosen.conditions(self._table, self._dialect), chosen.parameters
+        since, old = self._purged_to.get(chosen), list[Any]()
         if since is not None:
-            old += connection.execute(self._old_from.limit(limit), {**parameters, "p_processed_timestamp": since})
+            rest = self._old_from.where(*conditions).limit(limit)
+            old += connection.execute(rest, {**parameters, "p_processed_timestamp": since})
         if len(old) < limit:  # from the beginning: what was kept there may have become free since
-            old = list(connection.execute(self._old.limit(limit), parameters))
-        self._purged_to = old[-1].processed_timestamp if len(old) == limit else None
+            old = list(connection.execute(self._old.where(*conditions).limit(limit), parameters))
+        self._purged_to = {chosen: old[-1].processed_timestamp} if len(old) == limit else {}
         if not old:
             return 0
         keys = [MessageKey(row.message_id, row.task_name) for row in old]
-        return connection.execute(self._delete.where(among(self._table, keys)), parameters).rowcount
+        chosen_keys = self._delete.where(*conditions).where(among(self._table, keys))
+        return connection.execute(chosen_keys, parameters).rowcount
 
     def _queues(self, connection: Connection) -> Iterator[str]:
         """The queues that pending rows wait on."""
@@ -163,8 +202,22 @@ class Recovering:
             yield name
             name = connection.execute(self._next_queue, {"p_queue": name}).scalar()
 
-    def _rows(self, connection: Connection, statement: Select[Any], ago: float) -> list[Row]:
+    def _rows(self, connection: Connection, statement: Executable, ago: float) -> list[Row]:
         return [row_of(read) for read in connection.execute(statement, {"p_ago": -ago}).mappings()]
+
+
+def _listed(table: Table) -> list[ColumnElement[Any]]:
+    """The columns that rows are listed with: no results, and no large messages."""
+    message = case((func.length(table.c.message) <= literal_column(str(LARGE_MESSAGE)), table.c.message), else_=null())
+    small = [column for column in table.c if column.name not in ("message", "result")]
+    return [*small, message.label("message")]
+
+
+def _together(of_queues: Sequence[Select[Any]]) -> Executable:
+    """What several limited statements read, by one: each is carried out as it would be alone."""
+    if len(of_queues) == 1:
+        return of_queues[0]
+    return union_all(*(select(each.subquery()) for each in of_queues))
 
 
 def _published(row: Row) -> datetime:

@@ -4,12 +4,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from copy import copy
 from datetime import datetime
 
 from sqlalchemy import URL, Connection, Engine, MetaData
 
+from celery_idempotent.errors import SchemaError, StoreError, StoreUnavailableError
 from celery_idempotent.records import (
     Change,
     Claim,
@@ -20,6 +21,7 @@ from celery_idempotent.records import (
     MessageKey,
     NewMessage,
     Note,
+    ProcessedStatus,
     Recorded,
     Row,
     RowFilter,
@@ -29,7 +31,7 @@ from celery_idempotent.records import (
 from celery_idempotent.stores.sql import schema
 from celery_idempotent.stores.sql.address import parse, refuse_driver
 from celery_idempotent.stores.sql.claims import Claims
-from celery_idempotent.stores.sql.columns import AT_ONCE
+from celery_idempotent.stores.sql.columns import AT_ONCE, Old
 from celery_idempotent.stores.sql.connection import Database
 from celery_idempotent.stores.sql.dialects import dialect_named
 from celery_idempotent.stores.sql.endings import Endings
@@ -81,7 +83,7 @@ class SQLStore:
         self._endings = Endings(self._table)
         self._reading = Reading(self._table, dialect)
         self._recovering = Recovering(self._table, dialect)
-        self._operating = Operating(self._table)
+        self._operating = Operating(self._table, dialect)
         self._in_transaction = False
 
     def __repr__(self) -> str:
@@ -190,8 +192,9 @@ class SQLStore:
         )
 
     def fail(self, holder: Holder, *, error: str, unique_for: float | None = None) -> bool:
-        return self._run(
-            lambda on, again: self._endings.fail(on, holder, error=error, unique_for=unique_for, again=again)
+        return self._saying(
+            error,
+            lambda on, text, again: self._endings.fail(on, holder, error=text, unique_for=unique_for, again=again),
         )
 
     def retry(self, holder: Holder, message: NewMessage) -> bool:
@@ -204,34 +207,53 @@ class SQLStore:
         return self._run(lambda on, _: self._endings.expire(on, holder))
 
     def abandon(self, row: Row, *, error: str, unique_for: float | None = None) -> bool:
-        return self._run(
-            lambda on, again: self._endings.abandon(on, row, error=error, unique_for=unique_for, again=again)
+        return self._saying(
+            error,
+            lambda on, text, again: self._endings.abandon(on, row, error=text, unique_for=unique_for, again=again),
         )
 
     def cancel(self, key: MessageKey, *, task_id: str, error: str, unique_for: float | None = None) -> bool:
-        return self._run(
-            lambda on, again: self._endings.cancel(
-                on, key, task_id=task_id, error=error, unique_for=unique_for, again=again
-            )
+        return self._saying(
+            error,
+            lambda on, text, again: self._endings.cancel(
+                on, key, task_id=task_id, error=text, unique_for=unique_for, again=again
+            ),
         )
 
     def forbid(self, row: Row, *, error: str) -> bool:
         return self._run(lambda on, _: self._endings.forbid(on, row, error=error))
 
+    def _saying(self, error: str, write: Callable[[Connection, str, bool], bool]) -> bool:
+        """Write an ending with its error, in ASCII if the database has no characters for it: an ending is never refused for that."""
+        try:
+            return self._run(lambda on, again: write(on, error, again))
+        except (StoreUnavailableError, SchemaError):
+            raise
+        except StoreError:
+            plain = error.encode("ascii", "backslashreplace").decode()
+            if plain == error:
+                raise
+            return self._run(lambda on, again: write(on, plain, again))
+
     # -- recovery ------------------------------------------------------------------------------------------------------
 
-    def lapsed(self, *, again_after: float, limit: int) -> list[Row]:
-        return self._run(lambda on, _: self._recovering.lapsed(on, again_after=again_after, limit=limit))
+    def lapsed(self, *, again_after: float, limit: int, tasks: Collection[str] | None = None) -> list[Row]:
+        return self._run(lambda on, _: self._recovering.lapsed(on, again_after=again_after, limit=limit, tasks=tasks))
 
     def waiting(
-        self, *, older_than: float, limit: int, queue: str | None = None, before: datetime | None = None
+        self,
+        *,
+        older_than: float,
+        limit: int,
+        before: Mapping[str, datetime] | None = None,
+        tasks: Collection[str] | None = None,
     ) -> list[Row]:
         return self._run(
-            lambda on, _: self._recovering.waiting(on, older_than=older_than, limit=limit, queue=queue, before=before)
+            lambda on, _: self._recovering.waiting(on, older_than=older_than, limit=limit, before=before, tasks=tasks)
         )
 
-    def unsent(self, *, limit: int) -> list[Row]:
-        return self._run(lambda on, _: self._recovering.unsent(on, limit=limit))
+    def unsent(self, *, limit: int, tasks: Collection[str] | None = None) -> list[Row]:
+        return self._run(lambda on, _: self._recovering.unsent(on, limit=limit, tasks=tasks))
 
     def relay(self, row: Row, *, lease: float) -> bool:
         return self._run(lambda on, _: self._recovering.relay(on, row, lease=lease))
@@ -243,11 +265,23 @@ class SQLStore:
     def not_published(self, key: MessageKey, *, token: int) -> None:
         self._run(lambda on, _: self._recovering.not_published(on, key, token=token))
 
-    def purge(self, *, older_than: float, limit: int) -> int:
-        return self._run(lambda on, _: self._recovering.purge(on, older_than=older_than, limit=limit))
+    def purge(
+        self,
+        *,
+        older_than: float,
+        limit: int,
+        failures_older_than: float | None = None,
+        task_name: str | None = None,
+        processed_status: ProcessedStatus | None = None,
+    ) -> int:
+        old = Old(older_than, failures_older_than, task_name, processed_status)
+        return self._run(lambda on, _: self._recovering.purge(on, old, limit=limit))
 
     def newest(self, *, limit: int) -> list[Row]:
         return self._run(lambda on, _: self._reading.newest(on, limit=limit))
+
+    def find_all(self, keys: Collection[MessageKey]) -> list[Row]:
+        return self._run(lambda on, _: self._reading.find_all(on, keys)) if keys else []
 
     # -- operators -----------------------------------------------------------------------------------------------------
 
@@ -263,8 +297,16 @@ class SQLStore:
     def forget(self, row: Row) -> bool:
         return self._run(lambda on, again: self._operating.forget(on, row, again=again))
 
-    def purgeable(self, *, older_than: float) -> int:
-        return self._run(lambda on, _: self._operating.purgeable(on, older_than=older_than), patient=True)
+    def purgeable(
+        self,
+        *,
+        older_than: float,
+        failures_older_than: float | None = None,
+        task_name: str | None = None,
+        processed_status: ProcessedStatus | None = None,
+    ) -> int:
+        old = Old(older_than, failures_older_than, task_name, processed_status)
+        return self._run(lambda on, _: self._operating.purgeable(on, old), patient=True)
 
     def condition(self) -> Condition:
         return self._run(lambda on, _: self._operating.condition(on), prepared=False, patient=True)

@@ -222,21 +222,21 @@ class ResubmitsAnything(_Faulty):
 
 
 class LeavesRecoveryPointsBehind(_Faulty):
-    def lapsed(self, *, again_after: float, limit: int) -> list[Row]:
-        rows = super().lapsed(again_after=again_after, limit=limit)
+    def lapsed(self, **options: Any) -> list[Row]:
+        rows = super().lapsed(**options)
         return [row for row in rows if row.processed_status is not ProcessedStatus.SUCCESS]
 
 
 class LeavesTheLapsedBehind(_Faulty):
-    def lapsed(self, *, again_after: float, limit: int) -> list[Row]:
+    def lapsed(self, **options: Any) -> list[Row]:
         return []
 
 
 class PublishesOnceAfterAllOwners(_Faulty):
     """A message whose owner died is published again once, and never again."""
 
-    def lapsed(self, *, again_after: float, limit: int) -> list[Row]:
-        rows = super().lapsed(again_after=again_after, limit=limit)
+    def lapsed(self, **options: Any) -> list[Row]:
+        rows = super().lapsed(**options)
         return [row for row in rows if row.takeovers == 0]
 
 
@@ -246,7 +246,7 @@ class LeavesWhatWaitsBehind(_Faulty):
 
 
 class PurgesByAgeAlone(_Faulty):
-    def purge(self, *, older_than: float, limit: int) -> int:
+    def purge(self, *, older_than: float, limit: int, **_: Any) -> int:
         table = self._table
         with self.engine.begin() as connection:
             return connection.execute(sa.delete(table).where(table.c.status == "processing")).rowcount

@@ -87,16 +87,21 @@ def test_at_a_terminal_a_yes_does_it_and_shows_how_far_it_is(
     assert statuses(store) == [becomes, becomes]
 
 
-def test_at_a_terminal_purge_asks_before_it_deletes_what_workers_would_keep(project: Path, store: SQLStore) -> None:
-    status, seen = at_a_terminal(project, "purge", "--older-than", "0", answer="n\n")
+FAILURES = ("--older-than", "0", "--processed-status", "failure")
+
+
+def test_at_a_terminal_purge_asks_before_it_deletes(project: Path, store: SQLStore) -> None:
+    status, seen = at_a_terminal(project, "purge", *FAILURES, answer="n\n")
     assert status == 1
     assert "Delete 2 rows, up to some that were done 0 s ago? [y/N]" in seen
     assert statuses(store) == [Status.DONE, Status.DONE]
 
-    status, seen = at_a_terminal(project, "purge", answer="")
-    assert (status, "purged 0" in seen, "[y/N]" in seen) == (0, True, False)
+    # There is nothing to delete: a failure is kept for its own retention.
+    for arguments in ((), ("--older-than", "0")):
+        status, seen = at_a_terminal(project, "purge", *arguments, answer="")
+        assert (status, "purged 0" in seen, "[y/N]" in seen) == (0, True, False)
 
-    status, seen = at_a_terminal(project, "purge", "--older-than", "0", "--yes", answer="")
+    status, seen = at_a_terminal(project, "purge", *FAILURES, "--yes", answer="")
     assert status == 0
     assert "100%" in seen
     assert "purged 2" in seen
@@ -119,12 +124,23 @@ def test_at_a_terminal_recover_says_how_far_it_is(project: Path, store: SQLStore
     assert seen.rstrip().endswith("relayed 250 never published")
 
 
-@pytest.mark.parametrize("verb", ["requeue", "forget"])
-def test_without_a_terminal_it_has_to_be_told(project: Path, store: SQLStore, verb: str) -> None:
-    given = command(project, "idempotent", verb, "a", app="proj", store="sqlite:///log.db")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("requeue", "a"),
+        ("forget", "a"),
+        ("purge",),
+        ("purge", *FAILURES),
+        ("recover", "--lost-after", "0"),
+        ("recover", "--watch", "--lost-after", "0"),
+    ],
+    ids=" ".join,
+)
+def test_without_a_terminal_it_has_to_be_told(project: Path, store: SQLStore, arguments: tuple[str, ...]) -> None:
+    given = command(project, "idempotent", *arguments, app="proj", store="sqlite:///log.db")
     run = subprocess.run(**given, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     assert (run.returncode, run.stdout) == (2, "")
-    assert "there is no terminal to ask at whether to go on: look with --dry-run, and say --yes" in run.stderr
+    assert "confirmation required, but stdin is not a terminal: check with --dry-run, then pass --yes" in run.stderr
     assert statuses(store) == [Status.DONE, Status.DONE]
 
 
@@ -140,6 +156,7 @@ def test_a_dry_run_says_what_would_be_done(project: Path, store: SQLStore) -> No
         assert head.split()[:2] == ["message_id", "task_name"]
         assert [line.split()[0] for line in listed] == ["a", "b"]
         assert last == f"would {verb} 2"
-    assert run("purge", "--older-than", "0") == ["would purge 2"]
+    assert run("purge", *FAILURES) == ["would purge 2"]
+    assert run("purge", "--older-than", "0") == ["would purge 0"]
     assert run("purge") == ["would purge 0"]
     assert statuses(store) == [Status.DONE, Status.DONE]

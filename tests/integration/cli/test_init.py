@@ -74,7 +74,7 @@ def test_an_older_table_is_changed_by_those_who_say_so(init: Init, url: str) -> 
     refused = init()
     assert (refused.returncode, refused.stdout) == (2, "")
     assert "to do: create the index queue_log_open\n" in refused.stderr
-    assert "look with --dry-run, and say --yes" in refused.stderr
+    assert "check with --dry-run, then pass --yes" in refused.stderr
     assert outstanding(url) == TO_DO
 
     done = init("--yes", "--json")

@@ -337,7 +337,7 @@ def test_rows_that_nobody_purges(make_app: MakeApp, url: str) -> None:
             (index,) = client.keys("*:done")
             ((ident, score),) = client.zrange(index, 0, -1, withscores=True)
             client.zadd(index, {ident: score - two_days * 1e6})
-    app = make_app(idempotent_store=url, idempotent_retention=5000)
+    app = make_app(idempotent_store=url, idempotent_retention=5000, idempotent_failure_retention=5000)
     assert codes(app) == ["purge-behind"]
 
 

@@ -142,7 +142,7 @@ def test_a_broker_that_is_emptied(
                 describe="its messages",
             )
             channel.queue_purge(broker.queue)
-    said = recover(selling, tmp_path, "--lost-after", "0")
+    said = recover(selling, tmp_path, "--lost-after", "0", "--yes")
 
     assert "presumed lost" in said
     start_worker(selling, concurrency=2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import fields
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ def look(store: Store) -> dict[str, object]:
         "lapsed": names(store.lapsed(again_after=3600.0, limit=10)),
         "lapsed again": names(store.lapsed(again_after=0.0, limit=10)),
         "waiting": names(store.waiting(older_than=0.0, limit=10)),
-        "waiting on a": names(store.waiting(older_than=0.0, limit=10, queue="a")),
+        "waiting on a": names(store.waiting(older_than=0.0, limit=10, before={"a": datetime(2100, 1, 1, tzinfo=UTC)})),
         "unsent": names(store.unsent(limit=10)),
         "newest": names(store.newest(limit=10)),
         "failed": names(list(store.rows(RowFilter(status=Status.DONE, processed_status=ProcessedStatus.FAILURE)))),

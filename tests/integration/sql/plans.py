@@ -179,7 +179,8 @@ class _MariaDB(_Explained):
         return Plan(
             statement=statement,
             indexes=self._short({line[5] for line in told if line[5]}),
-            scans=any(line[3] in {"ALL", "index"} for line in told),
+            # What a part of the statement has found is read whole.
+            scans=any(line[3] in {"ALL", "index"} and not str(line[2]).startswith("<") for line in told),
             sorts=any("filesort" in (line[9] or "") for line in told),
             effort=effort,
             text="\n".join(" ".join(map(str, line)) for line in told),
@@ -212,7 +213,11 @@ class _SQLite(_Explained):
             statement=statement,
             indexes=self._short({line[line.index("INDEX") + 1] for line in words if "INDEX" in line}),
             # Said too of an index that is read from its end as far as it is wanted: how far, the effort tells.
-            scans=any(line.startswith("SCAN") and "INDEX" not in line and "CONSTANT" not in line for line in lines),
+            # And of what a part of the statement has found.
+            scans=any(
+                line.startswith("SCAN") and not any(word in line for word in ("INDEX", "CONSTANT", "anon_"))
+                for line in lines
+            ),
             sorts=any("TEMP B-TREE" in line for line in lines),
             effort=effort,
             text="\n".join(lines),

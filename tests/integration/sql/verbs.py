@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 
-from celery_idempotent.records import Claim, MessageKey, Owner, RowFilter, Status
+from celery_idempotent.records import Claim, MessageKey, Owner, ProcessedStatus, RowFilter, Status
 from celery_idempotent.store import Store
 from celery_idempotent.stores.sql import SQLStore
 from celery_idempotent.testing.examples import (
@@ -101,7 +101,7 @@ def claim_a_message_nobody_recorded(store: Store) -> Prepared:
 
 def claim_an_id_that_is_free_again(store: Store) -> Prepared:
     expired_id(store)
-    return partial(try_claim, store)
+    return partial(try_claim, store, new_message(task_id="task-2"))
 
 
 def claim_what_another_has(store: Store) -> Prepared:
@@ -148,12 +148,32 @@ def what_lapsed(store: Store) -> Prepared:
 
 def what_waits_on_a_queue(store: Store) -> Prepared:
     soon = datetime.now(UTC) + timedelta(days=1)
-    return partial(store.waiting, older_than=0.0, limit=200, queue="slow", before=soon)
+    return partial(store.waiting, older_than=0.0, limit=200, before={"slow": soon})
 
 
 def what_waits_on_a_queue_of_few(store: Store) -> Prepared:
     soon = datetime.now(UTC) + timedelta(days=1)
-    return partial(store.waiting, older_than=0.0, limit=200, queue="mail", before=soon)
+    return partial(store.waiting, older_than=0.0, limit=200, before={"mail": soon})
+
+
+def what_was_overtaken_on_many_queues(store: Store) -> Prepared:
+    soon = datetime.now(UTC) + timedelta(days=1)
+    before = {**{f"tenant {number}": soon for number in range(120)}, "mail": soon}
+    return partial(store.waiting, older_than=0.0, limit=200, before=before, tasks=["t", "shop.charge"])
+
+
+def what_another_app_has_unsent(store: Store) -> Prepared:
+    return partial(store.unsent, limit=200, tasks=["of.another.app"])
+
+
+def what_many_messages_are_like(store: Store) -> Prepared:
+    keys = [pending(store, key=MessageKey(f"m{number}", "t")).key for number in range(30)]
+    return partial(store.find_all, keys)
+
+
+def whose_ids_many_are(store: SQLStore) -> Prepared:
+    keys = [pending(store, key=MessageKey(f"m{number}", "t")).key for number in range(30)]
+    return partial(store.recorded, keys)
 
 
 def what_waits_on_any_queue(store: Store) -> Prepared:
@@ -208,6 +228,16 @@ def forget_what_is_not_as_it_was(store: SQLStore) -> Prepared:
     return partial(store.forget, row)
 
 
+def purge_what_is_chosen(store: SQLStore) -> Prepared:
+    return partial(
+        store.purge,
+        older_than=_LONG_AGO,
+        failures_older_than=2 * _LONG_AGO,
+        limit=200,
+        processed_status=ProcessedStatus.SUCCESS,
+    )
+
+
 def what_may_be_purged(store: SQLStore) -> Prepared:
     return partial(store.purgeable, older_than=_LONG_AGO)
 
@@ -243,9 +273,14 @@ EVERYTHING = [
     Verb(what_waits_on_a_queue_of_few, _OPEN, on_mysql=_PROCESSED),
     # What waits on no queue is sorted by PostgreSQL, for which null is not one value.
     Verb(what_waits_on_any_queue, _OPEN, sorts=True, on_mysql=_PROCESSED, reads_backlog=frozenset({"mysql"})),
+    Verb(what_was_overtaken_on_many_queues, _OPEN, sorts=True, on_mysql=_PROCESSED),
     Verb(what_was_never_sent, _PROCESSED, sorts=True),
+    Verb(what_another_app_has_unsent, _PROCESSED, sorts=True),
+    Verb(what_many_messages_are_like),
+    Verb(whose_ids_many_are),
     Verb(what_was_not_published_after_all),
     Verb(purge, frozenset({"pkey", "processed"})),
+    Verb(purge_what_is_chosen, frozenset({"pkey", "processed"})),
     Verb(purge_on, frozenset({"pkey", "processed"})),
     Verb(what_ran_last, _OPEN | _PROCESSED, sorts=True),
     Verb(list_an_id, sorts=True),

@@ -177,6 +177,11 @@ def _results(app: Celery, base: type[Task], ledger: Ledger) -> None:
         with ledger.run(self):
             return object()
 
+    @app.task(base=base, bind=True, name="unserializable_unkept", keep_result=False)
+    def unserializable_unkept(self: Task) -> object:
+        with ledger.run(self):
+            return object()
+
     @app.task(base=base, bind=True, name="unserializable_forgotten", ignore_result=True)
     def unserializable_forgotten(self: Task) -> object:
         with ledger.run(self):

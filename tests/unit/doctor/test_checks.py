@@ -55,6 +55,11 @@ def app(**changes: Any) -> Facts:
     return replace(HEALTHY, app=replace(HEALTHY.app, **changes))
 
 
+def waiting(*names: str, unguarded: tuple[str, ...]) -> Facts:
+    facts = app(unguarded=unguarded)
+    return replace(facts, store=replace(facts.store, waiting=("early", *names)))
+
+
 def task(**changes: Any) -> Facts:
     return app(tasks=(replace(TASKS[0], **changes), TASKS[1]))
 
@@ -214,7 +219,10 @@ SICK = [
     ),
     Provoked("recovery-behind", condition(lapsed_since=ago(200)), "2026-01-02 03:00:45+00:00 was not published again"),
     Provoked("recovery-behind", condition(unsent_since=ago(200)), "2026-01-02 03:00:45+00:00 was not published"),
-    Provoked("purge-behind", condition(done_since=ago(9 * 86400)), "2025-12-24 03:04:05+00:00"),
+    Provoked("purge-behind", condition(done_since=ago(32 * 86400)), "2025-12-01 03:04:05+00:00"),
+    Provoked("waiting-unguarded", waiting("mail", unguarded=("mail",)), "no base=IdempotentTask", ("mail",)),
+    Provoked("waiting-unguarded", waiting("late", unguarded=("late",)), "idempotent=False", ("late",)),
+    Provoked("waiting-unknown", waiting("gone", unguarded=("mail",)), "does not have", ("gone",)),
 ]
 
 
