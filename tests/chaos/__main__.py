@@ -21,7 +21,7 @@ from tests.chaos.site import BROKERS, STORES
 from tests.chaos.variants import VARIANTS
 
 #: Where the library is tried unless one says otherwise.
-PLACES = ("postgresql+redis", "postgresql+rabbitmq", "mariadb+redis", "redis+redis")
+PLACES = ("postgresql+redis", "postgresql+rabbitmq", "pgbouncer+redis", "mariadb+redis", "redis+redis")
 
 
 def main() -> int:

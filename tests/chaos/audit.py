@@ -9,13 +9,13 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations, pairwise
 from statistics import quantiles
 
 from celery_idempotent.decision import MAX_TAKEOVERS
 from tests.chaos.plan import KILLS, LEASE, Step
-from tests.chaos.site import Done
+from tests.chaos.site import GEVENT_NAME, Done
 from tests.support.ledger import Entry
 
 __all__ = ["READY", "Audit", "Committed", "Outcome", "Recovery", "Run", "audit", "runs_of"]
@@ -26,8 +26,14 @@ DEADLY = (*KILLS, "shut down a worker cold")
 #: What the result of a task that may run at most once says when its owner died: by its row, or by the worker that lost a child.
 ABANDONED = ("abandoned: ", "Worker exited prematurely")
 
+#: What the result of a message says that was revoked or has expired: by Celery, or by its row.
+CALLED_OFF = ("revoked", "expired")
+
 #: States in which a result is there.
-READY = ("SUCCESS", "FAILURE")
+READY = ("SUCCESS", "FAILURE", "REVOKED")
+
+#: Seconds within which a body that has ended beside others in its process has its outcome written.
+WRITTEN_WITHIN = 2.0
 
 #: What keeps a server from answering.
 OUTAGES = tuple(f"{verb} the {server}" for verb in ("restart", "kill", "pause") for server in ("store", "broker"))
@@ -49,6 +55,7 @@ class Run:
         pid: The process that ran it.
         start: When it was entered.
         end: When it returned or raised; ``None`` when it never did.
+        beside: Whether its process runs others at the same time.
     """
 
     key: str
@@ -56,6 +63,7 @@ class Run:
     pid: int
     start: float
     end: float | None
+    beside: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +127,7 @@ class Audit:
         sent: Messages that had to run.
         bodies: Bodies that were entered.
         lost: Steps whose last body never ended.
+        called_off: Steps that were revoked or have expired, and did not run to their end.
         abandoned: Steps of at-most-once tasks that their owner's death ended, as they are meant to.
         poisoned: Other steps that were taken for poison: each of so many owners died that a message is given up for it.
         again: Runs beyond the first of one attempt: of bodies that died or ended just before their process did.
@@ -144,6 +153,7 @@ class Audit:
     sent: int = 0
     bodies: int = 0
     lost: list[str] = field(default_factory=list)
+    called_off: list[str] = field(default_factory=list)
     abandoned: list[str] = field(default_factory=list)
     poisoned: list[str] = field(default_factory=list)
     again: list[str] = field(default_factory=list)
@@ -209,11 +219,12 @@ def runs_of(entries: Iterable[Entry]) -> list[Run]:
         assert entry.detail is not None, "each note of a run of chaos has the key of its step"
         if entry.event == "start":
             open_[entry.detail, entry.pid] = len(runs)
-            runs.append(Run(entry.detail, entry.retries, entry.pid, entry.at, None))
+            beside = (entry.worker or "").startswith(GEVENT_NAME)
+            runs.append(Run(entry.detail, entry.retries, entry.pid, entry.at, None, beside))
         else:
             place = open_.pop((entry.detail, entry.pid))
             run = runs[place]
-            runs[place] = Run(run.key, run.retries, run.pid, run.start, entry.at)
+            runs[place] = replace(run, end=entry.at)
     return sorted(runs, key=lambda run: run.start)
 
 
@@ -245,6 +256,9 @@ def audit(
         by_key[run.key].append(run)
     outcomes = list(outcomes)
     given_up = {outcome.key for outcome in outcomes if _gave_up(outcome)}
+    may_be_off = {step.key for step in steps.values() if step.expires}
+    may_be_off |= {key for fault in faults for key in fault.keys}
+    found.called_off = sorted({outcome.key for outcome in outcomes if _called_off(outcome)} & may_be_off)
     found.poisoned = [
         key
         for key in sorted(given_up)
@@ -259,13 +273,16 @@ def audit(
             step,
             by_key[step.key],
             fates,
-            given_up=step.key in given_up and (step.at_most_once or step.key in found.poisoned),
+            given_up=step.key in found.called_off
+            or (step.key in given_up and (step.at_most_once or step.key in found.poisoned)),
             anew=step.atomic and rows is not None,
         )
     _judge_committed(found, steps, by_key, committed or Committed())
     for outcome in outcomes:
         step, last = steps[outcome.key], by_key[outcome.key][-1:]
         died = bool(last) and fates.death(last[0]) is not None
+        if step.key in found.called_off:
+            continue
         if not (_gave_up(outcome) if step.key in found.poisoned else _readable(outcome, step)):
             text = f"{outcome.key} ({outcome.task_id}) {outcome.state} {outcome.result}"
             (found.unstored if died and outcome.state not in READY else found.unreadable).append(text)
@@ -292,6 +309,9 @@ class _Fates:
     def death(self, run: Run) -> float | None:
         """When the process died that had begun no other body since this one."""
         died = self._deaths.get(run.pid)
+        if run.beside:
+            within = run.end is None or died is None or died - run.end < WRITTEN_WITHIN
+            return died if died is not None and within and run.start <= died else None
         starts = self._starts[run.pid]
         last = bisect_right(starts, run.start) == len(starts)
         return died if died is not None and last and run.start <= died else None
@@ -384,6 +404,11 @@ def _judge_committed(
 
 def _gave_up(outcome: Outcome) -> bool:
     return outcome.state == "FAILURE" and any(words in outcome.result for words in ABANDONED)
+
+
+def _called_off(outcome: Outcome) -> bool:
+    failed = outcome.state == "FAILURE" and any(words in outcome.result for words in CALLED_OFF)
+    return outcome.state == "REVOKED" or failed
 
 
 def _readable(outcome: Outcome, step: Step) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import sqlalchemy as sa
+from sqlalchemy import make_url
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 __all__ = ["Books", "Effect", "Order", "Written"]
@@ -59,7 +60,9 @@ class Books:
     """
 
     def __init__(self, url: str, *, pooled: bool = False) -> None:
-        self._engine = sa.create_engine(url, poolclass=sa.QueuePool if pooled else sa.NullPool)
+        # A pooler may stand before it, which prepared statements do not go through.
+        arguments = {"prepare_threshold": None} if make_url(url).drivername == "postgresql+psycopg" else {}
+        self._engine = sa.create_engine(url, poolclass=sa.QueuePool if pooled else sa.NullPool, connect_args=arguments)
 
     def create(self) -> None:
         """Make the tables."""

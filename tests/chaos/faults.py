@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import amqp
@@ -17,9 +17,11 @@ import psutil
 import redis
 import sqlalchemy as sa
 from kombu import Connection
+from kombu.exceptions import OperationalError
 
 from tests.chaos.plan import LEASE, Fault
 from tests.chaos.site import QUEUE, WORKERS, Done, Site
+from tests.support.ledger import Entry
 from tests.support.processes import process_tree, signal_all
 from tests.support.servers import PrivateMariaDB, PrivateRabbitMQ, PrivateRedis, PrivateServer
 from tests.support.worker import WorkerProcess
@@ -40,9 +42,15 @@ STOP_WITHIN = 10.0
 COPIES = 5
 
 
+#: Seconds that are waited for a message to run that may be revoked.
+REVOCABLE_WITHIN = 20.0
+
+
 @dataclass(slots=True)
 class _Note:
     count: int = 0
+    keys: tuple[str, ...] = ()
+    pids: dict[int, float] = field(default_factory=dict)
 
 
 class Faults:
@@ -83,6 +91,9 @@ class Faults:
             "kill the broker": lambda _: self._kill_server(site.broker, "kill the broker"),
             "pause the broker": lambda choice: self._pause_server(site.broker, choice, "pause the broker"),
             "put copies on the broker": self._put_copies,
+            "kill a gevent worker": lambda _: self._kill_gevent_worker(),
+            "terminate a message": self._terminate_message,
+            "revoke messages": lambda _: self._revoke_messages(),
         }
 
     def do(self, fault: Fault) -> None:
@@ -144,6 +155,50 @@ class Faults:
             time.sleep(seconds)
             worker.resume()
 
+    def _kill_gevent_worker(self) -> None:
+        worker = self.site.green()
+        with self._noting("kill a gevent worker", process_tree(worker.pid)):
+            worker.kill()
+        self.site.replace(worker)
+
+    # -- messages that run ------------------------------------------------------------------------------------------------
+
+    def _running(self) -> list[Entry]:
+        """The bodies that run now and whose message may be revoked."""
+        entries = self.site.ledger.entries(task="revocable")
+        ended = {(entry.detail, entry.pid) for entry in entries if entry.event != "start"}
+        alive = set(psutil.pids())
+        starts = (entry for entry in entries if entry.event == "start")
+        return [entry for entry in starts if (entry.detail, entry.pid) not in ended and entry.pid in alive]
+
+    def _wait_for_running(self) -> list[Entry]:
+        deadline = time.monotonic() + REVOCABLE_WITHIN
+        while not (running := self._running()) and time.monotonic() < deadline:
+            self.site.supervise()
+            time.sleep(0.02)
+        return running
+
+    def _revoke_messages(self) -> None:
+        """Revoke all that run, which is to let them end: what is killed before that may not run again."""
+        running = self._wait_for_running()
+        with self._noting("revoke messages") as note, suppress(OperationalError):
+            note.keys = tuple(str(entry.detail) for entry in running)
+            self.site.app.control.revoke([entry.task_id for entry in running])
+            note.count = len(running)
+
+    def _terminate_message(self, choice: float) -> None:
+        """Revoke one that runs, and have its worker kill the process that runs it, if it still does when the word comes."""
+        running = self._wait_for_running()
+        chosen = running[int(choice * len(running)) : int(choice * len(running)) + 1]
+        processes = [process for entry in chosen for process in _process(entry.pid)]
+        with self._noting("terminate a message") as note:
+            for entry in chosen:
+                note.keys = (str(entry.detail),)
+                with suppress(OperationalError):
+                    self.site.app.control.revoke(entry.task_id, terminate=True, signal="SIGKILL")
+            gone, _ = psutil.wait_procs(processes, timeout=2)
+            note.pids = {process.pid: time.time() for process in gone}
+
     # -- notes ------------------------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -157,8 +212,8 @@ class Faults:
             )
             assert not alive, f"{kind}: {alive} did not die"
         until = time.time()
-        pids = gone if deadly else {process.pid: until for process in processes}
-        self.done.append(Done(kind, at, until, pids, note.count))
+        pids = {**(gone if deadly else {process.pid: until for process in processes}), **note.pids}
+        self.done.append(Done(kind, at, until, pids, note.count, note.keys))
         with (self.site.directory / "faults").open("a") as notes:
             notes.write(json.dumps(asdict(self.done[-1])) + "\n")
 
@@ -208,7 +263,9 @@ class Faults:
 
     @contextmanager
     def _administering(self) -> Iterator[sa.Connection]:
-        engine = sa.create_engine(self.site.store.url, isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
+        # Past a pooler.
+        url = getattr(self.site.store, "direct_url", self.site.store.url)
+        engine = sa.create_engine(url, isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
         with engine.connect() as connection:
             yield connection
 
@@ -239,6 +296,13 @@ class Faults:
             for message in found:
                 client.lpush(QUEUE, message)
             return len(found)
+
+
+def _process(pid: int) -> list[psutil.Process]:
+    """The process, if it is there."""
+    with suppress(psutil.NoSuchProcess):
+        return [psutil.Process(pid)]
+    return []
 
 
 def _cut_redis(server: PrivateServer) -> int:

@@ -12,10 +12,25 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
-__all__ = ["FAULTS", "KILLS", "LEASE", "TRANSACTIONS", "Fault", "Plan", "Sending", "Step", "make_plan", "message_id"]
+__all__ = [
+    "FAULTS",
+    "KILLS",
+    "LEASE",
+    "TIME_LIMIT",
+    "TRANSACTIONS",
+    "Fault",
+    "Plan",
+    "Sending",
+    "Step",
+    "make_plan",
+    "message_id",
+]
 
 #: Seconds. Some bodies take longer.
 LEASE = 6.0
+
+#: Seconds after which a gevent worker ends a body of the kind ``limited``. The others of that kind take a tenth of it at most.
+TIME_LIMIT = 4.0
 
 #: Kinds of sendings, and how many of each there are in a hundred or so.
 SENDINGS: Mapping[str, int] = {
@@ -31,18 +46,28 @@ SENDINGS: Mapping[str, int] = {
     "linked": 5,
     "atomic": 10,
     "outbox": 10,
+    "by_name": 6,
+    "mixed": 5,
+    "revocable": 6,
+    "expiring": 5,
+    "limited": 6,
 }
+
+#: Those whose second call may be one by name; of a chain the first step is called.
+_COPIED_BY_NAME = frozenset({"plain", "slow", "early", "at_most_once", "retrying", "failing", "chain", "mixed"})
 
 #: Those that need a database for the store: what they write is committed with their message.
 TRANSACTIONS = frozenset({"atomic", "outbox"})
 
 #: Of each kind of fault that kills: how many in a hundred kills.
 KILLS: Mapping[str, int] = {
-    "kill a child": 50,
-    "kill a worker": 28,
+    "kill a child": 46,
+    "kill a worker": 24,
     "kill a main process": 8,
     "terminate a child": 6,
     "kill the sender": 8,
+    "kill a gevent worker": 4,
+    "terminate a message": 4,
 }
 
 #: Of each other kind of fault: how many there are for a hundred kills; at least one of each.
@@ -60,6 +85,7 @@ FAULTS: Mapping[str, int] = {
     "kill the broker": 2,
     "pause the broker": 3,
     "put copies on the broker": 40,
+    "revoke messages": 20,
 }
 
 
@@ -75,6 +101,7 @@ class Step:
         atomic: Whether its body writes an effect, in the transaction in which it is completed.
         ordered: Whether it is sent in a transaction that writes an order.
         sent_by: Key of the atomic step whose transaction sends it.
+        expires: Whether it may end expired instead: before its body began, or when its owner died.
     """
 
     key: str
@@ -84,6 +111,7 @@ class Step:
     atomic: bool = False
     ordered: bool = False
     sent_by: str | None = None
+    expires: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +123,8 @@ class Sending:
         kind: One of :data:`SENDINGS`.
         seconds: How long each of its bodies takes.
         retries: For ``retrying``.
-        countdown: Seconds, for ``eta`` and ``retrying``; not less than one but 0, which Celery refuses on quorum queues.
+        countdown: Seconds, for ``eta`` and ``retrying``; not less than one but 0, which Celery refuses on quorum queues. For
+            ``expiring`` the seconds until it expires.
         again: Whether the caller calls a second time at once, as one does that had no answer.
         rolled_back: Whether an ``outbox`` is rolled back, so that nothing has to run for it, and nothing may.
     """
@@ -112,6 +141,11 @@ class Sending:
     def key(self) -> str:
         """What tells it from others."""
         return f"{self.kind}-{self.number}"
+
+    @property
+    def copied_by_name(self) -> bool:
+        """Whether the second call is one by name, to another queue: what comes of it is a copy under a task id of its own."""
+        return self.again and self.number % 2 == 0 and self.kind in _COPIED_BY_NAME
 
     def steps(self) -> list[Step]:
         """What has to run for it, in the order of its ``apply_async``."""
@@ -131,8 +165,9 @@ class Sending:
                     Step(
                         self.key,
                         retries=self.retries if self.kind == "retrying" else 0,
-                        fails=self.kind == "failing",
+                        fails=self.kind == "failing" or (self.kind == "limited" and self.seconds > TIME_LIMIT),
                         at_most_once=self.kind == "at_most_once",
+                        expires=self.kind == "expiring",
                     )
                 ]
 
@@ -208,6 +243,10 @@ def _sending(rng: random.Random, number: int, shares: Mapping[str, int]) -> Send
         "at_most_once": rng.uniform(0.0, 0.3),
         # Its lease is renewed beside its transaction.
         "atomic": rng.uniform(1.1, 1.3) * LEASE if rng.random() < 0.04 else rng.uniform(0.0, 0.4),
+        # Long enough to be revoked, or to expire, while they run.
+        "revocable": rng.uniform(0.5, 3.0),
+        "expiring": rng.uniform(0.2, 3.0),
+        "limited": 10 * TIME_LIMIT if rng.random() < 0.2 else rng.uniform(0.0, 0.1) * TIME_LIMIT,
     }.get(kind, quick)
     return Sending(
         number=number,
@@ -215,7 +254,7 @@ def _sending(rng: random.Random, number: int, shares: Mapping[str, int]) -> Send
         seconds=round(seconds, 3),
         retries=rng.randint(1, 3),
         countdown=rng.choice((0.0, 1.0)) if kind == "retrying" else round(rng.uniform(1.0, 1.5 * LEASE), 2),
-        again=rng.random() < 0.05,
+        again=rng.random() < 0.1 and kind not in {"revocable", "expiring"},
         rolled_back=rng.random() < 0.2 and kind == "outbox",
     )
 

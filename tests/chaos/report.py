@@ -43,6 +43,7 @@ def figures(chaos: Chaos) -> dict[str, Any]:
         "two at once, paused": len(audit.zombies),
         "zombies refused": chaos.refused,
         "taken for poison": len(audit.poisoned),
+        "revoked or expired, and not run": len(audit.called_off),
         "at most once: abandoned": len(audit.abandoned),
         "at most once: run twice": len(audit.overrun),
         "results not readable": len(audit.unreadable),

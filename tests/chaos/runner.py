@@ -19,7 +19,8 @@ from tests.chaos.audit import READY, Audit, Committed, Outcome, Run, audit, runs
 from tests.chaos.books import Effect, Order
 from tests.chaos.faults import Faults
 from tests.chaos.plan import Plan, make_plan, message_id
-from tests.chaos.site import Done, Site, open_site
+from tests.chaos.site import QUEUE, Done, Site, open_site
+from tests.chaos.tasks import ASIDE, GEVENT
 from tests.chaos.variants import VARIANTS
 
 __all__ = ["Chaos", "run"]
@@ -170,7 +171,8 @@ def _settle(site: Site, keys: set[str]) -> None:
     while time.monotonic() - begin < SETTLE_WITHIN and time.monotonic() - changed < QUIET:
         site.supervise()
         with suppress(OperationalError, StoreError):
-            site.app.tasks["plain"].apply_async((f"tail-{number}", 0.0))
+            for queue in (QUEUE, ASIDE, GEVENT):
+                site.app.tasks["plain"].apply_async((f"tail-{number}", 0.0), queue=queue)
             number += 1
         time.sleep(0.5)
         done = site.variant.guarded and not _rows_not_done(site)

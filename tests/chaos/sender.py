@@ -25,7 +25,7 @@ from sqlalchemy.orm import Session
 from celery_idempotent import StoreError, outbox
 from tests.chaos.books import Books, Order
 from tests.chaos.plan import Sending, make_plan
-from tests.chaos.tasks import BOOKS, signature
+from tests.chaos.tasks import BOOKS, call_by_name, signature
 from tests.chaos.variants import Variant
 from tests.support.apps import AppSpec
 
@@ -145,6 +145,8 @@ def _send(app: Celery, books: Books, sending: Sending) -> tuple[list[tuple[str, 
         try:
             if sending.kind == "outbox":
                 result = _order(app, books, sending, again=calls < 2 and sending.again)
+            elif sending.kind == "by_name" or (calls < 2 and sending.copied_by_name):
+                result = call_by_name(app, sending)
             else:
                 result = signature(app, sending).apply_async()
         except (OperationalError, StoreError, DBAPIError, OSError, _InDoubtError) as error:

@@ -19,15 +19,22 @@ from celery import Celery
 from tests.chaos.books import Books
 from tests.chaos.plan import LEASE, Plan
 from tests.chaos.sender import Orders, Sent, journal
-from tests.chaos.tasks import BOOKS
+from tests.chaos.tasks import ASIDE, BOOKS, GEVENT
 from tests.chaos.variants import Variant
 from tests.support.apps import AppSpec, close_app
 from tests.support.ledger import Ledger
 from tests.support.processes import kill_tree, process_tree
-from tests.support.servers import PrivateMariaDB, PrivatePostgreSQL, PrivateRabbitMQ, PrivateRedis, PrivateServer
-from tests.support.worker import ROOT, WorkerProcess
+from tests.support.servers import (
+    PrivateMariaDB,
+    PrivatePgBouncer,
+    PrivatePostgreSQL,
+    PrivateRabbitMQ,
+    PrivateRedis,
+    PrivateServer,
+)
+from tests.support.worker import ROOT, Pool, WorkerProcess
 
-__all__ = ["BROKERS", "QUEUE", "STORES", "WORKERS", "Done", "Site", "open_site"]
+__all__ = ["BROKERS", "GEVENT_NAME", "QUEUE", "STORES", "WORKERS", "Done", "Site", "open_site"]
 
 
 class _LogRedis(PrivateRedis):
@@ -41,8 +48,46 @@ class _LogRedis(PrivateRedis):
         return [*super().command(), "--appendfsync", "always"]
 
 
+class _PooledPostgreSQL(PrivatePostgreSQL):
+    """A PostgreSQL that everybody reaches through a PgBouncer in transaction pooling; a restart is one of both."""
+
+    #: Connections to it, for some thirty clients.
+    POOL_SIZE = 12
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._pooler: PrivatePgBouncer | None = None
+
+    @property
+    def url(self) -> str:
+        return super().url if self._pooler is None else self._pooler.url
+
+    @property
+    def direct_url(self) -> str:
+        return super().url
+
+    def furnish(self) -> None:
+        super().furnish()
+        self._pooler = PrivatePgBouncer(super().url, pool_size=self.POOL_SIZE)
+        self._pooler.start()
+
+    def restart(self) -> None:
+        pooler, self._pooler = self._pooler, None
+        assert pooler is not None
+        pooler.stop()
+        super().restart()
+        pooler.start()
+        self._pooler = pooler
+
+    def close(self) -> None:
+        if self._pooler is not None:
+            self._pooler.close()
+        super().close()
+
+
 STORES: dict[str, type[PrivateServer]] = {
     "postgresql": PrivatePostgreSQL,
+    "pgbouncer": _PooledPostgreSQL,
     "mariadb": PrivateMariaDB,
     "redis": _LogRedis,
 }
@@ -50,6 +95,9 @@ BROKERS: dict[str, type[PrivateServer]] = {"redis": PrivateRedis, "rabbitmq": Pr
 
 #: Workers, and processes of each.
 WORKERS, CONCURRENCY = 4, 2
+
+#: Greenlets of the one worker beside them that has a gevent pool, and what its node name begins with.
+GREENLETS, GEVENT_NAME = 4, "g"
 
 #: Seconds. Less than the bodies that outlive their lease take, and than the longest countdown.
 VISIBILITY_TIMEOUT = LEASE
@@ -66,6 +114,7 @@ class Done:
         at, until: From when to when, seconds since the epoch.
         pids: The processes that it killed or paused, and when each was gone, or went on.
         count: How many connections were cut, or copies put on the broker.
+        keys: The steps that were revoked.
     """
 
     kind: str
@@ -73,6 +122,7 @@ class Done:
     until: float
     pids: Mapping[int, float] = field(default_factory=dict)
     count: int = 0
+    keys: tuple[str, ...] = ()
 
 
 class Site:
@@ -145,13 +195,16 @@ class Site:
 
     # -- workers ----------------------------------------------------------------------------------------------------------
 
-    def hire(self) -> WorkerProcess:
+    def hire(self, pool: Pool = "prefork") -> WorkerProcess:
         """Start a worker beside the others; it is not waited for."""
+        green = pool == "gevent"
         worker = WorkerProcess(
             self.directory,
             {**self.spec.environment(), Variant.VARIABLE: self.variant.name},
-            concurrency=CONCURRENCY,
-            hostname=f"w{next(self._names)}@chaos",
+            pool=pool,
+            concurrency=GREENLETS if green else CONCURRENCY,
+            queues=[GEVENT] if green else [QUEUE, ASIDE],
+            hostname=f"{GEVENT_NAME if green else 'w'}{next(self._names)}@chaos",
         )
         self.workers.append(worker.start(wait=False))
         return worker
@@ -160,7 +213,7 @@ class Site:
         """Start another for one that is gone, or is about to go."""
         self.workers.remove(worker)
         self.retired.append(worker)
-        self.hire()
+        self.hire(worker.pool)
 
     def supervise(self) -> None:
         """Replace the workers that have ended by themselves, as whatever starts them in production does.
@@ -175,6 +228,10 @@ class Site:
     def ready(self) -> list[WorkerProcess]:
         """The workers that have started, with their children."""
         return [worker for worker in self.workers if worker.is_alive and len(worker.children()) >= CONCURRENCY]
+
+    def green(self) -> WorkerProcess:
+        """The worker with a gevent pool."""
+        return next(worker for worker in self.workers if worker.pool == "gevent")
 
     # -- the sender -------------------------------------------------------------------------------------------------------
 
@@ -297,6 +354,7 @@ def open_site(directory: Path, *, variant: Variant, store: str, broker: str) -> 
         site.books.create()
         for _ in range(WORKERS):
             site.hire()
+        site.hire("gevent")
         for worker in site.workers:
             worker.wait_until_ready()
         yield site

@@ -7,18 +7,31 @@ there: commit by itself, and then send.
 from __future__ import annotations
 
 import time
+from contextvars import ContextVar
 from typing import Any
 
 from celery import Celery, Task, chain, chord
 from celery.canvas import Signature
+from celery.result import AsyncResult
 
 from tests.chaos.books import Books, Effect
-from tests.chaos.plan import Sending, message_id
+from tests.chaos.plan import TIME_LIMIT, Sending, message_id
 from tests.chaos.variants import Variant
 from tests.support.apps.scenarios import noted
 from tests.support.ledger import Ledger
 
-__all__ = ["BOOKS", "BrokenError", "register", "signature"]
+__all__ = ["ASIDE", "BOOKS", "GEVENT", "BrokenError", "call_by_name", "register", "signature"]
+
+#: Queues beside the app's own: of calls by name, and of what a gevent worker runs.
+ASIDE, GEVENT = "chaos-aside", "chaos-gevent"
+
+#: What a call by name says besides; its body looks for all of it, whoever publishes the message in the end.
+_PRIORITY, _TENANT = 7, "acme"
+
+#: Of a task whose message the broker keeps until it is done.
+_LATE = {"acks_late": True, "reject_on_worker_lost": True}
+
+_in_context: ContextVar[bool] = ContextVar("in_context", default=False)
 
 #: A setting of the chaos' own: the URL of the database that has the books, which is the store's if that is one.
 BOOKS = "chaos_books"
@@ -28,11 +41,24 @@ class BrokenError(Exception):
     """What the tasks that fail raise."""
 
 
+class InContext(Task):  # type: ignore[misc]
+    """Runs a body in a context, as the mixin of Flask's documentation does."""
+
+    abstract = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        token = _in_context.set(True)
+        try:
+            return self.run(*args, **kwargs)
+        finally:
+            _in_context.reset(token)
+
+
 def register(app: Celery, *, base: type[Task], ledger: Ledger) -> None:
     """Register the tasks; which base they have is the variant's affair."""
     variant = Variant.of_this_process()
     variant.prepare(app)
-    late = {"acks_late": True, "reject_on_worker_lost": True}
+    late = _LATE
     early = {"acks_late": False}
     books = Books(app.conf[BOOKS])
 
@@ -82,6 +108,7 @@ def register(app: Celery, *, base: type[Task], ledger: Ledger) -> None:
     def child(self: Task, key: str, seconds: float) -> str:
         return run(self, key, seconds)
 
+    _register_unusual(app, ledger)
     if variant.guarded and app.conf[BOOKS] != app.conf.idempotent_store:
         return  # a worker refuses atomic tasks whose store has no transactions
 
@@ -103,6 +130,51 @@ def register(app: Celery, *, base: type[Task], ledger: Ledger) -> None:
                     session.commit()
                 child.delay(f"{key}.child", 0.0)
         return key
+
+
+def _register_unusual(app: Celery, ledger: Ledger) -> None:
+    """What users have beside tasks of the usual kind: calls by name, a mixin, revokes, expiries, time limits."""
+    options = {**Variant.of_this_process().task_options, **_LATE}
+
+    def task(name: str, **further: Any) -> Any:
+        return app.task(bind=True, name=name, **{**options, **further})
+
+    def run(task: Task, key: str, seconds: float) -> str:
+        with noted(ledger, task, key):
+            time.sleep(seconds)
+        return key
+
+    @task("by_name")
+    def by_name(self: Task, key: str, seconds: float) -> str:
+        with noted(ledger, self, key):
+            time.sleep(seconds)
+            info = self.request.delivery_info or {}
+            found = (info.get("routing_key"), info.get("priority"), self.request.get("tenant"))
+            if found != (ASIDE, _PRIORITY, _TENANT):
+                raise BrokenError(f"{key} was delivered with {found}")
+        return key
+
+    mixed_base = type("Mixed", (InContext, options["base"]), {"abstract": True})
+
+    @task("mixed", base=mixed_base)
+    def mixed(self: Task, key: str, seconds: float) -> str:
+        with noted(ledger, self, key):
+            time.sleep(seconds)
+            if not _in_context.get():
+                raise BrokenError(f"{key} was run out of its context")
+        return key
+
+    @task("revocable")
+    def revocable(self: Task, key: str, seconds: float) -> str:
+        return run(self, key, seconds)
+
+    @task("expiring")
+    def expiring(self: Task, key: str, seconds: float) -> str:
+        return run(self, key, seconds)
+
+    @task("limited", time_limit=TIME_LIMIT)
+    def limited(self: Task, key: str, seconds: float) -> str:
+        return run(self, key, seconds)
 
 
 def signature(app: Celery, sending: Sending) -> Signature:
@@ -127,5 +199,26 @@ def signature(app: Celery, sending: Sending) -> Signature:
             return one(keys[0]).set(countdown=sending.countdown)
         case "plain" | "slow" | "outbox":
             return one(sending.key)
+        case "expiring":
+            return one(keys[0], "expiring").set(expires=sending.countdown)
+        case "limited":
+            return one(keys[0], "limited").set(queue=GEVENT)
         case named:
             return one(keys[0], named)
+
+
+def call_by_name(app: Celery, sending: Sending) -> AsyncResult[Any]:
+    """Call a sending's task, or the first one of its chain, by its name, with all that ``send_task`` takes."""
+    step = sending.steps()[0].key
+    name = {"plain": "plain", "slow": "plain", "chain": "plain"}.get(sending.kind, sending.kind)
+    args: tuple[Any, ...] = (step, sending.seconds)
+    if sending.kind == "retrying":
+        args = (*args, sending.retries, sending.countdown)
+    return app.send_task(
+        name,
+        args,
+        message_id=message_id(step),
+        queue=ASIDE,
+        priority=_PRIORITY,
+        headers={"tenant": _TENANT},
+    )

@@ -228,6 +228,44 @@ def test_a_late_recovery_is_found_unless_a_server_was_away() -> None:
     assert judged(DIED, late, faults=(KILL, outage)).delays() == []
 
 
+class TestCalledOff:
+    REVOKED = Outcome("id", "step", "REVOKED", "terminated")
+    REVOKE = Done("revoke messages", at=12.0, until=12.0, keys=("step",))
+    EXPIRING = Step("step", expires=True)
+
+    @pytest.mark.parametrize("runs", [(), (DIED,)], ids=["never run", "died"])
+    def test_a_revoked_message_need_not_run(self, runs: tuple[Run, ...]) -> None:
+        found = judged(*runs, faults=(KILL, self.REVOKE), outcome=self.REVOKED)
+        assert (found.violations(), found.called_off) == ([], ["step"])
+
+    def test_nobody_revoked_it(self) -> None:
+        found = judged(outcome=self.REVOKED)
+        assert (found.lost, len(found.unreadable)) == (["step"], 1)
+
+    def test_an_expired_message_need_not_run(self) -> None:
+        failed = Outcome("id", "step", "FAILURE", "message step has failed: expired: it was not started in time")
+        assert judged(step=self.EXPIRING, outcome=failed).called_off == ["step"]
+        assert judged(step=self.EXPIRING, outcome=failed).violations() == []
+
+    def test_one_that_succeeded_has_run(self) -> None:
+        assert judged(step=self.EXPIRING, outcome=READABLE).lost == ["step"]
+        assert judged(faults=(self.REVOKE,), outcome=READABLE).lost == ["step"]
+
+    def test_it_does_not_run_again_without_a_death(self) -> None:
+        assert judged(FIRST, SECOND, faults=(self.REVOKE,), outcome=self.REVOKED).doubled == ["step"]
+
+
+def test_bodies_that_share_a_process_die_together() -> None:
+    """Beside others, the last to begin is not the last to end: what had ended long before was recorded."""
+    green = Run("step", retries=0, pid=1, start=10.0, end=None, beside=True)
+    later = Run("other", retries=0, pid=1, start=11.0, end=None, beside=True)
+    steps = {"step": STEP, "other": Step("other")}
+    again = [SECOND, replace(SECOND, key="other")]
+    assert audit(steps, [green, later, *again], [KILL], []).violations() == []
+    early = replace(green, start=1.0, end=2.0)
+    assert audit(steps, [early, later, *again], [KILL], []).doubled == ["step"]
+
+
 def test_a_ledger_is_read_by_process() -> None:
     def note(event: str, pid: int, at: float) -> Entry:
         return Entry(event, "plain", "id", "m", 0, "w", pid, at, "step")  # type: ignore[arg-type]

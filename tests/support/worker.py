@@ -40,6 +40,7 @@ class WorkerProcess:
 
     Attributes:
         hostname: Its node name.
+        pool: Celery's ``--pool``.
         log: The file that holds what it wrote to its standard output and error.
     """
 
@@ -56,6 +57,7 @@ class WorkerProcess:
         arguments: Sequence[str] = (),
         patience: float = 60.0,
     ) -> None:
+        self.pool = pool
         self.hostname = hostname or f"{pool}-{uuid4().hex[:8]}@test"
         self.log = directory / f"{self.hostname}.log"
         self.patience = patience
