@@ -21,6 +21,9 @@ E = TypeVar("E", bound=Executable)
 
 _OPTION = "celery_idempotent_directly"
 
+#: What SQLAlchemy tells of an execution through its dialect.
+_DIALECT_EVENTS = ("do_execute", "do_execute_no_params", "handle_error")
+
 
 def directly(statement: E) -> E:
     """Have a statement handed to the driver where that can be: one whose results need no conversion, executed with one set of values."""
@@ -129,7 +132,11 @@ class DirectConnection(Connection):
     @property
     def watched(self) -> bool:
         """Whether somebody listens to what SQLAlchemy executes, as tracing does: then it executes everything."""
-        return bool(self._has_events or self.engine._has_events)  # noqa: SLF001 - as it asks itself before each event
+        if self._has_events or self.engine._has_events:  # noqa: SLF001 - as it asks itself before each event
+            return True
+        # Events of executions that SQLAlchemy keeps at the dialect, where events of connecting are as well.
+        told = self.dialect.dispatch
+        return self.dialect._has_events and any(bool(getattr(told, name)) for name in _DIALECT_EVENTS)  # noqa: SLF001
 
     def _explained(self, plan: _Plan, error: Any, driver: Any, cursor: Any) -> DBAPIError:
         lost = self.dialect.is_disconnect(error, driver, cursor)

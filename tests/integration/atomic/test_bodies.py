@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from celery import states
+from celery.concurrency.prefork import TaskPool
 from celery.exceptions import Ignore, Reject, SoftTimeLimitExceeded
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
@@ -547,7 +548,7 @@ class TestElsewhere:
         mine.task(pay)
         step = CheckStep.__new__(CheckStep)
         with pytest.raises(ConfigurationError, match="an in-memory SQLite is one connection"):
-            step.include_if(SimpleNamespace(app=mine.app))
+            step.include_if(SimpleNamespace(app=mine.app, pool_cls=TaskPool))
 
     @pytest.mark.parametrize("atomic", [False, True])
     def test_without_a_store_it_does_not_run(

@@ -346,7 +346,8 @@ def test_rows_that_nobody_purges(make_app: MakeApp, url: str) -> None:
 
 def test_for_people_and_for_scripts(good_redis: PrivateRedis, tmp_path: Path) -> None:
     (tmp_path / "proj.py").write_text(PROJECT)
-    settings = {"task_acks_late": True, "result_backend": good_redis.url}
+    week = 7 * 24 * 3600  # as long as rows are kept
+    settings = {"task_acks_late": True, "result_backend": good_redis.url, "result_expires": week}
 
     def doctor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         given = command(tmp_path, "idempotent", "doctor", *arguments, app="proj", **environment)

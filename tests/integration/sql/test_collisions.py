@@ -13,7 +13,6 @@ import pytest
 import sqlalchemy as sa
 
 from celery_idempotent.errors import StoreError, StoreUnavailableError
-from celery_idempotent.records import MessageKey
 from celery_idempotent.stores.sql import SQLStore
 from celery_idempotent.testing.examples import KEY, new_message, processing, read
 from tests.support.waiting import wait_until
@@ -60,7 +59,6 @@ def test_a_lock_that_is_not_had_in_time_is_asked_for_again(store: SQLStore, stor
     mine = SQLStore(impatient(store_url))
     mine.check()
     with store.engine.connect() as other:
-        other.execute(sa.text("BEGIN IMMEDIATE" if other.dialect.name == "sqlite" else "BEGIN"))
         other.execute(sa.text("UPDATE queue_log SET duplicates = 7"))
         with Blocker(other, after_failures=2) as blocker:
             assert mine.complete(held, result=b"1")
@@ -75,7 +73,7 @@ def test_a_file_that_stays_busy_is_unavailable(store: SQLStore, store_url: str) 
     mine = SQLStore(impatient(store_url))
     mine.check()
     with store.engine.connect() as other:
-        other.execute(sa.text("BEGIN IMMEDIATE"))
+        other.execute(sa.text("UPDATE queue_log SET duplicates = 7"))
         with Blocker(other, after_failures=1000) as blocker, pytest.raises(StoreUnavailableError, match="locked"):
             mine.complete(held, result=b"1")
         other.rollback()
@@ -124,7 +122,7 @@ def test_a_serialization_failure_is_repeated(store: SQLStore, store_url: str) ->
 @pytest.mark.parametrize("store_url", ["postgresql", "mariadb"], indirect=True)
 def test_data_that_do_not_fit_are_no_outage(store: SQLStore) -> None:
     with pytest.raises(StoreError, match="refused") as caught:
-        store.record(new_message(MessageKey("x" * 256, "t")))
+        store.claim(new_message(), worker="w" * 256, lease=60.0, grace=30.0)
     assert not isinstance(caught.value, StoreUnavailableError)
     assert store.find(KEY) is None
 
