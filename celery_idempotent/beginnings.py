@@ -22,7 +22,8 @@ def begin(connection: Connection, *, at_once: bool = False) -> None:
         at_once: Whether to wait for all others that write here and now, rather than to find out at the first write that what was
             read is out of date. Nothing may have been read yet. Of no effect where there is more than one writer at a time.
     """
-    if connection.dialect.name != "sqlite":
+    autocommit = connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT"
+    if connection.dialect.name != "sqlite" or autocommit:  # which SQLAlchemy calls a transaction, too, and does not commit
         return
     begun = getattr(connection.connection.driver_connection, "in_transaction", True)
     if begun and at_once:  # by a listener of the engine's owner
