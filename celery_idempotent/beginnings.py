@@ -23,7 +23,9 @@ def begin(connection: Connection, *, at_once: bool = False) -> None:
             read is out of date. Nothing may have been read yet. Of no effect where there is more than one writer at a time.
     """
     autocommit = connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT"
-    if connection.dialect.name != "sqlite" or autocommit:  # which SQLAlchemy calls a transaction, too, and does not commit
+    if (
+        connection.dialect.name != "sqlite" or autocommit
+    ):  # which SQLAlchemy calls a transaction, too, and does not commit
         return
     begun = getattr(connection.connection.driver_connection, "in_transaction", True)
     if begun and at_once:  # by a listener of the engine's owner

@@ -124,8 +124,8 @@ def test_a_body_that_has_no_use_for_its_transaction_has_none(here: Here, stateme
     assert task.apply(message_id="second").get() == 5
 
     verbs = [statement.split()[0] for statement in statements if statement != "ROLLBACK"]
-    # Of apply(): a message that nobody recorded is claimed by an insert.
-    assert verbs == ["UPDATE", "SELECT", "INSERT", "UPDATE"]
+    # Of apply(): whether the message has a row that answers it; a message that nobody recorded is claimed by an insert.
+    assert verbs == ["SELECT", "UPDATE", "SELECT", "INSERT", "UPDATE"]
 
 
 def test_session_and_connection_are_one_transaction(here: Here) -> None:
