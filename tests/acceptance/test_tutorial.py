@@ -73,7 +73,7 @@ class Terminal:
                 timeout=60,
                 check=False,
             )
-            assert done.returncode == (3 if "warnings: 1" in shown else 0), done.stdout + done.stderr
+            assert done.returncode == (3 if "errors: 0, warnings: " in shown else 0), done.stdout + done.stderr
             if shown.strip():
                 checker = doctest.OutputChecker()
                 assert checker.check_output(shown, done.stdout, _SAME), f"$ {line}\n{done.stdout}\n--- shown:\n{shown}"
