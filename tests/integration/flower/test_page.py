@@ -11,6 +11,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 from celery_idempotent.records import Claimed, MessageKey, NewMessage, ProcessedStatus
+from celery_idempotent.serialization import encode_message
 from tests.integration.flower.conftest import OPERATOR, wait_for_state
 from tests.support.bench import Bench
 from tests.support.flower import FlowerProcess
@@ -193,9 +194,9 @@ def test_a_claim_that_nobody_takes_over_is_what_one_sees_first(
     flower: FlowerProcess, bench: Bench, browser: Chrome
 ) -> None:
     message_id = bench.fresh("left")
-    claimed = bench.app.queue_log.store.claim(
-        NewMessage(MessageKey(message_id, "once"), bench.fresh("task")), worker="gone@there:7", lease=0.001, grace=30.0
-    )
+    message = encode_message((SECRET,), {}, {}, serializer="json")
+    new = NewMessage(MessageKey(message_id, "echo"), bench.fresh("task"), message=message)
+    claimed = bench.app.queue_log.store.claim(new, worker="gone@there:7", lease=0.001, grace=30.0)
     assert isinstance(claimed, Claimed)
 
     visit(browser, flower, "/queue-log")
@@ -205,5 +206,7 @@ def test_a_claim_that_nobody_takes_over_is_what_one_sees_first(
     assert "gone@there:7" in row_of(browser, "#ql-running-table", message_id)
     visit(browser, flower, f"/queue-log?q={message_id}", credentials=None)
     assert "Its worker died" in text_of(browser, "#ql-state")
-    assert not browser.find_elements(By.CSS_SELECTOR, "[data-requeue]")
-    assert bench.app.queue_log.store.fail(claimed.claim, error="abandoned: by its test")
+    browser.find_element(By.CSS_SELECTOR, f"[data-requeue='{message_id}']").click()
+    browser.switch_to.alert.accept()
+    wait_for_text(browser, "#ql-said", "It waits again.")
+    bench.wait_for_row("echo", message_id, lambda row: row.processed_status is ProcessedStatus.SUCCESS)
