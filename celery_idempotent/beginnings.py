@@ -23,9 +23,8 @@ def begin(connection: Connection, *, at_once: bool = False) -> None:
             read is out of date. Nothing may have been read yet. Of no effect where there is more than one writer at a time.
     """
     autocommit = connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT"
-    if (
-        connection.dialect.name != "sqlite" or autocommit
-    ):  # which SQLAlchemy calls a transaction, too, and does not commit
+    # SQLAlchemy calls what is in autocommit a transaction, too, and does not commit it.
+    if connection.dialect.name != "sqlite" or autocommit:
         return
     begun = getattr(connection.connection.driver_connection, "in_transaction", True)
     if begun and at_once:  # by a listener of the engine's owner
