@@ -91,6 +91,8 @@ def judge(act: Act, key: MessageKey, before: Row | None, after: Row | None) -> N
     if act.verb in ("claim", "take_over") and isinstance(act.answer, Claimed) and key in act.keys:
         claim = act.answer.claim
         law("a claim stands in its row", after is not None and (after.key, after.token) == (claim.key, claim.token))
+    if act.verb == "forbid" and act.answer and key in act.keys:
+        law("what is forbidden is noted", after is not None and after.forbidden and after.error == act.given["error"])
     if act.verb == "record" and key in act.keys:
         law("what is recorded is there", after is not None)
         law(
@@ -184,12 +186,17 @@ def _leaves_processing(act: Act, before: Row, after: Row, law: Any) -> None:
     point = before.processed_status is _SUCCESS
     if act.verb == "take_over":
         law("a live owner is not taken over from", _lapsed(before, after))
+        law("what is forbidden does not run again", not before.forbidden)
         law("one attempt loses a bounded number of owners", after.takeovers <= MAX_TAKEOVERS)
         law("takeovers are counted", after.takeovers == before.takeovers + 1)
         law("a recovery point outlives its owner", after.processed_status is before.processed_status)
     elif act.verb == "abandon":
         law("a live owner's message is not abandoned", _lapsed(before, after))
         law("an abandoned message has failed", (after.status, after.processed_status) == (Status.DONE, _FAILURE))
+    elif act.verb == "forbid":
+        law("a recovery point is not forbidden", not point)
+        law("who forbids is told so", act.answer is True)
+        law("a note changes nothing else", same(replace(before, error=act.given["error"]), after))
     elif act.verb in ("republish", "not_published"):
         law("a publication changes nothing else", same(replace(before, published_at=after.published_at), after))
     else:
@@ -205,6 +212,10 @@ def _leaves_done(act: Act, before: Row, after: Row, law: Any) -> None:
     else:
         verbs = ("record", "record_all", "claim")
         law("done stays done until its id is free", act.verb in verbs and _free(before, after))
+        if act.verb == "claim":
+            message: NewMessage = act.given["message"]
+            sent = {message.task_id, message.first or message.task_id}
+            law("a copy of what ended never runs", not sent & {before.task_id, before.ran_task_id})
 
 
 def _is_fenced(act: Act, before: Row, after: Row | None, law: Any) -> None:

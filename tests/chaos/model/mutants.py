@@ -151,6 +151,16 @@ class ClaimsWhatIsDone(_Faulty):
         return answer
 
 
+class ClaimsForCopiesOfWhatEnded(_Faulty):
+    """An id that is free for calls is free for copies of the message that ended, too."""
+
+    def claim(self, message: NewMessage, **options: Any) -> Claimed | Taken:
+        answer = super().claim(message, **options)
+        if isinstance(answer, Taken) and answer.row.expired:
+            return super().claim(replace(message, task_id=f"not {message.task_id}", first=None), **options)
+        return answer
+
+
 class StartsAnewWithoutItsToken(_Faulty):
     """An id that is free again begins at token 1, as an old run of it may have."""
 
@@ -179,6 +189,11 @@ class ForgetsTheRecoveryPoint(_Faulty):
 class ReleasesByEndingTheLease(_Faulty):
     def release(self, holder: Holder) -> bool:
         return self.expire(holder)
+
+
+class ForgetsWhatIsForbidden(_Faulty):
+    def forbid(self, row: Row, *, error: str) -> bool:
+        return super().forbid(row, error=error) and super().forbid(row, error="")
 
 
 class RetriesTheSameAttempt(_Faulty):
@@ -267,6 +282,7 @@ STORES: list[type[SQLStore]] = [
     TakesOverWithTheSameToken,
     DoesNotCountTakeovers,
     ClaimsForOldCopies,
+    ClaimsForCopiesOfWhatEnded,
     ClaimsWhatIsDone,
     ForgetsTheRecoveryPoint,
     ForgetsTheRecoveryPointAtATakeover,
@@ -288,6 +304,7 @@ RARE: list[type[SQLStore]] = [
     TakesOverFromTheLiving,
     AbandonsTheLiving,
     RetriesTheSameAttempt,
+    ForgetsWhatIsForbidden,
     WithdrawsWhatWasClaimed,
     LeavesRecoveryPointsBehind,
     LeavesWhatWaitsBehind,
@@ -310,6 +327,15 @@ def _lets_owners_die_for_ever(row: Row | None, delivery: Delivery, policy: Deliv
     return decide_delivery(row, delivery, replace(policy, max_takeovers=1000))
 
 
+def _runs_old_copies(row: Row | None, delivery: Delivery, policy: DeliveryPolicy) -> DeliveryDecision:
+    return decide_delivery(row, delivery, replace(policy, grace=-1000.0))
+
+
+def _runs_what_is_forbidden(row: Row | None, delivery: Delivery, policy: DeliveryPolicy) -> DeliveryDecision:
+    forbidden = row is not None and row.forbidden
+    return decide_delivery(replace(row, error=None) if row is not None and forbidden else row, delivery, policy)
+
+
 def _holds_what_is_done(row: Row | None, delivery: Delivery, policy: DeliveryPolicy) -> DeliveryDecision:
     decision = decide_delivery(row, delivery, policy)
     done = row is not None and row.status is Status.DONE
@@ -328,5 +354,7 @@ DECISIONS: dict[str, Decide] = {
 #: As :data:`RARE`.
 RARE_DECISIONS: dict[str, Decide] = {
     "a live owner is taken over from": _instead(DeliveryAction.HOLD, DeliveryAction.TAKE_OVER),
+    "an old copy runs in its retry's place": _runs_old_copies,
+    "what was revoked while it ran runs again": _runs_what_is_forbidden,
     "owners die for ever": _lets_owners_die_for_ever,
 }

@@ -24,10 +24,10 @@ from kombu.exceptions import OperationalError
 
 from celery_idempotent import IdempotentTask, MessageMismatchError, QueueLog
 from celery_idempotent.consumer import ABANDONED, admit
-from celery_idempotent.decision import MAX_TAKEOVERS
+from celery_idempotent.decision import AVAILABLE_GRACE, MAX_TAKEOVERS
 from celery_idempotent.errors import AlreadyFailedError
 from celery_idempotent.identity import identity_of
-from celery_idempotent.records import Claim, Holder, MessageKey, Owner, ProcessedStatus, Row, Status
+from celery_idempotent.records import Claim, Holder, MessageKey, Owner, ProcessedStatus, Row, Status, Taken
 from celery_idempotent.run import Run, RunState, worker_label
 from celery_idempotent.signals import _after_run, _revoked, _succeeded
 from celery_idempotent.store import Store
@@ -127,6 +127,26 @@ class Execution:
 
 
 @dataclass
+class Arrival:
+    """A copy that a worker decides on.
+
+    Attributes:
+        copy: What was delivered.
+        taken: The row that stood in its way when it was last asked for.
+    """
+
+    copy: Copy
+    taken: Row | None = None
+
+    def may_claim(self, row: Row) -> bool:
+        """Whether it is no older than what a pending row waits for, or the retry's own message had its time to come first."""
+        if self.copy.retries >= row.attempt:
+            return True
+        taken = self.taken
+        return taken is not None and taken.attempt == row.attempt and taken.available_in <= -AVAILABLE_GRACE
+
+
+@dataclass
 class Life:
     """A message between two times at which its id is free: what is known of it beside its row.
 
@@ -134,7 +154,7 @@ class Life:
         begun: How often its body was begun.
         succeeded: Whether a success of its body was recorded.
         promised: Whether a caller was told that it was sent.
-        cancelled: Whether it was revoked before it ran.
+        cancelled: Whether it was revoked before it ran, or again.
     """
 
     begun: int = 0
@@ -221,6 +241,8 @@ class World:
         self.renewals = _Renewals()
         vars(self.queue_log)["renewals"] = self.renewals
         app.world = self
+        #: What is being decided on, the one that came between the others last.
+        self._arrivals: list[Arrival] = []
         self._interruption: Interruption | None = None
         self._killed = False
 
@@ -272,6 +294,8 @@ class World:
                 self.queue_log.recovery.step()
 
     _acting: Execution | None = None
+    #: The Celery id of a delivery that is being discarded.
+    _revoking: str | None = None
 
     # -- producers -----------------------------------------------------------------------------------------------------
 
@@ -308,6 +332,7 @@ class World:
         if not task.acks_late:
             self.broker.ack(copy)
         self.queue_log.recovery.saw("celery", identity_of(task, request).key)
+        self._arrivals.append(Arrival(copy))
         try:
             with self._traced(task, request):
                 run = admit(task, request)
@@ -322,6 +347,8 @@ class World:
             return None
         except KilledError:
             return None
+        finally:
+            self._arrivals.pop()
         execution = Execution(copy, request, run)
         self.executions.append(execution)
         if execution.runs_body:
@@ -413,7 +440,11 @@ class World:
         """A copy is not run, because it was revoked."""
         self.broker.deliver(copy)
         request = copy.request("revoker")
-        _revoked(copy.task, request)
+        self._revoking = copy.task_id
+        try:
+            _revoked(copy.task, request)
+        finally:
+            self._revoking = None
         self.broker.ack(copy)
 
     def _end(self, execution: Execution, *, ack: bool | None = True) -> None:
@@ -490,6 +521,8 @@ class World:
         if after is None:
             known.tokens.clear()
             return
+        if act.verb == "claim" and key in act.keys:
+            self._saw_claim(act, before)
         life = known.life
         if after.processed_status is ProcessedStatus.SUCCESS:
             life.succeeded = True
@@ -501,8 +534,17 @@ class World:
         if act.verb == "abandon" and before is not None and before.status is not after.status:
             task = self.app.tasks[key.task_name]
             fails = task.idempotency.delivery.on_abandoned == "fail" and before.processed_status is None
-            _law("a message is abandoned by rule", fails or before.takeovers >= MAX_TAKEOVERS, act)
+            revoked = before.forbidden or (before.task_id == self._revoking and before.processed_status is None)
+            _law("a message is abandoned by rule", fails or revoked or before.takeovers >= MAX_TAKEOVERS, act)
+            life.cancelled = life.cancelled or revoked
         _law("no more duplicates are counted than there are copies", after.duplicates <= known.copies, act)
+
+    def _saw_claim(self, act: Act, before: Row | None) -> None:
+        arrival = self._arrivals[-1]
+        if isinstance(act.answer, Taken):
+            arrival.taken = act.answer.row
+        elif before is not None and before.status is Status.PENDING:
+            _law("an old copy does not run in its retry's place", arrival.may_claim(before), act)
 
     def check(self) -> None:
         """What holds between any two acts, whoever does them."""
