@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from zlib import crc32
 
-from sqlalchemy import Connection, Table, text
+from sqlalchemy import Connection, PoolProxiedConnection, Table, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.schema import DDLElement, DropIndex
 
@@ -34,6 +34,10 @@ _LOOK = 0.1
 #: Half of the key of PostgreSQL's advisory lock; the other half is the table's name.
 _ADVISORY = crc32(b"celery_idempotent init") - 2**31
 
+#: In a transaction the server keeps the snapshot of a statement that was sent with parameters or by name until the next statement, and
+#: builds would wait for that. This one has none.
+_LET_GO = "SHOW transaction_isolation"
+
 #: Faces of "somebody else has done it already". One is of PostgreSQL's catalogue, when two create at once.
 _DONE = ("already exists", "duplicate key", "duplicate column")
 _GONE = ("does not exist", "can't drop", "no such index")
@@ -49,7 +53,8 @@ def alone(connection: Connection, table: Table) -> Iterator[None]:
     PostgreSQL builds an index beside others only when all transactions have ended that can see the table as it was, and a session that
     waits for a lock is one of them: two builds wait for each other, and the one that is ended leaves half an index. So nobody waits in the
     database. Such a build is in no transaction, so another connection has the lock, in one of its own: a session's lock would be left with whichever
-    session a pooler had lent. While it does nothing that transaction has no snapshot, and no build waits for it.
+    session a pooler had lent. While it does nothing that transaction has no snapshot, and no build waits for it. Who has not got the lock ends
+    the transaction in which it asked: a build that once saw it with a snapshot waits for its end.
 
     SQLite has one writer at a time, and does it all in one transaction. MySQL and MariaDB sort it out by themselves: the second one is told that
     it is done.
@@ -58,32 +63,41 @@ def alone(connection: Connection, table: Table) -> Iterator[None]:
         with _sqlite_transaction(connection, "BEGIN IMMEDIATE"):
             yield
         return
-    ask = f"SELECT pg_try_advisory_xact_lock({_ADVISORY}, {crc32(table.fullname.encode()) - 2**31})"
-    waiting = False
     pool = connection.engine.pool.recreate()  # for one connection, which the engine's own has not to keep
-    driver = connection.dialect.loaded_dbapi
+    other: PoolProxiedConnection | None = None
     try:
-        other = pool.connect()
-        cursor = other.cursor()
-        cursor.execute("BEGIN ISOLATION LEVEL READ COMMITTED")
-        cursor.execute(ask)
-        while cursor.fetchone() == (False,):
-            if not waiting:
-                waiting = True
-                logger.warning("%s is being changed by somebody else, who is waited for", table.fullname)
-            time.sleep(_LOOK)
-            cursor.execute(ask)
-        # A statement that was sent by name keeps its snapshot until the next one, and builds would wait for that.
-        cursor.execute("SELECT 1")
-    except driver.Error as error:
-        raise StoreUnavailableError(
-            f"cannot change {table.fullname}: no second connection for its lock: {error}"
-        ) from error
-    try:
+        try:
+            # A migration's transaction waits, too.
+            connection.exec_driver_sql(_LET_GO)
+            other = pool.connect()
+            _lock(other, table)
+        except connection.dialect.loaded_dbapi.Error as error:
+            raise StoreUnavailableError(
+                f"cannot change {table.fullname}: no second connection for its lock: {error}"
+            ) from error
         yield
     finally:
-        other.invalidate()  # with its transaction, and the lock
+        if other is not None:
+            other.invalidate()  # with its transaction, and the lock
         pool.dispose()
+
+
+def _lock(other: PoolProxiedConnection, table: Table) -> None:
+    """Begin the transaction that has the lock, as soon as nobody else has it."""
+    waiting = False
+    cursor = other.cursor()
+    while True:
+        cursor.execute("BEGIN ISOLATION LEVEL READ COMMITTED")
+        cursor.execute(f"SELECT pg_try_advisory_xact_lock({_ADVISORY}, {crc32(table.fullname.encode()) - 2**31})")
+        (locked,) = cursor.fetchone() or (False,)
+        if locked:
+            cursor.execute(_LET_GO)
+            return
+        cursor.execute("ROLLBACK")
+        if not waiting:
+            waiting = True
+            logger.warning("%s is being changed by somebody else, who is waited for", table.fullname)
+        time.sleep(_LOOK)
 
 
 @contextmanager

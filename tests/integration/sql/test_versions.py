@@ -18,6 +18,7 @@ from celery_idempotent.records import Change, Claimed, MessageKey, NewMessage, R
 from celery_idempotent.store import Store
 from celery_idempotent.stores.sql import SQLStore, queue_log_table
 from celery_idempotent.stores.sql import table as tables
+from celery_idempotent.stores.sql.online import alone
 from celery_idempotent.testing.examples import KEY, claim, done, new_message, pending, read
 from tests.support.apps import AppSpec, OpenApp
 from tests.support.apps.newer import VERSIONS as NEWER
@@ -245,6 +246,20 @@ def test_an_index_that_was_not_built_to_the_end_is_built_anew(store_url: str, en
         ]
         assert store.init()
         assert store.outstanding() == []
+
+
+@on_postgresql
+def test_a_build_does_not_wait_for_those_who_wait_for_it(store_url: str, engine: sa.Engine) -> None:
+    with closing(SQLStore(store_url)) as store, ThreadPoolExecutor(1) as threads, engine.connect() as connection:
+        store.init()
+        connection.execution_options(isolation_level="AUTOCOMMIT")
+        with alone(connection, queue_log_table(sa.MetaData())):
+            waiting = threads.submit(next_init, store_url)
+            time.sleep(1.5)  # it asks often enough for psycopg to give the question a name
+            assert not waiting.done()
+            connection.execute(sa.text("SET statement_timeout = '15s'"))
+            connection.execute(sa.text("CREATE INDEX CONCURRENTLY another ON queue_log (queue)"))
+        assert waiting.result(PATIENCE)
 
 
 # -- code of one version beside code of the next ---------------------------------------------------------------------------------
