@@ -1,7 +1,8 @@
 """What becomes of a message that Celery discards: it was revoked, or it has expired.
 
 Its task is not reached, so the worker's main process takes the decision. It runs in the worker's event loop, which must not wait for a store
-that is down: each verb is asked once. A row that could not be ended is published again by recovery, and discarded again.
+that is down: each verb is asked once, and none after one that failed. A row that could not be ended is published again by recovery, and
+discarded again.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from celery_idempotent.decision import Delivery, DeliveryAction, decide_delivery
 from celery_idempotent.errors import ConfigurationError, StoreError
 from celery_idempotent.identity import identity_of
 from celery_idempotent.outcomes import OutcomeKind, reason_of
-from celery_idempotent.records import Row, Status
+from celery_idempotent.records import Row
 from celery_idempotent.run import worker_label
 
 if TYPE_CHECKING:
@@ -43,9 +44,14 @@ def discard(task: IdempotentTask, request: Context, why: str) -> None:
         key = identity_of(task, request).key
     except (ConfigurationError, TypeError):
         return  # no store can keep it, or it is no call of its task, so none has a row of it
+    store = task.queue_log.store
     try:
-        row = task.queue_log.store.find(key)
-        kind = None if row is None else _end(task, request, row, why)
+        # Nearly every one still waits: it is ended without being read before.
+        if store.cancel(key, task_id=request.id, error=why, unique_for=task.idempotency.unique_for):
+            kind: OutcomeKind | None = OutcomeKind.CANCELLED
+        else:
+            row = store.find(key)
+            kind = None if row is None else _end(task, request, row, why)
     except StoreError as error:
         logger.error("%s[%s] was %s, but its row stays as it is: %s", key.task_name, key.message_id, why, error)
         return
@@ -66,10 +72,8 @@ def _end(task: IdempotentTask, request: Context, row: Row, why: str) -> OutcomeK
     store, unique_for = task.queue_log.store, task.idempotency.unique_for
     delivery = Delivery(request.id, retries=request.retries or 0, discarded=why)
     match decide_delivery(row, delivery, task.idempotency.delivery).action:
-        case DeliveryAction.CANCEL if row.status is Status.PENDING:
-            ended = store.cancel(row.key, task_id=row.task_id, error=why, unique_for=unique_for)
-            return OutcomeKind.CANCELLED if ended else None
         case DeliveryAction.CANCEL:
+            # Of one that waits again since it was asked to be cancelled, this ends nothing: it is published, and discarded again.
             ended = store.abandon(row, error=why, unique_for=unique_for)
             return OutcomeKind.CANCELLED if ended else None
         case DeliveryAction.FORBID:

@@ -13,8 +13,8 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -239,10 +239,16 @@ class Database:
                 raise
 
     def _connect(self, opened: _Opened) -> Connection:
-        try:
-            engine = self._autocommit(opened)
+        engine = self._autocommit(opened)
+        with self._opening():
             # An engine of somebody's own has events of theirs, and is put into autocommit connection by connection.
             return DirectConnection(engine, opened.plans) if self._is_ours(engine) else engine.connect()
+
+    @contextmanager
+    def _opening(self) -> Iterator[None]:
+        """Name what is wrong with the URL, or with this host, where an engine or a connection is opened."""
+        try:
+            yield
         except (TypeError, ValueError) as error:
             if isinstance(error, IdempotentError):
                 raise
@@ -307,7 +313,8 @@ class Database:
         if opened.autocommit is None:
             with opened.lock:
                 if opened.autocommit is None:
-                    opened.autocommit = self._open_autocommit(opened)
+                    with self._opening():
+                        opened.autocommit = self._open_autocommit(opened)
         return opened.autocommit
 
     def _open_autocommit(self, opened: _Opened) -> Engine:

@@ -285,11 +285,12 @@ def test_a_frozen_server_does_not_stop_the_main_process(
     worker.wait_for_log("Tasks flagged as revoked")
 
     postgresql.pause()
-    worker.wait_for_log("echo[m] was revoked, but its row stays pending", timeout=60)
+    worker.wait_for_log("echo[m] was revoked, but its row stays as it is: the queue log at ", timeout=60)
     answers = wait_until(lambda: app.control.ping(destination=[worker.hostname], timeout=5), describe="a pong")
 
     assert answers == [{worker.hostname: {"ok": "pong"}}]
     assert app.tasks["echo"].AsyncResult(revoked.id).state == "REVOKED"
+    assert worker.log.read_text().count("gave no answer") == 1, "the store was asked once"
 
 
 def test_run_goes_on_unguarded_and_loudly(

@@ -352,7 +352,7 @@ def test_an_account_needs_no_other_rights_than_the_page_tells(private_redis: Pri
         store.lapsed(again_after=0.0, limit=9)
         store.waiting(older_than=0.0, limit=9)
         store.unsent(limit=9)
-        store.purge(older_than=0.0, limit=9)
+        store.purge(older_than=0.0, limit=9, failures_older_than=3600.0)
         assert list(store.rows(RowFilter()))
     with closing(RedisStore(url, table="other")) as store, pytest.raises(StoreError, match="refused"):
         store.record(new_message())
