@@ -105,10 +105,10 @@ def requeue(queue_log: QueueLog, row: Row) -> Requeued | NotRequeued:
         args, kwargs, options = decode_message(queue_log.app, row.message)
     except UndecodableError as error:
         return NotRequeued(row.key, f"its message cannot be read: {error}")
-    if row.status is Status.PROCESSING and not queue_log.store.abandon(row, error=row.error or _OWNERLESS):
-        return NotRequeued(row.key, "somebody else has changed it meanwhile")
     if options.get("exchange_type") == FANOUT:
         return NotRequeued(row.key, "it went to a fanout exchange, and each worker would get it again: send it anew")
+    if row.status is Status.PROCESSING and not queue_log.store.abandon(row, error=row.error or _OWNERLESS):
+        return NotRequeued(row.key, "somebody else has changed it meanwhile")
     renamed = row.error is not None and row.error.startswith(DISCARDED)
     # Behind a copy's retry the row has the copy's message, under the copy's id.
     task_id = uuid() if renamed else str(options.get("task_id") or row.task_id)
