@@ -29,8 +29,9 @@ __all__ = [
 #: Seconds. Some bodies take longer.
 LEASE = 6.0
 
-#: Seconds after which a gevent worker ends a body of the kind ``limited``. The others of that kind take a tenth of it at most.
-TIME_LIMIT = 4.0
+#: Seconds after which a gevent worker ends a body of the kind ``limited``. The others of that kind take a tenth of it at most. A hard limit
+#: counts from the delivery, and ends a message that waits for its claim as well: it is longer than a server is away.
+TIME_LIMIT = 2 * LEASE
 
 #: Kinds of sendings, and how many of each there are in a hundred or so.
 SENDINGS: Mapping[str, int] = {

@@ -97,7 +97,7 @@ BROKERS: dict[str, type[PrivateServer]] = {"redis": PrivateRedis, "rabbitmq": Pr
 WORKERS, CONCURRENCY = 4, 2
 
 #: Greenlets of the one worker beside them that has a gevent pool, and what its node name begins with.
-GREENLETS, GEVENT_NAME = 4, "g"
+GREENLETS, GEVENT_NAME = 8, "g"
 
 #: Seconds. Less than the bodies that outlive their lease take, and than the longest countdown.
 VISIBILITY_TIMEOUT = LEASE
