@@ -292,8 +292,16 @@ def _keep_alive(itself: weakref.ref[_Renewal], changed: threading.Condition) -> 
 
 
 def _notify(changed: threading.Condition) -> None:
-    with changed:
-        changed.notify()
+    """End the thread of what was just collected; without waiting, since collection may happen anywhere.
+
+    As an interpreter ends, or behind a fork, the lock may be held by a thread that never runs again. A thread that has it just now looks
+    by itself, at the latest after its pause.
+    """
+    if changed.acquire(blocking=False):
+        try:
+            changed.notify()
+        finally:
+            changed.release()
 
 
 #: Those of this process, and of those that it was forked from, which have had a thread.

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -275,3 +276,31 @@ print("ends", flush=True)
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
         assert done.stdout.splitlines() == ["ends", "own", "dead"]
         assert done.stderr == ""
+
+    @pytest.mark.timeout(20)
+    def test_it_is_collected_though_its_lock_is_never_released(self, store: Listener) -> None:
+        """As an interpreter ends, its daemon threads stand still with what they hold."""
+        renewals = Renewals(lambda: store)  # type: ignore[arg-type, return-value]
+        renewals.hold(claim(), LEASE)
+        renewals.let_go(claim())
+        itself = renewals._here()
+        thread, gone = itself._thread, weakref.ref(itself)
+        assert thread is not None
+        held, over = threading.Event(), threading.Event()
+
+        def stand_still(lock: threading.Condition) -> None:
+            with lock:
+                held.set()
+                over.wait()
+
+        still = threading.Thread(target=stand_still, args=(itself._changed,), daemon=True)
+        still.start()
+        assert held.wait(10)
+        try:
+            del renewals, itself
+            wait_for(lambda: gone() is None)
+        finally:
+            over.set()
+            still.join()
+        thread.join(10)
+        assert not thread.is_alive()
