@@ -21,7 +21,7 @@ import yaml
 
 from celery_idempotent.cli import idempotent
 from celery_idempotent.stores.sql import queue_log_table
-from tests.support.pages import PAGES, ROOT, Block, blocks
+from tests.support.pages import PAGES, ROOT, Block, blocks, hidden_code, run_here
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 
@@ -90,6 +90,20 @@ def test_a_pages_python_runs(page: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) > 0
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if (ROOT / page).with_suffix(".py").exists()])
+def test_each_hidden_piece_has_its_block(page: str) -> None:
+    examples = run_here(ROOT / page)
+    pieces = hidden_code(ROOT / page)
+    places = [(number, when == "after") for when, number in pieces]
+    assert places
+    assert places == sorted(places)
+    assert all(1 <= number <= len(examples) for number, _ in places)
+
+
+def test_no_page_hides_code_in_its_text() -> None:
+    assert [page for page in PAGES if "<!-- invisible-code" in (ROOT / page).read_text()] == []
 
 
 # -- command lines ------------------------------------------------------------------------------------------------------------

@@ -5,9 +5,13 @@ A block of Python is run, in the order of the page and in one namespace, unless 
     <!-- not run: why -->
     <!-- run by: tests/acceptance/test_readme.py -->
     <!-- all run by: tests/acceptance/test_tutorial.py -->          anywhere on the page
+    <!-- wide: why -->                                             directly above a block of more than 88 columns
 
-``app``, ``Celery`` and ``IdempotentTask`` are there. What else a page's blocks take for granted, and what became of them, stands in a comment
-of the page itself, which no reader sees: ``<!-- invisible-code: python``.
+``app``, ``Celery`` and ``IdempotentTask`` are there. What else a page's blocks need, and the checks of what they did, stand in a file next to the
+page: ``docs/how-to/atomic.py`` for ``atomic.md``. A line above each piece says when it runs; blocks that are not run here do not count::
+
+    # %% before block 1
+    # %% after block 3
 
 ``python -m tests.support.pages PAGE`` runs the blocks of a page, in the directory where it is started.
 """
@@ -22,6 +26,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from celery import Celery
 from sybil import Document, Example
@@ -30,7 +35,7 @@ from sybil.parsers.markdown.lexers import FencedCodeBlockLexer
 
 from celery_idempotent import IdempotentTask
 
-__all__ = ["PAGES", "ROOT", "Block", "blocks"]
+__all__ = ["PAGES", "ROOT", "Block", "blocks", "hidden_code", "run_here"]
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,7 +57,11 @@ ADDRESSES = {
     "postgresql+psycopg://localhost/shop": "sqlite:///shop.db",
 }
 
-_SAID = re.compile(r"<!-- (not run|run by): ([^\n]+?) -->\n\Z")
+_SAID = re.compile(r"<!-- (not run|run by): ([^\n]+?) -->\n(?:<!-- wide: [^\n]+? -->\n)?\Z")
+
+_WIDE = re.compile(r"<!-- wide: ([^\n]+?) -->\n\Z")
+
+_PIECE = re.compile(r"^# %% (before|after) block (\d+)$", re.MULTILINE)
 
 _SAID_OF_ALL = re.compile(r"^<!-- all run by: ([^\n]+?) -->$", re.MULTILINE)
 
@@ -68,6 +77,7 @@ class Block:
         text: What is in it.
         not_run: Why it is not run, where the page says so.
         run_by: The test that runs it, where the page says so.
+        wide: Why it is wider than others, where the page says so.
     """
 
     page: str
@@ -76,6 +86,7 @@ class Block:
     text: str
     not_run: str | None
     run_by: str | None
+    wide: str | None
 
     def __str__(self) -> str:
         return f"{self.page}:{self.line}"
@@ -89,6 +100,7 @@ def blocks(page: str) -> Iterator[Block]:
         said = {} if found is None else {found[1]: found[2]}
         if everything := _SAID_OF_ALL.search(document.text):
             said = {"run by": everything[1]}
+        wide = _WIDE.search(document.text[: example.region.start])
         yield Block(
             page,
             example.line,
@@ -96,6 +108,7 @@ def blocks(page: str) -> Iterator[Block]:
             str(example.region.lexemes["source"]),
             said.get("not run"),
             said.get("run by"),
+            None if wide is None else wide[1],
         )
 
 
@@ -103,23 +116,55 @@ def _said_above(example: Example) -> re.Match[str] | None:
     return _SAID.search(example.document.text[: example.region.start])
 
 
-def run(page: Path) -> int:
-    """Run the Python of a page, and answer how many of its blocks that were."""
-    text = page.read_text()
-    for shown, ours in ADDRESSES.items():
-        text = text.replace(shown, ours)
-    document = Document(text, str(page))
+def run_here(page: Path, namespace: dict[str, Any] | None = None) -> list[Example]:
+    """The Python blocks that are run with a page."""
+    document = Document(_with_our_addresses(page.read_text()), str(page))
+    document.namespace = {} if namespace is None else namespace
     for region in PythonCodeBlockParser()(document):
         document.add(region)
+    return [example for example in document if _said_above(example) is None]
+
+
+def hidden_code(page: Path) -> dict[tuple[str, int], str]:
+    """The pieces of the file next to a page, by when they run: ``("after", 3)``."""
+    file = page.with_suffix(".py")
+    if not file.exists():
+        return {}
+    text = _with_our_addresses(file.read_text())
+    pieces = list(_PIECE.finditer(text))
+    ends = [piece.start() for piece in pieces[1:]] + [len(text)]
+    # As many empty lines above as keep a traceback's line numbers right.
+    return {
+        (piece[1], int(piece[2])): "\n" * text.count("\n", 0, piece.end()) + text[piece.end() : end]
+        for piece, end in zip(pieces, ends, strict=True)
+    }
+
+
+def run(page: Path) -> int:
+    """Run the Python of a page, and answer how many of its blocks that were."""
     module = ModuleType("shop")
     sys.modules["shop"] = module
-    document.namespace = vars(module)
     app = Celery("shop", broker="memory://", backend="cache+memory://")
-    document.namespace |= {"Celery": Celery, "IdempotentTask": IdempotentTask, "app": app}
-    examples = [example for example in document if _said_above(example) is None]
-    for example in examples:
+    namespace = vars(module)
+    namespace |= {"Celery": Celery, "IdempotentTask": IdempotentTask, "app": app}
+    hidden = hidden_code(page)
+
+    def run_hidden(when: str, number: int) -> None:
+        code = compile(hidden.get((when, number), ""), str(page.with_suffix(".py")), "exec", dont_inherit=True)
+        exec(code, namespace)
+
+    examples = run_here(page, namespace)
+    for number, example in enumerate(examples, start=1):
+        run_hidden("before", number)
         example.evaluate()
+        run_hidden("after", number)
     return len(examples)
+
+
+def _with_our_addresses(text: str) -> str:
+    for shown, ours in ADDRESSES.items():
+        text = text.replace(shown, ours)
+    return text
 
 
 if __name__ == "__main__":
