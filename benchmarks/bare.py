@@ -16,8 +16,8 @@ from celery import Task
 
 from benchmarks.drivers import Statement, driver_of
 from celery_idempotent import IdempotentTask
-from celery_idempotent.producer import Sending
-from celery_idempotent.records import Claimed, MessageKey, NewMessage, Recorded
+from celery_idempotent.core.records import Claimed, MessageKey, NewMessage, Recorded
+from celery_idempotent.producer.send import Sending
 from celery_idempotent.stores import open_store
 from celery_idempotent.stores.redis.layout import Layout, identity
 

@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import sqlalchemy as sa
 
-from celery_idempotent.store import TransactionalStore
+from celery_idempotent.core.store import TransactionalStore
 
 __all__ = ["Driver", "Statement", "driver_of"]
 

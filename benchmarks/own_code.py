@@ -25,8 +25,8 @@ from benchmarks.rows import clear
 from benchmarks.servers import no_waiting_for_the_disk
 from benchmarks.site import Site, Stand
 from benchmarks.subjects import Place, Subject
-from celery_idempotent.records import Claim, Claimed, MessageKey, NewMessage, ProcessedStatus, Recorded
-from celery_idempotent.store import Store
+from celery_idempotent.core.records import Claim, Claimed, MessageKey, NewMessage, ProcessedStatus, Recorded
+from celery_idempotent.core.store import Store
 from celery_idempotent.stores import open_store
 from tests.support.worker import ROOT
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from celery_idempotent.current import CurrentMessage, current_message
 from celery_idempotent.errors import (
     AlreadyFailedError,
     AlreadyProcessingError,
@@ -21,11 +20,12 @@ from celery_idempotent.errors import (
     StoreError,
     StoreUnavailableError,
 )
-from celery_idempotent.message_ids import by_arguments
-from celery_idempotent.outboxes import outbox
-from celery_idempotent.outcomes import Outcome, OutcomeKind
+from celery_idempotent.hooks import Outcome, OutcomeKind
+from celery_idempotent.message.ids import by_arguments
+from celery_idempotent.producer.outbox import outbox
 from celery_idempotent.queue_log import QueueLog
 from celery_idempotent.task import IdempotentTask
+from celery_idempotent.worker.context import CurrentMessage, current_message
 
 if TYPE_CHECKING:
     from celery_idempotent.stores.redis import RedisStore

@@ -7,20 +7,20 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 # Before anybody can ask Celery for an app's settings, and before anything is logged.
-from celery_idempotent import censorship, loglines  # noqa: F401
+from celery_idempotent.core import log_lines, settings_mask  # noqa: F401
 from celery_idempotent.errors import ConfigurationError
-from celery_idempotent.outcomes import Outcomes
-from celery_idempotent.renewal import Renewals
+from celery_idempotent.hooks import Outcomes
 from celery_idempotent.settings import Settings
 from celery_idempotent.stores import open_store
+from celery_idempotent.worker.lease_renewal import Renewals
 
 if TYPE_CHECKING:
     from celery import Celery
 
-    from celery_idempotent.atomic import SessionFactory
-    from celery_idempotent.publication import Publisher
-    from celery_idempotent.recovery import Recovery
-    from celery_idempotent.store import Store
+    from celery_idempotent.core.store import Store
+    from celery_idempotent.maintenance.rescue import Recovery
+    from celery_idempotent.producer.publisher import Publisher
+    from celery_idempotent.worker.unit_of_work import SessionFactory
 
 __all__ = ["QueueLog"]
 
@@ -117,14 +117,14 @@ class QueueLog:
     @cached_property
     def recovery(self) -> Recovery:
         """What brings messages back that a worker, a broker or a producer lost."""
-        from celery_idempotent.recovery import Recovery
+        from celery_idempotent.maintenance.rescue import Recovery
 
         return Recovery(self)
 
     @cached_property
     def publisher(self) -> Publisher:
         """What publishes the messages that this process has committed."""
-        from celery_idempotent.publication import Publisher
+        from celery_idempotent.producer.publisher import Publisher
 
         return Publisher(self)
 

@@ -61,7 +61,7 @@ class Settings:
         lost_after: Seconds for which a message may stay pending before its publication is doubted.
         on_store_error: What happens while the store gives no answer. ``retry``: wait, then have the message delivered
             again. ``run``: run unguarded, with an error in the log. ``raise``: raise StoreUnavailableError.
-        hooks: Callables of one :class:`~celery_idempotent.outcomes.Outcome`, or dotted paths of such, which are told what becomes
+        hooks: Callables of one :class:`~celery_idempotent.hooks.Outcome`, or dotted paths of such, which are told what becomes
             of each message. Default: none.
         redact: Names of parameters and keys, or patterns with ``*`` and ``?``, whose values are masked wherever arguments and results are
             shown. The rows keep them: a message has to be published again.

@@ -12,20 +12,20 @@ from celery.exceptions import Ignore
 from celery.result import EagerResult
 from celery.utils import uuid
 
-from celery_idempotent.binding import REQUEST, guard
-from celery_idempotent.chords import add_part
+from celery_idempotent.core.records import NewMessage
 from celery_idempotent.errors import ConfigurationError, IdempotentError
-from celery_idempotent.handlers import guard_handlers
-from celery_idempotent.identity import type_of_exchange
+from celery_idempotent.message.header import Marker
+from celery_idempotent.message.identity import type_of_exchange
+from celery_idempotent.message.serialization import content_of
 from celery_idempotent.options import Options, refuse_misspelt, refuse_misspelt_call
-from celery_idempotent.producer import answer_of, identify, is_unrecorded, send
+from celery_idempotent.producer.send import answer_of, identify, is_unrecorded, send
 from celery_idempotent.queue_log import QueueLog
-from celery_idempotent.records import NewMessage
-from celery_idempotent.run import Passage, Run
-from celery_idempotent.serialization import content_of
 from celery_idempotent.settings import PREFIX
-from celery_idempotent.signals import install
-from celery_idempotent.wire import Marker
+from celery_idempotent.worker.binding import REQUEST, guard
+from celery_idempotent.worker.chords import add_part
+from celery_idempotent.worker.handlers import guard_handlers
+from celery_idempotent.worker.run import Passage, Run
+from celery_idempotent.worker.signals import install
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
     from sqlalchemy.orm import Session
 
-    from celery_idempotent.atomic import UnitOfWork
     from celery_idempotent.result import IdempotentResult
+    from celery_idempotent.worker.unit_of_work import UnitOfWork
 
 __all__ = ["IdempotentTask"]
 

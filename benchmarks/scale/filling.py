@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from celery_idempotent.serialization import encode_message
+from celery_idempotent.message.serialization import encode_message
 from celery_idempotent.stores.sql import SQLStore
 
 __all__ = ["IN_FLIGHT", "Filling", "fill"]

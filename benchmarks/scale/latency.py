@@ -10,7 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from benchmarks.scale.traffic import VERBS, Times, new_messages, run
-from celery_idempotent.records import Claimed, MessageKey, NewMessage
+from celery_idempotent.core.records import Claimed, MessageKey, NewMessage
 from celery_idempotent.stores.sql import SQLStore
 
 __all__ = ["latency"]

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from uuid import uuid4
 
-from celery_idempotent.records import Claim, Claimed, MessageKey, NewMessage, Recorded
-from celery_idempotent.serialization import encode_message
-from celery_idempotent.store import Store
+from celery_idempotent.core.records import Claim, Claimed, MessageKey, NewMessage, Recorded
+from celery_idempotent.core.store import Store
+from celery_idempotent.message.serialization import encode_message
 
 __all__ = ["VERBS", "Times", "new_messages", "percentile", "run"]
 

@@ -19,12 +19,14 @@ from __future__ import annotations
 import click
 from celery.bin.base import handle_preload_options
 
-# Celery imports us for every command: `celery inspect` asks for what `inspection` knows, and `celery report` shows settings.
-from celery_idempotent import censorship, inspection  # noqa: F401
 from celery_idempotent.cli.changing import forget, purge, requeue
 from celery_idempotent.cli.reading import list_, show, stats
 from celery_idempotent.cli.recovering import recover
 from celery_idempotent.cli.setting_up import doctor, init
+
+# Celery imports us for every command: `celery inspect` asks for what `control` knows, and `celery report` shows settings.
+from celery_idempotent.core import settings_mask  # noqa: F401
+from celery_idempotent.worker import control  # noqa: F401
 
 __all__ = ["idempotent"]
 

@@ -16,10 +16,10 @@ from celery_idempotent.cli.opening import opened
 from celery_idempotent.cli.options import Chosen, as_json, choose, confirmed, dry_run, duration, limit, yes
 from celery_idempotent.cli.printing import print_, printable, table
 from celery_idempotent.cli.reading import listing, not_there, record_of, rows_of
+from celery_idempotent.core.records import FORGOTTEN, MessageKey, ProcessedStatus, Row, Status
+from celery_idempotent.maintenance.requeue import NotRequeued, obstacle
+from celery_idempotent.maintenance.requeue import requeue as requeue_row
 from celery_idempotent.queue_log import QueueLog
-from celery_idempotent.records import FORGOTTEN, MessageKey, ProcessedStatus, Row, Status
-from celery_idempotent.requeue import NotRequeued, obstacle
-from celery_idempotent.requeue import requeue as requeue_row
 
 __all__ = ["forget", "purge", "requeue"]
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
-from celery_idempotent.records import RowFilter
+from celery_idempotent.core.records import RowFilter
 
 __all__ = ["Chosen", "as_json", "choose", "confirmed", "dry_run", "duration", "limit", "yes"]
 

@@ -11,10 +11,10 @@ from celery.bin.base import CeleryCommand
 from celery_idempotent.cli.opening import opened
 from celery_idempotent.cli.options import Chosen, as_json, choose, limit
 from celery_idempotent.cli.printing import print_, sheets, table
+from celery_idempotent.core.records import MessageKey, ProcessedStatus, Row, RowFilter, Status
+from celery_idempotent.message.redaction import Redaction
+from celery_idempotent.message.serialization import UndecodableError, decode_message, decode_result
 from celery_idempotent.queue_log import QueueLog
-from celery_idempotent.records import MessageKey, ProcessedStatus, Row, RowFilter, Status
-from celery_idempotent.redaction import Redaction
-from celery_idempotent.serialization import UndecodableError, decode_message, decode_result
 
 if TYPE_CHECKING:
     from celery import Celery

@@ -20,8 +20,8 @@ from celery_idempotent.cli.opening import one_line, opened
 from celery_idempotent.cli.options import as_json, confirmed, dry_run, duration, yes
 from celery_idempotent.cli.printing import print_, table
 from celery_idempotent.errors import StoreUnavailableError
+from celery_idempotent.maintenance.rescue import Due, Recovered
 from celery_idempotent.queue_log import QueueLog
-from celery_idempotent.recovery import Due, Recovered
 
 __all__ = ["recover"]
 

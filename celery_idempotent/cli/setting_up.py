@@ -11,9 +11,9 @@ from celery.bin.base import CeleryCommand
 from celery_idempotent.cli.opening import opened
 from celery_idempotent.cli.options import as_json, confirmed, dry_run, duration, yes
 from celery_idempotent.cli.printing import print_
+from celery_idempotent.core.records import Change
 from celery_idempotent.doctor import CODES, Facts, Finding, Severity, findings, read_facts
 from celery_idempotent.queue_log import QueueLog
-from celery_idempotent.records import Change
 
 __all__ = ["doctor", "init"]
 

@@ -23,9 +23,9 @@ from typing import Any
 
 from sqlalchemy import Connection, MetaData
 
+from celery_idempotent.stores.sql.migrations import Step, check_version, present_in, steps_back, steps_to
 from celery_idempotent.stores.sql.online import alone, execute
 from celery_idempotent.stores.sql.schema import steps
-from celery_idempotent.stores.sql.steps import Step, check_version, present_in, steps_back, steps_to
 from celery_idempotent.stores.sql.table import table_of_version
 
 __all__ = ["apart_from", "downgrade", "upgrade"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from dataclasses import fields
 
-from celery_idempotent.outcomes import Outcome, OutcomeKind
+from celery_idempotent.hooks import Outcome, OutcomeKind
 
 __all__ = ["hook"]
 

@@ -11,7 +11,7 @@ import time
 from dataclasses import fields
 
 from celery_idempotent.errors import ConfigurationError
-from celery_idempotent.outcomes import Outcome, OutcomeKind
+from celery_idempotent.hooks import Outcome, OutcomeKind
 
 try:
     from opentelemetry.trace import Link, TracerProvider, get_current_span, get_tracer

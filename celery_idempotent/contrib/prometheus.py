@@ -14,7 +14,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from celery_idempotent.errors import ConfigurationError
-from celery_idempotent.outcomes import Outcome, OutcomeKind
+from celery_idempotent.hooks import Outcome, OutcomeKind
 
 try:
     from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram, start_http_server

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
-from celery_idempotent.decision import AVAILABLE_GRACE, MAX_TAKEOVERS
+from celery_idempotent.core.decision import AVAILABLE_GRACE, MAX_TAKEOVERS
 from celery_idempotent.doctor.facts import Facts, TaskFacts
 from celery_idempotent.doctor.finding import Finding
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from celery_idempotent.records import Condition
+from celery_idempotent.core.records import Condition
 
 __all__ = ["AppFacts", "BrokerFacts", "Facts", "QueueFacts", "StoreFacts", "TaskFacts"]
 

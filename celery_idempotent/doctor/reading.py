@@ -13,21 +13,21 @@ from celery import Task
 from celery.backends.base import DisabledBackend
 from celery.utils.quorum_queues import detect_quorum_queues
 
-from celery_idempotent.binding import passes_the_guard
-from celery_idempotent.celery_versions import retries_lost_workers
-from celery_idempotent.children import is_guarded
+from celery_idempotent.core.records import RowFilter, Status
+from celery_idempotent.core.transactions import transactional
 from celery_idempotent.doctor.facts import AppFacts, BrokerFacts, Facts, QueueFacts, StoreFacts, TaskFacts
 from celery_idempotent.errors import ConfigurationError, SchemaError, StoreError, StoreUnavailableError
-from celery_idempotent.publication import ANSWER
-from celery_idempotent.records import RowFilter, Status
-from celery_idempotent.transactions import transactional
+from celery_idempotent.message.canvas_ids import is_guarded
+from celery_idempotent.producer.publisher import ANSWER
+from celery_idempotent.worker.binding import passes_the_guard
+from celery_idempotent.worker.celery_versions import retries_lost_workers
 
 if TYPE_CHECKING:
     from celery import Celery
     from kombu import Connection
 
+    from celery_idempotent.core.store import Store
     from celery_idempotent.queue_log import QueueLog
-    from celery_idempotent.store import Store
     from celery_idempotent.task import IdempotentTask
 
 __all__ = ["read_facts"]

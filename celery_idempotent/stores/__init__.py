@@ -1,10 +1,10 @@
-"""Stores: implementations of the port in :mod:`celery_idempotent.store`."""
+"""Stores: implementations of the port in :mod:`celery_idempotent.core.store`."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from celery_idempotent.store import Store
+from celery_idempotent.core.store import Store
 
 if TYPE_CHECKING:
     from sqlalchemy import URL

@@ -1,4 +1,4 @@
-"""The contract of a store as a test suite, to be run on every implementation of :class:`~celery_idempotent.store.Store`.
+"""The contract of a store as a test suite, to be run on every implementation of :class:`~celery_idempotent.core.store.Store`.
 
 Importing this module imports pytest. A store passes when a subclass such as this passes::
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from celery_idempotent.store import Store
+from celery_idempotent.core.store import Store
 
 __all__ = ["StoreFixtures"]
 

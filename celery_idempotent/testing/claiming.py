@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from celery_idempotent.records import Claim, Claimed, MessageKey, NewMessage, Row, Status, Taken
-from celery_idempotent.store import Store
+from celery_idempotent.core.records import Claim, Claimed, MessageKey, NewMessage, Row, Status, Taken
+from celery_idempotent.core.store import Store
 from celery_idempotent.testing.base import StoreFixtures
 from celery_idempotent.testing.examples import (
     GRACE,

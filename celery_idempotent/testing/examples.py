@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
-from celery_idempotent.records import Claim, Claimed, MessageKey, NewMessage, Recorded, Row, Taken
-from celery_idempotent.store import Store
+from celery_idempotent.core.records import Claim, Claimed, MessageKey, NewMessage, Recorded, Row, Taken
+from celery_idempotent.core.store import Store
 
 __all__ = [
     "GRACE",

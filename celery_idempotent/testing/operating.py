@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from celery_idempotent.records import (
+from celery_idempotent.core.records import (
     FORGOTTEN,
     Change,
     Claimed,
@@ -17,7 +17,7 @@ from celery_idempotent.records import (
     Status,
     TaskCount,
 )
-from celery_idempotent.store import Store
+from celery_idempotent.core.store import Store
 from celery_idempotent.testing.base import StoreFixtures
 from celery_idempotent.testing.examples import (
     KEY,

@@ -4,8 +4,8 @@
 
 from __future__ import annotations
 
-from celery_idempotent.records import Recorded, Status
-from celery_idempotent.store import Store
+from celery_idempotent.core.records import Recorded, Status
+from celery_idempotent.core.store import Store
 from celery_idempotent.testing.base import StoreFixtures
 from celery_idempotent.testing.examples import (
     KEY,

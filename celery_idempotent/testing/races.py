@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from celery_idempotent.records import Claimed, MessageKey, Recorded
-from celery_idempotent.store import Store
+from celery_idempotent.core.records import Claimed, MessageKey, Recorded
+from celery_idempotent.core.store import Store
 from celery_idempotent.testing.base import StoreFixtures
 from celery_idempotent.testing.examples import (
     claim,

@@ -9,8 +9,8 @@ from datetime import UTC, timedelta
 
 import pytest
 
-from celery_idempotent.records import Claimed, Found, MessageKey, Owner, ProcessedStatus, Recorded, Row, Status
-from celery_idempotent.store import Store
+from celery_idempotent.core.records import Claimed, Found, MessageKey, Owner, ProcessedStatus, Recorded, Row, Status
+from celery_idempotent.core.store import Store
 from celery_idempotent.testing.base import StoreFixtures
 from celery_idempotent.testing.examples import (
     KEY,

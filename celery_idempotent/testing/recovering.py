@@ -7,8 +7,8 @@ from __future__ import annotations
 from datetime import timedelta
 from functools import partial
 
-from celery_idempotent.records import MessageKey, ProcessedStatus, Recorded, Row, Status
-from celery_idempotent.store import LARGE_MESSAGE, Store
+from celery_idempotent.core.records import MessageKey, ProcessedStatus, Recorded, Row, Status
+from celery_idempotent.core.store import LARGE_MESSAGE, Store
 from celery_idempotent.testing.base import StoreFixtures
 from celery_idempotent.testing.examples import (
     KEY,

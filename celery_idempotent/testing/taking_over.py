@@ -8,8 +8,8 @@ from datetime import timedelta
 
 import pytest
 
-from celery_idempotent.records import Claim, MessageKey, Owner, ProcessedStatus, Row, Status
-from celery_idempotent.store import Store
+from celery_idempotent.core.records import Claim, MessageKey, Owner, ProcessedStatus, Row, Status
+from celery_idempotent.core.store import Store
 from celery_idempotent.testing.base import StoreFixtures
 from celery_idempotent.testing.examples import (
     KEY,

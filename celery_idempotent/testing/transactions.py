@@ -9,8 +9,8 @@ from typing import cast
 
 import pytest
 
-from celery_idempotent.records import Claim, Found, MessageKey, ProcessedStatus, Recorded, Status
-from celery_idempotent.store import Store, TransactionalStore
+from celery_idempotent.core.records import Claim, Found, MessageKey, ProcessedStatus, Recorded, Status
+from celery_idempotent.core.store import Store, TransactionalStore
 from celery_idempotent.testing.base import StoreFixtures
 from celery_idempotent.testing.examples import KEY, LEASE, claim, new_message, pending, processing, read, same_row, take
 
@@ -20,7 +20,7 @@ OTHER = MessageKey("order:2", "shop.charge")
 
 
 class TransactionContract(StoreFixtures):
-    """``within``, ``recorded``, ``gave_way``: what :class:`~celery_idempotent.store.TransactionalStore` promises beside ``Store``."""
+    """``within``, ``recorded``, ``gave_way``: what :class:`~celery_idempotent.core.store.TransactionalStore` promises beside ``Store``."""
 
     @pytest.fixture
     def transactional(self, open_store_again: Callable[[], Store]) -> Iterator[TransactionalStore]:

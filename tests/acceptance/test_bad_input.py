@@ -26,7 +26,7 @@ from celery_idempotent import (
     by_arguments,
     queue_log_table,
 )
-from celery_idempotent.records import RowFilter
+from celery_idempotent.core.records import RowFilter
 
 
 @pytest.fixture

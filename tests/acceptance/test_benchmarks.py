@@ -21,7 +21,7 @@ from benchmarks.run import run
 from benchmarks.site import open_site
 from benchmarks.subjects import PLAIN, STORES
 from benchmarks.targets import TARGETS, verdicts
-from celery_idempotent.records import MessageKey
+from celery_idempotent.core.records import MessageKey
 from celery_idempotent.stores import open_store
 from celery_idempotent.testing.examples import new_message
 from tests.conftest import missing

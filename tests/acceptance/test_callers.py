@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 
+from celery_idempotent.core.records import RowFilter
 from celery_idempotent.queue_log import QueueLog
-from celery_idempotent.records import RowFilter
 from tests.conftest import StartWorker
 from tests.support.apps import AppSpec, OpenApp
 from tests.support.callers import Callers, start_callers

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from celery import chain, chord
 
+from celery_idempotent.core.records import Claimed, MessageKey, NewMessage
 from celery_idempotent.queue_log import QueueLog
-from celery_idempotent.records import Claimed, MessageKey, NewMessage
 from tests.support.apps import OpenApp
 from tests.support.stand import Stand, unique
 from tests.support.waiting import wait_until

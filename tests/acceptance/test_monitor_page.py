@@ -17,8 +17,8 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from celery_idempotent.contrib.prometheus import PrometheusHook
-from celery_idempotent.outcomes import Outcome, OutcomeKind, Outcomes
-from celery_idempotent.records import MessageKey
+from celery_idempotent.core.records import MessageKey
+from celery_idempotent.hooks import Outcome, OutcomeKind, Outcomes
 from tests.support.servers import PrivateRedis
 from tests.support.stores import sqlite_store
 from tests.support.waiting import wait_until

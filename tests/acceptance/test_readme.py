@@ -14,7 +14,7 @@ from sqlalchemy import create_engine, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from celery_idempotent import IdempotentTask, outbox
-from celery_idempotent.records import RowFilter, Status
+from celery_idempotent.core.records import RowFilter, Status
 from tests.support.servers import PrivateRedis
 from tests.support.stores import postgresql_store, sqlite_store
 from tests.support.worker import ROOT, WorkerProcess

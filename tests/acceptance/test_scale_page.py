@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from celery_idempotent.records import RowFilter
+from celery_idempotent.core.records import RowFilter
 from celery_idempotent.stores.sql import SQLStore
 from tests.support.apps import close_app
 from tests.support.stores import postgresql_store

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations, pairwise
 from statistics import quantiles
 
-from celery_idempotent.decision import MAX_TAKEOVERS
+from celery_idempotent.core.decision import MAX_TAKEOVERS
 from tests.chaos.plan import KILLS, LEASE, Step
 from tests.chaos.site import GEVENT_NAME, Done
 from tests.support.ledger import Entry

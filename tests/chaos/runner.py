@@ -13,8 +13,8 @@ from typing import Any
 from kombu.exceptions import OperationalError
 
 from celery_idempotent import StoreError
+from celery_idempotent.core.records import RowFilter, Status
 from celery_idempotent.errors import LeaseLostError
-from celery_idempotent.records import RowFilter, Status
 from tests.chaos.audit import READY, Audit, Committed, Outcome, Run, audit, runs_of
 from tests.chaos.books import Effect, Order
 from tests.chaos.faults import Faults

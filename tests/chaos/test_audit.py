@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from celery_idempotent.decision import MAX_TAKEOVERS
+from celery_idempotent.core.decision import MAX_TAKEOVERS
 from tests.chaos.audit import Audit, Committed, Outcome, Run, audit, runs_of
 from tests.chaos.plan import FAULTS, KILLS, LEASE, SENDINGS, TRANSACTIONS, Step, make_plan
 from tests.chaos.site import Done

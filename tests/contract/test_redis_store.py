@@ -9,7 +9,7 @@ from uuid import uuid4
 import pytest
 from redis import Redis
 
-from celery_idempotent.store import Store
+from celery_idempotent.core.store import Store
 from celery_idempotent.stores import open_store
 from celery_idempotent.testing import StoreContract
 from tests.support.servers import NotInstalledError, PrivateRedis, missing

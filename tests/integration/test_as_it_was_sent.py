@@ -13,7 +13,7 @@ from celery import Celery, signature
 from celery.canvas import StampingVisitor
 from kombu import Exchange, Queue
 
-from celery_idempotent.wire import HEADER
+from celery_idempotent.message.header import HEADER
 from tests.support.apps import AppSpec, OpenApp
 from tests.support.bench import PATIENCE
 from tests.support.waiting import wait_until

@@ -17,7 +17,7 @@ import pytest
 from celery import Celery
 from celery.beat import ScheduleEntry, Scheduler
 
-from celery_idempotent.records import ProcessedStatus
+from celery_idempotent.core.records import ProcessedStatus
 from tests.support.apps import AppSpec
 from tests.support.bench import PATIENCE, Bench, close
 from tests.support.processes import kill_tree

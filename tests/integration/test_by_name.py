@@ -8,7 +8,7 @@ import pytest
 from celery import signature
 
 from celery_idempotent import MessageMismatchError
-from celery_idempotent.records import ProcessedStatus, Status
+from celery_idempotent.core.records import ProcessedStatus, Status
 from tests.support.bench import PATIENCE, Bench, close
 
 SUCCESS = ProcessedStatus.SUCCESS

@@ -10,7 +10,7 @@ import celery
 import pytest
 
 from celery_idempotent import ConfigurationError, DuplicateMessageError, MessageMismatchError, by_arguments
-from celery_idempotent.records import ProcessedStatus, Status
+from celery_idempotent.core.records import ProcessedStatus, Status
 from tests.support.apps.modelled import Order
 from tests.support.bench import PATIENCE, Bench
 from tests.support.waiting import wait_until

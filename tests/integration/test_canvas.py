@@ -11,7 +11,7 @@ from celery import chain, chord, group
 from celery.exceptions import ChordError
 
 from celery_idempotent import AlreadyFailedError, MessageMismatchError
-from celery_idempotent.records import ProcessedStatus, Status
+from celery_idempotent.core.records import ProcessedStatus, Status
 from tests.support.bench import PATIENCE, Bench
 
 #: Makes a canvas with one identified message in it.

@@ -11,7 +11,7 @@ from celery import chain, chord, group
 from celery.exceptions import WorkerLostError
 from celery.result import AsyncResult
 
-from celery_idempotent.records import Row, Status
+from celery_idempotent.core.records import Row, Status
 from tests.support.apps.children import Moment, deadly
 from tests.support.bench import PATIENCE, Bench
 from tests.support.waiting import wait_until

@@ -22,8 +22,8 @@ from celery import Celery
 from kombu import Connection
 
 from celery_idempotent import QueueLog, SQLStore, queue_log_table
-from celery_idempotent.records import Claimed, MessageKey, NewMessage, RowFilter
-from celery_idempotent.serialization import encode_message, encode_result
+from celery_idempotent.core.records import Claimed, MessageKey, NewMessage, RowFilter
+from celery_idempotent.message.serialization import encode_message, encode_result
 from tests.support.processes import kill_tree
 from tests.support.servers import PrivatePostgreSQL, PrivateRedis
 from tests.support.waiting import wait_until

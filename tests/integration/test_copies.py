@@ -11,9 +11,9 @@ import pytest
 from celery import chain, chord
 from celery.result import AsyncResult
 
-from celery_idempotent.consumer import ABANDONED
-from celery_idempotent.records import Claimed, MessageKey, NewMessage, Row, Status
-from celery_idempotent.serialization import decode_message, encode_result
+from celery_idempotent.core.records import Claimed, MessageKey, NewMessage, Row, Status
+from celery_idempotent.message.serialization import decode_message, encode_result
+from celery_idempotent.worker.admission import ABANDONED
 from tests.support.bench import PATIENCE, Bench
 from tests.support.waiting import wait_until
 

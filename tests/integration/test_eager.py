@@ -16,7 +16,7 @@ from celery_idempotent import (
     DuplicateMessageError,
     MessageMismatchError,
 )
-from celery_idempotent.records import MessageKey, ProcessedStatus, Row, Status
+from celery_idempotent.core.records import MessageKey, ProcessedStatus, Row, Status
 from tests.integration.conftest import TASKS
 from tests.support.apps import AppSpec
 from tests.support.bench import close

@@ -8,7 +8,7 @@ import pytest
 from celery import states
 from celery.exceptions import Reject
 
-from celery_idempotent.records import ProcessedStatus, Row, Status
+from celery_idempotent.core.records import ProcessedStatus, Row, Status
 from tests.support.bench import PATIENCE, Bench
 from tests.support.waiting import wait_until
 

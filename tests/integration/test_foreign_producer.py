@@ -13,8 +13,8 @@ from kombu.connection import Connection
 from kombu.messaging import Producer
 
 from celery_idempotent import MessageMismatchError
-from celery_idempotent.records import Claimed, MessageKey, NewMessage, ProcessedStatus, Recorded, Status
-from celery_idempotent.serialization import encode_message, encode_result
+from celery_idempotent.core.records import Claimed, MessageKey, NewMessage, ProcessedStatus, Recorded, Status
+from celery_idempotent.message.serialization import encode_message, encode_result
 from tests.support.bench import PATIENCE, Bench
 from tests.support.waiting import wait_until
 

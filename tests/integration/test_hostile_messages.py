@@ -15,8 +15,8 @@ import pytest
 from celery import Celery
 from redis import Redis
 
-from celery_idempotent.records import MessageKey, RowFilter
-from celery_idempotent.wire import HEADER
+from celery_idempotent.core.records import MessageKey, RowFilter
+from celery_idempotent.message.header import HEADER
 from tests.support.apps import AppSpec, OpenApp
 from tests.support.brokers import redis_broker
 from tests.support.ledger import Ledger

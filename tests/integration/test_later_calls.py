@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from celery import chain, chord
 
-from celery_idempotent.records import Row, RowFilter
+from celery_idempotent.core.records import Row, RowFilter
 from tests.integration.test_copies import consumed, purge
 from tests.support.bench import PATIENCE, Bench
 from tests.support.waiting import wait_until

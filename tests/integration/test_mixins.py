@@ -14,7 +14,7 @@ from celery.app import trace
 from celery.exceptions import Ignore, Reject
 
 from celery_idempotent import ConfigurationError, IdempotentTask
-from celery_idempotent.records import MessageKey, Note, ProcessedStatus, Row, Status
+from celery_idempotent.core.records import MessageKey, Note, ProcessedStatus, Row, Status
 from tests.support.apps import close_app
 from tests.support.stores import sqlite_store
 

@@ -9,8 +9,8 @@ from uuid import uuid4
 import pytest
 
 from celery_idempotent import AlreadyFailedError
-from celery_idempotent.records import Claim, Claimed, MessageKey, NewMessage, Owner, ProcessedStatus, Status
-from celery_idempotent.serialization import encode_message, encode_result
+from celery_idempotent.core.records import Claim, Claimed, MessageKey, NewMessage, Owner, ProcessedStatus, Status
+from celery_idempotent.message.serialization import encode_message, encode_result
 from tests.support.bench import PATIENCE, Bench
 
 SUCCESS, FAILURE = ProcessedStatus.SUCCESS, ProcessedStatus.FAILURE

@@ -8,7 +8,7 @@ import pytest
 from celery import states
 
 from celery_idempotent import AlreadyProcessingError
-from celery_idempotent.records import ProcessedStatus, Status
+from celery_idempotent.core.records import ProcessedStatus, Status
 from tests.support.bench import PATIENCE, Bench
 
 SUCCESS = ProcessedStatus.SUCCESS

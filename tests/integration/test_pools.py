@@ -10,7 +10,7 @@ import pytest
 from celery import states
 from celery.exceptions import TaskRevokedError, TimeLimitExceeded
 
-from celery_idempotent.records import ProcessedStatus
+from celery_idempotent.core.records import ProcessedStatus
 from tests.conftest import StartWorker, missing
 from tests.support.apps import AppSpec
 from tests.support.bench import PATIENCE, Bench, open_bench

@@ -11,7 +11,7 @@ from uuid import uuid4
 import pytest
 from celery import Celery, chain
 
-from celery_idempotent.records import MessageKey, ProcessedStatus, Row, Status
+from celery_idempotent.core.records import MessageKey, ProcessedStatus, Row, Status
 from tests.conftest import StartWorker
 from tests.support.apps import AppSpec
 from tests.support.bench import PATIENCE, close

@@ -11,7 +11,7 @@ from celery import Celery, chain
 from kombu.exceptions import EncodeError, OperationalError
 
 from celery_idempotent import DuplicateMessageError
-from celery_idempotent.records import ProcessedStatus, Status
+from celery_idempotent.core.records import ProcessedStatus, Status
 from tests.support.bench import PATIENCE, Bench
 from tests.support.waiting import wait_until
 

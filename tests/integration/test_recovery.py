@@ -18,10 +18,10 @@ from celery.result import AsyncResult
 from kombu.exceptions import OperationalError
 
 from celery_idempotent import AlreadyFailedError, IdempotentTask, QueueLog
-from celery_idempotent.decision import MAX_TAKEOVERS
-from celery_idempotent.records import Claimed, MessageKey, NewMessage, ProcessedStatus, Row, Status
-from celery_idempotent.recovery import Recovered
-from celery_idempotent.serialization import encode_message
+from celery_idempotent.core.decision import MAX_TAKEOVERS
+from celery_idempotent.core.records import Claimed, MessageKey, NewMessage, ProcessedStatus, Row, Status
+from celery_idempotent.maintenance.rescue import Recovered
+from celery_idempotent.message.serialization import encode_message
 from celery_idempotent.stores.sql import SQLStore
 from tests.support.apps import AppSpec, OpenApp
 from tests.support.ledger import Entry, Ledger

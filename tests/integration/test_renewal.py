@@ -19,7 +19,7 @@ import redis
 from celery import Celery
 from celery.result import AsyncResult
 
-from celery_idempotent.records import MessageKey, ProcessedStatus, Row, Status
+from celery_idempotent.core.records import MessageKey, ProcessedStatus, Row, Status
 from tests.support.apps import AppSpec, OpenApp
 from tests.support.ledger import Entry, Ledger
 from tests.support.servers import PrivatePostgreSQL

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 from celery.result import AsyncResult
 
-from celery_idempotent.records import MessageKey, Row, Status
-from celery_idempotent.wire import Marker
+from celery_idempotent.core.records import MessageKey, Row, Status
+from celery_idempotent.message.header import Marker
 from tests.support.apps import AppSpec, OpenApp
 from tests.support.ledger import Ledger
 from tests.support.servers import PrivateRedis

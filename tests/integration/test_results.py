@@ -13,7 +13,7 @@ from celery import states
 from kombu.exceptions import EncodeError
 
 from celery_idempotent import AlreadyFailedError, queue_log_table
-from celery_idempotent.records import ProcessedStatus, Status
+from celery_idempotent.core.records import ProcessedStatus, Status
 from tests.support.bench import PATIENCE, Bench
 
 SUCCESS = ProcessedStatus.SUCCESS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from celery.exceptions import MaxRetriesExceededError, Reject
 
-from celery_idempotent.records import ProcessedStatus, Status
+from celery_idempotent.core.records import ProcessedStatus, Status
 from tests.support.bench import PATIENCE, Bench
 from tests.support.versions import CELERY
 

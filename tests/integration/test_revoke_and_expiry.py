@@ -10,7 +10,7 @@ import pytest
 from celery import states
 from celery.exceptions import TaskRevokedError
 
-from celery_idempotent.records import Claimed, MessageKey, NewMessage, ProcessedStatus, Status
+from celery_idempotent.core.records import Claimed, MessageKey, NewMessage, ProcessedStatus, Status
 from tests.support.bench import PATIENCE, Bench
 from tests.support.waiting import wait_until
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from celery.exceptions import TimeLimitExceeded
 
-from celery_idempotent.records import ProcessedStatus, Status
+from celery_idempotent.core.records import ProcessedStatus, Status
 from tests.support.apps.subclasses import HOOKS
 from tests.support.bench import PATIENCE, Bench
 from tests.support.waiting import wait_until

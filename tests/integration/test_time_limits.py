@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from celery import states
 from celery.exceptions import SoftTimeLimitExceeded, TimeLimitExceeded
 
-from celery_idempotent.records import MessageKey, ProcessedStatus, Status
+from celery_idempotent.core.records import MessageKey, ProcessedStatus, Status
 from tests.conftest import StartWorker
 from tests.support.apps import AppSpec, OpenApp
 from tests.support.bench import PATIENCE, Bench

@@ -9,9 +9,9 @@ import pytest
 from celery import Celery, Task
 
 from celery_idempotent import IdempotentTask, QueueLog
-from celery_idempotent.records import MessageKey, NewMessage, ProcessedStatus, RowFilter, Status
-from celery_idempotent.serialization import encode_message
-from celery_idempotent.wire import Marker
+from celery_idempotent.core.records import MessageKey, NewMessage, ProcessedStatus, RowFilter, Status
+from celery_idempotent.message.header import Marker
+from celery_idempotent.message.serialization import encode_message
 from tests.support.apps import AppSpec, OpenApp
 from tests.support.ledger import Ledger
 from tests.support.waiting import wait_until

@@ -12,7 +12,7 @@ import pytest
 import sqlalchemy as sa
 from celery import Celery
 
-from celery_idempotent.records import MessageKey, Note, ProcessedStatus, Row, Status
+from celery_idempotent.core.records import MessageKey, Note, ProcessedStatus, Row, Status
 from tests.support.apps import AppSpec, OpenApp
 from tests.support.ledger import Ledger
 from tests.support.waiting import wait_until

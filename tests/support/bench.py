@@ -11,7 +11,7 @@ from uuid import uuid4
 
 from celery import Celery
 
-from celery_idempotent.records import MessageKey, Row, Status
+from celery_idempotent.core.records import MessageKey, Row, Status
 from tests.support.apps import AppSpec
 from tests.support.apps import close_app as close
 from tests.support.brokers import redis_broker

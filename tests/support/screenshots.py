@@ -14,8 +14,8 @@ from celery import Celery
 from PIL import Image
 from selenium.webdriver import Chrome
 
-from celery_idempotent.records import Claimed, MessageKey, NewMessage, Status
-from celery_idempotent.serialization import encode_message
+from celery_idempotent.core.records import Claimed, MessageKey, NewMessage, Status
+from celery_idempotent.message.serialization import encode_message
 from tests.support.apps import AppSpec, close_app
 from tests.support.brokers import redis_broker
 from tests.support.browser import open_browser

@@ -16,8 +16,8 @@ from uuid import uuid4
 from celery import Celery
 from celery.result import AsyncResult
 
+from celery_idempotent.core.records import MessageKey, Row
 from celery_idempotent.queue_log import QueueLog
-from celery_idempotent.records import MessageKey, Row
 from tests.support.apps import AppSpec, close_app
 from tests.support.brokers import Broker
 from tests.support.ledger import Entry, Ledger

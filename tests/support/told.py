@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from celery_idempotent.outcomes import Outcome
+from celery_idempotent.hooks import Outcome
 from tests.support.waiting import wait_until
 
 __all__ = ["HOOK", "Told", "broken", "note", "telling"]

@@ -11,7 +11,7 @@ import pytest
 from celery import Celery, Task
 
 from celery_idempotent import ConfigurationError, IdempotentTask, by_arguments
-from celery_idempotent.decision import CallPolicy, DeliveryPolicy
+from celery_idempotent.core.decision import CallPolicy, DeliveryPolicy
 from celery_idempotent.options import Options, refuse_misspelt_call
 from celery_idempotent.settings import OPTION_NAMES
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Literal
 
-from celery_idempotent.consumer import ABANDONED
-from celery_idempotent.contrib.flower.figures import LISTED, Glance
-from celery_idempotent.records import Row
+from celery_idempotent.contrib.flower.snapshot import LISTED, Glance
+from celery_idempotent.core.records import Row
 from celery_idempotent.settings import Settings
+from celery_idempotent.worker.admission import ABANDONED
 
 __all__ = ["Alarm", "alarms", "is_abandoned"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from celery_idempotent.contrib.flower.figures import LISTED, Glance
-from celery_idempotent.contrib.flower.heard import Copy, Heard
-from celery_idempotent.records import MessageKey, Row
+from celery_idempotent.contrib.flower.event_log import Copy, Heard
+from celery_idempotent.contrib.flower.snapshot import LISTED, Glance
+from celery_idempotent.core.records import MessageKey, Row
 
 __all__ = ["Duplicates", "latest_duplicates"]
 

@@ -12,7 +12,7 @@ from tornado.template import Loader, Template
 from tornado.web import url
 
 from celery_idempotent.contrib.flower import views
-from celery_idempotent.contrib.flower.figures import Figures
+from celery_idempotent.contrib.flower.snapshot import Figures
 
 if TYPE_CHECKING:
     from celery import Celery

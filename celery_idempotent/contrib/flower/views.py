@@ -18,16 +18,16 @@ from kombu.exceptions import OperationalError
 from prometheus_client import generate_latest
 from tornado.web import authenticated
 
-from celery_idempotent.children import is_guarded
 from celery_idempotent.contrib.flower.alarms import alarms, is_abandoned
 from celery_idempotent.contrib.flower.duplicates import latest_duplicates
-from celery_idempotent.contrib.flower.figures import LISTED, Figures, legible
-from celery_idempotent.contrib.flower.series import Series
+from celery_idempotent.contrib.flower.metrics import Series
+from celery_idempotent.contrib.flower.snapshot import LISTED, Figures, legible
 from celery_idempotent.contrib.flower.times import ago, span
+from celery_idempotent.core.records import FORGOTTEN, MessageKey, ProcessedStatus, Row, Status
+from celery_idempotent.core.storable import is_text
 from celery_idempotent.errors import IdempotentError
-from celery_idempotent.records import FORGOTTEN, MessageKey, ProcessedStatus, Row, Status
-from celery_idempotent.requeue import NotRequeued, obstacle, requeue
-from celery_idempotent.storable import is_text
+from celery_idempotent.maintenance.requeue import NotRequeued, obstacle, requeue
+from celery_idempotent.message.canvas_ids import is_guarded
 
 __all__ = ["MessageView", "Metrics", "QueueLogView", "Requeue"]
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from celery_idempotent.core.records import Claim, Claimed, Holder, NewMessage, Row, Status, Taken
 from celery_idempotent.errors import StoreUnavailableError
-from celery_idempotent.records import Claim, Claimed, Holder, NewMessage, Row, Status, Taken
 from celery_idempotent.stores.redis.connection import On
 from celery_idempotent.stores.redis.layout import encoded, identity
 from celery_idempotent.stores.redis.rows import duration, fence, message_arguments, optional, row_of

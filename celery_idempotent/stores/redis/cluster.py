@@ -23,8 +23,8 @@ from redis.exceptions import (
 from celery_idempotent.stores.redis.address import Address
 from celery_idempotent.stores.redis.connection import AT_ONCE, On, Server, connect
 from celery_idempotent.stores.redis.layout import Layout, slot
+from celery_idempotent.stores.redis.pool import Call, NoConnectionError, Opened, Place, Wire, Wires, ask, hear, load
 from celery_idempotent.stores.redis.rows import Argument
-from celery_idempotent.stores.redis.wires import Call, NoConnectionError, Opened, Place, Wire, Wires, ask, hear, load
 
 __all__ = ["Cluster"]
 

@@ -28,9 +28,7 @@ from redis.exceptions import (
 from celery_idempotent.errors import IdempotentError, StoreError, StoreUnavailableError
 from celery_idempotent.stores.redis.address import Address
 from celery_idempotent.stores.redis.layout import Layout
-from celery_idempotent.stores.redis.rows import Argument
-from celery_idempotent.stores.redis.scripts import Script
-from celery_idempotent.stores.redis.wires import (
+from celery_idempotent.stores.redis.pool import (
     THE_SERVER,
     Call,
     NoConnectionError,
@@ -43,6 +41,8 @@ from celery_idempotent.stores.redis.wires import (
     hear,
     load,
 )
+from celery_idempotent.stores.redis.rows import Argument
+from celery_idempotent.stores.redis.scripts import Script
 
 __all__ = ["AT_ONCE", "On", "Server", "connect"]
 

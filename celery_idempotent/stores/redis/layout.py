@@ -24,8 +24,8 @@ import zlib
 from binascii import crc_hqx
 from itertools import count
 
+from celery_idempotent.core.records import MessageKey
 from celery_idempotent.errors import ConfigurationError
-from celery_idempotent.records import MessageKey
 
 __all__ = ["SHARDS", "VERSION", "Layout", "encoded", "identity", "key_of", "slot"]
 

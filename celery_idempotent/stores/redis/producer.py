@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from celery_idempotent.records import Found, MessageKey, NewMessage, Recorded, Row, Status
+from celery_idempotent.core.records import Found, MessageKey, NewMessage, Recorded, Row, Status
 from celery_idempotent.stores.redis.connection import On
 from celery_idempotent.stores.redis.layout import encoded, identity
 from celery_idempotent.stores.redis.rows import Argument, message_arguments, moment, row_of

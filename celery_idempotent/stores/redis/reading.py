@@ -14,8 +14,8 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
+from celery_idempotent.core.records import MessageKey, ProcessedStatus, Row, RowFilter, Status, TaskCount
 from celery_idempotent.errors import StoreError
-from celery_idempotent.records import MessageKey, ProcessedStatus, Row, RowFilter, Status, TaskCount
 from celery_idempotent.stores.redis.connection import On
 from celery_idempotent.stores.redis.layout import SHARDS, identity, key_of
 from celery_idempotent.stores.redis.recovering import fetch, first_of_all

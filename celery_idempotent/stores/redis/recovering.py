@@ -13,8 +13,8 @@ from datetime import datetime
 from functools import partial
 from typing import Any
 
-from celery_idempotent.records import MessageKey, ProcessedStatus, Row, Status
-from celery_idempotent.store import LARGE_MESSAGE
+from celery_idempotent.core.records import MessageKey, ProcessedStatus, Row, Status
+from celery_idempotent.core.store import LARGE_MESSAGE
 from celery_idempotent.stores.redis.connection import On
 from celery_idempotent.stores.redis.layout import SHARDS, VERSION, encoded, identity, key_of
 from celery_idempotent.stores.redis.rows import Argument, duration, moment, row_of

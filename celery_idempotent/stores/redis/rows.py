@@ -1,4 +1,4 @@
-"""Rows and messages as scripts take and give them: bytes in, :class:`~celery_idempotent.records.Row` out."""
+"""Rows and messages as scripts take and give them: bytes in, :class:`~celery_idempotent.core.records.Row` out."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from celery_idempotent.core.records import Claim, Holder, MessageKey, NewMessage, ProcessedStatus, Row, Status
 from celery_idempotent.errors import StoreError
-from celery_idempotent.records import Claim, Holder, MessageKey, NewMessage, ProcessedStatus, Row, Status
 from celery_idempotent.stores.redis.layout import encoded
 
 __all__ = [

@@ -6,7 +6,7 @@ from redis.connection import Connection, SSLConnection
 from redis.exceptions import ConnectionError, RedisError, ResponseError  # noqa: A004 - redis-py's name
 
 from celery_idempotent.stores.redis.connection import Server, connect
-from celery_idempotent.stores.redis.wires import Place, Wire, ask, hear
+from celery_idempotent.stores.redis.pool import Place, Wire, ask, hear
 
 __all__ = ["Sentinels"]
 

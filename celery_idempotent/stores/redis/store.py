@@ -7,8 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import datetime
 
-from celery_idempotent.errors import SchemaError
-from celery_idempotent.records import (
+from celery_idempotent.core.records import (
     Change,
     Claim,
     Claimed,
@@ -25,7 +24,8 @@ from celery_idempotent.records import (
     Taken,
     TaskCount,
 )
-from celery_idempotent.stores.redis import claims, endings, operating, producer, reading, recovering
+from celery_idempotent.errors import SchemaError
+from celery_idempotent.stores.redis import admin, claims, producer, reading, recovering, transitions
 from celery_idempotent.stores.redis.address import parse
 from celery_idempotent.stores.redis.cluster import Cluster
 from celery_idempotent.stores.redis.connection import On, Server
@@ -52,7 +52,7 @@ _VERSION = Script("return {redis.call('GET', tag .. ':layout')}")
 class RedisStore:
     """The queue log in Redis: on a server of its own, on whichever one Sentinels say is the master, or in a Redis Cluster.
 
-    Implements :class:`~celery_idempotent.store.Store`. It has no transactions for its users: ``atomic=True`` and ``outbox(session)``
+    Implements :class:`~celery_idempotent.core.store.Store`. It has no transactions for its users: ``atomic=True`` and ``outbox(session)``
     need a SQL store. What it has recorded is as durable as the server is told to be, see "Keep the queue log in Redis".
 
     Safe between threads, greenlets and processes, and across forks: nothing is connected before the first verb, and each
@@ -129,35 +129,41 @@ class RedisStore:
         return self._run(lambda on, _: claims.renew(on, holders, lease=lease)) if holders else []
 
     def checkpoint(self, claim: Claim, *, result: bytes | None, lease: float | None = None) -> bool:
-        return self._run(lambda on, _: endings.checkpoint(on, claim, result=result, lease=lease))
+        return self._run(lambda on, _: transitions.checkpoint(on, claim, result=result, lease=lease))
 
     def complete(
         self, claim: Claim, *, result: bytes | None, note: Note | None = None, unique_for: float | None = None
     ) -> bool:
-        return self._run(lambda on, _: endings.complete(on, claim, result=result, note=note, unique_for=unique_for))
+        return self._run(lambda on, _: transitions.complete(on, claim, result=result, note=note, unique_for=unique_for))
 
     def fail(self, holder: Holder, *, error: str, unique_for: float | None = None) -> bool:
-        return self._run(lambda on, again: endings.fail(on, holder, error=error, unique_for=unique_for, again=again))
+        return self._run(
+            lambda on, again: transitions.fail(on, holder, error=error, unique_for=unique_for, again=again)
+        )
 
     def retry(self, holder: Holder, message: NewMessage) -> bool:
-        return self._run(lambda on, again: endings.retry(on, holder, message, again=again))
+        return self._run(lambda on, again: transitions.retry(on, holder, message, again=again))
 
     def release(self, holder: Holder) -> bool:
-        return self._run(lambda on, again: endings.release(on, holder, again=again))
+        return self._run(lambda on, again: transitions.release(on, holder, again=again))
 
     def expire(self, holder: Holder) -> bool:
-        return self._run(lambda on, _: endings.expire(on, holder))
+        return self._run(lambda on, _: transitions.expire(on, holder))
 
     def abandon(self, row: Row, *, error: str, unique_for: float | None = None) -> bool:
-        return self._run(lambda on, again: endings.abandon(on, row, error=error, unique_for=unique_for, again=again))
+        return self._run(
+            lambda on, again: transitions.abandon(on, row, error=error, unique_for=unique_for, again=again)
+        )
 
     def cancel(self, key: MessageKey, *, task_id: str, error: str, unique_for: float | None = None) -> bool:
         return self._run(
-            lambda on, again: endings.cancel(on, key, task_id=task_id, error=error, unique_for=unique_for, again=again)
+            lambda on, again: transitions.cancel(
+                on, key, task_id=task_id, error=error, unique_for=unique_for, again=again
+            )
         )
 
     def forbid(self, row: Row, *, error: str) -> bool:
-        return self._run(lambda on, _: endings.forbid(on, row, error=error))
+        return self._run(lambda on, _: transitions.forbid(on, row, error=error))
 
     # -- recovery ------------------------------------------------------------------------------------------------------
 
@@ -219,7 +225,7 @@ class RedisStore:
         return self._run(lambda on, _: reading.counts(on))
 
     def forget(self, row: Row) -> bool:
-        return self._run(lambda on, again: operating.forget(on, row, again=again))
+        return self._run(lambda on, again: admin.forget(on, row, again=again))
 
     def purgeable(
         self,
@@ -230,13 +236,13 @@ class RedisStore:
         processed_status: ProcessedStatus | None = None,
     ) -> int:
         chosen = recovering.chosen_by(older_than, failures_older_than, task_name, processed_status)
-        return self._run(lambda on, _: operating.purgeable(on, chosen))
+        return self._run(lambda on, _: admin.purgeable(on, chosen))
 
     def condition(self) -> Condition:
-        return self._run(lambda on, _: operating.condition(on), prepared=False)
+        return self._run(lambda on, _: admin.condition(on), prepared=False)
 
     def configuration(self) -> Mapping[str, str]:
-        return self._run(lambda on, _: operating.configuration(on), prepared=False)
+        return self._run(lambda on, _: admin.configuration(on), prepared=False)
 
     # -- life cycle ----------------------------------------------------------------------------------------------------
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from sqlalchemy import Connection, Table, case, literal_column, null, or_, update
 
+from celery_idempotent.core.records import Claim, Claimed, Holder, NewMessage, Row, Status, Taken
 from celery_idempotent.errors import StoreUnavailableError
-from celery_idempotent.records import Claim, Claimed, Holder, NewMessage, Row, Status, Taken
 from celery_idempotent.stores.sql.clock import FromNow, Now, seconds
 from celery_idempotent.stores.sql.columns import (
     PENDING,

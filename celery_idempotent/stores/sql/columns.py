@@ -27,8 +27,8 @@ from sqlalchemy import (
     tuple_,
 )
 
+from celery_idempotent.core.records import Claim, Holder, MessageKey, NewMessage, ProcessedStatus, Row, Status
 from celery_idempotent.errors import StoreError
-from celery_idempotent.records import Claim, Holder, MessageKey, NewMessage, ProcessedStatus, Row, Status
 from celery_idempotent.stores.sql.clock import FromNow, Now, seconds
 from celery_idempotent.stores.sql.dialects import Dialect
 

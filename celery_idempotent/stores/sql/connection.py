@@ -23,8 +23,8 @@ from sqlalchemy import URL, Connection, Engine, Pool, StaticPool
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
+from celery_idempotent.core.fork_lock import no_fork
 from celery_idempotent.errors import ConfigurationError, IdempotentError, SchemaError, StoreError, StoreUnavailableError
-from celery_idempotent.forks import no_fork
 from celery_idempotent.stores.sql.address import masked
 from celery_idempotent.stores.sql.dialects import Dialect, Fault
 from celery_idempotent.stores.sql.direct import DirectConnection, Plans

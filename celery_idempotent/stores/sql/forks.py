@@ -12,7 +12,7 @@ from weakref import WeakSet
 
 from sqlalchemy import Engine, StaticPool
 
-from celery_idempotent.forks import before_forks
+from celery_idempotent.core.fork_lock import before_forks
 
 __all__ = ["close_before_forks"]
 

@@ -19,7 +19,7 @@ from sqlalchemy.schema import DDLElement, DropIndex
 
 from celery_idempotent.errors import StoreUnavailableError
 from celery_idempotent.stores.sql.clock import MYSQL_NAMES
-from celery_idempotent.stores.sql.steps import Step, is_online
+from celery_idempotent.stores.sql.migrations import Step, is_online
 
 __all__ = ["alone", "broken_indexes", "execute", "partitions", "seen_at_once"]
 

@@ -11,8 +11,8 @@ from functools import partial
 
 from sqlalchemy import Connection, Table, bindparam, delete, literal_column, null, or_, update
 
+from celery_idempotent.core.records import Found, MessageKey, NewMessage, Recorded, Row, Status
 from celery_idempotent.errors import StoreUnavailableError
-from celery_idempotent.records import Found, MessageKey, NewMessage, Recorded, Row, Status
 from celery_idempotent.stores.sql.clock import FromNow, JustAfter, Now, seconds
 from celery_idempotent.stores.sql.columns import (
     DONE,

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 
 from sqlalchemy import Connection, Table, func, select
 
-from celery_idempotent.records import MessageKey, Row, RowFilter, Status, TaskCount
+from celery_idempotent.core.records import MessageKey, Row, RowFilter, Status, TaskCount
 from celery_idempotent.stores.sql.clock import FromNow, Now, seconds
 from celery_idempotent.stores.sql.columns import AT_ONCE, Lookup, among, matching, row_of, statuses_of
 from celery_idempotent.stores.sql.dialects import Dialect

@@ -23,8 +23,8 @@ from sqlalchemy import (
     update,
 )
 
-from celery_idempotent.records import MessageKey, Row
-from celery_idempotent.store import LARGE_MESSAGE
+from celery_idempotent.core.records import MessageKey, Row
+from celery_idempotent.core.store import LARGE_MESSAGE
 from celery_idempotent.stores.sql.clock import FromNow, Now, seconds
 from celery_idempotent.stores.sql.columns import (
     AT_ONCE,

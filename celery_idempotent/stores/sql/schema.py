@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 from sqlalchemy import Connection, MetaData, Table, inspect
 from sqlalchemy.exc import NoSuchTableError
 
+from celery_idempotent.core.records import Change
 from celery_idempotent.errors import SchemaError
-from celery_idempotent.records import Change
+from celery_idempotent.stores.sql.migrations import AddColumn, OnlineIndex, Present, Step, at_once, newest, steps_to
 from celery_idempotent.stores.sql.online import alone, broken_indexes, execute, partitions, seen_at_once
-from celery_idempotent.stores.sql.steps import AddColumn, OnlineIndex, Present, Step, at_once, newest, steps_to
 
 __all__ = ["create", "is_there", "outstanding", "steps", "verify"]
 

@@ -10,8 +10,7 @@ from datetime import datetime
 
 from sqlalchemy import URL, Connection, Engine, MetaData
 
-from celery_idempotent.errors import SchemaError, StoreError, StoreUnavailableError
-from celery_idempotent.records import (
+from celery_idempotent.core.records import (
     Change,
     Claim,
     Claimed,
@@ -28,19 +27,20 @@ from celery_idempotent.records import (
     Taken,
     TaskCount,
 )
+from celery_idempotent.errors import SchemaError, StoreError, StoreUnavailableError
 from celery_idempotent.stores.sql import schema
 from celery_idempotent.stores.sql.address import parse, refuse_driver
+from celery_idempotent.stores.sql.admin import Operating
 from celery_idempotent.stores.sql.claims import Claims
 from celery_idempotent.stores.sql.columns import AT_ONCE, Old
 from celery_idempotent.stores.sql.connection import Database
 from celery_idempotent.stores.sql.dialects import dialect_named
-from celery_idempotent.stores.sql.endings import Endings
-from celery_idempotent.stores.sql.operating import Operating
+from celery_idempotent.stores.sql.migrations import newest, steps_to
 from celery_idempotent.stores.sql.producer import Producer
 from celery_idempotent.stores.sql.reading import Reading
 from celery_idempotent.stores.sql.recovering import Recovering
-from celery_idempotent.stores.sql.steps import newest, steps_to
 from celery_idempotent.stores.sql.table import queue_log_table
+from celery_idempotent.stores.sql.transitions import Endings
 
 __all__ = ["SQLStore"]
 
@@ -48,7 +48,7 @@ __all__ = ["SQLStore"]
 class SQLStore:
     """The queue log in a table of PostgreSQL, MySQL, MariaDB or SQLite.
 
-    Implements :class:`~celery_idempotent.store.TransactionalStore`.
+    Implements :class:`~celery_idempotent.core.store.TransactionalStore`.
 
     Safe between threads, greenlets and processes, and across forks: nothing is connected before the first verb, and each
     process connects for itself. Before a process's first verb the table is looked at; on SQLite it is made if missing.

@@ -7,8 +7,8 @@ from typing import Any
 from sqlalchemy import Dialect
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 
-from celery_idempotent.records import Change
-from celery_idempotent.stores.sql.steps import check_version, newest, present_in, steps_to
+from celery_idempotent.core.records import Change
+from celery_idempotent.stores.sql.migrations import check_version, newest, present_in, steps_to
 
 __all__ = ["changes_between"]
 

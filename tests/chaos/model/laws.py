@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
-from celery_idempotent.decision import MAX_TAKEOVERS
-from celery_idempotent.records import (
+from celery_idempotent.core.decision import MAX_TAKEOVERS
+from celery_idempotent.core.records import (
     Claim,
     Claimed,
     Holder,

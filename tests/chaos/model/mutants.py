@@ -9,14 +9,14 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from celery_idempotent.decision import (
+from celery_idempotent.core.decision import (
     Delivery,
     DeliveryAction,
     DeliveryDecision,
     DeliveryPolicy,
     decide_delivery,
 )
-from celery_idempotent.records import (
+from celery_idempotent.core.records import (
     Claim,
     Claimed,
     Found,

@@ -6,8 +6,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any, cast
 
-from celery_idempotent.records import MessageKey, Row, RowFilter
-from celery_idempotent.store import Store
+from celery_idempotent.core.records import MessageKey, Row, RowFilter
+from celery_idempotent.core.store import Store
 from tests.chaos.model.laws import Act, judge
 
 __all__ = ["Watched"]

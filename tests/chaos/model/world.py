@@ -3,7 +3,7 @@
 What is real: ``send`` through ``apply_async``, ``admit``, ``Run``, ``Task.retry``, ``Recovery``, and both decisions within them.
 What is mirrored, because it is Celery's: the order in which a traced task sends its callbacks, stores its result and is
 acknowledged (``celery.app.trace``), and what a worker's main process writes for a child that it lost
-(:class:`celery_idempotent.request.IdempotentRequest`). Renewal is a thread that keeps up, or does not: see :meth:`World.pass_time`.
+(:class:`celery_idempotent.worker.request.IdempotentRequest`). Renewal is a thread that keeps up, or does not: see :meth:`World.pass_time`.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 from kombu.exceptions import OperationalError
 
 from celery_idempotent import IdempotentTask, MessageMismatchError, QueueLog
-from celery_idempotent.consumer import ABANDONED, admit
-from celery_idempotent.decision import AVAILABLE_GRACE, MAX_TAKEOVERS
+from celery_idempotent.core.decision import AVAILABLE_GRACE, MAX_TAKEOVERS
+from celery_idempotent.core.records import Claim, Holder, MessageKey, Owner, ProcessedStatus, Row, Status, Taken
+from celery_idempotent.core.store import Store
 from celery_idempotent.errors import AlreadyFailedError
-from celery_idempotent.identity import identity_of
-from celery_idempotent.records import Claim, Holder, MessageKey, Owner, ProcessedStatus, Row, Status, Taken
-from celery_idempotent.run import Run, RunState, worker_label
-from celery_idempotent.signals import _after_run, _revoked, _succeeded
-from celery_idempotent.store import Store
+from celery_idempotent.message.identity import identity_of
+from celery_idempotent.worker.admission import ABANDONED, admit
+from celery_idempotent.worker.run import Run, RunState, worker_label
+from celery_idempotent.worker.signals import _after_run, _revoked, _succeeded
 from tests.chaos.model.broker import Broker, Copy, Mood
 from tests.chaos.model.clock import Clock
 from tests.chaos.model.laws import Act, BrokenLawError, starts_anew

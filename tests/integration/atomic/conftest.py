@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from celery import Celery
 
 from celery_idempotent import IdempotentTask, QueueLog, SQLStore
-from celery_idempotent.records import MessageKey, Row
+from celery_idempotent.core.records import MessageKey, Row
 from tests.support.apps import close_app
 from tests.support.effects import Effects
 

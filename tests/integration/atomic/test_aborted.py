@@ -11,7 +11,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, sessionmaker
 
 from celery_idempotent import IdempotentTask, SQLStore
-from celery_idempotent.records import ProcessedStatus
+from celery_idempotent.core.records import ProcessedStatus
 from celery_idempotent.stores.sql.dialects import dialect_named
 from tests.integration.atomic.conftest import Here
 from tests.support.effects import Effect

@@ -23,10 +23,10 @@ from celery_idempotent import (
     SQLStore,
     StoreUnavailableError,
 )
-from celery_idempotent.records import Claim, NewMessage, Note, ProcessedStatus, Row, Status
-from celery_idempotent.run import Run
-from celery_idempotent.serialization import decode_result
-from celery_idempotent.steps import CheckStep
+from celery_idempotent.core.records import Claim, NewMessage, Note, ProcessedStatus, Row, Status
+from celery_idempotent.message.serialization import decode_result
+from celery_idempotent.worker.bootsteps import CheckStep
+from celery_idempotent.worker.run import Run
 from tests.integration.atomic.conftest import Here
 from tests.integration.sql.wire import Wire
 from tests.support.effects import Effect

@@ -15,8 +15,8 @@ from celery import states
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from celery_idempotent import IdempotentTask, SQLStore
-from celery_idempotent.atomic import RUNS
-from celery_idempotent.records import Claim, ProcessedStatus, Status
+from celery_idempotent.core.records import Claim, ProcessedStatus, Status
+from celery_idempotent.worker.unit_of_work import RUNS
 from tests.integration.atomic.conftest import Here
 from tests.integration.sql.wire import Wire
 from tests.support.effects import Effect, Effects, add_to

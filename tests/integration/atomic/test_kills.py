@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from celery import chain
 
-from celery_idempotent.records import RowFilter, Status
+from celery_idempotent.core.records import RowFilter, Status
 from tests.support.apps import AppSpec, OpenApp
 from tests.support.brokers import Broker
 from tests.support.effects import Effects

@@ -10,7 +10,7 @@ from celery import group
 from celery.exceptions import Reject
 
 from celery_idempotent import IdempotentTask, SQLStore, outbox
-from celery_idempotent.records import MessageKey, ProcessedStatus, Status
+from celery_idempotent.core.records import MessageKey, ProcessedStatus, Status
 from tests.integration.atomic.conftest import Here
 from tests.support.apps import close_app
 from tests.support.effects import Effect, add_to

@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
 from celery_idempotent import IdempotentTask, SQLStore, outbox
-from celery_idempotent.records import MessageKey, ProcessedStatus, Status
+from celery_idempotent.core.records import MessageKey, ProcessedStatus, Status
 from tests.integration.atomic.conftest import Here
 from tests.support.effects import Effect, Effects
 

@@ -13,7 +13,7 @@ from celery import Celery, states
 from celery.app.trace import build_tracer
 
 from celery_idempotent import IdempotentTask
-from celery_idempotent.records import MessageKey, ProcessedStatus, Row, Status
+from celery_idempotent.core.records import MessageKey, ProcessedStatus, Row, Status
 
 
 @pytest.fixture

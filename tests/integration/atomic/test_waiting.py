@@ -11,7 +11,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.exc import OperationalError
 
-from celery_idempotent.records import ProcessedStatus
+from celery_idempotent.core.records import ProcessedStatus
 from tests.integration.atomic.test_workers import PATIENCE, Scene, make_scene  # noqa: F401 - a fixture
 from tests.support.servers import PrivatePostgreSQL
 from tests.support.waiting import wait_until

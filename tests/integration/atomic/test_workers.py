@@ -13,7 +13,7 @@ from celery import Celery, states
 from celery.exceptions import SoftTimeLimitExceeded
 from celery.result import AsyncResult
 
-from celery_idempotent.records import Claim, MessageKey, ProcessedStatus, Row, Status
+from celery_idempotent.core.records import Claim, MessageKey, ProcessedStatus, Row, Status
 from tests.support.apps import AppSpec, OpenApp
 from tests.support.apps.atomic import LEVEL, POINTS
 from tests.support.effects import Effects

@@ -13,7 +13,7 @@ import redis
 from celery import Celery
 from celery.result import AsyncResult
 
-from celery_idempotent.records import MessageKey, Row, Status
+from celery_idempotent.core.records import MessageKey, Row, Status
 from tests.support.apps import AppSpec, OpenApp
 from tests.support.brokers import Broker
 from tests.support.ledger import Entry, Ledger

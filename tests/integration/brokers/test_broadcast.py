@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from celery import Celery
 
-from celery_idempotent.records import MessageKey, ProcessedStatus, RowFilter, Status
+from celery_idempotent.core.records import MessageKey, ProcessedStatus, RowFilter, Status
 from tests.support.apps import AppSpec, OpenApp
 from tests.support.bench import PATIENCE
 from tests.support.ledger import Ledger

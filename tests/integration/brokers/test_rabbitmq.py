@@ -10,7 +10,7 @@ import pytest
 from kombu.connection import Connection
 
 from celery_idempotent import AlreadyFailedError
-from celery_idempotent.decision import MAX_TAKEOVERS
+from celery_idempotent.core.decision import MAX_TAKEOVERS
 from tests.conftest import StartWorker, missing
 from tests.integration.brokers.conftest import PATIENCE, MakeSite, wait_until_logged
 from tests.support.brokers import Broker, rabbitmq_broker

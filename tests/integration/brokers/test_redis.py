@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import redis
 
-from celery_idempotent.records import Status
+from celery_idempotent.core.records import Status
 from tests.conftest import StartWorker
 from tests.integration.brokers.conftest import (
     PATIENCE,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from celery_idempotent.records import MessageKey, ProcessedStatus, Row, Status
+from celery_idempotent.core.records import MessageKey, ProcessedStatus, Row, Status
 from tests.support.apps import AppSpec, OpenApp
 from tests.support.bench import PATIENCE
 from tests.support.ledger import Ledger

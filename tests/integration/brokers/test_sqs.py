@@ -13,9 +13,9 @@ from celery.app.task import Context
 from celery.exceptions import Ignore
 
 from celery_idempotent import IdempotentTask, QueueLog, SQLStore
-from celery_idempotent.consumer import admit
-from celery_idempotent.records import Claimed, MessageKey, NewMessage
-from celery_idempotent.wire import Marker
+from celery_idempotent.core.records import Claimed, MessageKey, NewMessage
+from celery_idempotent.message.header import Marker
+from celery_idempotent.worker.admission import admit
 from tests.conftest import StartWorker
 from tests.integration.brokers.conftest import PATIENCE, MakeSite, Site, wait_until_logged
 from tests.integration.brokers.sqs import MAX_DELAY_SECONDS

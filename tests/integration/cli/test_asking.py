@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from celery_idempotent import SQLStore
-from celery_idempotent.records import Claimed, MessageKey, NewMessage, Row, Status
-from celery_idempotent.serialization import encode_message
+from celery_idempotent.core.records import Claimed, MessageKey, NewMessage, Row, Status
+from celery_idempotent.message.serialization import encode_message
 from tests.integration.test_command_line import PROJECT, command
 
 NAMES = ("a", "b")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from celery_idempotent import MessageMismatchError
-from celery_idempotent.records import FORGOTTEN, MessageKey, NewMessage, ProcessedStatus, Status
+from celery_idempotent.core.records import FORGOTTEN, MessageKey, NewMessage, ProcessedStatus, Status
 from tests.integration.cli.conftest import Command
 from tests.support.bench import PATIENCE, Bench
 

@@ -8,9 +8,9 @@ import pytest
 from celery import chain, chord
 from celery.result import AsyncResult
 
-from celery_idempotent.records import MessageKey, NewMessage, ProcessedStatus, Row, RowFilter, Status
-from celery_idempotent.requeue import NotRequeued, requeue
-from celery_idempotent.serialization import encode_message
+from celery_idempotent.core.records import MessageKey, NewMessage, ProcessedStatus, Row, RowFilter, Status
+from celery_idempotent.maintenance.requeue import NotRequeued, requeue
+from celery_idempotent.message.serialization import encode_message
 from tests.integration.cli.conftest import Command
 from tests.integration.test_copies import consumed
 from tests.integration.test_revoke_and_expiry import revoke

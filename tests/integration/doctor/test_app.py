@@ -6,7 +6,7 @@ import pytest
 from celery import Celery
 
 from celery_idempotent import QueueLog
-from celery_idempotent.children import is_guarded
+from celery_idempotent.message.canvas_ids import is_guarded
 from tests.integration.doctor.conftest import MakeApp, codes, doctor_says, examine
 
 

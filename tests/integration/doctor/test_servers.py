@@ -15,7 +15,7 @@ from kombu import Exchange, Queue
 from redis import Redis
 
 from celery_idempotent import QueueLog, SQLStore
-from celery_idempotent.records import Claimed, MessageKey, NewMessage
+from celery_idempotent.core.records import Claimed, MessageKey, NewMessage
 from celery_idempotent.stores import open_store
 from tests.integration.doctor.conftest import MakeApp, codes, doctor_says, examine
 from tests.integration.test_command_line import PROJECT, command

@@ -10,7 +10,7 @@ from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from tornado.web import create_signed_value
 
-from celery_idempotent.records import ProcessedStatus
+from celery_idempotent.core.records import ProcessedStatus
 from tests.integration.flower.conftest import OPERATOR
 from tests.integration.flower.test_page import fail, text_of, visit, wait_for_text
 from tests.support.bench import Bench

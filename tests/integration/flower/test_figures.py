@@ -14,10 +14,10 @@ import pytest
 from celery import Celery
 
 from celery_idempotent import QueueLog, SQLStore
-from celery_idempotent.contrib.flower.figures import Figures
-from celery_idempotent.contrib.flower.questions import Questions
+from celery_idempotent.contrib.flower.async_store import Questions
+from celery_idempotent.contrib.flower.snapshot import Figures
+from celery_idempotent.core.records import Claimed, MessageKey, NewMessage, Row, RowFilter, TaskCount
 from celery_idempotent.errors import StoreUnavailableError
-from celery_idempotent.records import Claimed, MessageKey, NewMessage, Row, RowFilter, TaskCount
 from tests.integration.flower.conftest import value_of
 from tests.support.bench import Bench
 from tests.support.flower import FlowerProcess

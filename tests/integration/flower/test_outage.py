@@ -11,7 +11,7 @@ import pytest
 from selenium.webdriver import Chrome
 
 from celery_idempotent import RedisStore
-from celery_idempotent.records import Claimed, MessageKey, NewMessage
+from celery_idempotent.core.records import Claimed, MessageKey, NewMessage
 from tests.integration.flower.conftest import value_of
 from tests.integration.flower.test_page import row_of, visit, wait_for_text
 from tests.support.bench import Bench

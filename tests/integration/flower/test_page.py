@@ -10,8 +10,8 @@ from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-from celery_idempotent.records import Claimed, MessageKey, NewMessage, ProcessedStatus
-from celery_idempotent.serialization import encode_message
+from celery_idempotent.core.records import Claimed, MessageKey, NewMessage, ProcessedStatus
+from celery_idempotent.message.serialization import encode_message
 from tests.integration.flower.conftest import OPERATOR, wait_for_state
 from tests.support.bench import Bench
 from tests.support.flower import FlowerProcess

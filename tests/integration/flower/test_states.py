@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from celery_idempotent.records import Claimed, MessageKey, NewMessage
+from celery_idempotent.core.records import Claimed, MessageKey, NewMessage
 from tests.integration.flower.conftest import info_of, value_of, wait_for_state
 from tests.support.bench import Bench
 from tests.support.flower import FlowerProcess

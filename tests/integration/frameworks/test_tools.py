@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from celery_idempotent.records import ProcessedStatus, Status
+from celery_idempotent.core.records import ProcessedStatus, Status
 from tests.conftest import LOGS, missing
 from tests.support.apps.tools import NAMES, VARIABLE
 from tests.support.bench import PATIENCE, Bench, open_bench

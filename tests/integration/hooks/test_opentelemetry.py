@@ -235,7 +235,7 @@ def test_the_global_provider_may_be_set_after_the_hook_was_made() -> None:
     """As in a prefork worker, which imports its hooks before it forks, and sets its provider up in each child."""
     script = """
 from celery_idempotent.contrib.opentelemetry import hook
-from celery_idempotent.outcomes import Outcome, OutcomeKind
+from celery_idempotent.hooks import Outcome, OutcomeKind
 from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor

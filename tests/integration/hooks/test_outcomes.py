@@ -11,8 +11,8 @@ from kombu.exceptions import OperationalError
 from sqlalchemy.orm import Session
 
 from celery_idempotent import DuplicateMessageError, MessageMismatchError, outbox
-from celery_idempotent.records import Claimed, MessageKey, NewMessage, Status
-from celery_idempotent.serialization import encode_message, encode_result
+from celery_idempotent.core.records import Claimed, MessageKey, NewMessage, Status
+from celery_idempotent.message.serialization import encode_message, encode_result
 from tests.support.bench import PATIENCE, Bench
 from tests.support.told import Told
 from tests.support.waiting import wait_until

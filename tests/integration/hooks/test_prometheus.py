@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from celery_idempotent.contrib import prometheus
 from celery_idempotent.contrib.prometheus import PrometheusHook
-from celery_idempotent.outcomes import Outcome, OutcomeKind
+from celery_idempotent.hooks import Outcome, OutcomeKind
 from tests.support.apps import AppSpec, OpenApp
 from tests.support.bench import PATIENCE
 from tests.support.waiting import wait_until

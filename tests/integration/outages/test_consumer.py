@@ -13,7 +13,7 @@ from celery import Celery
 from celery.result import AsyncResult
 
 from celery_idempotent import StoreUnavailableError
-from celery_idempotent.records import MessageKey, ProcessedStatus, Row, RowFilter, Status
+from celery_idempotent.core.records import MessageKey, ProcessedStatus, Row, RowFilter, Status
 from tests.support.apps import AppSpec, OpenApp
 from tests.support.ledger import Ledger
 from tests.support.proxy import Proxy

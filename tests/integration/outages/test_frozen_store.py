@@ -12,7 +12,7 @@ import pytest
 import sqlalchemy as sa
 
 from celery_idempotent import SQLStore, StoreUnavailableError
-from celery_idempotent.records import Found, MessageKey, NewMessage, Recorded, RowFilter
+from celery_idempotent.core.records import Found, MessageKey, NewMessage, Recorded, RowFilter
 from celery_idempotent.stores.sql import connection
 from tests.conftest import missing
 from tests.support.servers import NotInstalledError, PrivateMariaDB, PrivateServer

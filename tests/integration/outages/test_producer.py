@@ -10,7 +10,7 @@ from celery import Celery
 from celery.result import AsyncResult
 
 from celery_idempotent import StoreUnavailableError
-from celery_idempotent.records import MessageKey, Status
+from celery_idempotent.core.records import MessageKey, Status
 from tests.integration.outages.conftest import LONG, SHORT
 from tests.support.apps import AppSpec, OpenApp
 from tests.support.proxy import Proxy

@@ -15,7 +15,7 @@ from kombu.message import Message
 from sqlalchemy.orm import Session
 
 from celery_idempotent import IdempotentTask, QueueLog, SQLStore
-from celery_idempotent.records import MessageKey, Row
+from celery_idempotent.core.records import MessageKey, Row
 from tests.support.apps import close_app
 from tests.support.effects import Effects
 

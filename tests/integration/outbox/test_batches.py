@@ -15,10 +15,10 @@ from celery_idempotent import (
     SQLStore,
     StoreUnavailableError,
     outbox,
-    outboxes,
 )
-from celery_idempotent.records import Found, NewMessage, Recorded, RowFilter
-from celery_idempotent.store import Store
+from celery_idempotent.core.records import Found, NewMessage, Recorded, RowFilter
+from celery_idempotent.core.store import Store
+from celery_idempotent.producer.outbox import current_outbox
 from tests.integration.outbox.conftest import Office
 from tests.support.effects import Effect
 
@@ -214,4 +214,4 @@ def test_an_empty_batch_is_nothing(office: Office, inserts: list[str]) -> None:
     with outbox():
         pass
     assert inserts == []
-    assert outboxes.current_outbox(office.app.queue_log) is None
+    assert current_outbox(office.app.queue_log) is None

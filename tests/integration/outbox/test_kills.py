@@ -14,7 +14,7 @@ import pytest
 from celery import Celery
 
 from celery_idempotent import outbox
-from celery_idempotent.records import RowFilter, Status
+from celery_idempotent.core.records import RowFilter, Status
 from tests.support.apps import AppSpec, OpenApp
 from tests.support.apps.atomic import sell
 from tests.support.brokers import Broker

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from celery_idempotent import IdempotentTask, outbox, publication, recovery
+from celery_idempotent import IdempotentTask, outbox
 from celery_idempotent.errors import StoreUnavailableError
+from celery_idempotent.maintenance import rescue
+from celery_idempotent.producer.publisher import Publisher
 from tests.integration.outbox.conftest import Office
 from tests.support.waiting import wait_until
 
@@ -72,7 +74,7 @@ def test_the_pauses_grow_and_end(office: Office) -> None:
 
 def test_a_relay_leaves_alone_what_its_recorder_is_publishing(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
     """And takes it when that one has not come to it in time."""
-    monkeypatch.setattr(publication.Publisher, "publish", lambda *_: None)  # the process has died after its commit
+    monkeypatch.setattr(Publisher, "publish", lambda *_: None)  # the process has died after its commit
     commit(office, "o-1", "o-2")
     relayed = office.app.queue_log.recovery.relay()
     assert relayed.published == 0
@@ -105,8 +107,8 @@ def test_one_relay_at_a_time_publishes(office: Office, monkeypatch: pytest.Monke
     first = threading.Thread(target=office.app.queue_log.recovery.relay)
     first.start()
     assert began.wait(30.0)
-    other = recovery.Recovery(office.app.queue_log)
-    monkeypatch.setattr(recovery, "no_fork", threading.Lock)  # or it would wait for its turn in this process
+    other = rescue.Recovery(office.app.queue_log)
+    monkeypatch.setattr(rescue, "no_fork", threading.Lock)  # or it would wait for its turn in this process
     second = other.relay()
     go_on.set()
     first.join()
@@ -120,8 +122,7 @@ def test_many_relays_at_once_publish_each_message_once_and_in_order(office: Offi
         for order in orders:
             office.app.tasks["charge"].delay(order)
     threads = [
-        threading.Thread(target=recovery.Recovery(office.app.queue_log).relay, kwargs={"at_most": 1e9})
-        for _ in range(4)
+        threading.Thread(target=rescue.Recovery(office.app.queue_log).relay, kwargs={"at_most": 1e9}) for _ in range(4)
     ]
     for thread in threads:
         thread.start()
@@ -134,7 +135,7 @@ def test_many_relays_at_once_publish_each_message_once_and_in_order(office: Offi
 
 
 def test_a_relay_that_dies_in_the_midst_leaves_it_to_the_next(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recovery, "RELAY_LEASE", 1.0)
+    monkeypatch.setattr(rescue, "RELAY_LEASE", 1.0)
     with office.broken_broker():
         commit(office, "o-1", "o-2", "o-3")
 
@@ -198,9 +199,9 @@ def test_what_could_not_be_noted_is_published_once_more(office: Office, monkeypa
 def test_the_lease_of_a_recorder_does_not_keep_a_consumer_from_claiming(
     office: Office, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from celery_idempotent.records import Claimed, NewMessage
+    from celery_idempotent.core.records import Claimed, NewMessage
 
-    monkeypatch.setattr(publication.Publisher, "publish", lambda *_: None)
+    monkeypatch.setattr(Publisher, "publish", lambda *_: None)
     commit(office, "o-1")
     row = office.there("charge", "o-1")
     assert row.lease_left > 0

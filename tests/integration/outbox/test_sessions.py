@@ -14,7 +14,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from celery_idempotent import DuplicateMessageError, MessageMismatchError, outbox
-from celery_idempotent.records import Status
+from celery_idempotent.core.records import Status
 from tests.integration.outbox.conftest import Office
 from tests.support.effects import Effect
 

@@ -11,7 +11,7 @@ from celery import Celery
 from kombu import Producer
 
 from celery_idempotent import outbox
-from celery_idempotent.publication import ANSWER
+from celery_idempotent.producer.publisher import ANSWER
 from tests.support.apps import AppSpec, OpenApp
 from tests.support.brokers import redis_broker
 from tests.support.servers import PrivateRedis

@@ -13,7 +13,7 @@ import pytest
 import sqlalchemy as sa
 
 from celery_idempotent import SQLStore, StoreUnavailableError, queue_log_table
-from celery_idempotent.records import MessageKey, ProcessedStatus, Recorded, Row, RowFilter, Status
+from celery_idempotent.core.records import MessageKey, ProcessedStatus, Recorded, Row, RowFilter, Status
 from celery_idempotent.stores.sql import connection
 from celery_idempotent.testing.examples import claim, new_message
 from tests.conftest import StartWorker

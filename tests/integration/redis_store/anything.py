@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from celery_idempotent.records import Claim, Claimed, MessageKey, NewMessage, Owner, Status
-from celery_idempotent.store import Store
+from celery_idempotent.core.records import Claim, Claimed, MessageKey, NewMessage, Owner, Status
+from celery_idempotent.core.store import Store
 from celery_idempotent.testing.examples import GRACE, LEASE
 
 __all__ = ["KEYS", "act"]

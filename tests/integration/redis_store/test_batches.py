@@ -10,7 +10,7 @@ from celery import Celery
 from redis import Redis
 
 from celery_idempotent import IdempotentTask, QueueLog, RedisStore, StoreUnavailableError, outbox
-from celery_idempotent.records import RowFilter
+from celery_idempotent.core.records import RowFilter
 from tests.support.apps import close_app
 
 

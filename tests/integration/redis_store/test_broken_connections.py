@@ -15,8 +15,18 @@ import pytest
 from redis import Redis
 
 from celery_idempotent import RedisStore
+from celery_idempotent.core.records import (
+    Claim,
+    Claimed,
+    Found,
+    MessageKey,
+    NewMessage,
+    Recorded,
+    RowFilter,
+    Status,
+    Taken,
+)
 from celery_idempotent.errors import ConfigurationError, SchemaError, StoreError, StoreUnavailableError
-from celery_idempotent.records import Claim, Claimed, Found, MessageKey, NewMessage, Recorded, RowFilter, Status, Taken
 from celery_idempotent.stores.redis import connection
 from celery_idempotent.testing.examples import (
     GRACE,

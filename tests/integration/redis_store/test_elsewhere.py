@@ -10,8 +10,8 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from celery_idempotent import RedisStore
+from celery_idempotent.core.records import Claim, MessageKey, Recorded
 from celery_idempotent.errors import StoreUnavailableError
-from celery_idempotent.records import Claim, MessageKey, Recorded
 from celery_idempotent.stores.redis.layout import Layout, identity, slot
 from celery_idempotent.testing.examples import KEY, claim, new_message, pending, processing, read
 from tests.conftest import missing

@@ -10,8 +10,8 @@ import pytest
 from redis import Redis
 
 from celery_idempotent import RedisStore
+from celery_idempotent.core.records import Claimed, MessageKey, Row
 from celery_idempotent.errors import StoreUnavailableError
-from celery_idempotent.records import Claimed, MessageKey, Row
 from celery_idempotent.stores.redis.layout import Layout, identity
 from celery_idempotent.testing.examples import (
     claim,

@@ -9,7 +9,7 @@ import pytest
 from redis import Redis
 
 from celery_idempotent import RedisStore
-from celery_idempotent.records import Claim, MessageKey, Recorded, RowFilter
+from celery_idempotent.core.records import Claim, MessageKey, Recorded, RowFilter
 from celery_idempotent.stores.redis.layout import SHARDS, Layout, identity, key_of, slot
 from celery_idempotent.testing.examples import done, new_message, pending, processing, read, wait_until
 from tests.integration.redis_store.anything import act

@@ -9,8 +9,8 @@ import pytest
 from redis import Redis
 
 from celery_idempotent import RedisStore
+from celery_idempotent.core.records import MessageKey, Recorded
 from celery_idempotent.errors import StoreUnavailableError
-from celery_idempotent.records import MessageKey, Recorded
 from celery_idempotent.testing.examples import claim, new_message, pending, read
 from tests.support.servers import NotInstalledError, PrivateRedis, missing
 from tests.support.servers.redis import redis_6

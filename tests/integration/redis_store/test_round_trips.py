@@ -10,8 +10,8 @@ import pytest
 from redis import Redis
 
 from celery_idempotent import RedisStore
-from celery_idempotent.records import Claimed, MessageKey, NewMessage, Recorded
-from celery_idempotent.stores.redis import wires
+from celery_idempotent.core.records import Claimed, MessageKey, NewMessage, Recorded
+from celery_idempotent.stores.redis import pool
 from celery_idempotent.testing.examples import GRACE, LEASE, WORKER, new_message, pending, processing
 from tests.integration.sql.test_round_trips import VERBS, Measured, succeeded
 from tests.integration.sql.wire import Wire
@@ -27,13 +27,13 @@ every_verb = pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.__name
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[Any]]:
     """The commands of each round trip, as they are sent."""
     trips: list[list[Any]] = []
-    ask = wires.ask
+    ask = pool.ask
 
-    def note(wire: wires.Wire, commands: Sequence[Sequence[Any]]) -> None:
+    def note(wire: pool.Wire, commands: Sequence[Sequence[Any]]) -> None:
         trips.append([command[0] for command in commands])
         ask(wire, commands)
 
-    monkeypatch.setattr(wires, "ask", note)
+    monkeypatch.setattr(pool, "ask", note)
     return trips
 
 

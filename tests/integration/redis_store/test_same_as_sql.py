@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from celery_idempotent import RedisStore, SQLStore
-from celery_idempotent.records import Claim, Found, MessageKey, ProcessedStatus, Row, RowFilter, Status, Taken
-from celery_idempotent.store import Store
+from celery_idempotent.core.records import Claim, Found, MessageKey, ProcessedStatus, Row, RowFilter, Status, Taken
+from celery_idempotent.core.store import Store
 from celery_idempotent.testing.examples import wait_until
 from tests.integration.redis_store.anything import KEYS, act
 

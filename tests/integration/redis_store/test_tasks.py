@@ -20,7 +20,7 @@ from celery.result import AsyncResult
 from redis import Redis
 
 from celery_idempotent import ConfigurationError, IdempotentTask, outbox
-from celery_idempotent.records import MessageKey, ProcessedStatus, Row, Status
+from celery_idempotent.core.records import MessageKey, ProcessedStatus, Row, Status
 from tests.conftest import missing
 from tests.support.apps import AppSpec, OpenApp
 from tests.support.brokers import Broker

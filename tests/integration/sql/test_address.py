@@ -14,8 +14,8 @@ import sqlalchemy as sa
 from celery import Celery
 
 from celery_idempotent import QueueLog
+from celery_idempotent.core.records import Found, MessageKey
 from celery_idempotent.errors import ConfigurationError, StoreUnavailableError
-from celery_idempotent.records import Found, MessageKey
 from celery_idempotent.stores import open_store
 from celery_idempotent.stores.sql import SQLStore
 from celery_idempotent.stores.sql.address import parse

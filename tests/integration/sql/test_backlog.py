@@ -15,9 +15,9 @@ import sqlalchemy as sa
 from celery import Celery
 
 from celery_idempotent import IdempotentTask, QueueLog
-from celery_idempotent.records import Claimed, MessageKey, NewMessage
-from celery_idempotent.recovery import Recovered
-from celery_idempotent.serialization import encode_message
+from celery_idempotent.core.records import Claimed, MessageKey, NewMessage
+from celery_idempotent.maintenance.rescue import Recovered
+from celery_idempotent.message.serialization import encode_message
 from celery_idempotent.stores.sql import SQLStore
 
 BACKLOG = 100_000

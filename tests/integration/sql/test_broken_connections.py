@@ -14,9 +14,9 @@ from uuid import uuid4
 import pytest
 import sqlalchemy as sa
 
+from celery_idempotent.core.records import Claim, Claimed, NewMessage, Owner, ProcessedStatus, Recorded, Status, Taken
+from celery_idempotent.core.store import Store
 from celery_idempotent.errors import StoreUnavailableError
-from celery_idempotent.records import Claim, Claimed, NewMessage, Owner, ProcessedStatus, Recorded, Status, Taken
-from celery_idempotent.store import Store
 from celery_idempotent.stores.sql import SQLStore
 from celery_idempotent.testing.examples import (
     GRACE,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from celery_idempotent import SQLStore
-from celery_idempotent.records import MessageKey, NewMessage
+from celery_idempotent.core.records import MessageKey, NewMessage
 
 
 def mode(path: Path) -> str:

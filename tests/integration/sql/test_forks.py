@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from celery_idempotent.records import MessageKey, NewMessage, Recorded
+from celery_idempotent.core.records import MessageKey, NewMessage, Recorded
 from celery_idempotent.stores.sql import SQLStore
 from tests.support.waiting import wait_until
 

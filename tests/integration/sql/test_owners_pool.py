@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from celery_idempotent.records import MessageKey
+from celery_idempotent.core.records import MessageKey
 from celery_idempotent.stores.sql import SQLStore
 from celery_idempotent.testing.examples import LEASE, claim, new_message, pending, processing
 

@@ -12,7 +12,7 @@ from uuid import uuid4
 import pytest
 import sqlalchemy as sa
 
-from celery_idempotent.store import Store
+from celery_idempotent.core.store import Store
 from celery_idempotent.stores import open_store
 from celery_idempotent.stores.sql import SQLStore
 from celery_idempotent.testing import StoreContract, TransactionContract

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from celery_idempotent.records import RowFilter
+from celery_idempotent.core.records import RowFilter
 from celery_idempotent.stores.sql import SQLStore
 from celery_idempotent.stores.sql.dialects import Dialect
 from tests.integration.sql import long_log, plans, verbs

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from celery_idempotent.records import Claimed, MessageKey
+from celery_idempotent.core.records import Claimed, MessageKey
 from celery_idempotent.stores.sql import SQLStore
 from celery_idempotent.testing.examples import claim, new_message, pending, processing, read, try_claim
 
@@ -159,7 +159,7 @@ gevent.monkey.patch_all()
 import sys
 import gevent
 import sqlalchemy as sa
-from celery_idempotent.records import Claimed, MessageKey
+from celery_idempotent.core.records import Claimed, MessageKey
 from celery_idempotent.stores.sql import SQLStore
 from celery_idempotent.testing.examples import new_message, processing, read, try_claim, wait_until
 

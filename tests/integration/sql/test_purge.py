@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-from celery_idempotent.records import MessageKey
+from celery_idempotent.core.records import MessageKey
 from celery_idempotent.stores.sql import SQLStore, queue_log_table
 from celery_idempotent.testing.examples import processing
 from tests.integration.sql import plans

@@ -7,8 +7,8 @@ from functools import partial
 
 import pytest
 
-from celery_idempotent.records import Found, MessageKey, Owner, Taken
-from celery_idempotent.store import Store
+from celery_idempotent.core.records import Found, MessageKey, Owner, Taken
+from celery_idempotent.core.store import Store
 from celery_idempotent.stores.sql import SQLStore
 from celery_idempotent.testing.examples import (
     GRACE,

@@ -15,9 +15,9 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import mysql
 from sqlalchemy.schema import CreateTable
 
+from celery_idempotent.core.records import Recorded
+from celery_idempotent.core.store import Store
 from celery_idempotent.errors import SchemaError
-from celery_idempotent.records import Recorded
-from celery_idempotent.store import Store
 from celery_idempotent.stores.sql import SQLStore, queue_log_table
 from celery_idempotent.testing.examples import KEY, new_message, pending
 

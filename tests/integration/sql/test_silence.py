@@ -10,8 +10,8 @@ from contextlib import ExitStack
 import pytest
 import sqlalchemy as sa
 
+from celery_idempotent.core.records import MessageKey, Recorded
 from celery_idempotent.errors import StoreUnavailableError
-from celery_idempotent.records import MessageKey, Recorded
 from celery_idempotent.stores.sql import SQLStore, sockets
 from celery_idempotent.testing.examples import claim, new_message, pending
 from tests.conftest import missing

@@ -13,9 +13,9 @@ from threading import Barrier
 import pytest
 import sqlalchemy as sa
 
+from celery_idempotent.core.records import Change, Claimed, MessageKey, NewMessage, Recorded, Status
+from celery_idempotent.core.store import Store
 from celery_idempotent.errors import SchemaError
-from celery_idempotent.records import Change, Claimed, MessageKey, NewMessage, Recorded, Status
-from celery_idempotent.store import Store
 from celery_idempotent.stores.sql import SQLStore, queue_log_table
 from celery_idempotent.stores.sql import table as tables
 from celery_idempotent.stores.sql.online import alone

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 
-from celery_idempotent.records import Claim, MessageKey, Owner, ProcessedStatus, RowFilter, Status
-from celery_idempotent.store import Store
+from celery_idempotent.core.records import Claim, MessageKey, Owner, ProcessedStatus, RowFilter, Status
+from celery_idempotent.core.store import Store
 from celery_idempotent.stores.sql import SQLStore
 from celery_idempotent.testing.examples import (
     KEY,

@@ -18,8 +18,8 @@ from celery import Celery, Task, chain, signals
 from sqlalchemy.orm import Session
 
 from celery_idempotent import IdempotentTask, QueueLog, outbox
-from celery_idempotent.atomic import UnitOfWork
-from celery_idempotent.store import Store
+from celery_idempotent.core.store import Store
+from celery_idempotent.worker.unit_of_work import UnitOfWork
 from tests.support.apps.spec import AppSpec
 from tests.support.effects import Effect
 from tests.support.ledger import Ledger

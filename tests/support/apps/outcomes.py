@@ -11,7 +11,7 @@ from typing import Any
 from celery import Celery, Task, chain, group
 from celery.exceptions import Ignore, Reject, SoftTimeLimitExceeded
 
-from celery_idempotent.records import MessageKey
+from celery_idempotent.core.records import MessageKey
 from tests.support.ledger import Ledger
 from tests.support.versions import CELERY
 from tests.support.waiting import wait_until

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from celery_idempotent.core.records import Condition
 from celery_idempotent.doctor import CODES, Facts, Severity, findings
 from celery_idempotent.doctor.facts import AppFacts, BrokerFacts, QueueFacts, StoreFacts, TaskFacts
-from celery_idempotent.records import Condition
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 PAGE = Path(__file__).parents[3] / "docs" / "how-to" / "doctor.md"

@@ -16,7 +16,7 @@ from sqlalchemy import URL, ColumnElement, Connection, Engine, StaticPool, event
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import DBAPIError, OperationalError
 
-from celery_idempotent.beginnings import begin
+from celery_idempotent.core.begin import begin
 from celery_idempotent.stores.sql.dialects.base import Fault, OnConflict
 
 if TYPE_CHECKING:

@@ -1,0 +1,127 @@
+"""Copies that workers told of: what is held now, and what was skipped lately. No row tells either.
+
+Flower receives the events of all workers already; they are listened to from the first request for one of our pages on, and kept in memory.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+from celery_idempotent.core.records import MessageKey
+from celery_idempotent.core.storable import is_text
+from celery_idempotent.worker.events import EVENTS
+
+__all__ = ["Copy", "Heard"]
+
+#: So many copies are kept.
+_KEPT = 1000
+
+#: Seconds for which a copy that should have come again is still said to be held.
+_LATE = 60.0
+
+#: Seconds since the epoch beyond which there is no date.
+_LAST = 250_000_000_000
+
+#: What else ends that a copy is held: its own end.
+_ENDS = {"task-succeeded", "task-failed", "task-revoked", "task-rejected"}
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A copy that did not run, as it was last heard of.
+
+    Attributes:
+        key: The message.
+        task_id: The copy's Celery id.
+        fate: ``skipped`` or ``held``.
+        worker: Which worker said so.
+        since: When it was first heard of, in seconds since the epoch, by that worker's clock.
+        at: When it was last heard of.
+        times: How often.
+        countdown: Seconds from ``at`` until it comes again, if it is held.
+    """
+
+    key: MessageKey
+    task_id: str
+    fate: str
+    worker: str
+    since: float
+    at: float
+    times: int = 1
+    countdown: float = 0.0
+
+
+class Heard:
+    """The copies that were heard of last."""
+
+    def __init__(self) -> None:
+        self._copies: OrderedDict[str, Copy] = OrderedDict()
+        self._state: Any = None
+
+    def listen(self, state: Any) -> None:
+        """Listen to what Flower's state of the cluster is told; once for each.
+
+        Its ``event_callback`` is not used for it: ``--persistent`` writes that to a file together with the state.
+        """
+        if self._state is state:
+            return
+        self._state, told = state, state.event
+
+        def event(fields: dict[str, Any]) -> Any:
+            self.note(fields)
+            return told(fields)
+
+        state.event = event
+
+    def note(self, event: Mapping[str, Any]) -> None:
+        """Note what an event tells."""
+        task_id, type_ = event.get("uuid"), event.get("type")
+        if not (is_text(task_id) and isinstance(type_, str)):
+            return  # whoever reaches the broker may send anything
+        fate = EVENTS.get(type_)
+        if fate is None:
+            if type_ in _ENDS and task_id in self._copies and self._copies[task_id].fate == "held":
+                del self._copies[task_id]
+            return
+        message_id, name, worker = event.get("message_id"), event.get("name"), event.get("hostname")
+        at, countdown = event.get("timestamp") or time.time(), event.get("countdown") or 0.0
+        if not (is_text(message_id) and is_text(name) and is_text(worker) and _is_time(at) and _is_time(countdown)):
+            return
+        before = self._copies.pop(task_id, None)
+        if before is not None and before.fate != fate:
+            before = None
+        self._copies[task_id] = Copy(
+            MessageKey(message_id, name),
+            task_id,
+            fate,
+            worker,
+            since=at if before is None else before.since,
+            at=at,
+            times=1 if before is None else before.times + 1,
+            countdown=countdown,
+        )
+        while len(self._copies) > _KEPT:
+            self._copies.popitem(last=False)
+
+    def held(self) -> list[Copy]:
+        """Copies that are held, those that are held for longest first."""
+        now = time.time()
+        held = (copy for copy in self._copies.values() if copy.fate == "held")
+        return sorted((copy for copy in held if copy.at + copy.countdown + _LATE > now), key=lambda copy: copy.since)
+
+    def skipped(self) -> list[Copy]:
+        """Copies that were skipped, the last one first."""
+        return [copy for copy in reversed(self._copies.values()) if copy.fate == "skipped"]
+
+    def of(self, key: MessageKey) -> list[Copy]:
+        """Copies of a message, the last one first."""
+        return [copy for copy in reversed(self._copies.values()) if copy.key == key]
+
+
+def _is_time(value: object) -> TypeGuard[float]:
+    """Whether it is seconds since the epoch, or of a wait, that a page can show."""
+    return isinstance(value, (int, float)) and 0 <= value < _LAST

@@ -1,0 +1,95 @@
+"""The queue log's figures as Prometheus series, which Flower's ``/metrics`` shows beside its own."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import GaugeMetricFamily
+
+from celery_idempotent.core.records import Row
+
+if TYPE_CHECKING:
+    from celery_idempotent.contrib.flower.snapshot import Counted, Figures, Glance
+
+__all__ = ["Series"]
+
+
+class Series:
+    """The series of an app's queue log, in a registry of their own: nothing but Flower's ``/metrics`` shows them.
+
+    Args:
+        figures: Where they come from. They are shown as they are; nothing is asked for them here.
+    """
+
+    def __init__(self, figures: Figures) -> None:
+        self._figures = figures
+        self.registry = CollectorRegistry()
+        self.registry.register(self)
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """All of them; of a store that does not answer only that, and what was counted before."""
+        glance, counted = self._figures.glance, self._figures.counted
+        yield _gauge(
+            "queue_log_up", "Whether the queue log's store answered when it was last asked.", glance is not None
+        )
+        if counted is not None:
+            yield from _counted(counted, self._figures.took)
+        if glance is not None:
+            yield from _glance(glance)
+            yield _gauge(
+                "held_copies", "Copies that workers hold, as far as Flower was told.", len(self._figures.heard.held())
+            )
+
+
+def _counted(counted: Counted, took: float) -> Iterator[GaugeMetricFamily]:
+    labels = ("task_name", "status", "processed_status")
+    messages = GaugeMetricFamily("celery_idempotent_messages", "Messages in the queue log.", labels=labels)
+    duplicates: Counter[str] = Counter()
+    for count in counted.counts:
+        messages.add_metric([count.task_name, count.status, count.processed_status or ""], count.rows)
+        duplicates[count.task_name] += count.duplicates
+    yield messages
+    skipped = GaugeMetricFamily(
+        "celery_idempotent_message_duplicates",
+        "Copies and repeated calls that were skipped, of the messages in the queue log.",
+        labels=("task_name",),
+    )
+    for task_name, number in duplicates.items():
+        skipped.add_metric([task_name], number)
+    yield skipped
+    yield _gauge("messages_age_seconds", "How long ago the messages were counted.", time.monotonic() - counted.at)
+    yield _gauge("messages_count_seconds", "How long it took to count them.", took)
+
+
+def _glance(glance: Glance) -> Iterator[GaugeMetricFamily]:
+    claims = GaugeMetricFamily(
+        "celery_idempotent_claims", "Claims; at most 100 of either are counted.", labels=("lease",)
+    )
+    lapsed: set[Row] = {row for row in glance.running if row.lease_left <= 0}
+    claims.add_metric(["live"], len(glance.running) - len(lapsed))
+    claims.add_metric(["expired"], max(len(lapsed), len(glance.lapsed)))
+    yield claims
+    since = {
+        "oldest_due_seconds": (
+            "For how long the oldest message waits that the broker has and that is due; 0 for none.",
+            min((row.waiting_since for row in glance.waiting), default=None),
+        ),
+        "oldest_unsent_seconds": (
+            "For how long the oldest message waits that was recorded and not handed to the broker; 0 for none.",
+            glance.condition.unsent_since,
+        ),
+        "oldest_lapsed_seconds": (
+            "How long ago the lease ran out of the claim that nobody has recovered for longest; 0 for none.",
+            glance.condition.lapsed_since,
+        ),
+    }
+    for name, (text, moment) in since.items():
+        yield _gauge(name, text, 0.0 if moment is None else max(0.0, (glance.read_at - moment).total_seconds()))
+
+
+def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
+    return GaugeMetricFamily(f"celery_idempotent_{name}", text, value=float(value))

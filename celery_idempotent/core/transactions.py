@@ -1,0 +1,59 @@
+"""What a transaction must be like in which messages are recorded or completed: on a store that has some, and not in autocommit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeGuard
+
+from celery_idempotent.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection, Engine
+
+    from celery_idempotent.core.store import Store, TransactionalStore
+
+__all__ = ["refuse_autocommit", "transactional"]
+
+
+def transactional(store: Store, what: str = "atomic=True") -> TransactionalStore:
+    """The store, which has to be one with transactions for its users.
+
+    Args:
+        store: The store.
+        what: What needs it, for the error.
+
+    Raises:
+        ConfigurationError: It has none.
+    """
+    if not _has_transactions(store):
+        raise ConfigurationError(
+            f"{what} needs a store with transactions, such as SQLStore; {type(store).__name__} has none: "
+            f"leave it out, and make what your code writes itself idempotent"
+        )
+    if _is_one_connection(store.engine):
+        raise ConfigurationError(
+            f"{what} needs a database that two connections can share, and an in-memory SQLite is one connection; use a file"
+        )
+    return store
+
+
+def refuse_autocommit(connection: Connection, what: str) -> None:
+    """Refuse a connection whose statements each commit.
+
+    Raises:
+        ConfigurationError: It is one.
+    """
+    level = connection.get_execution_options().get("isolation_level")
+    if level is None:  # what the engine was created with, which nothing public tells without asking the server
+        level = getattr(connection.dialect, "_on_connect_isolation_level", None)
+    if str(level).upper() == "AUTOCOMMIT":
+        raise ConfigurationError(what)
+
+
+def _has_transactions(store: Store) -> TypeGuard[TransactionalStore]:
+    return callable(getattr(store, "within", None))
+
+
+def _is_one_connection(engine: Engine) -> bool:
+    from sqlalchemy.pool import SingletonThreadPool, StaticPool
+
+    return isinstance(engine.pool, SingletonThreadPool | StaticPool)

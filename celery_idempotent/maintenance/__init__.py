@@ -1,0 +1,1 @@
+"""What brings the queue log in order: rescue, relay, purge and requeue."""

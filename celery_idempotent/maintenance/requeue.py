@@ -1,0 +1,151 @@
+"""Requeue: a message that failed or was abandoned waits again, as when it was first sent, and is published from its row.
+
+The row goes back to pending as one that was recorded and not published yet. So nothing is lost when this process dies next, or the broker is
+down: it is relayed (see :mod:`celery_idempotent.maintenance.rescue`), by whoever asks for that first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from celery.utils import uuid
+
+from celery_idempotent.core.records import DISCARDED, MessageKey, NewMessage, ProcessedStatus, Row, Status
+from celery_idempotent.message.canvas_ids import is_guarded
+from celery_idempotent.message.header import HEADER, Marker
+from celery_idempotent.message.identity import FANOUT
+from celery_idempotent.message.serialization import (
+    UndecodableError,
+    decode_message,
+    encode_message,
+    serializer_of,
+    trace_of,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from celery_idempotent.queue_log import QueueLog
+
+__all__ = ["NotRequeued", "Requeued", "obstacle", "requeue"]
+
+#: What was true of the deliveries that failed: when it was to run and how long it was good for, and how often it was retried.
+_OF_BEFORE = ("eta", "countdown", "expires", "retries", "redelivered", "is_eager")
+
+
+#: Why a message has failed whose worker had died when it was requeued.
+_OWNERLESS = "abandoned: its worker had died, and it was requeued"
+
+
+@dataclass(frozen=True, slots=True)
+class Requeued:
+    """A message that waits again.
+
+    Attributes:
+        key: The message.
+        task_id: The Celery id that it is published under.
+        renamed: Whether that is another one than before: the message was revoked, or had expired, and workers remember that by its id.
+    """
+
+    key: MessageKey
+    task_id: str
+    renamed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class NotRequeued:
+    """A message that stays as it is.
+
+    Attributes:
+        key: The message.
+        reason: Why, and what to do instead; for people.
+    """
+
+    key: MessageKey
+    reason: str
+
+
+def obstacle(row: Row) -> str | None:
+    """Why a message in this status is not requeued, and what to do instead; ``None`` if it may be."""
+    match row.status:
+        case Status.PENDING:
+            return "it waits already; if the broker has lost it, see `recover --lost-after`"
+        case Status.PROCESSING if row.lease_left > 0:
+            return f"it runs, on {row.worker}"
+        case Status.PROCESSING if row.processed_status is not None:
+            return "its body ran, and what waits on it is sent once it is recovered: see `recover`"
+        case Status.DONE if row.processed_status is ProcessedStatus.SUCCESS:
+            return "it succeeded; to have it run once more, `forget` it and send it again"
+        case _:
+            return None
+
+
+def requeue(queue_log: QueueLog, row: Row) -> Requeued | NotRequeued:
+    """Have a failed message wait again. It is not published yet: :meth:`Recovery.relay` does that, here or in a worker.
+
+    It starts over with all its retries, without its ETA and its expiry, under the message id and the Celery id that it had: the first
+    caller's AsyncResult shows the new outcome once there is one, and what waits behind it in a chain goes on. Calls that its body
+    made before have the ids that they had then and are not made twice; if one of them failed, requeue that one too.
+
+    Args:
+        queue_log: The queue log. Its app has to know the task.
+        row: The message's row with its message, as it was read.
+
+    Raises:
+        StoreError: The store gave no answer, or its schema is not of this version.
+
+    Atomicity: one statement (compare and set on status, token and task id).
+    """
+    reason = obstacle(row)
+    if reason is not None:
+        return NotRequeued(row.key, reason)
+    task = queue_log.app.tasks.get(row.key.task_name)
+    if not is_guarded(task):
+        return NotRequeued(
+            row.key, "its task is no IdempotentTask of this app; name the app that has it, or its module in `imports`"
+        )
+    if row.message is None:
+        return NotRequeued(row.key, "its row has no message any more")
+    try:
+        args, kwargs, options = decode_message(queue_log.app, row.message)
+    except UndecodableError as error:
+        return NotRequeued(row.key, f"its message cannot be read: {error}")
+    if options.get("exchange_type") == FANOUT:
+        return NotRequeued(row.key, "it went to a fanout exchange, and each worker would get it again: send it anew")
+    if row.status is Status.PROCESSING and not queue_log.store.abandon(row, error=row.error or _OWNERLESS):
+        return NotRequeued(row.key, "somebody else has changed it meanwhile")
+    renamed = row.error is not None and row.error.startswith(DISCARDED)
+    # Behind a copy's retry the row has the copy's message, under the copy's id.
+    task_id = uuid() if renamed else str(options.get("task_id") or row.task_id)
+    message = NewMessage(
+        key=row.key,
+        task_id=task_id,
+        queue=row.queue,
+        fingerprint=row.fingerprint,
+        published=False,
+        message=encode_message(
+            args,
+            kwargs,
+            _anew(row, options, task_id),
+            serializer=serializer_of(task, options),
+            trace=trace_of(row.message),
+        ),
+    )
+    if not queue_log.store.resubmit(row, message):
+        return NotRequeued(row.key, "somebody else has changed it meanwhile")
+    return Requeued(row.key, task_id, renamed)
+
+
+def _anew(row: Row, options: Mapping[str, Any], task_id: str) -> dict[str, Any]:
+    """The options of a message that starts over."""
+    kept = {name: value for name, value in options.items() if name not in _OF_BEFORE}
+    sent = Marker.read(options.get("headers"))
+    headers = {name: value for name, value in (options.get("headers") or {}).items() if name != HEADER}
+    # Of a row that has had copies, or another Celery id before: the calls of its body are told by the first one.
+    first = sent.first if sent is not None and sent.belongs_to(row.key.task_name, row.task_id) else None
+    if first is None and task_id != row.task_id:
+        first = row.task_id
+    if first is not None:
+        headers = replace(Marker.new(row.key, task_id, row.fingerprint), first=first).write(headers)
+    return {**kept, "headers": headers or None, "task_id": task_id, "message_id": row.key.message_id}

@@ -1,0 +1,1 @@
+"""What a message is: its id, its arguments' canonical form, its header, and how it is serialized."""

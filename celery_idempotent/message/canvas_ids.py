@@ -1,0 +1,306 @@
+"""Ids that come out the same each time: of what is sent behind a message, and of the calls that its body makes.
+
+A worker that dies leaves its dispatch, or its body, to be done again by another. What is sent then has the id that it had before,
+so that it is found to be known: see ADR 6.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import re
+import threading
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from celery.canvas import Signature
+from celery.utils.functional import arity_greater, maybe_list
+
+from celery_idempotent.core.records import MessageKey, Status
+from celery_idempotent.core.storable import is_text
+from celery_idempotent.errors import ConfigurationError
+from celery_idempotent.message.canonical import FORM, canonical
+from celery_idempotent.message.header import Marker
+from celery_idempotent.message.ids import CallSignature, arguments_fingerprint
+
+if TYPE_CHECKING:
+    from celery import Celery
+    from celery.app.task import Context
+
+    from celery_idempotent.core.store import Store
+
+__all__ = ["Calls", "Position", "derived", "fix_callbacks", "is_derived", "is_guarded", "unsent_errbacks"]
+
+#: How the message id of a call begins whose Celery id somebody else has chosen: a canvas, or ``send_task``.
+_PREFIX = "call:"
+
+_DERIVED = re.compile(_PREFIX + "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+
+def is_derived(message_id: str) -> bool:
+    """Whether a message id was made here, from a call's place and its arguments: these need no comparing then."""
+    return _DERIVED.fullmatch(message_id) is not None
+
+
+def is_guarded(task: object) -> bool:
+    """Whether a task, found by its name, is an ``IdempotentTask``."""
+    return hasattr(type(task), "idempotency")  # the class itself imports this module
+
+
+def fix_callbacks(request: Context) -> None:
+    """Give a request's callbacks and errbacks their Celery ids, which Celery would make anew at each dispatch.
+
+    They are made from the request's own id, or from the name of its call: another copy of the message, which another caller waits on,
+    has callbacks of its own. Doing so again changes nothing.
+    """
+    marker = Marker.read(request.headers)
+    base = request.id if marker is None or marker.call is None else marker.call
+    for kind, name in (("link", "callbacks"), ("errback", "errbacks")):
+        callbacks = getattr(request, name, None)
+        if callbacks:
+            setattr(request, name, _fixed(callbacks, base, kind))
+
+
+def unsent_errbacks(app: Celery, request: Context, store: Store) -> bool:
+    """Whether an errback of a failed message may not have been sent: it is one of ours, and nobody has ever had it.
+
+    Celery stores a failure before it sends the errbacks, so that the result does not tell whether they were sent.
+    """
+    for errback in maybe_list(request.errbacks) or ():
+        if not isinstance(errback, Mapping) or errback.get("subtask_type"):
+            continue
+        task = app._tasks.get(errback.get("task"))  # noqa: SLF001
+        options = errback.get("options") or {}
+        if not is_guarded(task) or _is_called(task, errback):
+            continue
+        if task.idempotency.message_id is not None and not options.get("message_id"):
+            continue  # its id is made of arguments that it does not have yet
+        message_id = options.get("message_id") or options.get("task_id")
+        if not message_id or not is_text(message_id):
+            continue  # one that has no id, or one that no store can keep: it is refused when it is sent
+        row = store.find(MessageKey(message_id, task.name))
+        if row is None or (row.status is Status.PENDING and row.worker is None):
+            return True  # one that was recorded only, or that still waits: a copy too many is absorbed
+    return False
+
+
+def _is_called(task: Any, errback: Mapping[str, Any]) -> bool:
+    """Whether Celery calls an errback where the task failed, rather than send it: it takes more than the task's id."""
+    header = getattr(task, "__header__", None)
+    if header is None or isinstance(header, partial):
+        return False
+    if not errback.get("immutable") and (errback.get("args") or errback.get("kwargs")):
+        header = partial(header, *errback.get("args", ()), **errback.get("kwargs", {}))
+    try:
+        return bool(arity_greater(header, 1))
+    except (TypeError, ValueError):
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """The place of one call among all that a body makes.
+
+    Attributes:
+        task_id: The Celery id of the call, if nobody has chosen one.
+        of: The task, and the fingerprint of the arguments.
+        number: How many calls of the same task with the same arguments come before it.
+    """
+
+    task_id: str
+    of: tuple[str, str | None]
+    number: int
+
+    @property
+    def message_id(self) -> str:
+        """The message id of the call, if somebody else has chosen its Celery id."""
+        return _PREFIX + self.task_id
+
+
+@dataclass
+class Calls:
+    """The calls that one attempt of a message makes; safe between threads.
+
+    Attributes:
+        key: The message whose body it is.
+        first: The Celery id first sent under it, by which one life of an id is told from the next.
+        attempt: The attempt; a rerun is the same one, a retry is not.
+    """
+
+    key: MessageKey
+    first: str
+    attempt: int
+    _count: Counter[tuple[str, str | None]] = field(default_factory=Counter)
+    _given_back: dict[tuple[str, str | None], list[int]] = field(default_factory=dict)
+    _bodies: dict[str | None, str] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def next(self, task_name: str, signature: CallSignature | None, args: Any, kwargs: Any) -> Position:
+        """The position of a call that is made now.
+
+        Calls are counted for each task and arguments, so that a rerun may make them in another order, and others between them. A
+        call whose arguments have no canonical form is told from others of its task by the order alone.
+        """
+        try:
+            fingerprint = arguments_fingerprint(signature, tuple(args or ()), dict(kwargs or {}))
+        except (ConfigurationError, TypeError):  # what does not fit is for Celery to refuse
+            fingerprint = None
+        return self._take("call", task_name, fingerprint)
+
+    def take_back(self, position: Position) -> None:
+        """The call was not made after all: the next one like it is in its place."""
+        with self._lock:
+            heapq.heappush(self._given_back.setdefault(position.of, []), position.number)
+
+    def mark(self, options: Mapping[str, Any], position: Position, app: Celery, request_id: str) -> dict[str, Any]:
+        """The options of a call in a canvas, with ids for all that is sent behind it.
+
+        The canvas has made its Celery ids anew for this run, so that they say nothing of the one before.
+
+        Args:
+            options: The options of ``apply_async``.
+            position: The position of the call.
+            app: The app, which knows the tasks.
+            request_id: The Celery id of the body's own message: what answers in its place keeps that.
+        """
+        marking = _Marking(app, request_id)
+        marked = marking.links(options, position.task_id)
+        if options.get("chain"):
+            marked["chain"] = [
+                marking.of(step, derived(position.task_id, "chain", number))
+                for number, step in enumerate(options["chain"])
+            ]
+        if options.get("chord"):
+            # Every member of a header carries the body.
+            marked["chord"] = marking.of(options["chord"], self._body(options["chord"]))
+        return marked
+
+    def part(self, task_name: str, args: Any, kwargs: Any) -> str:
+        """The Celery id of a part that the body adds to its chord now."""
+        try:
+            fingerprint = arguments_fingerprint(None, tuple(args or ()), dict(kwargs or {}))
+        except ConfigurationError:
+            fingerprint = None
+        return self._take("part", task_name, fingerprint).task_id
+
+    def _body(self, body: Mapping[str, Any]) -> str:
+        frozen = _frozen_id(body)
+        known = self._bodies.get(frozen)
+        if known is None:
+            try:
+                fingerprint = arguments_fingerprint(None, tuple(body.get("args") or ()), {})
+            except ConfigurationError:
+                fingerprint = None
+            known = self._bodies.setdefault(frozen, self._take("chord", str(body.get("task")), fingerprint).task_id)
+        return known
+
+    def _take(self, kind: str, task_name: str, fingerprint: str | None) -> Position:
+        of = (task_name if kind == "call" else f"{kind} {task_name}", fingerprint)
+        with self._lock:
+            free = self._given_back.get(of)
+            if free:
+                number = heapq.heappop(free)
+            else:
+                number = self._count[of]
+                self._count[of] += 1
+        made = derived(
+            self.key.message_id, self.key.task_name, self.first, self.attempt, kind, task_name, fingerprint, number
+        )
+        return Position(made, of, number)
+
+
+def derived(*parts: str | int | None) -> str:
+    """An id made of these parts, in the form of a Celery id."""
+    digest = hashlib.sha256(FORM + canonical(list(parts))).digest()
+    return str(UUID(bytes=digest[:16], version=5))
+
+
+# -- signatures --------------------------------------------------------------------------------------------------------
+
+#: What the parts of a canvas are called among its keyword arguments.
+_PARTS = {"group": ("tasks",), "chain": ("tasks",), "chord": ("header", "body")}
+
+
+def _fixed(callbacks: Any, *place: str) -> list[Any]:
+    """Callbacks with the Celery ids that their place gives them; ids that they have already stay."""
+    return [
+        _with_task_ids(callback, derived(*place, number)) if isinstance(callback, Mapping) else callback
+        for number, callback in enumerate(maybe_list(callbacks))
+    ]
+
+
+def _with_task_ids(signature: Mapping[str, Any], task_id: str) -> Any:
+    kind = signature.get("subtask_type")
+    made = _copy(signature)
+    if kind in _PARTS:
+        _replace_parts(made, lambda part, *path: _with_task_ids(part, derived(task_id, *path)))
+    if kind != "chain":  # a chain has no id of its own; a group's, and a chord's, is that of the group
+        made["options"].setdefault("task_id", task_id)
+    return made
+
+
+@dataclass(frozen=True)
+class _Marking:
+    """Gives message ids to signatures whose Celery ids are fixed already."""
+
+    app: Celery
+    request_id: str
+
+    def of(self, signature: Mapping[str, Any], base: str) -> Any:
+        made = _copy(signature)
+        if signature.get("subtask_type") in _PARTS:
+            _replace_parts(made, lambda part, *path: self.of(part, derived(base, *path)))
+        else:
+            options = made["options"]
+            if not options.get("message_id") and options.get("task_id") != self.request_id and self._may(made["task"]):
+                options["message_id"] = _PREFIX + base
+        made["options"].update(self.links(made["options"], base))
+        return made
+
+    def links(self, options: Mapping[str, Any], base: str) -> dict[str, Any]:
+        """The options with their callbacks' ids fixed."""
+        kinds = [kind for kind in ("link", "link_error") if options.get(kind)]
+        return {**options, **{kind: _fixed(options[kind], base, kind) for kind in kinds}}
+
+    def _may(self, task_name: str) -> bool:
+        # Not `app.tasks`, which would finalize the app. A task that is not known here may be guarded where it runs.
+        task = self.app._tasks.get(task_name)  # noqa: SLF001
+        return task is None or (is_guarded(task) and task.idempotency.message_id is None)
+
+
+def _frozen_id(signature: Any) -> str | None:
+    """The Celery id of a frozen signature; of a chain, which has none, that of a step."""
+    task_id: str | None = (signature.get("options") or {}).get("task_id")
+    if task_id is None:
+        for name in _PARTS.get(signature.get("subtask_type"), ()):
+            part = signature["kwargs"].get(name)
+            for one in [part] if isinstance(part, Mapping) else part or ():
+                task_id = task_id or _frozen_id(one)
+    return task_id
+
+
+def _copy(signature: Mapping[str, Any]) -> Any:
+    """A copy whose options and parts may be changed; the arguments are the same."""
+    if isinstance(signature, Signature):
+        return signature.clone()
+    return {
+        **signature,
+        "options": dict(signature.get("options") or {}),
+        "kwargs": dict(signature.get("kwargs") or {}),
+    }
+
+
+def _replace_parts(signature: Any, new: Any) -> None:
+    kwargs = signature["kwargs"]
+    for name in _PARTS[signature["subtask_type"]]:
+        part = kwargs.get(name)
+        if isinstance(part, Mapping):
+            kwargs[name] = new(part, name)
+        elif isinstance(part, (list, tuple)):
+            kwargs[name] = [
+                new(one, name, number) if isinstance(one, Mapping) else one for number, one in enumerate(part)
+            ]

@@ -1,0 +1,194 @@
+"""What travels with a message: its id, and what its consumer must not compute again.
+
+The id is the AMQP property ``message_id``, which any producer can set. A producer with this library also sends the header
+``idempotent``: ``Task.retry`` drops properties and keeps headers, an eager run has headers only, and a fingerprint computed once
+by the producer stays right when a body changes its arguments and retries with them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from celery.utils import uuid
+
+from celery_idempotent.core.records import MessageKey
+from celery_idempotent.core.storable import FINGERPRINT, is_text
+
+__all__ = ["HEADER", "TRACE_HEADER", "Marker", "is_trace", "later_call", "rejections"]
+
+HEADER = "idempotent"
+
+#: The header by which W3C trace context travels, where something else puts it there.
+TRACE_HEADER = "traceparent"
+
+_TRACE = re.compile("[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+def later_call() -> str:
+    """A name for a later call under a Celery id that was sent before."""
+    return f"again:{uuid()}"
+
+
+def rejections(headers: Mapping[str, Any] | None) -> int:
+    """How often RabbitMQ has dead-lettered a message because it was rejected, by its header ``x-death``."""
+    deaths = headers.get("x-death") if isinstance(headers, Mapping) else None
+    counts = [
+        death.get("count")
+        for death in (deaths if isinstance(deaths, list) else ())
+        if isinstance(death, Mapping) and death.get("reason") == "rejected"
+    ]
+    return sum(count for count in counts if isinstance(count, int) and count > 0)
+
+
+def is_trace(value: object) -> bool:
+    """Whether this is a W3C ``traceparent``."""
+    return isinstance(value, str) and _TRACE.fullmatch(value) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Marker:
+    """The header of a recorded message: all that travels with it beside its arguments.
+
+    It is passed on as one value. Make one by :meth:`new`, :meth:`delivered` or :meth:`read`, and the next one from it by
+    :meth:`copy_of`, :meth:`next_attempt` or :func:`dataclasses.replace`.
+
+    Attributes:
+        message_id: Its message id.
+        task_name: The task that the id belongs to.
+        task_id: The Celery id it was published under. With ``task_name`` it tells a message sent on by its own run from
+            headers that a user copied to another call.
+        fingerprint: SHA-256 of its canonical arguments; ``None`` when they are not compared.
+        holds: How often this copy was held already; each hold is longer than the one before.
+        copied: Whether it was published although its message id was known, with a row of its own until its caller is answered:
+            see :meth:`row_of_its_own`.
+        first: The Celery id that was first sent under the message id, if it is another: a body's calls are told by it.
+        lost: How many of the message's retries were sent because a worker was lost; they make the same calls as what was lost.
+        rejected: How often it was rejected before it was published by its consumer again, which drops RabbitMQ's own count.
+        trace: The span in which the message was sent, if the app's hooks say so; see :class:`~celery_idempotent.hooks.TracingHook`.
+        call: Names a later call under a Celery id that was sent before, as of a frozen signature in a second canvas: what waits on it
+            is still to go on. ``None`` for all other messages.
+    """
+
+    message_id: str
+    task_name: str
+    task_id: str
+    fingerprint: str | None = None
+    holds: int = 0
+    copied: bool = False
+    first: str | None = None
+    lost: int = 0
+    trace: str | None = None
+    call: str | None = None
+    rejected: int = 0
+
+    @classmethod
+    def read(cls, headers: Mapping[str, Any] | None) -> Marker | None:
+        """The marker among a message's headers, or ``None``; anything malformed counts as none."""
+        found = headers.get(HEADER) if isinstance(headers, Mapping) else None
+        if not isinstance(found, Mapping):
+            return None
+        message_id, task_name, task_id = (found.get(name) for name in ("message_id", "task", "task_id"))
+        if not (is_text(message_id) and is_text(task_name) and is_text(task_id)):
+            return None
+        fingerprint, holds, first, lost = map(found.get, ("fingerprint", "holds", "first", "lost"))
+        trace, call = map(found.get, ("trace", "call"))
+        return cls(
+            message_id,
+            task_name,
+            task_id,
+            fingerprint if is_text(fingerprint, longest=FINGERPRINT) else None,
+            holds if isinstance(holds, int) and holds > 0 else 0,
+            found.get("copied") is True,
+            first if is_text(first) else None,
+            lost if isinstance(lost, int) and lost > 0 else 0,
+            trace if trace is not None and is_trace(trace) else None,
+            call if is_text(call) else None,
+            rejected if isinstance(rejected := found.get("rejected"), int) and rejected > 0 else 0,
+        )
+
+    @classmethod
+    def new(cls, key: MessageKey, task_id: str, fingerprint: str | None = None, *, trace: str | None = None) -> Marker:
+        """The marker of a message that is sent for the first time."""
+        return cls(key.message_id, key.task_name, task_id, fingerprint, trace=trace)
+
+    @classmethod
+    def delivered(cls, key: MessageKey, task_id: str, headers: Mapping[str, Any] | None) -> Marker | None:
+        """The marker of a delivered message; ``None`` if its producer has none, or its header is another task's."""
+        sent = cls.read(headers)
+        if sent is None or sent.task_name != key.task_name:
+            return None
+        marker = replace(sent, message_id=key.message_id, task_id=task_id)
+        # What a header says of another message than this one is no history of ours.
+        return (
+            marker
+            if sent.task_id == task_id
+            else replace(marker, first=None, lost=0, trace=None, call=None, rejected=0)
+        )
+
+    def copy_of(self, first: str, call: str | None = None) -> Marker:
+        """The marker of a copy that is published although its message id is known.
+
+        Args:
+            first: The Celery id that was first sent under it.
+            call: The name of a later call under the Celery id of the copy itself.
+        """
+        return replace(self, copied=True, first=None if first == self.task_id else first, call=call)
+
+    def next_attempt(self, *, lost: bool = False) -> Marker:
+        """The marker of the message's retry.
+
+        Args:
+            lost: Whether it is sent because a worker was lost, to make the same calls as what was lost.
+        """
+        return replace(self, holds=0, copied=False, call=None, lost=self.lost + lost)
+
+    def write(self, headers: Mapping[str, Any] | None) -> dict[str, Any]:
+        """The headers with this marker among them."""
+        marker: dict[str, str | int] = {
+            "message_id": self.message_id,
+            "task": self.task_name,
+            "task_id": self.task_id,
+        }
+        if self.fingerprint is not None:
+            marker["fingerprint"] = self.fingerprint
+        if self.holds:
+            marker["holds"] = self.holds
+        if self.copied:
+            marker["copied"] = True
+        if self.first is not None:
+            marker["first"] = self.first
+        if self.lost:
+            marker["lost"] = self.lost
+        if self.trace is not None:
+            marker["trace"] = self.trace
+        if self.call is not None:
+            marker["call"] = self.call
+        if self.rejected:
+            marker["rejected"] = self.rejected
+        return {**(headers or {}), HEADER: marker}
+
+    def belongs_to(self, task_name: str, task_id: str | None) -> bool:
+        """Whether a call with this header sends on the marker's own message."""
+        return self.task_name == task_name and self.task_id == task_id
+
+    @property
+    def key(self) -> MessageKey:
+        """The key of the message's row."""
+        return MessageKey(self.message_id, self.task_name)
+
+    @property
+    def first_id(self) -> str:
+        """The Celery id that was first sent under the message id."""
+        return self.first or self.task_id
+
+    @property
+    def row_of_its_own(self) -> MessageKey:
+        """The key of a copy's own row: its task id, or the name of its call if that task id was sent before.
+
+        The row under its message id keeps the first message, and a broker that loses the copy would leave the copy's caller, and
+        the rest of its chain or chord, without an answer.
+        """
+        return MessageKey(self.call or self.task_id, self.task_name)

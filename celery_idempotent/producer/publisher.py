@@ -1,0 +1,235 @@
+"""Publishing what was recorded and has been committed, from the process that did so.
+
+A message of the outbox is in its row before it is published, so that whatever goes wrong here loses nothing: the relay (see
+:mod:`celery_idempotent.maintenance.rescue`) publishes what was not. Nothing here may keep its caller, who has committed, for long, or fail.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from kombu.pools import producers
+
+from celery_idempotent.core.records import MessageKey, Status
+from celery_idempotent.errors import StoreError
+
+if TYPE_CHECKING:
+    from celery.result import AsyncResult
+    from kombu import Connection, Producer
+
+    from celery_idempotent.message.header import Marker
+    from celery_idempotent.queue_log import QueueLog
+    from celery_idempotent.task import IdempotentTask
+
+__all__ = ["Outgoing", "Publisher", "publish"]
+
+logger = logging.getLogger("celery_idempotent")
+
+#: Seconds for which a broker that says nothing is waited for, where a transport option can say so.
+ANSWER = 5.0
+
+#: A connection that broke since it was used last is made anew, once. A broker that is down is for the relay.
+_RETRY_ONCE = {"max_retries": 1, "interval_start": 0, "interval_step": 0, "interval_max": 0}
+
+#: Messages that go to the broker in one round trip, where that is possible.
+_TOGETHER = 100
+
+#: Seconds after a failure in which nothing is published from here; twice as long each time.
+_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0
+
+#: The transport options by which a driver waits so long and no longer.
+_TIMEOUTS: Mapping[str, Mapping[str, float]] = {
+    "redis": {"socket_timeout": ANSWER, "socket_connect_timeout": ANSWER},
+    "py-amqp": {"read_timeout": ANSWER, "write_timeout": ANSWER},
+}
+
+
+def publish(
+    task: IdempotentTask,
+    args: Any,
+    kwargs: Any,
+    *,
+    marker: Marker,
+    due_in: float | None = None,
+    ignore_result: bool,
+    headers: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> AsyncResult[Any]:
+    """Publish a message whose row is there, for whoever waits for its result elsewhere or later.
+
+    Args:
+        task: The task.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        marker: What its header says.
+        due_in: Seconds until it may run; ``None`` or less than 0 for at once.
+        ignore_result: What its header says to its worker.
+        headers: Its other headers.
+        **options: Of ``apply_async``.
+    """
+    if due_in is not None and due_in > 0:
+        # To quorum queues Celery publishes whole seconds only, and raises ValueError for less than one.
+        options["countdown"] = max(due_in, 1.0)
+    # Celery listens for the result of what it publishes, which nobody waits for here and now, and which would cost a subscription
+    # each, and much patience while the result backend is down. Told to ignore it, it does not.
+    headers = {**(headers or {}), "ignore_result": ignore_result}
+    return task.publish(
+        args,
+        kwargs,
+        task_id=marker.task_id,
+        message_id=marker.message_id,
+        headers=marker.write(headers),
+        ignore_result=True,
+        **options,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """A message of the outbox, on its way to the broker.
+
+    Attributes:
+        key: Its row's: a copy's own one is known by its task id.
+        task: The task.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        marker: What its header says.
+        due: When it may run; ``None`` for at once.
+        options: The other options of ``apply_async``.
+        tell: Tells the app's hooks that it was recorded, or what else it comes to.
+    """
+
+    key: MessageKey
+    task: IdempotentTask
+    args: Any
+    kwargs: Any
+    marker: Marker
+    due: datetime | None
+    options: Mapping[str, Any]
+    tell: Callable[[], None] | None = None
+
+    def publish(self, producer: Producer | None) -> None:
+        """Hand it to the broker."""
+        options = {**self.options}
+        ignored = options.pop("ignore_result", None)
+        ignored = self.task.ignore_result if ignored is None else ignored
+        backend = self.task.backend
+        if producer is not None and not ignored and not backend.persistent:
+            backend.on_task_call(producer, self.marker.task_id)  # rpc:// makes the queue for the answer then
+        publish(
+            self.task,
+            self.args,
+            self.kwargs,
+            marker=self.marker,
+            due_in=None if self.due is None else (self.due - self.task.app.now()).total_seconds(),
+            ignore_result=ignored,
+            producer=producer,
+            retry=True,
+            retry_policy=_RETRY_ONCE,
+            **options,
+        )
+
+    def __str__(self) -> str:
+        return f"{self.key.task_name}[{self.key.message_id}]"
+
+
+class Publisher:
+    """Publishes what a process has committed, in its order.
+
+    After a failure it keeps quiet for a while, and goes on when what was left behind has been relayed.
+
+    Args:
+        queue_log: The queue log; its app publishes.
+    """
+
+    def __init__(self, queue_log: QueueLog) -> None:
+        self._queue_log = queue_log
+        #: The last message that was left to the relay: those before it are relayed before it.
+        self._last_left: MessageKey | None = None
+        self._pause = 0.0
+        self._not_before = 0.0
+
+    def publish(self, messages: Sequence[Outgoing]) -> None:
+        """Hand committed messages to the broker, and note it; what cannot be is left to the relay.
+
+        Never raises for the broker's or the store's sake: the caller has committed.
+        """
+        if self._queue_log.app.conf.task_always_eager:
+            for message in messages:
+                message.publish(None)
+            return
+        sent: list[MessageKey] = []
+        try:
+            if self._has_caught_up():
+                with producers[self._connection].acquire(block=True) as producer:
+                    for first in range(0, len(messages), _TOGETHER):
+                        _hand_over(messages[first : first + _TOGETHER], producer, sent)
+                self._last_left, self._pause = None, 0.0
+        except Exception as error:  # noqa: BLE001 - whatever it is, the rows are there, and their caller has done his part
+            self._pause = min(max(2 * self._pause, _FIRST_PAUSE), _LONGEST_PAUSE)
+            self._not_before = time.monotonic() + self._pause
+            logger.error("%d committed messages are left to the relay: %r", len(messages) - len(sent), error)
+        self._note(sent, [message.key for message in messages[len(sent) :]])
+
+    def count_duplicate(self, key: MessageKey) -> None:
+        """Count one that was found in a transaction which has committed since."""
+        try:
+            self._queue_log.store.count_duplicate(key)
+        except StoreError as error:
+            logger.warning("a duplicate of %s[%s] was not counted: %s", key.task_name, key.message_id, error)
+
+    def _has_caught_up(self) -> bool:
+        """Whether nothing that was left behind waits to be published first."""
+        if self._last_left is None:
+            return True
+        if time.monotonic() < self._not_before:
+            return False
+        self._queue_log.recovery.relay()
+        last = self._queue_log.store.find(self._last_left)
+        return last is None or last.published_at is not None or last.status is not Status.PENDING
+
+    def _note(self, sent: list[MessageKey], left: list[MessageKey]) -> None:
+        if left:
+            self._last_left = left[-1]
+        try:
+            self._queue_log.store.relayed(sent, published=True)
+            self._queue_log.store.relayed(left, published=False)
+        except StoreError as error:
+            # Relayed once more, which the claim absorbs; or when the right to publish them has run out.
+            logger.warning("what became of %d committed messages is not noted: %s", len(sent) + len(left), error)
+
+    @cached_property
+    def _connection(self) -> Connection:
+        """To the app's broker, but with an end to the patience; never opened itself."""
+        app = self._queue_log.app
+        timeouts = _TIMEOUTS.get(app.connection_for_write().transport.driver_name, {})
+        return app.connection_for_write(transport_options={**timeouts, **(app.conf.broker_transport_options or {})})
+
+
+def _hand_over(messages: Sequence[Outgoing], producer: Producer, sent: list[MessageKey]) -> None:
+    """Hand some messages to the broker, in one round trip where kombu has that (5.7, Redis), and add those that it has to ``sent``."""
+    if len(messages) > 1 and getattr(producer, "supports_batch_publish", False):
+        began = time.monotonic()
+        try:
+            # More commands than it can come to, so that nothing goes out on the way.
+            with producer.batch(max_size=10 * len(messages)):
+                for message in messages:
+                    message.publish(producer)
+        except Exception as error:
+            if time.monotonic() - began >= ANSWER:  # it says nothing, and would say nothing to each of them
+                raise
+            # kombu does not mend a connection that broke in the meantime, and nobody can tell what got through. Copies are absorbed; and what
+            # else it may have been shows again, with the message that it is about.
+            logger.info("%d messages are published one by one: %r", len(messages), error)
+        else:
+            sent.extend(message.key for message in messages)
+            return
+    for message in messages:
+        message.publish(producer)
+        sent.append(message.key)

@@ -1,0 +1,766 @@
+"""The producer's side: record, then publish, once per message id."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar, assert_never
+
+from celery import states
+from celery.result import EagerResult
+from celery.utils import uuid
+from celery.utils.time import maybe_iso8601, maybe_make_aware
+from kombu.exceptions import OperationalError
+
+from celery_idempotent.core.decision import Call, CallAction, decide_call
+from celery_idempotent.core.records import (
+    Claimed,
+    Found,
+    MessageKey,
+    NewMessage,
+    Note,
+    ProcessedStatus,
+    Recorded,
+    Row,
+    Status,
+)
+from celery_idempotent.core.store_retry import ask_again
+from celery_idempotent.errors import (
+    AlreadyFailedError,
+    DuplicateMessageError,
+    MessageMismatchError,
+    StoreError,
+    StoreUnavailableError,
+)
+from celery_idempotent.hooks import OutcomeKind
+from celery_idempotent.message.canvas_ids import Calls, Position, is_derived
+from celery_idempotent.message.header import Marker, later_call
+from celery_idempotent.message.identity import FANOUT, is_fanout
+from celery_idempotent.message.ids import arguments_fingerprint, check_message_id
+from celery_idempotent.message.serialization import (
+    UndecodableError,
+    as_moments,
+    decode_result,
+    dumped,
+    encode_message,
+    serializer_of,
+    without_local,
+)
+from celery_idempotent.producer.outbox import PUBLISH_WITHIN, Outbox, current_outbox
+from celery_idempotent.producer.publisher import Outgoing
+from celery_idempotent.worker.run import Run, RunState
+
+if TYPE_CHECKING:
+    from celery import Celery
+    from celery.result import AsyncResult
+
+    from celery_idempotent.options import Options
+    from celery_idempotent.task import IdempotentTask
+
+__all__ = ["Sending", "answer_of", "delay_of", "end_broadcast", "identify", "is_unrecorded", "send"]
+
+logger = logging.getLogger("celery_idempotent")
+
+T = TypeVar("T")
+
+_SCALARS = (str, bytes, int, float, bool, type(None))
+
+
+def identify(
+    options: Options, args: Any, kwargs: Any, *, message_id: str | None, task_id: str, task_name: str
+) -> tuple[MessageKey, str | None]:
+    """The key and the fingerprint of a call, decided once, by its producer.
+
+    Args:
+        options: The task's options.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
+        message_id: An id given with the call; it comes before the task's option.
+        task_id: The Celery task id, which identifies a message that has no other id.
+        task_name: The task.
+
+    Raises:
+        ConfigurationError: The id is not valid, or an argument has no canonical form.
+        TypeError: The arguments do not fit the body's signature.
+    """
+    if message_id is not None:
+        chosen = check_message_id(message_id)
+    elif options.message_id is not None:
+        chosen = check_message_id(options.message_id(tuple(args or ()), dict(kwargs or {})))
+    else:
+        chosen = check_message_id(task_id)
+    # A derived id stands for the arguments; those of a callback may be anything that its parent returns.
+    known = (message_id is not None and not is_derived(message_id)) or options.message_id is not None
+    wanted = known if options.fingerprint is None else options.fingerprint
+    fingerprint = arguments_fingerprint(options.signature, tuple(args or ()), dict(kwargs or {})) if wanted else None
+    return MessageKey(chosen, task_name), fingerprint
+
+
+def delay_of(task: IdempotentTask, options: Mapping[str, Any]) -> float | None:
+    """Seconds until a call is due by its ``countdown`` or ``eta``; ``None`` for at once."""
+    if options.get("countdown"):
+        return float(options["countdown"])
+    due = _moment(task.app, options.get("eta"))
+    return None if due is None else float((due - task.app.now()).total_seconds())
+
+
+def send(
+    task: IdempotentTask, args: Any, kwargs: Any, task_id: str | None, options: dict[str, Any]
+) -> AsyncResult[Any]:
+    """Send a call at most once under its message id.
+
+    Args:
+        task: The task that is called.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
+        task_id: The Celery id the caller chose, if any.
+        options: The other arguments of ``apply_async``.
+
+    Returns:
+        The message's AsyncResult, with ``duplicate`` set.
+
+    Raises:
+        DuplicateMessageError: It was sent before, and the task says so.
+        MessageMismatchError: The id is known with other arguments.
+        StoreUnavailableError: The store gave no answer and the call was not sent.
+
+    Atomicity: of N concurrent calls one records and publishes. Between the two a crash leaves a pending row, which a later call
+    of the same id publishes again once it is older than ``idempotent_lost_after``.
+    """
+    if is_unrecorded(task, task_id, options):
+        options.pop("message_id", None)
+        result = task.publish(args, kwargs, task_id=task_id, **options)
+        result.duplicate = False
+        return result
+    return Sending.of(task, args, kwargs, task_id, options).send()
+
+
+def is_unrecorded(task: IdempotentTask, task_id: str | None, options: Mapping[str, Any]) -> bool:
+    """Whether a call is sent as Celery would: its task is turned off, and it does not send a recorded message on."""
+    if task.idempotency.idempotent:
+        return False
+    marker, run = Marker.read(options.get("headers")), Run.current(task.app)
+    if marker is not None and marker.belongs_to(task.name, task_id):
+        return False
+    return run is None or run.state is RunState.UNGUARDED or run.request.id != task_id
+
+
+@dataclass
+class Sending:
+    """One call on its way out."""
+
+    task: IdempotentTask
+    args: Any
+    kwargs: Any
+    message: NewMessage
+    #: What the message's header says.
+    marker: Marker
+    call: Call
+    options: dict[str, Any]
+    #: The guarded run that sends its own message on (retry, replace by itself), if this call does.
+    run: Run | None = None
+    #: Whether it is Celery that calls, behind a task that has run: that task must not pay for what is wrong with this one.
+    dispatched: bool = False
+    #: The calls of the guarded body that makes this one, if one does, and its place among them.
+    calls: Calls | None = None
+    position: Position | None = None
+    #: What the call comes to if it is not found, and the seconds that the store took to tell.
+    recorded: OutcomeKind = OutcomeKind.RECORDED
+    took: float | None = None
+    #: What the call is recorded in, to be published when that has committed.
+    box: Outbox | None = None
+    #: Whether the store was asked and its answer did not come, so that what this call wrote may stand, or may yet.
+    unanswered: bool = False
+    #: The options that its message is published by.
+    routed: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        task: IdempotentTask,
+        args: Any,
+        kwargs: Any,
+        task_id: str | None,
+        options: dict[str, Any],
+    ) -> Sending:
+        """Identify a call and encode its message; nothing is recorded yet."""
+        # As Celery says it, but before anything is recorded.
+        if args is not None and not isinstance(args, (list, tuple)):
+            raise TypeError(f"task args must be a list or tuple, not {type(args).__name__}")
+        if kwargs is not None and not isinstance(kwargs, Mapping):
+            raise TypeError(f"task keyword arguments must be a mapping, not {type(kwargs).__name__}")
+        options = dict(options)
+        args, kwargs = dumped(task, args, kwargs, options)
+        message_id = options.pop("message_id", None)
+        sent = Marker.read(options.get("headers"))
+        run = Run.current(task.app)
+        mine = run is not None and run.request.id == task_id
+        dispatched = _dispatched(task, run, task_id, options)
+        calls: Calls | None = None
+        position: Position | None = None
+        if sent is not None and sent.belongs_to(task.name, task_id):
+            # A retry: of the running body, or by the parent of a worker that was lost, which has moved the row itself.
+            marker = sent.next_attempt()
+            call = Call(marker.fingerprint, own=True)
+        else:
+            given = task_id
+            if run is not None and run.in_body and not mine:
+                calls = run.calls
+                position = calls.next(task.name, task.idempotency.signature, args, kwargs)
+                if task_id is None:
+                    task_id = position.task_id
+                elif options.get("reply_to"):  # frozen in a canvas, whose ids are made anew by each run
+                    options = calls.mark(options, position, task.app, run.request.id)
+                    if message_id is None and task.idempotency.message_id is None:
+                        message_id = position.message_id
+            task_id = task_id or uuid()
+            key, fingerprint = identify(
+                task.idempotency, args, kwargs, message_id=message_id, task_id=task_id, task_name=task.name
+            )
+            replacing = mine and run is not None and run.replacing
+            canvas = replacing or dispatched or _waited_on(given, options)
+            call = Call(fingerprint, canvas=canvas, own=replacing and run.key == key)  # type: ignore[union-attr]
+            outcomes = task.queue_log.outcomes
+            trace = None if outcomes is None else outcomes.traceparent()
+            marker = Marker.new(key, task_id, fingerprint, trace=trace)
+        box = None if call.own else current_outbox(task.queue_log)
+        if box is not None:
+            options = _for_later(task.app, options)
+            args, kwargs = _kept(args), _kept(kwargs)
+        routed = _routed(task, args, kwargs, options)
+        message = NewMessage(
+            key=marker.key,
+            task_id=marker.task_id,
+            queue=None if task.app.conf.task_always_eager else routed.get("queue") or routed.get("routing_key"),
+            fingerprint=marker.fingerprint,
+            attempt=options.get("retries") or 0,
+            delay=delay_of(task, options),
+            published=box is None,
+            publish_within=None if box is None else PUBLISH_WITHIN,
+            message=encode_message(
+                args,
+                kwargs,
+                {**routed, "task_id": marker.task_id, "message_id": marker.message_id},
+                serializer=serializer_of(task, options),
+                now=None if routed.get("countdown") is routed.get("expires") is None else task.app.now(),
+                trace=marker.trace,
+            ),
+        )
+        return cls(
+            task,
+            args,
+            kwargs,
+            message,
+            marker,
+            call,
+            options,
+            run if mine else None,
+            dispatched,
+            calls,
+            position,
+            box=box,
+            routed=routed,
+        )
+
+    def send(self) -> AsyncResult[Any]:
+        """Decide, and do it; see :func:`send`."""
+        try:
+            return self._send()
+        except BaseException:
+            if self.calls is not None and self.position is not None:
+                self.calls.take_back(self.position)
+            raise
+
+    def _send(self) -> AsyncResult[Any]:
+        if self.call.own:
+            return self._send_on()
+        if self.box is not None:
+            return self.box.take(self)
+        try:
+            return self.followed(self._record())
+        except StoreUnavailableError as error:
+            if self.task.queue_log.settings.on_store_error != "run":
+                raise
+            logger.error("%s is sent unguarded, the store gives no answer: %s", self._name, error)
+            result = self._publish_now()
+            self._tell(OutcomeKind.UNGUARDED)
+            return result
+
+    def _record(self) -> Recorded | Found:
+        began = time.monotonic()
+        answer: Recorded | Found = self._ask(partial(self._store.record, self.message))
+        self.took = time.monotonic() - began
+        return answer
+
+    def followed(self, answer: Recorded | Found) -> AsyncResult[Any]:
+        """What a call comes to whose message was recorded, or found; its result.
+
+        Raises:
+            DuplicateMessageError: It was found, and the task says so.
+            MessageMismatchError: With other arguments.
+        """
+        while True:
+            if not isinstance(answer, Found) or (self.unanswered and self._is_mine(answer.row)):
+                return self._publish_or(self._withdraw, partial(self._tell, self.recorded))
+            result = self._send_again(answer.row)
+            if result is not None:
+                return result
+            # The row moved between the statement and the decision: ask again.
+            answer = self._record()
+
+    # -- in an outbox --------------------------------------------------------------------------------------------------
+
+    def record_in(self, box: Outbox) -> AsyncResult[Any]:
+        """Record the call in an outbox's transaction; its result."""
+        self.box = box
+        return self.followed(self._record())
+
+    def promised(self) -> AsyncResult[Any]:
+        """The result of a call that is recorded later, and may be another's then."""
+        result = self._trailed(self._result(self.message.task_id, duplicate=False))
+        result.duplicate = None
+        return result
+
+    def record_together(self, calls: Sequence[Sending]) -> list[Recorded | Found]:
+        """Record this call and others of the same app, in as few statements as it takes.
+
+        Raises:
+            StoreUnavailableError: The store gave no answer, and the app does not say ``idempotent_on_store_error="run"``.
+        """
+        began = time.monotonic()
+        try:
+            answers: list[Recorded | Found] = self._ask(
+                partial(self._store.record_all, [call.message for call in calls])
+            )
+        except StoreUnavailableError as error:
+            if self.task.queue_log.settings.on_store_error != "run":
+                raise
+            logger.error("%d calls are sent unguarded, the store gives no answer: %s", len(calls), error)
+            for call in calls:
+                call.recorded = OutcomeKind.UNGUARDED
+            return [Recorded()] * len(calls)
+        took = time.monotonic() - began
+        for call in calls:
+            call.unanswered, call.took = self.unanswered, took
+        return answers
+
+    def taken_back(self) -> bool:
+        """Take the call back if it was recorded, and not published; whether that is certain."""
+        try:
+            self._withdraw()
+        except StoreError as error:
+            logger.warning("%s may have been recorded, and is not taken back: %s", self._name, error)
+            return False
+        return True
+
+    def _send_again(self, row: Row) -> AsyncResult[Any] | None:
+        """What becomes of a call whose id is taken; ``None`` when the row moved and the decision is void."""
+        action = decide_call(row, self._call_against(row), self.task.idempotency.call)
+        match action:
+            case CallAction.RECORD:
+                return None
+            case CallAction.RETURN_FIRST:
+                self._count_duplicate()
+                self._tell(OutcomeKind.DUPLICATE, row, action)
+                return self._first_result(row)
+            case CallAction.RAISE_DUPLICATE:
+                self._count_duplicate()
+                self._tell(OutcomeKind.DUPLICATE, row, action)
+                raise DuplicateMessageError(row.key.message_id, row.task_id, str(row.status))
+            case CallAction.RAISE_MISMATCH:
+                if self.dispatched:
+                    return self._publish_now(duplicate=True)  # its consumer says so, under its own task id
+                self._tell(OutcomeKind.MISMATCHED, row, action)
+                raise MessageMismatchError(row.key.message_id, row.key.task_name)
+            case CallAction.PUBLISH_COPY:
+                return self._publish_copy(row)
+            case CallAction.PUBLISH_AGAIN:
+                # After an answer that did not come, whose the new publication time is cannot be told; a copy too many is absorbed. In an
+                # outbox the row is not touched before the commit.
+                if self.box is None and not self._ask(partial(self._store.republish, row)) and not self.unanswered:
+                    return None
+                logger.warning("%s is published again: it has waited since %s", self._name, row.waiting_since)
+                self._tell(OutcomeKind.DUPLICATE, row, action)
+                return self._publish_now(replace(self.marker, task_id=row.task_id), duplicate=True)
+            case CallAction.RESUBMIT:
+                if not self._ask(partial(self._store.resubmit, row, self.message)):
+                    return None
+                return self._publish_or(
+                    partial(self._take_back_resubmission, row), partial(self._tell, OutcomeKind.RECORDED, row, action)
+                )
+            case CallAction.TRANSITION:  # pragma: no cover - decided before the store is asked
+                raise AssertionError("a run's own message is sent on without a check")
+            case _:  # pragma: no cover - the type checker proves it away
+                assert_never(action)
+
+    def _call_against(self, row: Row) -> Call:
+        """The call, and whether the row is its own, from an earlier run of the body: then the first message has its callbacks too."""
+        if self.position is None:
+            return self.call
+        same = row.task_id == self.message.task_id == self.position.task_id
+        repeated = same or row.key.message_id == self.position.message_id
+        return replace(self.call, repeated=repeated, canvas=self.call.canvas and not same)
+
+    def _is_mine(self, row: Row) -> bool:
+        """Whether a row is what this call wrote and got no answer to: it is not published yet."""
+        return row.status is Status.PENDING and row.worker is None and row.task_id == self.message.task_id
+
+    def _send_on(self) -> AsyncResult[Any]:
+        """Send the running task's own message on: its retry, or its replacement by itself."""
+        # A retry always has a moment from which it is due, so that older copies do not wait for a lost one for ever.
+        message = replace(self.message, delay=self.message.delay or 0.0)
+        if self.run is not None and not self.run.hand_on(message):
+            # The claim is gone, and with it the right to retry; the run ends without a word (see Run.perform).
+            return self._result(self.message.task_id, duplicate=True)
+        try:
+            return self._publish_now()
+        except OperationalError as error:
+            # The broker takes nothing now. Celery gives a message up whose retry it cannot publish; the row keeps it.
+            if self.run is None or not self.run.leave_to_recovery(error):
+                raise
+            return self._result(self.message.task_id, duplicate=False)
+        except Exception as error:
+            if self.run is not None:
+                self.run.not_handed_on(message, error)
+            raise
+        except BaseException as error:
+            # This process is told to end, and the broker may have the message or not.
+            if self.run is not None:
+                self.run.leave_to_recovery(error)
+            raise
+
+    # -- publishing ----------------------------------------------------------------------------------------------------
+
+    def _publish_copy(self, row: Row) -> AsyncResult[Any]:
+        """Publish under its own task id, with a row of its own that lasts until its consumer has answered it."""
+        marker = self.marker.copy_of(row.task_id, self._later_call(row))
+        own = marker.row_of_its_own
+        if own == self.message.key or self.task.app.conf.task_always_eager or self._is_broadcast:
+            self._tell(OutcomeKind.DUPLICATE, row, CallAction.PUBLISH_COPY)
+            return self._publish_now(replace(marker, copied=False), duplicate=True)
+        self._ask(partial(self._store.record, replace(self.message, key=own)))
+        take_back = partial(self._store.withdraw, own, task_id=self.message.task_id)
+        tell = partial(self._tell, OutcomeKind.DUPLICATE, row, CallAction.PUBLISH_COPY)
+        return self._publish_or(take_back, tell, marker)
+
+    def _later_call(self, row: Row) -> str | None:
+        """The name of a call under a Celery id that was sent before: not the same call once more, which its consumer would skip.
+
+        A signature that was frozen, or given a task id, may stand in several canvases. Behind a task, it is one unless that task, or
+        what it replays, may have sent it already.
+        """
+        if (
+            self.message.task_id not in (row.task_id, row.ran_task_id)
+            or self.position is not None
+            or self.run is not None
+        ):
+            return None
+        parent = Run.current(self.task.app)
+        if parent is not None:
+            if not self.dispatched or self._is_repeated(row, parent):
+                return None
+            return parent.later_call(self.message.task_id)
+        # A task without the guard may be run again, and make the same call again.
+        return None if self.task.app.current_worker_task else later_call()
+
+    def _is_repeated(self, row: Row, parent: Run) -> bool:
+        """Whether a later call was delivered twice, and sends once more what it has sent: the row is younger than that call."""
+        if parent.marker.call is None or parent.request.is_eager:
+            return False
+        own = self._store.find(parent.marker.row_of_its_own)
+        return own is None or own.created_timestamp <= row.created_timestamp
+
+    def _publish_now(
+        self,
+        marker: Marker | None = None,
+        *,
+        duplicate: bool = False,
+        tell: Callable[[], None] | None = None,
+    ) -> AsyncResult[Any]:
+        marker = marker or self.marker
+        if self.box is not None:
+            row = marker.row_of_its_own if marker.copied else marker.key
+            options = without_local(self.options)
+            due = options.pop("eta", None)
+            due = _moment(self.task.app, due)
+            self.box.add(Outgoing(row, self.task, self.args, self.kwargs, marker, due, options, tell))
+            return self._trailed(self._result(marker.task_id, duplicate=duplicate))
+        headers = marker.write(self.options.get("headers"))
+        options = {**self.options, "headers": headers, "message_id": marker.message_id}
+        result = self.task.publish(self.args, self.kwargs, task_id=marker.task_id, **options)
+        result.duplicate = duplicate
+        if tell is not None:
+            tell()
+        return result
+
+    def _publish_or(
+        self, take_back: Callable[[], object], tell: Callable[[], None], copy: Marker | None = None
+    ) -> AsyncResult[Any]:
+        """Publish, and tell what that comes to once it is certain: in an outbox that is behind its commit."""
+        try:
+            result = self._publish_now(copy, duplicate=copy is not None, tell=tell)
+        except BaseException:
+            # Whatever it was, the caller is told and the id is free again. Should the broker have the message after all, its
+            # consumer inserts the row.
+            try:
+                self._ask(take_back)
+            except StoreError as error:
+                logger.warning("%s was not published, and its row stays pending: %s", self._name, error)
+            else:
+                self._tell(OutcomeKind.WITHDRAWN)
+            raise
+        if self._is_broadcast and self.box is None:
+            end_broadcast(self.task, self.message)
+        return result
+
+    @property
+    def _is_broadcast(self) -> bool:
+        """Whether each worker gets the message, which is done here once it is published."""
+        return self.routed.get("exchange_type") == FANOUT
+
+    def _withdraw(self) -> None:
+        self._store.withdraw(self.message.key, task_id=self.message.task_id)
+
+    def _take_back_resubmission(self, row: Row) -> None:
+        self._store.cancel(
+            row.key,
+            task_id=self.message.task_id,
+            error=row.error or "failed",
+            unique_for=self.task.idempotency.unique_for,
+        )
+
+    # -- answers -------------------------------------------------------------------------------------------------------
+
+    def _first_result(self, row: Row) -> AsyncResult[Any]:
+        if self.task.app.conf.task_always_eager:
+            return self._trailed(_eager_result(self.task, row))
+        _answer_again(self.task, row)
+        return self._trailed(self._result(row.task_id, duplicate=True))
+
+    def _trailed(self, result: AsyncResult[Any]) -> AsyncResult[Any]:
+        """The result, among those of the task that makes the call."""
+        if self.options.get("add_to_parent", True):
+            parent = self.task.app.current_worker_task
+            if parent:
+                parent.add_trail(result)
+        return result
+
+    def _result(self, task_id: str, *, duplicate: bool) -> AsyncResult[Any]:
+        result = self.task.AsyncResult(task_id)
+        result.duplicate = duplicate
+        return result
+
+    def _count_duplicate(self) -> None:
+        if self.box is not None:
+            self.box.count(self.task.queue_log, self.message.key)
+            return
+        try:
+            self._store.count_duplicate(self.message.key)
+        except StoreUnavailableError as error:
+            logger.warning("a duplicate of %s was not counted: %s", self._name, error)
+
+    def _tell(self, kind: OutcomeKind, row: Row | None = None, reason: str | None = None) -> None:
+        """Tell the app's hooks, if it has any, what became of the call."""
+        outcomes = self.task.queue_log.outcomes
+        if outcomes is not None:
+            outcomes.tell(
+                kind,
+                self.message.key,
+                row=row,
+                task_id=self.message.task_id,
+                queue=self.message.queue,
+                attempt=self.message.attempt,
+                reason=reason,
+                store=self.took,
+            )
+
+    # -- the store -----------------------------------------------------------------------------------------------------
+
+    @property
+    def _store(self) -> Any:
+        return self.task.queue_log.store if self.box is None else self.box.store(self.task.queue_log)
+
+    @property
+    def _name(self) -> str:
+        return f"{self.message.key.task_name}[{self.message.key.message_id}]"
+
+    def _ask(self, ask: Callable[[], T]) -> T:
+        def note_silence() -> T:
+            try:
+                return ask()
+            except StoreUnavailableError as error:
+                self.unanswered = self.unanswered or not error.unsent
+                error.unsent = not self.unanswered  # the caller is told of the whole call
+                raise
+
+        if self.box is not None and self.box.joins:
+            return ask()  # what an error makes of the transaction is its owner's affair
+        try:
+            return note_silence()
+        except StoreUnavailableError as error:
+            silence = error
+        # As for a broker that is down: the app's policy, or the one of this call.
+        conf, retry = self.task.app.conf, self.options.get("retry")
+        if self.task.queue_log.settings.on_store_error != "retry" or not (
+            conf.task_publish_retry if retry is None else retry
+        ):
+            raise silence
+        policy = {**(conf.task_publish_retry_policy or {}), **(self.options.get("retry_policy") or {})}
+        return ask_again(note_silence, policy, silence=silence)
+
+
+def answer_of(
+    task: IdempotentTask, key: MessageKey, fingerprint: str | None, task_id: str, options: Mapping[str, Any]
+) -> EagerResult[Any] | None:
+    """What ``apply()`` answers for a message that has succeeded; ``None`` when the call is to go the way of a delivery.
+
+    Raises:
+        DuplicateMessageError: The task says so.
+    """
+    if _waited_on(task_id, options):
+        return None
+    store = task.queue_log.store
+    try:
+        row = store.find(key)
+    except StoreError:
+        return None  # what becomes of it then is decided where it is claimed
+    if row is None or row.status is not Status.DONE or row.processed_status is not ProcessedStatus.SUCCESS:
+        return None
+    action = decide_call(row, Call(fingerprint), task.idempotency.call)
+    if action not in (CallAction.RETURN_FIRST, CallAction.RAISE_DUPLICATE):
+        return None
+    store.count_duplicate(key)
+    outcomes = task.queue_log.outcomes
+    if outcomes is not None:
+        outcomes.tell(OutcomeKind.DUPLICATE, key, row=row, task_id=task_id, attempt=0, reason=action)
+    if action is CallAction.RAISE_DUPLICATE:
+        raise DuplicateMessageError(key.message_id, row.task_id, str(row.status))
+    return _eager_result(task, row)
+
+
+def _eager_result(task: IdempotentTask, row: Row) -> EagerResult[Any]:
+    """The outcome of a message in the hands of an eager caller, from its row."""
+    if row.processed_status is ProcessedStatus.SUCCESS:
+        result = EagerResult(row.task_id, _stored_value(task, row), states.SUCCESS, name=task.name)
+    elif row.processed_status is ProcessedStatus.FAILURE:
+        error = AlreadyFailedError(row.key.message_id, row.error)
+        result = EagerResult(row.task_id, error, states.FAILURE, name=task.name)
+    else:
+        # The caller of a body that has not ended: only a call from inside of it, or from another thread.
+        result = EagerResult(row.task_id, None, states.PENDING, name=task.name)
+    result.duplicate = True
+    return result
+
+
+def _stored_value(task: IdempotentTask, row: Row) -> Any:
+    try:
+        return None if row.result is None else decode_result(task.app, row.result)
+    except UndecodableError as error:
+        logger.warning("the stored result of %s[%s] cannot be read: %s", task.name, row.key.message_id, error)
+        return None
+
+
+def _answer_again(task: IdempotentTask, row: Row) -> None:
+    """Store the outcome of a message once more whose result has expired in the backend, where its row outlives it.
+
+    The caller of a duplicate would wait for it for ever.
+    """
+    backend, processed = task.backend, row.processed_timestamp
+    if row.status is not Status.DONE or processed is None or task.ignore_result or not backend.persistent:
+        return
+    if not backend.expires or (row.read_at - processed).total_seconds() < backend.expires:
+        return
+    try:
+        if backend.get_state(row.task_id) in states.READY_STATES:
+            return
+        if row.processed_status is ProcessedStatus.FAILURE:
+            error = AlreadyFailedError(row.key.message_id, row.error)
+            backend.store_result(row.task_id, error, states.FAILURE)
+        elif row.result is not None:  # or nothing was kept, or another task answers
+            backend.store_result(row.task_id, decode_result(task.app, row.result), states.SUCCESS)
+    except Exception as error:  # noqa: BLE001 - the call is a duplicate and needs no backend: its result is asked for later
+        logger.warning(
+            "the result of %s[%s] has expired, and is not stored again: %r", task.name, row.key.message_id, error
+        )
+
+
+def end_broadcast(task: IdempotentTask, message: NewMessage) -> None:
+    """The producer's row of a message that each worker gets ends when it is published: they have rows of their own."""
+    store = task.queue_log.store
+    try:
+        answer = store.claim(message, worker=str(Note.BROADCAST), lease=task.idempotency.lease, grace=0.0)
+        if isinstance(answer, Claimed):
+            store.complete(answer.claim, result=None, note=Note.BROADCAST, unique_for=task.idempotency.unique_for)
+    except StoreError as error:
+        logger.warning(
+            "%s[%s] was published, and its row is ended by recovery: %s", task.name, message.key.message_id, error
+        )
+
+
+def _for_later(app: Celery, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a call that is published later, maybe by another process: with what Celery would add of here and now."""
+    later = as_moments(options, app.now())
+    parent = app.current_worker_task
+    if parent:
+        later.setdefault("root_id", parent.request.root_id or parent.request.id)
+        later.setdefault("parent_id", parent.request.id)
+    return later
+
+
+def _kept(value: Any) -> Any:
+    """Arguments as they are now, whatever their caller does to them before they are published."""
+    items = value.values() if isinstance(value, Mapping) else value or ()
+    return value if all(isinstance(item, _SCALARS) for item in items) else deepcopy(value)
+
+
+def _moment(app: Celery, eta: Any) -> datetime | None:
+    return None if not eta else maybe_make_aware(maybe_iso8601(eta), app.timezone)
+
+
+def _waited_on(task_id: str | None, options: Mapping[str, Any]) -> bool:
+    """Whether something else waits on a call under its own task id.
+
+    A worker that dispatches the last step of a chain passes an empty ``chain``; a chord's body, and whatever else was frozen in
+    a canvas, has its id fixed together with a ``reply_to``, which a plain call never names.
+    """
+    if any(options.get(name) for name in ("link", "link_error", "chord", "group_id")):
+        return True
+    return options.get("chain") is not None or (task_id is not None and bool(options.get("reply_to")))
+
+
+def _dispatched(task: IdempotentTask, run: Run | None, task_id: str | None, options: Mapping[str, Any]) -> bool:
+    """Whether Celery sends a call behind a task that has run: the next step of a chain, a link, an errback, a chord's body.
+
+    Only Celery names the parent; a chord's body has its id fixed instead, and is sent by a worker.
+    """
+    if run is not None and run.in_body:
+        return False
+    if options.get("parent_id"):
+        return True
+    return task_id is not None and bool(options.get("reply_to")) and bool(task.app.current_worker_task)
+
+
+def _routed(task: IdempotentTask, args: Any, kwargs: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a call with all that Celery publishes it by: the task's own, and where its routes send it."""
+    if task.app.conf.task_always_eager:
+        return dict(options)
+    own = {name: value for name, value in task._get_exec_options().items() if value is not None}  # noqa: SLF001 - as apply_async does
+    routed: dict[str, Any] = task.app.amqp.router.route({**own, **options}, task.name, args, kwargs, task)
+    queue = routed.get("queue")
+    if routed.get("exchange"):
+        exchange = getattr(routed["exchange"], "name", routed["exchange"])
+        if is_fanout(task.app, exchange):
+            routed["exchange_type"] = FANOUT
+    elif getattr(getattr(queue, "exchange", None), "type", None) == FANOUT:
+        routed["exchange_type"] = FANOUT
+    if queue is not None:
+        # A Broadcast is known by its alias; each process has a queue of its own for it.
+        routed["queue"] = str(getattr(queue, "alias", None) or getattr(queue, "name", queue))
+    if "serializer" not in options:
+        routed.pop("serializer", None)  # the row's message says it
+    return routed

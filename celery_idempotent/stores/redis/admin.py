@@ -1,0 +1,176 @@
+"""What operators ask for besides reading: forget a row, count what may be purged, tell how the log and its servers stand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from celery_idempotent.core.records import FORGOTTEN, Condition, ProcessedStatus, Row, Status
+from celery_idempotent.stores.redis.connection import On
+from celery_idempotent.stores.redis.layout import SHARDS, encoded, identity
+from celery_idempotent.stores.redis.recovering import PURGEABLE
+from celery_idempotent.stores.redis.rows import Argument, optional_moment, row_of, storable
+from celery_idempotent.stores.redis.scripts import Script
+
+__all__ = ["condition", "configuration", "forget", "purgeable"]
+
+_FORGET = Script("""
+local ident, row = ARGV[1], read(ARGV[1])
+if not (row and row.status == ARGV[2] and (row.token or '0') == ARGV[3] and row.task_id == ARGV[4]) then
+  return tell(ident)
+end
+local columns = ended('failure', ARGV[5], '0')
+-- How long ago it was done counts, for a purge.
+columns.processed_timestamp = row.processed_timestamp or at(now)
+columns.available_at = false
+columns.fingerprint = false
+move(ident, row, columns)
+redis.call('UNLINK', tag .. ':big:' .. ident)
+return 1
+""")
+
+# How many, of five hundred that no id keeps and of five hundred whose ids are free again; and how many were looked at, or all counted.
+_PURGEABLE = Script(f"""{PURGEABLE}
+local before, first = now - tonumber(ARGV[1]), ARGV[5]
+local count, looked = 0, 0
+if not everything then
+  local done = redis.call('ZRANGEBYSCORE', tag .. ':done', '-inf', at(before), 'LIMIT', first, 500)
+  for _, ident in ipairs(done) do
+    if is_old(ident) then count = count + 1 end
+  end
+  looked = #done
+elseif first == '0' then
+  count = redis.call('ZCOUNT', tag .. ':done', '-inf', at(before))
+end
+local free = redis.call('ZRANGEBYSCORE', tag .. ':kept', '-inf', at(now), 'LIMIT', first, 500)
+for _, ident in ipairs(free) do
+  local processed = redis.call('HGET', tag .. ':row:' .. ident, 'processed_timestamp')
+  if processed and tonumber(processed) <= before and is_old(ident) then count = count + 1 end
+end
+return {{count, math.max(looked, #free)}}
+""")
+
+# The clock, and the moments of a Condition; empty for none.
+_CONDITION = Script("""
+local function first_of(index, last, found)
+  local start = 0
+  repeat
+    local some = redis.call('ZRANGEBYSCORE', tag .. index, '-inf', last, 'WITHSCORES', 'LIMIT', start, 500)
+    for i = 1, #some, 2 do
+      if found(tag .. ':row:' .. some[i], tonumber(some[i + 1])) then return some[i + 1] end
+    end
+    start = start + 500
+  until #some < 1000
+  return ''
+end
+local due = now
+for _, index in ipairs(redis.call('SMEMBERS', tag .. ':queues')) do
+  local last = redis.call('ZREVRANGE', tag .. index, 0, 0, 'WITHSCORES')
+  if #last > 0 then due = math.max(due, tonumber(last[2])) end
+end
+local lapsed = first_of(':running', at(now), function (key, lease)
+  local row = redis.call('HMGET', key, 'status', 'published_at')
+  return row[1] == 'processing' and tonumber(row[2] or 0) < lease
+end)
+local unsent = first_of(':unsent', '+inf', function (key)
+  local row = redis.call('HMGET', key, 'status', 'lease_expires_at')
+  return row[1] == 'pending' and tonumber(row[2] or 0) <= now
+end)
+local done = redis.call('ZRANGE', tag .. ':done', 0, 0, 'WITHSCORES')[2] or ''
+for _, ident in ipairs(redis.call('ZRANGEBYSCORE', tag .. ':kept', '-inf', at(now), 'LIMIT', 0, 500)) do
+  local processed = redis.call('HGET', tag .. ':row:' .. ident, 'processed_timestamp')
+  if processed and (done == '' or tonumber(processed) < tonumber(done)) then done = processed end
+end
+return {at(now), due > now and at(due) or '', lapsed, unsent, done}
+""")
+
+#: What tells of the settings, and which account may ask it is another matter: either will do.
+_ASK = (
+    (b"CONFIG", b"GET", b"append*"),
+    (b"CONFIG", b"GET", b"maxmemory*"),
+    (b"INFO", b"persistence"),
+    (b"INFO", b"memory"),
+)
+_SETTINGS = ("appendonly", "appendfsync", "maxmemory", "maxmemory-policy")
+_FROM_INFO: Mapping[str, tuple[str, Callable[[str], str]]] = {
+    "aof_enabled": ("appendonly", lambda value: "yes" if value == "1" else "no"),
+    "maxmemory": ("maxmemory", str),
+    "maxmemory_policy": ("maxmemory-policy", str),
+}
+
+
+def forget(on: On, row: Row, *, again: bool) -> bool:
+    """Empty it and free its id, by compare and set."""
+    ident = identity(row.key)
+    answer = on.call(_FORGET, ident, ident, row.status.encode(), row.token, encoded(row.task_id), storable(FORGOTTEN))
+    if answer == 1:
+        return True
+    if not again or answer is None:
+        return False
+    found = row_of(row.key, answer)
+    return (found.status, found.processed_status, found.token, found.task_id, found.error) == (
+        Status.DONE,
+        ProcessedStatus.FAILURE,
+        row.token,
+        row.task_id,
+        FORGOTTEN,
+    )
+
+
+def purgeable(on: On, chosen: Sequence[Argument]) -> int:
+    """How many rows are past retention."""
+    counted, shards, first = 0, list(range(SHARDS)), 0
+    while shards:
+        answers = on.call_each(_PURGEABLE, [(shard, (*chosen, first)) for shard in shards])
+        counted += sum(count for count, _ in answers)
+        shards = [shard for shard, (_, looked_at) in zip(shards, answers, strict=True) if looked_at == 500]
+        first += 500
+    return counted
+
+
+def condition(on: On) -> Condition:
+    """What waits, and since when."""
+    answers = on.call_each(_CONDITION, [(shard, ()) for shard in range(SHARDS)])
+    now, *moments = zip(*([optional_moment(value) for value in answer] for answer in answers), strict=True)
+
+    def which(pick: Callable[[list[datetime]], datetime], found: tuple[datetime | None, ...]) -> datetime | None:
+        known = [moment for moment in found if moment is not None]
+        return pick(known) if known else None
+
+    last_due, lapsed_since, unsent_since, done_since = moments
+    read_at = which(max, now)
+    assert read_at is not None, "every script tells the clock"
+    return Condition(
+        read_at,
+        last_due=which(max, last_due),
+        lapsed_since=which(min, lapsed_since),
+        unsent_since=which(min, unsent_since),
+        done_since=which(min, done_since),
+    )
+
+
+def configuration(on: On) -> dict[str, str]:
+    """The settings of the server, or of every node."""
+    told: dict[str, str] = {}
+    for node, answers in on.command_each(_ASK).items():
+        for name, value in _settings(answers).items():
+            if told.setdefault(name, value) != value:
+                told[f"{name} [{node}]"] = value
+    return told
+
+
+def _settings(answers: list[Any]) -> dict[str, str]:
+    """What one server says of itself; a refusal says nothing."""
+    told: dict[str, str] = {}
+    for answer in answers:
+        if isinstance(answer, bytes):  # INFO, of which there is more in CONFIG
+            lines = (line.partition(":") for line in answer.decode(errors="replace").splitlines())
+            for name, _, value in lines:
+                if name in _FROM_INFO:
+                    setting, read = _FROM_INFO[name]
+                    told.setdefault(setting, read(value))
+        elif not isinstance(answer, Exception):
+            pairs = answer.items() if isinstance(answer, Mapping) else zip(answer[::2], answer[1::2], strict=True)
+            told.update({name.decode(): value.decode() for name, value in pairs if name.decode() in _SETTINGS})
+    return told

@@ -1,0 +1,239 @@
+"""The steps from one version of the table to another: statements, for a database that was looked at or for one that was not."""
+
+# ruff: noqa: ARG001 - signatures are SQLAlchemy's
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import Column, Dialect, MetaData, Table
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.schema import CreateIndex, CreateTable, DDLElement, DropIndex, DropTable
+from sqlalchemy.sql.compiler import DDLCompiler
+
+from celery_idempotent.core.records import Change
+from celery_idempotent.errors import ConfigurationError, SchemaError
+from celery_idempotent.stores.sql import table as tables
+from celery_idempotent.stores.sql.clock import MYSQL_NAMES
+from celery_idempotent.stores.sql.table import table_of_version
+
+__all__ = [
+    "AddColumn",
+    "OnlineIndex",
+    "Present",
+    "Step",
+    "at_once",
+    "check_version",
+    "is_online",
+    "newest",
+    "present_in",
+    "steps_back",
+    "steps_to",
+]
+
+
+_CONCURRENTLY = "postgresql_concurrently"
+
+
+@dataclass(frozen=True, slots=True)
+class Present:
+    """What a database has of a table.
+
+    Attributes:
+        columns: Their names.
+        indexes: The columns of each index, by its name.
+        broken: Names of indexes that were not built to the end, and serve nobody.
+    """
+
+    columns: frozenset[str]
+    indexes: Mapping[str, tuple[str | None, ...]] = field(default_factory=dict)
+    broken: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One statement.
+
+    Attributes:
+        what: What it does, for people.
+        ddl: The statement.
+        alters: Whether it is about a table that is there already, which may be large and in use.
+    """
+
+    what: str
+    ddl: DDLElement
+    alters: bool = True
+
+    def change(self, dialect: Dialect) -> Change:
+        """The same in words and text."""
+        return Change(self.what, self.text(dialect), self.alters)
+
+    def text(self, dialect: Dialect) -> str:
+        """The statement as the database has it."""
+        lines = str(self.ddl.compile(dialect=dialect)).strip().splitlines()
+        return "\n".join(line.rstrip().expandtabs(4) for line in lines)
+
+
+def newest() -> int:
+    """The version of the table that this version of the library has."""
+    return tables.VERSIONS[-1].number
+
+
+def check_version(number: int) -> None:
+    """Refuse a version of the table that there is not; 0 is none.
+
+    Raises:
+        ConfigurationError: It is not known here.
+    """
+    if not 0 <= number <= newest():
+        raise ConfigurationError(
+            f"there is no version {number} of the table: this version of celery-idempotent has {newest()}"
+        )
+
+
+def present_in(version: int, name: str) -> Present | None:
+    """What a database has whose table was made in a version; of version 0 there is none."""
+    if version == 0:
+        return None
+    table = table_of_version(version, MetaData(), name, None)
+    return Present(
+        frozenset(table.columns.keys()),
+        {str(index.name): tuple(index.columns.keys()) for index in table.indexes},
+    )
+
+
+def steps_to(version: int, name: str, schema: str | None, present: Present | None) -> Iterator[Step]:
+    """What takes a table from what it is to a version; nothing if it has all that.
+
+    Columns come first, and what a version does without goes last, so that at no moment less is there than before.
+
+    Raises:
+        SchemaError: It lacks columns of the first version: whatever it is, it is none of ours.
+    """
+    table = table_of_version(version, MetaData(), name, schema)
+    if present is None:
+        yield Step(f"create the table {table.fullname}", CreateTable(table, if_not_exists=True), alters=False)
+        for index in _sorted(table):
+            yield Step(f"create the index {index.name}", CreateIndex(index), alters=False)
+        return
+    missing = [column for column in table.columns if column.name not in present.columns]
+    first = {column.name for column in tables.VERSIONS[0].columns()}
+    if foreign := [column.name for column in missing if column.name in first]:
+        raise SchemaError(
+            f"the table {table.fullname} lacks {', '.join(foreign)}: it is of no version and was not touched; "
+            f"add the columns by a migration, or rename it and run `celery -A proj idempotent init`"
+        )
+    for column in missing:
+        yield Step(f"add the column {column.name} to {table.fullname}", AddColumn(column))
+    for index in _sorted(table):
+        # By its columns: one of another name, that a migration has made, serves as well.
+        if tuple(index.columns.keys()) in present.indexes.values():
+            continue
+        if index.name in present.broken:
+            yield Step(f"drop the index {index.name}, which was not built to the end", _online(DropIndex(index)))
+        yield Step(f"create the index {index.name}", _online(OnlineIndex(index)))
+    for index in _retired(version, name, schema):
+        if present.indexes.get(str(index.name)) == tuple(index.columns.keys()):
+            yield Step(f"drop the index {index.name}", _online(DropIndex(index)))
+
+
+def steps_back(since: int, version: int, name: str, schema: str | None) -> Iterator[Step]:
+    """What takes a table from one version back to an older one; to 0 is without it, and all that is in it."""
+    before = table_of_version(since, MetaData(), name, schema)
+    if version == 0:
+        yield Step(f"drop the table {before.fullname}", DropTable(before))
+        return
+    after = table_of_version(version, MetaData(), name, schema)
+    kept = {index.name for index in after.indexes}
+    for index in _sorted(after):
+        if index.name not in {each.name for each in before.indexes}:
+            yield Step(f"create the index {index.name}", _online(OnlineIndex(index)))
+    for index in _sorted(before):
+        if index.name not in kept:
+            yield Step(f"drop the index {index.name}", _online(DropIndex(index)))
+    for column in before.columns:
+        if column.name not in after.columns:
+            yield Step(f"drop the column {column.name} of {before.fullname}", DropColumn(column))
+
+
+def _sorted(table: Table) -> list[Any]:
+    return sorted(table.indexes, key=lambda index: str(index.name))
+
+
+def _retired(version: int, name: str, schema: str | None) -> Iterator[Any]:
+    """Indexes that earlier versions had, as they had them."""
+    kept = {index.name for index in table_of_version(version, MetaData(), name, schema).indexes}
+    for number in range(1, version):
+        for index in _sorted(table_of_version(number, MetaData(), name, schema)):
+            if index.name not in kept:
+                kept.add(index.name)
+                yield index
+
+
+# -- statements --------------------------------------------------------------------------------------------------------
+
+
+class _OfColumn(DDLElement):
+    """About one column of a table."""
+
+    inherit_cache = False
+
+    def __init__(self, column: Column[Any]) -> None:
+        self.column = column
+
+
+class AddColumn(_OfColumn):
+    """``ALTER TABLE ... ADD COLUMN``. Of a nullable column, or one with a constant for a default, it rewrites no table."""
+
+
+class DropColumn(_OfColumn):
+    """``ALTER TABLE ... DROP COLUMN``."""
+
+
+class OnlineIndex(CreateIndex):
+    """``CREATE INDEX`` on a table that is written to meanwhile."""
+
+
+def _online(ddl: Any) -> Any:
+    """Without keeping writers away, where PostgreSQL has to be told that."""
+    ddl.element.dialect_kwargs[_CONCURRENTLY] = True
+    return ddl
+
+
+def is_online(ddl: DDLElement) -> bool:
+    """Whether PostgreSQL is told so."""
+    return isinstance(ddl, CreateIndex | DropIndex) and ddl.element.dialect_kwargs.get(_CONCURRENTLY) is True
+
+
+def at_once(step: Step) -> Step:
+    """The same step without that, where it takes a moment only, or PostgreSQL has no other way."""
+    ddl = step.ddl
+    if is_online(ddl):
+        assert isinstance(ddl, CreateIndex | DropIndex)
+        ddl.element.dialect_kwargs[_CONCURRENTLY] = False
+    return step
+
+
+@compiles(AddColumn)
+def _add_column(element: AddColumn, compiler: DDLCompiler, **kw: Any) -> str:
+    table = compiler.preparer.format_table(element.column.table)
+    return f"ALTER TABLE {table} ADD COLUMN {compiler.get_column_specification(element.column)}"
+
+
+@compiles(DropColumn)
+def _drop_column(element: DropColumn, compiler: DDLCompiler, **kw: Any) -> str:
+    table = compiler.preparer.format_table(element.column.table)
+    return f"ALTER TABLE {table} DROP COLUMN {compiler.preparer.format_column(element.column)}"
+
+
+@compiles(OnlineIndex)
+def _online_index(element: OnlineIndex, compiler: DDLCompiler, **kw: Any) -> str:
+    return str(compiler.visit_create_index(element, **kw))  # type: ignore[no-untyped-call]
+
+
+@compiles(OnlineIndex, *MYSQL_NAMES)
+def _online_index_mysql(element: OnlineIndex, compiler: DDLCompiler, **kw: Any) -> str:
+    # Which InnoDB does anyway; so said, it refuses rather than lock the table.
+    return f"{_online_index(element, compiler, **kw)} ALGORITHM=INPLACE LOCK=NONE"

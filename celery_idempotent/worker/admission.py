@@ -1,0 +1,683 @@
+"""The consumer's side: claim a delivered message, or do with it what its row asks for."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, assert_never
+
+from celery import states
+from celery.backends.base import DisabledBackend
+from celery.exceptions import Ignore, Reject, SoftTimeLimitExceeded
+from kombu.exceptions import ContentDisallowed, DecodeError, OperationalError
+from kombu.utils.functional import retry_over_time
+
+from celery_idempotent.core import store_retry
+from celery_idempotent.core.decision import Delivery, DeliveryAction, DeliveryDecision, decide_delivery
+from celery_idempotent.core.records import (
+    FORGOTTEN,
+    Claim,
+    Claimed,
+    MessageKey,
+    NewMessage,
+    Note,
+    ProcessedStatus,
+    Row,
+    Status,
+    Taken,
+)
+from celery_idempotent.errors import (
+    AlreadyFailedError,
+    AlreadyProcessingError,
+    ConfigurationError,
+    IdempotentError,
+    MessageMismatchError,
+    StoreError,
+    StoreUnavailableError,
+)
+from celery_idempotent.hooks import OutcomeKind, reason_of
+from celery_idempotent.message.canvas_ids import fix_callbacks, unsent_errbacks
+from celery_idempotent.message.header import HEADER, Marker, rejections
+from celery_idempotent.message.identity import FANOUT, Identity, identity_of
+from celery_idempotent.message.serialization import (
+    UndecodableError,
+    content_of,
+    decode_message,
+    decode_result,
+    encode_message,
+    serializer_of,
+    trace_of,
+)
+from celery_idempotent.producer.send import identify
+from celery_idempotent.worker.celery_versions import ignores_result
+from celery_idempotent.worker.chords import claimed_for
+from celery_idempotent.worker.events import CopyIgnored
+from celery_idempotent.worker.run import Run, RunState, answered, describe, waited_on, worker_label
+
+if TYPE_CHECKING:
+    from celery.app.task import Context
+
+    from celery_idempotent.core.store import Store
+    from celery_idempotent.task import IdempotentTask
+
+__all__ = ["admit"]
+
+logger = logging.getLogger("celery_idempotent")
+
+#: Times that a row may move under one decision before the message is held instead.
+_ATTEMPTS = 10
+
+#: Seconds for which a message is held whose row kept moving.
+_SETTLE = 1.0
+
+#: Seconds for which a copy of a running message is held at first. Each further hold is twice as long, up to what the decision
+#: says, in as many steps.
+_FIRST_HOLD = 1.0
+_LONGEST_HOLD = 20
+
+#: Seconds. To quorum queues Celery publishes whole seconds only, and raises ValueError for less than one.
+_SHORTEST_HOLD = 1.0
+
+#: Seconds of grace for an older copy in the claim itself: whether it may run in a retry's place, and as which attempt, is told by the row.
+_NEVER = 1e9
+
+#: Seconds by which copies of one message are spread, at most; also a tenth of the delay, if that is less.
+_JITTER = 1.0
+
+#: Seconds after which a broker delivers an unacknowledged message again, where kombu or RabbitMQ (``consumer_timeout``, which also
+#: ends the worker that kept it) has a default for it.
+_VISIBILITY_TIMEOUT = {
+    **dict.fromkeys(("redis", "rediss", "sentinel"), 3600),
+    **dict.fromkeys(("sqs", "amqp", "amqps", "pyamqp"), 1800),
+}
+
+#: Why a row failed whose owner's lease ran out under ``on_abandoned="fail"``.
+ABANDONED = "abandoned: the worker that ran it died or lost its lease"
+
+
+def admit(task: IdempotentTask, request: Context) -> Run:
+    """Decide what becomes of a delivery, and do it as far as it comes before the body.
+
+    Args:
+        task: The task it is for.
+        request: Celery's traced request.
+
+    Returns:
+        A run that holds the message, or one that replays its result.
+
+    Raises:
+        Ignore: There is nothing to do here: it was done, or a copy was published to come again later.
+        AlreadyFailedError: The first run failed, and this copy's caller is to learn of it.
+        AlreadyProcessingError: Another delivery runs, and the task says ``on_processing="raise"``.
+        ConfigurationError: No store can keep its ids, its headers or its numbers.
+        MessageMismatchError: The id is known with other arguments.
+        StoreUnavailableError: The store gave no answer, and the app says ``on_store_error="raise"``.
+    """
+    try:
+        identity = identity_of(task, request)
+        delivered = _delivered(identity, request)
+    except ConfigurationError:
+        decision = decide_delivery(None, Delivery(request.id, storable=False), task.idempotency.delivery)
+        assert decision.action is DeliveryAction.REFUSE, "it is decided before all"
+        raise
+    admission = _Admission(task, request, identity, delivered)
+    return admission.run.limits.without(admission.decide)
+
+
+def _delivered(identity: Identity, request: Context) -> NewMessage:
+    """A delivery as a store is asked for it.
+
+    Raises:
+        ConfigurationError: None can be.
+    """
+    return NewMessage(
+        key=identity.key,
+        task_id=request.id,
+        queue=(request.delivery_info or {}).get("routing_key"),
+        attempt=0 if request.retries is None else request.retries,
+    )
+
+
+class _Admission:
+    """One delivery at the door."""
+
+    def __init__(self, task: IdempotentTask, request: Context, identity: Identity, delivered: NewMessage) -> None:
+        self.task = task
+        self.request = request
+        self.identity = identity
+        key = MessageKey(identity.message_id, task.name)
+        marker = Marker.delivered(key, request.id, request.headers)
+        #: Whether the message says which Celery id was first sent under its message id.
+        self.knows_first = marker is not None
+        if marker is None:
+            # From a producer without this library. Its id stands; whether its arguments are compared is ours to say.
+            named = key.message_id if key.message_id != request.id and identity.older is None else None
+            _, fingerprint = identify(
+                task.idempotency,
+                request.args,
+                request.kwargs,
+                message_id=named,
+                task_id=request.id,
+                task_name=task.name,
+            )
+            marker = Marker.new(key, request.id, fingerprint)
+        if marker.trace is None and task.queue_log.outcomes is not None:
+            marker = replace(marker, trace=task.queue_log.outcomes.trace_among(request.headers))
+        marker = replace(marker, rejected=marker.rejected + rejections(request.headers))
+        fix_callbacks(request)
+        self.message = replace(delivered, fingerprint=marker.fingerprint, first=marker.first)
+        self.run = Run(task, request, self.message, marker)
+        self._mark()
+        #: Whether a claim of ours may stand, or may yet: the store was asked and its answer did not come.
+        self.unanswered = False
+        #: Whether such a claim was found.
+        self.found_again = False
+
+    @property
+    def _store(self) -> Store:
+        return self.run.queue_log.store
+
+    @contextmanager
+    def _asking_the_backend(self) -> Iterator[None]:
+        """Whatever is asked of the result backend is answered; while it is away, the message waits, as it does for the store.
+
+        An error here would end the message as a failure, outside of its body. What a backend raises that is away is its client's own.
+        """
+        try:
+            yield
+        except (Ignore, IdempotentError, DecodeError, ContentDisallowed, SoftTimeLimitExceeded):
+            raise
+        except Exception as error:
+            if self.request.is_eager:
+                raise
+            logger.error(
+                "%s is delivered again in %.0f s, the result backend gives no answer: %r",
+                self.run,
+                store_retry.REDELIVER_AFTER,
+                error,
+            )
+            raise self._hold(store_retry.REDELIVER_AFTER) from error
+
+    def decide(self) -> Run:
+        policy = self.run.on_store_error
+        try:
+            if policy == "retry" and not self.request.is_eager:
+                return self._in_time(store_retry.ask_until_deadline(self._admit, "claim", self.run, self._patience))
+            return self._in_time(self._admit())
+        except StoreError as error:  # also a table that was dropped: its messages wait for it to come back
+            if policy == "run":
+                logger.error("%s runs unguarded, the store gives no answer: %s", self.run, error)
+                self.run.tell(OutcomeKind.UNGUARDED)
+                self.run.attach()
+                return self.run
+            if policy == "raise" or self.request.is_eager:
+                raise
+            logger.error(
+                "%s is delivered again in %.0f s, the store gives no answer: %s",
+                self.run,
+                store_retry.REDELIVER_AFTER,
+                error,
+            )
+            raise self._hold(store_retry.REDELIVER_AFTER) from error
+
+    def _patience(self) -> float:
+        """Seconds to wait for the store in place: a time limit is for the body, and must not strike before that began."""
+        return min(store_retry.WAIT_IN_PLACE, self.run.limits.patience)
+
+    def _in_time(self, run: Run) -> Run:
+        """Give a message back that has waited for its claim for so long that its body would run into its time limit."""
+        if self.request.is_eager or run.state is not RunState.CLAIMED or not run.limits.spent:
+            return run
+        logger.warning("%s is given back: it waited for its claim through much of its time limit", run)
+        claim = run.claim
+        assert claim is not None, "a claimed run has a claim"
+        run.detach()
+        store_retry.ask_until_answered(lambda: self._store.release(claim), "release", run)
+        raise self._hold(_SETTLE)
+
+    def _admit(self) -> Run:
+        try:
+            return self._claim_or_follow()
+        except StoreUnavailableError as error:
+            self.unanswered = self.unanswered or not error.unsent
+            raise
+
+    def _is_unrecorded(self) -> bool:
+        """Whether nobody has recorded the message of a task that is turned off: it runs as Celery would run it."""
+        if self.task.idempotency.idempotent or self.knows_first:
+            return False
+        row = self._store.find(self.message.key)
+        return row is None or row.expired
+
+    def _claim_or_follow(self) -> Run:
+        if self.identity.older is not None:
+            self._prefer(self.identity.older)
+        if self._is_unrecorded():
+            # Nor is its retry to look like one of a recorded message.
+            self.request.headers = {name: value for name, value in self.request.headers.items() if name != HEADER}
+            self.run.attach()
+            return self.run
+        for _ in range(_ATTEMPTS):
+            self.run.asked = time.monotonic()
+            answer = self._ask()
+            took = time.monotonic() - self.run.asked
+            run = self._claimed(answer) if isinstance(answer, Claimed) else self._follow(answer)
+            if run is not None:
+                if run.claim is not None and (run.marker.first_id != self.request.id or not self.knows_first):
+                    self.unanswered = True  # should the store give no answer now: the claim stands, and is found again
+                    self._keep_the_first()
+                if isinstance(answer, Claimed) or self.found_again:
+                    run.tell(OutcomeKind.CLAIMED, store=took)
+                run.attach()
+                return run
+        logger.warning("%s kept changing hands; it is delivered again", self.run)
+        raise self._hold(_SETTLE)
+
+    def _ask(self) -> Claimed | Taken:
+        later = self.run.marker.call is not None
+        if later:
+            # Never in the place of the first call under its Celery id, whose callbacks would not be sent then.
+            row = self._store.find(self.message.key)
+            if row is not None and not row.expired:
+                return Taken(row)
+        answer = self._store.claim(
+            self.message,
+            worker=worker_label(self.request.hostname),
+            lease=self.task.idempotency.lease,
+            grace=_NEVER,
+            adopt=self._adopted,
+        )
+        if later and isinstance(answer, Claimed):
+            answered(self.task, self.request)  # the row that it has now is the message's
+            self._mark(call=None, copied=False)
+        return answer
+
+    def _prefer(self, older: MessageKey) -> None:
+        """Go by the row under the Celery id if there is one: a worker that did not compute ids has claimed the message."""
+        row = self._store.find(older)
+        if row is not None and row.error != FORGOTTEN and not self._is_row_of_a_copy(row):
+            self.message = self.run.message = replace(self.message, key=older)
+            self._mark(message_id=self.request.id)
+        self.identity = replace(self.identity, older=None)
+
+    def _is_row_of_a_copy(self, row: Row) -> bool:
+        """Whether a row under a Celery id is what keeps a copy of a message with another id; see ADR 5."""
+        try:
+            return bool(decode_message(self.task.app, row.message)[2].get("message_id") == self.identity.message_id)
+        except UndecodableError:  # as when it succeeded
+            return False
+
+    def _follow(self, taken: Taken) -> Run | None:
+        """Carry out the decision on a row that stands in the way; ``None`` when it moved and the decision is void."""
+        row = taken.row
+        if self.unanswered and row.status is Status.PROCESSING and row.worker == worker_label(self.request.hostname):
+            # The claim whose answer did not come: this process runs nothing else under its label.
+            return self._go_on(row)
+        if row.task_id == self.request.id and row.ran_task_id not in (None, self.request.id):
+            # The other way round: a copy has run, or runs, in the place of the first message, and kept that (see _keep_the_first).
+            self._mark(copied=True)
+        decision = decide_delivery(row, self._delivery(row), self.task.idempotency.delivery)
+        match decision.action:
+            case DeliveryAction.REFUSE:  # pragma: no cover - it was decided before there was a row: see `admit`
+                raise AssertionError(decision)
+            case DeliveryAction.CLAIM:
+                if row.status is Status.PENDING:
+                    self.message = replace(self.message, attempt=max(row.attempt, self.request.retries or 0))
+                elif row.rejected_before is not None:
+                    # It comes back from a dead-letter queue: what follows claims it as it claims what waits.
+                    self._store.resubmit(row, self._adopted())
+                return None
+            case DeliveryAction.HOLD:
+                raise self._held(row, decision)
+            case DeliveryAction.TAKE_OVER:
+                return self._take_over(row)
+            case DeliveryAction.TAKE_OVER_AND_REPLAY:
+                self._wait_for_the_chord()
+                return self._take_over_and_replay(row)
+            case DeliveryAction.ABANDON:
+                self._abandon(row)
+            case DeliveryAction.CANCEL:
+                # An earlier delivery was discarded while its owner lived, which has died since.
+                if self._store.abandon(row, error=row.error or ABANDONED, unique_for=self.task.idempotency.unique_for):
+                    self.run.tell(OutcomeKind.CANCELLED, row, reason=reason_of(row.error or ABANDONED))
+            case DeliveryAction.SKIP:
+                self._store.count_duplicate(row.key)
+                answered(self.task, self.request)
+                logger.info("%s is skipped: it is %s already", self.run, row.status)
+                self.run.tell(OutcomeKind.SKIPPED, row)
+                running = row.status is not Status.DONE and self._is_of(row)
+                raise CopyIgnored(f"{self.run} is a duplicate: it is {row.status}", row.key, "skipped", running)
+            case DeliveryAction.REPLAY:
+                self._wait_for_the_chord()
+                return self._replay(row)
+            case DeliveryAction.RAISE_FAILED:
+                self._store.count_duplicate(row.key)
+                self.run.tell(OutcomeKind.REPLAYED, row, reason="failure")
+                raise self._first_error(row)
+            case DeliveryAction.RAISE_PROCESSING:
+                self._store.count_duplicate(row.key)
+                self.run.tell(OutcomeKind.SKIPPED, row, reason="raise_processing")
+                raise AlreadyProcessingError(row.key.message_id, decision.delay)
+            case DeliveryAction.RAISE_MISMATCH:
+                self.run.tell(OutcomeKind.MISMATCHED, row)
+                raise MessageMismatchError(row.key.message_id, row.key.task_name)
+            case DeliveryAction.FORBID:  # pragma: no cover - what is discarded does not come here
+                raise AssertionError("a delivery that is discarded reaches no task")
+            case _:  # pragma: no cover - the type checker proves it away
+                assert_never(decision.action)
+        return None
+
+    def _abandon(self, row: Row) -> None:
+        """End a message whose owner's lease ran out; nothing is done when it moved.
+
+        Raises:
+            AlreadyFailedError: It has ended so.
+        """
+        unique_for = self.task.idempotency.unique_for
+        self._keep_the_first()
+        if self._store.abandon(row, error=ABANDONED, unique_for=unique_for):
+            self.run.state = RunState.FINISHED
+            self.run.attach()  # this delivery has ended the message: its handlers are called
+            self.run.tell(OutcomeKind.ABANDONED, row, reason="abandoned")
+            raise AlreadyFailedError(row.key.message_id, ABANDONED)
+
+    def _keep_the_first(self) -> None:
+        """A copy ends what another message was first sent for: that one gets a row of its own.
+
+        Its only record is the row that the copy has, and that nobody publishes again once it is done. A broker that loses the first
+        message would leave its caller, and the rest of its chain or chord, without an answer. See ADR 5.
+        """
+        row = self._store.find(self.message.key)
+        if row is None:
+            return
+        self._note_first(row)
+        if row.task_id == self.request.id or self.identity.node is not None:
+            return
+        own = Marker.new(row.key, row.task_id).row_of_its_own
+        if own == row.key or not self._is_message_of(row.task_id, row):
+            return
+        self._store.record(
+            NewMessage(
+                key=own,
+                task_id=row.task_id,
+                queue=row.queue,
+                fingerprint=row.fingerprint,
+                attempt=row.attempt,
+                message=row.message,
+            )
+        )
+
+    def _note_first(self, row: Row) -> None:
+        """The body's calls are told by the first id, in this attempt and in those that come after it."""
+        # What was requeued under another id than it had says so itself: its row knows no more than the new one.
+        renamed = self.run.marker.first if row.task_id == self.request.id else None
+        first = renamed or row.task_id
+        self._mark(
+            first=None if first == self.request.id else first, trace=trace_of(row.message) or self.run.marker.trace
+        )
+
+    def _mark(self, **changes: Any) -> None:
+        """Let the headers say what is known now: they go along with a retry, and with a copy that is held."""
+        self.run.marker = replace(self.run.marker, **changes)
+        self.request.headers = self.run.marker.write(self.request.headers)
+
+    def _is_message_of(self, task_id: str, row: Row) -> bool:
+        """Whether the message that a row has was sent under this Celery id: behind a copy's retry it is the copy's."""
+        try:
+            return bool(decode_message(self.task.app, row.message)[2].get("task_id") == task_id)
+        except UndecodableError as error:
+            logger.warning("the message that was first sent as %s cannot be kept: %s", self.run, error)
+            return False
+
+    # -- runs ----------------------------------------------------------------------------------------------------------
+
+    def _claimed(self, claimed: Claimed, row: Row | None = None) -> Run:
+        # An older copy goes on with the attempt that the row has come to: its retries are not to begin anew.
+        attempt = self.message.attempt if row is None else max(self.message.attempt, row.attempt)
+        self.message = self.run.message = replace(self.message, attempt=attempt)
+        self.request.retries = attempt
+        self.run.claim, self.run.state = claimed.claim, RunState.CLAIMED
+        return self.run
+
+    def _go_on(self, row: Row) -> Run | None:
+        mine = Claimed(Claim(row.key, row.token))
+        self._note_first(row)
+        self.run.asked += min(row.lease_left - self.task.idempotency.lease, 0.0)  # it was asked for earlier than that
+        self.found_again = row.lease_left > 0
+        claimed = self._claimed(mine, row) if self.found_again else self._take_over(row)
+        if claimed is not None and row.processed_status is ProcessedStatus.SUCCESS:
+            return self._replay_claimed(row)
+        return claimed
+
+    def _take_over(self, row: Row) -> Run | None:
+        claimed = self._store.take_over(
+            row,
+            task_id=self.message.task_id,
+            worker=worker_label(self.request.hostname),
+            lease=self.task.idempotency.lease,
+            attempt=self.message.attempt,
+        )
+        if claimed is None:
+            return None
+        self._note_first(row)
+        logger.warning("%s is taken over from %s, whose lease ran out", self.run, row.worker)
+        taken = self._claimed(claimed, row)
+        taken.tell(OutcomeKind.TAKEN_OVER, row)
+        return taken
+
+    def _take_over_and_replay(self, row: Row) -> Run | None:
+        return None if self._take_over(row) is None else self._replay_claimed(row)
+
+    def _replay_claimed(self, row: Row) -> Run:
+        value = self._stored_value(row)
+        if value is _NOTHING:
+            # The body's effects are there, so running it again is no way out.
+            error = "abandoned: its result could not be kept, so what waits on it cannot be served"
+            assert self.run.claim is not None, "a recovery point is replayed by its owner"
+            if self._store.fail(self.run.claim, error=error, unique_for=self.task.idempotency.unique_for):
+                self.run.tell(OutcomeKind.ABANDONED, row, reason="abandoned")
+            raise AlreadyFailedError(row.key.message_id, error)
+        self.run.value, self.run.state = value, RunState.CHECKPOINTED
+        self.run.tell(OutcomeKind.REPLAYED, row)
+        return self.run
+
+    def _wait_for_the_chord(self) -> None:
+        """Come again later if an owner that died may seem to be still about to send the body of this message's chord."""
+        seconds = 0.0 if self.request.is_eager else claimed_for(self.task, self.request)
+        if seconds:
+            raise self._hold(seconds)
+
+    def _replay(self, row: Row) -> Run:
+        value = self._stored_value(row)
+        if value is _NOTHING:
+            value = self._first_result(row)
+        self._store.count_duplicate(row.key)
+        self.run.value, self.run.state = value, RunState.REPLAYED
+        self.run.tell(OutcomeKind.REPLAYED, row)
+        return self.run
+
+    def _first_error(self, row: Row) -> BaseException:
+        """What a copy of a failed message ends with: what it ended with before, if that was itself."""
+        if row.ran_task_id == self.request.id and self._result_is_ready():
+            with self._asking_the_backend():
+                stored = self.task.AsyncResult(self.request.id).result
+            if isinstance(stored, Exception):
+                return stored
+        return AlreadyFailedError(row.key.message_id, row.error)
+
+    def _first_result(self, row: Row) -> Any:
+        """What the result backend has for the id under which the body ran, when the queue log has kept nothing."""
+        first = self.task.AsyncResult(row.ran_task_id or row.task_id)
+        with self._asking_the_backend():
+            _ = first.state  # which is kept once it is final
+        if first.state == states.SUCCESS:
+            return first.result
+        if first.state in states.READY_STATES:
+            raise AlreadyFailedError(row.key.message_id, describe(first.result))
+        if row.error == Note.REPLACED and not self.request.is_eager:
+            # The task that took its place is still to answer.
+            raise self._hold(self.task.idempotency.lease / 2)
+        logger.warning("%s is replayed as None: its result was not kept, and the backend has none", self.run)
+        return None
+
+    def _stored_value(self, row: Row) -> Any:
+        if row.result is None:
+            return _NOTHING
+        try:
+            return decode_result(self.task.app, row.result)
+        except UndecodableError as error:
+            logger.warning("the stored result of %s cannot be read: %s", self.run, error)
+            return _NOTHING
+
+    # -- holding -------------------------------------------------------------------------------------------------------
+
+    def _held(self, row: Row, decision: DeliveryDecision) -> Exception:
+        if self.request.is_eager:
+            # There is no broker to hold it; the caller is here and can be told.
+            return AlreadyProcessingError(row.key.message_id, decision.delay)
+        # Most owners end long before their lease does, and somebody may wait for this copy's result.
+        holds = self.run.marker.holds
+        delay = min(decision.delay, _FIRST_HOLD * 2 ** min(holds, _LONGEST_HOLD))
+        # Should this message end and its id be free again before the copy comes back, the copy is known by it.
+        first = self.run.marker.first or (None if row.task_id == self.request.id else row.task_id)
+        self._mark(holds=holds + 1, first=first)
+        return self._hold(delay, row)
+
+    def _is_of(self, row: Row) -> bool:
+        """Whether this copy has the Celery id of what the row waits for or runs."""
+        return self.request.id in (row.task_id, row.ran_task_id)
+
+    def _hold(self, delay: float, row: Row | None = None) -> Exception:
+        """Publish a delayed copy, so that this one can be acknowledged.
+
+        Nothing goes back to a fanout exchange, which would give each worker a copy. What cannot be published is given back in
+        another way.
+
+        On Redis a restored copy shares its delivery tag with the running original: acknowledging either deletes the broker's
+        only copy. The delayed one is a message of its own, and it is there before the acknowledgement.
+        """
+        jitter = random.uniform(0, min(_JITTER, delay / 10 + 0.1))  # noqa: S311 - spreads copies, keeps no secret
+        countdown = max(delay + jitter, _SHORTEST_HOLD)
+        conf = self.task.app.conf
+        url = conf.broker_url[0] if isinstance(conf.broker_url, list) else conf.broker_url
+        scheme = (url or "").partition(":")[0]
+        timeout = (conf.broker_transport_options or {}).get("visibility_timeout", _VISIBILITY_TIMEOUT.get(scheme))
+        if timeout:
+            # A copy that waits in a worker is unacknowledged, so it must not wait past the broker's patience.
+            countdown = min(countdown, float(timeout) / 2)
+        if self.identity.node is not None:
+            return self._give_back(row)
+        logger.info("%s is held for %.1f s", self.run, countdown)
+        try:
+            self._publish_copy(countdown)
+        except Exception as error:  # noqa: BLE001 - whatever it is, acknowledged without its copy the message would be lost
+            logger.error("%s cannot be held by publishing a copy: %r", self.run, error)
+            return self._give_back(row)
+        self.run.tell(OutcomeKind.HELD, row, delay=countdown)
+        running = row is None or self._is_of(row)
+        return CopyIgnored(
+            f"{self.run} is held for {countdown:.1f} s", self.message.key, "held", running, countdown=countdown
+        )
+
+    def _publish_copy(self, countdown: float) -> None:
+        """Publish until the broker takes it: acknowledged without its copy, the message would be lost."""
+
+        def complain(error: Exception, pauses: Iterator[float], _: int) -> float:
+            logger.error("%s cannot be held, trying again: %s", self.run, error)
+            return next(pauses)
+
+        retry_over_time(
+            partial(self.task.publish_copy, self.request, self.run.marker.message_id, countdown),
+            OperationalError,
+            errback=complain,
+            interval_start=0.5,
+            interval_step=0.5,
+            interval_max=5.0,
+        )
+
+    def _give_back(self, row: Row | None) -> Exception:
+        """Give a message back that cannot be held by publishing it: to the broker if it has not been acknowledged, or to its row."""
+        if self.task.acks_late and (self.identity.node is None or row is None):
+            time.sleep(_SETTLE)  # the broker delivers it again at once
+            back: Exception = Reject("it is given back, since it cannot be held", requeue=True)
+            return back
+        running = row is None or self._is_of(row)
+        if self.identity.node is None:
+            own = MessageKey(self.request.id, self.task.name)
+            if own != self.message.key:
+                # Acknowledged already: a row of its own keeps it for recovery to publish. See ADR 5.
+                self._store.record(replace(self._adopted(), key=own, published=False))
+            logger.error("%s is left to recovery", self.run)
+        elif row is not None:
+            self._store.count_duplicate(row.key)
+        else:
+            return StoreUnavailableError(
+                f"{self.run} was broadcast and has been acknowledged, so it cannot wait for the store"
+            )
+        return CopyIgnored(f"{self.run} is left to its row", self.message.key, "skipped", running)
+
+    # -- the delivery --------------------------------------------------------------------------------------------------
+
+    def _delivery(self, row: Row) -> Delivery:
+        awaited = not ignores_result(self.task, self.request)
+        awaited = awaited and not isinstance(self.task.backend, DisabledBackend)
+        failed = row.status is Status.DONE and row.processed_status is ProcessedStatus.FAILURE
+        return Delivery(
+            task_id=self.message.task_id,
+            retries=self.request.retries or 0,
+            first=self.message.first,
+            fingerprint=self.message.fingerprint,
+            rejected=self.run.marker.rejected,
+            awaited=awaited,
+            canvas=waited_on(self.request),
+            result_ready=awaited and row.status is Status.DONE and self._result_is_ready() and not self._is_owed(),
+            owed=failed and unsent_errbacks(self.task.app, self.request, self._store),
+            later=self._is_later(),
+        )
+
+    def _is_later(self) -> bool:
+        """Whether this is a later call under its Celery id that was not answered yet. Once it was, it is a copy like any other."""
+        marker = self.run.marker
+        return marker.call is not None and (
+            bool(self.request.is_eager) or self._store.find(marker.row_of_its_own) is not None
+        )
+
+    def _is_owed(self) -> bool:
+        """Whether what waits on this copy has yet to go on: its result is stored before that."""
+        if not (self.run.marker.copied and waited_on(self.request)):
+            return False
+        return self._store.find(self.run.marker.row_of_its_own) is not None
+
+    def _result_is_ready(self) -> bool:
+        backend = self.task.backend
+        # An eager run has no stored result; rpc:// keeps results in their caller's queue, where a worker cannot look.
+        if self.request.is_eager or not backend.persistent:
+            return False
+        with self._asking_the_backend():
+            return bool(backend.get_state(self.request.id) in states.READY_STATES)
+
+    def _adopted(self) -> NewMessage:
+        """The full record of a message whose producer recorded none."""
+        request = self.request
+        if request.is_eager:
+            return self.message  # its arguments may be anything, and nobody publishes it again
+        signature = self.task.signature_from_request(request, retries=request.retries)
+        options = {**signature.options, **content_of(request), "message_id": self.run.marker.message_id}
+        if self.identity.node is not None:
+            options["exchange_type"] = FANOUT  # for recovery, which may not know the exchange
+        data = encode_message(
+            request.args,
+            request.kwargs,
+            options,
+            serializer=serializer_of(self.task, options),
+            trace=self.run.marker.trace,
+        )
+        return replace(self.message, message=self.run.keeping.of(data))
+
+
+_NOTHING = object()

@@ -1,0 +1,196 @@
+"""The guard around a task's class. It is put there when the task is bound to an app, before the class is used.
+
+A worker calls what it would call of a plain task with the same bases, in the same order; the guard comes before all of that. So it does
+not matter where a mixin stands among the bases, or whether its ``__call__`` and ``before_start`` call ``super()``. A class that cannot
+be guarded is refused.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import TYPE_CHECKING, Any
+
+from celery import Task
+from celery.utils.imports import symbol_by_name
+
+from celery_idempotent.errors import ConfigurationError
+from celery_idempotent.worker.admission import admit
+from celery_idempotent.worker.handlers import inherited
+from celery_idempotent.worker.run import Passage, Run
+
+if TYPE_CHECKING:
+    from celery.worker.request import Request
+
+    from celery_idempotent.task import IdempotentTask
+
+__all__ = ["REQUEST", "guard", "passes_the_guard"]
+
+logger = logging.getLogger("celery_idempotent")
+
+#: The worker's side of a request, by its path: a process that only sends does not import it.
+REQUEST = "celery_idempotent.worker.request:IdempotentRequest"
+
+#: What marks a function that the guard comes before. Tools that wrap one (``functools.wraps``) keep the mark.
+_MARK = "idempotent_guard"
+
+
+def guard(cls: type[IdempotentTask]) -> None:
+    """Put the guard before a class's hooks, unless it is there already.
+
+    Raises:
+        ConfigurationError: The class cannot be guarded; the text says why, and what to do.
+    """
+    _refuse_strategy(cls)
+    if not passes_the_guard(cls, "__call__"):
+        _refuse_unawaited(cls)
+    _combine_request(cls)
+    for name, guarded in (("__call__", _guarded_call), ("before_start", _guarded_start)):
+        if not passes_the_guard(cls, name):
+            _put_before(cls, name, guarded)
+
+
+def passes_the_guard(cls: type, name: str) -> bool:
+    """Whether the guard comes before a class's ``__call__`` or ``before_start``."""
+    return hasattr(getattr(cls, name), _MARK)
+
+
+# -- hooks -------------------------------------------------------------------------------------------------------------
+
+
+def _put_before(cls: type, name: str, guarded: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    hook = guarded(vars(cls).get(name) or inherited(cls, name))
+    setattr(hook, _MARK, True)
+    setattr(cls, name, hook)
+
+
+def _guarded_start(start: Callable[..., None]) -> Callable[..., None]:
+    """``before_start``, after the decision on the delivered message: a duplicate comes no further."""
+
+    @wraps(start)
+    def before_start(self: IdempotentTask, *args: Any, **kwargs: Any) -> None:
+        cls = type(self)
+        if not passes_the_guard(cls, "__call__"):
+            logger.warning(
+                "something replaced %s.__call__ after the task was bound; the guard goes before it again", cls.__name__
+            )
+            _put_before(cls, "__call__", _guarded_call)
+        request = self.request_stack.top
+        if Run.of(request) is None:
+            admit(self, request)
+        start(self, *args, **kwargs)
+
+    return before_start
+
+
+def _guarded_call(call: Callable[..., Any]) -> Callable[..., Any]:
+    """``__call__``, guarded in a traced run. A direct call runs unguarded, and so does one that the body makes."""
+
+    @wraps(call)
+    def __call__(self: IdempotentTask, *args: Any, **kwargs: Any) -> Any:  # noqa: N807 - it is one
+        request = self.request_stack.top
+        if request is None or request.called_directly:
+            return call(self, *args, **kwargs)
+        run = Run.of(request) or admit(self, request)  # if something kept Celery from calling before_start
+        if run.passage is not Passage.OUTSIDE:
+            return call(self, *args, **kwargs)
+        # A worker makes Celery's own `__call__` run the body under the delivery's request; an eager run does not, and an atomic body
+        # may run several times. Our `push_request` covers them all, so switch the worker's way off.
+        request._protected = 1  # noqa: SLF001
+
+        def body() -> Any:
+            return _awaited(self, call(self, *args, **kwargs))
+
+        return run.perform(body)
+
+    return __call__
+
+
+# -- bodies that nobody awaits -----------------------------------------------------------------------------------------
+
+
+def _refuse_unawaited(cls: type[IdempotentTask]) -> None:
+    """Refuse a body that Celery calls without running it, unless a ``__call__`` of the task's own may run it."""
+    calls = [vars(owner)["__call__"] for owner in cls.__mro__[: cls.__mro__.index(Task)] if "__call__" in vars(owner)]
+    runs = next((call for call in calls if not hasattr(call, _MARK)), cls.run)
+    name = getattr(runs, "__name__", "run")
+    if inspect.iscoroutinefunction(runs) or inspect.isasyncgenfunction(runs):
+        raise ConfigurationError(
+            f"task {cls.name}: `async def {name}` is called by Celery but never awaited: make it a `def` that calls asyncio.run(), or give "
+            f"the task a `def __call__` that awaits self.run()"
+        )
+    if inspect.isgeneratorfunction(runs):
+        raise ConfigurationError(
+            f"task {cls.name}: {name}() is a generator, which Celery calls but never runs: return a value instead of `yield`"
+        )
+
+
+def _awaited(task: IdempotentTask, value: Any) -> Any:
+    """What a body returned, unless it still has to be awaited."""
+    if not (inspect.isawaitable(value) or inspect.isasyncgen(value)):
+        return value
+    if inspect.iscoroutine(value):
+        value.close()
+    raise ConfigurationError(
+        f"task {task.name} returned a {type(value).__name__} that nobody awaits: await it in the body, for instance by asyncio.run()"
+    )
+
+
+# -- the worker's side -------------------------------------------------------------------------------------------------
+
+
+def _refuse_strategy(cls: type[IdempotentTask]) -> None:
+    strategy = inspect.getattr_static(cls, "Strategy")
+    if strategy != Task.Strategy:
+        owner = next(owner for owner in cls.__mro__ if "Strategy" in vars(owner))
+        raise ConfigurationError(
+            f"task {cls.name}: {owner.__name__} replaces Celery's Strategy, which runs messages past the guard: drop IdempotentTask or "
+            f"{owner.__name__} from the bases of the task"
+        )
+
+
+def _combine_request(cls: type[IdempotentTask]) -> None:
+    """Let a ``Request`` of the user's own keep its place, whatever the order of the bases, and ours come before it."""
+    given = (vars(owner)["Request"] for owner in cls.__mro__ if "Request" in vars(owner))
+    theirs = next((request for request in given if request not in (REQUEST, Task.Request)), None)
+    if isinstance(theirs, str):
+        cls.Request = _NamedRequest(theirs)
+    elif isinstance(theirs, type):
+        cls.Request = _combined(theirs)
+    elif theirs is not None and not isinstance(theirs, _NamedRequest):
+        raise ConfigurationError(f"task {cls.name}: Request is {theirs!r}; give it a class, or the path of one")
+
+
+class _NamedRequest:
+    """A ``Request`` that is given by its path: imported when a worker asks for it, and combined with ours."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __get__(self, task: IdempotentTask | None, owner: type[IdempotentTask]) -> type[Request]:
+        try:
+            return _combined(symbol_by_name(self._path))
+        except (ImportError, AttributeError) as error:
+            raise ConfigurationError(
+                f"task {owner.name}: Request is {self._path!r}, which cannot be imported: {error}"
+            ) from error
+
+
+@cache
+def _combined(theirs: type) -> type[Request]:
+    from celery.worker.request import Request
+
+    from celery_idempotent.worker.request import IdempotentRequest
+
+    if not issubclass(theirs, Request):
+        raise ConfigurationError(f"{theirs.__name__} is not a Request: derive it from celery.worker.request.Request")
+    if issubclass(theirs, IdempotentRequest):
+        return theirs
+    try:
+        return type(theirs.__name__, (IdempotentRequest, theirs), {"__module__": theirs.__module__})
+    except TypeError as error:
+        raise ConfigurationError(
+            f"{theirs.__name__} cannot be combined with IdempotentRequest ({error}): derive it from celery_idempotent.worker.request.IdempotentRequest"
+        ) from error

@@ -1,0 +1,89 @@
+"""The steps of a worker: a check before it starts, and recovery while it runs."""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+from typing import Any
+
+from celery.bootsteps import StartStopStep, Step
+
+from celery_idempotent.core.transactions import transactional
+from celery_idempotent.errors import ConfigurationError, StoreUnavailableError
+from celery_idempotent.message.canvas_ids import is_guarded
+from celery_idempotent.queue_log import QueueLog
+
+__all__ = ["CheckStep", "RecoveryStep"]
+
+logger = logging.getLogger("celery_idempotent")
+
+
+class CheckStep(Step):  # type: ignore[misc]
+    """Keeps a worker from starting that could not guard its tasks: every message it took would be delayed or fail.
+
+    Raises:
+        ConfigurationError: A setting or a task's option is not valid, or the worker's pool is eventlet's.
+        SchemaError: The table is missing or behind.
+    """
+
+    name = "idempotent-check"
+
+    def include_if(self, parent: Any) -> bool:
+        """Check; a store that gives no answer now may do so later, and is waited for then."""
+        from celery_idempotent.worker import control  # noqa: F401 - makes its command known
+
+        # Database drivers wait by `select.poll`, which eventlet takes away.
+        if parent.pool_cls.__module__ == "celery.concurrency.eventlet":
+            raise ConfigurationError(
+                "celery-idempotent does not run in the eventlet pool; start the worker with --pool=gevent or --pool=threads"
+            )
+        queue_log = QueueLog.of(parent.app)
+        _ = queue_log.outcomes  # a hook that cannot be had
+        for task in parent.app.tasks.values():
+            if is_guarded(task) and task.idempotency.atomic:
+                transactional(queue_log.store)
+        try:
+            queue_log.store.check()
+        except StoreUnavailableError as error:
+            logger.warning("the worker starts although the store gives no answer: %s", error)
+        # The pool is about to fork, and no connection may cross that.
+        queue_log.close()
+        return False
+
+
+class RecoveryStep(StartStopStep):  # type: ignore[misc]
+    """Recovers every ``idempotent_recovery_interval`` seconds while the worker runs.
+
+    The step ends when the worker begins to stop; leases of bodies that still run are not its business but the renewal's.
+    """
+
+    name = "idempotent-recovery"
+
+    def __init__(self, parent: Any, **kwargs: Any) -> None:
+        super().__init__(parent, **kwargs)
+        self._stopped = threading.Event()
+
+    def include_if(self, parent: Any) -> bool:
+        """Not in a worker whose interval is 0."""
+        return QueueLog.of(parent.app).settings.recovery_interval > 0
+
+    def start(self, parent: Any) -> None:
+        """Begin."""
+        self._stopped.clear()
+        threading.Thread(target=self._run, args=(QueueLog.of(parent.app),), name=self.name, daemon=True).start()
+
+    def stop(self, parent: Any) -> None:  # noqa: ARG002 - Celery's signature
+        """End after the step that may be under way."""
+        self._stopped.set()
+
+    terminate = stop
+
+    def _run(self, queue_log: QueueLog) -> None:
+        interval = queue_log.settings.recovery_interval
+        # Workers that were started together spread over the interval, and stay spread.
+        while not self._stopped.wait(interval * random.uniform(0.5, 1.5)):  # noqa: S311 - keeps no secret
+            try:
+                queue_log.recovery.step()
+            except Exception as error:  # noqa: BLE001 - whatever it is, the next step is to come
+                logger.warning("recovery could not finish its step, the next one goes on: %r", error)

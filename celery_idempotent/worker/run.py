@@ -1,0 +1,778 @@
+"""One guarded run: from the claim to the outcome.
+
+A run lives on Celery's request for as long as the request is traced. Its writes are fenced by the claim's token; a write that
+finds the claim gone ends the run without a result, a callback or an acknowledged outcome of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from enum import StrEnum
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+
+from celery import Task, states
+from celery.backends.base import DisabledBackend
+from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
+from kombu.exceptions import EncodeError
+
+from celery_idempotent.core.records import (
+    Claim,
+    Claimed,
+    MessageKey,
+    NewMessage,
+    Note,
+    ProcessedStatus,
+    Row,
+    Status,
+    rejected,
+)
+from celery_idempotent.core.store_retry import ask_until_answered
+from celery_idempotent.errors import (
+    AlreadyFailedError,
+    ConfigurationError,
+    LeaseLostError,
+    StoreError,
+    StoreUnavailableError,
+)
+from celery_idempotent.hooks import OutcomeKind, reason_of
+from celery_idempotent.message.canvas_ids import Calls, derived
+from celery_idempotent.message.header import Marker
+from celery_idempotent.message.serialization import decode_result, encode_message, encode_result
+from celery_idempotent.producer.outbox import within
+from celery_idempotent.worker.celery_versions import ignores_result
+from celery_idempotent.worker.time_limits import TimeLimits
+from celery_idempotent.worker.unit_of_work import RUNS, NotCommittedError, Setback, UnitOfWork, given_up_error
+from celery_idempotent.worker.unstorable import Keeping
+
+if TYPE_CHECKING:
+    from celery import Celery
+    from celery.app.task import Context
+
+    from celery_idempotent.core.store import Store
+    from celery_idempotent.task import IdempotentTask
+
+__all__ = ["Passage", "Run", "RunState", "describe", "waited_on", "worker_label"]
+
+logger = logging.getLogger("celery_idempotent")
+
+T = TypeVar("T")
+
+_ATTRIBUTE = "idempotent_run"
+_ERROR_LENGTH = 4000
+
+#: Seconds that an attempt which has ended its row is given to store its result, and between two looks for that.
+_OWN_RESULT_WITHIN = 2.0
+_ASK_EVERY = 0.05
+
+#: Seconds of the pause before an atomic body is run again, at most; twice as long each time.
+_FIRST_PAUSE = 0.1
+
+
+class RunState(StrEnum):
+    """How far a run has come."""
+
+    UNGUARDED = "unguarded"  # the store gives no answer, and the app says "run"; or the task is turned off, and it was not recorded
+    CLAIMED = "claimed"  # the body is to run, or runs
+    REPLAYED = "replayed"  # the stored result is returned; nothing is held
+    CHECKPOINTED = "checkpointed"  # the body ran; callbacks and result are being sent
+    HANDED_ON = "handed_on"  # the row waits for this message's retry or replacement
+    LOST = "lost"  # the claim is gone
+    FINISHED = "finished"
+
+
+class Passage(StrEnum):
+    """How far the calls of a run have come: through the guard, then through each ``__call__`` of its task's classes."""
+
+    OUTSIDE = "outside"  # no ``__call__`` yet
+    CALLED = "called"  # the guard runs the first of them
+    IN_BODY = "in_body"  # Celery's own, the last of them, runs the body
+
+
+class Run:
+    """A delivery's way through the guard."""
+
+    def __init__(self, task: IdempotentTask, request: Context, message: NewMessage, marker: Marker) -> None:
+        self.task = task
+        self.queue_log = task.queue_log
+        self.request = request
+        self.message = message
+        self.state = RunState.UNGUARDED
+        self.claim: Claim | None = None
+        #: What the message's header says, and what its row has told of it since.
+        self.marker = marker
+        #: What is returned without running the body, in REPLAYED and in a CHECKPOINTED run that was taken over.
+        self.value: Any = None
+        #: Whether the body is about to replace itself by another task under the same task id.
+        self.replacing = False
+        self.passage = Passage.OUTSIDE
+        #: The transaction of an atomic body, while that runs.
+        self.unit: UnitOfWork | None = None
+        #: What the store takes of the result, and of the next attempt's message.
+        self.keeping = Keeping()
+        #: Seconds that the body took, once it has ended.
+        self.ran: float | None = None
+        self.limits = TimeLimits(task, request)
+        #: When the claim was asked for, by the monotonic clock: its lease does not run out before that much later.
+        self.asked = time.monotonic()
+
+    @classmethod
+    def of(cls, request: Context | None) -> Run | None:
+        """The run of a request, if it was admitted."""
+        return cast("Run | None", getattr(request, _ATTRIBUTE, None))
+
+    @classmethod
+    def current(cls, app: Celery) -> Run | None:
+        """The run of the task that this worker executes here and now."""
+        task = app.current_worker_task
+        return None if task is None else cls.of(task.request)
+
+    def later_call(self, task_id: str) -> str | None:
+        """The name of a call that Celery sends behind this run, under a Celery id that was sent before.
+
+        Returns:
+            The same each time; ``None`` if an earlier run of this very message may be who sent it.
+        """
+        if self.marker.call is None and self.ran is None:
+            return None
+        return f"again:{derived(self.marker.call or self.request.id, task_id)}"
+
+    def attach(self) -> None:
+        """Let the request carry this run, and keep its claim alive."""
+        setattr(self.request, _ATTRIBUTE, self)
+        if self.claim is not None:
+            self.queue_log.renewals.hold(self.claim, self.task.idempotency.lease, asked=self.asked)
+
+    def detach(self) -> None:
+        """The run is over: nothing keeps its claim alive any more."""
+        if self.claim is not None:
+            self.queue_log.renewals.let_go(self.claim)
+
+    @property
+    def key(self) -> MessageKey:
+        """The message's key."""
+        return self.message.key
+
+    @cached_property
+    def calls(self) -> Calls:
+        """The calls that the body makes."""
+        return Calls(self.key, self.marker.first_id, self.message.attempt - self.marker.lost)
+
+    @property
+    def in_body(self) -> bool:
+        """Whether the body has not ended yet."""
+        return self.state in (RunState.UNGUARDED, RunState.CLAIMED, RunState.HANDED_ON)
+
+    @property
+    def waited_on(self) -> bool:
+        """Whether callbacks, a chain or a chord are sent once the body has returned, or the task's own ``on_success`` is called."""
+        return waited_on(self.request) or type(self.task).on_success is not Task.on_success
+
+    @property
+    def on_store_error(self) -> Literal["retry", "run", "raise"]:
+        """What the app says; but an atomic body cannot run without the store, and waits for it."""
+        policy = self.queue_log.settings.on_store_error
+        return "retry" if policy == "run" and self.task.idempotency.atomic else policy
+
+    @property
+    def _store(self) -> Store:
+        return self.queue_log.store
+
+    def tell(
+        self,
+        kind: OutcomeKind,
+        row: Row | None = None,
+        *,
+        reason: str | None = None,
+        attempt: int | None = None,
+        store: float | None = None,
+        delay: float | None = None,
+    ) -> None:
+        """Tell the app's hooks, if it has any, what became of the delivery."""
+        outcomes = self.queue_log.outcomes
+        if outcomes is not None:
+            outcomes.tell(
+                kind,
+                self.key,
+                row=row,
+                task_id=self.request.id,
+                queue=self.message.queue,
+                attempt=self.message.attempt if attempt is None else attempt,
+                token=None if self.claim is None else self.claim.token,
+                worker=worker_label(self.request.hostname),
+                reason=reason,
+                store=store,
+                ran=self.ran,
+                delay=delay,
+            )
+
+    # -- the body ------------------------------------------------------------------------------------------------------
+
+    def perform(self, body: Callable[[], T]) -> T:
+        """Run the body, or return the stored result, and record how it ended.
+
+        Raises:
+            Ignore: The claim was lost, or the message goes on elsewhere: this run has no outcome.
+        """
+        return self.limits.without(lambda: self._perform_or_replay(partial(self.limits.within, body)))
+
+    def _perform_or_replay(self, body: Callable[[], T]) -> T:
+        self.passage = Passage.CALLED
+        if self.state in (RunState.REPLAYED, RunState.CHECKPOINTED):
+            return cast("T", self.value)
+        if self.state is RunState.UNGUARDED:
+            return self._perform_unrecorded(body) if self.task.idempotency.atomic else body()
+        if self.claim is not None and time.monotonic() - self.asked > self.task.idempotency.lease:
+            self._make_sure()
+        if self.task.idempotency.atomic:
+            return self._perform_atomically(body)
+        with within(None):  # an eager run inside of an outbox, or of an atomic body, stands for itself
+            return self._perform(body)
+
+    def _perform_unrecorded(self, body: Callable[[], T]) -> T:
+        """Run the body of an atomic task that is turned off: in a transaction, without a row that would end with it."""
+        unit = UnitOfWork(self.queue_log)
+        try:
+            with unit as self.unit, within(unit.outbox):
+                value = body()
+                if unit.opened:
+                    unit.commit(lambda _: True)
+                    self._publish(unit)
+        finally:
+            self.unit = None
+        return value
+
+    def _perform_atomically(self, body: Callable[[], T]) -> T:
+        """Run the body in a transaction, and again in a new one if that gave way to others."""
+
+        def flushed() -> T:
+            if self.unit is not None and setback is Setback.NOT_CONNECTED and self._waits:
+                # Not by running the body over and over: what it does elsewhere before it writes, it would do each time.
+                ask_until_answered(self.unit.open, "begin the transaction of", self)
+            value = body()
+            if self.unit is not None and self.state is RunState.CLAIMED:
+                self.unit.flush()
+            return value
+
+        longest, collided = 0.0, False
+        setback: Setback | None = None
+        for number in range(1, RUNS + 1):
+            began = time.monotonic()
+            try:
+                unit = UnitOfWork(self.queue_log, contended=collided)
+            except ConfigurationError as wrong:
+                self._finish(self._failed(describe(wrong)))
+                raise
+            try:
+                with unit as self.unit, within(unit.outbox):
+                    return self._perform(flushed)
+            except NotCommittedError as stopped:
+                error, again = stopped.error, stopped.again and number < RUNS
+                setback = unit.setback
+                collided = collided or setback is Setback.COLLIDED
+            finally:
+                self.unit = None
+            if not again:
+                break
+            logger.warning(
+                "%s is run again, as its transaction was not committed (run %d of %d): %s", self, number, RUNS, error
+            )
+            longest = max(longest, time.monotonic() - began)
+            time.sleep(random.uniform(0, _FIRST_PAUSE * 2 ** (number - 1)))  # noqa: S311 - spreads contenders
+            self._before_another_run(longest if collided else 0.0)
+        self._finish(self._failed(describe(error)))
+        raise error
+
+    def _before_another_run(self, unrenewed: float) -> None:
+        """Make sure of the claim, for long enough that no renewal falls into a run that takes so many seconds.
+
+        A renewal writes the row. Where a transaction's snapshot is fixed (``REPEATABLE READ`` and above on PostgreSQL) it could
+        not complete a row that was written since, and a body longer than a third of its lease never would. What only lost its
+        connection has the lease that it had: whoever takes over from a process that dies soon after waits for the end of that.
+        """
+        lease = self.task.idempotency.lease + 2 * unrenewed
+        lost = self._write("keep a claim", lambda: self._store.renew([self._claim], lease=lease))
+        self._continue(not lost, RunState.CLAIMED)
+        self.passage, self.replacing = Passage.CALLED, False
+        self.__dict__.pop("calls", None)  # it makes the same calls in the same places
+
+    def _perform(self, body: Callable[[], T]) -> T:
+        began = time.monotonic()
+        try:
+            try:
+                value = body()
+            finally:
+                self.ran = time.monotonic() - began
+        except Retry as retry:
+            # Eager, or raised by hand: nothing was published, so nothing was handed on.
+            if self.state is RunState.CLAIMED:
+                self.hand_on(self._retried(retry))
+            self._stop_if_lost()
+            raise
+        except Ignore:
+            if self.state is RunState.CLAIMED:
+                self._finish(self._completed(None, note=Note.REPLACED if self.replacing else Note.IGNORED))
+            self._stop_if_lost()
+            raise
+        except Reject as reject:
+            self._rejected(reject)
+            raise
+        except NotCommittedError:
+            raise
+        except Exception as error:
+            if self._ran_on:
+                raise
+            self._stop_if_sent_on()
+            if self.unit is not None:
+                if self.unit.gave_way is not None:  # whatever the body made of it
+                    raise NotCommittedError(error, again=True) from error
+                # A signal may have struck in the middle of an answer.
+                self.unit.roll_back(broken=isinstance(error, SoftTimeLimitExceeded))
+            self._finish(self._failed(describe(error)))
+            raise
+        if self._ran_on:
+            return value
+        self._stop_if_sent_on()
+        if isinstance(value, Retry) and self.request.is_eager and value.sig is not None:
+            # `return self.retry(throw=False)`: `apply` goes on with the next attempt, behind which the callbacks are sent.
+            self.hand_on(self._retried(value))
+            self.request.callbacks = self.request.chain = None
+            return value
+        self._succeed(value)
+        return value
+
+    def _make_sure(self) -> None:
+        """The process slept between its claim and the body for longer than the lease: somebody else may have run it since."""
+        try:
+            lost = self._store.renew([self._claim], lease=self.task.idempotency.lease)
+        except StoreError as error:
+            logger.warning("%s runs although its claim may be lost, the store gives no answer: %s", self, error)
+            return
+        if lost:
+            self._continue(held=False, state=RunState.CLAIMED)
+
+    def _succeed(self, value: Any) -> None:
+        wanted = self.task.idempotency.keep_result or self.waited_on
+        result = encode_result(self.task.app, value, trace=self.marker.trace) if wanted else None
+        refusal = self._refused_by_backend(value) if result is None else None
+        if refusal is not None:
+            self._finish(self._failed(describe(refusal)))
+            raise refusal
+        if self.waited_on:
+            # What waits on this result is sent after we return: until it is known to be, the row says so.
+            # On SQLite a transaction that writes keeps all others from writing, renewals too: the lease may have run out.
+            lease = None if self.unit is None else self.task.idempotency.lease
+            held = self._commit(
+                "note a recovery point",
+                result,
+                lambda store, kept: store.checkpoint(self._claim, result=kept, lease=lease),
+                self._has_succeeded,
+            )
+            self._continue(held, RunState.CHECKPOINTED)
+        else:
+            self._finish(self._completed(result))
+
+    def _refused_by_backend(self, value: Any) -> EncodeError | None:
+        """What Celery will tell the caller instead of the value: that its result backend cannot take it."""
+        request, backend = self.request, self.task.backend
+        stored = not request.is_eager or self.task.store_eager_result
+        if not stored or ignores_result(self.task, request) or isinstance(backend, DisabledBackend):
+            return None
+        try:
+            backend.encode(backend.prepare_value(value))
+        except EncodeError as error:
+            return error
+        return None
+
+    def _rejected(self, reject: Reject) -> None:
+        if self.state is not RunState.CLAIMED:
+            return
+        if reject.requeue:
+            held = self._write("release a message", lambda: self._store.release(self._claim))
+            held = held or self._is_pending(self.message.attempt)
+            if held:
+                self.tell(OutcomeKind.RETRIED, reason="rejected")
+            self._finish(held)
+        else:
+            self._finish(self._failed(rejected(describe(reject), self.marker.rejected)))
+
+    # -- what follows the body -----------------------------------------------------------------------------------------
+
+    def end_as_seen(self, state: str | None, outcome: Any) -> None:
+        """End a claim that the guard has not ended, by what Celery saw.
+
+        Args:
+            state: Celery's, of the run. ``None`` if the process is about to exit: the worker's request learns of that.
+            outcome: The return value, or the exception.
+        """
+        if self.state is not RunState.CLAIMED or state is None:
+            return
+        logger.error(
+            "%s was still claimed when Celery had finished with it, and ends as Celery saw it, %s: either its before_start raised, "
+            "or something calls its body past the guard",
+            self,
+            state,
+        )
+        try:
+            match state:
+                case states.SUCCESS:
+                    wanted = self.task.idempotency.keep_result
+                    result = encode_result(self.task.app, outcome, trace=self.marker.trace) if wanted else None
+                    self._finish(self._completed(result))
+                case states.RETRY:
+                    self.hand_on(self._retried(outcome))
+                case states.IGNORED:
+                    self._finish(self._completed(None, note=Note.REPLACED if self.replacing else Note.IGNORED))
+                case states.REJECTED:
+                    self._rejected(outcome)
+                case _:
+                    self._finish(self._failed(describe(outcome)))
+        except Ignore:  # the claim was lost, which is logged
+            return
+        except StoreError as error:
+            logger.error("%s stays claimed until its lease runs out: %s", self, error)
+
+    def dispatched(self) -> None:
+        """Callbacks and result of a checkpointed run were sent."""
+        if self.state is RunState.CHECKPOINTED:
+            self._end(self._completed(None))
+
+    def not_dispatched(self, error: BaseException | None) -> None:
+        """The run is over: if its callbacks and result were still to be sent, they could not be.
+
+        Args:
+            error: Why, if that is known.
+        """
+        if self.state is not RunState.CHECKPOINTED:
+            return
+        if isinstance(error, EncodeError):  # no later attempt can succeed
+            self._end(self._failed(describe(error)))
+        else:
+            logger.error("%s ran, but what follows it was not sent; a later delivery sends it: %r", self, error)
+
+    def _end(self, held: bool) -> None:
+        self.state = RunState.FINISHED if held else RunState.LOST
+        if not held:
+            self.tell(OutcomeKind.LEASE_LOST)
+
+    # -- handing on ----------------------------------------------------------------------------------------------------
+
+    def hand_on(self, message: NewMessage) -> bool:
+        """Move the row on to this message's next attempt, just before that is published.
+
+        Returns:
+            Whether the claim still held; if not, nothing may be published.
+        """
+        if self.state is RunState.UNGUARDED:
+            return True
+        if self.state is not RunState.CLAIMED:
+            return False
+
+        def hand_on(store: Store) -> bool:
+            return store.retry(self._claim, replace(message, message=self.keeping.of(message.message)))
+
+        def handed_on() -> bool:
+            return self._is_pending(message.attempt)
+
+        if self.replacing:  # by itself: what the body did until here stands
+            held = (
+                self._commit("hand a message on", message.message, lambda store, _: hand_on(store), handed_on)
+                or handed_on()
+            )
+        else:
+            wrote = partial(self.keeping.write, message.message, lambda _: hand_on(self._store))
+            held = self._write("hand a message on", wrote) or handed_on()
+        self.state = RunState.HANDED_ON if held else RunState.LOST
+        if held:
+            self.tell(OutcomeKind.RETRIED, attempt=message.attempt, reason="replaced" if self.replacing else None)
+        self.detach()
+        return held
+
+    def leave_to_recovery(self, error: BaseException) -> bool:
+        """The broker did not take the next attempt, or may not have: note that its row is still to be published.
+
+        Returns:
+            Whether there is such a row.
+        """
+        if self.state is not RunState.HANDED_ON:
+            return False
+        logger.error("%s goes on when recovery can publish it: %r", self, error)
+        try:
+            self._store.not_published(self.key, token=self._claim.token)
+        except StoreError as unknown:
+            logger.error("%s has to be overtaken first, the store gives no answer: %s", self, unknown)
+        return True
+
+    def not_handed_on(self, message: NewMessage, error: BaseException) -> None:
+        """The next attempt could not be published: end the message, unless a copy of it runs already."""
+        if self.state is not RunState.HANDED_ON:
+            return
+
+        def end() -> bool:
+            again = self._store.claim(message, worker=worker_label(self.request.hostname), lease=1.0, grace=0.0)
+            if not isinstance(again, Claimed):
+                return False
+            return self._store.fail(again.claim, error=describe(error), unique_for=self.task.idempotency.unique_for)
+
+        if self._write("end a message whose retry was not published", end):
+            self.tell(OutcomeKind.FAILED, reason=reason_of(describe(error)))
+
+    def retry_stored(self) -> None:
+        """The result backend was told RETRY just now, which must not hide how the next attempt has ended since.
+
+        Celery publishes a retry before it stores that state: with ``countdown=0`` another process may be through by then, and
+        its AsyncResult would be RETRY for ever. What it ended with is stored once more, from its row.
+        """
+        backend, task_id = self.task.backend, self.request.id
+        if self.state is not RunState.HANDED_ON or self.request.is_eager or isinstance(backend, DisabledBackend):
+            return
+        if ignores_result(self.task, self.request) or not backend.persistent:
+            return
+        row = self._store.find(self.key)
+        if row is None or row.ran_task_id != task_id or row.processed_status is None:
+            return
+        # The row is written before the result: the attempt that ended may be about to store it, with the error itself.
+        deadline = time.monotonic() + _OWN_RESULT_WITHIN
+        while backend.get_state(task_id) not in states.READY_STATES:
+            if time.monotonic() >= deadline:
+                break
+            time.sleep(_ASK_EVERY)
+        else:
+            return
+        if row.processed_status is ProcessedStatus.SUCCESS:
+            value = None if row.result is None else decode_result(self.task.app, row.result)
+            backend.store_result(task_id, value, states.SUCCESS, request=self.request)
+        else:
+            error = AlreadyFailedError(self.key.message_id, row.error)
+            backend.store_result(task_id, error, states.FAILURE, request=self.request)
+
+    def _is_pending(self, attempt: int) -> bool:
+        """Whether the row is where a write of ours put it whose answer was lost: pending, under our token."""
+        row = self._write("read a message", lambda: self._store.find(self.key))
+        return row is not None and (row.status, row.token, row.attempt) == (Status.PENDING, self._claim.token, attempt)
+
+    def _retried(self, retry: Retry) -> NewMessage:
+        request, signature = self.request, retry.sig
+        args = request.args if signature is None else signature.args
+        kwargs = request.kwargs if signature is None else signature.kwargs
+        options = {} if signature is None else dict(signature.options)
+        return NewMessage(
+            key=self.key,
+            task_id=self.message.task_id,
+            fingerprint=self.message.fingerprint,
+            attempt=request.retries + 1,
+            delay=0.0,
+            # The arguments of an eager run may be anything.
+            message=None
+            if request.is_eager
+            else encode_message(args, kwargs, options, serializer=self.task.serializer),
+        )
+
+    # -- writes --------------------------------------------------------------------------------------------------------
+
+    @property
+    def _claim(self) -> Claim:
+        assert self.claim is not None, "only a claimed run writes"
+        return self.claim
+
+    def _completed(self, result: bytes | None, note: Note | None = None) -> bool:
+        unique_for, began = self.task.idempotency.unique_for, time.monotonic()
+        held = self._commit(
+            "record a success",
+            result,
+            lambda store, kept: store.complete(
+                self._claim,
+                result=kept,
+                note=note or (Note.UNKEPT if self.keeping.refused else None),
+                unique_for=unique_for,
+            ),
+            self._has_succeeded,
+        )
+        if held:
+            self.tell(OutcomeKind.COMPLETED, reason=note, store=time.monotonic() - began)
+        return held
+
+    def _failed(self, error: str) -> bool:
+        unique_for, began = self.task.idempotency.unique_for, time.monotonic()
+        held = self._write(
+            "record a failure", lambda: self._store.fail(self._claim, error=error, unique_for=unique_for)
+        )
+        if held:
+            self.tell(OutcomeKind.FAILED, reason=reason_of(error), store=time.monotonic() - began)
+        return held
+
+    def _has_succeeded(self) -> bool:
+        """Whether the row says that our body has succeeded: nobody else can have written so under its token."""
+        row = self._write("read a message", lambda: self._store.find(self.key))
+        return row is not None and (row.token, row.processed_status) == (self._claim.token, ProcessedStatus.SUCCESS)
+
+    def _commit(
+        self,
+        what: str,
+        value: bytes | None,
+        write: Callable[[Store, bytes | None], bool],
+        written: Callable[[], bool],
+    ) -> bool:
+        """Write how a body ended well, together with what it wrote itself if it is an atomic one.
+
+        Args:
+            what: For the log.
+            value: What the row is to keep, if the store takes it.
+            write: The verb.
+            written: Reads whether it was done.
+
+        Returns:
+            Whether the claim still held.
+
+        Raises:
+            NotCommittedError: The transaction was not committed.
+        """
+        unit = self.unit
+        if unit is None or not unit.opened:
+            return self._write(what, lambda: self.keeping.write(value, lambda kept: write(self._store, kept)))
+        kept, refused = self.keeping.of(value), list[Exception]()
+
+        def write_in_transaction(store: Store) -> bool:
+            try:
+                return write(store, kept)
+            except Exception as error:
+                refused.append(error)
+                raise
+
+        try:
+            held = unit.commit(write_in_transaction)
+        except Exception as error:
+            unit.roll_back(broken=True)
+            if not (unit.in_doubt and self._took_place(written)):
+                again = unit.gave_way is not None
+                if error in refused and unit.setback is not Setback.COLLIDED:
+                    again = self.keeping.learn(error, kept, silent=again) or again
+                raise NotCommittedError(error, again=again) from error
+            logger.warning("%s was committed, although the answer was lost: %r", self, error)
+            held = True
+        else:
+            if unit.in_doubt and not written():
+                raise NotCommittedError(given_up_error(), again=unit.gave_way is not None)
+        if held:
+            self._publish(unit)
+        return held
+
+    def _publish(self, unit: UnitOfWork) -> None:
+        """Publish what the body has sent."""
+        try:
+            unit.outbox.publish()
+        except SoftTimeLimitExceeded:
+            # The signal struck between; the relay publishes what was not.
+            logger.warning("%s ran into its time limit behind its commit", self)
+
+    def _took_place(self, written: Callable[[], bool]) -> bool:
+        """Whether a commit whose answer is lost did."""
+        # A server that has yet to notice may still commit: it has the row until then, and a write of ours waits for it. The lease is
+        # longer than any before (see `_before_another_run`), so that it is a write.
+        lease = self.task.idempotency.lease + 2 * (time.monotonic() - self.asked)
+        self._write("learn how a commit went", lambda: self._store.renew([self._claim], lease=lease))
+        return written()
+
+    def _write(self, what: str, ask: Callable[[], T]) -> T:
+        """Ask the store to write an outcome, however long it takes: see ``idempotent_on_store_error``."""
+        if self.unit is not None:
+            # What is written beside an atomic body's transaction is written after it, and could not be on SQLite before.
+            self.unit.roll_back()
+
+        def write() -> T:
+            return ask_until_answered(ask, f"{what} for", self) if self._waits else ask()
+
+        try:
+            return write()
+        except SoftTimeLimitExceeded:
+            # The signal struck while the outcome of a finished body was being written; the write may be repeated.
+            return write()
+        except StoreUnavailableError as error:
+            if self.on_store_error == "run":
+                logger.error("could not %s for %s, so a copy of it may run again: %s", what, self, error)
+                return cast("T", True)
+            raise
+
+    @property
+    def _waits(self) -> bool:
+        """Whether the store is waited for as long as it gives no answer."""
+        return not self.request.is_eager and self.on_store_error == "retry"
+
+    def _finish(self, held: bool) -> None:
+        self._continue(held, RunState.FINISHED)
+
+    def _continue(self, held: bool, state: RunState) -> None:
+        self.state = state if held else RunState.LOST
+        self._stop_if_lost()
+
+    @property
+    def _ran_on(self) -> bool:
+        """Whether the body replaced itself by itself eagerly: that run is over and has written the outcome of both."""
+        return self.state is RunState.HANDED_ON and bool(self.request.is_eager)
+
+    def _stop_if_sent_on(self) -> None:
+        """``retry(throw=False)``: the body went on after it, but the retry is what decides."""
+        if self.state is RunState.HANDED_ON:
+            raise Ignore(f"{self} was handed on to its next attempt")
+        self._stop_if_lost()
+
+    def _stop_if_lost(self) -> None:
+        if self.state is RunState.LOST:
+            # Raised as LeaseLostError, it would be stored as this task's FAILURE over its new owner's result.
+            error = LeaseLostError(self.key.message_id, self._claim.token)
+            undone = "; what its body wrote in its transaction was rolled back" if self.task.idempotency.atomic else ""
+            logger.error("%s: %s%s", self, error, undone)
+            self.tell(OutcomeKind.LEASE_LOST)
+            raise Ignore(str(error)) from error
+
+    def __str__(self) -> str:
+        return f"{self.key.task_name}[{self.key.message_id}]"
+
+
+def answered(task: IdempotentTask, request: Context) -> None:
+    """The caller of a delivery has its answer: if that was a copy with a row of its own, nobody has to publish it again."""
+    marker = Marker.read(request.headers)
+    if marker is None or not marker.copied:
+        return
+    own = marker.row_of_its_own
+    try:
+        task.queue_log.store.withdraw(own, task_id=marker.task_id)
+    except StoreError as error:
+        logger.warning("%s[%s] was answered, and will be published once more: %s", task.name, request.id, error)
+
+
+def waited_on(request: Context) -> bool:
+    """Whether callbacks, a chain or a chord wait on a request."""
+    return bool(request.callbacks or request.chain or request.chord)
+
+
+def describe(error: BaseException) -> str:
+    """Type and text of an error, for the column ``error``."""
+    kind = f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins.")
+    try:
+        return f"{kind}: {error}"[:_ERROR_LENGTH]
+    except Exception as broken:  # noqa: BLE001 - an error that cannot say what it is must not hide that the body failed
+        return f"{kind}, whose text cannot be had: {type(broken).__name__}"
+
+
+def worker_label(hostname: str | None, pid: int | None = None) -> str:
+    """Who claims: ``host:pid``, and the thread where several tasks share a process.
+
+    Args:
+        hostname: The worker's node name.
+        pid: The process that runs the body; by default this one, and the current thread.
+
+    A thread (or greenlet) runs one task at a time, so the label is of one delivery. A parent knows its child's.
+    """
+    label = f"{hostname or 'local'}:{pid or os.getpid()}"
+    if not label.isascii():  # a node's name comes from the command line, which may hold what is no text
+        label = label.encode("utf-8", "backslashreplace").decode()
+    if pid is None and threading.current_thread() is not threading.main_thread():
+        label = f"{label}:{threading.get_ident()}"
+    return label[-255:]

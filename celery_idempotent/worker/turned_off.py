@@ -1,0 +1,49 @@
+"""Messages that were recorded, of a task whose guard was taken away since: it runs as a plain task, and its row is ended all the same."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from celery_idempotent.core.records import Claimed, MessageKey, NewMessage, Note
+from celery_idempotent.worker.run import describe, worker_label
+
+if TYPE_CHECKING:
+    from celery.app.task import Context
+
+    from celery_idempotent.message.header import Marker
+    from celery_idempotent.queue_log import QueueLog
+
+__all__ = ["end_unguarded"]
+
+logger = logging.getLogger("celery_idempotent")
+
+#: Seconds for which the row is held, between two statements.
+_LEASE = 60.0
+
+
+def end_unguarded(queue_log: QueueLog, marker: Marker, request: Context, error: BaseException | None) -> None:
+    """End the row of a message whose body has run without the guard.
+
+    Args:
+        queue_log: The queue log of its app.
+        marker: What the message says of its row.
+        request: Celery's context of the delivery.
+        error: What the body has raised; ``None`` if it returned.
+
+    Raises:
+        StoreError: The row stays as it is.
+    """
+    store, key = queue_log.store, MessageKey(marker.message_id, marker.task_name)
+    row = store.find(key)
+    if row is None or row.task_id != request.id:
+        return
+    message = NewMessage(key, request.id, attempt=max(request.retries or 0, row.attempt), message=row.message)
+    claimed = store.claim(message, worker=worker_label(request.hostname), lease=_LEASE, grace=0.0)
+    if not isinstance(claimed, Claimed):
+        return
+    logger.warning("%s[%s] ran without base=IdempotentTask; its row is ended", key.task_name, key.message_id)
+    if error is None:
+        store.complete(claimed.claim, result=None, note=Note.UNKEPT)
+    else:
+        store.fail(claimed.claim, error=describe(error))

@@ -1,0 +1,98 @@
+"""Versions of the table: each follows from the one before it, and is what it was when it was new."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.dialects import mysql, sqlite
+from sqlalchemy.dialects.postgresql import psycopg
+
+from celery_idempotent.stores.sql.migrations import newest, present_in, steps_back, steps_to
+from celery_idempotent.stores.sql.table import VERSIONS, queue_log_table, table_of_version
+
+#: What each version was made of, by each database's own words. A file that is here is never changed.
+WRITTEN = Path(__file__).resolve().parents[3] / "integration" / "sql" / "versions"
+
+NUMBERS = [version.number for version in VERSIONS]
+
+
+def dialect(name: str) -> sa.Dialect:
+    found: Any = {"postgresql": psycopg, "mariadb": mysql, "sqlite": sqlite}[name].dialect()
+    if name == "mariadb":
+        found.is_mariadb = True
+    return found  # type: ignore[no-any-return]
+
+
+def in_order(statements: str) -> str:
+    """With a table's options sorted: SQLAlchemy 2.0 gives them in another order each time."""
+    return re.sub(
+        r"(?<=^\))\w+=.*(?=;$)", lambda found: " ".join(sorted(found[0].split())), statements, flags=re.MULTILINE
+    )
+
+
+def shape(table: sa.Table) -> tuple[list[str], dict[Any, list[str]]]:
+    return list(table.columns.keys()), {index.name: list(index.columns.keys()) for index in table.indexes}
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize("name", ["postgresql", "mariadb", "sqlite"])
+def test_a_version_is_what_it_was(number: int, name: str) -> None:
+    """A change to the table is a new version, with a file of its own here; never a change to an old one."""
+    made = ";\n\n".join(step.text(dialect(name)) for step in steps_to(number, "queue_log", None, None)) + ";\n"
+    written = (WRITTEN / f"{number}.{name}.sql").read_text()
+    assert in_order(made.replace("IF NOT EXISTS ", "")) == in_order(written)
+
+
+def test_they_are_numbered_and_the_newest_is_the_table() -> None:
+    assert list(range(1, newest() + 1)) == NUMBERS
+    newest_table = table_of_version(newest(), sa.MetaData(), "queue_log", None)
+    assert shape(newest_table) == shape(queue_log_table(sa.MetaData()))
+
+
+@pytest.mark.parametrize("number", NUMBERS[1:])
+def test_code_of_the_version_before_can_go_on(number: int) -> None:
+    """It inserts without the new columns, and finds all of its own."""
+    before, after = (table_of_version(each, sa.MetaData(), "queue_log", None) for each in (number - 1, number))
+    assert {*before.columns.keys()} <= {*after.columns.keys()}
+    for column in VERSIONS[number - 1].columns():
+        assert column.nullable or column.server_default is not None, column.name
+    for name in before.columns.keys():  # noqa: SIM118 - a column collection is none of names
+        assert repr(before.c[name].type) == repr(after.c[name].type)
+
+
+def test_an_index_has_its_name_for_ever() -> None:
+    names = [index.name for version in VERSIONS for index in version.indexes]
+    assert len(set(names)) == len(names)
+    for version in VERSIONS:
+        earlier = {index.name for each in VERSIONS[: version.number - 1] for index in each.indexes}
+        assert set(version.retires) <= earlier
+
+
+@pytest.mark.parametrize("since", NUMBERS)
+@pytest.mark.parametrize("to", NUMBERS)
+def test_from_each_to_each(since: int, to: int) -> None:
+    """What is told without a database is as much as what one is found to lack, and leads back again."""
+    engine = sa.create_engine("sqlite://")
+    with engine.begin() as connection:
+        for step in steps_to(since, "queue_log", None, None):
+            connection.execute(step.ddl)
+        steps = (
+            steps_to(to, "queue_log", None, present_in(since, "queue_log"))
+            if to >= since
+            else steps_back(since, to, "queue_log", None)
+        )
+        for step in steps:
+            assert step.alters
+            connection.execute(step.ddl)
+        found = sa.inspect(connection)
+        columns = [column["name"] for column in found.get_columns("queue_log")]
+        indexes = {index["name"]: index["column_names"] for index in found.get_indexes("queue_log")}
+        assert (columns, indexes) == shape(table_of_version(to, sa.MetaData(), "queue_log", None))
+        for step in steps_back(to, 0, "queue_log", None):
+            connection.execute(step.ddl)
+        assert not sa.inspect(connection).has_table("queue_log")
+    engine.dispose()

@@ -1,0 +1,103 @@
+"""A delivery at the door, on a store in memory that goes silent at the worst moments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from celery import Celery
+from celery.app.task import Context
+
+from celery_idempotent import IdempotentTask, QueueLog, SQLStore, StoreUnavailableError
+from celery_idempotent.core.records import Found, MessageKey, NewMessage, Recorded, Row, Status
+from celery_idempotent.message.header import Marker
+from celery_idempotent.message.serialization import encode_message
+from celery_idempotent.worker.admission import admit
+from celery_idempotent.worker.run import RunState
+
+KEY, OWN = MessageKey("m", "task"), MessageKey("first", "task")
+
+
+class Reticent(SQLStore):
+    """A store in memory that gives no answer to the next so many records or reads."""
+
+    records = reads = 0
+
+    def record(self, message: NewMessage) -> Recorded | Found:
+        if self.records:
+            self.records -= 1
+            raise self._nothing()
+        return super().record(message)
+
+    def find(self, key: MessageKey) -> Row | None:
+        if self.reads:
+            self.reads -= 1
+            raise self._nothing()
+        return super().find(key)
+
+    def _nothing(self) -> StoreUnavailableError:
+        error = StoreUnavailableError("gone")
+        error.unsent = True
+        return error
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Reticent]:
+    monkeypatch.setattr("celery_idempotent.core.store_retry.time.sleep", lambda _: None)
+    store = Reticent("sqlite://")
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def task(store: Reticent) -> IdempotentTask:
+    app = Celery("admission", set_as_current=False, broker="memory://", backend="disabled://")
+    QueueLog(app, store=store)
+
+    @app.task(base=IdempotentTask, name="task", shared=False)
+    def task() -> None: ...
+
+    bound: IdempotentTask = app.tasks["task"]
+    return bound
+
+
+def copy_of_the_first(store: SQLStore) -> Context:
+    message = encode_message((), {}, {"task_id": "first", "message_id": "m"}, serializer="json")
+    store.record(NewMessage(KEY, "first", queue="q", message=message))
+    headers = Marker("m", "task", "copy", copied=True, first="first").write(None)
+    return Context(id="copy", retries=0, args=[], kwargs={}, headers=headers, properties={"message_id": "m"})
+
+
+@pytest.mark.parametrize("silent", ["reads", "records"])
+def test_a_copy_whose_store_goes_silent_behind_its_claim_goes_on_with_that(
+    task: IdempotentTask, store: Reticent, silent: str
+) -> None:
+    """The claim stands: taken for somebody else's, it would hold its own message until its lease runs out."""
+    request = copy_of_the_first(store)
+    setattr(store, silent, 2)
+
+    run = admit(task, request)
+
+    assert (run.state, run.marker.first_id, getattr(store, silent)) == (RunState.CLAIMED, "first", 0)
+    claimed, own = store.find(KEY), store.find(OWN)
+    assert claimed is not None
+    assert run.claim is not None
+    assert (claimed.status, claimed.token) == (Status.PROCESSING, run.claim.token) == (Status.PROCESSING, 1)
+    assert own is not None
+    assert (own.status, own.task_id, own.queue, own.message) == (Status.PENDING, "first", "q", claimed.message)
+    run.detach()
+
+
+def test_a_first_message_that_cannot_be_read_does_not_keep_its_copy_from_running(
+    task: IdempotentTask, store: Reticent, caplog: pytest.LogCaptureFixture
+) -> None:
+    request = copy_of_the_first(store)
+    store.withdraw(KEY, task_id="first")
+    store.record(NewMessage(KEY, "first", message=b"application/x-nothing;binary\n"))
+
+    run = admit(task, request)
+
+    assert run.state is RunState.CLAIMED
+    assert store.find(OWN) is None
+    assert "cannot be kept" in caplog.text
+    run.detach()
