@@ -18,7 +18,7 @@ from celery_idempotent.message.ids import CallSignature, message_id_source
 from celery_idempotent.settings import OPTION_NAMES, PREFIX, Settings, one_of, seconds, yes_or_no
 
 if TYPE_CHECKING:
-    from celery_idempotent.task import IdempotentTask
+    from celery import Task
 
 __all__ = ["Options", "refuse_misspelt", "refuse_misspelt_call"]
 
@@ -52,7 +52,7 @@ class Options:
     keep_result: bool
 
     @classmethod
-    def of(cls, task: IdempotentTask, settings: Settings) -> Options:
+    def of(cls, task: Task, settings: Settings) -> Options:
         """Collect and check a task's options.
 
         Raises:
@@ -64,7 +64,7 @@ class Options:
             raise ConfigurationError(f"task {task.name}: {error}") from error
 
     @classmethod
-    def _collect(cls, task: IdempotentTask, settings: Settings) -> Options:
+    def _collect(cls, task: Task, settings: Settings) -> Options:
         conf = task.app.conf
 
         def given(name: str) -> Any:
@@ -107,7 +107,7 @@ class Options:
         )
 
 
-def _message_id_of(task: IdempotentTask, option: Any, signature: CallSignature) -> Any:
+def _message_id_of(task: Task, option: Any, signature: CallSignature) -> Any:
     """The option ``message_id`` as it asks to be called: a method gets the task before the arguments."""
     stored = inspect.getattr_static(type(task), "message_id", None)
     if isinstance(stored, partialmethod):
@@ -140,7 +140,7 @@ def refuse_misspelt_call(task_name: str, options: Mapping[str, Any]) -> None:
             )
 
 
-def refuse_misspelt(cls: type[IdempotentTask], base: type) -> None:
+def refuse_misspelt(cls: type[Task], base: type) -> None:
     """Refuse a class attribute or decorator argument that is nearly an option.
 
     Celery accepts any attribute on a task, so ``on_duplicat="raise"`` would silently do nothing. Attributes that resemble no

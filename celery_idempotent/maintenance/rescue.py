@@ -36,8 +36,8 @@ from celery_idempotent.worker.admission import ABANDONED
 
 if TYPE_CHECKING:
     from celery_idempotent.core.store import Store
+    from celery_idempotent.producer.guarded import Guarded
     from celery_idempotent.queue_log import QueueLog
-    from celery_idempotent.task import IdempotentTask
 
 __all__ = ["Due", "Recovered", "Recovery", "Relayed"]
 
@@ -596,7 +596,7 @@ class Recovery:
             **kept,
         )
 
-    def _end_broadcast(self, task: IdempotentTask, row: Row, message_id: str) -> None:
+    def _end_broadcast(self, task: Guarded, row: Row, message_id: str) -> None:
         """End what went to each worker, since nobody else is to get it again: the producer's row, or that of a worker that died."""
         unique_for = task.idempotency.unique_for
         if row.status is Status.PROCESSING:

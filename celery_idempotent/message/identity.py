@@ -10,9 +10,9 @@ A fanout exchange delivers one message to each worker, and each is to run it: th
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from celery_idempotent.core.records import MessageKey
 from celery_idempotent.core.storable import LONGEST
@@ -23,12 +23,28 @@ if TYPE_CHECKING:
     from celery import Celery
     from celery.app.task import Context
 
-    from celery_idempotent.task import IdempotentTask
-
-__all__ = ["FANOUT", "Identity", "identity_of", "identity_of_sent", "is_fanout", "type_of_exchange"]
+__all__ = ["FANOUT", "Identified", "Identity", "identity_of", "identity_of_sent", "is_fanout", "type_of_exchange"]
 
 #: The type of an exchange that delivers to each worker.
 FANOUT = "fanout"
+
+
+class _IdOption(Protocol):
+    @property
+    def message_id(self) -> Callable[[tuple[Any, ...], dict[str, Any]], str] | None:
+        """Makes the message id of a call from its arguments; ``None`` uses the task id."""
+
+
+class Identified(Protocol):
+    """What an identity takes of the task that a message is for."""
+
+    #: Celery's.
+    name: Any
+    app: Any
+
+    @property
+    def idempotency(self) -> _IdOption:
+        """The task's options."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +64,7 @@ class Identity:
     node: str | None = None
 
 
-def identity_of(task: IdempotentTask, request: Context) -> Identity:
+def identity_of(task: Identified, request: Context) -> Identity:
     """The identity of a delivery; see :func:`identity_of_sent`."""
     return identity_of_sent(
         task,
@@ -63,7 +79,7 @@ def identity_of(task: IdempotentTask, request: Context) -> Identity:
 
 
 def identity_of_sent(
-    task: IdempotentTask,
+    task: Identified,
     task_id: str,
     *,
     properties: Mapping[str, Any] | None,

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from kombu import Connection, Producer
 
     from celery_idempotent.message.header import Marker
+    from celery_idempotent.producer.guarded import Guarded
     from celery_idempotent.queue_log import QueueLog
-    from celery_idempotent.task import IdempotentTask
 
 __all__ = ["Outgoing", "Publisher", "publish"]
 
@@ -51,7 +51,7 @@ _TIMEOUTS: Mapping[str, Mapping[str, float]] = {
 
 
 def publish(
-    task: IdempotentTask,
+    task: Guarded,
     args: Any,
     kwargs: Any,
     *,
@@ -106,7 +106,7 @@ class Outgoing:
     """
 
     key: MessageKey
-    task: IdempotentTask
+    task: Guarded
     args: Any
     kwargs: Any
     marker: Marker

@@ -51,16 +51,15 @@ from celery_idempotent.message.serialization import (
     serializer_of,
     without_local,
 )
+from celery_idempotent.producer.guarded import Guarded, GuardedRun, current_run
 from celery_idempotent.producer.outbox import PUBLISH_WITHIN, Outbox, current_outbox
 from celery_idempotent.producer.publisher import Outgoing
-from celery_idempotent.worker.run import Run, RunState
 
 if TYPE_CHECKING:
     from celery import Celery
     from celery.result import AsyncResult
 
     from celery_idempotent.options import Options
-    from celery_idempotent.task import IdempotentTask
 
 __all__ = ["Sending", "answer_of", "delay_of", "end_broadcast", "identify", "is_unrecorded", "send"]
 
@@ -101,7 +100,7 @@ def identify(
     return MessageKey(chosen, task_name), fingerprint
 
 
-def delay_of(task: IdempotentTask, options: Mapping[str, Any]) -> float | None:
+def delay_of(task: Guarded, options: Mapping[str, Any]) -> float | None:
     """Seconds until a call is due by its ``countdown`` or ``eta``; ``None`` for at once."""
     if options.get("countdown"):
         return float(options["countdown"])
@@ -109,9 +108,7 @@ def delay_of(task: IdempotentTask, options: Mapping[str, Any]) -> float | None:
     return None if due is None else float((due - task.app.now()).total_seconds())
 
 
-def send(
-    task: IdempotentTask, args: Any, kwargs: Any, task_id: str | None, options: dict[str, Any]
-) -> AsyncResult[Any]:
+def send(task: Guarded, args: Any, kwargs: Any, task_id: str | None, options: dict[str, Any]) -> AsyncResult[Any]:
     """Send a call at most once under its message id.
 
     Args:
@@ -140,21 +137,21 @@ def send(
     return Sending.of(task, args, kwargs, task_id, options).send()
 
 
-def is_unrecorded(task: IdempotentTask, task_id: str | None, options: Mapping[str, Any]) -> bool:
+def is_unrecorded(task: Guarded, task_id: str | None, options: Mapping[str, Any]) -> bool:
     """Whether a call is sent as Celery would: its task is turned off, and it does not send a recorded message on."""
     if task.idempotency.idempotent:
         return False
-    marker, run = Marker.read(options.get("headers")), Run.current(task.app)
+    marker, run = Marker.read(options.get("headers")), current_run(task.app)
     if marker is not None and marker.belongs_to(task.name, task_id):
         return False
-    return run is None or run.state is RunState.UNGUARDED or run.request.id != task_id
+    return run is None or run.is_unguarded or run.request.id != task_id
 
 
 @dataclass
 class Sending:
     """One call on its way out."""
 
-    task: IdempotentTask
+    task: Guarded
     args: Any
     kwargs: Any
     message: NewMessage
@@ -163,7 +160,7 @@ class Sending:
     call: Call
     options: dict[str, Any]
     #: The guarded run that sends its own message on (retry, replace by itself), if this call does.
-    run: Run | None = None
+    run: GuardedRun | None = None
     #: Whether it is Celery that calls, behind a task that has run: that task must not pay for what is wrong with this one.
     dispatched: bool = False
     #: The calls of the guarded body that makes this one, if one does, and its place among them.
@@ -182,7 +179,7 @@ class Sending:
     @classmethod
     def of(
         cls,
-        task: IdempotentTask,
+        task: Guarded,
         args: Any,
         kwargs: Any,
         task_id: str | None,
@@ -198,7 +195,7 @@ class Sending:
         args, kwargs = dumped(task, args, kwargs, options)
         message_id = options.pop("message_id", None)
         sent = Marker.read(options.get("headers"))
-        run = Run.current(task.app)
+        run = current_run(task.app)
         mine = run is not None and run.request.id == task_id
         dispatched = _dispatched(task, run, task_id, options)
         calls: Calls | None = None
@@ -460,7 +457,7 @@ class Sending:
             or self.run is not None
         ):
             return None
-        parent = Run.current(self.task.app)
+        parent = current_run(self.task.app)
         if parent is not None:
             if not self.dispatched or self._is_repeated(row, parent):
                 return None
@@ -468,7 +465,7 @@ class Sending:
         # A task without the guard may be run again, and make the same call again.
         return None if self.task.app.current_worker_task else later_call()
 
-    def _is_repeated(self, row: Row, parent: Run) -> bool:
+    def _is_repeated(self, row: Row, parent: GuardedRun) -> bool:
         """Whether a later call was delivered twice, and sends once more what it has sent: the row is younger than that call."""
         if parent.marker.call is None or parent.request.is_eager:
             return False
@@ -615,7 +612,7 @@ class Sending:
 
 
 def answer_of(
-    task: IdempotentTask, key: MessageKey, fingerprint: str | None, task_id: str, options: Mapping[str, Any]
+    task: Guarded, key: MessageKey, fingerprint: str | None, task_id: str, options: Mapping[str, Any]
 ) -> EagerResult[Any] | None:
     """What ``apply()`` answers for a message that has succeeded; ``None`` when the call is to go the way of a delivery.
 
@@ -643,7 +640,7 @@ def answer_of(
     return _eager_result(task, row)
 
 
-def _eager_result(task: IdempotentTask, row: Row) -> EagerResult[Any]:
+def _eager_result(task: Guarded, row: Row) -> EagerResult[Any]:
     """The outcome of a message in the hands of an eager caller, from its row."""
     if row.processed_status is ProcessedStatus.SUCCESS:
         result = EagerResult(row.task_id, _stored_value(task, row), states.SUCCESS, name=task.name)
@@ -657,7 +654,7 @@ def _eager_result(task: IdempotentTask, row: Row) -> EagerResult[Any]:
     return result
 
 
-def _stored_value(task: IdempotentTask, row: Row) -> Any:
+def _stored_value(task: Guarded, row: Row) -> Any:
     try:
         return None if row.result is None else decode_result(task.app, row.result)
     except UndecodableError as error:
@@ -665,7 +662,7 @@ def _stored_value(task: IdempotentTask, row: Row) -> Any:
         return None
 
 
-def _answer_again(task: IdempotentTask, row: Row) -> None:
+def _answer_again(task: Guarded, row: Row) -> None:
     """Store the outcome of a message once more whose result has expired in the backend, where its row outlives it.
 
     The caller of a duplicate would wait for it for ever.
@@ -689,7 +686,7 @@ def _answer_again(task: IdempotentTask, row: Row) -> None:
         )
 
 
-def end_broadcast(task: IdempotentTask, message: NewMessage) -> None:
+def end_broadcast(task: Guarded, message: NewMessage) -> None:
     """The producer's row of a message that each worker gets ends when it is published: they have rows of their own."""
     store = task.queue_log.store
     try:
@@ -733,7 +730,7 @@ def _waited_on(task_id: str | None, options: Mapping[str, Any]) -> bool:
     return options.get("chain") is not None or (task_id is not None and bool(options.get("reply_to")))
 
 
-def _dispatched(task: IdempotentTask, run: Run | None, task_id: str | None, options: Mapping[str, Any]) -> bool:
+def _dispatched(task: Guarded, run: GuardedRun | None, task_id: str | None, options: Mapping[str, Any]) -> bool:
     """Whether Celery sends a call behind a task that has run: the next step of a chain, a link, an errback, a chord's body.
 
     Only Celery names the parent; a chord's body has its id fixed instead, and is sent by a worker.
@@ -745,7 +742,7 @@ def _dispatched(task: IdempotentTask, run: Run | None, task_id: str | None, opti
     return task_id is not None and bool(options.get("reply_to")) and bool(task.app.current_worker_task)
 
 
-def _routed(task: IdempotentTask, args: Any, kwargs: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+def _routed(task: Guarded, args: Any, kwargs: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a call with all that Celery publishes it by: the task's own, and where its routes send it."""
     if task.app.conf.task_always_eager:
         return dict(options)

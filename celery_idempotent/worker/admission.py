@@ -63,7 +63,7 @@ if TYPE_CHECKING:
     from celery.app.task import Context
 
     from celery_idempotent.core.store import Store
-    from celery_idempotent.task import IdempotentTask
+    from celery_idempotent.producer.guarded import Guarded
 
 __all__ = ["admit"]
 
@@ -100,7 +100,7 @@ _VISIBILITY_TIMEOUT = {
 ABANDONED = "abandoned: the worker that ran it died or lost its lease"
 
 
-def admit(task: IdempotentTask, request: Context) -> Run:
+def admit(task: Guarded, request: Context) -> Run:
     """Decide what becomes of a delivery, and do it as far as it comes before the body.
 
     Args:
@@ -146,7 +146,7 @@ def _delivered(identity: Identity, request: Context) -> NewMessage:
 class _Admission:
     """One delivery at the door."""
 
-    def __init__(self, task: IdempotentTask, request: Context, identity: Identity, delivered: NewMessage) -> None:
+    def __init__(self, task: Guarded, request: Context, identity: Identity, delivered: NewMessage) -> None:
         self.task = task
         self.request = request
         self.identity = identity

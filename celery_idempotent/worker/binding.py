@@ -24,7 +24,7 @@ from celery_idempotent.worker.run import Passage, Run
 if TYPE_CHECKING:
     from celery.worker.request import Request
 
-    from celery_idempotent.task import IdempotentTask
+    from celery_idempotent.producer.guarded import Guarded
 
 __all__ = ["REQUEST", "guard", "passes_the_guard"]
 
@@ -37,7 +37,7 @@ REQUEST = "celery_idempotent.worker.request:IdempotentRequest"
 _MARK = "idempotent_guard"
 
 
-def guard(cls: type[IdempotentTask]) -> None:
+def guard(cls: type[Task]) -> None:
     """Put the guard before a class's hooks, unless it is there already.
 
     Raises:
@@ -70,7 +70,7 @@ def _guarded_start(start: Callable[..., None]) -> Callable[..., None]:
     """``before_start``, after the decision on the delivered message: a duplicate comes no further."""
 
     @wraps(start)
-    def before_start(self: IdempotentTask, *args: Any, **kwargs: Any) -> None:
+    def before_start(self: Guarded, *args: Any, **kwargs: Any) -> None:
         cls = type(self)
         if not passes_the_guard(cls, "__call__"):
             logger.warning(
@@ -89,7 +89,7 @@ def _guarded_call(call: Callable[..., Any]) -> Callable[..., Any]:
     """``__call__``, guarded in a traced run. A direct call runs unguarded, and so does one that the body makes."""
 
     @wraps(call)
-    def __call__(self: IdempotentTask, *args: Any, **kwargs: Any) -> Any:  # noqa: N807 - it is one
+    def __call__(self: Guarded, *args: Any, **kwargs: Any) -> Any:  # noqa: N807 - it is one
         request = self.request_stack.top
         if request is None or request.called_directly:
             return call(self, *args, **kwargs)
@@ -111,7 +111,7 @@ def _guarded_call(call: Callable[..., Any]) -> Callable[..., Any]:
 # -- bodies that nobody awaits -----------------------------------------------------------------------------------------
 
 
-def _refuse_unawaited(cls: type[IdempotentTask]) -> None:
+def _refuse_unawaited(cls: type[Task]) -> None:
     """Refuse a body that Celery calls without running it, unless a ``__call__`` of the task's own may run it."""
     calls = [vars(owner)["__call__"] for owner in cls.__mro__[: cls.__mro__.index(Task)] if "__call__" in vars(owner)]
     runs = next((call for call in calls if not hasattr(call, _MARK)), cls.run)
@@ -127,7 +127,7 @@ def _refuse_unawaited(cls: type[IdempotentTask]) -> None:
         )
 
 
-def _awaited(task: IdempotentTask, value: Any) -> Any:
+def _awaited(task: Guarded, value: Any) -> Any:
     """What a body returned, unless it still has to be awaited."""
     if not (inspect.isawaitable(value) or inspect.isasyncgen(value)):
         return value
@@ -141,7 +141,7 @@ def _awaited(task: IdempotentTask, value: Any) -> Any:
 # -- the worker's side -------------------------------------------------------------------------------------------------
 
 
-def _refuse_strategy(cls: type[IdempotentTask]) -> None:
+def _refuse_strategy(cls: type[Task]) -> None:
     strategy = inspect.getattr_static(cls, "Strategy")
     if strategy != Task.Strategy:
         owner = next(owner for owner in cls.__mro__ if "Strategy" in vars(owner))
@@ -151,7 +151,7 @@ def _refuse_strategy(cls: type[IdempotentTask]) -> None:
         )
 
 
-def _combine_request(cls: type[IdempotentTask]) -> None:
+def _combine_request(cls: type[Task]) -> None:
     """Let a ``Request`` of the user's own keep its place, whatever the order of the bases, and ours come before it."""
     given = (vars(owner)["Request"] for owner in cls.__mro__ if "Request" in vars(owner))
     theirs = next((request for request in given if request not in (REQUEST, Task.Request)), None)
@@ -169,7 +169,7 @@ class _NamedRequest:
     def __init__(self, path: str) -> None:
         self._path = path
 
-    def __get__(self, task: IdempotentTask | None, owner: type[IdempotentTask]) -> type[Request]:
+    def __get__(self, task: Guarded | None, owner: type[Task]) -> type[Request]:
         try:
             return _combined(symbol_by_name(self._path))
         except (ImportError, AttributeError) as error:

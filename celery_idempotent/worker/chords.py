@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from celery.backends.base import Backend
     from celery.result import AsyncResult
 
-    from celery_idempotent.task import IdempotentTask
+    from celery_idempotent.producer.guarded import Guarded
 
 __all__ = ["add_part", "claimed_for"]
 
@@ -57,7 +57,7 @@ def add_part(backend: Backend, group: str, part: AsyncResult[Any]) -> None:
     backend.client.eval(_ADD_PART, len(keys), *keys, part.id, int(backend.expires or _REMEMBERED))
 
 
-def claimed_for(task: IdempotentTask, request: Context) -> float:
+def claimed_for(task: Guarded, request: Context) -> float:
     """Seconds for which another worker may be about to send the body of a request's chord.
 
     Returns:

@@ -21,7 +21,7 @@ from celery_idempotent.worker.run import worker_label
 if TYPE_CHECKING:
     from celery.app.task import Context
 
-    from celery_idempotent.task import IdempotentTask
+    from celery_idempotent.producer.guarded import Guarded
 
 __all__ = ["EXPIRED", "REVOKED", "discard"]
 
@@ -32,7 +32,7 @@ REVOKED = "revoked"
 EXPIRED = "expired: it was not started in time"
 
 
-def discard(task: IdempotentTask, request: Context, why: str) -> None:
+def discard(task: Guarded, request: Context, why: str) -> None:
     """Decide what becomes of the row of a discarded delivery, and do it.
 
     Args:
@@ -67,7 +67,7 @@ def discard(task: IdempotentTask, request: Context, why: str) -> None:
         )
 
 
-def _end(task: IdempotentTask, request: Context, row: Row, why: str) -> OutcomeKind | None:
+def _end(task: Guarded, request: Context, row: Row, why: str) -> OutcomeKind | None:
     """Carry out the decision; what is to be told of it."""
     store, unique_for = task.queue_log.store, task.idempotency.unique_for
     delivery = Delivery(request.id, retries=request.retries or 0, discarded=why)

@@ -19,7 +19,7 @@ from celery_idempotent.errors import AlreadyFailedError, AlreadyProcessingError
 from celery_idempotent.worker.run import Run, RunState
 
 if TYPE_CHECKING:
-    from celery_idempotent.task import IdempotentTask
+    from celery_idempotent.producer.guarded import Guarded
 
 __all__ = ["guard_handlers", "inherited"]
 
@@ -27,7 +27,7 @@ __all__ = ["guard_handlers", "inherited"]
 _MARK = "idempotent_handler"
 
 
-def guard_handlers(cls: type[IdempotentTask]) -> None:
+def guard_handlers(cls: type[Task]) -> None:
     """Wrap the handlers that a class has of its user's, wherever they stand among its bases."""
     for name, once in (("on_success", _on_success), ("on_failure", _on_failure), ("after_return", _after_return)):
         handler = getattr(cls, name)
@@ -41,7 +41,7 @@ def inherited(cls: type, name: str) -> Callable[..., Any]:
     """What a class has from its bases, looked up at each call: a tool may replace it there later."""
 
     @wraps(getattr(cls, name))
-    def hook(self: IdempotentTask, *args: Any, **kwargs: Any) -> Any:
+    def hook(self: Guarded, *args: Any, **kwargs: Any) -> Any:
         return getattr(super(cls, self), name)(*args, **kwargs)
 
     return hook
@@ -49,7 +49,7 @@ def inherited(cls: type, name: str) -> Callable[..., Any]:
 
 def _on_success(handler: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(handler)
-    def on_success(self: IdempotentTask, *args: Any, **kwargs: Any) -> Any:
+    def on_success(self: Guarded, *args: Any, **kwargs: Any) -> Any:
         run = Run.of(self.request_stack.top)
         if run is None:
             return handler(self, *args, **kwargs)
@@ -68,7 +68,7 @@ def _on_success(handler: Callable[..., Any]) -> Callable[..., Any]:
 
 def _on_failure(handler: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(handler)
-    def on_failure(self: IdempotentTask, exc: BaseException, *args: Any, **kwargs: Any) -> Any:
+    def on_failure(self: Guarded, exc: BaseException, *args: Any, **kwargs: Any) -> Any:
         return None if _is_anothers(self, exc) else handler(self, exc, *args, **kwargs)
 
     return on_failure
@@ -76,7 +76,7 @@ def _on_failure(handler: Callable[..., Any]) -> Callable[..., Any]:
 
 def _after_return(handler: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(handler)
-    def after_return(self: IdempotentTask, status: str, retval: Any, *args: Any, **kwargs: Any) -> Any:
+    def after_return(self: Guarded, status: str, retval: Any, *args: Any, **kwargs: Any) -> Any:
         run = Run.of(self.request_stack.top)
         replayed = run is not None and run.state is RunState.REPLAYED
         return None if replayed or _is_anothers(self, retval) else handler(self, status, retval, *args, **kwargs)
@@ -84,7 +84,7 @@ def _after_return(handler: Callable[..., Any]) -> Callable[..., Any]:
     return after_return
 
 
-def _is_anothers(task: IdempotentTask, outcome: object) -> bool:
+def _is_anothers(task: Guarded, outcome: object) -> bool:
     """Whether this is the outcome of another delivery, of which the caller of a copy is told."""
     request = task.request_stack.top  # none in a worker's main process
     refused = request is not None and Run.of(request) is None

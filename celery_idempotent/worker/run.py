@@ -45,6 +45,7 @@ from celery_idempotent.hooks import OutcomeKind, reason_of
 from celery_idempotent.message.canvas_ids import Calls, derived
 from celery_idempotent.message.header import Marker
 from celery_idempotent.message.serialization import decode_result, encode_message, encode_result
+from celery_idempotent.producer.guarded import RUN, Guarded, current_run
 from celery_idempotent.producer.outbox import within
 from celery_idempotent.worker.celery_versions import ignores_result
 from celery_idempotent.worker.time_limits import TimeLimits
@@ -56,7 +57,6 @@ if TYPE_CHECKING:
     from celery.app.task import Context
 
     from celery_idempotent.core.store import Store
-    from celery_idempotent.task import IdempotentTask
 
 __all__ = ["Passage", "Run", "RunState", "describe", "waited_on", "worker_label"]
 
@@ -64,7 +64,6 @@ logger = logging.getLogger("celery_idempotent")
 
 T = TypeVar("T")
 
-_ATTRIBUTE = "idempotent_run"
 _ERROR_LENGTH = 4000
 
 #: Seconds that an attempt which has ended its row is given to store its result, and between two looks for that.
@@ -98,7 +97,7 @@ class Passage(StrEnum):
 class Run:
     """A delivery's way through the guard."""
 
-    def __init__(self, task: IdempotentTask, request: Context, message: NewMessage, marker: Marker) -> None:
+    def __init__(self, task: Guarded, request: Context, message: NewMessage, marker: Marker) -> None:
         self.task = task
         self.queue_log = task.queue_log
         self.request = request
@@ -125,13 +124,12 @@ class Run:
     @classmethod
     def of(cls, request: Context | None) -> Run | None:
         """The run of a request, if it was admitted."""
-        return cast("Run | None", getattr(request, _ATTRIBUTE, None))
+        return cast("Run | None", getattr(request, RUN, None))
 
     @classmethod
     def current(cls, app: Celery) -> Run | None:
         """The run of the task that this worker executes here and now."""
-        task = app.current_worker_task
-        return None if task is None else cls.of(task.request)
+        return cast("Run | None", current_run(app))
 
     def later_call(self, task_id: str) -> str | None:
         """The name of a call that Celery sends behind this run, under a Celery id that was sent before.
@@ -145,7 +143,7 @@ class Run:
 
     def attach(self) -> None:
         """Let the request carry this run, and keep its claim alive."""
-        setattr(self.request, _ATTRIBUTE, self)
+        setattr(self.request, RUN, self)
         if self.claim is not None:
             self.queue_log.renewals.hold(self.claim, self.task.idempotency.lease, asked=self.asked)
 
@@ -163,6 +161,11 @@ class Run:
     def calls(self) -> Calls:
         """The calls that the body makes."""
         return Calls(self.key, self.marker.first_id, self.message.attempt - self.marker.lost)
+
+    @property
+    def is_unguarded(self) -> bool:
+        """Whether it has no row to speak of."""
+        return self.state is RunState.UNGUARDED
 
     @property
     def in_body(self) -> bool:
@@ -735,7 +738,7 @@ class Run:
         return f"{self.key.task_name}[{self.key.message_id}]"
 
 
-def answered(task: IdempotentTask, request: Context) -> None:
+def answered(task: Guarded, request: Context) -> None:
     """The caller of a delivery has its answer: if that was a copy with a row of its own, nobody has to publish it again."""
     marker = Marker.read(request.headers)
     if marker is None or not marker.copied:

@@ -20,7 +20,7 @@ from celery.exceptions import SoftTimeLimitExceeded
 if TYPE_CHECKING:
     from celery.app.task import Context
 
-    from celery_idempotent.task import IdempotentTask
+    from celery_idempotent.producer.guarded import Guarded
 
 __all__ = ["TimeLimits"]
 
@@ -63,7 +63,7 @@ _process = _Process()
 class TimeLimits:
     """The time limits of one delivery."""
 
-    def __init__(self, task: IdempotentTask, request: Context) -> None:
+    def __init__(self, task: Guarded, request: Context) -> None:
         self._task = task
         self._request = request
         #: Whether the soft limit would have struck where it was put off.
