@@ -1,16 +1,11 @@
 # What outbox.md takes for granted, and what its examples must have done: see tests/support/pages.py.
-# ruff: noqa: ANN001, ANN201, ANN202, D100, D101, D103, F401, F821, I001, INP001, PT018
+# ruff: noqa: ANN001, ANN201, D100, D101, D103, F401, F821, I001, INP001, PT018
 
 # %% before block 1
-import asyncio
-from typing import Annotated
 
-import httpx
-from fastapi import Depends, FastAPI
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy import create_engine, insert
-from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from celery_idempotent.records import RowFilter
 
@@ -65,19 +60,15 @@ class FlaskBase(DeclarativeBase):
 
 
 db = SQLAlchemy(model_class=FlaskBase)
-SiteOrder, PlainOrder = (
-    type(
-        "Order",
-        (db.Model,),
-        {
-            "__annotations__": {"id": Mapped[int], "amount": Mapped[int]},
-            "id": mapped_column(primary_key=True),
-            "__tablename__": "site_orders",
-        },
-    ),
-    Order,
+Order = type(
+    "Order",
+    (db.Model,),
+    {
+        "__annotations__": {"id": Mapped[int], "amount": Mapped[int]},
+        "id": mapped_column(primary_key=True),
+        "__tablename__": "site_orders",
+    },
 )
-Order = SiteOrder
 site = Flask("shop")
 site.config["SQLALCHEMY_DATABASE_URI"] = f"sqlite:///{engine.url.database}"
 site.instance_path = "."
@@ -92,36 +83,6 @@ assert site.test_client().post("/orders/500").text == "8"
 assert "order:8" in charged() and all_published()
 with site.app_context():
     db.engine.dispose()
-
-Order, site = PlainOrder, FastAPI()
-
-
-def post(path):
-    async def ask():
-        transport = httpx.ASGITransport(site)
-        async with httpx.AsyncClient(transport=transport, base_url="http://shop") as client:
-            return await client.post(path)
-
-    return asyncio.run(ask())
-
-
-# %% after block 5
-assert post("/orders/by-dependency").status_code == 200
-assert "order:by-dependency" in charged() and all_published()
-
-site = FastAPI()
-
-
-async def open_session():
-    asynchronous = create_async_engine("sqlite+aiosqlite:///shop.db")
-    async with AsyncSession(asynchronous) as session:
-        yield session
-    await asynchronous.dispose()
-
-
-# %% after block 6
-assert post("/orders/asynchronous").status_code == 200
-assert "order:asynchronous" in charged() and all_published()
 app.queue_log.close()
 app.close()
 engine.dispose()

@@ -1,4 +1,4 @@
-"""README's quickstart, word for word: what it says to type is typed here, in a directory of its own."""
+"""The README's example and the quickstart, word for word: what they say to type is typed here, in a directory of its own."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from celery import Celery, _state
@@ -19,9 +20,39 @@ from tests.support.servers import PrivateRedis
 from tests.support.stores import postgresql_store, sqlite_store
 from tests.support.worker import ROOT, WorkerProcess
 
+QUICKSTART = ROOT / "docs" / "tutorial" / "quickstart.md"
+
+
+def test_the_readme_has_at_most_600_words() -> None:
+    assert len((ROOT / "README.md").read_text().split()) <= 600
+
+
+def test_the_first_screen_has_the_two_commands() -> None:
+    first_screen = (ROOT / "README.md").read_text().partition("\n## ")[0]
+    commands = re.findall(r"```console\n(.*?)```", first_screen, re.DOTALL)
+    assert [line.partition("#")[0].split() for line in "".join(commands).splitlines()] == [
+        ["make", "demo"],
+        ["make", "test"],
+    ]
+
+
+def test_the_readmes_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    example = (ROOT / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    assert example.count('"redis://localhost"') == 2
+    example = example.replace('broker="redis://localhost"', 'broker="memory://"')
+    example = example.replace('backend="redis://localhost"', 'backend="cache+memory://"')
+    names: dict[str, Any] = {}
+    exec(example, names)
+    first, again = names["first"], names["again"]
+    assert not first.duplicate
+    assert (again.duplicate, again.id) == (True, first.id)
+    names["app"].queue_log.close()
+    names["app"].close()
+
 
 def test_quickstart(tmp_path: Path, private_redis: PrivateRedis, postgresql_url: str) -> None:
-    quickstart = (ROOT / "README.md").read_text().partition("## Quickstart")[2].partition("\n## ")[0]
+    quickstart = QUICKSTART.read_text().partition("## Guard a task")[2].partition("\n## ")[0]
     blocks = re.findall(r"```(\w+)\n(.*?)```", quickstart, re.DOTALL)
     app, script = (text for kind, text in blocks if kind == "python")
     _, before, after = (text.splitlines() for kind, text in blocks if kind == "console")
@@ -47,9 +78,9 @@ def test_quickstart(tmp_path: Path, private_redis: PrivateRedis, postgresql_url:
 
 
 def test_effects_and_messages_in_one_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # README's task is shared with every app that there is and will be, as Celery has it: here with those of this test only.
+    # The page's task is shared with every app that there is and will be, as Celery has it: here with those of this test only.
     monkeypatch.setattr(_state, "_on_app_finalizers", set())
-    section = (ROOT / "README.md").read_text().partition("## Effects and messages in one commit")[2]
+    section = QUICKSTART.read_text().partition("## Effects and messages in one commit")[2]
     example = section.partition("```python\n")[2].partition("```")[0]
 
     class Base(DeclarativeBase):
@@ -76,7 +107,7 @@ def test_effects_and_messages_in_one_commit(tmp_path: Path, monkeypatch: pytest.
     with Session(engine) as session:
         names = {"app": app, "IdempotentTask": IdempotentTask, "outbox": outbox, "Payment": Payment, **tasks}
         names |= {"session": session, "order": Order(id="o-1")}
-        exec(example, names)  # the README's own words
+        exec(example, names)  # the page's own words
         assert names["settle"].apply(("o-1",)).successful()
         assert [order.id for order in session.scalars(select(Order))] == ["o-1"]
         assert [payment.order_id for payment in session.scalars(select(Payment))] == ["o-1"]
@@ -89,7 +120,7 @@ def test_effects_and_messages_in_one_commit(tmp_path: Path, monkeypatch: pytest.
 
 
 def _typed(line: str, directory: Path) -> str:
-    """The output of a line of the README, which begins with ``celery``."""
+    """The output of a line of the page, which begins with ``celery``."""
     program, *arguments = line.split()
     assert program == "celery"
     return _run([sys.executable, "-m", "celery", *arguments], directory)
