@@ -15,7 +15,7 @@ from celery_idempotent import outbox
 
 
 class DjangoDialect(PGDialect_psycopg):
-    """Speaks on a connection that is Django's to set up, to commit, to roll back and to close."""
+    """Uses a connection that only Django sets up, commits, rolls back and closes."""
 
     supports_statement_cache = True
 
@@ -34,13 +34,16 @@ registry.register("postgresql.django", __name__, DjangoDialect.__name__)
 @cache
 def engine() -> Engine:
     return create_engine(
-        "postgresql+django://", creator=lambda: connection.connection, poolclass=NullPool, use_native_hstore=False
+        "postgresql+django://",
+        creator=lambda: connection.connection,
+        poolclass=NullPool,
+        use_native_hstore=False,
     )
 
 
 @contextmanager
 def django_outbox() -> Iterator[None]:
-    """``transaction.atomic()``, in which calls are recorded; they are published behind its commit."""
+    """``transaction.atomic()`` that records calls, and publishes them after its commit."""
     undone = False
 
     def watch(execute: Callable[..., Any], sql: str, *arguments: Any) -> Any:
@@ -55,7 +58,8 @@ def django_outbox() -> Iterator[None]:
         transaction.atomic(durable=True),
         connection.execute_wrapper(watch),
     ):
-        # Django has committed: the outbox is told. After a savepoint was rolled back it is not, and the relay publishes what is there.
+        # Tell the outbox that Django has committed. Not after a savepoint was rolled
+        # back: then the relay publishes what is there.
         transaction.on_commit(lambda: None if undone else shared.commit())
         yield
         if connection.connection.info.transaction_status is TransactionStatus.INERROR:
