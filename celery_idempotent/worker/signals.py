@@ -54,7 +54,8 @@ def install(queue_log: QueueLog) -> None:
     hooks = vars(queue_log.app).setdefault("queue_log_hooks", _PublishHook(queue_log))
     vars(queue_log.app).setdefault("send_task", partial(_send_task, queue_log.app))
     queue_log.app.steps["worker"].update({CheckStep, RecoveryStep})
-    signals.before_task_publish.connect(hooks.before_publish, weak=True)
+    # Before 5.7, Celery takes one method of two objects for one receiver, and connects the first app's only.
+    signals.before_task_publish.connect(hooks.before_publish, weak=True, dispatch_uid=f"celery_idempotent {id(hooks)}")
     signals.task_success.connect(_succeeded)
     signals.task_postrun.connect(_after_run)
     signals.task_revoked.connect(_revoked)

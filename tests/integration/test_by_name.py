@@ -141,6 +141,18 @@ def test_a_process_that_has_not_touched_its_tasks_yet_is_guarded(bench: Bench) -
         close(app)
 
 
+def test_each_app_of_a_process_records_its_own(bench: Bench) -> None:
+    first, second = bench.producer(), bench.producer()
+    for app in (first, second):
+        app.finalize()
+    ids = [bench.fresh() for _ in range(3)]
+
+    for app, m in zip((second, first, bench.app), ids, strict=True):
+        app.send_task("echo", ("value",), message_id=m, countdown=600)
+
+    assert [bench.row("echo", m).status for m in ids] == [Status.PENDING] * 3
+
+
 def test_another_apps_messages_are_left_alone(bench: Bench) -> None:
     """Celery's signals are one for all apps of a process."""
     m = bench.fresh()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from celery import Celery, Task, chain, chord, group, signals
@@ -54,7 +54,9 @@ def register(app: Celery, *, base: type[Task], ledger: Ledger) -> None:
 def _deaths(app: Celery) -> None:
     def die(moment: Moment) -> Callable[..., None]:
         def published(body: Any = None, **_: Any) -> None:
-            told = body[0][-1] if body and body[0] else None
+            # The first protocol's body is a mapping.
+            args = body["args"] if isinstance(body, Mapping) else body[0] if body else ()
+            told = args[-1] if args else None
             if isinstance(told, str) and f"|{moment}|" in told and first(told.rpartition("|")[2]):
                 os.kill(os.getpid(), signal.SIGKILL)
 
