@@ -459,18 +459,21 @@ class Sending:
             return None
         parent = current_run(self.task.app)
         if parent is not None:
-            if not self.dispatched or self._is_repeated(row, parent):
+            if not self.dispatched or self._is_repeated(parent):
                 return None
             return parent.later_call(self.message.task_id)
         # A task without the guard may be run again, and make the same call again.
         return None if self.task.app.current_worker_task else later_call()
 
-    def _is_repeated(self, row: Row, parent: GuardedRun) -> bool:
-        """Whether a later call was delivered twice, and sends once more what it has sent: the row is younger than that call."""
+    def _is_repeated(self, parent: GuardedRun) -> bool:
+        """Whether a later call was delivered once more after it was answered: it sends again what it has sent.
+
+        Killed before that, it sends a part of its calls as later ones once more. They are replayed. The age of the row cannot tell these from
+        another call's: two calls under one Celery id may be under way at once.
+        """
         if parent.marker.call is None or parent.request.is_eager:
             return False
-        own = self._store.find(parent.marker.row_of_its_own)
-        return own is None or own.created_timestamp <= row.created_timestamp
+        return self._store.find(parent.marker.row_of_its_own) is None
 
     def _publish_now(
         self,

@@ -210,12 +210,20 @@ class Faults:
             _, alive = psutil.wait_procs(
                 processes, timeout=60, callback=lambda process: gone.setdefault(process.pid, time.time())
             )
-            assert not alive, f"{kind}: {alive} did not die"
+            assert not alive, f"{kind}: {alive} did not die, by these main processes:\n{self._where_they_stand()}"
         until = time.time()
         pids = {**(gone if deadly else {process.pid: until for process in processes}), **note.pids}
         self.done.append(Done(kind, at, until, pids, note.count, note.keys))
         with (self.site.directory / "faults").open("a") as notes:
             notes.write(json.dumps(asdict(self.done[-1])) + "\n")
+
+    def _where_they_stand(self) -> str:
+        """The stacks of all threads of the workers' main processes, which Celery logs for this signal, and what they logged before."""
+        workers = [worker for worker in self.site.workers if worker.is_alive]
+        for worker in workers:
+            worker.signal(signal.SIGUSR1)
+        time.sleep(3)
+        return "\n".join(f"{worker.hostname}, {worker.pid}:\n{worker.log_tail(200)}" for worker in workers)
 
     # -- servers ----------------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,6 +51,20 @@ def test_every_step_frozen_in_two_chains_goes_on_in_both(bench: Bench) -> None:
     results = [chain(first, second, told.s(n), app=bench.app).apply_async() for n in range(2)]
 
     assert [r.get(timeout=PATIENCE) for r in results] == [[["value", "second"], 0], [["value", "second"], 1]]
+
+
+def test_every_step_frozen_goes_on_in_the_chain_whose_first_step_was_held(bench: Bench) -> None:
+    gate, told = bench.path("gate"), bench.task("told")
+    first, second = bench.task("gated").si(gate, "value"), told.s("second")
+    first.freeze()
+    second.set(task_id=bench.fresh("id"))
+
+    results = [chain(first, second, told.s(n), app=bench.app).apply_async() for n in range(2)]
+    bench.wait_until_held("gated", first.id)
+    Path(gate).touch()
+
+    assert [r.get(timeout=PATIENCE) for r in results] == [[["value", "second"], 0], [["value", "second"], 1]]
+    assert len(bench.starts("gated", first.id)) == 1
 
 
 def test_a_frozen_signature_in_a_header_and_as_a_body_goes_on_in_both(bench: Bench) -> None:
