@@ -17,6 +17,7 @@ from celery_idempotent.testing.examples import claim, new_message, pending
 from tests.conftest import missing
 from tests.support.proxy import Proxy
 from tests.support.servers import NotInstalledError, PrivateMariaDB, PrivatePostgreSQL, PrivateServer
+from tests.support.waiting import wait_until
 
 on_servers = pytest.mark.parametrize("store_url", ["postgresql", "mariadb"], indirect=True)
 
@@ -110,11 +111,19 @@ def _administer(server: PrivateServer, *statements: str) -> None:
             connection.execute(sa.text(statement))
 
 
+def _is_read_only(server: PrivateServer) -> bool:
+    engine = sa.create_engine(server.url, poolclass=sa.NullPool)
+    with engine.connect() as connection:
+        return bool(connection.execute(sa.text("SHOW default_transaction_read_only")).scalar() == "on")
+
+
 def make_read_only(server: PrivateServer) -> None:
     if isinstance(server, PrivateMariaDB):
         _administer(server, "SET GLOBAL read_only = 1")
     else:
         _administer(server, "ALTER SYSTEM SET default_transaction_read_only = on", "SELECT pg_reload_conf()")
+        # It tells its older processes before it starts a new one.
+        wait_until(lambda: _is_read_only(server), timeout=10, describe="the configuration is read")
 
 
 def as_app(url: str) -> str:
