@@ -102,7 +102,8 @@ def test_a_hook_of_your_own() -> None:
 
 
 def test_the_dashboard_is_where_the_command_says() -> None:
-    (command,) = re.findall(r'^\$ python -c "(.*)"$', PAGE, re.MULTILINE)
+    (shown,) = re.findall(r'^\$ python -c "(.*?)"$', PAGE, re.MULTILINE | re.DOTALL)
+    command = shown.replace("\\\n", "")  # as a shell reads it
     done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
     assert json.loads(Path(done.stdout.strip()).read_text())["title"] == "celery-idempotent"
 
