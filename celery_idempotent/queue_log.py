@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast, runtime_checkable
 
 # Before anybody can ask Celery for an app's settings, and before anything is logged.
 from celery_idempotent.core import log_lines, settings_mask  # noqa: F401
@@ -12,19 +13,26 @@ from celery_idempotent.errors import ConfigurationError
 from celery_idempotent.hooks import Outcomes
 from celery_idempotent.settings import Settings
 from celery_idempotent.stores import open_store
-from celery_idempotent.worker.lease_renewal import Renewals
 
 if TYPE_CHECKING:
     from celery import Celery
 
     from celery_idempotent.core.store import Store
-    from celery_idempotent.maintenance.rescue import Recovery
-    from celery_idempotent.producer.publisher import Publisher
-    from celery_idempotent.worker.unit_of_work import SessionFactory
+    from celery_idempotent.core.transactions import SessionFactory
 
 __all__ = ["QueueLog"]
 
 _ATTRIBUTE = "queue_log"
+
+
+T = TypeVar("T")
+
+
+@runtime_checkable
+class _Resting(Protocol):
+    """A part that has a thread, or the like, which is to end with the app."""
+
+    def rest(self) -> None: ...
 
 
 class QueueLog:
@@ -69,6 +77,7 @@ class QueueLog:
         self.session_factory = session_factory
         self.isolation_level = isolation_level
         self._given_store = store
+        self._parts: dict[type, object] = {}
         setattr(app, _ATTRIBUTE, self)
         _close_with(app)
 
@@ -114,24 +123,17 @@ class QueueLog:
         """
         return Outcomes.of(self.settings.hooks)
 
-    @cached_property
-    def recovery(self) -> Recovery:
-        """What brings messages back that a worker, a broker or a producer lost."""
-        from celery_idempotent.maintenance.rescue import Recovery
+    def part(self, kind: type[T], make: Callable[[], T]) -> T:
+        """What a layer above keeps for this queue log, made when it is first asked for.
 
-        return Recovery(self)
+        Args:
+            kind: Its class, of which there is one.
+            make: Makes it.
 
-    @cached_property
-    def publisher(self) -> Publisher:
-        """What publishes the messages that this process has committed."""
-        from celery_idempotent.producer.publisher import Publisher
-
-        return Publisher(self)
-
-    @cached_property
-    def renewals(self) -> Renewals:
-        """The claims that this process keeps alive."""
-        return Renewals(lambda: self.store)
+        Atomicity: of N threads that ask at once, all get the same one. No lock is held, which a fork could leave locked.
+        """
+        found = self._parts.get(kind) or self._parts.setdefault(kind, make())
+        return cast("T", found)
 
     def init(self) -> bool:
         """Create the table if it is missing, or take one of an older version to this one; whether anything was created or changed.
@@ -153,8 +155,9 @@ class QueueLog:
         """Close what was opened for the app in this process, which is closed; whatever is used again is opened again."""
         if self._given_store is None:
             self.close()
-        if "renewals" in vars(self):
-            self.renewals.rest()
+        for part in list(self._parts.values()):
+            if isinstance(part, _Resting):
+                part.rest()
 
     def __repr__(self) -> str:
         return f"<QueueLog of {self.app.main or 'app'}>"

@@ -13,7 +13,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from benchmarks.scale.traffic import Times, new_messages, run
-from celery_idempotent.maintenance.rescue import BATCH
+from celery_idempotent.core.store import BATCH
 from celery_idempotent.stores.sql import SQLStore
 
 __all__ = ["purging"]

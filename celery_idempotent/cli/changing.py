@@ -17,8 +17,11 @@ from celery_idempotent.cli.options import Chosen, as_json, choose, confirmed, dr
 from celery_idempotent.cli.printing import print_, printable, table
 from celery_idempotent.cli.reading import listing, not_there, record_of, rows_of
 from celery_idempotent.core.records import FORGOTTEN, MessageKey, ProcessedStatus, Row, Status
+from celery_idempotent.maintenance.purge import purge as purge_rows
+from celery_idempotent.maintenance.purge import purgeable
 from celery_idempotent.maintenance.requeue import NotRequeued, obstacle
 from celery_idempotent.maintenance.requeue import requeue as requeue_row
+from celery_idempotent.producer.relay import relay
 from celery_idempotent.queue_log import QueueLog
 
 __all__ = ["forget", "purge", "requeue"]
@@ -70,7 +73,7 @@ def requeue(
         if rows and not dry_run:
             confirmed(_question("requeue", rows), yes=yes)
             rows = _requeue(queue_log, rows, refused, renamed)
-            queue_log.recovery.relay(at_most=math.inf)
+            relay(queue_log, at_most=math.inf)
     records = [{**record_of(row), "task_id": renamed.get(row.key, row.task_id)} for row in rows]
     _report("requeue", "requeued", records, refused, missing, dry_run=dry_run, json_=json_)
     for key, task_id in renamed.items():
@@ -199,7 +202,7 @@ def purge(
             "task_name": task_name,
             "processed_status": None if processed_status is None else ProcessedStatus(processed_status),
         }
-        purged = queue_log.recovery.purgeable(**chosen) if dry_run or not yes else 0
+        purged = purgeable(queue_log, **chosen) if dry_run or not yes else 0
         if not dry_run:
             if purged or not sys.stdin.isatty():
                 seconds = queue_log.settings.retention if older_than is None else older_than
@@ -212,13 +215,13 @@ def purge(
 def _purge(queue_log: QueueLog, chosen: dict[str, Any]) -> int:
     """Purge to the end, and say from time to time how far it is."""
     if not sys.stderr.isatty():
-        return queue_log.recovery.purge(**chosen, within=math.inf)
-    length = queue_log.recovery.purgeable(**chosen)
+        return purge_rows(queue_log, **chosen, within=math.inf)
+    length = purgeable(queue_log, **chosen)
     purged = 0
     with click.progressbar(length=length, label="purging", file=sys.stderr) as bar:
         while True:
             until = time.monotonic() + _STRIDE
-            deleted = queue_log.recovery.purge(**chosen, within=_STRIDE)
+            deleted = purge_rows(queue_log, **chosen, within=_STRIDE)
             purged += deleted
             bar.update(deleted)
             if time.monotonic() < until:  # it was not the time that ended it

@@ -20,7 +20,7 @@ from celery_idempotent.cli.opening import one_line, opened
 from celery_idempotent.cli.options import as_json, confirmed, dry_run, duration, yes
 from celery_idempotent.cli.printing import print_, table
 from celery_idempotent.errors import StoreUnavailableError
-from celery_idempotent.maintenance.rescue import Due, Recovered
+from celery_idempotent.maintenance.recovery import Due, Recovered, Recovery
 from celery_idempotent.queue_log import QueueLog
 
 __all__ = ["recover"]
@@ -107,7 +107,7 @@ def recover(
     with opened(ctx) as queue_log:
         queue_log.app.loader.import_default_modules()  # a message whose task is not known is left alone
         if dry_run:
-            due = queue_log.recovery.due(lost_after=lost_after, task=task, at_most=_LOOKED_AT)
+            due = Recovery(queue_log).due(lost_after=lost_after, task=task, at_most=_LOOKED_AT)
             print_(json_, _plain(due), lambda: _listed(due))
             return
         if lost_after is not None:
@@ -116,7 +116,7 @@ def recover(
             _watch(queue_log, interval or queue_log.settings.recovery_interval or 30.0, lost_after, task, json_)
         else:
             done = Recovered()
-            for step in queue_log.recovery.steps(lost_after=lost_after, task=task, in_flight=True):
+            for step in Recovery(queue_log).passes(lost_after=lost_after, task=task, in_flight=True):
                 done += step
                 if step.more and sys.stderr.isatty():
                     click.echo(f"so far: {_recovered(done)}", err=True)
@@ -161,7 +161,7 @@ def _watch(queue_log: QueueLog, interval: float, lost_after: float | None, task:
         in_vain = 0
         while not stopped():
             try:
-                for done in queue_log.recovery.steps(lost_after=lost_after, task=task, stopped=stopped):
+                for done in Recovery(queue_log).passes(lost_after=lost_after, task=task, stopped=stopped):
                     if done != Recovered():
                         click.echo(json.dumps(asdict(done)) if json_ else _recovered(done))
             except (StoreUnavailableError, OperationalError) as error:

@@ -12,6 +12,7 @@ from enum import StrEnum
 from celery_idempotent.core.storable import FINGERPRINT, check_number, check_text
 
 __all__ = [
+    "ABANDONED",
     "DISCARDED",
     "FORGOTTEN",
     "Change",
@@ -65,6 +66,9 @@ def rejected(error: str, before: int) -> str:
     """
     return f"{error}{_REJECTED}{before}"
 
+
+#: Why a row failed whose owner's lease ran out under ``on_abandoned="fail"``.
+ABANDONED = "abandoned: the worker that ran it died or lost its lease"
 
 #: What is left in ``error`` of a row that an operator had forgotten.
 FORGOTTEN = "forgotten"

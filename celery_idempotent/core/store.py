@@ -34,10 +34,13 @@ from celery_idempotent.core.records import (
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
 
-__all__ = ["LARGE_MESSAGE", "Store", "TransactionalStore"]
+__all__ = ["BATCH", "LARGE_MESSAGE", "Store", "TransactionalStore"]
 
 #: Bytes up to which the verbs that recovery lists rows by read the messages too: some hundreds of them are in memory at once.
 LARGE_MESSAGE = 64 * 1024
+
+#: Rows that one statement of recovery, the relay or the purge reads or deletes.
+BATCH = 200
 
 
 class Store(Protocol):

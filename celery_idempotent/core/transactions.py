@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from celery_idempotent.errors import ConfigurationError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sqlalchemy import Connection, Engine
+    from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
     from celery_idempotent.core.store import Store, TransactionalStore
+
+    #: What makes the sessions of atomic bodies.
+    SessionFactory = sessionmaker[Any] | scoped_session[Any] | Callable[..., Session]
 
 __all__ = ["refuse_autocommit", "transactional"]
 

@@ -1,7 +1,7 @@
 """Requeue: a message that failed or was abandoned waits again, as when it was first sent, and is published from its row.
 
 The row goes back to pending as one that was recorded and not published yet. So nothing is lost when this process dies next, or the broker is
-down: it is relayed (see :mod:`celery_idempotent.maintenance.rescue`), by whoever asks for that first.
+down: it is relayed (see :mod:`celery_idempotent.producer.relay`), by whoever asks for that first.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def obstacle(row: Row) -> str | None:
 
 
 def requeue(queue_log: QueueLog, row: Row) -> Requeued | NotRequeued:
-    """Have a failed message wait again. It is not published yet: :meth:`Recovery.relay` does that, here or in a worker.
+    """Have a failed message wait again. It is not published yet: :func:`~celery_idempotent.producer.relay.relay` does that, here or in a worker.
 
     It starts over with all its retries, without its ETA and its expiry, under the message id and the Celery id that it had: the first
     caller's AsyncResult shows the new outcome once there is one, and what waits behind it in a chain goes on. Calls that its body

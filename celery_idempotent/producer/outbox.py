@@ -1,7 +1,7 @@
 """Outboxes: messages that are recorded in a transaction, with what it writes otherwise, and published once it has committed.
 
 The row in ``queue_log`` is the outbox: it holds the message. Rolled back, it never was. Committed, it is published right then by
-whoever committed; should that one not come to it, the relay does (see :mod:`celery_idempotent.maintenance.rescue`).
+whoever committed; should that one not come to it, the relay does (see :mod:`celery_idempotent.producer.relay`).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from celery_idempotent.errors import (
     StoreError,
     StoreUnavailableError,
 )
+from celery_idempotent.producer.publisher import Publisher
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -265,13 +266,13 @@ class Outbox:
         with within(None):  # what is run eagerly is behind it, not in it
             for queue_log, some in groupby(messages, lambda message: message.task.queue_log):
                 ours = self._still_there(queue_log, list(some))
-                queue_log.publisher.publish(ours)
+                Publisher.of(queue_log).publish(ours)
                 if queue_log.outcomes is not None:
                     for message in ours:
                         if message.tell is not None:
                             message.tell()
             for queue_log, key in duplicates:
-                queue_log.publisher.count_duplicate(key)
+                Publisher.of(queue_log).count_duplicate(key)
 
     def discard(self) -> None:
         """It was rolled back; or nobody can tell, and the relay will."""

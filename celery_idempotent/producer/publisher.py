@@ -1,7 +1,7 @@
 """Publishing what was recorded and has been committed, from the process that did so.
 
 A message of the outbox is in its row before it is published, so that whatever goes wrong here loses nothing: the relay (see
-:mod:`celery_idempotent.maintenance.rescue`) publishes what was not. Nothing here may keep its caller, who has committed, for long, or fail.
+:mod:`celery_idempotent.producer.relay`) publishes what was not. Nothing here may keep its caller, who has committed, for long, or fail.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from kombu.pools import producers
 
 from celery_idempotent.core.records import MessageKey, Status
 from celery_idempotent.errors import StoreError
+from celery_idempotent.producer.recorded import publish
+from celery_idempotent.producer.relay import relay
 
 if TYPE_CHECKING:
-    from celery.result import AsyncResult
     from kombu import Connection, Producer
 
     from celery_idempotent.message.header import Marker
     from celery_idempotent.producer.guarded import Guarded
     from celery_idempotent.queue_log import QueueLog
 
-__all__ = ["Outgoing", "Publisher", "publish"]
+__all__ = ["Outgoing", "Publisher"]
 
 logger = logging.getLogger("celery_idempotent")
 
@@ -48,46 +49,6 @@ _TIMEOUTS: Mapping[str, Mapping[str, float]] = {
     "redis": {"socket_timeout": ANSWER, "socket_connect_timeout": ANSWER},
     "py-amqp": {"read_timeout": ANSWER, "write_timeout": ANSWER},
 }
-
-
-def publish(
-    task: Guarded,
-    args: Any,
-    kwargs: Any,
-    *,
-    marker: Marker,
-    due_in: float | None = None,
-    ignore_result: bool,
-    headers: Mapping[str, Any] | None = None,
-    **options: Any,
-) -> AsyncResult[Any]:
-    """Publish a message whose row is there, for whoever waits for its result elsewhere or later.
-
-    Args:
-        task: The task.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-        marker: What its header says.
-        due_in: Seconds until it may run; ``None`` or less than 0 for at once.
-        ignore_result: What its header says to its worker.
-        headers: Its other headers.
-        **options: Of ``apply_async``.
-    """
-    if due_in is not None and due_in > 0:
-        # To quorum queues Celery publishes whole seconds only, and raises ValueError for less than one.
-        options["countdown"] = max(due_in, 1.0)
-    # Celery listens for the result of what it publishes, which nobody waits for here and now, and which would cost a subscription
-    # each, and much patience while the result backend is down. Told to ignore it, it does not.
-    headers = {**(headers or {}), "ignore_result": ignore_result}
-    return task.publish(
-        args,
-        kwargs,
-        task_id=marker.task_id,
-        message_id=marker.message_id,
-        headers=marker.write(headers),
-        ignore_result=True,
-        **options,
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +116,11 @@ class Publisher:
         self._pause = 0.0
         self._not_before = 0.0
 
+    @classmethod
+    def of(cls, queue_log: QueueLog) -> Publisher:
+        """The queue log's one publisher in this process."""
+        return queue_log.part(cls, lambda: cls(queue_log))
+
     def publish(self, messages: Sequence[Outgoing]) -> None:
         """Hand committed messages to the broker, and note it; what cannot be is left to the relay.
 
@@ -190,7 +156,7 @@ class Publisher:
             return True
         if time.monotonic() < self._not_before:
             return False
-        self._queue_log.recovery.relay()
+        relay(self._queue_log)
         last = self._queue_log.store.find(self._last_left)
         return last is None or last.published_at is not None or last.status is not Status.PENDING
 

@@ -19,11 +19,9 @@ from kombu.exceptions import OperationalError
 
 from celery_idempotent.core.decision import Call, CallAction, decide_call
 from celery_idempotent.core.records import (
-    Claimed,
     Found,
     MessageKey,
     NewMessage,
-    Note,
     ProcessedStatus,
     Recorded,
     Row,
@@ -51,6 +49,7 @@ from celery_idempotent.message.serialization import (
     serializer_of,
     without_local,
 )
+from celery_idempotent.producer.broadcast import end_broadcast
 from celery_idempotent.producer.guarded import Guarded, GuardedRun, current_run
 from celery_idempotent.producer.outbox import PUBLISH_WITHIN, Outbox, current_outbox
 from celery_idempotent.producer.publisher import Outgoing
@@ -61,7 +60,7 @@ if TYPE_CHECKING:
 
     from celery_idempotent.options import Options
 
-__all__ = ["Sending", "answer_of", "delay_of", "end_broadcast", "identify", "is_unrecorded", "send"]
+__all__ = ["Sending", "answer_of", "delay_of", "identify", "is_unrecorded", "send"]
 
 logger = logging.getLogger("celery_idempotent")
 
@@ -686,19 +685,6 @@ def _answer_again(task: Guarded, row: Row) -> None:
     except Exception as error:  # noqa: BLE001 - the call is a duplicate and needs no backend: its result is asked for later
         logger.warning(
             "the result of %s[%s] has expired, and is not stored again: %r", task.name, row.key.message_id, error
-        )
-
-
-def end_broadcast(task: Guarded, message: NewMessage) -> None:
-    """The producer's row of a message that each worker gets ends when it is published: they have rows of their own."""
-    store = task.queue_log.store
-    try:
-        answer = store.claim(message, worker=str(Note.BROADCAST), lease=task.idempotency.lease, grace=0.0)
-        if isinstance(answer, Claimed):
-            store.complete(answer.claim, result=None, note=Note.BROADCAST, unique_for=task.idempotency.unique_for)
-    except StoreError as error:
-        logger.warning(
-            "%s[%s] was published, and its row is ended by recovery: %s", task.name, message.key.message_id, error
         )
 
 

@@ -20,6 +20,7 @@ from kombu.utils.functional import retry_over_time
 from celery_idempotent.core import store_retry
 from celery_idempotent.core.decision import Delivery, DeliveryAction, DeliveryDecision, decide_delivery
 from celery_idempotent.core.records import (
+    ABANDONED,
     FORGOTTEN,
     Claim,
     Claimed,
@@ -95,9 +96,6 @@ _VISIBILITY_TIMEOUT = {
     **dict.fromkeys(("redis", "rediss", "sentinel"), 3600),
     **dict.fromkeys(("sqs", "amqp", "amqps", "pyamqp"), 1800),
 }
-
-#: Why a row failed whose owner's lease ran out under ``on_abandoned="fail"``.
-ABANDONED = "abandoned: the worker that ran it died or lost its lease"
 
 
 def admit(task: Guarded, request: Context) -> Run:

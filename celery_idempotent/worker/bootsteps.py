@@ -11,6 +11,7 @@ from celery.bootsteps import StartStopStep, Step
 
 from celery_idempotent.core.transactions import transactional
 from celery_idempotent.errors import ConfigurationError, StoreUnavailableError
+from celery_idempotent.maintenance.recovery import Recovery
 from celery_idempotent.message.canvas_ids import is_guarded
 from celery_idempotent.queue_log import QueueLog
 
@@ -84,6 +85,6 @@ class RecoveryStep(StartStopStep):  # type: ignore[misc]
         # Workers that were started together spread over the interval, and stay spread.
         while not self._stopped.wait(interval * random.uniform(0.5, 1.5)):  # noqa: S311 - keeps no secret
             try:
-                queue_log.recovery.step()
+                Recovery(queue_log).run_pass()
             except Exception as error:  # noqa: BLE001 - whatever it is, the next step is to come
                 logger.warning("recovery could not finish its step, the next one goes on: %r", error)

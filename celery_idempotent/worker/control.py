@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from celery.worker.control import inspect_command
 
+from celery_idempotent.worker.lease_renewal import Renewals
+
 if TYPE_CHECKING:
     from celery_idempotent.core.records import Claim, Row
     from celery_idempotent.queue_log import QueueLog
@@ -55,7 +57,7 @@ def claims(queue_log: QueueLog) -> list[dict[str, Any]]:
     by_key = {request.key: request for request in requests}
     found = [
         _own(held, held.holder, by_key.get(held.holder.key))
-        for held in queue_log.renewals.held()
+        for held in Renewals.of(queue_log).held()
         if isinstance(held.holder, Claim)
     ]
     found += _of_children(queue_log, requests)

@@ -11,11 +11,10 @@ import logging
 from typing import TYPE_CHECKING
 
 from celery_idempotent.core.decision import Delivery, DeliveryAction, decide_delivery
-from celery_idempotent.core.records import Row
+from celery_idempotent.core.records import ABANDONED, Row
 from celery_idempotent.errors import ConfigurationError, StoreError
 from celery_idempotent.hooks import OutcomeKind, reason_of
 from celery_idempotent.message.identity import identity_of
-from celery_idempotent.worker.admission import ABANDONED
 from celery_idempotent.worker.run import worker_label
 
 if TYPE_CHECKING:

@@ -27,6 +27,7 @@ from celery_idempotent.errors import StoreError
 
 if TYPE_CHECKING:
     from celery_idempotent.core.store import Store
+    from celery_idempotent.queue_log import QueueLog
 
 __all__ = ["Held", "Renewals"]
 
@@ -82,6 +83,11 @@ class Renewals:
         # By process id. A forked child inherits what its parent holds, but not the thread, and perhaps a lock that nobody will
         # release: it begins with nothing.
         self._renewals: dict[int, _Renewal] = {}
+
+    @classmethod
+    def of(cls, queue_log: QueueLog) -> Renewals:
+        """The leases that this process keeps alive for a queue log."""
+        return queue_log.part(cls, lambda: cls(lambda: queue_log.store))
 
     def hold(self, holder: Holder, lease: float, *, asked: float | None = None) -> None:
         """Keep a claim of this process alive until it is let go.

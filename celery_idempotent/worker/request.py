@@ -15,20 +15,20 @@ from celery.exceptions import InvalidTaskError, Terminated, TimeLimitExceeded, W
 from celery.worker.request import Request
 from celery.worker.state import active_requests
 
-from celery_idempotent.core.records import MessageKey, NewMessage, Owner, ProcessedStatus, Status
+from celery_idempotent.core.records import ABANDONED, MessageKey, NewMessage, Owner, ProcessedStatus, Status
 from celery_idempotent.core.storable import LONGEST, is_text
 from celery_idempotent.errors import StoreError
 from celery_idempotent.hooks import OutcomeKind, reason_of
+from celery_idempotent.maintenance.rescue import Rescue
 from celery_idempotent.message.canvas_ids import fix_callbacks
 from celery_idempotent.message.header import Marker
 from celery_idempotent.message.identity import Identity, identity_of_sent
 from celery_idempotent.message.serialization import UndecodableError, decode_result, encode_message, serializer_of
 from celery_idempotent.producer.send import identify
-from celery_idempotent.worker.admission import ABANDONED
 from celery_idempotent.worker.celery_versions import acknowledges_timeouts, retries_lost_workers
 from celery_idempotent.worker.discards import REVOKED, discard
 from celery_idempotent.worker.events import announce
-from celery_idempotent.worker.lease_renewal import Held
+from celery_idempotent.worker.lease_renewal import Held, Renewals
 from celery_idempotent.worker.run import describe, worker_label
 
 __all__ = ["IdempotentRequest", "running"]
@@ -105,9 +105,9 @@ class IdempotentRequest(Request):  # type: ignore[misc]
             self.held = None if here else Held(self.owner, self.task.idempotency.lease, pid)
         super().on_accepted(pid, time_accepted)
         if key is not None and is_text(queue):
-            queue_log.recovery.saw(queue, key)
+            Rescue.of(queue_log).saw(queue, key)
         if self.held is not None:
-            queue_log.renewals.hold_for_child(self.held, _children)
+            Renewals.of(queue_log).hold_for_child(self.held, _children)
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
         """The hard limit ends the message as a failure, or gives it back when a timeout is not to be acknowledged."""

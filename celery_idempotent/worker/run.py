@@ -48,6 +48,7 @@ from celery_idempotent.message.serialization import decode_result, encode_messag
 from celery_idempotent.producer.guarded import RUN, Guarded, current_run
 from celery_idempotent.producer.outbox import within
 from celery_idempotent.worker.celery_versions import ignores_result
+from celery_idempotent.worker.lease_renewal import Renewals
 from celery_idempotent.worker.time_limits import TimeLimits
 from celery_idempotent.worker.unit_of_work import RUNS, NotCommittedError, Setback, UnitOfWork, given_up_error
 from celery_idempotent.worker.unstorable import Keeping
@@ -145,12 +146,12 @@ class Run:
         """Let the request carry this run, and keep its claim alive."""
         setattr(self.request, RUN, self)
         if self.claim is not None:
-            self.queue_log.renewals.hold(self.claim, self.task.idempotency.lease, asked=self.asked)
+            Renewals.of(self.queue_log).hold(self.claim, self.task.idempotency.lease, asked=self.asked)
 
     def detach(self) -> None:
         """The run is over: nothing keeps its claim alive any more."""
         if self.claim is not None:
-            self.queue_log.renewals.let_go(self.claim)
+            Renewals.of(self.queue_log).let_go(self.claim)
 
     @property
     def key(self) -> MessageKey:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from celery_idempotent.core.begin import begin
 from celery_idempotent.core.transactions import refuse_autocommit, transactional
@@ -20,13 +20,10 @@ from celery_idempotent.producer.outbox import OUTBOX, Outbox
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
     from sqlalchemy.engine import ExceptionContext
-    from sqlalchemy.orm import Session, scoped_session, sessionmaker
+    from sqlalchemy.orm import Session
 
     from celery_idempotent.core.store import Store
     from celery_idempotent.queue_log import QueueLog
-
-    #: What makes the sessions of atomic bodies.
-    SessionFactory = sessionmaker[Any] | scoped_session[Any] | Callable[..., Session]
 
 __all__ = ["RUNS", "NotCommittedError", "Setback", "UnitOfWork", "given_up_error"]
 

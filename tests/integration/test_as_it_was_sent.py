@@ -13,6 +13,7 @@ from celery import Celery, signature
 from celery.canvas import StampingVisitor
 from kombu import Exchange, Queue
 
+from celery_idempotent.maintenance.rescue import Rescue
 from celery_idempotent.message.header import HEADER
 from tests.support.apps import AppSpec, OpenApp
 from tests.support.bench import PATIENCE
@@ -95,7 +96,7 @@ def test_it_is_published_again_as_it_was_sent(spec: AppSpec, open_app: OpenApp, 
 
     WAYS[way](app, queue)
     first = taken(app, queue)
-    assert app.queue_log.recovery.publish_waiting(0.0) == 1
+    assert Rescue.of(app.queue_log).publish_waiting(0.0) == 1
     second = taken(app, queue)
 
     assert first.priority == 7

@@ -12,6 +12,7 @@ from celery.exceptions import WorkerLostError
 from celery.result import AsyncResult
 
 from celery_idempotent.core.records import Row, Status
+from celery_idempotent.maintenance.recovery import Recovery
 from tests.support.apps.children import Moment, deadly
 from tests.support.bench import PATIENCE, Bench
 from tests.support.waiting import wait_until
@@ -304,7 +305,7 @@ def test_a_chords_body_is_sent_once(bench: Bench, moment: Moment) -> None:
         return any(row.processed_status and row.status is Status.PROCESSING and row.lease_left <= 0 for row in rows())
 
     wait_until(left, timeout=PATIENCE, describe=rows)
-    bench.app.queue_log.recovery.step()
+    Recovery(bench.app.queue_log).run_pass()
     # Celery remembers for a while that the dead one was about to send the body.
     wait_until(lambda: {row.status for row in rows()} == {Status.DONE}, timeout=PATIENCE, describe=rows)
     assert result.get(timeout=PATIENCE).startswith(name)

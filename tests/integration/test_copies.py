@@ -11,9 +11,10 @@ import pytest
 from celery import chain, chord
 from celery.result import AsyncResult
 
-from celery_idempotent.core.records import Claimed, MessageKey, NewMessage, Row, Status
+from celery_idempotent.core.records import ABANDONED, Claimed, MessageKey, NewMessage, Row, Status
+from celery_idempotent.maintenance.recovery import Recovery
+from celery_idempotent.maintenance.rescue import Rescue
 from celery_idempotent.message.serialization import decode_message, encode_result
-from celery_idempotent.worker.admission import ABANDONED
 from tests.support.bench import PATIENCE, Bench
 from tests.support.waiting import wait_until
 
@@ -70,7 +71,7 @@ def test_a_copy_that_the_broker_lost_comes_back(bench: Bench, send: Send) -> Non
     assert row is not None
     assert (row.status, row.task_id) == (Status.PENDING, copys_id(result))
     purge(bench, queue)
-    assert bench.app.queue_log.recovery.publish_waiting(0.0) >= 1
+    assert Rescue.of(bench.app.queue_log).publish_waiting(0.0) >= 1
     with consumed(bench, queue):
         assert result.get(timeout=PATIENCE) == (["value", "behind"] if send is in_a_chain else "value")
         wait_until(lambda: own_row(bench, result) is None, timeout=PATIENCE, describe="the end of the copy's row")
@@ -102,7 +103,7 @@ def test_a_first_message_that_the_broker_lost_comes_back_although_its_copy_ran(b
     row = own_row(bench, result)
     assert row is not None
     assert (row.status, row.task_id, row.queue) == (Status.PENDING, copys_id(result), queue)
-    assert bench.app.queue_log.recovery.publish_waiting(0.0) >= 1
+    assert Rescue.of(bench.app.queue_log).publish_waiting(0.0) >= 1
     with consumed(bench, queue):
         assert result.get(timeout=PATIENCE) == (["value", "behind"] if send is in_a_chain else "value")
         wait_until(lambda: own_row(bench, result) is None, timeout=PATIENCE, describe="the end of its row")
@@ -136,7 +137,7 @@ def test_a_first_message_comes_back_although_its_copy_retried(bench: Bench) -> N
     assert row is not None
     assert decode_message(bench.app, row.message)[2]["link"]["args"] == ["first"]
 
-    assert bench.app.queue_log.recovery.publish_waiting(0.0) >= 1
+    assert Rescue.of(bench.app.queue_log).publish_waiting(0.0) >= 1
     with consumed(bench, queue):
         assert first.get(timeout=PATIENCE) == 1
         wait_until(lambda: bench.find("retry_n", first.id) is None, timeout=PATIENCE, describe="the end of its row")
@@ -163,7 +164,7 @@ def test_a_chain_goes_on_although_a_copy_of_its_first_message_retried_and_died(b
     copy = bench.app.send_task("left.retry", (1, 20.0), message_id=m)
     lose_the_next_attempt(bench, MessageKey(m, "left.retry"), copy.id, 1)
 
-    bench.app.queue_log.recovery.step()
+    Recovery(bench.app.queue_log).run_pass()
 
     assert copy.get(timeout=PATIENCE) == 1
     with consumed(bench, queue):
@@ -215,7 +216,7 @@ def test_a_copy_that_meets_a_dead_owner_keeps_the_first_message(bench: Bench, ta
     copy = bench.task(task).apply_async((gate, "value"), message_id=m, link=told.s("copy"))
     copy.get(timeout=PATIENCE, propagate=False)
     assert bench.find(task, first.id) is not None
-    assert bench.app.queue_log.recovery.publish_waiting(0.0) >= 1
+    assert Rescue.of(bench.app.queue_log).publish_waiting(0.0) >= 1
     with consumed(bench, queue):
         first.get(timeout=PATIENCE, propagate=False)
         wait_until(lambda: bench.find(task, first.id) is None, timeout=PATIENCE, describe="the end of its row")
@@ -239,7 +240,7 @@ def test_a_foreign_copy_keeps_a_first_message_that_is_lost(bench: Bench) -> None
     assert bench.deliver("echo", ("value",), message_id=m).get(timeout=PATIENCE) == "value"
 
     assert own_row(bench, first) is not None
-    assert bench.app.queue_log.recovery.publish_waiting(0.0) >= 1
+    assert Rescue.of(bench.app.queue_log).publish_waiting(0.0) >= 1
     with consumed(bench, queue):
         assert first.get(timeout=PATIENCE) == ["value", "behind"]
         wait_until(lambda: own_row(bench, first) is None, timeout=PATIENCE, describe="the end of its row")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from celery import chord
 
+from celery_idempotent.maintenance.recovery import Recovery
 from tests.support.apps.handlers import CLASSES
 from tests.support.bench import PATIENCE, Bench
 from tests.support.waiting import wait_until
@@ -43,7 +44,7 @@ def test_a_worker_that_is_killed_in_on_success_calls_it_once_more(bench: Bench) 
     bench.wait_for_starts(task, m, 2)
 
     def recovered() -> bool:
-        bench.app.queue_log.recovery.step()
+        Recovery(bench.app.queue_log).run_pass()
         return "after_return" in called(bench, task, m)
 
     wait_until(recovered, timeout=PATIENCE, describe="the second call of on_success")

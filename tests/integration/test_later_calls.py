@@ -9,6 +9,7 @@ import pytest
 from celery import chain, chord
 
 from celery_idempotent.core.records import Row, RowFilter
+from celery_idempotent.maintenance.rescue import Rescue
 from tests.integration.test_copies import consumed, purge
 from tests.support.bench import PATIENCE, Bench
 from tests.support.waiting import wait_until
@@ -109,7 +110,7 @@ def test_a_later_call_that_the_broker_lost_comes_back(bench: Bench) -> None:
     second = chain(first.clone().set(queue=queue), told.s("two"), app=bench.app).apply_async()
     purge(bench, queue)
     assert len(later_rows(bench, "echo")) == 1
-    assert bench.app.queue_log.recovery.publish_waiting(0.0) >= 1
+    assert Rescue.of(bench.app.queue_log).publish_waiting(0.0) >= 1
     with consumed(bench, queue):
         assert second.get(timeout=PATIENCE) == ["value", "two"]
         wait_until(lambda: not later_rows(bench, "echo"), timeout=PATIENCE, describe="the end of the later call's row")

@@ -20,7 +20,8 @@ from kombu.exceptions import OperationalError
 from celery_idempotent import AlreadyFailedError, IdempotentTask, QueueLog
 from celery_idempotent.core.decision import MAX_TAKEOVERS
 from celery_idempotent.core.records import Claimed, MessageKey, NewMessage, ProcessedStatus, Row, Status
-from celery_idempotent.maintenance.rescue import Recovered
+from celery_idempotent.maintenance.recovery import Recovered, Recovery
+from celery_idempotent.maintenance.rescue import Rescue
 from celery_idempotent.message.serialization import encode_message
 from celery_idempotent.stores.sql import SQLStore
 from tests.support.apps import AppSpec, OpenApp
@@ -173,7 +174,7 @@ class TestABrokerThatKeepsNoCopy:
         worker.wait_for_log("is published again: it was pending")
 
         # All copies are there, and more of them are published for whoever says so; the claims absorb what is too much.
-        assert scene.app.queue_log.recovery.publish_waiting(1.0) == 3
+        assert Rescue.of(scene.app.queue_log).publish_waiting(1.0) == 3
         scene.app.control.add_consumer(paused, destination=[worker.hostname])
         assert [result.get(timeout=PATIENCE) for result in waiting] == [0, 1, 2]
         for result in waiting:
@@ -274,13 +275,13 @@ def test_what_a_broker_that_is_down_did_not_take_is_left_to_the_next_step(
     private_redis.stop()
     for _ in range(2):
         with pytest.raises(OperationalError):
-            scene.app.queue_log.recovery.step()
+            Recovery(scene.app.queue_log).run_pass()
         assert store.find(MessageKey(unsent, "echo")).published_at is None
         assert store.find(MessageKey(lapsed, "echo")).published_at is None
     private_redis.start()
 
-    assert scene.app.queue_log.recovery.step() == Recovered(taken_back=1, relayed=1)
-    assert scene.app.queue_log.recovery.step() == Recovered()
+    assert Recovery(scene.app.queue_log).run_pass() == Recovered(taken_back=1, relayed=1)
+    assert Recovery(scene.app.queue_log).run_pass() == Recovered()
     with scene.app.connection_for_read() as connection, closing(connection.SimpleQueue(scene.spec.queue)) as queue:
         assert {queue.get(timeout=PATIENCE).properties["message_id"] for _ in range(2)} == {lapsed, unsent}
         with pytest.raises(queue.Empty):
@@ -342,19 +343,19 @@ class TestManySteps:
         def note(_connection: object, _cursor: object, statement: str, *_: object) -> None:
             statements.append(statement)
 
-        recovery, store = app.queue_log.recovery, app.queue_log.store
-        recovery.step()
+        recovery, store = Recovery(app.queue_log), app.queue_log.store
+        recovery.run_pass()
         sa.event.listen(sa.Engine, "before_cursor_execute", note)
         try:
-            assert recovery.step() == Recovered()
+            assert recovery.run_pass() == Recovered()
             assert len(statements) == 3
             for queue in ("one", "two"):
                 message = NewMessage(MessageKey(queue, "work"), queue, queue=queue)
                 store.record(message)
                 store.claim(message, worker="w:1", lease=60.0, grace=30.0)
-                recovery.saw(queue, message.key)
+                Rescue.of(app.queue_log).saw(queue, message.key)
             statements.clear()
-            assert recovery.step() == Recovered()
+            assert recovery.run_pass() == Recovered()
             assert len(statements) == 3 + 2
         finally:
             sa.event.remove(sa.Engine, "before_cursor_execute", note)
@@ -366,7 +367,7 @@ class TestManySteps:
 
         for _ in range(2):  # nothing is left for the second time
             with ThreadPoolExecutor(self.STEPS) as threads:
-                done = list(threads.map(lambda _: app.queue_log.recovery.step(), range(self.STEPS)))
+                done = list(threads.map(lambda _: Recovery(app.queue_log).run_pass(), range(self.STEPS)))
             purged += sum(step.purged for step in done)
 
         with app.connection_for_read() as connection:

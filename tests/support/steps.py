@@ -37,7 +37,7 @@ _PRELOADED = (
     *("psycopg", "pymysql", "sqlite3", "sqlalchemy.orm", "sqlalchemy.dialects.postgresql.psycopg"),
     *("sqlalchemy.dialects.mysql.pymysql", "sqlalchemy.dialects.sqlite.pysqlite", "celery_idempotent.stores.sql"),
     *(
-        "celery_idempotent.maintenance.rescue",
+        "celery_idempotent.maintenance.recovery",
         "celery_idempotent.producer.publisher",
         "tests.support.apps.atomic",
         "tests.support.steps",

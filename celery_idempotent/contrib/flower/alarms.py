@@ -9,9 +9,8 @@ from datetime import datetime, timedelta
 from typing import Literal
 
 from celery_idempotent.contrib.flower.snapshot import LISTED, Glance
-from celery_idempotent.core.records import Row
+from celery_idempotent.core.records import ABANDONED, Row
 from celery_idempotent.settings import Settings
-from celery_idempotent.worker.admission import ABANDONED
 
 __all__ = ["Alarm", "alarms", "is_abandoned"]
 

@@ -28,6 +28,7 @@ from celery_idempotent.core.storable import is_text
 from celery_idempotent.errors import IdempotentError
 from celery_idempotent.maintenance.requeue import NotRequeued, obstacle, requeue
 from celery_idempotent.message.canvas_ids import is_guarded
+from celery_idempotent.producer.relay import relay
 
 __all__ = ["MessageView", "Metrics", "QueueLogView", "Requeue"]
 
@@ -261,7 +262,7 @@ def _requeue(figures: Figures, key: MessageKey) -> dict[str, Any] | NotRequeued 
         return done
     said = {"message_id": key.message_id, "task_name": key.task_name, "task_id": done.task_id}
     try:
-        queue_log.recovery.relay()
+        relay(queue_log)
     except (IdempotentError, OperationalError):
         return {**said, "message": "It waits again; the broker has not got it yet, and a worker publishes it later."}
     renamed = f" Its task id is {done.task_id} now: workers remember the old one as discarded." if done.renamed else ""

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from kombu.exceptions import OperationalError
 
+from celery_idempotent.maintenance.recovery import Recovery
+from celery_idempotent.maintenance.rescue import Rescue
 from celery_idempotent.stores.sql import SQLStore
 from tests.chaos.model.broker import Copy, Mood
 from tests.chaos.model.clock import Clock
@@ -173,7 +175,7 @@ class Model(RuleBasedStateMachine):
         if again:
             self.world.broker.restore(execution.copy)
         else:
-            self.world.queue_log.recovery.step()
+            Recovery(self.world.queue_log).run_pass()
         for copy in self._due[:3]:
             self.world.deliver(copy)
         if execution in self.world.executions:
@@ -192,13 +194,13 @@ class Model(RuleBasedStateMachine):
 
     @rule(mood=_WELL_MOSTLY, everything=st.booleans(), by=_OF_A_WORKER)
     def recover(self, mood: Mood, everything: bool, by: Interruption | None) -> None:
-        recovery, self.world.broker.mood = self.world.queue_log.recovery, mood
+        queue_log, self.world.broker.mood = self.world.queue_log, mood
         try:
             with self.world.interrupted(by):
                 if everything:
-                    recovery.publish_waiting(60.0)
+                    Rescue.of(queue_log).publish_waiting(60.0)
                 else:
-                    recovery.step()
+                    Recovery(queue_log).run_pass()
         except (KilledError, OperationalError):
             pass
         finally:

@@ -24,11 +24,23 @@ from kombu.exceptions import OperationalError
 
 from celery_idempotent import IdempotentTask, MessageMismatchError, QueueLog
 from celery_idempotent.core.decision import AVAILABLE_GRACE, MAX_TAKEOVERS
-from celery_idempotent.core.records import Claim, Holder, MessageKey, Owner, ProcessedStatus, Row, Status, Taken
+from celery_idempotent.core.records import (
+    ABANDONED,
+    Claim,
+    Holder,
+    MessageKey,
+    Owner,
+    ProcessedStatus,
+    Row,
+    Status,
+    Taken,
+)
 from celery_idempotent.core.store import Store
 from celery_idempotent.errors import AlreadyFailedError
+from celery_idempotent.maintenance.recovery import Recovery
+from celery_idempotent.maintenance.rescue import Rescue
 from celery_idempotent.message.identity import identity_of
-from celery_idempotent.worker.admission import ABANDONED, admit
+from celery_idempotent.worker.admission import admit
 from celery_idempotent.worker.run import Run, RunState, worker_label
 from celery_idempotent.worker.signals import _after_run, _revoked, _succeeded
 from tests.chaos.model.broker import Broker, Copy, Mood
@@ -291,7 +303,7 @@ class World:
                 for execution in [one for one in self.executions if one is not self._acting][:1]:
                     self.finish(execution, Outcome.RETURN)
             case Strike.RECOVER:
-                self.queue_log.recovery.step()
+                Recovery(self.queue_log).run_pass()
 
     _acting: Execution | None = None
     #: The Celery id of a delivery that is being discarded.
@@ -331,7 +343,7 @@ class World:
         self.known[MessageKey(copy.message_id, task.name)].copies += 1
         if not task.acks_late:
             self.broker.ack(copy)
-        self.queue_log.recovery.saw("celery", identity_of(task, request).key)
+        Rescue.of(self.queue_log).saw("celery", identity_of(task, request).key)
         self._arrivals.append(Arrival(copy))
         try:
             with self._traced(task, request):
@@ -577,8 +589,8 @@ class World:
                 self.broker.restore(copy)
             self.pass_time(round(pause))
             pause *= _LONGER
-            self.queue_log.recovery.step()
-            self.queue_log.recovery.publish_waiting(LOST_AFTER / 2)
+            Recovery(self.queue_log).run_pass()
+            Rescue.of(self.queue_log).publish_waiting(LOST_AFTER / 2)
             self._deliver_all(poison=poison)
             at_rest = all(row.status is Status.DONE for row in self.watched.rows.values())
             if at_rest and not self.broker.ready and not self.broker.unacked:

@@ -9,6 +9,7 @@ import pytest
 import redis
 
 from celery_idempotent.core.records import Status
+from celery_idempotent.maintenance.rescue import Rescue
 from tests.conftest import StartWorker
 from tests.integration.brokers.conftest import (
     PATIENCE,
@@ -102,15 +103,15 @@ def test_a_redis_that_forgets_everything(
             row = site.row(due_later, "echo")
             return row.available_at is not None and (row.read_at - row.available_at).total_seconds() > 1.5
 
-        recovery = site.app.queue_log.recovery
+        rescue = Rescue.of(site.app.queue_log)
         if not overtaken:
-            assert recovery.publish_waiting(0.0) == len(waiting), "what is due later may still come by itself"
+            assert rescue.publish_waiting(0.0) == len(waiting), "what is due later may still come by itself"
             site.assert_ran_once("echo", {result: value for result, value in values.items() if result != due_later})
         wait_until(is_overdue, timeout=PATIENCE, describe="its time is past")
         if overtaken:
             values[site.send("echo", "later")] = "later"
         else:
-            assert recovery.publish_waiting(0.0) == 1
+            assert rescue.publish_waiting(0.0) == 1
 
         site.assert_ran_once("echo", values)
         wait_until_redis_has_nothing_left(server.url, broker.queue)

@@ -11,6 +11,7 @@ from celery.result import AsyncResult
 from celery_idempotent.core.records import MessageKey, NewMessage, ProcessedStatus, Row, RowFilter, Status
 from celery_idempotent.maintenance.requeue import NotRequeued, requeue
 from celery_idempotent.message.serialization import encode_message
+from celery_idempotent.producer.relay import relay
 from tests.integration.cli.conftest import Command
 from tests.integration.test_copies import consumed
 from tests.integration.test_revoke_and_expiry import revoke
@@ -319,5 +320,5 @@ def test_of_two_who_requeue_one_does(bench: Bench) -> None:
     first, second = (requeue(bench.app.queue_log, row) for _ in range(2))
     assert not isinstance(first, NotRequeued)
     assert second == NotRequeued(row.key, "somebody else has changed it meanwhile")
-    bench.app.queue_log.recovery.relay()
+    relay(bench.app.queue_log)
     bench.wait_for_starts("fail", m, 2)

@@ -10,6 +10,7 @@ import pytest
 from django.db import DatabaseError, connection, transaction
 from django.test import Client, TestCase
 
+from celery_idempotent.maintenance.recovery import Recovery
 from tests.integration.frameworks.conftest import Shop
 from tests.support.waiting import wait_until
 from tests.support.worker import ROOT
@@ -60,7 +61,7 @@ def test_a_process_that_dies_between_its_commit_and_on_commit_loses_the_call_unt
     assert ended == -signal.SIGKILL
     assert shop.Order.objects.filter(pk=order, charged=False).exists(), "it was committed"
     assert shop.message(order) is None
-    assert sum(step.relayed for step in shop.office.app.queue_log.recovery.steps(in_flight=True)) == 0
+    assert sum(step.relayed for step in Recovery(shop.office.app.queue_log).passes(in_flight=True)) == 0
     assert shop.office.published() == []
 
     assert shop.sweep(60.0) == 0, "orders that have just been placed are left alone"
@@ -95,7 +96,7 @@ def test_a_process_that_dies_between_its_commit_and_the_publication_leaves_the_m
     assert shop.message(order) == "pending"
     assert shop.office.published() == []
 
-    assert sum(step.relayed for step in shop.office.app.queue_log.recovery.steps(in_flight=True)) == 1
+    assert sum(step.relayed for step in Recovery(shop.office.app.queue_log).passes(in_flight=True)) == 1
     assert shop.office.published() == [f"order:{order}"]
 
 
@@ -148,7 +149,7 @@ def test_after_a_savepoint_that_was_rolled_back_the_relay_publishes_what_is_left
             raise ZeroDivisionError
     assert shop.office.published() == []
     assert shop.message(undone.pk) is None
-    list(shop.office.app.queue_log.recovery.steps(in_flight=True))
+    list(Recovery(shop.office.app.queue_log).passes(in_flight=True))
     # In no order that this broker keeps: its files are named by the millisecond.
     assert set(shop.office.published()) == {f"order:{kept.pk}", f"order:{released.pk}"}
 
@@ -158,7 +159,7 @@ def test_a_broker_that_takes_nothing_fails_no_view(shop: Shop) -> None:
         order = int(Client().get("/outbox?amount=500").content)
     assert shop.message(order) == "pending"
     # The pause after a failure is the publisher's; the relay has none.
-    assert shop.office.app.queue_log.recovery.step().relayed == 1
+    assert Recovery(shop.office.app.queue_log).run_pass().relayed == 1
     assert shop.office.published() == [f"order:{order}"]
     wait_until(partial(next_is_published, shop), describe="the end of the pause")
 

@@ -20,6 +20,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanContext, format_span_id, format_trace_id
 
 from celery_idempotent.contrib.opentelemetry import OpenTelemetryHook
+from celery_idempotent.maintenance.rescue import Rescue
 from tests.conftest import LOGS, missing
 from tests.support.apps import traced
 from tests.support.bench import PATIENCE, Bench, open_bench
@@ -258,7 +259,7 @@ def test_a_retry_and_what_is_published_from_its_row_keep_the_span(site: Traced) 
         site.app.tasks["retry_n"].apply_async((1,), message_id=m, queue=queue)
     with site.app.connection_for_write() as connection:
         assert connection.default_channel.queue_purge(queue) == 1
-    site.app.queue_log.recovery.publish_waiting(0.0)
+    Rescue.of(site.app.queue_log).publish_waiting(0.0)
     assert linked(site.here("recovered retry_n", m)) == [ids(first)]
 
     control = site.bench.app.control

@@ -12,6 +12,9 @@ from sqlalchemy.orm import Session
 
 from celery_idempotent import DuplicateMessageError, MessageMismatchError, outbox
 from celery_idempotent.core.records import Claimed, MessageKey, NewMessage, Status
+from celery_idempotent.maintenance.purge import purge
+from celery_idempotent.maintenance.recovery import Recovery
+from celery_idempotent.maintenance.rescue import Rescue
 from celery_idempotent.message.serialization import encode_message, encode_result
 from tests.support.bench import PATIENCE, Bench
 from tests.support.told import Told
@@ -282,13 +285,13 @@ class TestRecovery:
 
         leave_behind(bench, "last.late", taken_back, gate)
         record(relayed, published=False)
-        bench.app.queue_log.recovery.step()
+        Recovery(bench.app.queue_log).run_pass()
         for m, reason in ((taken_back, "taken_back"), (relayed, "relayed")):
             told.wait(m, "completed")
             assert told.wait(m, "recovered")["reason"] == reason
 
         record(lost, published=True)
-        bench.app.queue_log.recovery.publish_waiting(0.0)
+        Rescue.of(bench.app.queue_log).publish_waiting(0.0)
         told.wait(lost, "completed")
         recovered = told.wait(lost, "recovered")
         assert (recovered["reason"], recovered["status"]) == ("lost", "pending")
@@ -299,7 +302,7 @@ class TestRecovery:
             bench.task("echo").apply_async(message_id=m)
         for m in ids:
             bench.done("echo", m)
-        purged = wait_until(lambda: bench.app.queue_log.recovery.purge(older_than=0.0), describe="something to purge")
+        purged = wait_until(lambda: purge(bench.app.queue_log, older_than=0.0), describe="something to purge")
 
         note = told.wait(None, "purged")
         assert (note["count"], note["task_name"]) == (purged, None)

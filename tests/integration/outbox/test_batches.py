@@ -19,6 +19,7 @@ from celery_idempotent import (
 from celery_idempotent.core.records import Found, NewMessage, Recorded, RowFilter
 from celery_idempotent.core.store import Store
 from celery_idempotent.producer.outbox import current_outbox
+from celery_idempotent.producer.relay import relay
 from tests.integration.outbox.conftest import Office
 from tests.support.effects import Effect
 
@@ -178,7 +179,7 @@ def test_nothing_is_lost_when_the_broker_takes_nothing(office: Office) -> None:
     with office.broken_broker(), outbox():
         results = [office.app.tasks["charge"].delay(f"o-{number}") for number in range(3)]
     assert [result.duplicate for result in results] == [False] * 3
-    assert office.app.queue_log.recovery.relay().published == 3
+    assert relay(office.app.queue_log).published == 3
     assert office.published() == ["o-0", "o-1", "o-2"]
 
 

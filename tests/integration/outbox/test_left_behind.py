@@ -9,8 +9,10 @@ import pytest
 
 from celery_idempotent import IdempotentTask, outbox
 from celery_idempotent.errors import StoreUnavailableError
-from celery_idempotent.maintenance import rescue
+from celery_idempotent.maintenance.recovery import Recovery
+from celery_idempotent.producer import relay as relaying
 from celery_idempotent.producer.publisher import Publisher
+from celery_idempotent.producer.relay import relay
 from tests.integration.outbox.conftest import Office
 from tests.support.waiting import wait_until
 
@@ -38,13 +40,13 @@ def test_a_broker_that_takes_nothing_keeps_no_caller_from_committing(
     assert "2 committed messages are left to the relay" in caplog.text
     assert all(row.lease_expires_at is None for row in office.store.unsent(limit=9)), "anybody may relay them"
 
-    assert office.app.queue_log.recovery.step().relayed == 3
+    assert Recovery(office.app.queue_log).run_pass().relayed == 3
     assert office.published() == ["o-1", "o-2", "o-3"]
     assert left(office) == []
 
 
 def test_what_one_producer_commits_later_is_not_published_before_what_was_left(office: Office) -> None:
-    publisher = office.app.queue_log.publisher
+    publisher = Publisher.of(office.app.queue_log)
     with office.broken_broker():
         commit(office, "o-1")
     commit(office, "o-2")
@@ -58,7 +60,7 @@ def test_what_one_producer_commits_later_is_not_published_before_what_was_left(o
 
 
 def test_the_pauses_grow_and_end(office: Office) -> None:
-    publisher = office.app.queue_log.publisher
+    publisher = Publisher.of(office.app.queue_log)
     pauses: list[float] = []
     with office.broken_broker():
         for number in range(8):
@@ -76,11 +78,11 @@ def test_a_relay_leaves_alone_what_its_recorder_is_publishing(office: Office, mo
     """And takes it when that one has not come to it in time."""
     monkeypatch.setattr(Publisher, "publish", lambda *_: None)  # the process has died after its commit
     commit(office, "o-1", "o-2")
-    relayed = office.app.queue_log.recovery.relay()
+    relayed = relay(office.app.queue_log)
     assert relayed.published == 0
     assert 0 < relayed.in_flight <= 5.0
 
-    steps = list(office.app.queue_log.recovery.steps(in_flight=True))
+    steps = list(Recovery(office.app.queue_log).passes(in_flight=True))
 
     assert sum(step.relayed for step in steps) == 2
     assert office.published() == ["o-1", "o-2"]
@@ -104,12 +106,11 @@ def test_one_relay_at_a_time_publishes(office: Office, monkeypatch: pytest.Monke
         commit(office, *(f"o-{number}" for number in range(5)))
     began, go_on = threading.Event(), threading.Event()
     slowly(monkeypatch, began, go_on)
-    first = threading.Thread(target=office.app.queue_log.recovery.relay)
+    first = threading.Thread(target=relay, args=(office.app.queue_log,))
     first.start()
     assert began.wait(30.0)
-    other = rescue.Recovery(office.app.queue_log)
-    monkeypatch.setattr(rescue, "no_fork", threading.Lock)  # or it would wait for its turn in this process
-    second = other.relay()
+    monkeypatch.setattr(relaying, "no_fork", threading.Lock)  # or it would wait for its turn in this process
+    second = relay(office.app.queue_log)
     go_on.set()
     first.join()
     assert (second.published, second.in_flight > 0) == (0, True)
@@ -121,21 +122,17 @@ def test_many_relays_at_once_publish_each_message_once_and_in_order(office: Offi
     with office.broken_broker(), outbox():
         for order in orders:
             office.app.tasks["charge"].delay(order)
-    threads = [
-        threading.Thread(target=rescue.Recovery(office.app.queue_log).relay, kwargs={"at_most": 1e9}) for _ in range(4)
-    ]
+    threads = [threading.Thread(target=relay, args=(office.app.queue_log,), kwargs={"at_most": 1e9}) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    wait_until(
-        lambda: office.app.queue_log.recovery.relay(at_most=1e9).in_flight == 0, timeout=30.0, describe="the last relay"
-    )
+    wait_until(lambda: relay(office.app.queue_log, at_most=1e9).in_flight == 0, timeout=30.0, describe="the last relay")
     assert office.published() == orders
 
 
 def test_a_relay_that_dies_in_the_midst_leaves_it_to_the_next(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rescue, "RELAY_LEASE", 1.0)
+    monkeypatch.setattr(relaying, "RELAY_LEASE", 1.0)
     with office.broken_broker():
         commit(office, "o-1", "o-2", "o-3")
 
@@ -153,9 +150,9 @@ def test_a_relay_that_dies_in_the_midst_leaves_it_to_the_next(office: Office, mo
         dying.setattr(IdempotentTask, "publish", die_at_the_second)
         dying.setattr(office.store, "relayed", lambda *_, **__: None)
         with pytest.raises(Died):
-            office.app.queue_log.recovery.relay()
+            relay(office.app.queue_log)
     assert office.published() == ["o-1"]
-    wait_until(lambda: office.app.queue_log.recovery.relay().published, timeout=30.0, describe="the end of its lease")
+    wait_until(lambda: relay(office.app.queue_log).published, timeout=30.0, describe="the end of its lease")
     # A copy too many of the first, which its claim absorbs.
     assert office.published() == ["o-1", "o-2", "o-3"]
 
@@ -175,7 +172,7 @@ def test_a_broker_that_takes_some_is_not_given_them_again(office: Office, monkey
         commit(office, "o-1", "o-2", "o-3", "o-4")
     assert office.published() == ["o-1", "o-2"]
     assert left(office) == ["o-3", "o-4"]
-    assert office.app.queue_log.recovery.relay().published == 2
+    assert relay(office.app.queue_log).published == 2
     assert office.published() == ["o-3", "o-4"]
 
 
@@ -188,7 +185,7 @@ def test_what_could_not_be_noted_is_published_once_more(office: Office, monkeypa
         commit(office, "o-1")
     assert office.published() == ["o-1"]
     wait_until(
-        lambda: office.app.queue_log.recovery.relay().published,
+        lambda: relay(office.app.queue_log).published,
         timeout=30.0,
         describe="the end of its right to publish",
     )

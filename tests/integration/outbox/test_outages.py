@@ -10,6 +10,7 @@ from celery import Celery
 from sqlalchemy.orm import Session
 
 from celery_idempotent import outbox
+from celery_idempotent.producer.relay import relay
 from tests.support.apps import AppSpec, OpenApp
 from tests.support.brokers import redis_broker
 from tests.support.effects import Effect, Effects
@@ -87,7 +88,7 @@ def test_a_broker_that_is_down(app: Celery, effects: Effects, server: PrivateSer
     assert effects.names() == ["before", "first", "second"]
     assert left(app) == ["first", "second"]
     server.start()
-    relayed = app.queue_log.recovery.relay()
+    relayed = relay(app.queue_log)
     assert relayed.published == 2
     assert published(app)[-2:] == ["first", "second"]
 
@@ -102,7 +103,7 @@ def test_a_broker_that_says_nothing(app: Celery, effects: Effects, server: Priva
         server.resume()
     assert effects.names() == ["before", "first", "second"]
     wait_until(
-        lambda: not app.queue_log.recovery.relay(at_most=1e9).in_flight and not left(app),
+        lambda: not relay(app.queue_log, at_most=1e9).in_flight and not left(app),
         timeout=60.0,
         describe=lambda: f"the relay: {left(app)}",
     )

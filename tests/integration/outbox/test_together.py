@@ -12,6 +12,7 @@ from kombu import Producer
 
 from celery_idempotent import outbox
 from celery_idempotent.producer.publisher import ANSWER
+from celery_idempotent.producer.relay import relay
 from tests.support.apps import AppSpec, OpenApp
 from tests.support.brokers import redis_broker
 from tests.support.servers import PrivateRedis
@@ -123,5 +124,5 @@ def test_a_broker_that_says_nothing_is_waited_for_once(app: Celery, private_redi
     private_redis.resume()
     assert took < 2 * ANSWER, "once for all of them"
     assert [row.key.message_id for row in app.queue_log.store.unsent(limit=9)] == names
-    assert app.queue_log.recovery.relay().published == 3
+    assert relay(app.queue_log).published == 3
     assert set(published(app)) == set(names)

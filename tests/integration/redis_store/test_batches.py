@@ -11,6 +11,7 @@ from redis import Redis
 
 from celery_idempotent import IdempotentTask, QueueLog, RedisStore, StoreUnavailableError, outbox
 from celery_idempotent.core.records import RowFilter
+from celery_idempotent.producer.relay import relay
 from tests.support.apps import close_app
 
 
@@ -44,5 +45,5 @@ def test_of_a_batch_that_does_not_fit_nothing_is_left(app: Celery, store: RedisS
     client.config_set("maxmemory", 0)
 
     assert len(list(store.rows(RowFilter(limit=1000)))) == 100
-    assert app.queue_log.recovery.relay().published == 0
+    assert relay(app.queue_log).published == 0
     assert not store.unsent(limit=9)

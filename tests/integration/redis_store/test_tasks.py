@@ -21,6 +21,7 @@ from redis import Redis
 
 from celery_idempotent import ConfigurationError, IdempotentTask, outbox
 from celery_idempotent.core.records import MessageKey, ProcessedStatus, Row, Status
+from celery_idempotent.maintenance.rescue import Rescue
 from tests.conftest import missing
 from tests.support.apps import AppSpec, OpenApp
 from tests.support.brokers import Broker
@@ -188,7 +189,7 @@ def test_recover_says_so_at_once(make_shop: Callable[..., Shop], start_worker: S
     lost = [shop.send("echo", number) for number in range(500)]
     with Redis.from_url(broker.url) as client:
         client.flushall()
-    assert shop.app.queue_log.recovery.publish_waiting(0.0) == 500
+    assert Rescue.of(shop.app.queue_log).publish_waiting(0.0) == 500
     with Redis.from_url(broker.url) as client:
         assert client.llen(broker.queue) == 500
     start_worker(shop.spec, concurrency=2)

@@ -16,7 +16,8 @@ from celery import Celery
 
 from celery_idempotent import IdempotentTask, QueueLog
 from celery_idempotent.core.records import Claimed, MessageKey, NewMessage
-from celery_idempotent.maintenance.rescue import Recovered
+from celery_idempotent.maintenance.recovery import Recovered, Recovery
+from celery_idempotent.maintenance.rescue import Rescue
 from celery_idempotent.message.serialization import encode_message
 from celery_idempotent.stores.sql import SQLStore
 
@@ -61,8 +62,8 @@ def on(store: SQLStore) -> Iterator[Celery]:
 
     app.finalize()
     claimed(store, RUNNING)
-    app.queue_log.recovery.saw("fast", RUNNING)
-    app.queue_log.recovery.saw("slow", BEGUN)
+    Rescue.of(app.queue_log).saw("fast", RUNNING)
+    Rescue.of(app.queue_log).saw("slow", BEGUN)
     yield app
     app.close()
 
@@ -125,7 +126,7 @@ def stepping(step: Callable[[], Recovered], answers: list[object]) -> Iterator[N
 
 def steps_of(app: Celery, answers: list[object]) -> list[float]:
     """The times of some steps."""
-    step = app.queue_log.recovery.step
+    step = Recovery(app.queue_log).run_pass
     return [seconds(lambda: answers.append(step())) for _ in range(STEPS)]
 
 
@@ -151,7 +152,7 @@ def test_recovery_beside_a_backlog(backlog: SQLStore, store_url: str) -> None:
                 beside += steps_of(busy, answers)
                 alone += steps_of(idle, answers)
                 undisturbed += claims_on(backlog)
-                with stepping(busy.queue_log.recovery.step, answers):
+                with stepping(Recovery(busy.queue_log).run_pass, answers):
                     disturbed += claims_on(backlog)
 
     assert set(answers) == {Recovered()}

@@ -21,9 +21,14 @@ from kombu.message import Message
 
 from celery_idempotent import IdempotentTask, QueueLog
 from celery_idempotent.core.records import Claim, Claimed, MessageKey, NewMessage, ProcessedStatus, Row, Status
-from celery_idempotent.maintenance import rescue
-from celery_idempotent.maintenance.rescue import Recovered
+from celery_idempotent.maintenance import purge as purging
+from celery_idempotent.maintenance import recovery as recovering
+from celery_idempotent.maintenance import rescue as rescuing
+from celery_idempotent.maintenance.purge import purge, purgeable
+from celery_idempotent.maintenance.recovery import Recovered, Recovery
+from celery_idempotent.maintenance.rescue import Rescue
 from celery_idempotent.message.serialization import encode_message
+from celery_idempotent.producer import relay as relaying
 from celery_idempotent.stores.sql import SQLStore
 
 LOST_AFTER = 300.0
@@ -48,7 +53,7 @@ class Shop:
     store: SQLStore
 
     def step(self) -> Recovered:
-        return QueueLog.of(self.app).recovery.step()
+        return Recovery(QueueLog.of(self.app)).run_pass()
 
     # -- rows ----------------------------------------------------------------------------------------------------------
 
@@ -119,7 +124,7 @@ class Shop:
 
     def consumed(self, key: MessageKey) -> None:
         """A worker of this process was given a message."""
-        self.app.queue_log.recovery.saw(self.app.conf.task_default_queue, key)
+        Rescue.of(self.app.queue_log).saw(self.app.conf.task_default_queue, key)
 
 
 @pytest.fixture
@@ -144,7 +149,8 @@ def shop(tmp_path: Path) -> Iterator[Shop]:
 
 @pytest.fixture
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rescue, "BATCH", 2)
+    for module in (purging, recovering, relaying, rescuing):
+        monkeypatch.setattr(module, "BATCH", 2)
 
 
 class TestLeasesThatRanOut:
@@ -385,14 +391,14 @@ class TestOnDemand:
         shop.pending("young")
         shop.pending("not due", delay=3600.0)
         shop.claimed("running")
-        assert shop.app.queue_log.recovery.publish_waiting(60.0) == 12
+        assert Rescue.of(shop.app.queue_log).publish_waiting(60.0) == 12
         assert set(shop.published()) == old | never
-        assert shop.app.queue_log.recovery.publish_waiting(60.0) == 0
+        assert Rescue.of(shop.app.queue_log).publish_waiting(60.0) == 0
 
     def test_it_ends_though_what_it_publishes_goes_on_waiting(self, shop: Shop, small_batches: None) -> None:
         names = {shop.pending(f"m:{number}").message_id for number in range(7)}
         shop.age(1)
-        assert shop.app.queue_log.recovery.publish_waiting(0.0) == 7
+        assert Rescue.of(shop.app.queue_log).publish_waiting(0.0) == 7
         assert sorted(shop.published()) == sorted(names)
 
     def test_what_cannot_be_published_is_passed_over(self, shop: Shop, small_batches: None) -> None:
@@ -400,7 +406,7 @@ class TestOnDemand:
             shop.pending(f"theirs:{number}", task="another.app")
         shop.pending("ours")
         shop.age(61)
-        assert shop.app.queue_log.recovery.publish_waiting(60.0) == 1
+        assert Rescue.of(shop.app.queue_log).publish_waiting(60.0) == 1
         assert shop.published() == ["ours"]
 
 
@@ -433,7 +439,7 @@ class TestPurge:
             shop.done(f"done:{number}")
         shop.age(RETENTION + 1)
         purge: Callable[..., int] = shop.store.purge
-        monkeypatch.setattr(rescue, "_PURGE_FOR", 1e-9)
+        monkeypatch.setattr(purging, "_PURGE_FOR", 1e-9)
         assert shop.step().purged in (0, 2)
         assert purge(older_than=RETENTION, limit=10) >= 3
 
@@ -450,7 +456,7 @@ def test_a_step_on_an_empty_log_costs_three_statements_and_two_whatever_the_queu
         shop.step()
         assert len(statements) == 3
         for number in range(40):
-            shop.app.queue_log.recovery.saw(f"key {number}", shop.claimed(queue=f"queue {number}").key)
+            Rescue.of(shop.app.queue_log).saw(f"key {number}", shop.claimed(queue=f"queue {number}").key)
         statements.clear()
         shop.step()
         assert len(statements) == 5
@@ -459,7 +465,7 @@ def test_a_step_on_an_empty_log_costs_three_statements_and_two_whatever_the_queu
 
 
 def test_of_thousands_of_queues_those_seen_last_are_kept_in_mind(shop: Shop) -> None:
-    recovery = shop.app.queue_log.recovery
+    recovery = Rescue.of(shop.app.queue_log)
     for number in range(3000):
         recovery.saw(f"key {number}", MessageKey(f"m{number}", TASK))
     recovery.saw("key 2900", MessageKey("again", TASK))
@@ -509,7 +515,7 @@ def test_waiting_messages_of_a_task_that_is_turned_off_are_left_to_be_named(shop
     unsent = shop.pending("unsent", task="off", args=(), published=False)
     shop.age(3 * LOST_AFTER, waits)
     shop.consumed(shop.done())
-    recovery = shop.app.queue_log.recovery
+    recovery = Rescue.of(shop.app.queue_log)
 
     assert shop.step() == Recovered(taken_back=1, relayed=1)
     assert sorted(shop.published()) == sorted(key.message_id for key in (lapsed, unsent))
@@ -524,9 +530,9 @@ def test_failures_are_purged_by_a_retention_of_their_own(shop: Shop) -> None:
     shop.store.fail(failed, error="ValueError: no")
     shop.done("done")
     shop.age(2 * RETENTION)
-    recovery = shop.app.queue_log.recovery
-    assert (recovery.purgeable(), shop.step().purged) == (1, 1)
-    assert recovery.purge(older_than=0.0) == 0
+    queue_log = shop.app.queue_log
+    assert (purgeable(queue_log), shop.step().purged) == (1, 1)
+    assert purge(queue_log, older_than=0.0) == 0
     shop.age(2 * RETENTION)
     assert shop.step().purged == 1
     assert shop.store.counts() == []
@@ -535,7 +541,7 @@ def test_failures_are_purged_by_a_retention_of_their_own(shop: Shop) -> None:
 def test_failures_are_purged_when_they_are_named(shop: Shop) -> None:
     shop.store.fail(shop.claimed("failed"), error="ValueError: no")
     shop.age(60.0)
-    recovery = shop.app.queue_log.recovery
-    assert recovery.purge(older_than=0.0, processed_status=ProcessedStatus.SUCCESS) == 0
-    assert recovery.purge(older_than=0.0, task_name="another", processed_status=ProcessedStatus.FAILURE) == 0
-    assert recovery.purge(older_than=0.0, task_name=TASK, processed_status=ProcessedStatus.FAILURE) == 1
+    queue_log = shop.app.queue_log
+    assert purge(queue_log, older_than=0.0, processed_status=ProcessedStatus.SUCCESS) == 0
+    assert purge(queue_log, older_than=0.0, task_name="another", processed_status=ProcessedStatus.FAILURE) == 0
+    assert purge(queue_log, older_than=0.0, task_name=TASK, processed_status=ProcessedStatus.FAILURE) == 1

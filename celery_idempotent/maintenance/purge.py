@@ -1,0 +1,84 @@
+"""Purge: delete the rows of messages that have been done for long enough."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from celery_idempotent.core.fork_lock import no_fork
+from celery_idempotent.core.records import ProcessedStatus
+from celery_idempotent.core.store import BATCH
+from celery_idempotent.hooks import OutcomeKind
+
+if TYPE_CHECKING:
+    from celery_idempotent.queue_log import QueueLog
+
+__all__ = ["purge", "purgeable"]
+
+#: Seconds that a recovery pass spends on purging before it leaves the rest to the next.
+_PURGE_FOR = 5.0
+
+
+def purge(
+    queue_log: QueueLog,
+    *,
+    older_than: float | None = None,
+    task_name: str | None = None,
+    processed_status: ProcessedStatus | None = None,
+    within: float | None = None,
+) -> int:
+    """Delete rows of messages that are done, in small batches; their ids are free again.
+
+    Args:
+        queue_log: The queue log.
+        older_than: Seconds since they were done; ``None`` for ``idempotent_retention``.
+        task_name: Only rows of this task; a pattern with ``*`` and ``?``.
+        processed_status: Only rows that ended so. Unless it is ``FAILURE``, failures that can be requeued are kept for
+            ``idempotent_failure_retention``.
+        within: Seconds after which the rest is left to the next time; ``None`` for a pass's share of them.
+
+    Returns:
+        How many were deleted.
+
+    Raises:
+        StoreError: The store gave no answer, or its schema is not of this version.
+    """
+    chosen = _old(queue_log, older_than, task_name, processed_status)
+    purged, deadline = 0, time.monotonic() + (_PURGE_FOR if within is None else within)
+    while time.monotonic() < deadline:
+        with no_fork():
+            deleted = queue_log.store.purge(**chosen, limit=BATCH)
+            if deleted and queue_log.outcomes is not None:
+                queue_log.outcomes.tell(OutcomeKind.PURGED, count=deleted)
+        purged += deleted
+        if deleted < BATCH:
+            break
+    return purged
+
+
+def purgeable(
+    queue_log: QueueLog,
+    *,
+    older_than: float | None = None,
+    task_name: str | None = None,
+    processed_status: ProcessedStatus | None = None,
+) -> int:
+    """How many rows :func:`purge` would delete now.
+
+    Raises:
+        StoreError: The store gave no answer, or its schema is not of this version.
+    """
+    return queue_log.store.purgeable(**_old(queue_log, older_than, task_name, processed_status))
+
+
+def _old(
+    queue_log: QueueLog, older_than: float | None, task_name: str | None, processed_status: ProcessedStatus | None
+) -> dict[str, Any]:
+    settings = queue_log.settings
+    told = older_than is not None and processed_status is ProcessedStatus.FAILURE
+    return {
+        "older_than": settings.retention if older_than is None else older_than,
+        "failures_older_than": None if told else settings.failure_retention,
+        "task_name": task_name,
+        "processed_status": processed_status,
+    }

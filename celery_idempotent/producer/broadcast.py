@@ -1,0 +1,29 @@
+"""Messages to a fanout exchange: each worker gets one, so the producer's own row ends with the publication."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from celery_idempotent.core.records import Claimed, NewMessage, Note
+from celery_idempotent.errors import StoreError
+
+if TYPE_CHECKING:
+    from celery_idempotent.producer.guarded import Guarded
+
+__all__ = ["end_broadcast"]
+
+logger = logging.getLogger("celery_idempotent")
+
+
+def end_broadcast(task: Guarded, message: NewMessage) -> None:
+    """The producer's row of a message that each worker gets ends when it is published: they have rows of their own."""
+    store = task.queue_log.store
+    try:
+        answer = store.claim(message, worker=str(Note.BROADCAST), lease=task.idempotency.lease, grace=0.0)
+        if isinstance(answer, Claimed):
+            store.complete(answer.claim, result=None, note=Note.BROADCAST, unique_for=task.idempotency.unique_for)
+    except StoreError as error:
+        logger.warning(
+            "%s[%s] was published, and its row is ended by recovery: %s", task.name, message.key.message_id, error
+        )

@@ -1,0 +1,234 @@
+"""Publish messages whose rows are there: by a call's arguments, or from the row itself.
+
+Nothing here decides whether to publish: the publisher, the relay and the rescue do.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from kombu.exceptions import OperationalError
+
+from celery_idempotent.core.records import ABANDONED, MessageKey, NewMessage, ProcessedStatus, Row, Status
+from celery_idempotent.hooks import OutcomeKind, reason_of
+from celery_idempotent.message.canvas_ids import is_guarded
+from celery_idempotent.message.header import Marker
+from celery_idempotent.message.identity import FANOUT
+from celery_idempotent.message.serialization import UndecodableError, decode_message, trace_of
+from celery_idempotent.producer.broadcast import end_broadcast
+
+if TYPE_CHECKING:
+    from celery.result import AsyncResult
+
+    from celery_idempotent.producer.guarded import Guarded
+    from celery_idempotent.queue_log import QueueLog
+
+__all__ = ["hand_over", "is_ours", "own_tasks", "publication", "publish", "republish"]
+
+logger = logging.getLogger("celery_idempotent")
+
+
+def publish(
+    task: Guarded,
+    args: Any,
+    kwargs: Any,
+    *,
+    marker: Marker,
+    due_in: float | None = None,
+    ignore_result: bool,
+    headers: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> AsyncResult[Any]:
+    """Publish a message whose row is there, for whoever waits for its result elsewhere or later.
+
+    Args:
+        task: The task.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        marker: What its header says.
+        due_in: Seconds until it may run; ``None`` or less than 0 for at once.
+        ignore_result: What its header says to its worker.
+        headers: Its other headers.
+        **options: Of ``apply_async``.
+    """
+    if due_in is not None and due_in > 0:
+        # To quorum queues Celery publishes whole seconds only, and raises ValueError for less than one.
+        options["countdown"] = max(due_in, 1.0)
+    # Celery listens for the result of what it publishes, which nobody waits for here and now, and which would cost a subscription
+    # each, and much patience while the result backend is down. Told to ignore it, it does not.
+    headers = {**(headers or {}), "ignore_result": ignore_result}
+    return task.publish(
+        args,
+        kwargs,
+        task_id=marker.task_id,
+        message_id=marker.message_id,
+        headers=marker.write(headers),
+        ignore_result=True,
+        **options,
+    )
+
+
+# -- from a row ----------------------------------------------------------------------------------------------------------
+
+
+def own_tasks(queue_log: QueueLog) -> list[str]:
+    """The guarded tasks of this app: what others have in the same store, their own workers recover."""
+    return [name for name, task in queue_log.app.tasks.items() if is_guarded(task)]
+
+
+def is_ours(queue_log: QueueLog, row: Row) -> bool:
+    """Whether this app can publish a row's message."""
+    try:
+        decode_message(queue_log.app, _whole(queue_log, row).message)
+    except UndecodableError:
+        return False
+    return True
+
+
+def republish(queue_log: QueueLog, row: Row) -> bool:
+    """Publish a row's message, if nobody else does just now. Returns whether it was published.
+
+    Raises:
+        StoreError: The store gave no answer, or its schema is not of this version.
+        kombu.exceptions.OperationalError: The broker takes none.
+
+    Atomicity: of N concurrent callers one publishes (compare and set of ``published_at``).
+    """
+    publish = publication(queue_log, row)
+    if publish is None or not queue_log.store.republish(row):
+        return False
+    published = False
+    try:
+        published = hand_over(queue_log, row, publish)
+    finally:
+        if not published:
+            queue_log.store.not_published(row.key, token=row.token)
+    return published
+
+
+def hand_over(queue_log: QueueLog, row: Row, publish: Callable[[], object]) -> bool:
+    """Hand a row's message to the broker. Returns whether that could be done with this one.
+
+    Raises:
+        kombu.exceptions.OperationalError: The broker takes none.
+    """
+    name = f"{row.key.task_name}[{row.key.message_id}]"
+    try:
+        publish()
+    except OperationalError:
+        raise
+    except Exception:
+        logger.exception("%s could not be published again", name)
+        return False
+    logger.warning("%s is published %s: it was %s", name, "again" if row.published_at else "at last", row.status)
+    if row.status is Status.PROCESSING:
+        _tell(queue_log, OutcomeKind.RECOVERED, row, "taken_back")
+    else:
+        _tell(queue_log, OutcomeKind.RECOVERED, row, "lost" if row.published_at else "relayed")
+    return True
+
+
+def publication(queue_log: QueueLog, row: Row) -> Callable[[], object] | None:
+    """How to publish a row's message; ``None`` when it cannot be, which ends a message without an owner."""
+    task = queue_log.app.tasks[row.key.task_name]
+    if row.forbidden:
+        if queue_log.store.abandon(row, error=row.error or ABANDONED, unique_for=task.idempotency.unique_for):
+            _tell(queue_log, OutcomeKind.CANCELLED, row, reason_of(row.error or ABANDONED))
+        return None
+    if row.message is None:
+        # Not listed, as it may be large: it is read when its turn has come.
+        return partial(_publish_whole, queue_log, row)
+    return _publication_of(queue_log, row, row)
+
+
+def _publish_whole(queue_log: QueueLog, row: Row) -> None:
+    whole = queue_log.store.find(row.key)
+    publish = None if whole is None else _publication_of(queue_log, row, whole)
+    if publish is None:
+        raise UndecodableError("it was left as it is")
+    publish()
+
+
+def _publication_of(queue_log: QueueLog, row: Row, whole: Row) -> Callable[[], object] | None:
+    task = queue_log.app.tasks[row.key.task_name]
+    try:
+        args, kwargs, options = decode_message(queue_log.app, whole.message)
+    except UndecodableError as error:
+        logger.error("%s[%s] cannot be published again: %s", row.key.task_name, row.key.message_id, error)
+        if row.status is Status.PROCESSING:
+            ended = queue_log.store.abandon(row, error=f"{ABANDONED}; {error}", unique_for=task.idempotency.unique_for)
+            if ended:
+                _tell(queue_log, OutcomeKind.ABANDONED, row, "abandoned")
+        return None
+    if options.get("exchange_type") == FANOUT and (row.published_at or row.key.message_id != options["message_id"]):
+        _end_broadcast(queue_log, task, row, options["message_id"])
+        return None
+    # A copy's own row is known by its task id; the message in it says which message it is a copy of.
+    message_id = options.get("message_id") or row.key.message_id
+    key = MessageKey(message_id, row.key.task_name)
+    # Behind a copy's retry a row has the copy's message: what waits on it waits under the copy's own Celery id.
+    task_id = options.get("task_id") or row.task_id
+    # A retry says itself whose calls it makes.
+    sent = Marker.delivered(key, task_id, options.get("headers")) or Marker.new(key, task_id)
+    marker = replace(sent, fingerprint=row.fingerprint, holds=0, trace=trace_of(row.message))
+    if key != row.key:
+        marker = replace(marker, copied=True, call=None if row.key.message_id == task_id else row.key.message_id)
+    elif marker.first is None and task_id != row.task_id:
+        marker = replace(marker, first=row.task_id)
+    # What the row knows better, and what was true of one delivery only.
+    replaced: tuple[str, ...] = (
+        "eta",
+        "task_id",
+        "message_id",
+        "retries",
+        "redelivered",
+        "is_eager",
+        "ignore_result",
+    )
+    if row.processed_status is ProcessedStatus.SUCCESS:
+        replaced += ("expires",)  # its body ran in time
+    kept = {name: value for name, value in options.items() if name not in replaced}
+    return partial(
+        publish,
+        task,
+        args,
+        kwargs,
+        marker=marker,
+        due_in=row.available_in if row.status is Status.PENDING else None,
+        ignore_result=options.get("ignore_result", task.ignore_result),
+        retries=row.attempt,
+        **kept,
+    )
+
+
+def _end_broadcast(queue_log: QueueLog, task: Guarded, row: Row, message_id: str) -> None:
+    """End what went to each worker, since nobody else is to get it again: the producer's row, or that of a worker that died."""
+    unique_for = task.idempotency.unique_for
+    if row.status is Status.PROCESSING:
+        ended = queue_log.store.abandon(row, error=ABANDONED, unique_for=unique_for)
+    elif row.key.message_id == message_id:
+        end_broadcast(task, NewMessage(row.key, row.task_id))
+        ended = False
+    elif row.attempt == 0:
+        ended = False  # given back to the broker, which has it
+    else:
+        error = f"{ABANDONED}; a retry to a fanout exchange is not published again"
+        ended = queue_log.store.cancel(row.key, task_id=row.task_id, error=error, unique_for=unique_for)
+    if ended:
+        _tell(queue_log, OutcomeKind.ABANDONED, row, "abandoned")
+
+
+def _tell(queue_log: QueueLog, kind: OutcomeKind, row: Row, reason: str) -> None:
+    """Tell the app's hooks, if it has any, what became of a row."""
+    outcomes = queue_log.outcomes
+    if outcomes is not None:
+        outcomes.tell(kind, row.key, row=row, task_id=row.task_id, queue=row.queue, attempt=row.attempt, reason=reason)
+
+
+def _whole(queue_log: QueueLog, row: Row) -> Row:
+    """A row with its message, which is not listed if it is large."""
+    return row if row.message is not None else queue_log.store.find(row.key) or row
