@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from inspect import CO_GENERATOR
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from celery_idempotent.core.begin import begin, begin_before_savepoints
 from celery_idempotent.core.transactions import refuse_autocommit, transactional
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
     from sqlalchemy.orm import Session, SessionTransaction, scoped_session
 
-    from celery_idempotent.core.records import MessageKey
+    from celery_idempotent.core.records import Found, MessageKey, Recorded
     from celery_idempotent.core.store import Store
+    from celery_idempotent.producer.guarded import Guarded
     from celery_idempotent.producer.publisher import Outgoing
-    from celery_idempotent.producer.send import Sending
     from celery_idempotent.queue_log import QueueLog
 
 __all__ = ["OUTBOX", "PUBLISH_WITHIN", "Outbox", "current_outbox", "outbox"]
@@ -206,6 +206,32 @@ def outbox(
     raise ConfigurationError(f"outbox() takes a SQLAlchemy session or connection, not {type(session).__name__}")
 
 
+class OutgoingCall(Protocol):
+    """A call on its way out, as an outbox takes it."""
+
+    #: What it is recorded in.
+    box: Outbox | None
+
+    @property
+    def task(self) -> Guarded:
+        """The task that is called."""
+
+    def record_in(self, box: Outbox) -> AsyncResult[Any]:
+        """Record it in an outbox's transaction; its result."""
+
+    def promised(self) -> AsyncResult[Any]:
+        """Its result, if it is recorded later: that may be another's then."""
+
+    def record_together(self, calls: Sequence[Any]) -> list[Recorded | Found]:
+        """Record it and others of the same app, in as few statements as it takes."""
+
+    def followed(self, answer: Recorded | Found) -> AsyncResult[Any]:
+        """What it comes to, as it was recorded or found; its result."""
+
+    def taken_back(self) -> bool:
+        """Take it back if it was recorded, and not published; whether that is certain."""
+
+
 class Outbox:
     """The messages of one transaction after another.
 
@@ -221,7 +247,7 @@ class Outbox:
 
     # -- for the producer ----------------------------------------------------------------------------------------------
 
-    def take(self, sending: Sending) -> AsyncResult[Any]:
+    def take(self, sending: OutgoingCall) -> AsyncResult[Any]:
         """Record a call; its result."""
         return sending.record_in(self.that_commits())
 
@@ -416,7 +442,7 @@ class _Batch(Outbox):
         super().__init__(self._no_connection)
         self._around = around
         #: ``None`` once they are being sent.
-        self._calls: list[tuple[Sending, AsyncResult[Any]]] | None = []
+        self._calls: list[tuple[OutgoingCall, AsyncResult[Any]]] | None = []
         self._lock = threading.Lock()
         #: Whose transaction takes what is sent now.
         self._outer: Outbox | None = None
@@ -428,7 +454,7 @@ class _Batch(Outbox):
     def joins(self) -> bool:
         return self._outer is not None
 
-    def take(self, sending: Sending) -> AsyncResult[Any]:
+    def take(self, sending: OutgoingCall) -> AsyncResult[Any]:
         result = sending.promised()
         with self._lock:
             if self._calls is not None:
@@ -488,7 +514,7 @@ class _Batch(Outbox):
         if refused:
             raise ExceptionGroup(f"{len(refused)} of {len(every)} calls of the batch were not sent", refused)
 
-    def _explained(self, error: StoreError, count: int, sent: int, calls: Sequence[Sending]) -> StoreError:
+    def _explained(self, error: StoreError, count: int, sent: int, calls: Sequence[OutgoingCall]) -> StoreError:
         """What to tell of calls whose recording was refused, or not answered: some may have been recorded, and are taken back."""
         unsent = isinstance(error, StoreUnavailableError) and error.unsent
         left = not unsent and not all(sending.taken_back() for sending in calls)
@@ -505,7 +531,7 @@ class _Batch(Outbox):
             explained.unsent = not (sent or left)
         return explained
 
-    def _send(self, calls: list[tuple[Sending, AsyncResult[Any]]]) -> list[Exception]:
+    def _send(self, calls: list[tuple[OutgoingCall, AsyncResult[Any]]]) -> list[Exception]:
         refused: list[Exception] = []
         answers = calls[0][0].record_together([sending for sending, _ in calls])
         for (sending, result), answer in zip(calls, answers, strict=True):
