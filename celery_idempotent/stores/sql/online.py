@@ -31,7 +31,7 @@ _AT_A_TIME, _PAUSE, _PATIENCE = 2, 1.0, 600.0
 #: Seconds between two looks whether somebody else has finished.
 _LOOK = 0.1
 
-#: Half of the key of PostgreSQL's advisory lock; the other half is the table's name.
+#: Half of the key of PostgreSQL's advisory lock; the other half is the table's name, with its schema.
 _ADVISORY = crc32(b"celery_idempotent init") - 2**31
 
 #: In a transaction the server keeps the snapshot of a statement that was sent with parameters or by name until the next statement, and
@@ -88,7 +88,10 @@ def _lock(other: PoolProxiedConnection, table: Table) -> None:
     cursor = other.cursor()
     while True:
         cursor.execute("BEGIN ISOLATION LEVEL READ COMMITTED")
-        cursor.execute(f"SELECT pg_try_advisory_xact_lock({_ADVISORY}, {crc32(table.fullname.encode()) - 2**31})")
+        cursor.execute("SELECT current_schema()")
+        (current,) = cursor.fetchone() or (None,)
+        name = f"{table.schema or current}.{table.name}"
+        cursor.execute(f"SELECT pg_try_advisory_xact_lock({_ADVISORY}, {crc32(name.encode()) - 2**31})")
         (locked,) = cursor.fetchone() or (False,)
         if locked:
             cursor.execute(_LET_GO)

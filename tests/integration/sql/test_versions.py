@@ -262,6 +262,23 @@ def test_a_build_does_not_wait_for_those_who_wait_for_it(store_url: str, engine:
         assert waiting.result(PATIENCE)
 
 
+@on_postgresql
+def test_a_table_of_the_same_name_in_another_schema_is_not_waited_for(store_url: str, engine: sa.Engine) -> None:
+    url = sa.make_url(store_url).update_query_dict({"options": "-csearch_path=beside_ns"})
+    with engine.begin() as connection:
+        connection.execute(sa.text("CREATE SCHEMA beside_ns"))
+    try:
+        with closing(SQLStore(store_url)) as store, closing(SQLStore(url)) as other, ThreadPoolExecutor(1) as threads:
+            store.init()
+            with engine.connect() as connection:
+                connection.execution_options(isolation_level="AUTOCOMMIT")
+                with alone(connection, queue_log_table(sa.MetaData())):
+                    assert threads.submit(other.init).result(PATIENCE)
+    finally:
+        with engine.begin() as connection:
+            connection.execute(sa.text("DROP SCHEMA beside_ns CASCADE"))
+
+
 # -- code of one version beside code of the next ---------------------------------------------------------------------------------
 
 
