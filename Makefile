@@ -13,7 +13,7 @@ COMPILE = $(DEV)/uv pip compile pyproject.toml --universal --python-version 3.11
 	--no-emit-index-url --no-emit-find-links --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo unit format check docs test coverage test-versions celery-suite chaos chaos-peers bench bench-scale screenshots lock clean
+.PHONY: help demo unit format check docs test coverage test-versions celery-suite chaos chaos-peers bench bench-scale screenshots lock release clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## *\(.*\)/  make \1\t\2/p' Makefile | expand -t 24
@@ -111,6 +111,10 @@ lock: .venv/installed  ## newest versions into requirements/*.lock, and the olde
 	@mkdir -p build
 	$(COMPILE) $(EXTRAS) --resolution lowest-direct --no-deps -o build/oldest.txt
 	$(COMPILE) --upgrade $(EXTRAS) --group build --group test --constraints build/oldest.txt -o requirements/oldest.lock
+
+# Everything but the upload, which .github/workflows/release.yml does when a version is tagged.
+release: .venv/installed  ## a rehearsal: build into dist/, check, install and run what was built; publishes nothing
+	@$(DEV)/python -m tests.support.release $(TAG)
 
 clean:  ## remove environments, caches and what was built
 	rm -rf .venv .venv-demo .venv-peers .venv-versions bench chaos chaos-peers build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
