@@ -16,7 +16,7 @@ from pathlib import Path
 
 from celery import VERSION
 
-__all__ = ["CELERY", "CELLS", "SETS", "Cell", "NotToBeHadError"]
+__all__ = ["CELERY", "CELLS", "PYTHONS", "SETS", "Cell", "NotToBeHadError"]
 
 #: The Celery of this environment, to be compared with ``(5, 7)``.
 CELERY = (VERSION.major, VERSION.minor)
