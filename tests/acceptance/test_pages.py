@@ -92,6 +92,21 @@ def test_a_pages_python_runs(page: str, tmp_path: Path) -> None:
     assert int(done.stdout.split()[-1]) > 0
 
 
+#: What fits into a code host's column. Diagrams are drawn, so their source has no width.
+_COLUMNS = 88
+
+
+def test_code_blocks_fit_into_the_column() -> None:
+    too_wide = [
+        f"{block.page}:{block.line + number}: {len(line)} columns"
+        for block in BLOCKS
+        if block.language not in {"mermaid", "{eval-rst}"} and block.wide is None
+        for number, line in enumerate(block.text.splitlines(), start=1)
+        if len(line) > _COLUMNS
+    ]
+    assert too_wide == []
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if (ROOT / page).with_suffix(".py").exists()])
 def test_each_hidden_piece_has_its_block(page: str) -> None:
     examples = run_here(ROOT / page)

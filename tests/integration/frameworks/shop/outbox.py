@@ -43,7 +43,7 @@ def engine() -> Engine:
 
 @contextmanager
 def django_outbox() -> Iterator[None]:
-    """``transaction.atomic()`` that records calls, and publishes them after its commit."""
+    """``transaction.atomic()`` that records calls, and publishes them after it."""
     undone = False
 
     def watch(execute: Callable[..., Any], sql: str, *arguments: Any) -> Any:
