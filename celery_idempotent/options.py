@@ -14,7 +14,8 @@ from celery.utils.functional import maybe_list
 
 from celery_idempotent.core.decision import CallPolicy, DeliveryPolicy
 from celery_idempotent.errors import ConfigurationError
-from celery_idempotent.message.ids import CallSignature, message_id_source
+from celery_idempotent.message.call_signature import CallSignature
+from celery_idempotent.message.ids import message_id_source
 from celery_idempotent.settings import OPTION_NAMES, PREFIX, Settings, one_of, seconds, yes_or_no
 
 if TYPE_CHECKING:

@@ -18,7 +18,9 @@ from celery_idempotent.message.header import Marker
 from celery_idempotent.message.identity import type_of_exchange
 from celery_idempotent.message.serialization import content_of
 from celery_idempotent.options import Options, refuse_misspelt, refuse_misspelt_call
-from celery_idempotent.producer.send import answer_of, identify, is_unrecorded, send
+from celery_idempotent.producer.answers import answer_of
+from celery_idempotent.producer.identify import identify
+from celery_idempotent.producer.send import is_unrecorded, send
 from celery_idempotent.queue_log import QueueLog
 from celery_idempotent.settings import PREFIX
 from celery_idempotent.worker.binding import REQUEST, guard

@@ -16,7 +16,7 @@ from celery_idempotent.core.records import Row
 from celery_idempotent.core.store import BATCH
 from celery_idempotent.maintenance.purge import purge, purgeable
 from celery_idempotent.maintenance.rescue import Rescue
-from celery_idempotent.producer.outbox import PUBLISH_WITHIN
+from celery_idempotent.producer.box import PUBLISH_WITHIN
 from celery_idempotent.producer.recorded import is_ours, own_tasks
 from celery_idempotent.producer.relay import RELAY_LEASE, relay
 

@@ -23,9 +23,9 @@ from celery.utils.functional import arity_greater, maybe_list
 from celery_idempotent.core.records import MessageKey, Status
 from celery_idempotent.core.storable import is_text
 from celery_idempotent.errors import ConfigurationError
+from celery_idempotent.message.call_signature import CallSignature, arguments_fingerprint
 from celery_idempotent.message.canonical import FORM, canonical
 from celery_idempotent.message.header import Marker
-from celery_idempotent.message.ids import CallSignature, arguments_fingerprint
 
 if TYPE_CHECKING:
     from celery import Celery

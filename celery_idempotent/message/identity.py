@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from celery_idempotent.core.records import MessageKey
 from celery_idempotent.core.storable import LONGEST
+from celery_idempotent.message.check_id import check_message_id
 from celery_idempotent.message.header import Marker
-from celery_idempotent.message.ids import check_message_id
 
 if TYPE_CHECKING:
     from celery import Celery

@@ -5,106 +5,63 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, assert_never
 
-from celery import states
-from celery.result import EagerResult
 from celery.utils import uuid
-from celery.utils.time import maybe_iso8601, maybe_make_aware
 from kombu.exceptions import OperationalError
 
 from celery_idempotent.core.decision import Call, CallAction, decide_call
 from celery_idempotent.core.records import (
     Found,
-    MessageKey,
     NewMessage,
-    ProcessedStatus,
     Recorded,
     Row,
     Status,
 )
 from celery_idempotent.core.store_retry import ask_again
 from celery_idempotent.errors import (
-    AlreadyFailedError,
     DuplicateMessageError,
     MessageMismatchError,
     StoreError,
     StoreUnavailableError,
 )
 from celery_idempotent.hooks import OutcomeKind
-from celery_idempotent.message.canvas_ids import Calls, Position, is_derived
+from celery_idempotent.message.canvas_ids import Calls, Position
 from celery_idempotent.message.header import Marker, later_call
-from celery_idempotent.message.identity import FANOUT, is_fanout
-from celery_idempotent.message.ids import arguments_fingerprint, check_message_id
+from celery_idempotent.message.identity import FANOUT
 from celery_idempotent.message.serialization import (
-    UndecodableError,
-    as_moments,
-    decode_result,
     dumped,
     encode_message,
     serializer_of,
     without_local,
 )
+from celery_idempotent.producer.answers import answer_again, eager_result
+from celery_idempotent.producer.box import PUBLISH_WITHIN, Outbox, current_outbox
 from celery_idempotent.producer.broadcast import end_broadcast
+from celery_idempotent.producer.call_options import (
+    delay_of,
+    for_later,
+    is_dispatched,
+    is_waited_on,
+    kept,
+    moment,
+    routed_options,
+)
 from celery_idempotent.producer.guarded import Guarded, GuardedRun, current_run
-from celery_idempotent.producer.outbox import PUBLISH_WITHIN, Outbox, current_outbox
+from celery_idempotent.producer.identify import identify
 from celery_idempotent.producer.publisher import Outgoing
 
 if TYPE_CHECKING:
-    from celery import Celery
     from celery.result import AsyncResult
 
-    from celery_idempotent.options import Options
 
-__all__ = ["Sending", "answer_of", "delay_of", "identify", "is_unrecorded", "send"]
+__all__ = ["Sending", "is_unrecorded", "send"]
 
 logger = logging.getLogger("celery_idempotent")
 
 T = TypeVar("T")
-
-_SCALARS = (str, bytes, int, float, bool, type(None))
-
-
-def identify(
-    options: Options, args: Any, kwargs: Any, *, message_id: str | None, task_id: str, task_name: str
-) -> tuple[MessageKey, str | None]:
-    """The key and the fingerprint of a call, decided once, by its producer.
-
-    Args:
-        options: The task's options.
-        args: Positional arguments of the call.
-        kwargs: Keyword arguments of the call.
-        message_id: An id given with the call; it comes before the task's option.
-        task_id: The Celery task id, which identifies a message that has no other id.
-        task_name: The task.
-
-    Raises:
-        ConfigurationError: The id is not valid, or an argument has no canonical form.
-        TypeError: The arguments do not fit the body's signature.
-    """
-    if message_id is not None:
-        chosen = check_message_id(message_id)
-    elif options.message_id is not None:
-        chosen = check_message_id(options.message_id(tuple(args or ()), dict(kwargs or {})))
-    else:
-        chosen = check_message_id(task_id)
-    # A derived id stands for the arguments; those of a callback may be anything that its parent returns.
-    known = (message_id is not None and not is_derived(message_id)) or options.message_id is not None
-    wanted = known if options.fingerprint is None else options.fingerprint
-    fingerprint = arguments_fingerprint(options.signature, tuple(args or ()), dict(kwargs or {})) if wanted else None
-    return MessageKey(chosen, task_name), fingerprint
-
-
-def delay_of(task: Guarded, options: Mapping[str, Any]) -> float | None:
-    """Seconds until a call is due by its ``countdown`` or ``eta``; ``None`` for at once."""
-    if options.get("countdown"):
-        return float(options["countdown"])
-    due = _moment(task.app, options.get("eta"))
-    return None if due is None else float((due - task.app.now()).total_seconds())
 
 
 def send(task: Guarded, args: Any, kwargs: Any, task_id: str | None, options: dict[str, Any]) -> AsyncResult[Any]:
@@ -196,7 +153,7 @@ class Sending:
         sent = Marker.read(options.get("headers"))
         run = current_run(task.app)
         mine = run is not None and run.request.id == task_id
-        dispatched = _dispatched(task, run, task_id, options)
+        dispatched = is_dispatched(task, run, task_id, options)
         calls: Calls | None = None
         position: Position | None = None
         if sent is not None and sent.belongs_to(task.name, task_id):
@@ -219,16 +176,16 @@ class Sending:
                 task.idempotency, args, kwargs, message_id=message_id, task_id=task_id, task_name=task.name
             )
             replacing = mine and run is not None and run.replacing
-            canvas = replacing or dispatched or _waited_on(given, options)
+            canvas = replacing or dispatched or is_waited_on(given, options)
             call = Call(fingerprint, canvas=canvas, own=replacing and run.key == key)  # type: ignore[union-attr]
             outcomes = task.queue_log.outcomes
             trace = None if outcomes is None else outcomes.traceparent()
             marker = Marker.new(key, task_id, fingerprint, trace=trace)
         box = None if call.own else current_outbox(task.queue_log)
         if box is not None:
-            options = _for_later(task.app, options)
-            args, kwargs = _kept(args), _kept(kwargs)
-        routed = _routed(task, args, kwargs, options)
+            options = for_later(task.app, options)
+            args, kwargs = kept(args), kept(kwargs)
+        routed = routed_options(task, args, kwargs, options)
         message = NewMessage(
             key=marker.key,
             task_id=marker.task_id,
@@ -486,7 +443,7 @@ class Sending:
             row = marker.row_of_its_own if marker.copied else marker.key
             options = without_local(self.options)
             due = options.pop("eta", None)
-            due = _moment(self.task.app, due)
+            due = moment(self.task.app, due)
             self.box.add(Outgoing(row, self.task, self.args, self.kwargs, marker, due, options, tell))
             return self._trailed(self._result(marker.task_id, duplicate=duplicate))
         headers = marker.write(self.options.get("headers"))
@@ -537,8 +494,8 @@ class Sending:
 
     def _first_result(self, row: Row) -> AsyncResult[Any]:
         if self.task.app.conf.task_always_eager:
-            return self._trailed(_eager_result(self.task, row))
-        _answer_again(self.task, row)
+            return self._trailed(eager_result(self.task, row))
+        answer_again(self.task, row)
         return self._trailed(self._result(row.task_id, duplicate=True))
 
     def _trailed(self, result: AsyncResult[Any]) -> AsyncResult[Any]:
@@ -611,142 +568,3 @@ class Sending:
             raise silence
         policy = {**(conf.task_publish_retry_policy or {}), **(self.options.get("retry_policy") or {})}
         return ask_again(note_silence, policy, silence=silence)
-
-
-def answer_of(
-    task: Guarded, key: MessageKey, fingerprint: str | None, task_id: str, options: Mapping[str, Any]
-) -> EagerResult[Any] | None:
-    """What ``apply()`` answers for a message that has succeeded; ``None`` when the call is to go the way of a delivery.
-
-    Raises:
-        DuplicateMessageError: The task says so.
-    """
-    if _waited_on(task_id, options):
-        return None
-    store = task.queue_log.store
-    try:
-        row = store.find(key)
-    except StoreError:
-        return None  # what becomes of it then is decided where it is claimed
-    if row is None or row.status is not Status.DONE or row.processed_status is not ProcessedStatus.SUCCESS:
-        return None
-    action = decide_call(row, Call(fingerprint), task.idempotency.call)
-    if action not in (CallAction.RETURN_FIRST, CallAction.RAISE_DUPLICATE):
-        return None
-    store.count_duplicate(key)
-    outcomes = task.queue_log.outcomes
-    if outcomes is not None:
-        outcomes.tell(OutcomeKind.DUPLICATE, key, row=row, task_id=task_id, attempt=0, reason=action)
-    if action is CallAction.RAISE_DUPLICATE:
-        raise DuplicateMessageError(key.message_id, row.task_id, str(row.status))
-    return _eager_result(task, row)
-
-
-def _eager_result(task: Guarded, row: Row) -> EagerResult[Any]:
-    """The outcome of a message in the hands of an eager caller, from its row."""
-    if row.processed_status is ProcessedStatus.SUCCESS:
-        result = EagerResult(row.task_id, _stored_value(task, row), states.SUCCESS, name=task.name)
-    elif row.processed_status is ProcessedStatus.FAILURE:
-        error = AlreadyFailedError(row.key.message_id, row.error)
-        result = EagerResult(row.task_id, error, states.FAILURE, name=task.name)
-    else:
-        # The caller of a body that has not ended: only a call from inside of it, or from another thread.
-        result = EagerResult(row.task_id, None, states.PENDING, name=task.name)
-    result.duplicate = True
-    return result
-
-
-def _stored_value(task: Guarded, row: Row) -> Any:
-    try:
-        return None if row.result is None else decode_result(task.app, row.result)
-    except UndecodableError as error:
-        logger.warning("the stored result of %s[%s] cannot be read: %s", task.name, row.key.message_id, error)
-        return None
-
-
-def _answer_again(task: Guarded, row: Row) -> None:
-    """Store the outcome of a message once more whose result has expired in the backend, where its row outlives it.
-
-    The caller of a duplicate would wait for it for ever.
-    """
-    backend, processed = task.backend, row.processed_timestamp
-    if row.status is not Status.DONE or processed is None or task.ignore_result or not backend.persistent:
-        return
-    if not backend.expires or (row.read_at - processed).total_seconds() < backend.expires:
-        return
-    try:
-        if backend.get_state(row.task_id) in states.READY_STATES:
-            return
-        if row.processed_status is ProcessedStatus.FAILURE:
-            error = AlreadyFailedError(row.key.message_id, row.error)
-            backend.store_result(row.task_id, error, states.FAILURE)
-        elif row.result is not None:  # or nothing was kept, or another task answers
-            backend.store_result(row.task_id, decode_result(task.app, row.result), states.SUCCESS)
-    except Exception as error:  # noqa: BLE001 - the call is a duplicate and needs no backend: its result is asked for later
-        logger.warning(
-            "the result of %s[%s] has expired, and is not stored again: %r", task.name, row.key.message_id, error
-        )
-
-
-def _for_later(app: Celery, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a call that is published later, maybe by another process: with what Celery would add of here and now."""
-    later = as_moments(options, app.now())
-    parent = app.current_worker_task
-    if parent:
-        later.setdefault("root_id", parent.request.root_id or parent.request.id)
-        later.setdefault("parent_id", parent.request.id)
-    return later
-
-
-def _kept(value: Any) -> Any:
-    """Arguments as they are now, whatever their caller does to them before they are published."""
-    items = value.values() if isinstance(value, Mapping) else value or ()
-    return value if all(isinstance(item, _SCALARS) for item in items) else deepcopy(value)
-
-
-def _moment(app: Celery, eta: Any) -> datetime | None:
-    return None if not eta else maybe_make_aware(maybe_iso8601(eta), app.timezone)
-
-
-def _waited_on(task_id: str | None, options: Mapping[str, Any]) -> bool:
-    """Whether something else waits on a call under its own task id.
-
-    A worker that dispatches the last step of a chain passes an empty ``chain``; a chord's body, and whatever else was frozen in
-    a canvas, has its id fixed together with a ``reply_to``, which a plain call never names.
-    """
-    if any(options.get(name) for name in ("link", "link_error", "chord", "group_id")):
-        return True
-    return options.get("chain") is not None or (task_id is not None and bool(options.get("reply_to")))
-
-
-def _dispatched(task: Guarded, run: GuardedRun | None, task_id: str | None, options: Mapping[str, Any]) -> bool:
-    """Whether Celery sends a call behind a task that has run: the next step of a chain, a link, an errback, a chord's body.
-
-    Only Celery names the parent; a chord's body has its id fixed instead, and is sent by a worker.
-    """
-    if run is not None and run.in_body:
-        return False
-    if options.get("parent_id"):
-        return True
-    return task_id is not None and bool(options.get("reply_to")) and bool(task.app.current_worker_task)
-
-
-def _routed(task: Guarded, args: Any, kwargs: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a call with all that Celery publishes it by: the task's own, and where its routes send it."""
-    if task.app.conf.task_always_eager:
-        return dict(options)
-    own = {name: value for name, value in task._get_exec_options().items() if value is not None}  # noqa: SLF001 - as apply_async does
-    routed: dict[str, Any] = task.app.amqp.router.route({**own, **options}, task.name, args, kwargs, task)
-    queue = routed.get("queue")
-    if routed.get("exchange"):
-        exchange = getattr(routed["exchange"], "name", routed["exchange"])
-        if is_fanout(task.app, exchange):
-            routed["exchange_type"] = FANOUT
-    elif getattr(getattr(queue, "exchange", None), "type", None) == FANOUT:
-        routed["exchange_type"] = FANOUT
-    if queue is not None:
-        # A Broadcast is known by its alias; each process has a queue of its own for it.
-        routed["queue"] = str(getattr(queue, "alias", None) or getattr(queue, "name", queue))
-    if "serializer" not in options:
-        routed.pop("serializer", None)  # the row's message says it
-    return routed

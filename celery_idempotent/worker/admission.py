@@ -54,7 +54,7 @@ from celery_idempotent.message.serialization import (
     serializer_of,
     trace_of,
 )
-from celery_idempotent.producer.send import identify
+from celery_idempotent.producer.identify import identify
 from celery_idempotent.worker.celery_versions import ignores_result
 from celery_idempotent.worker.chords import claimed_for
 from celery_idempotent.worker.events import CopyIgnored

@@ -24,7 +24,7 @@ from celery_idempotent.message.canvas_ids import fix_callbacks
 from celery_idempotent.message.header import Marker
 from celery_idempotent.message.identity import Identity, identity_of_sent
 from celery_idempotent.message.serialization import UndecodableError, decode_result, encode_message, serializer_of
-from celery_idempotent.producer.send import identify
+from celery_idempotent.producer.identify import identify
 from celery_idempotent.worker.celery_versions import acknowledges_timeouts, retries_lost_workers
 from celery_idempotent.worker.discards import REVOKED, discard
 from celery_idempotent.worker.events import announce

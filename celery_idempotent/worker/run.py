@@ -45,8 +45,8 @@ from celery_idempotent.hooks import OutcomeKind, reason_of
 from celery_idempotent.message.canvas_ids import Calls, derived
 from celery_idempotent.message.header import Marker
 from celery_idempotent.message.serialization import decode_result, encode_message, encode_result
+from celery_idempotent.producer.box import within
 from celery_idempotent.producer.guarded import RUN, Guarded, current_run
-from celery_idempotent.producer.outbox import within
 from celery_idempotent.worker.celery_versions import ignores_result
 from celery_idempotent.worker.lease_renewal import Renewals
 from celery_idempotent.worker.time_limits import TimeLimits

@@ -21,9 +21,10 @@ from celery_idempotent.message.canvas_ids import is_guarded
 from celery_idempotent.message.header import Marker, later_call
 from celery_idempotent.message.identity import FANOUT, type_of_exchange
 from celery_idempotent.message.serialization import encode_message, serializer_of
+from celery_idempotent.producer.box import current_outbox
 from celery_idempotent.producer.broadcast import end_broadcast
-from celery_idempotent.producer.outbox import current_outbox
-from celery_idempotent.producer.send import delay_of, identify
+from celery_idempotent.producer.call_options import delay_of
+from celery_idempotent.producer.identify import identify
 from celery_idempotent.queue_log import QueueLog
 from celery_idempotent.worker.bootsteps import CheckStep, RecoveryStep
 from celery_idempotent.worker.discards import EXPIRED, REVOKED, discard

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Self
 from celery_idempotent.core.begin import begin
 from celery_idempotent.core.transactions import refuse_autocommit, transactional
 from celery_idempotent.errors import ConfigurationError, IdempotentError, StoreUnavailableError
-from celery_idempotent.producer.outbox import OUTBOX, Outbox
+from celery_idempotent.producer.box import OUTBOX, Outbox
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine

@@ -18,7 +18,7 @@ from celery_idempotent import (
 )
 from celery_idempotent.core.records import Found, NewMessage, Recorded, RowFilter
 from celery_idempotent.core.store import Store
-from celery_idempotent.producer.outbox import current_outbox
+from celery_idempotent.producer.box import current_outbox
 from celery_idempotent.producer.relay import relay
 from tests.integration.outbox.conftest import Office
 from tests.support.effects import Effect

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from celery_idempotent import outbox
 from celery_idempotent.core.records import Status
 from celery_idempotent.errors import ConfigurationError
-from celery_idempotent.producer.outbox import within
+from celery_idempotent.producer.box import within
 from tests.integration.outbox.conftest import Office
 from tests.support.effects import Effect
 

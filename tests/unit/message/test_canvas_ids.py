@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from celery_idempotent import IdempotentTask
 from celery_idempotent.core.records import MessageKey
+from celery_idempotent.message.call_signature import CallSignature
 from celery_idempotent.message.canvas_ids import Calls, derived, fix_callbacks, is_derived
-from celery_idempotent.message.ids import CallSignature, check_message_id
+from celery_idempotent.message.check_id import check_message_id
 
 KEY = MessageKey("order:1", "shop.order")
 

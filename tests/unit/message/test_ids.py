@@ -21,17 +21,10 @@ from hypothesis import strategies as st
 from kombu.serialization import dumps, loads
 
 from celery_idempotent.errors import ConfigurationError
+from celery_idempotent.message.call_signature import CallSignature, arguments_fingerprint
 from celery_idempotent.message.canonical import fingerprint
-from celery_idempotent.message.ids import (
-    MAX_BYTES,
-    ByArguments,
-    CallSignature,
-    MessageIdSource,
-    arguments_fingerprint,
-    by_arguments,
-    check_message_id,
-    message_id_source,
-)
+from celery_idempotent.message.check_id import MAX_BYTES, check_message_id
+from celery_idempotent.message.ids import ByArguments, MessageIdSource, by_arguments, message_id_source
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 

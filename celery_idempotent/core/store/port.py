@@ -1,0 +1,24 @@
+"""The port as a whole: each role's verbs, and what all of them go by."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from celery_idempotent.core.store.claiming import Claimer
+from celery_idempotent.core.store.ending import Ender
+from celery_idempotent.core.store.operating import Operator
+from celery_idempotent.core.store.recording import Recorder
+from celery_idempotent.core.store.recovering import Recoverer
+from celery_idempotent.core.store.schema import Schema
+
+__all__ = ["BATCH", "LARGE_MESSAGE", "Store"]
+
+#: Bytes up to which the verbs that recovery lists rows by read the messages too: some hundreds of them are in memory at once.
+LARGE_MESSAGE = 64 * 1024
+
+#: Rows that one statement of recovery, the relay or the purge reads or deletes.
+BATCH = 200
+
+
+class Store(Recorder, Claimer, Ender, Recoverer, Operator, Schema, Protocol):
+    """Where the queue log lives."""

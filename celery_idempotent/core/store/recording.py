@@ -1,0 +1,91 @@
+"""The verbs by which a producer records its calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from celery_idempotent.core.records import Found, MessageKey, NewMessage, Recorded, Row
+
+__all__ = ["Recorder"]
+
+
+class Recorder(Protocol):
+    """Records calls, and takes them back."""
+
+    def record(self, message: NewMessage) -> Recorded | Found:
+        """Record a message as pending unless its id is taken.
+
+        An id whose ``expires_at`` has passed is free: its row starts anew, keeping only its token, so that a run of the old
+        message that still lives stays fenced.
+
+        Args:
+            message: What is about to be published.
+
+        Returns:
+            ``Recorded``, or ``Found`` with the row that has the id.
+
+        Atomicity: one statement when the id is new; of N concurrent callers exactly one is told ``Recorded``.
+        """
+        ...
+
+    def record_all(self, messages: Sequence[NewMessage]) -> list[Recorded | Found]:
+        """Record many messages, each as :meth:`record` would.
+
+        Args:
+            messages: What is about to be published, in the order in which the relay is to publish it. A message whose id is taken
+                by one before it in the list is found, not recorded.
+
+        Returns:
+            What :meth:`record` would answer, message by message.
+
+        Atomicity: each message on its own. As few statements as the store can: one for all that are new, where it has an insert of
+        many rows that yields to those that are there.
+        """
+        ...
+
+    def withdraw(self, key: MessageKey, *, task_id: str) -> bool:
+        """Take back a message whose publication failed.
+
+        Args:
+            key: The message.
+            task_id: The Celery task id it was recorded under.
+
+        Returns:
+            Whether a row was deleted: only one that is pending, unclaimed and of that task id is.
+
+        Atomicity: one statement.
+        """
+        ...
+
+    def resubmit(self, row: Row, message: NewMessage) -> bool:
+        """Make a failed message pending again, to be published once more.
+
+        Args:
+            row: The ``done``/``failure`` row as it was read.
+            message: What is published now; its task id, message, fingerprint, queue, attempt and delay replace the row's.
+
+        Returns:
+            Whether the row still stood as read; ``False`` means that somebody else was first.
+
+        Atomicity: one statement (compare and set on status, token and task id).
+        """
+        ...
+
+    def republish(self, row: Row) -> bool:
+        """Note that a message is handed to the broker again (``published_at`` is now).
+
+        Args:
+            row: A pending row, or a processing one whose lease ran out, as it was read.
+
+        Returns:
+            Whether the row still stood as read (same status, token and ``published_at``, lease still run out): of N callers one
+            publishes.
+
+        Atomicity: one statement.
+        """
+        ...
+
+    def count_duplicate(self, key: MessageKey) -> None:
+        """Add one to ``duplicates``: a copy of this message was skipped, on either side."""
+        ...

@@ -1,0 +1,63 @@
+"""The life of a store: its table or keys, and its connections."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from celery_idempotent.core.records import Change
+
+__all__ = ["Schema"]
+
+
+class Schema(Protocol):
+    """Creates, upgrades and checks what a store keeps its rows in."""
+
+    def init(self, *, before: Callable[[Change], None] | None = None) -> bool:
+        """Create the table if it is missing, or take one of an older version to this one; beside those who use it.
+
+        Code that is one version older goes on on a table of this version. Any number may do this at once.
+
+        Args:
+            before: Called before each change: a large table takes its time.
+
+        Returns:
+            Whether anything was created or changed.
+
+        Raises:
+            SchemaError: A table of that name is there and is of no version that this one knows; it is not touched.
+
+        Atomicity: none over all changes. What is broken off is taken up by the next ``init``.
+        """
+        ...
+
+    def outstanding(self) -> Sequence[Change]:
+        """What :meth:`init` would do, in this order; nothing when the schema is of this version. Nothing is made or written.
+
+        Raises:
+            SchemaError: As :meth:`init`.
+        """
+        ...
+
+    def check(self) -> None:
+        """Reach the store and compare its schema with this version's.
+
+        Raises:
+            SchemaError: The table is missing, or lacks columns.
+        """
+        ...
+
+    def inspect(self) -> bool:
+        """Do what :meth:`check` does, and make nothing and write nothing where that makes what is missing.
+
+        Returns:
+            Whether the schema is there. ``False`` only from a store that makes it on first use: then it is not missing.
+
+        Raises:
+            SchemaError: The table is missing, or lacks columns.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of connections. The store may be used again and opens new ones."""
+        ...

@@ -1,0 +1,72 @@
+"""The port of a store whose verbs can be part of its users' transactions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from celery_idempotent.core.records import MessageKey
+from celery_idempotent.core.store.port import Store
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection, Engine
+
+__all__ = ["TransactionalStore"]
+
+
+class TransactionalStore(Store, Protocol):
+    """A store in a database that can hold its users' tables too: what ``atomic=True`` needs."""
+
+    @property
+    def engine(self) -> Engine:
+        """An engine for transactions on the store's database, one per process."""
+        ...
+
+    def within(self, connection: Connection) -> Store:
+        """The same store, with its verbs in a transaction of the caller's.
+
+        What they write takes effect, and is seen by others, when the caller commits. Nothing is repeated, and errors are the
+        database's own: what they make of the transaction is the caller's affair. A message that is found to be there is not locked by
+        that, where the database leaves the choice (MySQL and MariaDB keep a shared lock on its row until the transaction ends).
+
+        Args:
+            connection: One of :attr:`engine`'s database, in a transaction.
+
+        Raises:
+            ConfigurationError: It is a connection to another kind of database.
+            SchemaError: The table is not there; by the verbs, too, where the connection leads to a database that lacks it.
+        """
+        ...
+
+    def recorded(self, keys: Sequence[MessageKey]) -> Mapping[MessageKey, str]:
+        """Which of these messages have a row now, whatever its status, and under which Celery task id each was recorded.
+
+        Args:
+            keys: The messages; an empty list asks nothing.
+
+        Atomicity: one statement for some hundreds of rows.
+        """
+        ...
+
+    def gave_up(self, connection: Connection) -> bool | None:
+        """Whether the database has given a transaction up, so that its commit would be a rollback, without an error.
+
+        Args:
+            connection: In the transaction.
+
+        Returns:
+            ``None`` when the driver does not tell: then it is known by what is there after the commit.
+        """
+        ...
+
+    def gave_way(self, error: BaseException) -> bool:
+        """Whether a transaction that met an error took no effect, and may if all of it is done again.
+
+        So it is after a deadlock, a serialization failure or a lock that was waited for in vain; after a connection that broke,
+        unless it broke while the transaction was being committed; and when the database takes nothing for now, as while it is read-only.
+        """
+        ...
+
+    def collided(self, error: BaseException) -> bool:
+        """Whether it did so in favour of another transaction: a deadlock, a serialization failure, a lock that was waited for in vain."""
+        ...

@@ -1,0 +1,308 @@
+"""The parameters of a task's body: they give a call's arguments their names, so that equal calls look alike.
+
+``f(1)``, ``f(a=1)`` and ``f(1, b=<default>)`` are one call. Nothing here knows Celery or a database.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from types import MethodType
+from typing import Any
+
+from celery_idempotent.errors import ConfigurationError
+from celery_idempotent.message.canonical import canonical, fingerprint
+
+__all__ = ["ANY_CALL", "Args", "CallSignature", "Kwargs", "arguments_fingerprint"]
+
+#: What the arguments of a call look like: ``apply_async`` takes ``None`` for none.
+Args = Sequence[Any] | None
+Kwargs = Mapping[str, Any] | None
+
+
+class CallSignature:
+    """The parameters of a task's body, to which the arguments of a call are bound. Make it once per task.
+
+    Args:
+        run: The body. Decorators are seen through by ``__wrapped__``; one that changes the parameters must say so in
+            ``__signature__``, or arguments are bound to the parameters of the function inside it.
+        bound: Whether the task is its first parameter (``bind=True``) and not yet bound to it. It never counts among
+            the arguments; a method that is bound already may be given either way.
+        typed: Whether a call must fit. If not (``typing=False``), one that does not is told by its arguments as they are given.
+
+    Raises:
+        ConfigurationError: ``run`` has no signature to be found, as some functions written in C.
+    """
+
+    __slots__ = ("_defaults", "_keywords", "_outer", "_plain", "_signature", "_typed", "_values", "name")
+
+    def __init__(self, run: Callable[..., Any], *, bound: bool = False, typed: bool = True) -> None:
+        self._typed = typed
+        #: What the body is called, for errors.
+        self.name: str = getattr(run, "__name__", type(run).__name__)
+        try:
+            signature = inspect.signature(run)
+            outer = inspect.signature(run, follow_wrapped=False)
+        except (TypeError, ValueError) as error:
+            raise ConfigurationError(
+                f"the parameters of {self.name} cannot be told ({error}): give the task a body written in Python"
+            ) from error
+        if bound and not _is_method(run):
+            signature, outer = _without_first(signature), _without_first(outer)
+        self._signature = signature
+        self._outer = outer
+        parameters = signature.parameters.values()
+        self._keywords = next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), None)
+        self._defaults = {p.name: _Default(p) for p in parameters if _stands_at_something(p)}
+        #: The parameters, if each may be given by place and by name, and what those stand at that may be left out.
+        self._plain = (
+            tuple(signature.parameters) if all(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters) else None
+        )
+        self._values = {p.name: p.default for p in parameters if p.default is not p.empty}
+
+    def __repr__(self) -> str:
+        return f"<CallSignature {self.name}{self._signature}>"
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The names of the parameters, in order, without the task itself."""
+        return tuple(self._signature.parameters)
+
+    def positions(self, count: int) -> list[str]:
+        """The names of the parameters that so many positional arguments are for; ``*args`` has one name for all that it takes up.
+
+        Raises:
+            TypeError: The body does not take so many.
+        """
+        parameters = list(self._signature.parameters.values())
+        names = [p.name for p in parameters if p.kind in {p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD}]
+        rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
+        if count > len(names) and rest is None:
+            raise TypeError(f"{self.name} takes {len(names)} positional arguments, not {count}")
+        return [*names, *[str(rest)] * (count - len(names))][:count]
+
+    def bind(self, args: Args, kwargs: Kwargs) -> dict[str, Any]:
+        """The arguments of a call by parameter, defaults applied.
+
+        What ``*args`` and ``**kwargs`` take up stands under their own names, as a tuple and a dict.
+
+        Raises:
+            TypeError: The body cannot be called so.
+        """
+        arguments = None if self._plain is None else self._bind_plainly(self._plain, args or (), kwargs or {})
+        if arguments is not None:
+            return arguments
+        try:
+            call = self._signature.bind(*(args or ()), **(kwargs or {}))
+        except TypeError as error:
+            if not self._typed:  # sent all the same; the worker says what is wrong with it
+                return {
+                    **dict(zip(self.parameters, args or (), strict=False)),
+                    **(kwargs or {}),
+                    "*": tuple(args or ()),
+                }
+            raise self._misfit(error, args, kwargs) from None
+        call.apply_defaults()
+        return dict(call.arguments)
+
+    def _bind_plainly(
+        self, names: tuple[str, ...], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> dict[str, Any] | None:
+        """What :mod:`inspect` does at length, for most bodies; ``None`` for a call that does not fit, of which it says why."""
+        given = dict(zip(names, args, strict=False))
+        if len(args) > len(names) or any(name in given or name not in self._signature.parameters for name in kwargs):
+            return None
+        given.update(kwargs)
+        try:
+            return {name: given[name] if name in given else self._values[name] for name in names}
+        except KeyError:
+            return None
+
+    def names(self, args: Args, kwargs: Kwargs) -> dict[str, Any]:
+        """As :meth:`bind`, with what ``**kwargs`` took up by name as well; a parameter goes before a keyword of its name.
+
+        Raises:
+            TypeError: The body cannot be called so.
+        """
+        arguments = self.bind(args, kwargs)
+        return arguments if self._keywords not in arguments else {**arguments[self._keywords], **arguments}
+
+    def digest(self, args: Args, kwargs: Kwargs, *, only: Sequence[str] = ()) -> str:
+        """SHA-256 hex digest (64 characters) of the call: equal for calls whose arguments are equal once bound.
+
+        An argument that equals its default counts as one not given. That tells calls apart just as well, and holds over
+        time: a parameter that a later version adds with a default changes nothing for the calls that do not give it,
+        those under way among them.
+
+        Args:
+            args: Positional arguments, without the task itself.
+            kwargs: Keyword arguments.
+            only: The arguments that count; empty for all.
+
+        Raises:
+            ConfigurationError: One that counts has no canonical form.
+            TypeError: The body cannot be called so.
+        """
+        if only:
+            names = self.names(args, kwargs)
+            arguments = {name: names[name] for name in only if name in names}
+        else:
+            arguments = self.bind(args, kwargs)
+        return fingerprint(
+            {
+                name: value
+                for name, value in arguments.items()
+                if name not in self._defaults or not self._defaults[name].equals(value)
+            }
+        )
+
+    def check_names(self, names: Iterable[str], option: str) -> None:
+        """Refuse names that no argument can have.
+
+        Args:
+            names: What an option takes for names of arguments.
+            option: The option as it was written, for the error.
+
+        Raises:
+            ConfigurationError: A name is not a parameter, and the body takes no ``**kwargs``.
+        """
+        if self._keywords is not None:
+            return
+        for name in names:
+            if name not in self._signature.parameters:
+                near = difflib.get_close_matches(name, self.parameters, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(self.parameters) or 'none'}"
+                raise ConfigurationError(f"{option}: {self.name} has no parameter {name!r}; {hint}")
+
+    def check_callable(self, option: Callable[..., object]) -> None:
+        """Refuse a callable that takes no call of the body.
+
+        Raises:
+            ConfigurationError: It cannot be called with the arguments of the body, given by place or by name.
+        """
+        try:
+            takes = inspect.signature(option)
+        except (TypeError, ValueError):  # as of some types written in C: it is found out when it is called
+            return
+        every = list(self._signature.parameters.values())
+        for some in (every, [p for p in every if p.default is p.empty]):
+            by_place = [p for p in some if p.kind in {p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD}]
+            by_name = {p.name: None for p in some if p.kind in {p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY}}
+            only = [p for p in some if p.kind is p.POSITIONAL_ONLY]
+            for args, kwargs in (
+                (by_place, {p.name: None for p in some if p.kind is p.KEYWORD_ONLY}),
+                (only, by_name),
+            ):
+                try:
+                    takes.bind(*args, **kwargs)
+                except TypeError:
+                    continue
+                return
+        if any(p.kind in {p.VAR_POSITIONAL, p.VAR_KEYWORD} for p in every):
+            return  # the body takes any number, and this one its own
+        raise ConfigurationError(
+            f"the message_id callable of {self.name} takes {takes}, and is called as {self.name} is, with "
+            f"{inspect.Signature([p.replace(annotation=p.empty) for p in every])}: give it these parameters; "
+            f"a first parameter called `self` is the task"
+        )
+
+    def wants_task(self, option: Callable[..., object], owner: type | None = None) -> bool:
+        """Whether a ``message_id`` function asks for the task before the arguments, as a method does.
+
+        Args:
+            option: What stands in the task's class or was given to the decorator.
+            owner: The task's class.
+        """
+        if inspect.isclass(option) or isinstance(option, MethodType) or not hasattr(type(option), "__get__"):
+            return False  # nothing that Python would bind to an object
+        try:
+            first = next(iter(inspect.signature(option).parameters.values()), None)
+        except (TypeError, ValueError):
+            return False
+        if first is None or first.kind not in {first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD}:
+            return False
+        if first.name in self._signature.parameters:
+            return False
+        # One that is written in the class is a method, whatever it calls its task; else the name says it.
+        methods = {f"{cls.__qualname__}.message_id" for cls in getattr(owner, "__mro__", ())}
+        return first.name == "self" or getattr(option, "__qualname__", None) in methods
+
+    def _misfit(self, error: TypeError, args: Args, kwargs: Kwargs) -> TypeError:
+        misfit = TypeError(f"{self.name}(): {error}")
+        try:
+            self._outer.bind(*(args or ()), **(kwargs or {}))
+        except TypeError:
+            return misfit
+        misfit.add_note(
+            f"A decorator around {self.name} accepts this call. "
+            f"If it changes the parameters, it must set __signature__ on the function it returns."
+        )
+        return misfit
+
+
+def _stands_at_something(parameter: inspect.Parameter) -> bool:
+    """Whether a call may leave a parameter out."""
+    return parameter.default is not parameter.empty or parameter.kind in {
+        parameter.VAR_POSITIONAL,
+        parameter.VAR_KEYWORD,
+    }
+
+
+class _Default:
+    """What a parameter stands at when a call does not give it."""
+
+    __slots__ = ("_form", "_name", "_value")
+
+    def __init__(self, parameter: inspect.Parameter) -> None:
+        self._name = parameter.name
+        self._value: Any = parameter.default
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            self._value = ()
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            self._value = {}
+        self._form: bytes | None = None
+        with suppress(ConfigurationError):  # it is a sentinel, which nothing but itself equals
+            self._form = canonical({self._name: self._value})
+
+    def equals(self, value: Any) -> bool:
+        if value is self._value:
+            return True
+        # By the form, where True is not 1; under its name, so that an error tells where.
+        return self._form is not None and canonical({self._name: value}) == self._form
+
+
+def arguments_fingerprint(signature: CallSignature | None, args: Args, kwargs: Kwargs) -> str:
+    """SHA-256 hex digest (64 characters) of a call's arguments, by which a message id used for another call is found out.
+
+    Args:
+        signature: The task's; ``None`` when it is not known (``send_task`` by name). Positional arguments have no names
+            then, so the digest says nothing when compared with one made from the signature.
+        args: Positional arguments, without the task itself.
+        kwargs: Keyword arguments.
+
+    Raises:
+        ConfigurationError: An argument has no canonical form.
+        TypeError: The body cannot be called so.
+    """
+    return (signature or ANY_CALL).digest(args, kwargs)
+
+
+def _is_method(run: Callable[..., Any]) -> bool:
+    return isinstance(inspect.unwrap(run, stop=lambda f: isinstance(f, MethodType)), MethodType)
+
+
+def _without_first(signature: inspect.Signature) -> inspect.Signature:
+    parameters = list(signature.parameters.values())
+    if parameters and parameters[0].kind is not inspect.Parameter.VAR_POSITIONAL:
+        del parameters[0]
+    return signature.replace(parameters=parameters)
+
+
+def _any_call(*args: Any, **kwargs: Any) -> None:
+    """Stands for a body whose parameters are not known."""
+
+
+#: Of a call whose task is not known.
+ANY_CALL = CallSignature(_any_call)

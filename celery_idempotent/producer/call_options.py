@@ -1,0 +1,95 @@
+"""What the options of a call say: when it is due, where it goes, and who waits on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from celery.utils.time import maybe_iso8601, maybe_make_aware
+
+from celery_idempotent.message.identity import FANOUT, is_fanout
+from celery_idempotent.message.serialization import as_moments
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+    from celery_idempotent.producer.guarded import Guarded, GuardedRun
+
+__all__ = ["delay_of", "for_later", "is_dispatched", "is_waited_on", "kept", "moment", "routed_options"]
+
+_SCALARS = (str, bytes, int, float, bool, type(None))
+
+
+def delay_of(task: Guarded, options: Mapping[str, Any]) -> float | None:
+    """Seconds until a call is due by its ``countdown`` or ``eta``; ``None`` for at once."""
+    if options.get("countdown"):
+        return float(options["countdown"])
+    due = moment(task.app, options.get("eta"))
+    return None if due is None else float((due - task.app.now()).total_seconds())
+
+
+def for_later(app: Celery, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a call that is published later, maybe by another process: with what Celery would add of here and now."""
+    later = as_moments(options, app.now())
+    parent = app.current_worker_task
+    if parent:
+        later.setdefault("root_id", parent.request.root_id or parent.request.id)
+        later.setdefault("parent_id", parent.request.id)
+    return later
+
+
+def kept(value: Any) -> Any:
+    """Arguments as they are now, whatever their caller does to them before they are published."""
+    items = value.values() if isinstance(value, Mapping) else value or ()
+    return value if all(isinstance(item, _SCALARS) for item in items) else deepcopy(value)
+
+
+def moment(app: Celery, eta: Any) -> datetime | None:
+    """When a call is due by its ``eta``, which may be text; ``None`` for at once."""
+    return None if not eta else maybe_make_aware(maybe_iso8601(eta), app.timezone)
+
+
+def is_waited_on(task_id: str | None, options: Mapping[str, Any]) -> bool:
+    """Whether something else waits on a call under its own task id.
+
+    A worker that dispatches the last step of a chain passes an empty ``chain``; a chord's body, and whatever else was frozen in
+    a canvas, has its id fixed together with a ``reply_to``, which a plain call never names.
+    """
+    if any(options.get(name) for name in ("link", "link_error", "chord", "group_id")):
+        return True
+    return options.get("chain") is not None or (task_id is not None and bool(options.get("reply_to")))
+
+
+def is_dispatched(task: Guarded, run: GuardedRun | None, task_id: str | None, options: Mapping[str, Any]) -> bool:
+    """Whether Celery sends a call behind a task that has run: the next step of a chain, a link, an errback, a chord's body.
+
+    Only Celery names the parent; a chord's body has its id fixed instead, and is sent by a worker.
+    """
+    if run is not None and run.in_body:
+        return False
+    if options.get("parent_id"):
+        return True
+    return task_id is not None and bool(options.get("reply_to")) and bool(task.app.current_worker_task)
+
+
+def routed_options(task: Guarded, args: Any, kwargs: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a call with all that Celery publishes it by: the task's own, and where its routes send it."""
+    if task.app.conf.task_always_eager:
+        return dict(options)
+    own = {name: value for name, value in task._get_exec_options().items() if value is not None}  # noqa: SLF001 - as apply_async does
+    routed: dict[str, Any] = task.app.amqp.router.route({**own, **options}, task.name, args, kwargs, task)
+    queue = routed.get("queue")
+    if routed.get("exchange"):
+        exchange = getattr(routed["exchange"], "name", routed["exchange"])
+        if is_fanout(task.app, exchange):
+            routed["exchange_type"] = FANOUT
+    elif getattr(getattr(queue, "exchange", None), "type", None) == FANOUT:
+        routed["exchange_type"] = FANOUT
+    if queue is not None:
+        # A Broadcast is known by its alias; each process has a queue of its own for it.
+        routed["queue"] = str(getattr(queue, "alias", None) or getattr(queue, "name", queue))
+    if "serializer" not in options:
+        routed.pop("serializer", None)  # the row's message says it
+    return routed
