@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import logging
-import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, assert_never
 
 from celery import states
 from celery.backends.base import DisabledBackend
 from celery.exceptions import Ignore, Reject, SoftTimeLimitExceeded
-from kombu.exceptions import ContentDisallowed, DecodeError, OperationalError
-from kombu.utils.functional import retry_over_time
+from kombu.exceptions import ContentDisallowed, DecodeError
 
 from celery_idempotent.core import store_retry
 from celery_idempotent.core.decision import Delivery, DeliveryAction, DeliveryDecision, decide_delivery
@@ -57,8 +54,10 @@ from celery_idempotent.message.serialization import (
 from celery_idempotent.producer.identify import identify
 from celery_idempotent.worker.celery_versions import ignores_result
 from celery_idempotent.worker.chords import claimed_for
+from celery_idempotent.worker.delivery import answered, describe, waited_on, worker_label
 from celery_idempotent.worker.events import CopyIgnored
-from celery_idempotent.worker.run import Run, RunState, answered, describe, waited_on, worker_label
+from celery_idempotent.worker.hold import hold_countdown, hold_delay, publish_copy
+from celery_idempotent.worker.run import Run, RunState
 
 if TYPE_CHECKING:
     from celery.app.task import Context
@@ -76,26 +75,8 @@ _ATTEMPTS = 10
 #: Seconds for which a message is held whose row kept moving.
 _SETTLE = 1.0
 
-#: Seconds for which a copy of a running message is held at first. Each further hold is twice as long, up to what the decision
-#: says, in as many steps.
-_FIRST_HOLD = 1.0
-_LONGEST_HOLD = 20
-
-#: Seconds. To quorum queues Celery publishes whole seconds only, and raises ValueError for less than one.
-_SHORTEST_HOLD = 1.0
-
 #: Seconds of grace for an older copy in the claim itself: whether it may run in a retry's place, and as which attempt, is told by the row.
 _NEVER = 1e9
-
-#: Seconds by which copies of one message are spread, at most; also a tenth of the delay, if that is less.
-_JITTER = 1.0
-
-#: Seconds after which a broker delivers an unacknowledged message again, where kombu or RabbitMQ (``consumer_timeout``, which also
-#: ends the worker that kept it) has a default for it.
-_VISIBILITY_TIMEOUT = {
-    **dict.fromkeys(("redis", "rediss", "sentinel"), 3600),
-    **dict.fromkeys(("sqs", "amqp", "amqps", "pyamqp"), 1800),
-}
 
 
 def admit(task: Guarded, request: Context) -> Run:
@@ -540,7 +521,7 @@ class _Admission:
             return AlreadyProcessingError(row.key.message_id, decision.delay)
         # Most owners end long before their lease does, and somebody may wait for this copy's result.
         holds = self.run.marker.holds
-        delay = min(decision.delay, _FIRST_HOLD * 2 ** min(holds, _LONGEST_HOLD))
+        delay = hold_delay(decision.delay, holds)
         # Should this message end and its id be free again before the copy comes back, the copy is known by it.
         first = self.run.marker.first or (None if row.task_id == self.request.id else row.task_id)
         self._mark(holds=holds + 1, first=first)
@@ -559,20 +540,12 @@ class _Admission:
         On Redis a restored copy shares its delivery tag with the running original: acknowledging either deletes the broker's
         only copy. The delayed one is a message of its own, and it is there before the acknowledgement.
         """
-        jitter = random.uniform(0, min(_JITTER, delay / 10 + 0.1))  # noqa: S311 - spreads copies, keeps no secret
-        countdown = max(delay + jitter, _SHORTEST_HOLD)
-        conf = self.task.app.conf
-        url = conf.broker_url[0] if isinstance(conf.broker_url, list) else conf.broker_url
-        scheme = (url or "").partition(":")[0]
-        timeout = (conf.broker_transport_options or {}).get("visibility_timeout", _VISIBILITY_TIMEOUT.get(scheme))
-        if timeout:
-            # A copy that waits in a worker is unacknowledged, so it must not wait past the broker's patience.
-            countdown = min(countdown, float(timeout) / 2)
+        countdown = hold_countdown(self.task.app, delay)
         if self.identity.node is not None:
             return self._give_back(row)
         logger.info("%s is held for %.1f s", self.run, countdown)
         try:
-            self._publish_copy(countdown)
+            publish_copy(self.task, self.request, self.run.marker.message_id, countdown)
         except Exception as error:  # noqa: BLE001 - whatever it is, acknowledged without its copy the message would be lost
             logger.error("%s cannot be held by publishing a copy: %r", self.run, error)
             return self._give_back(row)
@@ -580,22 +553,6 @@ class _Admission:
         running = row is None or self._is_of(row)
         return CopyIgnored(
             f"{self.run} is held for {countdown:.1f} s", self.message.key, "held", running, countdown=countdown
-        )
-
-    def _publish_copy(self, countdown: float) -> None:
-        """Publish until the broker takes it: acknowledged without its copy, the message would be lost."""
-
-        def complain(error: Exception, pauses: Iterator[float], _: int) -> float:
-            logger.error("%s cannot be held, trying again: %s", self.run, error)
-            return next(pauses)
-
-        retry_over_time(
-            partial(self.task.publish_copy, self.request, self.run.marker.message_id, countdown),
-            OperationalError,
-            errback=complain,
-            interval_start=0.5,
-            interval_step=0.5,
-            interval_max=5.0,
         )
 
     def _give_back(self, row: Row | None) -> Exception:

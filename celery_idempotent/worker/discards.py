@@ -15,7 +15,7 @@ from celery_idempotent.core.records import ABANDONED, Row
 from celery_idempotent.errors import ConfigurationError, StoreError
 from celery_idempotent.hooks import OutcomeKind, reason_of
 from celery_idempotent.message.identity import identity_of
-from celery_idempotent.worker.run import worker_label
+from celery_idempotent.worker.delivery import worker_label
 
 if TYPE_CHECKING:
     from celery.app.task import Context

@@ -26,10 +26,10 @@ from celery_idempotent.message.identity import Identity, identity_of_sent
 from celery_idempotent.message.serialization import UndecodableError, decode_result, encode_message, serializer_of
 from celery_idempotent.producer.identify import identify
 from celery_idempotent.worker.celery_versions import acknowledges_timeouts, retries_lost_workers
+from celery_idempotent.worker.delivery import describe, worker_label
 from celery_idempotent.worker.discards import REVOKED, discard
 from celery_idempotent.worker.events import announce
 from celery_idempotent.worker.lease_renewal import Held, Renewals
-from celery_idempotent.worker.run import describe, worker_label
 
 __all__ = ["IdempotentRequest", "running"]
 

@@ -7,9 +7,7 @@ finds the claim gone ends the run without a result, a callback or an acknowledge
 from __future__ import annotations
 
 import logging
-import os
 import random
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -48,6 +46,7 @@ from celery_idempotent.message.serialization import decode_result, encode_messag
 from celery_idempotent.producer.box import within
 from celery_idempotent.producer.guarded import RUN, Guarded, current_run
 from celery_idempotent.worker.celery_versions import ignores_result
+from celery_idempotent.worker.delivery import describe, waited_on, worker_label
 from celery_idempotent.worker.lease_renewal import Renewals
 from celery_idempotent.worker.time_limits import TimeLimits
 from celery_idempotent.worker.unit_of_work import RUNS, NotCommittedError, Setback, UnitOfWork, given_up_error
@@ -59,13 +58,12 @@ if TYPE_CHECKING:
 
     from celery_idempotent.core.store import Store
 
-__all__ = ["Passage", "Run", "RunState", "describe", "waited_on", "worker_label"]
+__all__ = ["Passage", "Run", "RunState"]
 
 logger = logging.getLogger("celery_idempotent")
 
 T = TypeVar("T")
 
-_ERROR_LENGTH = 4000
 
 #: Seconds that an attempt which has ended its row is given to store its result, and between two looks for that.
 _OWN_RESULT_WITHIN = 2.0
@@ -737,46 +735,3 @@ class Run:
 
     def __str__(self) -> str:
         return f"{self.key.task_name}[{self.key.message_id}]"
-
-
-def answered(task: Guarded, request: Context) -> None:
-    """The caller of a delivery has its answer: if that was a copy with a row of its own, nobody has to publish it again."""
-    marker = Marker.read(request.headers)
-    if marker is None or not marker.copied:
-        return
-    own = marker.row_of_its_own
-    try:
-        task.queue_log.store.withdraw(own, task_id=marker.task_id)
-    except StoreError as error:
-        logger.warning("%s[%s] was answered, and will be published once more: %s", task.name, request.id, error)
-
-
-def waited_on(request: Context) -> bool:
-    """Whether callbacks, a chain or a chord wait on a request."""
-    return bool(request.callbacks or request.chain or request.chord)
-
-
-def describe(error: BaseException) -> str:
-    """Type and text of an error, for the column ``error``."""
-    kind = f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins.")
-    try:
-        return f"{kind}: {error}"[:_ERROR_LENGTH]
-    except Exception as broken:  # noqa: BLE001 - an error that cannot say what it is must not hide that the body failed
-        return f"{kind}, whose text cannot be had: {type(broken).__name__}"
-
-
-def worker_label(hostname: str | None, pid: int | None = None) -> str:
-    """Who claims: ``host:pid``, and the thread where several tasks share a process.
-
-    Args:
-        hostname: The worker's node name.
-        pid: The process that runs the body; by default this one, and the current thread.
-
-    A thread (or greenlet) runs one task at a time, so the label is of one delivery. A parent knows its child's.
-    """
-    label = f"{hostname or 'local'}:{pid or os.getpid()}"
-    if not label.isascii():  # a node's name comes from the command line, which may hold what is no text
-        label = label.encode("utf-8", "backslashreplace").decode()
-    if pid is None and threading.current_thread() is not threading.main_thread():
-        label = f"{label}:{threading.get_ident()}"
-    return label[-255:]

@@ -27,8 +27,9 @@ from celery_idempotent.producer.call_options import delay_of
 from celery_idempotent.producer.identify import identify
 from celery_idempotent.queue_log import QueueLog
 from celery_idempotent.worker.bootsteps import CheckStep, RecoveryStep
+from celery_idempotent.worker.delivery import answered
 from celery_idempotent.worker.discards import EXPIRED, REVOKED, discard
-from celery_idempotent.worker.run import Run, answered
+from celery_idempotent.worker.run import Run
 from celery_idempotent.worker.turned_off import end_unguarded
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from celery_idempotent.core.records import Claimed, MessageKey, NewMessage, Note
-from celery_idempotent.worker.run import describe, worker_label
+from celery_idempotent.worker.delivery import describe, worker_label
 
 if TYPE_CHECKING:
     from celery.app.task import Context

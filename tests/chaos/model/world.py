@@ -41,7 +41,8 @@ from celery_idempotent.maintenance.recovery import Recovery
 from celery_idempotent.maintenance.rescue import Rescue
 from celery_idempotent.message.identity import identity_of
 from celery_idempotent.worker.admission import admit
-from celery_idempotent.worker.run import Run, RunState, worker_label
+from celery_idempotent.worker.delivery import worker_label
+from celery_idempotent.worker.run import Run, RunState
 from celery_idempotent.worker.signals import _after_run, _revoked, _succeeded
 from tests.chaos.model.broker import Broker, Copy, Mood
 from tests.chaos.model.clock import Clock

@@ -19,7 +19,8 @@ from celery_idempotent.core.records import Claim, Claimed, MessageKey, NewMessag
 from celery_idempotent.message.header import Marker
 from celery_idempotent.message.serialization import decode_result
 from celery_idempotent.producer.send import Sending
-from celery_idempotent.worker.run import Run, RunState, describe, waited_on, worker_label
+from celery_idempotent.worker.delivery import describe, waited_on, worker_label
+from celery_idempotent.worker.run import Run, RunState
 
 KEY = MessageKey("m", "task")
 
