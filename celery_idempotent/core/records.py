@@ -3,6 +3,8 @@
 Nothing here knows Celery or a database. Times are timezone-aware UTC, taken from the store's clock; durations are seconds.
 """
 
+# Longer than most: every record that crosses the port, and nothing else.
+
 from __future__ import annotations
 
 from dataclasses import dataclass

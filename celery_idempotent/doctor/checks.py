@@ -1,5 +1,7 @@
 """The checks: pure functions of facts, a group for the app, its broker and its store each. They know neither Celery nor a server."""
 
+# Longer than most: one function for each group of findings, and nothing else.
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping

@@ -32,6 +32,8 @@ Anything else, such as a generator, a function or an object of a class of your o
 memory address, and two processes would never agree on it.
 """
 
+# Longer than most: the form is one table of types, specified in the docstring.
+
 from __future__ import annotations
 
 import dataclasses

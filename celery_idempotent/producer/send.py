@@ -1,5 +1,7 @@
 """The producer's side: record, then publish, once per message id."""
 
+# Longer than most: one call goes from its arguments to the broker here, and each way out of it is a branch of the same decision.
+
 from __future__ import annotations
 
 import logging

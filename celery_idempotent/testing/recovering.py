@@ -2,6 +2,8 @@
 
 # ruff: noqa: D102 - a test's name says what it shows
 
+# Longer than most: one suite for each role of the port.
+
 from __future__ import annotations
 
 from datetime import timedelta

@@ -1,5 +1,7 @@
 """The consumer's side: claim a delivered message, or do with it what its row asks for."""
 
+# Longer than most: each branch of one decision about one delivery, on the same state.
+
 from __future__ import annotations
 
 import logging

@@ -4,6 +4,8 @@ A run lives on Celery's request for as long as the request is traced. Its writes
 finds the claim gone ends the run without a result, a callback or an acknowledged outcome of its own.
 """
 
+# Longer than most: the ways in which one run ends share its claim, its transaction and its state.
+
 from __future__ import annotations
 
 import logging

@@ -5,6 +5,8 @@ leases are renewed beside it. Whoever runs the body (:mod:`celery_idempotent.wor
 message, in the same transaction, or by rolling back.
 """
 
+# Longer than most: the transaction, and the listeners that tell how it went, are read together.
+
 from __future__ import annotations
 
 import logging

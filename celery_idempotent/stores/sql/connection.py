@@ -7,6 +7,8 @@ repeat is its own matter (its ``again``), because the first attempt may have tak
 worked on for longer than :data:`ANSWER`, and what is not waited for any more is not left to the server.
 """
 
+# Longer than most: how one connection is had, watched, repeated and given back is one story.
+
 from __future__ import annotations
 
 import os

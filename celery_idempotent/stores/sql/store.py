@@ -2,6 +2,8 @@
 
 # ruff: noqa: D102 - the verbs are documented in the port
 
+# Longer than most: every verb of the port, one line each.
+
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
