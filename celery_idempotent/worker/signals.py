@@ -1,30 +1,17 @@
-"""The hooks on Celery's signals: calls by name, the end of a run, and messages that will not run."""
+"""The hooks on Celery's signals: the end of a run, and messages that will not run. Calls by name have theirs in the producer."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from contextvars import ContextVar
-from dataclasses import replace
-from functools import partial
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from celery import _state, current_app, signals, states
+from celery import signals, states
 from celery.app.task import Context
 
-from celery_idempotent.core.records import Found, NewMessage, Recorded
-from celery_idempotent.core.store_retry import ask_again
-from celery_idempotent.errors import IdempotentError, StoreError
-from celery_idempotent.hooks import OutcomeKind
+from celery_idempotent.errors import IdempotentError
 from celery_idempotent.message.canvas_ids import is_guarded
-from celery_idempotent.message.header import Marker, later_call
-from celery_idempotent.message.identity import FANOUT, type_of_exchange
-from celery_idempotent.message.serialization import encode_message, serializer_of
-from celery_idempotent.producer.box import current_outbox
-from celery_idempotent.producer.broadcast import end_broadcast
-from celery_idempotent.producer.call_options import delay_of
-from celery_idempotent.producer.identify import identify
+from celery_idempotent.message.header import Marker
+from celery_idempotent.producer.by_name import record_calls_by_name
 from celery_idempotent.queue_log import QueueLog
 from celery_idempotent.worker.bootsteps import CheckStep, RecoveryStep
 from celery_idempotent.worker.delivery import answered
@@ -32,145 +19,18 @@ from celery_idempotent.worker.discards import EXPIRED, REVOKED, discard
 from celery_idempotent.worker.run import Run
 from celery_idempotent.worker.turned_off import end_unguarded
 
-if TYPE_CHECKING:
-    from celery import Celery
-    from celery.result import AsyncResult
-
-    from celery_idempotent.core.records import Row
-
 __all__ = ["install"]
 
 logger = logging.getLogger("celery_idempotent")
 
-#: What the second protocol has in the body beside the arguments.
-_EMBEDDED = ("callbacks", "errbacks", "chain", "chord")
-
-#: Properties that Celery makes of other options.
-_MADE_BY_CELERY = frozenset(("correlation_id", "expiration", "message_id", "reply_to"))
-
-#: Of Celery's native delayed delivery (`kombu.transport.native_delayed_delivery`): its exchanges, and the parts of a key before ours.
-_DELAYED, _LEVELS = "celery_delayed_", 28
-
 
 def install(queue_log: QueueLog) -> None:
     """Connect the hooks for an app's queue log; doing so again changes nothing."""
-    hooks = vars(queue_log.app).setdefault("queue_log_hooks", _PublishHook(queue_log))
-    vars(queue_log.app).setdefault("send_task", partial(_send_task, queue_log.app))
+    record_calls_by_name(queue_log)
     queue_log.app.steps["worker"].update({CheckStep, RecoveryStep})
-    # Before 5.7, Celery takes one method of two objects for one receiver, and connects the first app's only.
-    signals.before_task_publish.connect(hooks.before_publish, weak=True, dispatch_uid=f"celery_idempotent {id(hooks)}")
     signals.task_success.connect(_succeeded)
     signals.task_postrun.connect(_after_run)
     signals.task_revoked.connect(_revoked)
-
-
-class _PublishHook:
-    """Records messages that are sent by name: ``send_task``, and signatures of a task this process does not import.
-
-    A receiver cannot keep Celery from publishing, so a duplicate sent by name is published and resolved by its consumer.
-    """
-
-    def __init__(self, queue_log: QueueLog) -> None:
-        self.app = queue_log.app
-        self._queue_log = queue_log
-
-    def before_publish(
-        self,
-        sender: str,
-        body: Any = None,
-        headers: dict[str, Any] | None = None,
-        properties: dict[str, Any] | None = None,
-        declare: Any = None,
-        exchange: Any = None,
-        routing_key: str | None = None,
-        **_: Any,
-    ) -> None:
-        # Not `app.tasks`, which would finalize an app that only sends.
-        task = self.app._tasks.get(sender)  # noqa: SLF001
-        if headers is None or properties is None or Marker.read(headers) is not None:
-            return
-        if current_outbox(self._queue_log) is not None and _publishes(self.app, declare):
-            logger.warning(
-                "%s is published at once, although in an outbox, since it is no IdempotentTask or is called by its name: "
-                "a rollback does not undo that",
-                sender,
-            )
-        if not is_guarded(task) or not task.idempotency.idempotent:
-            return
-        # The first protocol has in its body what the second one has in its headers.
-        first_protocol = isinstance(body, Mapping)
-        sent: Mapping[str, Any] = body if first_protocol else headers
-        if "id" not in sent or not _publishes(self.app, declare):
-            return
-        args, kwargs, embed = (sent["args"], sent["kwargs"], sent) if first_protocol else body
-        task_id, message_id = sent["id"], properties.get("message_id")
-        run = Run.current(self.app)
-        if run is not None and run.in_body and message_id is None and task.idempotency.message_id is None:
-            message_id = run.calls.next(sender, task.idempotency.signature, args, kwargs).message_id
-        key, fingerprint = identify(
-            task.idempotency, args, kwargs, message_id=message_id, task_id=task_id, task_name=sender
-        )
-        properties["message_id"] = key.message_id
-        outcomes = task.queue_log.outcomes
-        trace = None if outcomes is None else outcomes.traceparent()
-        marker = Marker.new(key, task_id, fingerprint, trace=trace)
-        destination = _destination(self.app, declare, exchange, routing_key)
-        options = {**_options(sent, embed, headers, properties), **destination, **_given.get()}
-        options["message_id"] = key.message_id
-        headers.update(marker.write(None))
-        queue_log = task.queue_log
-        message = NewMessage(
-            key=key,
-            task_id=task_id,
-            queue=destination.get("queue") or destination.get("routing_key"),
-            fingerprint=fingerprint,
-            attempt=sent.get("retries") or 0,
-            delay=delay_of(task, {"eta": sent.get("eta")}),
-            message=encode_message(args, kwargs, options, serializer=serializer_of(task, options), trace=trace),
-        )
-        try:
-            policy = self.app.conf.task_publish_retry_policy or {}
-            found = ask_again(lambda: queue_log.store.record(message), policy)
-            if isinstance(found, Found) and found.row.never_began:
-                free = found.row
-                if ask_again(lambda: queue_log.store.resubmit(free, message), policy):
-                    found = Recorded()
-            broadcast = options.get("exchange_type") == FANOUT
-            if broadcast and not isinstance(found, Found):
-                end_broadcast(task, message)
-            if isinstance(found, Found) and not broadcast and (copy := self._copy(marker, found.row, sent, embed)):
-                ask_again(lambda: queue_log.store.record(replace(message, key=copy.row_of_its_own)), policy)
-                headers.update(copy.write(None))
-        except StoreError as error:
-            logger.error("%s[%s] is sent without a row, its consumer will insert it: %s", sender, key.message_id, error)
-            return
-        if outcomes is not None:
-            outcomes.tell(
-                OutcomeKind.DUPLICATE if isinstance(found, Found) else OutcomeKind.RECORDED,
-                key,
-                row=found.row if isinstance(found, Found) else None,
-                task_id=task_id,
-                queue=message.queue,
-                attempt=message.attempt,
-                reason="by_name" if isinstance(found, Found) else None,
-            )
-
-    def _copy(self, marker: Marker, row: Row, headers: Mapping[str, Any], embed: Mapping[str, Any]) -> Marker | None:
-        """The marker of a call whose message is known; ``None`` when nothing tells it from that message."""
-        if marker.task_id not in (row.task_id, marker.message_id):
-            return marker.copy_of(row.task_id)
-        waited_on = headers.get("group") or any(embed.get(name) for name in ("callbacks", "errbacks", "chain", "chord"))
-        if waited_on and not self.app.current_worker_task:
-            return marker.copy_of(row.task_id, later_call())
-        return None
-
-
-def _publishes(app: Celery, declare: Any) -> bool:
-    """Whether it is this app that publishes: the signal does not say, but the queue it declares is one app's object."""
-    if not declare:
-        return bool(current_app == app)
-    name = getattr(declare[0], "name", None)
-    return name in app.amqp.queues and app.amqp.queues[name] is declare[0]
 
 
 def _ran_unguarded(
@@ -194,66 +54,6 @@ def _ran_unguarded(
 
 
 signals.task_postrun.connect(_ran_unguarded)
-
-
-def _finalize(sender: str, declare: Any = None, **message: Any) -> None:
-    """Bind the tasks of an app whose first act in this process is a call by name: until then it has none, and no hook."""
-    for app in list(_state._get_active_apps()):  # noqa: SLF001 - the signal does not say which one it is
-        if app.finalized or not app.autofinalize or "amqp" not in vars(app) or not _publishes(app, declare):
-            continue
-        app.finalize(auto=True)
-        hooks = vars(app).get("queue_log_hooks")
-        if hooks is not None:  # connected just now, so not called this time
-            hooks.before_publish(sender, declare=declare, **message)
-
-
-signals.before_task_publish.connect(_finalize)
-
-
-def _options(
-    sent: Mapping[str, Any], embed: Mapping[str, Any], headers: Mapping[str, Any], properties: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The options of ``apply_async`` that a message was made from."""
-    # Celery's own way from a message back to options; what it does not know among the headers was given by the caller.
-    context = Context({**sent, **{name: embed.get(name) for name in _EMBEDDED}, "reply_to": properties.get("reply_to")})
-    if sent is not headers:
-        context.headers = dict(headers)
-    return {
-        **{name: value for name, value in properties.items() if name not in _MADE_BY_CELERY},
-        **context.as_execution_options(),
-        "eta": sent.get("eta"),
-        "ignore_result": sent.get("ignore_result"),
-    }
-
-
-def _destination(app: Celery, declare: Any, exchange: Any, routing_key: str | None) -> dict[str, Any]:
-    """Where a message is published, as options of ``apply_async``."""
-    name = getattr(exchange, "name", exchange)
-    if not name:
-        return {"queue": routing_key}
-    if name.startswith(_DELAYED):
-        # The delay is in front of the key, in as many parts as there are levels.
-        routing_key = str(routing_key).split(".", _LEVELS)[-1]
-        known = next((queue for queue in app.amqp.queues.values() if queue.routing_key == routing_key), None)
-        return {"routing_key": routing_key} if known is None else {"queue": known.name}
-    queue = declare[0] if declare else None
-    if queue is not None and (queue.exchange.name, queue.routing_key) == (name, routing_key):
-        return {"queue": queue.name}
-    return {"exchange": name, "routing_key": routing_key, "exchange_type": type_of_exchange(app, name)}
-
-
-#: What a call by name was given that its message does not show.
-_given: ContextVar[Mapping[str, Any]] = ContextVar("given", default=MappingProxyType({}))
-
-
-def _send_task(app: Celery, *args: Any, **options: Any) -> AsyncResult[Any]:
-    """Celery's ``send_task``; Celery's signal does not say by which serializer and compression it publishes."""
-    shown = {name: options[name] for name in ("serializer", "compression", "delivery_mode") if options.get(name)}
-    token = _given.set(shown)
-    try:
-        return type(app).send_task(app, *args, **options)
-    finally:
-        _given.reset(token)
 
 
 def _succeeded(sender: Any, **_: Any) -> None:
