@@ -16,7 +16,7 @@ __all__ = ["BASE", "check_history", "check_message", "faults"]
 ROOT = Path(__file__).resolve().parents[2]
 
 #: The last commit that was made before this check.
-BASE = "b2e01db7d2fd45558405d5846080144b0069fa6c"
+BASE = "633490a38784973b1b0ac2778a4b35e8725f60e4"
 
 LONGEST = 72
 
