@@ -5,9 +5,12 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Generator
+from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+
+UNIT = Path(__file__).resolve().parent
 
 _now: pytest.Item | None = None
 
@@ -44,7 +47,8 @@ sys.addaudithook(_watch_connections)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """Watch while a test of this folder runs, its fixtures included."""
     global _now  # noqa: PLW0603 - an audit hook cannot be taken back, so it has to look
-    _now = item
+    # pytest calls this hook for the tests of other folders too.
+    _now = item if UNIT in item.path.parents else None
     try:
         return (yield)
     finally:
