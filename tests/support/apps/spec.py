@@ -100,9 +100,11 @@ def close_app(app: Celery) -> None:
     if "queue_log" in vars(app):
         app.queue_log.close()
     if app.conf.result_backend.startswith("redis"):
-        # A result that is thrown away later on would connect to a server that is no more, to unsubscribe.
-        app.backend.result_consumer.stop()
-        app.backend.result_consumer.subscribed_to.clear()
+        # A result that is collected later would connect again to unsubscribe, and try for 20 seconds if the server is gone.
+        consumer = app.backend.result_consumer
+        consumer.stop()
+        consumer.subscribed_to.clear()
+        consumer._pubsub = None
         app.backend.client.close()
     elif app.conf.result_backend.startswith("rpc"):
         # It listens on a connection of its own as soon as a result was asked for.
