@@ -14,7 +14,7 @@ from celery.utils import uuid
 
 from celery_idempotent.core.records import NewMessage
 from celery_idempotent.errors import ConfigurationError, IdempotentError
-from celery_idempotent.message.header import Marker
+from celery_idempotent.message.header import Header
 from celery_idempotent.message.identity import type_of_exchange
 from celery_idempotent.message.serialization import content_of
 from celery_idempotent.options import Options, refuse_misspelt, refuse_misspelt_call
@@ -246,12 +246,12 @@ class IdempotentTask(Task):  # type: ignore[misc]
             result = super().apply(args, kwargs, task_id=task_id, **options)
             result.duplicate = False
             return result
-        marker = Marker.read(options.get("headers"))
-        if marker is None or not marker.belongs_to(self.name, task_id):
+        header = Header.read(options.get("headers"))
+        if header is None or not header.belongs_to(self.name, task_id):
             key, fingerprint = identify(
                 self.idempotency, args, kwargs, message_id=message_id, task_id=task_id, task_name=self.name
             )
-            marker = Marker.new(key, task_id, fingerprint)
+            header = Header.new(key, task_id, fingerprint)
             run = Run.of(self.request_stack.top)
             if run is not None and run.replacing and run.key == key:
                 run.hand_on(
@@ -262,7 +262,7 @@ class IdempotentTask(Task):  # type: ignore[misc]
                 if answer is not None:
                     return answer
         result = super().apply(
-            args, kwargs, task_id=task_id, **{**options, "headers": marker.write(options.get("headers"))}
+            args, kwargs, task_id=task_id, **{**options, "headers": header.write(options.get("headers"))}
         )
         if not hasattr(result, "duplicate"):  # as that of a retry has it already
             result.duplicate = False

@@ -13,7 +13,7 @@ from celery.utils import uuid
 
 from celery_idempotent.core.records import DISCARDED, MessageKey, NewMessage, ProcessedStatus, Row, Status
 from celery_idempotent.message.canvas_ids import is_guarded
-from celery_idempotent.message.header import HEADER, Marker
+from celery_idempotent.message.header import HEADER, Header
 from celery_idempotent.message.identity import FANOUT
 from celery_idempotent.message.serialization import (
     UndecodableError,
@@ -140,12 +140,12 @@ def requeue(queue_log: QueueLog, row: Row) -> Requeued | NotRequeued:
 def _anew(row: Row, options: Mapping[str, Any], task_id: str) -> dict[str, Any]:
     """The options of a message that starts over."""
     kept = {name: value for name, value in options.items() if name not in _OF_BEFORE}
-    sent = Marker.read(options.get("headers"))
+    sent = Header.read(options.get("headers"))
     headers = {name: value for name, value in (options.get("headers") or {}).items() if name != HEADER}
     # Of a row that has had copies, or another Celery id before: the calls of its body are told by the first one.
     first = sent.first if sent is not None and sent.belongs_to(row.key.task_name, row.task_id) else None
     if first is None and task_id != row.task_id:
         first = row.task_id
     if first is not None:
-        headers = replace(Marker.new(row.key, task_id, row.fingerprint), first=first).write(headers)
+        headers = replace(Header.new(row.key, task_id, row.fingerprint), first=first).write(headers)
     return {**kept, "headers": headers or None, "task_id": task_id, "message_id": row.key.message_id}

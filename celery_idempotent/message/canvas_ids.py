@@ -25,7 +25,7 @@ from celery_idempotent.core.storable import is_text
 from celery_idempotent.errors import ConfigurationError
 from celery_idempotent.message.call_signature import CallSignature, arguments_fingerprint
 from celery_idempotent.message.canonical import FORM, canonical
-from celery_idempotent.message.header import Marker
+from celery_idempotent.message.header import Header
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -57,8 +57,8 @@ def fix_callbacks(request: Context) -> None:
     They are made from the request's own id, or from the name of its call: another copy of the message, which another caller waits on,
     has callbacks of its own. Doing so again changes nothing.
     """
-    marker = Marker.read(request.headers)
-    base = request.id if marker is None or marker.call is None else marker.call
+    header = Header.read(request.headers)
+    base = request.id if header is None or header.call is None else header.call
     for kind, name in (("link", "callbacks"), ("errback", "errbacks")):
         callbacks = getattr(request, name, None)
         if callbacks:

@@ -17,7 +17,7 @@ from celery.utils import uuid
 from celery_idempotent.core.records import MessageKey
 from celery_idempotent.core.storable import FINGERPRINT, is_text
 
-__all__ = ["HEADER", "TRACE_HEADER", "Marker", "is_trace", "later_call", "rejections"]
+__all__ = ["HEADER", "TRACE_HEADER", "Header", "is_trace", "later_call", "rejections"]
 
 HEADER = "idempotent"
 
@@ -49,7 +49,7 @@ def is_trace(value: object) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Marker:
+class Header:
     """The header of a recorded message: all that travels with it beside its arguments.
 
     It is passed on as one value. Make one by :meth:`new`, :meth:`delivered` or :meth:`read`, and the next one from it by
@@ -85,8 +85,8 @@ class Marker:
     rejected: int = 0
 
     @classmethod
-    def read(cls, headers: Mapping[str, Any] | None) -> Marker | None:
-        """The marker among a message's headers, or ``None``; anything malformed counts as none."""
+    def read(cls, headers: Mapping[str, Any] | None) -> Header | None:
+        """The guard's header among a message's headers, or ``None``; anything malformed counts as none."""
         found = headers.get(HEADER) if isinstance(headers, Mapping) else None
         if not isinstance(found, Mapping):
             return None
@@ -110,26 +110,26 @@ class Marker:
         )
 
     @classmethod
-    def new(cls, key: MessageKey, task_id: str, fingerprint: str | None = None, *, trace: str | None = None) -> Marker:
-        """The marker of a message that is sent for the first time."""
+    def new(cls, key: MessageKey, task_id: str, fingerprint: str | None = None, *, trace: str | None = None) -> Header:
+        """The header of a message that is sent for the first time."""
         return cls(key.message_id, key.task_name, task_id, fingerprint, trace=trace)
 
     @classmethod
-    def delivered(cls, key: MessageKey, task_id: str, headers: Mapping[str, Any] | None) -> Marker | None:
-        """The marker of a delivered message; ``None`` if its producer has none, or its header is another task's."""
+    def delivered(cls, key: MessageKey, task_id: str, headers: Mapping[str, Any] | None) -> Header | None:
+        """The header of a delivered message; ``None`` if its producer has none, or its header is another task's."""
         sent = cls.read(headers)
         if sent is None or sent.task_name != key.task_name:
             return None
-        marker = replace(sent, message_id=key.message_id, task_id=task_id)
+        header = replace(sent, message_id=key.message_id, task_id=task_id)
         # What a header says of another message than this one is no history of ours.
         return (
-            marker
+            header
             if sent.task_id == task_id
-            else replace(marker, first=None, lost=0, trace=None, call=None, rejected=0)
+            else replace(header, first=None, lost=0, trace=None, call=None, rejected=0)
         )
 
-    def copy_of(self, first: str, call: str | None = None) -> Marker:
-        """The marker of a copy that is published although its message id is known.
+    def copy_of(self, first: str, call: str | None = None) -> Header:
+        """The header of a copy that is published although its message id is known.
 
         Args:
             first: The Celery id that was first sent under it.
@@ -137,8 +137,8 @@ class Marker:
         """
         return replace(self, copied=True, first=None if first == self.task_id else first, call=call)
 
-    def next_attempt(self, *, lost: bool = False) -> Marker:
-        """The marker of the message's retry.
+    def next_attempt(self, *, lost: bool = False) -> Header:
+        """The header of the message's retry.
 
         Args:
             lost: Whether it is sent because a worker was lost, to make the same calls as what was lost.
@@ -146,32 +146,32 @@ class Marker:
         return replace(self, holds=0, copied=False, call=None, lost=self.lost + lost)
 
     def write(self, headers: Mapping[str, Any] | None) -> dict[str, Any]:
-        """The headers with this marker among them."""
-        marker: dict[str, str | int] = {
+        """The headers with this one among them."""
+        header: dict[str, str | int] = {
             "message_id": self.message_id,
             "task": self.task_name,
             "task_id": self.task_id,
         }
         if self.fingerprint is not None:
-            marker["fingerprint"] = self.fingerprint
+            header["fingerprint"] = self.fingerprint
         if self.holds:
-            marker["holds"] = self.holds
+            header["holds"] = self.holds
         if self.copied:
-            marker["copied"] = True
+            header["copied"] = True
         if self.first is not None:
-            marker["first"] = self.first
+            header["first"] = self.first
         if self.lost:
-            marker["lost"] = self.lost
+            header["lost"] = self.lost
         if self.trace is not None:
-            marker["trace"] = self.trace
+            header["trace"] = self.trace
         if self.call is not None:
-            marker["call"] = self.call
+            header["call"] = self.call
         if self.rejected:
-            marker["rejected"] = self.rejected
-        return {**(headers or {}), HEADER: marker}
+            header["rejected"] = self.rejected
+        return {**(headers or {}), HEADER: header}
 
     def belongs_to(self, task_name: str, task_id: str | None) -> bool:
-        """Whether a call with this header sends on the marker's own message."""
+        """Whether a call with this header sends on this header's own message."""
         return self.task_name == task_name and self.task_id == task_id
 
     @property

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from celery_idempotent.core.records import MessageKey
 from celery_idempotent.core.storable import LONGEST
 from celery_idempotent.message.check_id import check_message_id
-from celery_idempotent.message.header import Marker
+from celery_idempotent.message.header import Header
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -98,9 +98,9 @@ def identity_of_sent(
     node = (node or "local") if exchange and is_fanout(task.app, exchange) else None
     given = properties.get("message_id") if properties else None
     if not given:
-        marker = Marker.read(headers)
-        if marker is not None and marker.task_name == task.name:
-            given = marker.message_id
+        header = Header.read(headers)
+        if header is not None and header.task_name == task.name:
+            given = header.message_id
     if given or task.idempotency.message_id is None:
         message_id = check_message_id(given or task_id)
         return Identity(message_id, _key(message_id, task.name, node), node=node)

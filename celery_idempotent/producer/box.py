@@ -256,4 +256,4 @@ class Outbox:
             logger.warning("%d messages are left to the relay, the store gives no answer: %s", len(messages), error)
             return []
         # Behind what was rolled back somebody else may have recorded the id.
-        return [message for message in messages if task_ids.get(message.key) == message.marker.task_id]
+        return [message for message in messages if task_ids.get(message.key) == message.header.task_id]

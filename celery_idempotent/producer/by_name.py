@@ -18,7 +18,7 @@ from celery_idempotent.core.store_retry import ask_again
 from celery_idempotent.errors import StoreError
 from celery_idempotent.hooks import OutcomeKind
 from celery_idempotent.message.canvas_ids import is_guarded
-from celery_idempotent.message.header import Marker, later_call
+from celery_idempotent.message.header import Header, later_call
 from celery_idempotent.message.identity import FANOUT, type_of_exchange
 from celery_idempotent.message.serialization import encode_message, serializer_of
 from celery_idempotent.producer.box import current_outbox
@@ -79,7 +79,7 @@ class _PublishHook:
     ) -> None:
         # Not `app.tasks`, which would finalize an app that only sends.
         task = self.app._tasks.get(sender)  # noqa: SLF001
-        if headers is None or properties is None or Marker.read(headers) is not None:
+        if headers is None or properties is None or Header.read(headers) is not None:
             return
         if current_outbox(self._queue_log) is not None and _publishes(self.app, declare):
             logger.warning(
@@ -105,11 +105,11 @@ class _PublishHook:
         properties["message_id"] = key.message_id
         outcomes = task.queue_log.outcomes
         trace = None if outcomes is None else outcomes.traceparent()
-        marker = Marker.new(key, task_id, fingerprint, trace=trace)
+        header = Header.new(key, task_id, fingerprint, trace=trace)
         destination = _destination(self.app, declare, exchange, routing_key)
         options = {**_options(sent, embed, headers, properties), **destination, **_given.get()}
         options["message_id"] = key.message_id
-        headers.update(marker.write(None))
+        headers.update(header.write(None))
         queue_log = task.queue_log
         message = NewMessage(
             key=key,
@@ -130,7 +130,7 @@ class _PublishHook:
             broadcast = options.get("exchange_type") == FANOUT
             if broadcast and not isinstance(found, Found):
                 end_broadcast(task, message)
-            if isinstance(found, Found) and not broadcast and (copy := self._copy(marker, found.row, sent, embed)):
+            if isinstance(found, Found) and not broadcast and (copy := self._copy(header, found.row, sent, embed)):
                 ask_again(lambda: queue_log.store.record(replace(message, key=copy.row_of_its_own)), policy)
                 headers.update(copy.write(None))
         except StoreError as error:
@@ -147,13 +147,13 @@ class _PublishHook:
                 reason="by_name" if isinstance(found, Found) else None,
             )
 
-    def _copy(self, marker: Marker, row: Row, headers: Mapping[str, Any], embed: Mapping[str, Any]) -> Marker | None:
-        """The marker of a call whose message is known; ``None`` when nothing tells it from that message."""
-        if marker.task_id not in (row.task_id, marker.message_id):
-            return marker.copy_of(row.task_id)
+    def _copy(self, header: Header, row: Row, headers: Mapping[str, Any], embed: Mapping[str, Any]) -> Header | None:
+        """The header of a call whose message is known; ``None`` when nothing tells it from that message."""
+        if header.task_id not in (row.task_id, header.message_id):
+            return header.copy_of(row.task_id)
         waited_on = headers.get("group") or any(embed.get(name) for name in ("callbacks", "errbacks", "chain", "chord"))
         if waited_on and not self.app.current_worker_task:
-            return marker.copy_of(row.task_id, later_call())
+            return header.copy_of(row.task_id, later_call())
         return None
 
 

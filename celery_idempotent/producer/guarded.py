@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from celery_idempotent.core.records import MessageKey, NewMessage
     from celery_idempotent.message.canvas_ids import Calls
-    from celery_idempotent.message.header import Marker
+    from celery_idempotent.message.header import Header
     from celery_idempotent.options import Options
     from celery_idempotent.queue_log import QueueLog
 
@@ -71,7 +71,7 @@ class GuardedRun(Protocol):
     #: Celery's request of the delivery.
     request: Any
     #: What the delivery's header says.
-    marker: Marker
+    header: Header
     #: Whether the body is about to replace itself by another task under the same task id.
     replacing: bool
 

@@ -24,7 +24,7 @@ from celery_idempotent.producer.relay import relay
 if TYPE_CHECKING:
     from kombu import Connection, Producer
 
-    from celery_idempotent.message.header import Marker
+    from celery_idempotent.message.header import Header
     from celery_idempotent.producer.guarded import Guarded
     from celery_idempotent.queue_log import QueueLog
 
@@ -60,7 +60,7 @@ class Outgoing:
         task: The task.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
-        marker: What its header says.
+        header: What its header says.
         due: When it may run; ``None`` for at once.
         options: The other options of ``apply_async``.
         tell: Tells the app's hooks that it was recorded, or what else it comes to.
@@ -70,7 +70,7 @@ class Outgoing:
     task: Guarded
     args: Any
     kwargs: Any
-    marker: Marker
+    header: Header
     due: datetime | None
     options: Mapping[str, Any]
     tell: Callable[[], None] | None = None
@@ -82,12 +82,12 @@ class Outgoing:
         ignored = self.task.ignore_result if ignored is None else ignored
         backend = self.task.backend
         if producer is not None and not ignored and not backend.persistent:
-            backend.on_task_call(producer, self.marker.task_id)  # rpc:// makes the queue for the answer then
+            backend.on_task_call(producer, self.header.task_id)  # rpc:// makes the queue for the answer then
         publish(
             self.task,
             self.args,
             self.kwargs,
-            marker=self.marker,
+            header=self.header,
             due_in=None if self.due is None else (self.due - self.task.app.now()).total_seconds(),
             ignore_result=ignored,
             producer=producer,

@@ -16,7 +16,7 @@ from kombu.exceptions import OperationalError
 from celery_idempotent.core.records import ABANDONED, MessageKey, NewMessage, ProcessedStatus, Row, Status
 from celery_idempotent.hooks import OutcomeKind, reason_of
 from celery_idempotent.message.canvas_ids import is_guarded
-from celery_idempotent.message.header import Marker
+from celery_idempotent.message.header import Header
 from celery_idempotent.message.identity import FANOUT
 from celery_idempotent.message.serialization import UndecodableError, decode_message, trace_of
 from celery_idempotent.producer.broadcast import end_broadcast
@@ -37,7 +37,7 @@ def publish(
     args: Any,
     kwargs: Any,
     *,
-    marker: Marker,
+    header: Header,
     due_in: float | None = None,
     ignore_result: bool,
     headers: Mapping[str, Any] | None = None,
@@ -49,7 +49,7 @@ def publish(
         task: The task.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
-        marker: What its header says.
+        header: What its header says.
         due_in: Seconds until it may run; ``None`` or less than 0 for at once.
         ignore_result: What its header says to its worker.
         headers: Its other headers.
@@ -64,9 +64,9 @@ def publish(
     return task.publish(
         args,
         kwargs,
-        task_id=marker.task_id,
-        message_id=marker.message_id,
-        headers=marker.write(headers),
+        task_id=header.task_id,
+        message_id=header.message_id,
+        headers=header.write(headers),
         ignore_result=True,
         **options,
     )
@@ -173,12 +173,12 @@ def _publication_of(queue_log: QueueLog, row: Row, whole: Row) -> Callable[[], o
     # Behind a copy's retry a row has the copy's message: what waits on it waits under the copy's own Celery id.
     task_id = options.get("task_id") or row.task_id
     # A retry says itself whose calls it makes.
-    sent = Marker.delivered(key, task_id, options.get("headers")) or Marker.new(key, task_id)
-    marker = replace(sent, fingerprint=row.fingerprint, holds=0, trace=trace_of(row.message))
+    sent = Header.delivered(key, task_id, options.get("headers")) or Header.new(key, task_id)
+    header = replace(sent, fingerprint=row.fingerprint, holds=0, trace=trace_of(row.message))
     if key != row.key:
-        marker = replace(marker, copied=True, call=None if row.key.message_id == task_id else row.key.message_id)
-    elif marker.first is None and task_id != row.task_id:
-        marker = replace(marker, first=row.task_id)
+        header = replace(header, copied=True, call=None if row.key.message_id == task_id else row.key.message_id)
+    elif header.first is None and task_id != row.task_id:
+        header = replace(header, first=row.task_id)
     # What the row knows better, and what was true of one delivery only.
     replaced: tuple[str, ...] = (
         "eta",
@@ -197,7 +197,7 @@ def _publication_of(queue_log: QueueLog, row: Row, whole: Row) -> Callable[[], o
         task,
         args,
         kwargs,
-        marker=marker,
+        header=header,
         due_in=row.available_in if row.status is Status.PENDING else None,
         ignore_result=options.get("ignore_result", task.ignore_result),
         retries=row.attempt,

@@ -31,7 +31,7 @@ from celery_idempotent.errors import (
 )
 from celery_idempotent.hooks import OutcomeKind
 from celery_idempotent.message.canvas_ids import Calls, Position
-from celery_idempotent.message.header import Marker, later_call
+from celery_idempotent.message.header import Header, later_call
 from celery_idempotent.message.identity import FANOUT
 from celery_idempotent.message.serialization import (
     dumped,
@@ -99,8 +99,8 @@ def is_unrecorded(task: Guarded, task_id: str | None, options: Mapping[str, Any]
     """Whether a call is sent as Celery would: its task is turned off, and it does not send a recorded message on."""
     if task.idempotency.idempotent:
         return False
-    marker, run = Marker.read(options.get("headers")), current_run(task.app)
-    if marker is not None and marker.belongs_to(task.name, task_id):
+    header, run = Header.read(options.get("headers")), current_run(task.app)
+    if header is not None and header.belongs_to(task.name, task_id):
         return False
     return run is None or run.is_unguarded or run.request.id != task_id
 
@@ -114,7 +114,7 @@ class Sending:
     kwargs: Any
     message: NewMessage
     #: What the message's header says.
-    marker: Marker
+    header: Header
     call: Call
     options: dict[str, Any]
     #: The guarded run that sends its own message on (retry, replace by itself), if this call does.
@@ -152,7 +152,7 @@ class Sending:
         options = dict(options)
         args, kwargs = dumped(task, args, kwargs, options)
         message_id = options.pop("message_id", None)
-        sent = Marker.read(options.get("headers"))
+        sent = Header.read(options.get("headers"))
         run = current_run(task.app)
         mine = run is not None and run.request.id == task_id
         dispatched = is_dispatched(task, run, task_id, options)
@@ -160,8 +160,8 @@ class Sending:
         position: Position | None = None
         if sent is not None and sent.belongs_to(task.name, task_id):
             # A retry: of the running body, or by the parent of a worker that was lost, which has moved the row itself.
-            marker = sent.next_attempt()
-            call = Call(marker.fingerprint, own=True)
+            header = sent.next_attempt()
+            call = Call(header.fingerprint, own=True)
         else:
             given = task_id
             if run is not None and run.in_body and not mine:
@@ -182,17 +182,17 @@ class Sending:
             call = Call(fingerprint, canvas=canvas, own=replacing and run.key == key)  # type: ignore[union-attr]
             outcomes = task.queue_log.outcomes
             trace = None if outcomes is None else outcomes.traceparent()
-            marker = Marker.new(key, task_id, fingerprint, trace=trace)
+            header = Header.new(key, task_id, fingerprint, trace=trace)
         box = None if call.own else current_outbox(task.queue_log)
         if box is not None:
             options = for_later(task.app, options)
             args, kwargs = kept(args), kept(kwargs)
         routed = routed_options(task, args, kwargs, options)
         message = NewMessage(
-            key=marker.key,
-            task_id=marker.task_id,
+            key=header.key,
+            task_id=header.task_id,
             queue=None if task.app.conf.task_always_eager else routed.get("queue") or routed.get("routing_key"),
-            fingerprint=marker.fingerprint,
+            fingerprint=header.fingerprint,
             attempt=options.get("retries") or 0,
             delay=delay_of(task, options),
             published=box is None,
@@ -200,10 +200,10 @@ class Sending:
             message=encode_message(
                 args,
                 kwargs,
-                {**routed, "task_id": marker.task_id, "message_id": marker.message_id},
+                {**routed, "task_id": header.task_id, "message_id": header.message_id},
                 serializer=serializer_of(task, options),
                 now=None if routed.get("countdown") is routed.get("expires") is None else task.app.now(),
-                trace=marker.trace,
+                trace=header.trace,
             ),
         )
         return cls(
@@ -211,7 +211,7 @@ class Sending:
             args,
             kwargs,
             message,
-            marker,
+            header,
             call,
             options,
             run if mine else None,
@@ -341,7 +341,7 @@ class Sending:
                     return None
                 logger.warning("%s is published again: it has waited since %s", self._name, row.waiting_since)
                 self._tell(OutcomeKind.DUPLICATE, row, action)
-                return self._publish_now(replace(self.marker, task_id=row.task_id), duplicate=True)
+                return self._publish_now(replace(self.header, task_id=row.task_id), duplicate=True)
             case CallAction.RESUBMIT:
                 if not self._ask(partial(self._store.resubmit, row, self.message)):
                     return None
@@ -393,15 +393,15 @@ class Sending:
 
     def _publish_copy(self, row: Row) -> AsyncResult[Any]:
         """Publish under its own task id, with a row of its own that lasts until its consumer has answered it."""
-        marker = self.marker.copy_of(row.task_id, self._later_call(row))
-        own = marker.row_of_its_own
+        header = self.header.copy_of(row.task_id, self._later_call(row))
+        own = header.row_of_its_own
         if own == self.message.key or self.task.app.conf.task_always_eager or self._is_broadcast:
             self._tell(OutcomeKind.DUPLICATE, row, CallAction.PUBLISH_COPY)
-            return self._publish_now(replace(marker, copied=False), duplicate=True)
+            return self._publish_now(replace(header, copied=False), duplicate=True)
         self._ask(partial(self._store.record, replace(self.message, key=own)))
         take_back = partial(self._store.withdraw, own, task_id=self.message.task_id)
         tell = partial(self._tell, OutcomeKind.DUPLICATE, row, CallAction.PUBLISH_COPY)
-        return self._publish_or(take_back, tell, marker)
+        return self._publish_or(take_back, tell, header)
 
     def _later_call(self, row: Row) -> str | None:
         """The name of a call under a Celery id that was sent before: not the same call once more, which its consumer would skip.
@@ -429,35 +429,35 @@ class Sending:
         Killed before that, it sends a part of its calls as later ones once more. They are replayed. The age of the row cannot tell these from
         another call's: two calls under one Celery id may be under way at once.
         """
-        if parent.marker.call is None or parent.request.is_eager:
+        if parent.header.call is None or parent.request.is_eager:
             return False
-        return self._store.find(parent.marker.row_of_its_own) is None
+        return self._store.find(parent.header.row_of_its_own) is None
 
     def _publish_now(
         self,
-        marker: Marker | None = None,
+        header: Header | None = None,
         *,
         duplicate: bool = False,
         tell: Callable[[], None] | None = None,
     ) -> AsyncResult[Any]:
-        marker = marker or self.marker
+        header = header or self.header
         if self.box is not None:
-            row = marker.row_of_its_own if marker.copied else marker.key
+            row = header.row_of_its_own if header.copied else header.key
             options = without_local(self.options)
             due = options.pop("eta", None)
             due = moment(self.task.app, due)
-            self.box.add(Outgoing(row, self.task, self.args, self.kwargs, marker, due, options, tell))
-            return self._trailed(self._result(marker.task_id, duplicate=duplicate))
-        headers = marker.write(self.options.get("headers"))
-        options = {**self.options, "headers": headers, "message_id": marker.message_id}
-        result = self.task.publish(self.args, self.kwargs, task_id=marker.task_id, **options)
+            self.box.add(Outgoing(row, self.task, self.args, self.kwargs, header, due, options, tell))
+            return self._trailed(self._result(header.task_id, duplicate=duplicate))
+        headers = header.write(self.options.get("headers"))
+        options = {**self.options, "headers": headers, "message_id": header.message_id}
+        result = self.task.publish(self.args, self.kwargs, task_id=header.task_id, **options)
         result.duplicate = duplicate
         if tell is not None:
             tell()
         return result
 
     def _publish_or(
-        self, take_back: Callable[[], object], tell: Callable[[], None], copy: Marker | None = None
+        self, take_back: Callable[[], object], tell: Callable[[], None], copy: Header | None = None
     ) -> AsyncResult[Any]:
         """Publish, and tell what that comes to once it is certain: in an outbox that is behind its commit."""
         try:

@@ -42,7 +42,7 @@ from celery_idempotent.errors import (
 )
 from celery_idempotent.hooks import OutcomeKind, reason_of
 from celery_idempotent.message.canvas_ids import fix_callbacks, unsent_errbacks
-from celery_idempotent.message.header import HEADER, Marker, rejections
+from celery_idempotent.message.header import HEADER, Header, rejections
 from celery_idempotent.message.identity import FANOUT, Identity, identity_of
 from celery_idempotent.message.serialization import (
     UndecodableError,
@@ -57,7 +57,7 @@ from celery_idempotent.producer.identify import identify
 from celery_idempotent.worker.celery_versions import ignores_result
 from celery_idempotent.worker.chords import claimed_for
 from celery_idempotent.worker.delivery import answered, describe, waited_on, worker_label
-from celery_idempotent.worker.events import CopyIgnored
+from celery_idempotent.worker.events import DuplicateIgnored
 from celery_idempotent.worker.hold import hold_countdown, hold_delay, publish_copy
 from celery_idempotent.worker.run import Run, RunState
 
@@ -132,10 +132,10 @@ class _Admission:
         self.request = request
         self.identity = identity
         key = MessageKey(identity.message_id, task.name)
-        marker = Marker.delivered(key, request.id, request.headers)
+        header = Header.delivered(key, request.id, request.headers)
         #: Whether the message says which Celery id was first sent under its message id.
-        self.knows_first = marker is not None
-        if marker is None:
+        self.knows_first = header is not None
+        if header is None:
             # From a producer without this library. Its id stands; whether its arguments are compared is ours to say.
             named = key.message_id if key.message_id != request.id and identity.older is None else None
             _, fingerprint = identify(
@@ -146,13 +146,13 @@ class _Admission:
                 task_id=request.id,
                 task_name=task.name,
             )
-            marker = Marker.new(key, request.id, fingerprint)
-        if marker.trace is None and task.queue_log.outcomes is not None:
-            marker = replace(marker, trace=task.queue_log.outcomes.trace_among(request.headers))
-        marker = replace(marker, rejected=marker.rejected + rejections(request.headers))
+            header = Header.new(key, request.id, fingerprint)
+        if header.trace is None and task.queue_log.outcomes is not None:
+            header = replace(header, trace=task.queue_log.outcomes.trace_among(request.headers))
+        header = replace(header, rejected=header.rejected + rejections(request.headers))
         fix_callbacks(request)
-        self.message = replace(delivered, fingerprint=marker.fingerprint, first=marker.first)
-        self.run = Run(task, request, self.message, marker)
+        self.message = replace(delivered, fingerprint=header.fingerprint, first=header.first)
+        self.run = Run(task, request, self.message, header)
         self._mark()
         #: Whether a claim of ours may stand, or may yet: the store was asked and its answer did not come.
         self.unanswered = False
@@ -249,7 +249,7 @@ class _Admission:
             took = time.monotonic() - self.run.asked
             run = self._claimed(answer) if isinstance(answer, Claimed) else self._follow(answer)
             if run is not None:
-                if run.claim is not None and (run.marker.first_id != self.request.id or not self.knows_first):
+                if run.claim is not None and (run.header.first_id != self.request.id or not self.knows_first):
                     self.unanswered = True  # should the store give no answer now: the claim stands, and is found again
                     self._keep_the_first()
                 if isinstance(answer, Claimed) or self.found_again:
@@ -260,7 +260,7 @@ class _Admission:
         raise self._hold(_SETTLE)
 
     def _ask(self) -> Claimed | Taken:
-        later = self.run.marker.call is not None
+        later = self.run.header.call is not None
         if later:
             # Never in the place of the first call under its Celery id, whose callbacks would not be sent then.
             row = self._store.find(self.message.key)
@@ -332,7 +332,7 @@ class _Admission:
                 logger.info("%s is skipped: it is %s already", self.run, row.status)
                 self.run.tell(OutcomeKind.SKIPPED, row)
                 running = row.status is not Status.DONE and self._is_of(row)
-                raise CopyIgnored(f"{self.run} is a duplicate: it is {row.status}", row.key, "skipped", running)
+                raise DuplicateIgnored(f"{self.run} is a duplicate: it is {row.status}", row.key, "skipped", running)
             case DeliveryAction.REPLAY:
                 self._wait_for_the_chord()
                 return self._replay(row)
@@ -379,7 +379,7 @@ class _Admission:
         self._note_first(row)
         if row.task_id == self.request.id or self.identity.node is not None:
             return
-        own = Marker.new(row.key, row.task_id).row_of_its_own
+        own = Header.new(row.key, row.task_id).row_of_its_own
         if own == row.key or not self._is_message_of(row.task_id, row):
             return
         self._store.record(
@@ -396,16 +396,16 @@ class _Admission:
     def _note_first(self, row: Row) -> None:
         """The body's calls are told by the first id, in this attempt and in those that come after it."""
         # What was requeued under another id than it had says so itself: its row knows no more than the new one.
-        renamed = self.run.marker.first if row.task_id == self.request.id else None
+        renamed = self.run.header.first if row.task_id == self.request.id else None
         first = renamed or row.task_id
         self._mark(
-            first=None if first == self.request.id else first, trace=trace_of(row.message) or self.run.marker.trace
+            first=None if first == self.request.id else first, trace=trace_of(row.message) or self.run.header.trace
         )
 
     def _mark(self, **changes: Any) -> None:
         """Let the headers say what is known now: they go along with a retry, and with a copy that is held."""
-        self.run.marker = replace(self.run.marker, **changes)
-        self.request.headers = self.run.marker.write(self.request.headers)
+        self.run.header = replace(self.run.header, **changes)
+        self.request.headers = self.run.header.write(self.request.headers)
 
     def _is_message_of(self, task_id: str, row: Row) -> bool:
         """Whether the message that a row has was sent under this Celery id: behind a copy's retry it is the copy's."""
@@ -522,10 +522,10 @@ class _Admission:
             # There is no broker to hold it; the caller is here and can be told.
             return AlreadyProcessingError(row.key.message_id, decision.delay)
         # Most owners end long before their lease does, and somebody may wait for this copy's result.
-        holds = self.run.marker.holds
+        holds = self.run.header.holds
         delay = hold_delay(decision.delay, holds)
         # Should this message end and its id be free again before the copy comes back, the copy is known by it.
-        first = self.run.marker.first or (None if row.task_id == self.request.id else row.task_id)
+        first = self.run.header.first or (None if row.task_id == self.request.id else row.task_id)
         self._mark(holds=holds + 1, first=first)
         return self._hold(delay, row)
 
@@ -547,13 +547,13 @@ class _Admission:
             return self._give_back(row)
         logger.info("%s is held for %.1f s", self.run, countdown)
         try:
-            publish_copy(self.task, self.request, self.run.marker.message_id, countdown)
+            publish_copy(self.task, self.request, self.run.header.message_id, countdown)
         except Exception as error:  # noqa: BLE001 - whatever it is, acknowledged without its copy the message would be lost
             logger.error("%s cannot be held by publishing a copy: %r", self.run, error)
             return self._give_back(row)
         self.run.tell(OutcomeKind.HELD, row, delay=countdown)
         running = row is None or self._is_of(row)
-        return CopyIgnored(
+        return DuplicateIgnored(
             f"{self.run} is held for {countdown:.1f} s", self.message.key, "held", running, countdown=countdown
         )
 
@@ -576,7 +576,7 @@ class _Admission:
             return StoreUnavailableError(
                 f"{self.run} was broadcast and has been acknowledged, so it cannot wait for the store"
             )
-        return CopyIgnored(f"{self.run} is left to its row", self.message.key, "skipped", running)
+        return DuplicateIgnored(f"{self.run} is left to its row", self.message.key, "skipped", running)
 
     # -- the delivery --------------------------------------------------------------------------------------------------
 
@@ -589,7 +589,7 @@ class _Admission:
             retries=self.request.retries or 0,
             first=self.message.first,
             fingerprint=self.message.fingerprint,
-            rejected=self.run.marker.rejected,
+            rejected=self.run.header.rejected,
             awaited=awaited,
             canvas=waited_on(self.request),
             result_ready=awaited and row.status is Status.DONE and self._result_is_ready() and not self._is_owed(),
@@ -599,16 +599,16 @@ class _Admission:
 
     def _is_later(self) -> bool:
         """Whether this is a later call under its Celery id that was not answered yet. Once it was, it is a copy like any other."""
-        marker = self.run.marker
-        return marker.call is not None and (
-            bool(self.request.is_eager) or self._store.find(marker.row_of_its_own) is not None
+        header = self.run.header
+        return header.call is not None and (
+            bool(self.request.is_eager) or self._store.find(header.row_of_its_own) is not None
         )
 
     def _is_owed(self) -> bool:
         """Whether what waits on this copy has yet to go on: its result is stored before that."""
-        if not (self.run.marker.copied and waited_on(self.request)):
+        if not (self.run.header.copied and waited_on(self.request)):
             return False
-        return self._store.find(self.run.marker.row_of_its_own) is not None
+        return self._store.find(self.run.header.row_of_its_own) is not None
 
     def _result_is_ready(self) -> bool:
         backend = self.task.backend
@@ -624,7 +624,7 @@ class _Admission:
         if request.is_eager:
             return self.message  # its arguments may be anything, and nobody publishes it again
         signature = self.task.signature_from_request(request, retries=request.retries)
-        options = {**signature.options, **content_of(request), "message_id": self.run.marker.message_id}
+        options = {**signature.options, **content_of(request), "message_id": self.run.header.message_id}
         if self.identity.node is not None:
             options["exchange_type"] = FANOUT  # for recovery, which may not know the exchange
         data = encode_message(
@@ -632,7 +632,7 @@ class _Admission:
             request.kwargs,
             options,
             serializer=serializer_of(self.task, options),
-            trace=self.run.marker.trace,
+            trace=self.run.header.trace,
         )
         return replace(self.message, message=self.run.keeping.of(data))
 

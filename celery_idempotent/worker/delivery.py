@@ -8,7 +8,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from celery_idempotent.errors import StoreError
-from celery_idempotent.message.header import Marker
+from celery_idempotent.message.header import Header
 
 if TYPE_CHECKING:
     from celery.app.task import Context
@@ -24,12 +24,12 @@ _ERROR_LENGTH = 4000
 
 def answered(task: Guarded, request: Context) -> None:
     """The caller of a delivery has its answer: if that was a copy with a row of its own, nobody has to publish it again."""
-    marker = Marker.read(request.headers)
-    if marker is None or not marker.copied:
+    header = Header.read(request.headers)
+    if header is None or not header.copied:
         return
-    own = marker.row_of_its_own
+    own = header.row_of_its_own
     try:
-        task.queue_log.store.withdraw(own, task_id=marker.task_id)
+        task.queue_log.store.withdraw(own, task_id=header.task_id)
     except StoreError as error:
         logger.warning("%s[%s] was answered, and will be published once more: %s", task.name, request.id, error)
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from celery_idempotent.core.records import MessageKey
 
-__all__ = ["EVENTS", "CopyIgnored", "announce"]
+__all__ = ["EVENTS", "DuplicateIgnored", "announce"]
 
 Fate = Literal["skipped", "held"]
 
@@ -37,7 +37,7 @@ EVENTS: dict[str, Fate] = {
 }
 
 
-class CopyIgnored(Ignore):  # type: ignore[misc]
+class DuplicateIgnored(Ignore):  # type: ignore[misc]
     """A copy did not run.
 
     Args:
@@ -61,7 +61,7 @@ class CopyIgnored(Ignore):  # type: ignore[misc]
 
 def announce(request: Request, error: BaseException) -> None:
     """Send the event of a copy that did not run, if anybody wants events; of any other error, none."""
-    if isinstance(error, CopyIgnored):
+    if isinstance(error, DuplicateIgnored):
         fields = {"message_id": error.key.message_id, "name": error.key.task_name, "countdown": error.countdown}
         known = {name: value for name, value in fields.items() if value is not None}
         request.send_event(f"{'idempotent' if error.running else 'task'}-{error.fate}", **known)

@@ -21,7 +21,7 @@ from celery_idempotent.errors import StoreError
 from celery_idempotent.hooks import OutcomeKind, reason_of
 from celery_idempotent.maintenance.rescue import Rescue
 from celery_idempotent.message.canvas_ids import fix_callbacks
-from celery_idempotent.message.header import Marker
+from celery_idempotent.message.header import Header
 from celery_idempotent.message.identity import Identity, identity_of_sent
 from celery_idempotent.message.serialization import UndecodableError, decode_result, encode_message, serializer_of
 from celery_idempotent.producer.identify import identify
@@ -194,16 +194,16 @@ class IdempotentRequest(Request):  # type: ignore[misc]
             return super()._retry_worker_lost(exc, exc_info)
         assert self.identity is not None, "a message with a key has one"
         travels = MessageKey(self.identity.message_id, self.task.name)
-        marker = Marker.delivered(travels, self.id, context.headers)
-        marker = marker or Marker.new(travels, self.id, self._fingerprint(travels.message_id))
-        marker = marker.next_attempt(lost=True)
-        context.headers = marker.write(context.headers)
+        header = Header.delivered(travels, self.id, context.headers)
+        header = header or Header.new(travels, self.id, self._fingerprint(travels.message_id))
+        header = header.next_attempt(lost=True)
+        context.headers = header.write(context.headers)
         attempt, delay = context.retries + 1, self.task.default_retry_delay or 0.0
         message = NewMessage(
             key=key,
             task_id=self.id,
             queue=(context.delivery_info or {}).get("routing_key"),
-            fingerprint=marker.fingerprint,
+            fingerprint=header.fingerprint,
             attempt=attempt,
             delay=delay,
             message=encode_message(
@@ -211,10 +211,10 @@ class IdempotentRequest(Request):  # type: ignore[misc]
                 context.kwargs,
                 {
                     **self.task.signature_from_request(context, retries=attempt).options,
-                    "message_id": marker.message_id,
+                    "message_id": header.message_id,
                 },
                 serializer=serializer_of(self.task),
-                trace=marker.trace,
+                trace=header.trace,
             ),
         )
         if self._end("hand on", lambda owner: self.task.queue_log.store.retry(owner, message)):

@@ -43,7 +43,7 @@ from celery_idempotent.errors import (
 )
 from celery_idempotent.hooks import OutcomeKind, reason_of
 from celery_idempotent.message.canvas_ids import Calls, derived
-from celery_idempotent.message.header import Marker
+from celery_idempotent.message.header import Header
 from celery_idempotent.message.serialization import decode_result, encode_message, encode_result
 from celery_idempotent.producer.box import within
 from celery_idempotent.producer.guarded import RUN, Guarded, current_run
@@ -98,7 +98,7 @@ class Passage(StrEnum):
 class Run:
     """A delivery's way through the guard."""
 
-    def __init__(self, task: Guarded, request: Context, message: NewMessage, marker: Marker) -> None:
+    def __init__(self, task: Guarded, request: Context, message: NewMessage, header: Header) -> None:
         self.task = task
         self.queue_log = task.queue_log
         self.request = request
@@ -106,7 +106,7 @@ class Run:
         self.state = RunState.UNGUARDED
         self.claim: Claim | None = None
         #: What the message's header says, and what its row has told of it since.
-        self.marker = marker
+        self.header = header
         #: What is returned without running the body, in REPLAYED and in a CHECKPOINTED run that was taken over.
         self.value: Any = None
         #: Whether the body is about to replace itself by another task under the same task id.
@@ -138,9 +138,9 @@ class Run:
         Returns:
             The same each time; ``None`` if an earlier run of this very message may be who sent it.
         """
-        if self.marker.call is None and self.ran is None:
+        if self.header.call is None and self.ran is None:
             return None
-        return f"again:{derived(self.marker.call or self.request.id, task_id)}"
+        return f"again:{derived(self.header.call or self.request.id, task_id)}"
 
     def attach(self) -> None:
         """Let the request carry this run, and keep its claim alive."""
@@ -161,7 +161,7 @@ class Run:
     @cached_property
     def calls(self) -> Calls:
         """The calls that the body makes."""
-        return Calls(self.key, self.marker.first_id, self.message.attempt - self.marker.lost)
+        return Calls(self.key, self.header.first_id, self.message.attempt - self.header.lost)
 
     @property
     def is_unguarded(self) -> bool:
@@ -363,7 +363,7 @@ class Run:
 
     def _succeed(self, value: Any) -> None:
         wanted = self.task.idempotency.keep_result or self.waited_on
-        result = encode_result(self.task.app, value, trace=self.marker.trace) if wanted else None
+        result = encode_result(self.task.app, value, trace=self.header.trace) if wanted else None
         refusal = self._refused_by_backend(value) if result is None else None
         if refusal is not None:
             self._finish(self._failed(describe(refusal)))
@@ -404,7 +404,7 @@ class Run:
                 self.tell(OutcomeKind.RETRIED, reason="rejected")
             self._finish(held)
         else:
-            self._finish(self._failed(rejected(describe(reject), self.marker.rejected)))
+            self._finish(self._failed(rejected(describe(reject), self.header.rejected)))
 
     # -- what follows the body -----------------------------------------------------------------------------------------
 
@@ -427,7 +427,7 @@ class Run:
             match state:
                 case states.SUCCESS:
                     wanted = self.task.idempotency.keep_result
-                    result = encode_result(self.task.app, outcome, trace=self.marker.trace) if wanted else None
+                    result = encode_result(self.task.app, outcome, trace=self.header.trace) if wanted else None
                     self._finish(self._completed(result))
                 case states.RETRY:
                     self.hand_on(self._retried(outcome))

@@ -10,7 +10,7 @@ from celery.app.task import Context
 
 from celery_idempotent.errors import IdempotentError
 from celery_idempotent.message.canvas_ids import is_guarded
-from celery_idempotent.message.header import Marker
+from celery_idempotent.message.header import Header
 from celery_idempotent.producer.by_name import record_calls_by_name
 from celery_idempotent.queue_log import QueueLog
 from celery_idempotent.worker.bootsteps import CheckStep, RecoveryStep
@@ -40,13 +40,13 @@ def _ran_unguarded(
     if is_guarded(sender) or task_id is None:
         return
     request = sender.request_stack.top
-    marker = None if request is None else Marker.read(request.headers)
-    if marker is None or not marker.belongs_to(sender.name, task_id) or state not in states.READY_STATES:
+    header = None if request is None else Header.read(request.headers)
+    if header is None or not header.belongs_to(sender.name, task_id) or state not in states.READY_STATES:
         return
     if "queue_log" not in vars(sender.app) and not sender.app.conf.get("idempotent_store"):
         return  # an app that never had a queue log, and to which others send
     try:
-        end_unguarded(QueueLog.of(sender.app), marker, request, retval if state == states.FAILURE else None)
+        end_unguarded(QueueLog.of(sender.app), header, request, retval if state == states.FAILURE else None)
     except IdempotentError as error:
         logger.error(
             "%s[%s] ran without base=IdempotentTask, and its row stays pending: %s", sender.name, task_id, error

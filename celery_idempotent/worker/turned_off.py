@@ -11,7 +11,7 @@ from celery_idempotent.worker.delivery import describe, worker_label
 if TYPE_CHECKING:
     from celery.app.task import Context
 
-    from celery_idempotent.message.header import Marker
+    from celery_idempotent.message.header import Header
     from celery_idempotent.queue_log import QueueLog
 
 __all__ = ["end_unguarded"]
@@ -22,19 +22,19 @@ logger = logging.getLogger("celery_idempotent")
 _LEASE = 60.0
 
 
-def end_unguarded(queue_log: QueueLog, marker: Marker, request: Context, error: BaseException | None) -> None:
+def end_unguarded(queue_log: QueueLog, header: Header, request: Context, error: BaseException | None) -> None:
     """End the row of a message whose body has run without the guard.
 
     Args:
         queue_log: The queue log of its app.
-        marker: What the message says of its row.
+        header: What the message says of its row.
         request: Celery's context of the delivery.
         error: What the body has raised; ``None`` if it returned.
 
     Raises:
         StoreError: The row stays as it is.
     """
-    store, key = queue_log.store, MessageKey(marker.message_id, marker.task_name)
+    store, key = queue_log.store, MessageKey(header.message_id, header.task_name)
     row = store.find(key)
     if row is None or row.task_id != request.id:
         return

@@ -8,7 +8,7 @@ import pytest
 from celery.result import AsyncResult
 
 from celery_idempotent.core.records import MessageKey, Row, Status
-from celery_idempotent.message.header import Marker
+from celery_idempotent.message.header import Header
 from tests.support.apps import AppSpec, OpenApp
 from tests.support.ledger import Ledger
 from tests.support.servers import PrivateRedis
@@ -45,7 +45,7 @@ def test_a_duplicate_waits_for_the_result_backend(
             {},
             task_id="copy",
             message_id="m",
-            headers={**Marker("m", "echo", "copy").write({}), "ignore_result": False},
+            headers={**Header("m", "echo", "copy").write({}), "ignore_result": False},
             ignore_result=True,
         )
         worker.wait_for_log("the result backend gives no answer", timeout=PATIENCE)

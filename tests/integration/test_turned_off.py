@@ -10,7 +10,7 @@ from celery import Celery, Task
 
 from celery_idempotent import IdempotentTask, QueueLog
 from celery_idempotent.core.records import MessageKey, NewMessage, ProcessedStatus, RowFilter, Status
-from celery_idempotent.message.header import Marker
+from celery_idempotent.message.header import Header
 from celery_idempotent.message.serialization import encode_message
 from tests.support.apps import AppSpec, OpenApp
 from tests.support.ledger import Ledger
@@ -57,7 +57,7 @@ def test_what_was_recorded_is_completed_and_new_calls_are_not_recorded(
         {},
         task_id=recorded.id,
         message_id="recorded",
-        headers=Marker("recorded", "autoretry", recorded.id).write({}),
+        headers=Header("recorded", "autoretry", recorded.id).write({}),
     )
     wait_until(lambda: store.find(row.key).duplicates == 1, timeout=PATIENCE, describe="the copy is skipped")
     assert len(ledger.starts("autoretry", task_id=recorded.id)) == 2  # and its retry
@@ -94,7 +94,7 @@ def test_a_message_that_ran_without_its_base_is_done(tmp_path: Path, fails: bool
     message = encode_message(("o-1",), {}, {}, serializer="json")
     store.record(NewMessage(key, "task-1", message=message))
 
-    mail.apply(("o-1",), task_id="task-1", headers=Marker("order:1", "mail", "task-1").write(None))
+    mail.apply(("o-1",), task_id="task-1", headers=Header("order:1", "mail", "task-1").write(None))
 
     row = store.find(key)
     assert ran == ["o-1"]
@@ -112,7 +112,7 @@ def test_a_message_for_an_app_without_a_log_makes_none(tmp_path: Path, monkeypat
     @app.task(name="mail", base=Task, shared=False)
     def mail() -> None: ...
 
-    mail.apply(task_id="task-1", headers=Marker("order:1", "mail", "task-1").write(None))
+    mail.apply(task_id="task-1", headers=Header("order:1", "mail", "task-1").write(None))
 
     assert list(tmp_path.iterdir()) == []
     assert "queue_log" not in vars(app)

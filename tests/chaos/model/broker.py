@@ -32,7 +32,7 @@ class Copy:
         task_id: Its Celery id.
         message_id: The property; every producer of the model sets it.
         args: Positional arguments.
-        headers: Custom headers, where the marker is.
+        headers: Custom headers, where the guard's header is.
         retries: Celery's count.
         link: Signatures that wait on it.
         ignore_result: Whether nobody wants the result.

@@ -14,7 +14,7 @@ from celery.exceptions import Ignore
 
 from celery_idempotent import IdempotentTask, QueueLog, SQLStore
 from celery_idempotent.core.records import Claimed, MessageKey, NewMessage
-from celery_idempotent.message.header import Marker
+from celery_idempotent.message.header import Header
 from celery_idempotent.worker.admission import admit
 from tests.conftest import StartWorker
 from tests.integration.brokers.conftest import PATIENCE, MakeSite, Site, wait_until_logged
@@ -167,7 +167,7 @@ def test_a_copy_is_held_for_no_longer_than_half_the_visibility_timeout(
     owned = NewMessage(MessageKey("m", "task"), "m")
     assert isinstance(store.claim(owned, worker="owner", lease=lease, grace=0.0), Claimed)
     # Held so often before that it is not the first, short hold which is the limit.
-    headers = Marker("m", "task", "m", holds=20).write(None)
+    headers = Header("m", "task", "m", holds=20).write(None)
 
     with pytest.raises(Ignore):
         admit(bound, Context(id="m", task="task", retries=0, args=[], kwargs={}, headers=headers))

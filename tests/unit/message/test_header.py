@@ -8,34 +8,34 @@ from typing import Any
 import pytest
 
 from celery_idempotent.core.records import MessageKey
-from celery_idempotent.message.header import HEADER, Marker
+from celery_idempotent.message.header import HEADER, Header
 
 TRACE = f"00-{'a' * 32}-{'b' * 16}-01"
-MARKER = Marker("order:1", "shop.charge", "0b51", "f" * 64, holds=2)
+SENT = Header("order:1", "shop.charge", "0b51", "f" * 64, holds=2)
 
 
 @pytest.mark.parametrize(
-    "marker",
+    "header",
     [
-        MARKER,
-        Marker("order:1", "shop.charge", "0b51"),
-        Marker("order:1", "shop.charge", "0b51", copied=True, first="0b50", lost=2),
-        Marker("ключ:1", "задача", "0b51"),
-        Marker("0b51", "shop.charge", "0b51", copied=True, call="again:1"),
+        SENT,
+        Header("order:1", "shop.charge", "0b51"),
+        Header("order:1", "shop.charge", "0b51", copied=True, first="0b50", lost=2),
+        Header("ключ:1", "задача", "0b51"),
+        Header("0b51", "shop.charge", "0b51", copied=True, call="again:1"),
     ],
 )
-def test_it_survives_the_wire(marker: Marker) -> None:
-    assert Marker.read(json.loads(json.dumps(marker.write(None)))) == marker
+def test_it_survives_the_wire(header: Header) -> None:
+    assert Header.read(json.loads(json.dumps(header.write(None)))) == header
 
 
 def test_it_leaves_other_headers_as_they_are() -> None:
     headers = {"trace": "t-1", HEADER: "somebody's"}
-    assert MARKER.write(headers) == {"trace": "t-1", HEADER: MARKER.write(None)[HEADER]}
+    assert SENT.write(headers) == {"trace": "t-1", HEADER: SENT.write(None)[HEADER]}
     assert headers == {"trace": "t-1", HEADER: "somebody's"}, "the caller's headers are not changed"
 
 
 def test_it_carries_no_more_than_it_must() -> None:
-    assert Marker("m", "t", "i").write({}) == {HEADER: {"message_id": "m", "task": "t", "task_id": "i"}}
+    assert Header("m", "t", "i").write({}) == {HEADER: {"message_id": "m", "task": "t", "task_id": "i"}}
 
 
 GOOD: dict[str, Any] = {"message_id": "m", "task": "t", "task_id": "i"}
@@ -59,7 +59,7 @@ GOOD: dict[str, Any] = {"message_id": "m", "task": "t", "task_id": "i"}
     ids=repr,
 )
 def test_what_is_malformed_counts_as_none(headers: Any) -> None:
-    assert Marker.read(headers) is None
+    assert Header.read(headers) is None
 
 
 @pytest.mark.parametrize(
@@ -72,11 +72,11 @@ def test_what_is_malformed_counts_as_none(headers: Any) -> None:
     ],
 )
 def test_a_detail_that_is_malformed_is_left_out(key: str, value: object) -> None:
-    assert Marker.read({HEADER: {**GOOD, key: value}}) == Marker("m", "t", "i")
+    assert Header.read({HEADER: {**GOOD, key: value}}) == Header("m", "t", "i")
 
 
 def test_a_later_versions_details_do_no_harm() -> None:
-    assert Marker.read({HEADER: {**GOOD, "colour": "red"}}) == Marker("m", "t", "i")
+    assert Header.read({HEADER: {**GOOD, "colour": "red"}}) == Header("m", "t", "i")
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_a_later_versions_details_do_no_harm() -> None:
     ],
 )
 def test_it_belongs_to_its_own_task_and_celery_id_only(task_name: str, task_id: str | None, belongs: bool) -> None:
-    assert MARKER.belongs_to(task_name, task_id) is belongs
+    assert SENT.belongs_to(task_name, task_id) is belongs
 
 
 class TestTheNextMarker:
@@ -98,22 +98,22 @@ class TestTheNextMarker:
     KEY = MessageKey("m", "t")
 
     def test_of_a_copy_says_whose_it_is(self) -> None:
-        copy = Marker.new(self.KEY, "copy", "f", trace=TRACE).copy_of("first")
-        assert copy == Marker("m", "t", "copy", "f", copied=True, first="first", trace=TRACE)
+        copy = Header.new(self.KEY, "copy", "f", trace=TRACE).copy_of("first")
+        assert copy == Header("m", "t", "copy", "f", copied=True, first="first", trace=TRACE)
         assert (copy.key, copy.row_of_its_own, copy.first_id) == (self.KEY, MessageKey("copy", "t"), "first")
 
     @pytest.mark.parametrize(("lost", "count"), [(False, 1), (True, 2)])
     def test_of_a_retry_keeps_whose_calls_it_makes(self, lost: bool, count: int) -> None:
-        before = Marker("m", "t", "i", "f", holds=3, copied=True, first="first", lost=1, trace=TRACE)
-        assert before.next_attempt(lost=lost) == Marker("m", "t", "i", "f", first="first", lost=count, trace=TRACE)
+        before = Header("m", "t", "i", "f", holds=3, copied=True, first="first", lost=1, trace=TRACE)
+        assert before.next_attempt(lost=lost) == Header("m", "t", "i", "f", first="first", lost=count, trace=TRACE)
 
     def test_of_a_delivery_is_as_it_was_sent(self) -> None:
-        sent = Marker("m", "t", "i", "f", holds=3, copied=True, first="first", lost=1, trace=TRACE)
-        assert Marker.delivered(self.KEY, "i", sent.write(None)) == sent
+        sent = Header("m", "t", "i", "f", holds=3, copied=True, first="first", lost=1, trace=TRACE)
+        assert Header.delivered(self.KEY, "i", sent.write(None)) == sent
 
     def test_of_a_delivery_with_another_messages_header_has_no_history(self) -> None:
-        sent = Marker("other", "t", "other", "f", first="first", lost=1, trace=TRACE)
-        assert Marker.delivered(self.KEY, "i", sent.write(None)) == Marker("m", "t", "i", "f")
+        sent = Header("other", "t", "other", "f", first="first", lost=1, trace=TRACE)
+        assert Header.delivered(self.KEY, "i", sent.write(None)) == Header("m", "t", "i", "f")
 
     def test_of_a_delivery_with_another_tasks_header_is_none(self) -> None:
-        assert Marker.delivered(self.KEY, "i", Marker("m", "other", "i").write(None)) is None
+        assert Header.delivered(self.KEY, "i", Header("m", "other", "i").write(None)) is None

@@ -9,7 +9,7 @@ import pytest
 from celery.exceptions import Ignore
 
 from celery_idempotent.core.records import MessageKey
-from celery_idempotent.worker.events import EVENTS, CopyIgnored, announce
+from celery_idempotent.worker.events import EVENTS, DuplicateIgnored, announce
 
 KEY = MessageKey("order:1", "charge")
 
@@ -27,13 +27,15 @@ class Request:
 @pytest.mark.parametrize(
     ("error", "event"),
     [
-        (CopyIgnored("done", KEY, "skipped", running=False), ("task-skipped", {})),
-        (CopyIgnored("runs", KEY, "skipped", running=True), ("idempotent-skipped", {})),
-        (CopyIgnored("runs", KEY, "held", running=False, countdown=2.5), ("task-held", {"countdown": 2.5})),
-        (CopyIgnored("runs", KEY, "held", running=True, countdown=0.0), ("idempotent-held", {"countdown": 0.0})),
+        (DuplicateIgnored("done", KEY, "skipped", running=False), ("task-skipped", {})),
+        (DuplicateIgnored("runs", KEY, "skipped", running=True), ("idempotent-skipped", {})),
+        (DuplicateIgnored("runs", KEY, "held", running=False, countdown=2.5), ("task-held", {"countdown": 2.5})),
+        (DuplicateIgnored("runs", KEY, "held", running=True, countdown=0.0), ("idempotent-held", {"countdown": 0.0})),
     ],
 )
-def test_it_is_told_across_processes_and_makes_one_event(error: CopyIgnored, event: tuple[str, dict[str, Any]]) -> None:
+def test_it_is_told_across_processes_and_makes_one_event(
+    error: DuplicateIgnored, event: tuple[str, dict[str, Any]]
+) -> None:
     request = Request()
 
     announce(request, pickle.loads(pickle.dumps(error)))
@@ -44,7 +46,7 @@ def test_it_is_told_across_processes_and_makes_one_event(error: CopyIgnored, eve
 
 
 def test_it_is_a_message_to_be_ignored_and_says_why() -> None:
-    error = CopyIgnored("charge[order:1] is a duplicate", KEY, "skipped", running=False)
+    error = DuplicateIgnored("charge[order:1] is a duplicate", KEY, "skipped", running=False)
 
     assert isinstance(error, Ignore)
     assert str(error) == "charge[order:1] is a duplicate"

@@ -16,7 +16,7 @@ from kombu.exceptions import EncodeError, OperationalError
 from celery_idempotent import IdempotentTask, QueueLog, SQLStore, StoreUnavailableError
 from celery_idempotent.core.decision import Call
 from celery_idempotent.core.records import Claim, Claimed, MessageKey, NewMessage, Note, ProcessedStatus, Row, Status
-from celery_idempotent.message.header import Marker
+from celery_idempotent.message.header import Header
 from celery_idempotent.message.serialization import decode_result
 from celery_idempotent.producer.send import Sending
 from celery_idempotent.worker.delivery import describe, waited_on, worker_label
@@ -68,7 +68,7 @@ def claimed(task: IdempotentTask, store: SQLStore, **request: Any) -> Run:
     answer = store.claim(message, worker="w", lease=60.0, grace=30.0)
     assert isinstance(answer, Claimed)
     run = Run(
-        task, Context(id="task-id", retries=0, args=[], kwargs={}, **request), message, Marker.new(KEY, "task-id")
+        task, Context(id="task-id", retries=0, args=[], kwargs={}, **request), message, Header.new(KEY, "task-id")
     )
     run.claim, run.state = answer.claim, RunState.CLAIMED
     return run
@@ -363,7 +363,7 @@ class TestARetryThatIsNotPublished:
     def send_on(self, run: Run, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> Any:
         monkeypatch.setattr(type(run.task), "publish", lambda *_, **__: raising(error)())
         message = NewMessage(KEY, "task-id", attempt=1)
-        return Sending(run.task, (), {}, message, run.marker, Call(own=True), {}, run).send()
+        return Sending(run.task, (), {}, message, run.header, Call(own=True), {}, run).send()
 
     def test_because_the_broker_is_away_is_left_to_recovery(
         self, run: Run, store: SQLStore, monkeypatch: pytest.MonkeyPatch
