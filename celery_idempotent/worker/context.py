@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 
 from celery._state import get_current_worker_task
 
-from celery_idempotent.worker.lease_renewal import Renewals
+from celery_idempotent.worker.lease_renewal import LeaseRenewer
 from celery_idempotent.worker.run import Run
 
 __all__ = ["CurrentMessage", "current_message"]
@@ -51,7 +51,7 @@ def current_message() -> CurrentMessage | None:
         task_name=run.key.task_name,
         attempt=run.message.attempt,
         token=None if claim is None else claim.token,
-        deadline=None if claim is None else _on_the_clock(Renewals.of(run.task.queue_log).until(claim)),
+        deadline=None if claim is None else _on_the_clock(LeaseRenewer.of(run.task.queue_log).until(claim)),
     )
 
 

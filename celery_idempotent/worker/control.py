@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from celery.worker.control import inspect_command
 
-from celery_idempotent.worker.lease_renewal import Renewals
+from celery_idempotent.worker.lease_renewal import LeaseRenewer
 
 if TYPE_CHECKING:
     from celery_idempotent.core.records import Claim, Row
     from celery_idempotent.queue_log import QueueLog
-    from celery_idempotent.worker.lease_renewal import Held
+    from celery_idempotent.worker.lease_renewal import RenewedLease
     from celery_idempotent.worker.request import IdempotentRequest
 
 __all__ = ["claims", "idempotency"]
@@ -57,14 +57,14 @@ def claims(queue_log: QueueLog) -> list[dict[str, Any]]:
     by_key = {request.key: request for request in requests}
     found = [
         _own(held, held.holder, by_key.get(held.holder.key))
-        for held in Renewals.of(queue_log).held()
+        for held in LeaseRenewer.of(queue_log).held()
         if isinstance(held.holder, Claim)
     ]
     found += _of_children(queue_log, requests)
     return sorted(found, key=lambda claim: claim["since"] or "")
 
 
-def _own(held: Held, claim: Claim, request: IdempotentRequest | None) -> dict[str, Any]:
+def _own(held: RenewedLease, claim: Claim, request: IdempotentRequest | None) -> dict[str, Any]:
     """A claim of this very process; an eager run's has no request."""
     return {
         "message_id": claim.key.message_id,
@@ -116,7 +116,7 @@ def _of_children(queue_log: QueueLog, requests: list[IdempotentRequest]) -> list
     return found
 
 
-def _left(held: Held) -> float:
+def _left(held: RenewedLease) -> float:
     """Seconds for which a lease lasts at least, by when it was asked for last."""
     return round(held.asked + held.lease - time.monotonic(), 3)
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from celery_idempotent.core.store import Store
     from celery_idempotent.queue_log import QueueLog
 
-__all__ = ["Held", "Renewals"]
+__all__ = ["LeaseRenewer", "RenewedLease"]
 
 logger = logging.getLogger("celery_idempotent")
 
@@ -46,7 +46,7 @@ _LOOK_AGAIN = 1.0
 
 
 @dataclass(slots=True, eq=False)
-class Held:
+class RenewedLease:
     """A lease that is kept alive.
 
     Attributes:
@@ -71,7 +71,7 @@ class Held:
         self.due = time.monotonic() + self.lease / _PER_LEASE
 
 
-class Renewals:
+class LeaseRenewer:
     """The leases that this process keeps alive.
 
     Args:
@@ -82,10 +82,10 @@ class Renewals:
         self._store = store
         # By process id. A forked child inherits what its parent holds, but not the thread, and perhaps a lock that nobody will
         # release: it begins with nothing.
-        self._renewals: dict[int, _Renewal] = {}
+        self._renewals: dict[int, _Renewer] = {}
 
     @classmethod
-    def of(cls, queue_log: QueueLog) -> Renewals:
+    def of(cls, queue_log: QueueLog) -> LeaseRenewer:
         """The leases that this process keeps alive for a queue log."""
         return queue_log.part(cls, lambda: cls(lambda: queue_log.store))
 
@@ -97,14 +97,14 @@ class Renewals:
             lease: Seconds that it was given, and that each renewal gives it.
             asked: When it was asked for, by the monotonic clock; by default now.
         """
-        self._here().hold(Held(holder, lease, asked=time.monotonic() if asked is None else asked))
+        self._here().hold(RenewedLease(holder, lease, asked=time.monotonic() if asked is None else asked))
 
     def until(self, holder: Holder) -> float | None:
         """When the lease of a claim of this process runs out at the earliest, by the monotonic clock; ``None`` if it is not held."""
         here = self._renewals.get(os.getpid())
         return None if here is None else here.until(holder)
 
-    def held(self) -> list[Held]:
+    def held(self) -> list[RenewedLease]:
         """The claims of this process that are kept alive; without those of its children."""
         here = self._renewals.get(os.getpid())
         return [] if here is None else here.held()
@@ -115,7 +115,7 @@ class Renewals:
         if here is not None:
             here.let_go(holder)
 
-    def hold_for_child(self, held: Held, children: Callable[[], Iterable[Held]]) -> None:
+    def hold_for_child(self, held: RenewedLease, children: Callable[[], Iterable[RenewedLease]]) -> None:
         """Keep a child's lease alive for as long as it is among those that run.
 
         Args:
@@ -130,26 +130,26 @@ class Renewals:
         if here is not None:
             here.rest()
 
-    def _here(self) -> _Renewal:
+    def _here(self) -> _Renewer:
         """This process's. Without a lock, which a fork could have left locked; ``setdefault`` is atomic."""
-        return self._renewals.get(os.getpid()) or self._renewals.setdefault(os.getpid(), _Renewal(self._store))
+        return self._renewals.get(os.getpid()) or self._renewals.setdefault(os.getpid(), _Renewer(self._store))
 
 
-class _Renewal:
+class _Renewer:
     """What one process keeps alive, and the thread that does it, from the first lease on."""
 
     def __init__(self, store: Callable[[], Store]) -> None:
         self._store = store
         self._process = os.getpid()
         self._changed = threading.Condition()
-        self._held: dict[Holder, Held] = {}
-        self._children: Callable[[], Iterable[Held]] = tuple
+        self._held: dict[Holder, RenewedLease] = {}
+        self._children: Callable[[], Iterable[RenewedLease]] = tuple
         self._thread: threading.Thread | None = None
         self._wakes_at = _NEVER
         #: When the thread ends if it has nothing to keep alive.
         self._rests_at = _NEVER
 
-    def hold(self, held: Held) -> None:
+    def hold(self, held: RenewedLease) -> None:
         with self._changed:
             self._held[held.holder] = held
             self._expect(held)
@@ -158,7 +158,7 @@ class _Renewal:
         with self._changed:
             self._held.pop(holder, None)
 
-    def held(self) -> list[Held]:
+    def held(self) -> list[RenewedLease]:
         with self._changed:
             return list(self._held.values())
 
@@ -166,12 +166,12 @@ class _Renewal:
         held = self._held.get(holder)
         return None if held is None else held.asked + held.lease
 
-    def hold_for_child(self, held: Held, children: Callable[[], Iterable[Held]]) -> None:
+    def hold_for_child(self, held: RenewedLease, children: Callable[[], Iterable[RenewedLease]]) -> None:
         with self._changed:
             self._children = children
             self._expect(held)
 
-    def _expect(self, held: Held) -> None:
+    def _expect(self, held: RenewedLease) -> None:
         if self._thread is None:
             changed = self._changed
             itself = weakref.ref(self, lambda _: _notify(changed))
@@ -186,7 +186,7 @@ class _Renewal:
         elif held.due < self._wakes_at:
             self._changed.notify()
 
-    def _everything(self) -> list[Held]:
+    def _everything(self) -> list[RenewedLease]:
         return [held for held in (*self._held.values(), *self._children()) if not held.ended]
 
     def rest(self) -> None:
@@ -194,7 +194,7 @@ class _Renewal:
             self._rests_at = 0.0
             self._changed.notify()
 
-    def due(self) -> tuple[list[Held], float | None]:
+    def due(self) -> tuple[list[RenewedLease], float | None]:
         """What is to be renewed now; or nothing, and the seconds until then, ``None`` if the thread is to end."""
         now = time.monotonic()
         everything = self._everything()
@@ -207,12 +207,12 @@ class _Renewal:
         self._wakes_at = min((held.due for held in everything), default=self._rests_at)
         return due, self._wakes_at - now
 
-    def renew(self, due: list[Held]) -> None:
+    def renew(self, due: list[RenewedLease]) -> None:
         for lease in {held.lease for held in due}:
             with no_fork():
                 self._renew([held for held in due if held.lease == lease], lease)
 
-    def _renew(self, due: list[Held], lease: float) -> None:
+    def _renew(self, due: list[RenewedLease], lease: float) -> None:
         pause = lease / _PER_LEASE
         lost: list[Holder] = []
         asked = time.monotonic()
@@ -236,7 +236,7 @@ class _Renewal:
             if isinstance(held.holder, Claim):
                 self._note_loss(held, lost=held.holder in lost)
 
-    def _note_loss(self, held: Held, *, lost: bool) -> None:
+    def _note_loss(self, held: RenewedLease, *, lost: bool) -> None:
         """Report a claim that is gone; but not that of a run which has just ended, and is about to be let go."""
         if not lost:
             held.missed = False
@@ -247,7 +247,7 @@ class _Renewal:
             self.let_go(held.holder)
             logger.error("the claim on %s was lost while its body runs", held.holder.key.message_id)
 
-    def _expire(self, held: Held) -> None:
+    def _expire(self, held: RenewedLease) -> None:
         try:
             self._store().expire(held.holder)
         except Exception as error:  # noqa: BLE001 - it then runs out by itself
@@ -278,7 +278,7 @@ def _lives(pid: int | None) -> bool:
         return False
 
 
-def _keep_alive(itself: weakref.ref[_Renewal], changed: threading.Condition) -> None:
+def _keep_alive(itself: weakref.ref[_Renewer], changed: threading.Condition) -> None:
     """What the thread does. Between two renewals it refers to nothing of the app's, so that this can be collected."""
     while True:
         with changed:
@@ -311,7 +311,7 @@ def _notify(changed: threading.Condition) -> None:
 
 
 #: Those of this process, and of those that it was forked from, which have had a thread.
-_to_give_up: weakref.WeakSet[_Renewal] = weakref.WeakSet()
+_to_give_up: weakref.WeakSet[_Renewer] = weakref.WeakSet()
 
 
 def _give_up() -> None:

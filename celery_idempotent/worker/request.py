@@ -29,7 +29,7 @@ from celery_idempotent.worker.celery_versions import acknowledges_timeouts, retr
 from celery_idempotent.worker.delivery import describe, worker_label
 from celery_idempotent.worker.discards import REVOKED, discard
 from celery_idempotent.worker.events import announce
-from celery_idempotent.worker.lease_renewal import Held, Renewals
+from celery_idempotent.worker.lease_renewal import LeaseRenewer, RenewedLease
 
 __all__ = ["IdempotentRequest", "running"]
 
@@ -49,7 +49,7 @@ class IdempotentRequest(Request):  # type: ignore[misc]
 
     #: Who claims the message, once it was accepted; and what is kept alive for it from here, if that is a child.
     owner: Owner | None = None
-    held: Held | None = None
+    held: RenewedLease | None = None
 
     def __init__(self, message: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(message, *args, **kwargs)
@@ -102,12 +102,12 @@ class IdempotentRequest(Request):  # type: ignore[misc]
         queue_log, key, queue = self.task.queue_log, self.key, self.delivery_info["routing_key"]
         if key is not None:
             self.owner = Owner(key, worker_label(self.hostname, None if here else pid))
-            self.held = None if here else Held(self.owner, self.task.idempotency.lease, pid)
+            self.held = None if here else RenewedLease(self.owner, self.task.idempotency.lease, pid)
         super().on_accepted(pid, time_accepted)
         if key is not None and is_text(queue):
             Rescue.of(queue_log).saw(queue, key)
         if self.held is not None:
-            Renewals.of(queue_log).hold_for_child(self.held, _children)
+            LeaseRenewer.of(queue_log).hold_for_child(self.held, _children)
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
         """The hard limit ends the message as a failure, or gives it back when a timeout is not to be acknowledged."""
@@ -284,6 +284,6 @@ def running() -> list[IdempotentRequest]:
         return [request for request in active if isinstance(request, IdempotentRequest)]
 
 
-def _children() -> list[Held]:
+def _children() -> list[RenewedLease]:
     """What the children of this worker hold that are running now."""
     return [request.held for request in running() if request.held]

@@ -49,7 +49,7 @@ from celery_idempotent.producer.box import within
 from celery_idempotent.producer.guarded import RUN, Guarded, current_run
 from celery_idempotent.worker.celery_versions import ignores_result
 from celery_idempotent.worker.delivery import describe, waited_on, worker_label
-from celery_idempotent.worker.lease_renewal import Renewals
+from celery_idempotent.worker.lease_renewal import LeaseRenewer
 from celery_idempotent.worker.time_limits import TimeLimits
 from celery_idempotent.worker.unit_of_work import RUNS, NotCommittedError, Setback, UnitOfWork, given_up_error
 from celery_idempotent.worker.unstorable import Keeping
@@ -146,12 +146,12 @@ class Run:
         """Let the request carry this run, and keep its claim alive."""
         setattr(self.request, RUN, self)
         if self.claim is not None:
-            Renewals.of(self.queue_log).hold(self.claim, self.task.idempotency.lease, asked=self.asked)
+            LeaseRenewer.of(self.queue_log).hold(self.claim, self.task.idempotency.lease, asked=self.asked)
 
     def detach(self) -> None:
         """The run is over: nothing keeps its claim alive any more."""
         if self.claim is not None:
-            Renewals.of(self.queue_log).let_go(self.claim)
+            LeaseRenewer.of(self.queue_log).let_go(self.claim)
 
     @property
     def key(self) -> MessageKey:

@@ -13,7 +13,7 @@ from celery import Celery
 
 from celery_idempotent import CurrentMessage, IdempotentTask, current_message
 from celery_idempotent.core.records import MessageKey
-from celery_idempotent.worker.lease_renewal import Renewals
+from celery_idempotent.worker.lease_renewal import LeaseRenewer
 from tests.support.apps import close_app
 
 
@@ -85,7 +85,7 @@ def test_the_deadline_follows_the_renewals(app: Celery) -> None:
 
 def test_of_a_claim_that_is_not_held_there_is_no_deadline(app: Celery) -> None:
     def body(self: IdempotentTask) -> CurrentMessage:
-        Renewals.of(self.queue_log).let_go(self.request.idempotent_run.claim)
+        LeaseRenewer.of(self.queue_log).let_go(self.request.idempotent_run.claim)
         return told()
 
     assert task(app, body, keep_result=False).apply(message_id="m").get().deadline is None

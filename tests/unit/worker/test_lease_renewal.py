@@ -15,7 +15,7 @@ import pytest
 
 from celery_idempotent.core.records import Claim, Holder, MessageKey, Owner
 from celery_idempotent.errors import StoreUnavailableError
-from celery_idempotent.worker.lease_renewal import Held, Renewals
+from celery_idempotent.worker.lease_renewal import LeaseRenewer, RenewedLease
 from tests.support.waiting import wait_until
 
 LEASE = 0.3
@@ -53,8 +53,8 @@ def store() -> Listener:
 
 
 @pytest.fixture
-def renewals(store: Listener) -> Renewals:
-    return Renewals(lambda: store)  # type: ignore[arg-type, return-value]
+def renewals(store: Listener) -> LeaseRenewer:
+    return LeaseRenewer(lambda: store)  # type: ignore[arg-type, return-value]
 
 
 def claim(name: str = "order:1") -> Claim:
@@ -65,7 +65,7 @@ def wait_for(condition: Callable[[], object]) -> None:
     wait_until(condition, timeout=10.0, interval=0.005)
 
 
-def test_a_claim_is_renewed_at_each_third_of_its_lease(store: Listener, renewals: Renewals) -> None:
+def test_a_claim_is_renewed_at_each_third_of_its_lease(store: Listener, renewals: LeaseRenewer) -> None:
     began = time.monotonic()
     renewals.hold(claim(), LEASE)
     wait_for(lambda: len(store.times(claim())) >= 3)
@@ -77,7 +77,7 @@ def test_a_claim_is_renewed_at_each_third_of_its_lease(store: Listener, renewals
     assert {lease for _, _, lease in store.renewed} == {LEASE}
 
 
-def test_what_ends_within_a_third_of_its_lease_is_not_renewed(store: Listener, renewals: Renewals) -> None:
+def test_what_ends_within_a_third_of_its_lease_is_not_renewed(store: Listener, renewals: LeaseRenewer) -> None:
     witness = claim("witness")
     for number in range(5):
         renewals.hold(claim(str(number)), LEASE)
@@ -88,7 +88,7 @@ def test_what_ends_within_a_third_of_its_lease_is_not_renewed(store: Listener, r
     assert all(holders == [witness] for _, holders, _ in store.renewed)
 
 
-def test_a_claim_let_go_is_renewed_no_more(store: Listener, renewals: Renewals) -> None:
+def test_a_claim_let_go_is_renewed_no_more(store: Listener, renewals: LeaseRenewer) -> None:
     witness = claim("witness")
     renewals.hold(claim(), LEASE)
     renewals.hold(witness, LEASE)
@@ -101,7 +101,7 @@ def test_a_claim_let_go_is_renewed_no_more(store: Listener, renewals: Renewals) 
     assert len(store.times(claim())) <= count + 1
 
 
-def test_a_short_lease_does_not_wait_for_a_long_one(store: Listener, renewals: Renewals) -> None:
+def test_a_short_lease_does_not_wait_for_a_long_one(store: Listener, renewals: LeaseRenewer) -> None:
     renewals.hold(claim("long"), 3600.0)
     renewals.hold(claim("short"), LEASE)
     wait_for(lambda: store.times(claim("short")))
@@ -111,7 +111,7 @@ def test_a_short_lease_does_not_wait_for_a_long_one(store: Listener, renewals: R
 
 @pytest.mark.parametrize("error", [StoreUnavailableError("away"), RuntimeError("a bug")], ids=["outage", "bug"])
 def test_a_renewal_that_fails_is_repeated(
-    store: Listener, renewals: Renewals, error: Exception, caplog: pytest.LogCaptureFixture
+    store: Listener, renewals: LeaseRenewer, error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
     store.errors = [error, error]
     with caplog.at_level(logging.CRITICAL, logger="celery_idempotent"):
@@ -121,7 +121,7 @@ def test_a_renewal_that_fails_is_repeated(
 
 
 def test_an_outage_is_answered_by_asking_more_often(
-    store: Listener, renewals: Renewals, caplog: pytest.LogCaptureFixture
+    store: Listener, renewals: LeaseRenewer, caplog: pytest.LogCaptureFixture
 ) -> None:
     lease = 1.8
     store.errors = [StoreUnavailableError("away")]
@@ -134,7 +134,9 @@ def test_an_outage_is_answered_by_asking_more_often(
     assert second - first < lease / 3
 
 
-def test_a_claim_that_was_lost_is_let_go(store: Listener, renewals: Renewals, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_claim_that_was_lost_is_let_go(
+    store: Listener, renewals: LeaseRenewer, caplog: pytest.LogCaptureFixture
+) -> None:
     kept = claim("kept")
     store.lost = [claim()]
     with caplog.at_level(logging.ERROR, logger="celery_idempotent"):
@@ -148,7 +150,7 @@ def test_a_claim_that_was_lost_is_let_go(store: Listener, renewals: Renewals, ca
 
 
 def test_a_run_that_ends_while_it_is_renewed_has_not_lost_its_claim(
-    store: Listener, renewals: Renewals, caplog: pytest.LogCaptureFixture
+    store: Listener, renewals: LeaseRenewer, caplog: pytest.LogCaptureFixture
 ) -> None:
     kept = claim("kept")
     store.lost = [claim()]
@@ -162,7 +164,7 @@ def test_a_run_that_ends_while_it_is_renewed_has_not_lost_its_claim(
     assert caplog.records == []
 
 
-def test_one_thread_renews_however_many_begin_at_once(store: Listener, renewals: Renewals) -> None:
+def test_one_thread_renews_however_many_begin_at_once(store: Listener, renewals: LeaseRenewer) -> None:
     before = set(threading.enumerate())
     barrier = threading.Barrier(8)
 
@@ -184,8 +186,8 @@ class TestForAChild:
 
     OWNER = Owner(KEY, "host:1")
 
-    def test_a_childs_lease_is_renewed_while_it_runs(self, store: Listener, renewals: Renewals) -> None:
-        running = [Held(self.OWNER, LEASE, os.getpid())]
+    def test_a_childs_lease_is_renewed_while_it_runs(self, store: Listener, renewals: LeaseRenewer) -> None:
+        running = [RenewedLease(self.OWNER, LEASE, os.getpid())]
         renewals.hold_for_child(running[0], lambda: list(running))
         wait_for(lambda: len(store.times(self.OWNER)) >= 2)
         running.clear()
@@ -196,16 +198,18 @@ class TestForAChild:
         renewals.let_go(witness)
         assert len(store.times(self.OWNER)) <= count + 1
 
-    def test_an_owner_that_holds_nothing_yet_is_not_let_go(self, store: Listener, renewals: Renewals) -> None:
+    def test_an_owner_that_holds_nothing_yet_is_not_let_go(self, store: Listener, renewals: LeaseRenewer) -> None:
         store.lost = [self.OWNER]
-        running = [Held(self.OWNER, LEASE, os.getpid())]
+        running = [RenewedLease(self.OWNER, LEASE, os.getpid())]
         renewals.hold_for_child(running[0], lambda: list(running))
         wait_for(lambda: len(store.times(self.OWNER)) >= 2)
         running.clear()
 
-    def test_a_lease_that_ended_while_it_was_renewed_is_ended_again(self, store: Listener, renewals: Renewals) -> None:
+    def test_a_lease_that_ended_while_it_was_renewed_is_ended_again(
+        self, store: Listener, renewals: LeaseRenewer
+    ) -> None:
         """Its child dies between the look at who runs and the statement: the lease must not live on without an owner."""
-        held = Held(self.OWNER, LEASE, os.getpid())
+        held = RenewedLease(self.OWNER, LEASE, os.getpid())
 
         def end() -> None:
             held.ended = True
@@ -222,7 +226,7 @@ class TestForAChild:
 
 
 class TestProcesses:
-    def test_a_forked_child_renews_what_is_its_own(self, store: Listener, renewals: Renewals) -> None:
+    def test_a_forked_child_renews_what_is_its_own(self, store: Listener, renewals: LeaseRenewer) -> None:
         renewals.hold(claim("parent"), LEASE)
         reader, writer = os.pipe()
         pid = os.fork()
@@ -280,7 +284,7 @@ print("ends", flush=True)
     @pytest.mark.timeout(20)
     def test_it_is_collected_though_its_lock_is_never_released(self, store: Listener) -> None:
         """As an interpreter ends, its daemon threads stand still with what they hold."""
-        renewals = Renewals(lambda: store)  # type: ignore[arg-type, return-value]
+        renewals = LeaseRenewer(lambda: store)  # type: ignore[arg-type, return-value]
         # Not let go: with nothing to renew the thread looks again after half a minute only.
         renewals.hold(claim(), LEASE)
         itself = renewals._here()
