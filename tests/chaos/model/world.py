@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum, auto
 from itertools import count
-from typing import Any
+from typing import Any, cast
 
 from celery import Celery, states
 from celery._state import _task_stack
@@ -42,6 +42,7 @@ from celery_idempotent.maintenance.rescue import Rescue
 from celery_idempotent.message.identity import identity_of
 from celery_idempotent.worker.admission import admit
 from celery_idempotent.worker.delivery import worker_label
+from celery_idempotent.worker.lease_renewal import LeaseRenewer
 from celery_idempotent.worker.run import Run, RunState
 from celery_idempotent.worker.signals import _after_run, _revoked, _succeeded
 from tests.chaos.model.broker import Broker, Copy, Mood
@@ -252,7 +253,8 @@ class World:
         self.watched = Watched(store, self.gate, self._saw)
         self.queue_log = QueueLog(app, self.watched.as_store())
         self.renewals = _Renewals()
-        vars(self.queue_log)["renewals"] = self.renewals
+        renewed = self.queue_log.part(LeaseRenewer, lambda: cast("LeaseRenewer", self.renewals))
+        assert renewed is cast("Any", self.renewals), "the world renews, and nobody else"
         app.world = self
         #: What is being decided on, the one that came between the others last.
         self._arrivals: list[Arrival] = []
