@@ -16,7 +16,7 @@ from celery import Task
 
 from benchmarks.drivers import Statement, driver_of
 from celery_idempotent import IdempotentTask
-from celery_idempotent.core.records import Claimed, MessageKey, NewMessage, Recorded
+from celery_idempotent.core.records import Claimed, Inserted, MessageKey, NewMessage
 from celery_idempotent.producer.send import Sending
 from celery_idempotent.stores import open_store
 from celery_idempotent.stores.redis.layout import Layout, identity
@@ -56,7 +56,7 @@ class BehindTheDriver(_Bare):
             store.withdraw(messages[0].key, task_id=messages[0].task_id)
             statements.clear()
             for message in messages:
-                assert isinstance(store.record(message), Recorded)
+                assert isinstance(store.record(message), Inserted)
             self._statements = list(statements)
             assert len(self._statements) == len(messages), f"{len(self._statements)} statements of {len(messages)}"
             for message in messages:
@@ -90,7 +90,7 @@ class BetweenTheStatements(_Bare):
         with closing(open_store(self._url)) as store:
             store.init()
             recorded = store.record_all(list(self._messages(f"{number:07}" for number in numbers)))
-        assert all(isinstance(each, Recorded) for each in recorded)
+        assert all(isinstance(each, Inserted) for each in recorded)
 
     def __call__(self, name: str, numbers: Iterable[int]) -> None:
         for number in numbers:

@@ -25,7 +25,7 @@ from benchmarks.rows import clear
 from benchmarks.servers import no_waiting_for_the_disk
 from benchmarks.site import Site, Stand
 from benchmarks.subjects import Place, Subject
-from celery_idempotent.core.records import Claim, Claimed, MessageKey, NewMessage, ProcessedStatus, Recorded
+from celery_idempotent.core.records import Claim, Claimed, Inserted, MessageKey, NewMessage, ProcessedStatus
 from celery_idempotent.core.store import Store
 from celery_idempotent.stores import open_store
 from tests.support.worker import ROOT
@@ -163,7 +163,7 @@ def _by_store(store: Store, name: str, note: Callable[[str], None] = lambda _: N
     messages = [_message(f"{name} {number}") for number in range(TURN)]
     began = time.perf_counter()
     for message in messages:
-        assert isinstance(store.record(message), Recorded)
+        assert isinstance(store.record(message), Inserted)
     note("record")
     recorded = time.perf_counter()
     claims: list[Claim] = []

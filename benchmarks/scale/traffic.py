@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from uuid import uuid4
 
-from celery_idempotent.core.records import Claim, Claimed, MessageKey, NewMessage, Recorded
+from celery_idempotent.core.records import Claim, Claimed, Inserted, MessageKey, NewMessage
 from celery_idempotent.core.store import Store
 from celery_idempotent.message.serialization import encode_message
 
@@ -74,7 +74,7 @@ def run(store: Store, messages: Sequence[NewMessage], *, times: Times | None = N
     times = Times() if times is None else times
     claims: list[Claim] = []
     for message in messages:
-        assert _timed(times.record, pause, lambda message=message: store.record(message)) == Recorded()  # type: ignore[misc]
+        assert _timed(times.record, pause, lambda message=message: store.record(message)) == Inserted()  # type: ignore[misc]
     for message in messages:
         answer = _timed(
             times.claim,

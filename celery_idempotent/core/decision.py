@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal, assert_never
 
-from celery_idempotent.core.records import Note, ProcessedStatus, Row, Status
+from celery_idempotent.core.records import NoResultReason, ProcessedStatus, Row, Status
 
 __all__ = [
     "AVAILABLE_GRACE",
@@ -308,7 +308,7 @@ def _decide_done(row: Row, delivery: Delivery) -> DeliveryAction:
         return DeliveryAction.SKIP
     # done without a result of its own (ignored, replaced): what was ignored has none for anybody, and what was replaced is
     # answered under its own task id by what took its place
-    if row.error == Note.IGNORED or (row.error == Note.REPLACED and ran):
+    if row.error == NoResultReason.IGNORED or (row.error == NoResultReason.REPLACED and ran):
         return DeliveryAction.SKIP
     # done, another task id waits on this message_id, or the result never reached the backend
     return DeliveryAction.REPLAY

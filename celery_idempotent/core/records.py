@@ -20,19 +20,19 @@ __all__ = [
     "Change",
     "Claim",
     "Claimed",
-    "Condition",
-    "Found",
+    "Duplicate",
     "Holder",
+    "Inserted",
+    "LogHealth",
     "MessageKey",
     "NewMessage",
-    "Note",
+    "NoResultReason",
+    "NotClaimed",
     "Owner",
     "ProcessedStatus",
-    "Recorded",
     "Row",
     "RowFilter",
     "Status",
-    "Taken",
     "TaskCount",
     "rejected",
 ]
@@ -46,7 +46,7 @@ class Status(StrEnum):
     DONE = "done"
 
 
-class Note(StrEnum):
+class NoResultReason(StrEnum):
     """Why a message that succeeded has no result to replay; kept in ``error``."""
 
     IGNORED = "ignored"  # the body raised Ignore
@@ -254,12 +254,12 @@ Holder = Claim | Owner
 
 
 @dataclass(frozen=True, slots=True)
-class Recorded:
+class Inserted:
     """The message was not there, or its id was free again: it is now pending, and its producer publishes it."""
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class Duplicate:
     """The id is taken; nothing was written."""
 
     row: Row
@@ -273,7 +273,7 @@ class Claimed:
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
+class NotClaimed:
     """The message could not be claimed as asked; nothing was written."""
 
     row: Row
@@ -320,7 +320,7 @@ class TaskCount:
 
 
 @dataclass(frozen=True, slots=True)
-class Condition:
+class LogHealth:
     """How the queue log stands at ``read_at``: what is waiting, and whether anybody recovers and purges it.
 
     Attributes:

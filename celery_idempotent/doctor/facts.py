@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from celery_idempotent.core.records import Condition
+from celery_idempotent.core.records import LogHealth
 
 __all__ = ["AppFacts", "BrokerFacts", "Facts", "QueueFacts", "StoreFacts", "TaskFacts"]
 
@@ -138,7 +138,7 @@ class StoreFacts:
     outstanding: tuple[str, ...] = ()
     there: bool = True
     configuration: Mapping[str, str] | None = None
-    condition: Condition | None = None
+    condition: LogHealth | None = None
     waiting: tuple[str, ...] = ()
     local_clock: datetime | None = None
     clock_error: float = 0.0

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from celery.result import AsyncResult
     from sqlalchemy import Connection
 
-    from celery_idempotent.core.records import Found, MessageKey, Recorded
+    from celery_idempotent.core.records import Duplicate, Inserted, MessageKey
     from celery_idempotent.core.store import Store
     from celery_idempotent.producer.guarded import Guarded
     from celery_idempotent.producer.publisher import Outgoing
@@ -154,10 +154,10 @@ class OutgoingCall(Protocol):
     def promised(self) -> AsyncResult[Any]:
         """Its result, if it is recorded later: that may be another's then."""
 
-    def record_together(self, calls: Sequence[Any]) -> list[Recorded | Found]:
+    def record_together(self, calls: Sequence[Any]) -> list[Inserted | Duplicate]:
         """Record it and others of the same app, in as few statements as it takes."""
 
-    def followed(self, answer: Recorded | Found) -> AsyncResult[Any]:
+    def followed(self, answer: Inserted | Duplicate) -> AsyncResult[Any]:
         """What it comes to, as it was recorded or found; its result."""
 
     def taken_back(self) -> bool:

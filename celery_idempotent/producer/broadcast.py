@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from celery_idempotent.core.records import Claimed, NewMessage, Note
+from celery_idempotent.core.records import Claimed, NewMessage, NoResultReason
 from celery_idempotent.errors import StoreError
 
 if TYPE_CHECKING:
@@ -20,9 +20,11 @@ def end_broadcast(task: Guarded, message: NewMessage) -> None:
     """The producer's row of a message that each worker gets ends when it is published: they have rows of their own."""
     store = task.queue_log.store
     try:
-        answer = store.claim(message, worker=str(Note.BROADCAST), lease=task.idempotency.lease, grace=0.0)
+        answer = store.claim(message, worker=str(NoResultReason.BROADCAST), lease=task.idempotency.lease, grace=0.0)
         if isinstance(answer, Claimed):
-            store.complete(answer.claim, result=None, note=Note.BROADCAST, unique_for=task.idempotency.unique_for)
+            store.complete(
+                answer.claim, result=None, note=NoResultReason.BROADCAST, unique_for=task.idempotency.unique_for
+            )
     except StoreError as error:
         logger.warning(
             "%s[%s] was published, and its row is ended by recovery: %s", task.name, message.key.message_id, error

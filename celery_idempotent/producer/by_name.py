@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from celery import _state, current_app, signals
 from celery.app.task import Context
 
-from celery_idempotent.core.records import Found, NewMessage, Recorded
+from celery_idempotent.core.records import Duplicate, Inserted, NewMessage
 from celery_idempotent.core.store_retry import ask_again
 from celery_idempotent.errors import StoreError
 from celery_idempotent.hooks import OutcomeKind
@@ -123,14 +123,14 @@ class _PublishHook:
         try:
             policy = self.app.conf.task_publish_retry_policy or {}
             found = ask_again(lambda: queue_log.store.record(message), policy)
-            if isinstance(found, Found) and found.row.never_began:
+            if isinstance(found, Duplicate) and found.row.never_began:
                 free = found.row
                 if ask_again(lambda: queue_log.store.resubmit(free, message), policy):
-                    found = Recorded()
+                    found = Inserted()
             broadcast = options.get("exchange_type") == FANOUT
-            if broadcast and not isinstance(found, Found):
+            if broadcast and not isinstance(found, Duplicate):
                 end_broadcast(task, message)
-            if isinstance(found, Found) and not broadcast and (copy := self._copy(header, found.row, sent, embed)):
+            if isinstance(found, Duplicate) and not broadcast and (copy := self._copy(header, found.row, sent, embed)):
                 ask_again(lambda: queue_log.store.record(replace(message, key=copy.row_of_its_own)), policy)
                 headers.update(copy.write(None))
         except StoreError as error:
@@ -138,13 +138,13 @@ class _PublishHook:
             return
         if outcomes is not None:
             outcomes.tell(
-                OutcomeKind.DUPLICATE if isinstance(found, Found) else OutcomeKind.RECORDED,
+                OutcomeKind.DUPLICATE if isinstance(found, Duplicate) else OutcomeKind.RECORDED,
                 key,
-                row=found.row if isinstance(found, Found) else None,
+                row=found.row if isinstance(found, Duplicate) else None,
                 task_id=task_id,
                 queue=message.queue,
                 attempt=message.attempt,
-                reason="by_name" if isinstance(found, Found) else None,
+                reason="by_name" if isinstance(found, Duplicate) else None,
             )
 
     def _copy(self, header: Header, row: Row, headers: Mapping[str, Any], embed: Mapping[str, Any]) -> Header | None:

@@ -16,9 +16,9 @@ from kombu.exceptions import OperationalError
 
 from celery_idempotent.core.decision import Call, CallAction, decide_call
 from celery_idempotent.core.records import (
-    Found,
+    Duplicate,
+    Inserted,
     NewMessage,
-    Recorded,
     Row,
     Status,
 )
@@ -246,13 +246,13 @@ class Sending:
             self._tell(OutcomeKind.UNGUARDED)
             return result
 
-    def _record(self) -> Recorded | Found:
+    def _record(self) -> Inserted | Duplicate:
         began = time.monotonic()
-        answer: Recorded | Found = self._ask(partial(self._store.record, self.message))
+        answer: Inserted | Duplicate = self._ask(partial(self._store.record, self.message))
         self.took = time.monotonic() - began
         return answer
 
-    def followed(self, answer: Recorded | Found) -> AsyncResult[Any]:
+    def followed(self, answer: Inserted | Duplicate) -> AsyncResult[Any]:
         """What a call comes to whose message was recorded, or found; its result.
 
         Raises:
@@ -260,7 +260,7 @@ class Sending:
             MessageMismatchError: With other arguments.
         """
         while True:
-            if not isinstance(answer, Found) or (self.unanswered and self._is_mine(answer.row)):
+            if not isinstance(answer, Duplicate) or (self.unanswered and self._is_mine(answer.row)):
                 return self._publish_or(self._withdraw, partial(self._tell, self.recorded))
             result = self._send_again(answer.row)
             if result is not None:
@@ -281,7 +281,7 @@ class Sending:
         result.duplicate = None
         return result
 
-    def record_together(self, calls: Sequence[Sending]) -> list[Recorded | Found]:
+    def record_together(self, calls: Sequence[Sending]) -> list[Inserted | Duplicate]:
         """Record this call and others of the same app, in as few statements as it takes.
 
         Raises:
@@ -289,7 +289,7 @@ class Sending:
         """
         began = time.monotonic()
         try:
-            answers: list[Recorded | Found] = self._ask(
+            answers: list[Inserted | Duplicate] = self._ask(
                 partial(self._store.record_all, [call.message for call in calls])
             )
         except StoreUnavailableError as error:
@@ -298,7 +298,7 @@ class Sending:
             logger.error("%d calls are sent unguarded, the store gives no answer: %s", len(calls), error)
             for call in calls:
                 call.recorded = OutcomeKind.UNGUARDED
-            return [Recorded()] * len(calls)
+            return [Inserted()] * len(calls)
         took = time.monotonic() - began
         for call in calls:
             call.unanswered, call.took = self.unanswered, took

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from celery_idempotent.core.records import Claim, Claimed, MessageKey, NewMessage, Row, Status, Taken
+from celery_idempotent.core.records import Claim, Claimed, MessageKey, NewMessage, NotClaimed, Row, Status
 from celery_idempotent.core.store import Store
 from celery_idempotent.testing.base import StoreFixtures
 from celery_idempotent.testing.examples import (
@@ -61,24 +61,24 @@ class ClaimContract(StoreFixtures):
         processing(store)
         before = read(store)
         answer = try_claim(store, worker="host-b:202")
-        assert isinstance(answer, Taken)
+        assert isinstance(answer, NotClaimed)
         assert same_row(answer.row, before)
         assert same_row(read(store), before)
 
     def test_even_its_owner_does_not_claim_a_message_twice(self, store: Store) -> None:
         processing(store)
-        assert isinstance(try_claim(store), Taken)
+        assert isinstance(try_claim(store), NotClaimed)
 
     def test_a_message_whose_lease_ran_out_is_taken_over_and_not_claimed(self, store: Store) -> None:
         store.expire(processing(store))
         answer = try_claim(store, worker="host-b:202")
-        assert isinstance(answer, Taken)
+        assert isinstance(answer, NotClaimed)
         assert answer.row.lease_left <= 0
 
     def test_a_finished_message_is_taken(self, store: Store) -> None:
         done(store)
         answer = try_claim(store)
-        assert isinstance(answer, Taken)
+        assert isinstance(answer, NotClaimed)
         assert (answer.row.status, answer.row.result) == (Status.DONE, b'"receipt"')
 
     def test_a_claim_notes_whose_delivery_runs(self, store: Store) -> None:
@@ -191,7 +191,7 @@ class ClaimContract(StoreFixtures):
 
         answer = try_claim(store, new_message(message=None, **delivery))
 
-        assert isinstance(answer, Taken)
+        assert isinstance(answer, NotClaimed)
         assert (answer.row.status, answer.row.task_id, answer.row.ran_task_id) == (Status.DONE, "task-1", "task-2")
         assert isinstance(try_claim(store, new_message(task_id="task-4")), Claimed)
 
@@ -205,7 +205,7 @@ class ClaimContract(StoreFixtures):
     def test_an_old_copy_of_a_retried_message_is_not_claimed(self, store: Store) -> None:
         pending(store, attempt=2)
         answer = try_claim(store, new_message(attempt=1))
-        assert isinstance(answer, Taken)
+        assert isinstance(answer, NotClaimed)
         assert answer.row.status is Status.PENDING
 
     @pytest.mark.parametrize("retries", [2, 3])
@@ -228,7 +228,7 @@ class ClaimContract(StoreFixtures):
 
     def test_an_old_copy_does_not_run_within_the_grace(self, store: Store) -> None:
         pending(store, attempt=2, delay=-GRACE + 20)
-        assert isinstance(try_claim(store, new_message(attempt=0)), Taken)
+        assert isinstance(try_claim(store, new_message(attempt=0)), NotClaimed)
 
     def test_no_grace_lets_an_old_copy_run_at_once(self, store: Store) -> None:
         pending(store, attempt=2, delay=0.0)
@@ -239,7 +239,7 @@ class ClaimContract(StoreFixtures):
     def test_a_message_with_other_arguments_is_not_claimed(self, store: Store) -> None:
         pending(store, delay=-2 * GRACE)
         answer = try_claim(store, new_message(fingerprint="b" * 64))
-        assert isinstance(answer, Taken)
+        assert isinstance(answer, NotClaimed)
         assert answer.row.status is Status.PENDING
 
     @pytest.mark.parametrize(("recorded", "delivered"), [(None, "a" * 64), ("a" * 64, None), (None, None)])

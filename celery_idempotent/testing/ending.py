@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import pytest
 
-from celery_idempotent.core.records import Claim, MessageKey, Note, Owner, ProcessedStatus, Status
+from celery_idempotent.core.records import Claim, MessageKey, NoResultReason, Owner, ProcessedStatus, Status
 from celery_idempotent.core.store import Store
 from celery_idempotent.testing.base import StoreFixtures
 from celery_idempotent.testing.examples import KEY, LEASE, WORKER, claim, done, pending, processing, read, same_row
@@ -79,7 +79,7 @@ class EndingContract(StoreFixtures):
         assert row.token == held.token
 
     def test_a_message_may_complete_without_a_result(self, store: Store) -> None:
-        assert store.complete(processing(store), result=None, note=Note.IGNORED)
+        assert store.complete(processing(store), result=None, note=NoResultReason.IGNORED)
         assert (read(store).result, read(store).error) == (None, "ignored")
 
     @pytest.mark.parametrize("kept", [b"", b"1"])

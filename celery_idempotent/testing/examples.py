@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
-from celery_idempotent.core.records import Claim, Claimed, MessageKey, NewMessage, Recorded, Row, Taken
+from celery_idempotent.core.records import Claim, Claimed, Inserted, MessageKey, NewMessage, NotClaimed, Row
 from celery_idempotent.core.store import Store
 
 __all__ = [
@@ -61,7 +61,7 @@ def same_row(first: Row, second: Row) -> bool:
 
 def try_claim(
     store: Store, message: NewMessage | None = None, *, worker: str = WORKER, lease: float = LEASE
-) -> Claimed | Taken:
+) -> Claimed | NotClaimed:
     """What a claim of the message answers."""
     return store.claim(new_message() if message is None else message, worker=worker, lease=lease, grace=GRACE)
 
@@ -76,14 +76,14 @@ def claim(store: Store, message: NewMessage | None = None, *, worker: str = WORK
 def pending(store: Store, **changes: Any) -> Row:
     """A message just recorded."""
     message = new_message(**changes)
-    assert store.record(message) == Recorded()
+    assert store.record(message) == Inserted()
     return read(store, message.key)
 
 
 def processing(store: Store, **changes: Any) -> Claim:
     """A message recorded and claimed."""
     message = new_message(**changes)
-    assert store.record(message) == Recorded()
+    assert store.record(message) == Inserted()
     return claim(store, message)
 
 

@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import pytest
 
-from celery_idempotent.core.records import Claim, MessageKey, Owner, ProcessedStatus, Status, Taken
+from celery_idempotent.core.records import Claim, MessageKey, NotClaimed, Owner, ProcessedStatus, Status
 from celery_idempotent.core.store import Store
 from celery_idempotent.testing.base import StoreFixtures
 from celery_idempotent.testing.examples import (
@@ -52,7 +52,7 @@ class HandingOnContract(StoreFixtures):
         assert (row.task_id, row.created_timestamp) == (first.task_id, first.created_timestamp)
         assert row.published_at is not None
         assert row.available_at == row.published_at + timedelta(seconds=60)
-        assert isinstance(try_claim(store, new_message(attempt=0, fingerprint=None)), Taken)
+        assert isinstance(try_claim(store, new_message(attempt=0, fingerprint=None)), NotClaimed)
         assert claim(store, new_message(attempt=1, fingerprint=None)).token == held.token + 1
 
     def test_what_a_retry_replaces_it_replaces_with_nothing_too(self, store: Store) -> None:
@@ -136,7 +136,7 @@ class HandingOnContract(StoreFixtures):
         assert (row.error, row.message) == ("TaskRevokedError: revoked", before.message)
         assert row.processed_timestamp is not None
         assert row.expires_at == row.processed_timestamp + timedelta(hours=1)
-        assert isinstance(try_claim(store), Taken)
+        assert isinstance(try_claim(store), NotClaimed)
 
     def test_a_message_that_waits_for_its_retry_is_cancelled(self, store: Store) -> None:
         store.retry(processing(store), new_message(attempt=1, delay=3600.0))

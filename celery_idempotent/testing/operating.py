@@ -12,9 +12,9 @@ from celery_idempotent.core.records import (
     FORGOTTEN,
     Change,
     Claimed,
+    Inserted,
     MessageKey,
     ProcessedStatus,
-    Recorded,
     RowFilter,
     Status,
     TaskCount,
@@ -200,13 +200,13 @@ class OperatorContract(StoreFixtures):
         assert (row.status, row.processed_status, row.error) == (Status.DONE, ProcessedStatus.FAILURE, FORGOTTEN)
         assert (row.message, row.result, row.fingerprint) == (None, None, None)
         assert row.expired
-        assert store.record(new_message(task_id="task-2", fingerprint="b" * 64)) == Recorded()
+        assert store.record(new_message(task_id="task-2", fingerprint="b" * 64)) == Inserted()
         assert (read(store).task_id, read(store).status) == ("task-2", Status.PENDING)
 
     def test_what_is_forgotten_while_it_runs_stays_fenced(self, store: Store) -> None:
         old = processing(store)
         assert store.forget(read(store))
-        assert store.record(new_message(task_id="task-2")) == Recorded()
+        assert store.record(new_message(task_id="task-2")) == Inserted()
         new = claim(store, new_message(task_id="task-2"))
         assert new.token > old.token
         assert not store.complete(old, result=b"1")

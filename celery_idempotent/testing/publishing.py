@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from celery_idempotent.core.records import Recorded, Status
+from celery_idempotent.core.records import Inserted, Status
 from celery_idempotent.core.store import Store
 from celery_idempotent.testing.base import StoreFixtures
 from celery_idempotent.testing.examples import (
@@ -31,7 +31,7 @@ class PublishContract(StoreFixtures):
         pending(store)
         assert store.withdraw(KEY, task_id="task-1")
         assert store.find(KEY) is None
-        assert store.record(new_message(task_id="task-2")) == Recorded()
+        assert store.record(new_message(task_id="task-2")) == Inserted()
 
     def test_a_message_of_another_task_id_is_not_withdrawn(self, store: Store) -> None:
         before = pending(store)
@@ -63,7 +63,7 @@ class PublishContract(StoreFixtures):
 
         assert store.withdraw(KEY, task_id="task-2")
 
-        assert store.record(new_message(task_id="task-3")) == Recorded()
+        assert store.record(new_message(task_id="task-3")) == Inserted()
         assert claim(store, new_message(task_id="task-3")).token > old.token
 
     # -- resubmit ------------------------------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ class PublishContract(StoreFixtures):
 
         assert store.withdraw(KEY, task_id="task-2")
 
-        assert store.record(new_message(task_id="task-3")) == Recorded()
+        assert store.record(new_message(task_id="task-3")) == Inserted()
         assert claim(store).token > old.token
 
     # -- republish -----------------------------------------------------------------------------------------------------

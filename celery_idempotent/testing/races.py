@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from celery_idempotent.core.records import Claimed, MessageKey, Recorded
+from celery_idempotent.core.records import Claimed, Inserted, MessageKey
 from celery_idempotent.core.store import Store
 from celery_idempotent.testing.base import StoreFixtures
 from celery_idempotent.testing.examples import (
@@ -102,7 +102,7 @@ ONE_EACH = Counter(dict.fromkeys(range(ROUNDS), 1))
 
 def record(store: Store, key: MessageKey, racer: int) -> bool:
     """Record it."""
-    return isinstance(store.record(new_message(key, task_id=f"racer-{racer}")), Recorded)
+    return isinstance(store.record(new_message(key, task_id=f"racer-{racer}")), Inserted)
 
 
 def claim_it(store: Store, key: MessageKey, racer: int) -> bool:

@@ -9,7 +9,7 @@ from datetime import UTC, timedelta
 
 import pytest
 
-from celery_idempotent.core.records import Claimed, Found, MessageKey, Owner, ProcessedStatus, Recorded, Row, Status
+from celery_idempotent.core.records import Claimed, Duplicate, Inserted, MessageKey, Owner, ProcessedStatus, Row, Status
 from celery_idempotent.core.store import Store
 from celery_idempotent.testing.base import StoreFixtures
 from celery_idempotent.testing.examples import (
@@ -36,7 +36,7 @@ class RecordContract(StoreFixtures):
     # -- record --------------------------------------------------------------------------------------------------------
 
     def test_a_new_message_is_recorded_as_pending(self, store: Store) -> None:
-        assert store.record(new_message()) == Recorded()
+        assert store.record(new_message()) == Inserted()
 
         row = read(store)
         assert row == Row(
@@ -76,26 +76,26 @@ class RecordContract(StoreFixtures):
 
         answer = store.record(new_message(task_id="task-2", fingerprint="b" * 64, message=b"other", delay=5.0))
 
-        assert isinstance(answer, Found)
+        assert isinstance(answer, Duplicate)
         assert same_row(answer.row, before)
         assert same_row(read(store), before)
 
     def test_a_running_message_is_found(self, store: Store) -> None:
         processing(store)
         answer = store.record(new_message(task_id="task-2"))
-        assert isinstance(answer, Found)
+        assert isinstance(answer, Duplicate)
         assert answer.row.status is Status.PROCESSING
         assert answer.row.lease_left > 0
 
     def test_a_finished_message_is_found_with_its_result(self, store: Store) -> None:
         done(store)
         answer = store.record(new_message(task_id="task-2"))
-        assert isinstance(answer, Found)
+        assert isinstance(answer, Duplicate)
         assert (answer.row.status, answer.row.result) == (Status.DONE, b'"receipt"')
 
     def test_one_message_id_may_serve_two_tasks(self, store: Store) -> None:
         pending(store)
-        assert store.record(new_message(MessageKey(KEY.message_id, "shop.ship"))) == Recorded()
+        assert store.record(new_message(MessageKey(KEY.message_id, "shop.ship"))) == Inserted()
 
     def test_a_message_left_to_the_relay_is_not_published(self, store: Store) -> None:
         assert pending(store, published=False).published_at is None
@@ -105,7 +105,7 @@ class RecordContract(StoreFixtures):
     def test_many_messages_are_recorded_as_each_would_be(self, store: Store) -> None:
         single = pending(store)
         keys = [MessageKey(f"m{number}", "t") for number in range(1200)]  # more than one statement has
-        assert store.record_all([new_message(key) for key in keys]) == [Recorded()] * len(keys)
+        assert store.record_all([new_message(key) for key in keys]) == [Inserted()] * len(keys)
         for key in (keys[0], keys[-1]):
             row = read(store, key)
             changes = {"key", "created_timestamp", "published_at", "read_at"}
@@ -125,8 +125,8 @@ class RecordContract(StoreFixtures):
 
         answers = store.record_all(messages)
 
-        assert [type(answer) for answer in answers] == [Recorded, Found, Found, Recorded, Found]
-        found = [answer.row for answer in answers if isinstance(answer, Found)]
+        assert [type(answer) for answer in answers] == [Inserted, Duplicate, Duplicate, Inserted, Duplicate]
+        found = [answer.row for answer in answers if isinstance(answer, Duplicate)]
         assert [(row.key.message_id, row.task_id) for row in found] == [
             ("pending", "first"),
             ("processing", "task-1"),
@@ -187,7 +187,7 @@ class RecordContract(StoreFixtures):
         old = expired_id(store, delay=-5.0, attempt=3)
         store.count_duplicate(KEY)
 
-        assert store.record(new_message(task_id="task-2", queue="q2", fingerprint="b" * 64, message=b"2")) == Recorded()
+        assert store.record(new_message(task_id="task-2", queue="q2", fingerprint="b" * 64, message=b"2")) == Inserted()
 
         row = read(store)
         assert row == Row(
@@ -229,15 +229,15 @@ class RecordContract(StoreFixtures):
         assert row.expires_at - row.processed_timestamp == timedelta(seconds=0.3)
         answer = store.record(new_message())
         # Unless this machine stood still for so long, it is not free yet; the store's clock says.
-        assert isinstance(answer, Found) or read(store).created_timestamp >= row.expires_at
+        assert isinstance(answer, Duplicate) or read(store).created_timestamp >= row.expires_at
 
-        wait_until(lambda: isinstance(store.record(new_message(task_id="task-2")), Recorded) or read(store).token == 0)
+        wait_until(lambda: isinstance(store.record(new_message(task_id="task-2")), Inserted) or read(store).token == 0)
         assert read(store).created_timestamp >= row.expires_at
 
     def test_a_finished_id_without_unique_for_stays_taken(self, store: Store) -> None:
         done(store)
         assert read(store).expires_at is None
-        assert isinstance(store.record(new_message()), Found)
+        assert isinstance(store.record(new_message()), Duplicate)
 
     # -- what a row answers ---------------------------------------------------------------------------------------------
 
@@ -254,5 +254,5 @@ class RecordContract(StoreFixtures):
     def test_the_outcome_of_a_failed_message_is_found(self, store: Store) -> None:
         store.fail(processing(store), error="ValueError: no")
         answer = store.record(new_message())
-        assert isinstance(answer, Found)
+        assert isinstance(answer, Duplicate)
         assert (answer.row.processed_status, answer.row.error) == (ProcessedStatus.FAILURE, "ValueError: no")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from datetime import timedelta
 from functools import partial
 
-from celery_idempotent.core.records import MessageKey, ProcessedStatus, Recorded, Row, Status
+from celery_idempotent.core.records import Inserted, MessageKey, ProcessedStatus, Row, Status
 from celery_idempotent.core.store import LARGE_MESSAGE, Store
 from celery_idempotent.testing.base import StoreFixtures
 from celery_idempotent.testing.examples import (
@@ -317,7 +317,7 @@ class RecoveryContract(StoreFixtures):
 
         wait_until(purge)
         assert {count.status for count in store.counts()} == {Status.PENDING, Status.PROCESSING}
-        assert store.record(new_message(MessageKey("done", "t"))) == Recorded()
+        assert store.record(new_message(MessageKey("done", "t"))) == Inserted()
 
     def test_no_more_are_purged_than_asked_for(self, store: Store) -> None:
         held = [done(store, key=MessageKey(f"m{number}", "t")) for number in range(3)]

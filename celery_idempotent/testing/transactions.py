@@ -9,7 +9,7 @@ from typing import cast
 
 import pytest
 
-from celery_idempotent.core.records import Claim, Found, MessageKey, ProcessedStatus, Recorded, Status
+from celery_idempotent.core.records import Claim, Duplicate, Inserted, MessageKey, ProcessedStatus, Status
 from celery_idempotent.core.store import Store, TransactionalStore
 from celery_idempotent.testing.base import StoreFixtures
 from celery_idempotent.testing.examples import KEY, LEASE, claim, new_message, pending, processing, read, same_row, take
@@ -56,8 +56,8 @@ class TransactionContract(StoreFixtures):
         for end in ("rollback", "commit"):
             with transactional.engine.connect() as connection:
                 within = transactional.within(connection)
-                assert within.record(new_message(OTHER)) == Recorded()
-                assert isinstance(within.record(new_message(OTHER)), Found)
+                assert within.record(new_message(OTHER)) == Inserted()
+                assert isinstance(within.record(new_message(OTHER)), Duplicate)
                 assert within.complete(held, result=b"1")
                 getattr(connection, end)()
             assert (transactional.find(OTHER) is not None) is (end == "commit")

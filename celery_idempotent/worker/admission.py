@@ -25,11 +25,11 @@ from celery_idempotent.core.records import (
     Claimed,
     MessageKey,
     NewMessage,
-    Note,
+    NoResultReason,
+    NotClaimed,
     ProcessedStatus,
     Row,
     Status,
-    Taken,
 )
 from celery_idempotent.errors import (
     AlreadyFailedError,
@@ -259,13 +259,13 @@ class _Admission:
         logger.warning("%s kept changing hands; it is delivered again", self.run)
         raise self._hold(_SETTLE)
 
-    def _ask(self) -> Claimed | Taken:
+    def _ask(self) -> Claimed | NotClaimed:
         later = self.run.header.call is not None
         if later:
             # Never in the place of the first call under its Celery id, whose callbacks would not be sent then.
             row = self._store.find(self.message.key)
             if row is not None and not row.expired:
-                return Taken(row)
+                return NotClaimed(row)
         answer = self._store.claim(
             self.message,
             worker=worker_label(self.request.hostname),
@@ -293,7 +293,7 @@ class _Admission:
         except UndecodableError:  # as when it succeeded
             return False
 
-    def _follow(self, taken: Taken) -> Run | None:
+    def _follow(self, taken: NotClaimed) -> Run | None:
         """Carry out the decision on a row that stands in the way; ``None`` when it moved and the decision is void."""
         row = taken.row
         if self.unanswered and row.status is Status.PROCESSING and row.worker == worker_label(self.request.hostname):
@@ -500,7 +500,7 @@ class _Admission:
             return first.result
         if first.state in states.READY_STATES:
             raise AlreadyFailedError(row.key.message_id, describe(first.result))
-        if row.error == Note.REPLACED and not self.request.is_eager:
+        if row.error == NoResultReason.REPLACED and not self.request.is_eager:
             # The task that took its place is still to answer.
             raise self._hold(self.task.idempotency.lease / 2)
         logger.warning("%s is replayed as None: its result was not kept, and the backend has none", self.run)

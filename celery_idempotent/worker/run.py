@@ -27,7 +27,7 @@ from celery_idempotent.core.records import (
     Claimed,
     MessageKey,
     NewMessage,
-    Note,
+    NoResultReason,
     ProcessedStatus,
     Row,
     Status,
@@ -321,7 +321,9 @@ class Run:
             raise
         except Ignore:
             if self.state is RunState.CLAIMED:
-                self._finish(self._completed(None, note=Note.REPLACED if self.replacing else Note.IGNORED))
+                self._finish(
+                    self._completed(None, note=NoResultReason.REPLACED if self.replacing else NoResultReason.IGNORED)
+                )
             self._stop_if_lost()
             raise
         except Reject as reject:
@@ -432,7 +434,11 @@ class Run:
                 case states.RETRY:
                     self.hand_on(self._retried(outcome))
                 case states.IGNORED:
-                    self._finish(self._completed(None, note=Note.REPLACED if self.replacing else Note.IGNORED))
+                    self._finish(
+                        self._completed(
+                            None, note=NoResultReason.REPLACED if self.replacing else NoResultReason.IGNORED
+                        )
+                    )
                 case states.REJECTED:
                     self._rejected(outcome)
                 case _:
@@ -585,7 +591,7 @@ class Run:
         assert self.claim is not None, "only a claimed run writes"
         return self.claim
 
-    def _completed(self, result: bytes | None, note: Note | None = None) -> bool:
+    def _completed(self, result: bytes | None, note: NoResultReason | None = None) -> bool:
         unique_for, began = self.task.idempotency.unique_for, time.monotonic()
         held = self._commit(
             "record a success",
@@ -593,7 +599,7 @@ class Run:
             lambda store, kept: store.complete(
                 self._claim,
                 result=kept,
-                note=note or (Note.UNKEPT if self.keeping.refused else None),
+                note=note or (NoResultReason.UNKEPT if self.keeping.refused else None),
                 unique_for=unique_for,
             ),
             self._has_succeeded,

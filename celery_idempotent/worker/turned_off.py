@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from celery_idempotent.core.records import Claimed, MessageKey, NewMessage, Note
+from celery_idempotent.core.records import Claimed, MessageKey, NewMessage, NoResultReason
 from celery_idempotent.worker.delivery import describe, worker_label
 
 if TYPE_CHECKING:
@@ -44,6 +44,6 @@ def end_unguarded(queue_log: QueueLog, header: Header, request: Context, error: 
         return
     logger.warning("%s[%s] ran without base=IdempotentTask; its row is ended", key.task_name, key.message_id)
     if error is None:
-        store.complete(claimed.claim, result=None, note=Note.UNKEPT)
+        store.complete(claimed.claim, result=None, note=NoResultReason.UNKEPT)
     else:
         store.fail(claimed.claim, error=describe(error))

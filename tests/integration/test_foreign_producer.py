@@ -13,7 +13,7 @@ from kombu.connection import Connection
 from kombu.messaging import Producer
 
 from celery_idempotent import MessageMismatchError
-from celery_idempotent.core.records import Claimed, MessageKey, NewMessage, ProcessedStatus, Recorded, Status
+from celery_idempotent.core.records import Claimed, Inserted, MessageKey, NewMessage, ProcessedStatus, Status
 from celery_idempotent.message.serialization import encode_message, encode_result
 from tests.support.bench import PATIENCE, Bench
 from tests.support.waiting import wait_until
@@ -139,7 +139,7 @@ def test_a_first_message_whose_copy_ran_is_not_taken_for_another(bench: Bench) -
     order, first, copy = bench.fresh("order"), str(uuid4()), str(uuid4())
     store, m = bench.app.queue_log.store, f"order:{order}"
     message = encode_message([order], {}, {"task_id": first, "message_id": m}, serializer="json")
-    assert store.record(NewMessage(MessageKey(m, "order"), first, message=message)) == Recorded()
+    assert store.record(NewMessage(MessageKey(m, "order"), first, message=message)) == Inserted()
 
     publish(bench, "order", order, task_id=copy)
     assert bench.app.AsyncResult(copy).get(timeout=PATIENCE) == {"order": order, "amount": 1}

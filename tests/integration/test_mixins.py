@@ -14,7 +14,7 @@ from celery.app import trace
 from celery.exceptions import Ignore, Reject
 
 from celery_idempotent import ConfigurationError, IdempotentTask
-from celery_idempotent.core.records import MessageKey, Note, ProcessedStatus, Row, Status
+from celery_idempotent.core.records import MessageKey, NoResultReason, ProcessedStatus, Row, Status
 from tests.support.apps import close_app
 from tests.support.stores import sqlite_store
 
@@ -185,7 +185,7 @@ def rejects(self: Any) -> None:
         (succeeds, states.SUCCESS, (Status.DONE, SUCCESS, None)),
         (fails, states.FAILURE, (Status.DONE, FAILURE, "ValueError: as told")),
         (retries, states.SUCCESS, (Status.DONE, SUCCESS, None)),
-        (ignores, states.IGNORED, (Status.DONE, SUCCESS, Note.IGNORED)),
+        (ignores, states.IGNORED, (Status.DONE, SUCCESS, NoResultReason.IGNORED)),
         (
             rejects,
             states.REJECTED,

@@ -12,7 +12,7 @@ import pytest
 import sqlalchemy as sa
 from celery import Celery
 
-from celery_idempotent.core.records import MessageKey, Note, ProcessedStatus, Row, Status
+from celery_idempotent.core.records import MessageKey, NoResultReason, ProcessedStatus, Row, Status
 from tests.support.apps import AppSpec, OpenApp
 from tests.support.ledger import Ledger
 from tests.support.waiting import wait_until
@@ -52,7 +52,7 @@ def test_a_result_beyond_the_largest_packet_is_not_kept(
         assert len(result.get(timeout=PATIENCE)) == size
         row = done(app, task, result.id)
         kept = size == MB
-        assert (row.processed_status, row.error) == (ProcessedStatus.SUCCESS, None if kept else Note.UNKEPT)
+        assert (row.processed_status, row.error) == (ProcessedStatus.SUCCESS, None if kept else NoResultReason.UNKEPT)
         assert (row.result is not None) is kept
         # A body whose transaction was lost with the connection is run again in a new one.
         assert len(ledger.starts(task, task_id=result.id)) <= (1 if task == "large" or kept else 3)

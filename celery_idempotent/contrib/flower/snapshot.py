@@ -19,7 +19,7 @@ from celery_idempotent.contrib.flower.async_store import Questions
 from celery_idempotent.contrib.flower.event_log import Heard
 from celery_idempotent.core.records import (
     FORGOTTEN,
-    Condition,
+    LogHealth,
     MessageKey,
     ProcessedStatus,
     Row,
@@ -63,7 +63,7 @@ class Glance:
     """How the queue log stands, as far as indexes tell. Rows of each kind: at most :data:`LISTED`.
 
     Attributes:
-        condition: See :class:`~celery_idempotent.core.records.Condition`.
+        condition: See :class:`~celery_idempotent.core.records.LogHealth`.
         running: Claims, those recorded first coming first.
         lapsed: Those whose lease ran out and whose message nobody has published again since.
         unsent: Messages that were never handed to the broker, the oldest first.
@@ -71,7 +71,7 @@ class Glance:
         latest: What runs, and what ended last, in no order.
     """
 
-    condition: Condition
+    condition: LogHealth
     running: tuple[Row, ...] = ()
     lapsed: tuple[Row, ...] = ()
     unsent: tuple[Row, ...] = ()
@@ -279,7 +279,7 @@ class Figures:
     def _read(self) -> Glance:
         store = self.store()
         if store is None:
-            return Glance(Condition(datetime.now(UTC)))
+            return Glance(LogHealth(datetime.now(UTC)))
         return Glance(
             store.condition(),
             running=tuple(legible(store.rows(RowFilter(status=Status.PROCESSING, oldest_first=True, limit=LISTED)))),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from celery_idempotent.core.records import Claimed, Holder, NewMessage, Row, Taken
+from celery_idempotent.core.records import Claimed, Holder, NewMessage, NotClaimed, Row
 
 __all__ = ["Claimer"]
 
@@ -21,7 +21,7 @@ class Claimer(Protocol):
         lease: float,
         grace: float,
         adopt: Callable[[], NewMessage] | None = None,
-    ) -> Claimed | Taken:
+    ) -> Claimed | NotClaimed:
         """Take a delivered message, or report the row that stands in the way.
 
         Claimed are: an absent message (inserted as claimed, for a producer without this library), an id that is free
@@ -39,7 +39,7 @@ class Claimer(Protocol):
                 ``None`` inserts ``message`` as it is.
 
         Returns:
-            ``Claimed`` with a fresh token, or ``Taken`` with the row as it stands.
+            ``Claimed`` with a fresh token, or ``NotClaimed`` with the row as it stands.
 
         Atomicity: one statement for a recorded, pending message; of N concurrent callers exactly one claims.
         """

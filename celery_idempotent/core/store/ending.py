@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from celery_idempotent.core.records import Claim, Holder, MessageKey, NewMessage, Note, Row
+from celery_idempotent.core.records import Claim, Holder, MessageKey, NewMessage, NoResultReason, Row
 
 __all__ = ["Ender"]
 
@@ -28,7 +28,7 @@ class Ender(Protocol):
         ...
 
     def complete(
-        self, claim: Claim, *, result: bytes | None, note: Note | None = None, unique_for: float | None = None
+        self, claim: Claim, *, result: bytes | None, note: NoResultReason | None = None, unique_for: float | None = None
     ) -> bool:
         """End a message as ``done``/``success`` and empty its ``message``.
 

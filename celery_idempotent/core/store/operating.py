@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Protocol
 
-from celery_idempotent.core.records import Condition, MessageKey, ProcessedStatus, Row, RowFilter, TaskCount
+from celery_idempotent.core.records import LogHealth, MessageKey, ProcessedStatus, Row, RowFilter, TaskCount
 
 __all__ = ["Operator"]
 
@@ -55,7 +55,7 @@ class Operator(Protocol):
         """How many rows :meth:`purge` would delete now, if it had no limit."""
         ...
 
-    def condition(self) -> Condition:
+    def condition(self) -> LogHealth:
         """What is waiting, and for how long. One statement; it reads what is not done, and the oldest of what is.
 
         Nothing is made: where the schema is made on first use, ask :meth:`inspect` before.

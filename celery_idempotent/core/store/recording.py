@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from celery_idempotent.core.records import Found, MessageKey, NewMessage, Recorded, Row
+from celery_idempotent.core.records import Duplicate, Inserted, MessageKey, NewMessage, Row
 
 __all__ = ["Recorder"]
 
@@ -13,7 +13,7 @@ __all__ = ["Recorder"]
 class Recorder(Protocol):
     """Records calls, and takes them back."""
 
-    def record(self, message: NewMessage) -> Recorded | Found:
+    def record(self, message: NewMessage) -> Inserted | Duplicate:
         """Record a message as pending unless its id is taken.
 
         An id whose ``expires_at`` has passed is free: its row starts anew, keeping only its token, so that a run of the old
@@ -23,13 +23,13 @@ class Recorder(Protocol):
             message: What is about to be published.
 
         Returns:
-            ``Recorded``, or ``Found`` with the row that has the id.
+            ``Inserted``, or ``Duplicate`` with the row that has the id.
 
-        Atomicity: one statement when the id is new; of N concurrent callers exactly one is told ``Recorded``.
+        Atomicity: one statement when the id is new; of N concurrent callers exactly one is told ``Inserted``.
         """
         ...
 
-    def record_all(self, messages: Sequence[NewMessage]) -> list[Recorded | Found]:
+    def record_all(self, messages: Sequence[NewMessage]) -> list[Inserted | Duplicate]:
         """Record many messages, each as :meth:`record` would.
 
         Args:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from celery_idempotent.core.records import FORGOTTEN, Condition, ProcessedStatus, Row, Status
+from celery_idempotent.core.records import FORGOTTEN, LogHealth, ProcessedStatus, Row, Status
 from celery_idempotent.stores.redis.connection import On
 from celery_idempotent.stores.redis.layout import SHARDS, encoded, identity
 from celery_idempotent.stores.redis.recovering import PURGEABLE
@@ -51,7 +51,7 @@ end
 return {{count, math.max(looked, #free)}}
 """)
 
-# The clock, and the moments of a Condition; empty for none.
+# The clock, and the moments of a LogHealth; empty for none.
 _CONDITION = Script("""
 local function first_of(index, last, found)
   local start = 0
@@ -129,7 +129,7 @@ def purgeable(on: On, chosen: Sequence[Argument]) -> int:
     return counted
 
 
-def condition(on: On) -> Condition:
+def condition(on: On) -> LogHealth:
     """What waits, and since when."""
     answers = on.call_each(_CONDITION, [(shard, ()) for shard in range(SHARDS)])
     now, *moments = zip(*([optional_moment(value) for value in answer] for answer in answers), strict=True)
@@ -141,7 +141,7 @@ def condition(on: On) -> Condition:
     last_due, lapsed_since, unsent_since, done_since = moments
     read_at = which(max, now)
     assert read_at is not None, "every script tells the clock"
-    return Condition(
+    return LogHealth(
         read_at,
         last_due=which(max, last_due),
         lapsed_since=which(min, lapsed_since),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from celery_idempotent.core.records import Claim, Claimed, Holder, NewMessage, Row, Status, Taken
+from celery_idempotent.core.records import Claim, Claimed, Holder, NewMessage, NotClaimed, Row, Status
 from celery_idempotent.errors import StoreUnavailableError
 from celery_idempotent.stores.redis.connection import On
 from celery_idempotent.stores.redis.layout import encoded, identity
@@ -109,7 +109,7 @@ def claim(
     grace: float,
     adopt: Callable[[], NewMessage] | None,
     again: bool,
-) -> Claimed | Taken:
+) -> Claimed | NotClaimed:
     """One script for a message that was recorded, and another for one that was not."""
     key = message.key
     ident = identity(key)
@@ -124,7 +124,7 @@ def claim(
             # The first attempt of this very call took effect, and its answer was lost.
             if again and row.status is Status.PROCESSING and row.worker == worker:
                 return Claimed(Claim(key, row.token))
-            return Taken(row)
+            return NotClaimed(row)
         if answer is None:
             if whole is None:
                 whole = message_arguments(message if adopt is None else adopt())

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from celery_idempotent.core.records import Found, MessageKey, NewMessage, Recorded, Row, Status
+from celery_idempotent.core.records import Duplicate, Inserted, MessageKey, NewMessage, Row, Status
 from celery_idempotent.stores.redis.connection import On
 from celery_idempotent.stores.redis.layout import encoded, identity
 from celery_idempotent.stores.redis.rows import Argument, message_arguments, moment, row_of
@@ -94,14 +94,14 @@ return 1
 """)
 
 
-def record(on: On, message: NewMessage, *, again: bool) -> Recorded | Found:
+def record(on: On, message: NewMessage, *, again: bool) -> Inserted | Duplicate:
     """Begin a row, or report the one that is there."""
     ident = identity(message.key)
     (answer,) = on.call(_RECORD, ident, b"", ident, 0, *message_arguments(message))
     return _recorded(message, answer, again)
 
 
-def record_all(on: On, messages: Sequence[NewMessage], *, again: bool) -> list[Recorded | Found]:
+def record_all(on: On, messages: Sequence[NewMessage], *, again: bool) -> list[Inserted | Duplicate]:
     """Begin those that are new, in the order of the list."""
     idents = [identity(message.key) for message in messages]
     # A cluster has as many clocks as nodes: one of them tells the order.
@@ -111,7 +111,7 @@ def record_all(on: On, messages: Sequence[NewMessage], *, again: bool) -> list[R
         for place, (ident, message) in enumerate(zip(idents, messages, strict=True))
     ]
     answers = on.call_all(_RECORD, [base], items)
-    recorded: list[Recorded | Found] = []
+    recorded: list[Inserted | Duplicate] = []
     seen: set[MessageKey] = set()
     for message, answer in zip(messages, answers, strict=True):
         # One that this very list has twice was not there before.
@@ -120,13 +120,13 @@ def record_all(on: On, messages: Sequence[NewMessage], *, again: bool) -> list[R
     return recorded
 
 
-def _recorded(message: NewMessage, answer: Any, again: bool) -> Recorded | Found:
+def _recorded(message: NewMessage, answer: Any, again: bool) -> Inserted | Duplicate:
     if answer == 1:
-        return Recorded()
+        return Inserted()
     row = row_of(message.key, answer)
     if again and row.status is Status.PENDING and row.worker is None and row.task_id == message.task_id:
-        return Recorded()
-    return Found(row)
+        return Inserted()
+    return Duplicate(row)
 
 
 def withdraw(on: On, key: MessageKey, *, task_id: str, again: bool) -> bool:

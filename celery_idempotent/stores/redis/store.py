@@ -11,17 +11,17 @@ from celery_idempotent.core.records import (
     Change,
     Claim,
     Claimed,
-    Condition,
-    Found,
+    Duplicate,
     Holder,
+    Inserted,
+    LogHealth,
     MessageKey,
     NewMessage,
-    Note,
+    NoResultReason,
+    NotClaimed,
     ProcessedStatus,
-    Recorded,
     Row,
     RowFilter,
-    Taken,
     TaskCount,
 )
 from celery_idempotent.errors import SchemaError
@@ -79,11 +79,11 @@ class RedisStore:
 
     # -- producer ------------------------------------------------------------------------------------------------------
 
-    def record(self, message: NewMessage) -> Recorded | Found:
+    def record(self, message: NewMessage) -> Inserted | Duplicate:
         return self._run(lambda on, again: producer.record(on, message, again=again))
 
-    def record_all(self, messages: Sequence[NewMessage]) -> list[Recorded | Found]:
-        answers: list[Recorded | Found] = []
+    def record_all(self, messages: Sequence[NewMessage]) -> list[Inserted | Duplicate]:
+        answers: list[Inserted | Duplicate] = []
         for first in range(0, len(messages), _AT_ONCE):
             some = messages[first : first + _AT_ONCE]
             answers += self._run(lambda on, again, some=some: producer.record_all(on, some, again=again))  # type: ignore[misc]
@@ -111,7 +111,7 @@ class RedisStore:
         lease: float,
         grace: float,
         adopt: Callable[[], NewMessage] | None = None,
-    ) -> Claimed | Taken:
+    ) -> Claimed | NotClaimed:
         return self._run(
             lambda on, again: claims.claim(
                 on, message, worker=worker, lease=lease, grace=grace, adopt=adopt, again=again
@@ -132,7 +132,7 @@ class RedisStore:
         return self._run(lambda on, _: transitions.checkpoint(on, claim, result=result, lease=lease))
 
     def complete(
-        self, claim: Claim, *, result: bytes | None, note: Note | None = None, unique_for: float | None = None
+        self, claim: Claim, *, result: bytes | None, note: NoResultReason | None = None, unique_for: float | None = None
     ) -> bool:
         return self._run(lambda on, _: transitions.complete(on, claim, result=result, note=note, unique_for=unique_for))
 
@@ -238,7 +238,7 @@ class RedisStore:
         chosen = recovering.chosen_by(older_than, failures_older_than, task_name, processed_status)
         return self._run(lambda on, _: admin.purgeable(on, chosen))
 
-    def condition(self) -> Condition:
+    def condition(self) -> LogHealth:
         return self._run(lambda on, _: admin.condition(on), prepared=False)
 
     def configuration(self) -> Mapping[str, str]:

@@ -14,7 +14,7 @@ from celery_idempotent.core.records import (
     Holder,
     MessageKey,
     NewMessage,
-    Note,
+    NoResultReason,
     Owner,
     ProcessedStatus,
     Row,
@@ -135,7 +135,9 @@ def checkpoint(on: On, claim: Claim, *, result: bytes | None, lease: float | Non
     return _wrote(on.call(_CHECKPOINT, ident, ident, *fence(claim), optional(result), duration(lease)))
 
 
-def complete(on: On, claim: Claim, *, result: bytes | None, note: Note | None, unique_for: float | None) -> bool:
+def complete(
+    on: On, claim: Claim, *, result: bytes | None, note: NoResultReason | None, unique_for: float | None
+) -> bool:
     """Done, success."""
     ident = identity(claim.key)
     return _wrote(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sqlalchemy import Connection, Table, func, literal_column, null, or_, select, update
 
-from celery_idempotent.core.records import FORGOTTEN, Condition, ProcessedStatus, Row, Status
+from celery_idempotent.core.records import FORGOTTEN, LogHealth, ProcessedStatus, Row, Status
 from celery_idempotent.stores.sql.clock import FromNow, Now, seconds
 from celery_idempotent.stores.sql.columns import (
     DONE,
@@ -100,6 +100,6 @@ class Operating:
         counted: int = connection.execute(self._purgeable.where(*conditions), chosen.parameters).scalar_one()
         return counted
 
-    def condition(self, connection: Connection) -> Condition:
+    def condition(self, connection: Connection) -> LogHealth:
         """What waits, and since when."""
-        return Condition(**connection.execute(self._condition).mappings().one())
+        return LogHealth(**connection.execute(self._condition).mappings().one())

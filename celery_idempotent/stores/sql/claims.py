@@ -10,7 +10,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Table, case, literal_column, null, or_, update
 
-from celery_idempotent.core.records import Claim, Claimed, Holder, NewMessage, Row, Status, Taken
+from celery_idempotent.core.records import Claim, Claimed, Holder, NewMessage, NotClaimed, Row, Status
 from celery_idempotent.errors import StoreUnavailableError
 from celery_idempotent.stores.sql.clock import FromNow, Now, seconds
 from celery_idempotent.stores.sql.columns import (
@@ -115,7 +115,7 @@ class Claims:
         grace: float,
         adopt: Callable[[], NewMessage] | None,
         again: bool,
-    ) -> Claimed | Taken:
+    ) -> Claimed | NotClaimed:
         """One update for a recorded, pending message; what else there may be is found out after it."""
         key = message.key
         claim_parameters = {
@@ -139,7 +139,7 @@ class Claims:
                     return Claimed(Claim(key, row.token))
                 if _claimable(row, message, grace):
                     continue  # became so since
-                return Taken(row)
+                return NotClaimed(row)
             if whole is None:
                 adopted = message if adopt is None else adopt()
                 own = {name: claim_parameters[name] for name in ("p_worker", "p_ran_task_id", "p_lease")}

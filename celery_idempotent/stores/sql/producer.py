@@ -11,7 +11,7 @@ from functools import partial
 
 from sqlalchemy import Connection, Table, bindparam, delete, literal_column, null, or_, update
 
-from celery_idempotent.core.records import Found, MessageKey, NewMessage, Recorded, Row, Status
+from celery_idempotent.core.records import Duplicate, Inserted, MessageKey, NewMessage, Row, Status
 from celery_idempotent.errors import StoreUnavailableError
 from celery_idempotent.stores.sql.clock import FromNow, JustAfter, Now, seconds
 from celery_idempotent.stores.sql.columns import (
@@ -112,7 +112,7 @@ class Producer:
 
     def record(
         self, connection: Connection, message: NewMessage, *, again: bool, in_transaction: bool = False
-    ) -> Recorded | Found:
+    ) -> Inserted | Duplicate:
         """Insert, or replace a row whose id is free again, or report the row.
 
         In a transaction of somebody's a row that is there is looked at, and not locked until that ends.
@@ -122,23 +122,23 @@ class Producer:
         read = self._read_in_transaction if in_transaction else self._read
         for _ in range(ROUNDS):
             if self._dialect.inserted(connection, insert, parameters):
-                return Recorded()
+                return Inserted()
             row = read(connection, message.key)
             if row is None:
                 continue  # withdrawn or purged since
             if row.status is Status.DONE and row.expired:
                 # Where the insert could not replace it; or it expired since, and the next round replaces it.
                 if connection.execute(self._restart, parameters).rowcount:
-                    return Recorded()
+                    return Inserted()
                 continue
             if again and row.status is Status.PENDING and row.worker is None and row.task_id == message.task_id:
-                return Recorded()
-            return Found(row)
+                return Inserted()
+            return Duplicate(row)
         raise StoreUnavailableError(f"message {message.key.message_id!r} could not be recorded: its row kept changing")
 
     def record_all(
         self, connection: Connection, messages: Sequence[NewMessage], *, again: bool, in_transaction: bool = False
-    ) -> list[Recorded | Found]:
+    ) -> list[Inserted | Duplicate]:
         """Insert those that are new in one statement, and look at the others."""
         parameters = [
             {**message_parameters(message), "p_place": place * _APART} for place, message in enumerate(messages)
@@ -157,16 +157,16 @@ class Producer:
         read = self._read_in_transaction if in_transaction else self._read
         rows = {row.key: row for row in read.many(connection, others)} if others else {}
         return [
-            Recorded() if is_new else self._found_or_record(connection, message, rows.get(message.key), in_transaction)
+            Inserted() if is_new else self._found_or_record(connection, message, rows.get(message.key), in_transaction)
             for message, is_new in zip(messages, recorded, strict=True)
         ]
 
     def _found_or_record(
         self, connection: Connection, message: NewMessage, row: Row | None, in_transaction: bool
-    ) -> Recorded | Found:
+    ) -> Inserted | Duplicate:
         if row is None or row.expired:
             return self.record(connection, message, again=False, in_transaction=in_transaction)
-        return Found(row)
+        return Duplicate(row)
 
     def withdraw(self, connection: Connection, key: MessageKey, *, task_id: str, again: bool) -> bool:
         """Delete a pending row that was never claimed; free its id if the row had an earlier life."""

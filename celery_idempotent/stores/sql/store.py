@@ -16,17 +16,17 @@ from celery_idempotent.core.records import (
     Change,
     Claim,
     Claimed,
-    Condition,
-    Found,
+    Duplicate,
     Holder,
+    Inserted,
+    LogHealth,
     MessageKey,
     NewMessage,
-    Note,
+    NoResultReason,
+    NotClaimed,
     ProcessedStatus,
-    Recorded,
     Row,
     RowFilter,
-    Taken,
     TaskCount,
 )
 from celery_idempotent.errors import SchemaError, StoreError, StoreUnavailableError
@@ -128,13 +128,13 @@ class SQLStore:
 
     # -- producer ------------------------------------------------------------------------------------------------------
 
-    def record(self, message: NewMessage) -> Recorded | Found:
+    def record(self, message: NewMessage) -> Inserted | Duplicate:
         return self._run(
             lambda on, again: self._producer.record(on, message, again=again, in_transaction=self._in_transaction)
         )
 
-    def record_all(self, messages: Sequence[NewMessage]) -> list[Recorded | Found]:
-        answers: list[Recorded | Found] = []
+    def record_all(self, messages: Sequence[NewMessage]) -> list[Inserted | Duplicate]:
+        answers: list[Inserted | Duplicate] = []
         for first in range(0, len(messages), AT_ONCE):
             some = messages[first : first + AT_ONCE]
             answers += self._run(
@@ -166,7 +166,7 @@ class SQLStore:
         lease: float,
         grace: float,
         adopt: Callable[[], NewMessage] | None = None,
-    ) -> Claimed | Taken:
+    ) -> Claimed | NotClaimed:
         return self._run(
             lambda on, again: self._claims.claim(
                 on, message, worker=worker, lease=lease, grace=grace, adopt=adopt, again=again
@@ -187,7 +187,7 @@ class SQLStore:
         return self._run(lambda on, _: self._endings.checkpoint(on, claim, result=result, lease=lease))
 
     def complete(
-        self, claim: Claim, *, result: bytes | None, note: Note | None = None, unique_for: float | None = None
+        self, claim: Claim, *, result: bytes | None, note: NoResultReason | None = None, unique_for: float | None = None
     ) -> bool:
         return self._run(
             lambda on, _: self._endings.complete(on, claim, result=result, note=note, unique_for=unique_for)
@@ -310,7 +310,7 @@ class SQLStore:
         old = Old(older_than, failures_older_than, task_name, processed_status)
         return self._run(lambda on, _: self._operating.purgeable(on, old), patient=True)
 
-    def condition(self) -> Condition:
+    def condition(self) -> LogHealth:
         return self._run(lambda on, _: self._operating.condition(on), prepared=False, patient=True)
 
     def configuration(self) -> Mapping[str, str]:

@@ -17,7 +17,7 @@ from celery_idempotent.core.records import (
     Holder,
     MessageKey,
     NewMessage,
-    Note,
+    NoResultReason,
     Owner,
     ProcessedStatus,
     Row,
@@ -130,7 +130,7 @@ class Endings:
         claim: Claim,
         *,
         result: bytes | None,
-        note: Note | None,
+        note: NoResultReason | None,
         unique_for: float | None,
     ) -> bool:
         """Done, success."""

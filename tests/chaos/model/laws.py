@@ -15,10 +15,10 @@ from celery_idempotent.core.records import (
     Claim,
     Claimed,
     Holder,
+    Inserted,
     MessageKey,
     NewMessage,
     ProcessedStatus,
-    Recorded,
     Row,
     Status,
 )
@@ -97,7 +97,7 @@ def judge(act: Act, key: MessageKey, before: Row | None, after: Row | None) -> N
         law("what is recorded is there", after is not None)
         law(
             "a message is recorded over nothing but an id that is free",
-            isinstance(act.answer, Recorded) == (before is None or _free(before, after)),
+            isinstance(act.answer, Inserted) == (before is None or _free(before, after)),
         )
 
 

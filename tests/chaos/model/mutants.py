@@ -19,18 +19,18 @@ from celery_idempotent.core.decision import (
 from celery_idempotent.core.records import (
     Claim,
     Claimed,
-    Found,
+    Duplicate,
     Holder,
+    Inserted,
     MessageKey,
     NewMessage,
-    Note,
+    NoResultReason,
+    NotClaimed,
     Owner,
     ProcessedStatus,
-    Recorded,
     Row,
     RowFilter,
     Status,
-    Taken,
 )
 from celery_idempotent.stores.sql import SQLStore
 
@@ -62,7 +62,7 @@ class _Faulty(SQLStore):
 
 class CompletesWithAnyToken(_Faulty):
     def complete(
-        self, claim: Claim, *, result: bytes | None, note: Note | None = None, unique_for: float | None = None
+        self, claim: Claim, *, result: bytes | None, note: NoResultReason | None = None, unique_for: float | None = None
     ) -> bool:
         return super().complete(self._now(claim), result=result, note=note, unique_for=unique_for)
 
@@ -87,7 +87,7 @@ class RenewsByWorkerOnly(_Faulty):
 
 class SaysItWroteWhatItDidNot(_Faulty):
     def complete(
-        self, claim: Claim, *, result: bytes | None, note: Note | None = None, unique_for: float | None = None
+        self, claim: Claim, *, result: bytes | None, note: NoResultReason | None = None, unique_for: float | None = None
     ) -> bool:
         super().complete(claim, result=result, note=note, unique_for=unique_for)
         return True
@@ -138,14 +138,14 @@ class ForgetsTheRecoveryPointAtATakeover(_Faulty):
 class ClaimsForOldCopies(_Faulty):
     """A copy from before a retry runs in the retry's place."""
 
-    def claim(self, message: NewMessage, **options: Any) -> Claimed | Taken:
+    def claim(self, message: NewMessage, **options: Any) -> Claimed | NotClaimed:
         return super().claim(replace(message, attempt=99), **options)
 
 
 class ClaimsWhatIsDone(_Faulty):
-    def claim(self, message: NewMessage, **options: Any) -> Claimed | Taken:
+    def claim(self, message: NewMessage, **options: Any) -> Claimed | NotClaimed:
         answer = super().claim(message, **options)
-        if isinstance(answer, Taken) and answer.row.status is Status.DONE:
+        if isinstance(answer, NotClaimed) and answer.row.status is Status.DONE:
             self._set(message.key, status="pending")
             return super().claim(message, **options)
         return answer
@@ -154,9 +154,9 @@ class ClaimsWhatIsDone(_Faulty):
 class ClaimsForCopiesOfWhatEnded(_Faulty):
     """An id that is free for calls is free for copies of the message that ended, too."""
 
-    def claim(self, message: NewMessage, **options: Any) -> Claimed | Taken:
+    def claim(self, message: NewMessage, **options: Any) -> Claimed | NotClaimed:
         answer = super().claim(message, **options)
-        if isinstance(answer, Taken) and answer.row.expired:
+        if isinstance(answer, NotClaimed) and answer.row.expired:
             return super().claim(replace(message, task_id=f"not {message.task_id}", first=None), **options)
         return answer
 
@@ -164,11 +164,11 @@ class ClaimsForCopiesOfWhatEnded(_Faulty):
 class StartsAnewWithoutItsToken(_Faulty):
     """An id that is free again begins at token 1, as an old run of it may have."""
 
-    def claim(self, message: NewMessage, **options: Any) -> Claimed | Taken:
+    def claim(self, message: NewMessage, **options: Any) -> Claimed | NotClaimed:
         self._forget(message.key)
         return super().claim(message, **options)
 
-    def record(self, message: NewMessage) -> Recorded | Found:
+    def record(self, message: NewMessage) -> Inserted | Duplicate:
         self._forget(message.key)
         return super().record(message)
 
@@ -211,9 +211,9 @@ class RetriesTheSameAttempt(_Faulty):
 
 
 class RecordsOverAnything(_Faulty):
-    def record(self, message: NewMessage) -> Recorded | Found:
+    def record(self, message: NewMessage) -> Inserted | Duplicate:
         answer = super().record(message)
-        if isinstance(answer, Found) and answer.row.status is Status.DONE:
+        if isinstance(answer, Duplicate) and answer.row.status is Status.DONE:
             self._set(message.key, expires_at=answer.row.read_at - timedelta(days=1))
             return super().record(message)
         return answer
@@ -226,9 +226,9 @@ class WithdrawsWhatWasClaimed(_Faulty):
 
 
 class ResubmitsAnything(_Faulty):
-    def record(self, message: NewMessage) -> Recorded | Found:
+    def record(self, message: NewMessage) -> Inserted | Duplicate:
         answer = super().record(message)
-        if isinstance(answer, Found) and answer.row.status is Status.DONE:
+        if isinstance(answer, Duplicate) and answer.row.status is Status.DONE:
             self._set(message.key, status="pending", processed_status=None, worker=None)
         return answer
 
@@ -269,7 +269,7 @@ class PurgesByAgeAlone(_Faulty):
 
 class TouchesOtherRows(_Faulty):
     def complete(
-        self, claim: Claim, *, result: bytes | None, note: Note | None = None, unique_for: float | None = None
+        self, claim: Claim, *, result: bytes | None, note: NoResultReason | None = None, unique_for: float | None = None
     ) -> bool:
         held = super().complete(claim, result=result, note=note, unique_for=unique_for)
         for row in self.rows(RowFilter(message_id=claim.key.message_id)):

@@ -29,11 +29,11 @@ from celery_idempotent.core.records import (
     Claim,
     Holder,
     MessageKey,
+    NotClaimed,
     Owner,
     ProcessedStatus,
     Row,
     Status,
-    Taken,
 )
 from celery_idempotent.core.store import Store
 from celery_idempotent.errors import AlreadyFailedError
@@ -556,7 +556,7 @@ class World:
 
     def _saw_claim(self, act: Act, before: Row | None) -> None:
         arrival = self._arrivals[-1]
-        if isinstance(act.answer, Taken):
+        if isinstance(act.answer, NotClaimed):
             arrival.taken = act.answer.row
         elif before is not None and before.status is Status.PENDING:
             _law("an old copy does not run in its retry's place", arrival.may_claim(before), act)

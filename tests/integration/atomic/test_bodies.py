@@ -23,7 +23,7 @@ from celery_idempotent import (
     SQLStore,
     StoreUnavailableError,
 )
-from celery_idempotent.core.records import Claim, NewMessage, Note, ProcessedStatus, Row, Status
+from celery_idempotent.core.records import Claim, NewMessage, NoResultReason, ProcessedStatus, Row, Status
 from celery_idempotent.message.serialization import decode_result
 from celery_idempotent.worker.bootsteps import CheckStep
 from celery_idempotent.worker.run import Run
@@ -253,7 +253,7 @@ def test_an_ignored_message_keeps_its_effects(here: Here) -> None:
 
     done = here.run(body)
 
-    assert (ending(done.row), done.row.error) == ((Status.DONE, SUCCESS), Note.IGNORED)
+    assert (ending(done.row), done.row.error) == ((Status.DONE, SUCCESS), NoResultReason.IGNORED)
     assert here.effects.names() == ["paid"]
 
 

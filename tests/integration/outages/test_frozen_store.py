@@ -12,7 +12,7 @@ import pytest
 import sqlalchemy as sa
 
 from celery_idempotent import SQLStore, StoreUnavailableError
-from celery_idempotent.core.records import Found, MessageKey, NewMessage, Recorded, RowFilter
+from celery_idempotent.core.records import Duplicate, Inserted, MessageKey, NewMessage, RowFilter
 from celery_idempotent.stores.sql import connection
 from tests.conftest import missing
 from tests.support.servers import NotInstalledError, PrivateMariaDB, PrivateServer
@@ -56,7 +56,7 @@ def test_neither_a_new_connection_nor_an_old_one_hangs(server: PrivateServer) ->
     table = "queue_log_frozen"
     with closing(SQLStore(server.url, table=table)) as old, closing(SQLStore(server.url, table=table)) as new:
         old.init()
-        assert old.record(message("m-1")) == Recorded()
+        assert old.record(message("m-1")) == Inserted()
 
         server.pause()
         in_flight, unsent = outcome(lambda: old.record(message("m-2"))), outcome(lambda: new.record(message("m-3")))
@@ -68,8 +68,8 @@ def test_neither_a_new_connection_nor_an_old_one_hangs(server: PrivateServer) ->
         assert unsent.unsent
         # It was frozen, not deaf: what it had been asked is done as soon as it can.
         wait_until(lambda: old.find(message("m-2").key), describe="the row of the unanswered message")
-        assert isinstance(old.record(message("m-2")), Found)
-        assert new.record(message("m-3")) == Recorded()
+        assert isinstance(old.record(message("m-2")), Duplicate)
+        assert new.record(message("m-3")) == Inserted()
 
 
 def test_what_people_ask_for_may_take_longer(server: PrivateServer, monkeypatch: pytest.MonkeyPatch) -> None:

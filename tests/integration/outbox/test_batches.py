@@ -16,7 +16,7 @@ from celery_idempotent import (
     StoreUnavailableError,
     outbox,
 )
-from celery_idempotent.core.records import Found, NewMessage, Recorded, RowFilter
+from celery_idempotent.core.records import Duplicate, Inserted, NewMessage, RowFilter
 from celery_idempotent.core.store import Store
 from celery_idempotent.producer.box import current_outbox
 from celery_idempotent.producer.relay import relay
@@ -100,7 +100,7 @@ class Refusing:
         if for_good:
             patch.setattr(store, "withdraw", self.refuse)
 
-    def record_all(self, messages: Sequence[NewMessage]) -> list[Recorded | Found]:
+    def record_all(self, messages: Sequence[NewMessage]) -> list[Inserted | Duplicate]:
         few = messages[: self._after]
         self._after -= len(few)
         answers = self._record_all(few)

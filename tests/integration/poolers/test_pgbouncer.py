@@ -13,7 +13,7 @@ import pytest
 import sqlalchemy as sa
 
 from celery_idempotent import SQLStore, StoreUnavailableError, queue_log_table
-from celery_idempotent.core.records import MessageKey, ProcessedStatus, Recorded, Row, RowFilter, Status
+from celery_idempotent.core.records import Inserted, MessageKey, ProcessedStatus, Row, RowFilter, Status
 from celery_idempotent.stores.sql import connection
 from celery_idempotent.testing.examples import claim, new_message
 from tests.conftest import StartWorker
@@ -90,7 +90,7 @@ def use(store: SQLStore) -> None:
 
     def one(number: int) -> None:
         key = MessageKey(f"m-{number}", "t")
-        assert store.record(new_message(key)) == Recorded()
+        assert store.record(new_message(key)) == Inserted()
         held = claim(store, new_message(key))
         assert store.renew([held], lease=LEASE) == []
         assert store.complete(held, result=b"1")

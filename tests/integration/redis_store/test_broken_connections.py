@@ -18,13 +18,13 @@ from celery_idempotent import RedisStore
 from celery_idempotent.core.records import (
     Claim,
     Claimed,
-    Found,
+    Duplicate,
+    Inserted,
     MessageKey,
     NewMessage,
-    Recorded,
+    NotClaimed,
     RowFilter,
     Status,
-    Taken,
 )
 from celery_idempotent.errors import ConfigurationError, SchemaError, StoreError, StoreUnavailableError
 from celery_idempotent.stores.redis import connection
@@ -73,7 +73,7 @@ def test_a_server_that_was_restarted_is_found_again(private_redis: PrivateRedis,
 
 def test_a_record_whose_answer_was_lost_is_recorded(wired: RedisStore, wire: Wire) -> None:
     wire.cut()
-    assert wired.record(new_message()) == Recorded()
+    assert wired.record(new_message()) == Inserted()
     assert read(wired).task_id == "task-1"
     assert wire.connections == 2
 
@@ -83,19 +83,19 @@ def test_many_records_whose_answers_were_lost_are_recorded(wired: RedisStore, wi
     names = ("there", "new", "newer", "new")
     messages = [new_message(MessageKey(name, "t")) for name in names]
     wire.cut()
-    assert [type(answer) for answer in wired.record_all(messages)] == [Found, Recorded, Recorded, Found]
+    assert [type(answer) for answer in wired.record_all(messages)] == [Duplicate, Inserted, Inserted, Duplicate]
 
 
 def test_a_record_that_found_another_task_is_not_mistaken(wired: RedisStore, wire: Wire) -> None:
     pending(wired, task_id="task-0")
     wire.cut()
-    assert wired.record(new_message()) != Recorded()
+    assert wired.record(new_message()) != Inserted()
 
 
 def test_an_expired_id_recorded_with_its_answer_lost_is_recorded(wired: RedisStore, wire: Wire) -> None:
     old = expired_id(wired)
     wire.cut()
-    assert wired.record(new_message(task_id="task-2")) == Recorded()
+    assert wired.record(new_message(task_id="task-2")) == Inserted()
     assert read(wired).token == old.token
 
 
@@ -109,7 +109,7 @@ def test_a_claim_whose_answer_was_lost_is_claimed_once(wired: RedisStore, wire: 
 def test_a_claim_that_found_another_owner_is_not_mistaken(wired: RedisStore, wire: Wire) -> None:
     processing(wired)
     wire.cut()
-    assert isinstance(try_claim(wired, worker="host-b:202"), Taken)
+    assert isinstance(try_claim(wired, worker="host-b:202"), NotClaimed)
 
 
 @pytest.mark.parametrize("answers", [0, 1])
@@ -204,8 +204,8 @@ def test_a_frozen_server_hangs_nobody(
         assert unsent.value.unsent
         # It was frozen, not deaf: what it had been asked is done as soon as it can.
         wait_until(lambda: old.find(MessageKey("m-2", "t")))
-        assert isinstance(old.record(new_message(MessageKey("m-2", "t"), task_id="other")), Found)
-        assert new.record(new_message(MessageKey("m-3", "t"))) == Recorded()
+        assert isinstance(old.record(new_message(MessageKey("m-2", "t"), task_id="other")), Duplicate)
+        assert new.record(new_message(MessageKey("m-3", "t"))) == Inserted()
 
 
 def test_a_full_server_takes_no_new_message_and_lets_those_it_has_go_on(store: RedisStore, client: Redis) -> None:
@@ -225,7 +225,7 @@ def test_a_full_server_takes_no_new_message_and_lets_those_it_has_go_on(store: R
     assert store.republish(read(store, MessageKey("other", "t")))
     assert row.key == held.key
     client.config_set("maxmemory", 0)
-    assert store.record(new_message(MessageKey("new", "t"))) == Recorded()
+    assert store.record(new_message(MessageKey("new", "t"))) == Inserted()
 
 
 def test_a_replica_is_no_place_to_write(private_redis: PrivateRedis) -> None:

@@ -10,7 +10,7 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from celery_idempotent import RedisStore
-from celery_idempotent.core.records import Claim, MessageKey, Recorded
+from celery_idempotent.core.records import Claim, Inserted, MessageKey
 from celery_idempotent.errors import StoreUnavailableError
 from celery_idempotent.stores.redis.layout import Layout, identity, slot
 from celery_idempotent.testing.examples import KEY, claim, new_message, pending, processing, read
@@ -76,7 +76,7 @@ def test_the_log_goes_where_the_master_goes(watched: tuple[PrivateRedis, Private
         # The old one comes back as a replica of the new one.
         master.start()
         wait_until(lambda: _role(master) == "slave", timeout=PATIENCE)
-        assert store.record(new_message(MessageKey("later", "t"))) == Recorded()
+        assert store.record(new_message(MessageKey("later", "t"))) == Inserted()
 
 
 def test_a_master_that_was_made_a_replica_is_left(watched: tuple[PrivateRedis, PrivateRedis, PrivateSentinel]) -> None:
@@ -96,7 +96,7 @@ def test_a_master_that_was_made_a_replica_is_left(watched: tuple[PrivateRedis, P
 
         def recorded() -> bool:
             try:
-                return store.record(new_message(MessageKey("later", "t"))) == Recorded()
+                return store.record(new_message(MessageKey("later", "t"))) == Inserted()
             except StoreUnavailableError:
                 return False
 
@@ -139,7 +139,7 @@ def cluster() -> Iterator[PrivateRedisCluster]:
 def test_every_node_has_its_part_of_a_log(cluster: PrivateRedisCluster) -> None:
     keys = [MessageKey(f"m{number}", "t") for number in range(300)]
     with closing(RedisStore(cluster.url)) as store:
-        assert store.record_all([new_message(key, published=False) for key in keys]) == [Recorded()] * 300
+        assert store.record_all([new_message(key, published=False) for key in keys]) == [Inserted()] * 300
         assert [row.key for row in store.unsent(limit=300)] == keys
     for node in cluster.nodes:
         with Redis.from_url(node.url) as client:
@@ -175,7 +175,7 @@ def test_a_part_that_is_being_moved_is_out_of_reach_and_found_again(cluster: Pri
             for number in range(100)
             if Layout("queue_log").tag(identity(key := MessageKey(f"m{number}", "t"))) != tag
         )
-        assert store.record(new_message(other)) == Recorded()
+        assert store.record(new_message(other)) == Inserted()
 
         for key in keys[1:]:
             move(key)

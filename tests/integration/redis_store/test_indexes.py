@@ -9,7 +9,7 @@ import pytest
 from redis import Redis
 
 from celery_idempotent import RedisStore
-from celery_idempotent.core.records import Claim, MessageKey, Recorded, RowFilter
+from celery_idempotent.core.records import Claim, Inserted, MessageKey, RowFilter
 from celery_idempotent.stores.redis.layout import SHARDS, Layout, identity, key_of, slot
 from celery_idempotent.testing.examples import done, new_message, pending, processing, read, wait_until
 from tests.integration.redis_store.anything import act
@@ -146,7 +146,7 @@ def test_an_identity_tells_its_key(store: RedisStore, key: MessageKey) -> None:
     pending(store, key=key, message=b"m")
     assert [row.key for row in store.rows(RowFilter())] == [key]
     assert read(store, key).message == b"m"
-    assert store.record(new_message(MessageKey(key.message_id + "x", key.task_name))) == Recorded()
+    assert store.record(new_message(MessageKey(key.message_id + "x", key.task_name))) == Inserted()
 
 
 def test_an_identity_tells_a_key_that_nobody_may_record_any_more() -> None:

@@ -9,7 +9,7 @@ import pytest
 from redis import Redis
 
 from celery_idempotent import RedisStore
-from celery_idempotent.core.records import MessageKey, Recorded
+from celery_idempotent.core.records import Inserted, MessageKey
 from celery_idempotent.errors import StoreUnavailableError
 from celery_idempotent.testing.examples import claim, new_message, pending, read
 from tests.support.servers import NotInstalledError, PrivateRedis, missing
@@ -79,7 +79,7 @@ def test_no_memory(store: RedisStore, client: Redis) -> None:
     assert store.find(MessageKey("new", "t")) is None
     assert store.complete(claim(store), result=b"1"), "what it has goes on"
     client.config_set("maxmemory", 0)
-    assert store.record(new_message(MessageKey("new", "t"))) == Recorded()
+    assert store.record(new_message(MessageKey("new", "t"))) == Inserted()
 
 
 @pytest.mark.parametrize("version", ["6.2", "installed"])

@@ -10,7 +10,7 @@ import pytest
 from redis import Redis
 
 from celery_idempotent import RedisStore
-from celery_idempotent.core.records import Claimed, MessageKey, NewMessage, Recorded
+from celery_idempotent.core.records import Claimed, Inserted, MessageKey, NewMessage
 from celery_idempotent.stores.redis import pool
 from celery_idempotent.testing.examples import GRACE, LEASE, WORKER, new_message, pending, processing
 from tests.integration.sql.test_round_trips import VERBS, Measured, succeeded
@@ -96,7 +96,7 @@ def test_a_script_is_loaded_when_the_server_does_not_know_it(
     record_all("before")
     client.script_flush()
     asked.clear()
-    assert record_all("after") == [Recorded()] * 150
+    assert record_all("after") == [Inserted()] * 150
     assert asked == [[b"EVALSHA"] * 2, [b"SCRIPT"], [b"EVALSHA"] * 2]
     asked.clear()
     record_all("later")

@@ -12,7 +12,16 @@ from typing import Any
 import pytest
 
 from celery_idempotent import RedisStore, SQLStore
-from celery_idempotent.core.records import Claim, Found, MessageKey, ProcessedStatus, Row, RowFilter, Status, Taken
+from celery_idempotent.core.records import (
+    Claim,
+    Duplicate,
+    MessageKey,
+    NotClaimed,
+    ProcessedStatus,
+    Row,
+    RowFilter,
+    Status,
+)
 from celery_idempotent.core.store import Store
 from celery_idempotent.testing.examples import wait_until
 from tests.integration.redis_store.anything import KEYS, act
@@ -40,7 +49,7 @@ def told(row: Row | None) -> dict[str, Any] | None:
 def comparable(answer: object) -> object:
     if isinstance(answer, list):
         return [comparable(each) for each in answer]
-    return (type(answer).__name__, told(answer.row)) if isinstance(answer, Found | Taken) else answer
+    return (type(answer).__name__, told(answer.row)) if isinstance(answer, Duplicate | NotClaimed) else answer
 
 
 def look(store: Store) -> dict[str, object]:

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from celery import Celery
 
 from celery_idempotent import QueueLog
-from celery_idempotent.core.records import Found, MessageKey
+from celery_idempotent.core.records import Duplicate, MessageKey
 from celery_idempotent.errors import ConfigurationError, StoreUnavailableError
 from celery_idempotent.stores import open_store
 from celery_idempotent.stores.sql import SQLStore
@@ -157,7 +157,7 @@ def as_a_task_uses_it(store: SQLStore) -> None:
     assert row.processed_timestamp is not None
     with store.engine.begin() as body:
         found = store.within(body).record(new_message(held.key))
-        assert isinstance(found, Found)
+        assert isinstance(found, Duplicate)
         assert found.row.key == held.key
 
 

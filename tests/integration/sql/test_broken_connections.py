@@ -14,7 +14,16 @@ from uuid import uuid4
 import pytest
 import sqlalchemy as sa
 
-from celery_idempotent.core.records import Claim, Claimed, NewMessage, Owner, ProcessedStatus, Recorded, Status, Taken
+from celery_idempotent.core.records import (
+    Claim,
+    Claimed,
+    Inserted,
+    NewMessage,
+    NotClaimed,
+    Owner,
+    ProcessedStatus,
+    Status,
+)
 from celery_idempotent.core.store import Store
 from celery_idempotent.errors import StoreUnavailableError
 from celery_idempotent.stores.sql import SQLStore
@@ -108,7 +117,7 @@ def test_every_connection_of_the_pool_may_be_stale(store: SQLStore, store_url: s
 
 def test_a_record_whose_answer_was_lost_is_recorded(wired: SQLStore, wire: Wire) -> None:
     wire.cut()
-    assert wired.record(new_message()) == Recorded()
+    assert wired.record(new_message()) == Inserted()
     assert read(wired).task_id == "task-1"
     assert wire.connections == 2
 
@@ -116,14 +125,14 @@ def test_a_record_whose_answer_was_lost_is_recorded(wired: SQLStore, wire: Wire)
 def test_a_record_that_found_another_task_is_not_mistaken(wired: SQLStore, wire: Wire) -> None:
     pending(wired, task_id="task-0")
     wire.cut()
-    assert wired.record(new_message()) != Recorded()
+    assert wired.record(new_message()) != Inserted()
 
 
 def test_an_expired_id_recorded_with_its_answer_lost_is_recorded(wired: SQLStore, wire: Wire) -> None:
     old = expired_id(wired)
     # MariaDB takes three steps here: the insert that yields, the row, the update.
     wire.cut(after_answers=0 if wired.engine.dialect.name == "postgresql" else 2)
-    assert wired.record(new_message(task_id="task-2")) == Recorded()
+    assert wired.record(new_message(task_id="task-2")) == Inserted()
     assert read(wired).token == old.token
 
 
@@ -137,7 +146,7 @@ def test_a_claim_whose_answer_was_lost_is_claimed_once(wired: SQLStore, wire: Wi
 def test_a_claim_that_found_another_owner_is_not_mistaken(wired: SQLStore, wire: Wire) -> None:
     processing(wired)
     wire.cut()
-    assert isinstance(try_claim(wired, worker="host-b:202"), Taken)
+    assert isinstance(try_claim(wired, worker="host-b:202"), NotClaimed)
 
 
 @pytest.mark.parametrize("answers", [0, 1, 2])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from celery_idempotent.core.records import MessageKey, NewMessage, Recorded
+from celery_idempotent.core.records import Inserted, MessageKey, NewMessage
 from celery_idempotent.stores.sql import SQLStore
 from tests.support.waiting import wait_until
 
@@ -43,7 +43,7 @@ def test_children_of_a_process_that_writes_can_write(busy: SQLStore) -> None:
         if not pid:  # pragma: no cover - in the child
             try:
                 answer = busy.record(NewMessage(MessageKey(f"child:{number}", "t"), "id"))
-                os.write(writer, b"recorded" if answer == Recorded() else b"found")
+                os.write(writer, b"recorded" if answer == Inserted() else b"found")
             finally:
                 os._exit(0)
         os.close(writer)

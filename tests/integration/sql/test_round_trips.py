@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 
-from celery_idempotent.core.records import Found, MessageKey, Owner, Taken
+from celery_idempotent.core.records import Duplicate, MessageKey, NotClaimed, Owner
 from celery_idempotent.core.store import Store
 from celery_idempotent.stores.sql import SQLStore
 from celery_idempotent.testing.examples import (
@@ -142,7 +142,7 @@ on_servers = pytest.mark.parametrize("store_url", ["postgresql", "mariadb"], ind
 
 
 def succeeded(answer: object) -> bool:
-    return answer is not False and not isinstance(answer, Found | Taken)
+    return answer is not False and not isinstance(answer, Duplicate | NotClaimed)
 
 
 @every_verb

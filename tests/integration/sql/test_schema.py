@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import mysql
 from sqlalchemy.schema import CreateTable
 
-from celery_idempotent.core.records import Recorded
+from celery_idempotent.core.records import Inserted
 from celery_idempotent.core.store import Store
 from celery_idempotent.errors import SchemaError
 from celery_idempotent.stores.sql import SQLStore, queue_log_table
@@ -38,7 +38,7 @@ def test_a_missing_table_is_named_and_how_to_make_it(store_url: str) -> None:
             call()
     assert store.init()
     store.check()
-    assert store.record(new_message()) == Recorded()
+    assert store.record(new_message()) == Inserted()
     store.close()
 
 
@@ -97,7 +97,7 @@ def test_a_table_that_goes_missing_is_named_and_used_when_it_is_back(store: SQLS
     with pytest.raises(SchemaError, match="queue_log is missing"):
         store.record(new_message())
     store.init()
-    assert store.record(new_message()) == Recorded()
+    assert store.record(new_message()) == Inserted()
 
 
 def test_a_table_of_ones_own_metadata_serves(store_url: str) -> None:
@@ -197,7 +197,7 @@ def test_many_processes_may_be_the_first_to_use_a_file(tmp_path: Path) -> None:
         heard = sorted(answers.get() for _ in processes)
         for process in processes:
             process.join()
-        assert heard == ["Found"] * 5 + ["Recorded"]
+        assert heard == ["Duplicate"] * 5 + ["Inserted"]
 
 
 # -- what the table is like -------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 import pytest
 import sqlalchemy as sa
 
-from celery_idempotent.core.records import MessageKey, Recorded
+from celery_idempotent.core.records import Inserted, MessageKey
 from celery_idempotent.errors import StoreUnavailableError
 from celery_idempotent.stores.sql import SQLStore, sockets
 from celery_idempotent.testing.examples import claim, new_message, pending
@@ -146,7 +146,7 @@ def test_a_server_that_is_read_only_now_is_left(pair: tuple[PrivateServer, Priva
         stack.callback(mine.close)
         stack.callback(owned.close)
         for number, each in enumerate((mine, owned)):
-            assert each.record(new_message(MessageKey(f"before-{number}", "t"))) == Recorded()
+            assert each.record(new_message(MessageKey(f"before-{number}", "t"))) == Inserted()
             with each.engine.connect() as body:
                 body.execute(sa.text("UPDATE queue_log SET duplicates = 0"))
                 body.commit()
@@ -164,7 +164,7 @@ def test_a_server_that_is_read_only_now_is_left(pair: tuple[PrivateServer, Priva
         proxy.lead_to(as_app(new.url))
 
         for number, each in enumerate((mine, owned)):
-            assert each.record(new_message(MessageKey(f"after-{number}", "t"))) == Recorded()
+            assert each.record(new_message(MessageKey(f"after-{number}", "t"))) == Inserted()
             with each.engine.connect() as body:
                 body.execute(sa.text("UPDATE queue_log SET duplicates = 1"))
                 body.rollback()
@@ -178,8 +178,8 @@ def test_a_verb_goes_on_at_the_new_primary_at_once(pair: tuple[PrivateServer, Pr
         store.close()
     with Proxy(as_app(old.url)) as proxy:
         mine = SQLStore(proxy.url)
-        assert mine.record(new_message(MessageKey("before", "t"))) == Recorded()
+        assert mine.record(new_message(MessageKey("before", "t"))) == Inserted()
         make_read_only(old)
         proxy.lead_to(as_app(new.url))
-        assert mine.record(new_message(MessageKey("after", "t"))) == Recorded()
+        assert mine.record(new_message(MessageKey("after", "t"))) == Inserted()
         mine.close()

@@ -13,7 +13,7 @@ from threading import Barrier
 import pytest
 import sqlalchemy as sa
 
-from celery_idempotent.core.records import Change, Claimed, MessageKey, NewMessage, Recorded, Status
+from celery_idempotent.core.records import Change, Claimed, Inserted, MessageKey, NewMessage, Status
 from celery_idempotent.core.store import Store
 from celery_idempotent.errors import SchemaError
 from celery_idempotent.stores.sql import SQLStore, queue_log_table
@@ -116,7 +116,7 @@ def test_until_then_all_goes_on_without_its_indexes(first: sa.Engine, store_url:
     with closing(SQLStore(store_url)) as store:
         store.check()
         assert store.inspect()
-        assert store.record(new_message()) == Recorded()
+        assert store.record(new_message()) == Inserted()
     assert "queue_log_open" not in shape(first)[1]
 
 
@@ -213,7 +213,7 @@ def test_it_waits_for_a_body_and_nobody_waits_behind_it(store_url: str, engine: 
         for number in range(8):
             began = time.monotonic()
             message = NewMessage(MessageKey(f"m{number}", "t"), f"m{number}")
-            assert store.record(message) == Recorded()
+            assert store.record(message) == Inserted()
             slowest = max(slowest, time.monotonic() - began)
         assert slowest < 5.0
         body.commit()
@@ -296,8 +296,8 @@ def test_older_code_goes_on_on_a_newer_table(store_url: str) -> None:
             assert [read(store).result for store in both] == [b"1", b"1"]
             for number, (here, there) in enumerate([(old, new), (new, old)]):
                 message = new_message(MessageKey(f"m{number}", "t"))
-                assert here.record(message) == Recorded()
-                assert not isinstance(there.record(message), Recorded)
+                assert here.record(message) == Inserted()
+                assert not isinstance(there.record(message), Inserted)
                 claimed = there.claim(message, worker="w:1", lease=60.0, grace=0.0)
                 assert isinstance(claimed, Claimed)
                 assert there.expire(claimed.claim)

@@ -16,7 +16,7 @@ from celery_idempotent.contrib.flower.duplicates import latest_duplicates
 from celery_idempotent.contrib.flower.event_log import Heard
 from celery_idempotent.contrib.flower.snapshot import Glance, legible
 from celery_idempotent.contrib.flower.times import ago, span
-from celery_idempotent.core.records import Condition, MessageKey, ProcessedStatus, Row, Status
+from celery_idempotent.core.records import LogHealth, MessageKey, ProcessedStatus, Row, Status
 from celery_idempotent.settings import Settings
 
 NOW = datetime(2026, 11, 25, 3, 0, tzinfo=UTC)
@@ -65,15 +65,15 @@ def failed(when: datetime, error: str = "ValueError: no such card", message_id: 
 
 
 def told(
-    condition: Condition | None = None, *, rows: Sequence[Row] = (), waiting: Sequence[Row] = (), **glance: Any
+    condition: LogHealth | None = None, *, rows: Sequence[Row] = (), waiting: Sequence[Row] = (), **glance: Any
 ) -> list[tuple[str, str]]:
-    seen = Glance(condition or Condition(NOW), **glance)
+    seen = Glance(condition or LogHealth(NOW), **glance)
     return [(alarm.level, alarm.what) for alarm in alarms(seen, rows, waiting, Settings())]
 
 
 def test_where_nothing_is_wrong_there_is_no_alarm() -> None:
     assert told(rows=[failed(before(hours=2))], waiting=[replace(ROW, created_timestamp=before(seconds=299))]) == []
-    assert told(Condition(NOW, lapsed_since=before(seconds=4), unsent_since=before(seconds=4))) == []
+    assert told(LogHealth(NOW, lapsed_since=before(seconds=4), unsent_since=before(seconds=4))) == []
 
 
 @pytest.mark.parametrize(
@@ -81,10 +81,10 @@ def test_where_nothing_is_wrong_there_is_no_alarm() -> None:
     [(before(seconds=6), "warning"), (before(seconds=149), "warning"), (before(seconds=151), "danger")],
 )
 def test_what_recovery_should_have_done_is_a_danger_once_it_had_five_steps_for_it(since: datetime, level: str) -> None:
-    assert told(Condition(NOW, lapsed_since=since), lapsed=(ROW,)) == [
+    assert told(LogHealth(NOW, lapsed_since=since), lapsed=(ROW,)) == [
         (level, "1 message whose worker died is not taken over")
     ]
-    assert told(Condition(NOW, unsent_since=since), unsent=(ROW, ROW)) == [
+    assert told(LogHealth(NOW, unsent_since=since), unsent=(ROW, ROW)) == [
         (level, "2 messages are recorded and not handed to the broker")
     ]
 
@@ -104,7 +104,7 @@ def test_failures_are_told_by_their_kinds() -> None:
         failed(before(minutes=4), "abandoned: the worker that ran it died or lost its lease"),
     ]
 
-    (alarm,) = alarms(Glance(Condition(NOW)), rows, (), Settings())
+    (alarm,) = alarms(Glance(LogHealth(NOW)), rows, (), Settings())
 
     assert alarm.remedy == "2 ValueError, 1 DeclinedError, 1 abandoned"
     assert alarm.since == before(minutes=1)
@@ -225,7 +225,7 @@ def test_duplicates_are_known_by_their_rows_and_by_what_was_heard_the_latest_fir
     heard.note(event("task-skipped", message_id="order:2", timestamp=NOW.timestamp()))
     heard.note(event("task-skipped", "other", message_id="order:9", timestamp=before(hours=30).timestamp()))
 
-    found = latest_duplicates(Glance(Condition(NOW), latest=rows), heard)
+    found = latest_duplicates(Glance(LogHealth(NOW), latest=rows), heard)
 
     assert [(each.key.message_id, each.row is not None, each.copy is not None) for each in found] == [
         ("order:2", True, True),

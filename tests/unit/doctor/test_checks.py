@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from celery_idempotent.core.records import Condition
+from celery_idempotent.core.records import LogHealth
 from celery_idempotent.doctor import CODES, Facts, Severity, findings
 from celery_idempotent.doctor.facts import AppFacts, BrokerFacts, QueueFacts, StoreFacts, TaskFacts
 
@@ -31,7 +31,7 @@ HEALTHY = Facts(
     StoreFacts(
         name="a store",
         configuration={"fsync": "on", "synchronous_commit": "on", "default_transaction_isolation": "read committed"},
-        condition=Condition(NOW, last_due=NOW + timedelta(minutes=5)),
+        condition=LogHealth(NOW, last_due=NOW + timedelta(minutes=5)),
         local_clock=NOW,
     ),
 )

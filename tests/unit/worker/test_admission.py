@@ -9,7 +9,7 @@ from celery import Celery
 from celery.app.task import Context
 
 from celery_idempotent import IdempotentTask, QueueLog, SQLStore, StoreUnavailableError
-from celery_idempotent.core.records import Found, MessageKey, NewMessage, Recorded, Row, Status
+from celery_idempotent.core.records import Duplicate, Inserted, MessageKey, NewMessage, Row, Status
 from celery_idempotent.message.header import Header
 from celery_idempotent.message.serialization import encode_message
 from celery_idempotent.worker.admission import admit
@@ -23,7 +23,7 @@ class Reticent(SQLStore):
 
     records = reads = 0
 
-    def record(self, message: NewMessage) -> Recorded | Found:
+    def record(self, message: NewMessage) -> Inserted | Duplicate:
         if self.records:
             self.records -= 1
             raise self._nothing()

@@ -250,7 +250,7 @@ class TestProcesses:
         program = """
 import atexit, os, signal
 from celery_idempotent.core.records import Claim, MessageKey, Owner
-from celery_idempotent.worker.lease_renewal import Held, Renewals
+from celery_idempotent.worker.lease_renewal import RenewedLease, LeaseRenewer
 
 class Store:
     def expire(self, holder):
@@ -267,10 +267,10 @@ dead, alive, ended = child(), child(), child()
 atexit.register(lambda: [os.kill(pid, signal.SIGKILL) for pid in (alive, ended)])
 os.kill(dead, signal.SIGKILL)
 os.waitid(os.P_PID, dead, os.WEXITED | os.WNOWAIT)
-held = [Held(Owner(MessageKey(name, "t"), "w"), 60.0, pid)
+held = [RenewedLease(Owner(MessageKey(name, "t"), "w"), 60.0, pid)
         for name, pid in (("dead", dead), ("alive", alive), ("ended", ended))]
 held[-1].ended = True
-renewals = Renewals(Store)
+renewals = LeaseRenewer(Store)
 renewals.hold(Claim(MessageKey("own", "t"), 1), 60.0)
 renewals.hold(Claim(MessageKey("let go", "t"), 1), 60.0)
 renewals.let_go(Claim(MessageKey("let go", "t"), 1))

@@ -15,7 +15,16 @@ from kombu.exceptions import EncodeError, OperationalError
 
 from celery_idempotent import IdempotentTask, QueueLog, SQLStore, StoreUnavailableError
 from celery_idempotent.core.decision import Call
-from celery_idempotent.core.records import Claim, Claimed, MessageKey, NewMessage, Note, ProcessedStatus, Row, Status
+from celery_idempotent.core.records import (
+    Claim,
+    Claimed,
+    MessageKey,
+    NewMessage,
+    NoResultReason,
+    ProcessedStatus,
+    Row,
+    Status,
+)
 from celery_idempotent.message.header import Header
 from celery_idempotent.message.serialization import decode_result
 from celery_idempotent.producer.send import Sending
@@ -145,7 +154,7 @@ class TestTheEndOfABody:
     def test_ignore_is_a_success_without_a_result(self, run: Run, store: SQLStore) -> None:
         with pytest.raises(Ignore):
             run.perform(raising(Ignore()))
-        assert (row(store).processed_status, row(store).error) == (ProcessedStatus.SUCCESS, Note.IGNORED)
+        assert (row(store).processed_status, row(store).error) == (ProcessedStatus.SUCCESS, NoResultReason.IGNORED)
 
     def test_reject_is_a_failure(self, run: Run, store: SQLStore) -> None:
         with pytest.raises(Reject):
