@@ -162,7 +162,7 @@ class Delivery:
         awaited: Whether its result is kept for somebody (``ignore_result`` is off).
         canvas: Whether callbacks, a chain, a group or a chord wait on it.
         result_ready: Whether the result backend already has its final state; only looked at when the row is done.
-        owed: Whether errbacks wait on it of which one is known not to have been sent; only looked at when it failed.
+        callbacks_pending: Whether errbacks wait on it of which one is known not to have been sent; only looked at when it failed.
         storable: Whether a store can keep its ids, its headers and its numbers.
         later: Whether it is a later call under a Celery id that was sent before, and what waits on it is still to go on.
     """
@@ -176,7 +176,7 @@ class Delivery:
     awaited: bool = True
     canvas: bool = False
     result_ready: bool = False
-    owed: bool = False
+    callbacks_pending: bool = False
     storable: bool = True
     later: bool = False
 
@@ -293,7 +293,7 @@ def _decide_done(row: Row, delivery: Delivery) -> DeliveryAction:
     if row.rejected_before is not None and delivery.rejected > row.rejected_before:
         return DeliveryAction.CLAIM
     # done/failure, and an errback that nobody has had yet waits on it
-    if failed and delivery.owed:
+    if failed and delivery.callbacks_pending:
         return DeliveryAction.RAISE_FAILED
     # done, this task id's result is ready, or results are ignored
     waits = delivery.awaited or (delivery.canvas and not ran)

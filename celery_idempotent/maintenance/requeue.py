@@ -127,7 +127,7 @@ def requeue(queue_log: QueueLog, row: Row) -> Requeued | NotRequeued:
         message=encode_message(
             args,
             kwargs,
-            _anew(row, options, task_id),
+            _options_of_a_restart(row, options, task_id),
             serializer=serializer_of(task, options),
             trace=trace_of(row.message),
         ),
@@ -137,7 +137,7 @@ def requeue(queue_log: QueueLog, row: Row) -> Requeued | NotRequeued:
     return Requeued(row.key, task_id, renamed)
 
 
-def _anew(row: Row, options: Mapping[str, Any], task_id: str) -> dict[str, Any]:
+def _options_of_a_restart(row: Row, options: Mapping[str, Any], task_id: str) -> dict[str, Any]:
     """The options of a message that starts over."""
     kept = {name: value for name, value in options.items() if name not in _OF_BEFORE}
     sent = Header.read(options.get("headers"))

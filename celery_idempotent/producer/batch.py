@@ -147,7 +147,7 @@ class _Batch(Outbox):
         answers = calls[0][0].record_together([sending for sending, _ in calls])
         for (sending, result), answer in zip(calls, answers, strict=True):
             try:
-                final = sending.followed(answer)
+                final = sending.resolve(answer)
             except (DuplicateMessageError, MessageMismatchError) as error:
                 result.duplicate = True
                 refused.append(error)

@@ -157,7 +157,7 @@ class OutgoingCall(Protocol):
     def record_together(self, calls: Sequence[Any]) -> list[Inserted | Duplicate]:
         """Record it and others of the same app, in as few statements as it takes."""
 
-    def followed(self, answer: Inserted | Duplicate) -> AsyncResult[Any]:
+    def resolve(self, answer: Inserted | Duplicate) -> AsyncResult[Any]:
         """What it comes to, as it was recorded or found; its result."""
 
     def taken_back(self) -> bool:

@@ -130,7 +130,7 @@ class Sending:
     #: What the call is recorded in, to be published when that has committed.
     box: Outbox | None = None
     #: Whether the store was asked and its answer did not come, so that what this call wrote may stand, or may yet.
-    unanswered: bool = False
+    outcome_unknown: bool = False
     #: The options that its message is published by.
     routed: Mapping[str, Any] = field(default_factory=dict)
 
@@ -233,11 +233,11 @@ class Sending:
 
     def _send(self) -> AsyncResult[Any]:
         if self.call.own:
-            return self._send_on()
+            return self._forward_own_message()
         if self.box is not None:
             return self.box.take(self)
         try:
-            return self.followed(self._record())
+            return self.resolve(self._record())
         except StoreUnavailableError as error:
             if self.task.queue_log.settings.on_store_error != "run":
                 raise
@@ -252,7 +252,7 @@ class Sending:
         self.took = time.monotonic() - began
         return answer
 
-    def followed(self, answer: Inserted | Duplicate) -> AsyncResult[Any]:
+    def resolve(self, answer: Inserted | Duplicate) -> AsyncResult[Any]:
         """What a call comes to whose message was recorded, or found; its result.
 
         Raises:
@@ -260,7 +260,7 @@ class Sending:
             MessageMismatchError: With other arguments.
         """
         while True:
-            if not isinstance(answer, Duplicate) or (self.unanswered and self._is_mine(answer.row)):
+            if not isinstance(answer, Duplicate) or (self.outcome_unknown and self._is_mine(answer.row)):
                 return self._publish_or(self._withdraw, partial(self._tell, self.recorded))
             result = self._send_again(answer.row)
             if result is not None:
@@ -273,7 +273,7 @@ class Sending:
     def record_in(self, box: Outbox) -> AsyncResult[Any]:
         """Record the call in an outbox's transaction; its result."""
         self.box = box
-        return self.followed(self._record())
+        return self.resolve(self._record())
 
     def promised(self) -> AsyncResult[Any]:
         """The result of a call that is recorded later, and may be another's then."""
@@ -301,7 +301,7 @@ class Sending:
             return [Inserted()] * len(calls)
         took = time.monotonic() - began
         for call in calls:
-            call.unanswered, call.took = self.unanswered, took
+            call.outcome_unknown, call.took = self.outcome_unknown, took
         return answers
 
     def taken_back(self) -> bool:
@@ -337,7 +337,7 @@ class Sending:
             case CallAction.PUBLISH_AGAIN:
                 # After an answer that did not come, whose the new publication time is cannot be told; a copy too many is absorbed. In an
                 # outbox the row is not touched before the commit.
-                if self.box is None and not self._ask(partial(self._store.republish, row)) and not self.unanswered:
+                if self.box is None and not self._ask(partial(self._store.republish, row)) and not self.outcome_unknown:
                     return None
                 logger.warning("%s is published again: it has waited since %s", self._name, row.waiting_since)
                 self._tell(OutcomeKind.DUPLICATE, row, action)
@@ -365,7 +365,7 @@ class Sending:
         """Whether a row is what this call wrote and got no answer to: it is not published yet."""
         return row.status is Status.PENDING and row.worker is None and row.task_id == self.message.task_id
 
-    def _send_on(self) -> AsyncResult[Any]:
+    def _forward_own_message(self) -> AsyncResult[Any]:
         """Send the running task's own message on: its retry, or its replacement by itself."""
         # A retry always has a moment from which it is due, so that older copies do not wait for a lost one for ever.
         message = replace(self.message, delay=self.message.delay or 0.0)
@@ -552,8 +552,8 @@ class Sending:
             try:
                 return ask()
             except StoreUnavailableError as error:
-                self.unanswered = self.unanswered or not error.unsent
-                error.unsent = not self.unanswered  # the caller is told of the whole call
+                self.outcome_unknown = self.outcome_unknown or not error.unsent
+                error.unsent = not self.outcome_unknown  # the caller is told of the whole call
                 raise
 
         if self.box is not None and self.box.joins:

@@ -155,7 +155,7 @@ class _Admission:
         self.run = Run(task, request, self.message, header)
         self._mark()
         #: Whether a claim of ours may stand, or may yet: the store was asked and its answer did not come.
-        self.unanswered = False
+        self.outcome_unknown = False
         #: Whether such a claim was found.
         self.found_again = False
 
@@ -223,9 +223,9 @@ class _Admission:
 
     def _admit(self) -> Run:
         try:
-            return self._claim_or_follow()
+            return self._claim_or_decide()
         except StoreUnavailableError as error:
-            self.unanswered = self.unanswered or not error.unsent
+            self.outcome_unknown = self.outcome_unknown or not error.unsent
             raise
 
     def _is_unrecorded(self) -> bool:
@@ -235,7 +235,7 @@ class _Admission:
         row = self._store.find(self.message.key)
         return row is None or row.expired
 
-    def _claim_or_follow(self) -> Run:
+    def _claim_or_decide(self) -> Run:
         if self.identity.older is not None:
             self._prefer(self.identity.older)
         if self._is_unrecorded():
@@ -247,11 +247,12 @@ class _Admission:
             self.run.asked = time.monotonic()
             answer = self._ask()
             took = time.monotonic() - self.run.asked
-            run = self._claimed(answer) if isinstance(answer, Claimed) else self._follow(answer)
+            run = self._claimed(answer) if isinstance(answer, Claimed) else self._apply_decision(answer)
             if run is not None:
                 if run.claim is not None and (run.header.first_id != self.request.id or not self.knows_first):
-                    self.unanswered = True  # should the store give no answer now: the claim stands, and is found again
-                    self._keep_the_first()
+                    # Should the store give no answer now: the claim stands, and is found again.
+                    self.outcome_unknown = True
+                    self._record_original()
                 if isinstance(answer, Claimed) or self.found_again:
                     run.tell(OutcomeKind.CLAIMED, store=took)
                 run.attach()
@@ -293,14 +294,18 @@ class _Admission:
         except UndecodableError:  # as when it succeeded
             return False
 
-    def _follow(self, taken: NotClaimed) -> Run | None:
+    def _apply_decision(self, taken: NotClaimed) -> Run | None:
         """Carry out the decision on a row that stands in the way; ``None`` when it moved and the decision is void."""
         row = taken.row
-        if self.unanswered and row.status is Status.PROCESSING and row.worker == worker_label(self.request.hostname):
+        if (
+            self.outcome_unknown
+            and row.status is Status.PROCESSING
+            and row.worker == worker_label(self.request.hostname)
+        ):
             # The claim whose answer did not come: this process runs nothing else under its label.
-            return self._go_on(row)
+            return self._resume_own_claim(row)
         if row.task_id == self.request.id and row.ran_task_id not in (None, self.request.id):
-            # The other way round: a copy has run, or runs, in the place of the first message, and kept that (see _keep_the_first).
+            # The other way round: a copy has run, or runs, in the place of the first message, and kept that (see _record_original).
             self._mark(copied=True)
         decision = decide_delivery(row, self._delivery(row), self.task.idempotency.delivery)
         match decision.action:
@@ -360,14 +365,14 @@ class _Admission:
             AlreadyFailedError: It has ended so.
         """
         unique_for = self.task.idempotency.unique_for
-        self._keep_the_first()
+        self._record_original()
         if self._store.abandon(row, error=ABANDONED, unique_for=unique_for):
             self.run.state = RunState.FINISHED
             self.run.attach()  # this delivery has ended the message: its handlers are called
             self.run.tell(OutcomeKind.ABANDONED, row, reason="abandoned")
             raise AlreadyFailedError(row.key.message_id, ABANDONED)
 
-    def _keep_the_first(self) -> None:
+    def _record_original(self) -> None:
         """A copy ends what another message was first sent for: that one gets a row of its own.
 
         Its only record is the row that the copy has, and that nobody publishes again once it is done. A broker that loses the first
@@ -425,7 +430,7 @@ class _Admission:
         self.run.claim, self.run.state = claimed.claim, RunState.CLAIMED
         return self.run
 
-    def _go_on(self, row: Row) -> Run | None:
+    def _resume_own_claim(self, row: Row) -> Run | None:
         mine = Claimed(Claim(row.key, row.token))
         self._note_first(row)
         self.run.asked += min(row.lease_left - self.task.idempotency.lease, 0.0)  # it was asked for earlier than that
@@ -592,8 +597,11 @@ class _Admission:
             rejected=self.run.header.rejected,
             awaited=awaited,
             canvas=waited_on(self.request),
-            result_ready=awaited and row.status is Status.DONE and self._result_is_ready() and not self._is_owed(),
-            owed=failed and unsent_errbacks(self.task.app, self.request, self._store),
+            result_ready=awaited
+            and row.status is Status.DONE
+            and self._result_is_ready()
+            and not self._has_callbacks_pending(),
+            callbacks_pending=failed and unsent_errbacks(self.task.app, self.request, self._store),
             later=self._is_later(),
         )
 
@@ -604,7 +612,7 @@ class _Admission:
             bool(self.request.is_eager) or self._store.find(header.row_of_its_own) is not None
         )
 
-    def _is_owed(self) -> bool:
+    def _has_callbacks_pending(self) -> bool:
         """Whether what waits on this copy has yet to go on: its result is stored before that."""
         if not (self.run.header.copied and waited_on(self.request)):
             return False

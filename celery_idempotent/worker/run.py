@@ -233,7 +233,7 @@ class Run:
         if self.state is RunState.UNGUARDED:
             return self._perform_unrecorded(body) if self.task.idempotency.atomic else body()
         if self.claim is not None and time.monotonic() - self.asked > self.task.idempotency.lease:
-            self._make_sure()
+            self._reassert_claim()
         if self.task.idempotency.atomic:
             return self._perform_atomically(body)
         with within(None):  # an eager run inside of an outbox, or of an atomic body, stands for itself
@@ -353,7 +353,7 @@ class Run:
         self._succeed(value)
         return value
 
-    def _make_sure(self) -> None:
+    def _reassert_claim(self) -> None:
         """The process slept between its claim and the body for longer than the lease: somebody else may have run it since."""
         try:
             lost = self._store.renew([self._claim], lease=self.task.idempotency.lease)
@@ -659,7 +659,7 @@ class Run:
             held = unit.commit(write_in_transaction)
         except Exception as error:
             unit.roll_back(broken=True)
-            if not (unit.in_doubt and self._took_place(written)):
+            if not (unit.in_doubt and self._commit_succeeded(written)):
                 again = unit.gave_way is not None
                 if error in refused and unit.setback is not Setback.COLLIDED:
                     again = self.keeping.learn(error, kept, silent=again) or again
@@ -681,7 +681,7 @@ class Run:
             # The signal struck between; the relay publishes what was not.
             logger.warning("%s ran into its time limit behind its commit", self)
 
-    def _took_place(self, written: Callable[[], bool]) -> bool:
+    def _commit_succeeded(self, written: Callable[[], bool]) -> bool:
         """Whether a commit whose answer is lost did."""
         # A server that has yet to notice may still commit: it has the row until then, and a write of ours waits for it. The lease is
         # longer than any before (see `_before_another_run`), so that it is a write.

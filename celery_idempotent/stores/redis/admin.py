@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from celery_idempotent.core.records import FORGOTTEN, LogHealth, ProcessedStatus, Row, Status
-from celery_idempotent.stores.redis.connection import On
+from celery_idempotent.stores.redis.connection import ScriptSession
 from celery_idempotent.stores.redis.layout import SHARDS, encoded, identity
 from celery_idempotent.stores.redis.recovering import PURGEABLE
 from celery_idempotent.stores.redis.rows import Argument, optional_moment, row_of, storable
@@ -100,7 +100,7 @@ _FROM_INFO: Mapping[str, tuple[str, Callable[[str], str]]] = {
 }
 
 
-def forget(on: On, row: Row, *, again: bool) -> bool:
+def forget(on: ScriptSession, row: Row, *, again: bool) -> bool:
     """Empty it and free its id, by compare and set."""
     ident = identity(row.key)
     answer = on.call(_FORGET, ident, ident, row.status.encode(), row.token, encoded(row.task_id), storable(FORGOTTEN))
@@ -118,7 +118,7 @@ def forget(on: On, row: Row, *, again: bool) -> bool:
     )
 
 
-def purgeable(on: On, chosen: Sequence[Argument]) -> int:
+def purgeable(on: ScriptSession, chosen: Sequence[Argument]) -> int:
     """How many rows are past retention."""
     counted, shards, first = 0, list(range(SHARDS)), 0
     while shards:
@@ -129,7 +129,7 @@ def purgeable(on: On, chosen: Sequence[Argument]) -> int:
     return counted
 
 
-def condition(on: On) -> LogHealth:
+def condition(on: ScriptSession) -> LogHealth:
     """What waits, and since when."""
     answers = on.call_each(_CONDITION, [(shard, ()) for shard in range(SHARDS)])
     now, *moments = zip(*([optional_moment(value) for value in answer] for answer in answers), strict=True)
@@ -150,7 +150,7 @@ def condition(on: On) -> LogHealth:
     )
 
 
-def configuration(on: On) -> dict[str, str]:
+def configuration(on: ScriptSession) -> dict[str, str]:
     """The settings of the server, or of every node."""
     told: dict[str, str] = {}
     for node, answers in on.command_each(_ASK).items():

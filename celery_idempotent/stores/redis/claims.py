@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from celery_idempotent.core.records import Claim, Claimed, Holder, NewMessage, NotClaimed, Row, Status
 from celery_idempotent.errors import StoreUnavailableError
-from celery_idempotent.stores.redis.connection import On
+from celery_idempotent.stores.redis.connection import ScriptSession
 from celery_idempotent.stores.redis.layout import encoded, identity
 from celery_idempotent.stores.redis.rows import duration, fence, message_arguments, optional, row_of
 from celery_idempotent.stores.redis.scripts import Script
@@ -101,7 +101,7 @@ return answers
 
 
 def claim(
-    on: On,
+    on: ScriptSession,
     message: NewMessage,
     *,
     worker: str,
@@ -135,7 +135,7 @@ def claim(
 
 
 def take_over(
-    on: On, row: Row, *, task_id: str, worker: str, lease: float, attempt: int, again: bool
+    on: ScriptSession, row: Row, *, task_id: str, worker: str, lease: float, attempt: int, again: bool
 ) -> Claimed | None:
     """The next token, by compare and set on the last one and on the lease."""
     ident = identity(row.key)
@@ -152,7 +152,7 @@ def take_over(
     return None
 
 
-def renew(on: On, holders: Sequence[Holder], *, lease: float) -> list[Holder]:
+def renew(on: ScriptSession, holders: Sequence[Holder], *, lease: float) -> list[Holder]:
     """New leases, each on its own."""
     idents = [identity(holder.key) for holder in holders]
     items = [(ident, (ident, *fence(holder))) for ident, holder in zip(idents, holders, strict=True)]

@@ -21,9 +21,19 @@ from redis.exceptions import (
 )
 
 from celery_idempotent.stores.redis.address import Address
-from celery_idempotent.stores.redis.connection import AT_ONCE, On, Server, connect
+from celery_idempotent.stores.redis.connection import AT_ONCE, ScriptSession, Server, connect
 from celery_idempotent.stores.redis.layout import Layout, slot
-from celery_idempotent.stores.redis.pool import Call, NoConnectionError, Opened, Place, Wire, Wires, ask, hear, load
+from celery_idempotent.stores.redis.pool import (
+    Call,
+    NoConnectionError,
+    Opened,
+    Place,
+    Wire,
+    Wires,
+    ask,
+    load,
+    read_replies,
+)
 from celery_idempotent.stores.redis.rows import Argument
 
 __all__ = ["Cluster"]
@@ -35,11 +45,11 @@ _ROUNDS = 5
 class Cluster(Server):
     """A cluster, as the store's operations see it."""
 
-    def __init__(self, address: Address, layout: Layout, prepare: Callable[[On], object]) -> None:
+    def __init__(self, address: Address, layout: Layout, prepare: Callable[[ScriptSession], object]) -> None:
         super().__init__(address, layout, prepare)
         self._shard_of = {tag: shard for shard, tag in enumerate(layout.tags)}
 
-    def _on(self, wires: Wires) -> On:
+    def _on(self, wires: Wires) -> ScriptSession:
         return _OnCluster(self, self._layout, wires)
 
     def _connect(self, place: Place) -> Wire:
@@ -59,7 +69,7 @@ class Cluster(Server):
             try:
                 wire = self._connect(place)
                 ask(wire, [(b"CLUSTER", b"SLOTS")])
-                (ranges,) = hear(wire, 1)
+                (ranges,) = read_replies(wire, 1)
                 wire.disconnect()
             except (RedisError, OSError) as error:
                 why = str(error)
@@ -75,7 +85,7 @@ class Cluster(Server):
         raise NoConnectionError(f"no node tells where the slots are: {why}")
 
 
-class _OnCluster(On):
+class _OnCluster(ScriptSession):
     """Connections to the nodes of a cluster, as they are needed."""
 
     whole = False
@@ -106,7 +116,7 @@ class _OnCluster(On):
         wires = {f"{host}:{port}": self._wires.to((host, port)) for host, port in nodes}
         for wire in wires.values():
             ask(wire, commands)
-        return {name: hear(wire, len(commands)) for name, wire in wires.items()}
+        return {name: read_replies(wire, len(commands)) for name, wire in wires.items()}
 
     def _exchange(self, calls: Sequence[Call], places: Sequence[int]) -> list[tuple[int, Any]]:
         """Make calls on all nodes that they concern, in one round trip."""
@@ -118,7 +128,9 @@ class _OnCluster(On):
             for wire, some in by_node.items():
                 ask(wire, [calls[place].command for place in some])
             answers = [
-                answered for wire, some in by_node.items() for answered in zip(some, hear(wire, len(some)), strict=True)
+                answered
+                for wire, some in by_node.items()
+                for answered in zip(some, read_replies(wire, len(some)), strict=True)
             ]
             unknown = {place for place, answer in answers if isinstance(answer, NoScriptError)}
             for wire, some in by_node.items():

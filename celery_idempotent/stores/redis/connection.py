@@ -38,13 +38,13 @@ from celery_idempotent.stores.redis.pool import (
     Wires,
     ask,
     exchange,
-    hear,
     load,
+    read_replies,
 )
 from celery_idempotent.stores.redis.rows import Argument
 from celery_idempotent.stores.redis.scripts import Script
 
-__all__ = ["AT_ONCE", "On", "Server", "connect"]
+__all__ = ["AT_ONCE", "ScriptSession", "Server", "connect"]
 
 T = TypeVar("T")
 
@@ -62,7 +62,7 @@ _PASSING = (OutOfMemoryError, MasterDownError, ClusterDownError, TryAgainError)
 _PASSING_TEXTS = ("MISCONF", "BUSY ", "NOREPLICAS", "UNKILLABLE")
 
 
-class On(ABC):
+class ScriptSession(ABC):
     """What an operation works on: scripts are called, and their answers come back.
 
     Attributes:
@@ -138,7 +138,7 @@ class On(ABC):
         return [range(first, min(first + AT_ONCE, len(shards))) for first in range(0, len(shards), AT_ONCE)]
 
 
-class _OnServer(On):
+class _OnServer(ScriptSession):
     """One connection to a server that has all shards."""
 
     def __init__(self, layout: Layout, wires: Wires) -> None:
@@ -161,7 +161,7 @@ class _OnServer(On):
     def command_each(self, commands: Sequence[Sequence[Argument]]) -> dict[str, list[Any]]:
         wire = self._wires.to(THE_SERVER)
         ask(wire, commands)
-        return {"": hear(wire, len(commands))}
+        return {"": read_replies(wire, len(commands))}
 
 
 class Server:
@@ -173,7 +173,7 @@ class Server:
         prepare: Called once per process before the first operation; until it succeeds.
     """
 
-    def __init__(self, address: Address, layout: Layout, prepare: Callable[[On], object]) -> None:
+    def __init__(self, address: Address, layout: Layout, prepare: Callable[[ScriptSession], object]) -> None:
         self._address = address
         self._layout = layout
         self._prepare = prepare
@@ -184,7 +184,7 @@ class Server:
     def __str__(self) -> str:
         return self._address.text
 
-    def run(self, operation: Callable[[On, bool], T], *, prepared: bool = True) -> T:
+    def run(self, operation: Callable[[ScriptSession, bool], T], *, prepared: bool = True) -> T:
         """Run an operation on a connection, repeating it once if that breaks.
 
         Args:
@@ -252,7 +252,7 @@ class Server:
         if opened is not None:
             opened.close()
 
-    def _on(self, wires: Wires) -> On:
+    def _on(self, wires: Wires) -> ScriptSession:
         return _OnServer(self._layout, wires)
 
     def _connect(self, place: Place) -> Wire:  # noqa: ARG002 - there is one

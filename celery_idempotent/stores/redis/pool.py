@@ -35,8 +35,8 @@ __all__ = [
     "Wires",
     "ask",
     "exchange",
-    "hear",
     "load",
+    "read_replies",
 ]
 
 
@@ -232,9 +232,9 @@ def exchange(wire: Wire, calls: Sequence[Call], *, at_one_moment: bool = False) 
     commands: list[Sequence[Argument]] = [call.command for call in calls]
     if not at_one_moment:
         ask(wire, commands)
-        return hear(wire, len(commands))
+        return read_replies(wire, len(commands))
     ask(wire, [(b"MULTI",), *commands, (b"EXEC",)])
-    *queued, done = hear(wire, len(commands) + 2)
+    *queued, done = read_replies(wire, len(commands) + 2)
     if isinstance(done, Exception):
         raise next((answer for answer in queued if isinstance(answer, Exception)), done)
     return list(done)
@@ -244,7 +244,7 @@ def load(wire: Wire, scripts: Sequence[Script]) -> None:
     """Tell a server some scripts."""
     commands = [(b"SCRIPT", b"LOAD", script.text) for script in dict.fromkeys(scripts)]
     ask(wire, commands)
-    for answer in hear(wire, len(commands)):
+    for answer in read_replies(wire, len(commands)):
         if isinstance(answer, Exception):
             raise answer
 
@@ -260,7 +260,7 @@ def _packed(command: Sequence[Argument]) -> bytes:
     return b"*%d\r\n" % len(command) + b"".join([b"$%d\r\n%b\r\n" % (len(data), data) for data in arguments])
 
 
-def hear(wire: Wire, number: int) -> list[Any]:
+def read_replies(wire: Wire, number: int) -> list[Any]:
     """Read so many answers; a refusal is an answer too."""
     return [_hear_one(wire) for _ in range(number)]
 

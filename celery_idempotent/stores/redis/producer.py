@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from celery_idempotent.core.records import Duplicate, Inserted, MessageKey, NewMessage, Row, Status
-from celery_idempotent.stores.redis.connection import On
+from celery_idempotent.stores.redis.connection import ScriptSession
 from celery_idempotent.stores.redis.layout import encoded, identity
 from celery_idempotent.stores.redis.rows import Argument, message_arguments, moment, row_of
 from celery_idempotent.stores.redis.scripts import Script
@@ -94,14 +94,14 @@ return 1
 """)
 
 
-def record(on: On, message: NewMessage, *, again: bool) -> Inserted | Duplicate:
+def record(on: ScriptSession, message: NewMessage, *, again: bool) -> Inserted | Duplicate:
     """Begin a row, or report the one that is there."""
     ident = identity(message.key)
     (answer,) = on.call(_RECORD, ident, b"", ident, 0, *message_arguments(message))
     return _recorded(message, answer, again)
 
 
-def record_all(on: On, messages: Sequence[NewMessage], *, again: bool) -> list[Inserted | Duplicate]:
+def record_all(on: ScriptSession, messages: Sequence[NewMessage], *, again: bool) -> list[Inserted | Duplicate]:
     """Begin those that are new, in the order of the list."""
     idents = [identity(message.key) for message in messages]
     # A cluster has as many clocks as nodes: one of them tells the order.
@@ -129,7 +129,7 @@ def _recorded(message: NewMessage, answer: Any, again: bool) -> Inserted | Dupli
     return Duplicate(row)
 
 
-def withdraw(on: On, key: MessageKey, *, task_id: str, again: bool) -> bool:
+def withdraw(on: ScriptSession, key: MessageKey, *, task_id: str, again: bool) -> bool:
     """Delete a pending row that was never claimed; free its id if the row had an earlier life."""
     ident = identity(key)
     answer = on.call(_WITHDRAW, ident, ident, encoded(task_id))
@@ -143,7 +143,7 @@ def withdraw(on: On, key: MessageKey, *, task_id: str, again: bool) -> bool:
     return row.status is Status.DONE and row.expired and row.task_id == task_id
 
 
-def resubmit(on: On, row: Row, message: NewMessage, *, again: bool) -> bool:
+def resubmit(on: ScriptSession, row: Row, message: NewMessage, *, again: bool) -> bool:
     """Failed to pending, by compare and set."""
     ident = identity(row.key)
     answer = on.call(_RESUBMIT, ident, ident, row.token, encoded(row.task_id), *message_arguments(message))
@@ -156,7 +156,7 @@ def resubmit(on: On, row: Row, message: NewMessage, *, again: bool) -> bool:
     return (found.status, found.token, found.task_id) == expected and found.worker is None
 
 
-def republish(on: On, row: Row, *, again: bool) -> bool:
+def republish(on: ScriptSession, row: Row, *, again: bool) -> bool:
     """A new ``published_at``, by compare and set."""
     ident = identity(row.key)
     answer = on.call(_REPUBLISH, ident, ident, row.status.encode(), row.token, moment(row.published_at))
@@ -170,7 +170,7 @@ def republish(on: On, row: Row, *, again: bool) -> bool:
     return (found.status, found.token) == (row.status, row.token)
 
 
-def count_duplicate(on: On, key: MessageKey) -> None:
+def count_duplicate(on: ScriptSession, key: MessageKey) -> None:
     """One more. Counted twice if a connection breaks off between the writing and the answer."""
     ident = identity(key)
     on.call(_COUNT_DUPLICATE, ident, ident)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from celery_idempotent.core.records import MessageKey, ProcessedStatus, Row, RowFilter, Status, TaskCount
 from celery_idempotent.errors import StoreError
-from celery_idempotent.stores.redis.connection import On
+from celery_idempotent.stores.redis.connection import ScriptSession
 from celery_idempotent.stores.redis.layout import SHARDS, identity, key_of
 from celery_idempotent.stores.redis.recovering import fetch, first_of_all
 from celery_idempotent.stores.redis.rows import row_of
@@ -61,19 +61,19 @@ return {found[1], looked}
 _INDEXES = {Status.PENDING: (b":unsent",), Status.PROCESSING: (b":running",), Status.DONE: (b":kept", b":done")}
 
 
-def find(on: On, key: MessageKey) -> Row | None:
+def find(on: ScriptSession, key: MessageKey) -> Row | None:
     """The row of a message."""
     ident = identity(key)
     answer = on.call(_FIND, ident, ident)
     return None if answer is None else row_of(key, answer)
 
 
-def find_all(on: On, keys: Collection[MessageKey]) -> list[Row]:
+def find_all(on: ScriptSession, keys: Collection[MessageKey]) -> list[Row]:
     """Those that are there, without what is large."""
     return fetch(on, [identity(key) for key in keys], _FETCH_SMALL)
 
 
-def rows(on: On, where: RowFilter) -> list[Row]:
+def rows(on: ScriptSession, where: RowFilter) -> list[Row]:
     """Rows that match, in the order asked for, without what is large."""
     matches_id, matches_task, matches_queue, matches_error = map(
         _matches, (where.message_id, where.task_name, where.queue, where.error)
@@ -97,7 +97,7 @@ def rows(on: On, where: RowFilter) -> list[Row]:
     return fetch(on, [ident for ident, _ in _first(chosen, where)], _FETCH_SMALL)
 
 
-def newest(on: On, *, limit: int) -> list[Row]:
+def newest(on: ScriptSession, *, limit: int) -> list[Row]:
     """Rows that were claimed, of either end of what there is an index of."""
     # Of those that run the ones whose leases last longest: they were claimed or renewed last.
     running = fetch(on, first_of_all(on, _RUNNING, limit, limit=limit, last=True), _FETCH_SMALL)
@@ -106,7 +106,7 @@ def newest(on: On, *, limit: int) -> list[Row]:
     return sorted(claimed.values(), key=lambda row: row.created_timestamp, reverse=True)
 
 
-def counts(on: On) -> list[TaskCount]:
+def counts(on: ScriptSession) -> list[TaskCount]:
     """How many rows stand where."""
     rows: Counter[tuple[str, Status, ProcessedStatus | None]] = Counter()
     duplicates: Counter[tuple[str, Status, ProcessedStatus | None]] = Counter()
@@ -132,7 +132,7 @@ class _Seen:
     queue: str | None
 
 
-def _look(on: On, status: Status | None, *, error: bool = False) -> Iterator[_Seen]:
+def _look(on: ScriptSession, status: Status | None, *, error: bool = False) -> Iterator[_Seen]:
     """Every row of a status, or at all, a few hundred at a time."""
     column = b"error" if error else b"status"
     for shard in range(SHARDS):

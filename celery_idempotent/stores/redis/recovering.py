@@ -15,7 +15,7 @@ from typing import Any
 
 from celery_idempotent.core.records import MessageKey, ProcessedStatus, Row, Status
 from celery_idempotent.core.store import LARGE_MESSAGE
-from celery_idempotent.stores.redis.connection import On
+from celery_idempotent.stores.redis.connection import ScriptSession
 from celery_idempotent.stores.redis.layout import SHARDS, VERSION, encoded, identity, key_of
 from celery_idempotent.stores.redis.rows import Argument, duration, moment, row_of
 from celery_idempotent.stores.redis.scripts import Script
@@ -193,14 +193,14 @@ return {{#old, (#old == limit or #free == limit) and 1 or 0}}
 """)
 
 
-def lapsed(on: On, *, again_after: float, limit: int, tasks: Collection[str] | None) -> list[Row]:
+def lapsed(on: ScriptSession, *, again_after: float, limit: int, tasks: Collection[str] | None) -> list[Row]:
     """Processing, its lease run out."""
     found = first_of_all(on, _LAPSED, duration(again_after), limit, *_names(tasks), limit=limit)
     return [row for row in fetch(on, found) if row.status is Status.PROCESSING and row.lease_left <= 0]
 
 
 def waiting(
-    on: On,
+    on: ScriptSession,
     *,
     older_than: float,
     limit: int,
@@ -216,7 +216,7 @@ def waiting(
     return [row for row in fetch(on, found) if row.status is Status.PENDING and row.published_at is not None]
 
 
-def unsent(on: On, *, limit: int, tasks: Collection[str] | None) -> list[Row]:
+def unsent(on: ScriptSession, *, limit: int, tasks: Collection[str] | None) -> list[Row]:
     """Pending, never published."""
     found = first_of_all(on, _UNSENT, limit, *_names(tasks), limit=limit)
     return [row for row in fetch(on, found) if row.status is Status.PENDING and row.published_at is None]
@@ -227,26 +227,26 @@ def _names(tasks: Collection[str] | None) -> list[bytes]:
     return [] if tasks is None else [encoded(name) for name in tasks] or [b""]
 
 
-def relay(on: On, row: Row, *, lease: float) -> bool:
+def relay(on: ScriptSession, row: Row, *, lease: float) -> bool:
     """The right to publish, by compare and set."""
     ident = identity(row.key)
     # Whether it was this call that took it cannot be told on a repeat: nobody relays until that runs out.
     return bool(on.call(_RELAY, ident, ident, row.token, duration(lease)))
 
 
-def relayed(on: On, keys: Sequence[MessageKey], *, published: bool) -> None:
+def relayed(on: ScriptSession, keys: Sequence[MessageKey], *, published: bool) -> None:
     """The end of that right."""
     idents = [identity(key) for key in keys]
     on.call_all(_RELAYED, [b"1" if published else b""], [(ident, (ident,)) for ident in idents])
 
 
-def not_published(on: On, key: MessageKey, *, token: int) -> None:
+def not_published(on: ScriptSession, key: MessageKey, *, token: int) -> None:
     """It was not handed to the broker after all."""
     ident = identity(key)
     on.call(_NOT_PUBLISHED, ident, ident, token)
 
 
-def purge(on: On, chosen: Sequence[Argument], *, limit: int) -> int:
+def purge(on: ScriptSession, chosen: Sequence[Argument], *, limit: int) -> int:
     """Delete what is done and past retention, so many in each shard that it is no more than asked for."""
     purged, shards = 0, list(range(SHARDS))
     while shards and purged < limit:
@@ -287,7 +287,9 @@ def _lua_escaped(text: bytes) -> bytes:
     return re.sub(rb"([^A-Za-z0-9\x80-\xff])", rb"%\1", text)
 
 
-def first_of_all(on: On, script: Script, *arguments: Argument, limit: int, last: bool = False) -> list[bytes]:
+def first_of_all(
+    on: ScriptSession, script: Script, *arguments: Argument, limit: int, last: bool = False
+) -> list[bytes]:
     """Look into an index of every shard, for the identities that come first of all (or last, and then in that order)."""
     answers = on.call_each(script, [(shard, arguments) for shard in range(SHARDS)])
     found = [(float(score), ident) for some in answers for ident, score in zip(some[::2], some[1::2], strict=True)]
@@ -295,7 +297,7 @@ def first_of_all(on: On, script: Script, *arguments: Argument, limit: int, last:
     return [ident for _, ident in pick(limit, found)]
 
 
-def fetch(on: On, idents: Sequence[bytes], script: Script = _FETCH) -> list[Row]:
+def fetch(on: ScriptSession, idents: Sequence[bytes], script: Script = _FETCH) -> list[Row]:
     """Rows by their identities, in that order; those that are gone are left out."""
     rows: list[Row] = []
     read = partial(on.call_all, script, ())

@@ -6,7 +6,7 @@ from redis.connection import Connection, SSLConnection
 from redis.exceptions import ConnectionError, RedisError, ResponseError  # noqa: A004 - redis-py's name
 
 from celery_idempotent.stores.redis.connection import Server, connect
-from celery_idempotent.stores.redis.pool import Place, Wire, ask, hear
+from celery_idempotent.stores.redis.pool import Place, Wire, ask, read_replies
 
 __all__ = ["Sentinels"]
 
@@ -22,7 +22,7 @@ class Sentinels(Server):
         wire = connect(self._address, host=host, port=port)
         # A Sentinel that was cut off may name one that is none any more.
         ask(wire, [(b"ROLE",)])
-        (role,) = hear(wire, 1)
+        (role,) = read_replies(wire, 1)
         # An account may not be allowed to ask; then the first write tells.
         if not isinstance(role, ResponseError) and role[0] != b"master":
             wire.disconnect()
@@ -39,7 +39,7 @@ class Sentinels(Server):
             try:
                 sentinel.connect()
                 ask(sentinel, [(b"SENTINEL", b"GET-MASTER-ADDR-BY-NAME", self._address.master_name.encode())])
-                (found,) = hear(sentinel, 1)
+                (found,) = read_replies(sentinel, 1)
             except (RedisError, OSError) as error:
                 why = str(error)
                 continue

@@ -28,7 +28,7 @@ from celery_idempotent.errors import SchemaError
 from celery_idempotent.stores.redis import admin, claims, producer, reading, recovering, transitions
 from celery_idempotent.stores.redis.address import parse
 from celery_idempotent.stores.redis.cluster import Cluster
-from celery_idempotent.stores.redis.connection import On, Server
+from celery_idempotent.stores.redis.connection import ScriptSession, Server
 from celery_idempotent.stores.redis.layout import VERSION, Layout
 from celery_idempotent.stores.redis.scripts import Script
 from celery_idempotent.stores.redis.sentinel import Sentinels
@@ -266,7 +266,7 @@ class RedisStore:
     def close(self) -> None:
         self._server.close()
 
-    def _init(self, on: On) -> bool:
+    def _init(self, on: ScriptSession) -> bool:
         """Mark the layout as this version's, unless it is marked; whether that was done now."""
         ((made, version),) = on.call_each(_INIT, [(0, (VERSION,))])
         self._verify(version)

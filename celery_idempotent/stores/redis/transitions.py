@@ -20,7 +20,7 @@ from celery_idempotent.core.records import (
     Row,
     Status,
 )
-from celery_idempotent.stores.redis.connection import On
+from celery_idempotent.stores.redis.connection import ScriptSession
 from celery_idempotent.stores.redis.layout import encoded, identity
 from celery_idempotent.stores.redis.rows import (
     duration,
@@ -129,14 +129,14 @@ return 1
 """)
 
 
-def checkpoint(on: On, claim: Claim, *, result: bytes | None, lease: float | None) -> bool:
+def checkpoint(on: ScriptSession, claim: Claim, *, result: bytes | None, lease: float | None) -> bool:
     """The recovery point; written a second time it is the same."""
     ident = identity(claim.key)
     return _wrote(on.call(_CHECKPOINT, ident, ident, *fence(claim), optional(result), duration(lease)))
 
 
 def complete(
-    on: On, claim: Claim, *, result: bytes | None, note: NoResultReason | None, unique_for: float | None
+    on: ScriptSession, claim: Claim, *, result: bytes | None, note: NoResultReason | None, unique_for: float | None
 ) -> bool:
     """Done, success."""
     ident = identity(claim.key)
@@ -145,7 +145,7 @@ def complete(
     )
 
 
-def fail(on: On, holder: Holder, *, error: str, unique_for: float | None, again: bool) -> bool:
+def fail(on: ScriptSession, holder: Holder, *, error: str, unique_for: float | None, again: bool) -> bool:
     """Done, failure."""
     ident, text = identity(holder.key), storable(error)
     answer = on.call(_FAIL, ident, ident, *fence(holder), text, duration(unique_for))
@@ -156,7 +156,7 @@ def fail(on: On, holder: Holder, *, error: str, unique_for: float | None, again:
     return row is not None and held_by(row, holder) and _failed(row, text)
 
 
-def retry(on: On, holder: Holder, message: NewMessage, *, again: bool) -> bool:
+def retry(on: ScriptSession, holder: Holder, message: NewMessage, *, again: bool) -> bool:
     """Back to pending, for the next attempt."""
     ident = identity(holder.key)
     answer = on.call(_RETRY, ident, ident, *fence(holder), *message_arguments(message))
@@ -166,7 +166,7 @@ def retry(on: On, holder: Holder, message: NewMessage, *, again: bool) -> bool:
     return row is not None and held_by(row, holder) and (row.status, row.attempt) == (Status.PENDING, message.attempt)
 
 
-def release(on: On, holder: Holder, *, again: bool) -> bool:
+def release(on: ScriptSession, holder: Holder, *, again: bool) -> bool:
     """Back to pending, for the same attempt."""
     ident = identity(holder.key)
     answer = on.call(_RELEASE, ident, ident, *fence(holder))
@@ -176,13 +176,13 @@ def release(on: On, holder: Holder, *, again: bool) -> bool:
     return row is not None and held_by(row, holder) and row.status is Status.PENDING
 
 
-def expire(on: On, holder: Holder) -> bool:
+def expire(on: ScriptSession, holder: Holder) -> bool:
     """The lease ends now."""
     ident = identity(holder.key)
     return _wrote(on.call(_EXPIRE, ident, ident, *fence(holder)))
 
 
-def abandon(on: On, row: Row, *, error: str, unique_for: float | None, again: bool) -> bool:
+def abandon(on: ScriptSession, row: Row, *, error: str, unique_for: float | None, again: bool) -> bool:
     """Done, failure, on behalf of an owner whose lease ran out."""
     ident, text = identity(row.key), storable(error)
     processed = b"" if row.processed_status is None else row.processed_status.encode()
@@ -193,7 +193,9 @@ def abandon(on: On, row: Row, *, error: str, unique_for: float | None, again: bo
     return found is not None and found.token == row.token and _failed(found, text)
 
 
-def cancel(on: On, key: MessageKey, *, task_id: str, error: str, unique_for: float | None, again: bool) -> bool:
+def cancel(
+    on: ScriptSession, key: MessageKey, *, task_id: str, error: str, unique_for: float | None, again: bool
+) -> bool:
     """Done, failure, without having run."""
     ident, text = identity(key), storable(error)
     answer = on.call(_CANCEL, ident, ident, encoded(task_id), text, duration(unique_for))
@@ -203,7 +205,7 @@ def cancel(on: On, key: MessageKey, *, task_id: str, error: str, unique_for: flo
     return found is not None and found.task_id == task_id and _failed(found, text)
 
 
-def forbid(on: On, row: Row, *, error: str) -> bool:
+def forbid(on: ScriptSession, row: Row, *, error: str) -> bool:
     """Not to run again."""
     ident = identity(row.key)
     return _wrote(on.call(_FORBID, ident, ident, row.token, storable(error)))

@@ -461,10 +461,10 @@ MORE_DELIVERIES: dict[str, list[DeliveryCase]] = {
         (succeeded(error="odd; rejected before: 0"), replace(READY, rejected=3), DEFAULT, SKIP),
     ],
     "done/failure, and an errback that nobody has had yet waits on it": [
-        (failed(), replace(READY, owed=True), DEFAULT, RAISE_FAILED),
-        (failed(), replace(IGNORED, owed=True), DEFAULT, RAISE_FAILED),
-        (failed(), replace(COPY, owed=True), FAIL, RAISE_FAILED),
-        (succeeded(), replace(READY, owed=True), DEFAULT, SKIP),
+        (failed(), replace(READY, callbacks_pending=True), DEFAULT, RAISE_FAILED),
+        (failed(), replace(IGNORED, callbacks_pending=True), DEFAULT, RAISE_FAILED),
+        (failed(), replace(COPY, callbacks_pending=True), FAIL, RAISE_FAILED),
+        (succeeded(), replace(READY, callbacks_pending=True), DEFAULT, SKIP),
     ],
     "done without a result of its own (ignored, replaced)": [
         (succeeded(result=None, error="ignored"), SAME, DEFAULT, SKIP),
