@@ -159,7 +159,7 @@ class Outcomes:
         """
         return cls([_load(entry) if isinstance(entry, str) else entry for entry in entries]) if entries else None
 
-    def tell(
+    def emit(
         self,
         kind: OutcomeKind,
         key: MessageKey | None = None,

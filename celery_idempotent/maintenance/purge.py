@@ -49,7 +49,7 @@ def purge(
         with no_fork():
             deleted = queue_log.store.purge(**chosen, limit=BATCH)
             if deleted and queue_log.outcomes is not None:
-                queue_log.outcomes.tell(OutcomeKind.PURGED, count=deleted)
+                queue_log.outcomes.emit(OutcomeKind.PURGED, count=deleted)
         purged += deleted
         if deleted < BATCH:
             break

@@ -47,7 +47,7 @@ def answer_of(
     store.count_duplicate(key)
     outcomes = task.queue_log.outcomes
     if outcomes is not None:
-        outcomes.tell(OutcomeKind.DUPLICATE, key, row=row, task_id=task_id, attempt=0, reason=action)
+        outcomes.emit(OutcomeKind.DUPLICATE, key, row=row, task_id=task_id, attempt=0, reason=action)
     if action is CallAction.RAISE_DUPLICATE:
         raise DuplicateMessageError(key.message_id, row.task_id, str(row.status))
     return eager_result(task, row)

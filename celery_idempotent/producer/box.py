@@ -227,8 +227,8 @@ class Outbox:
                 Publisher.of(queue_log).publish(ours)
                 if queue_log.outcomes is not None:
                     for message in ours:
-                        if message.tell is not None:
-                            message.tell()
+                        if message.emit is not None:
+                            message.emit()
             for queue_log, key in duplicates:
                 Publisher.of(queue_log).count_duplicate(key)
 

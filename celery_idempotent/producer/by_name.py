@@ -137,7 +137,7 @@ class _PublishHook:
             logger.error("%s[%s] is sent without a row, its consumer will insert it: %s", sender, key.message_id, error)
             return
         if outcomes is not None:
-            outcomes.tell(
+            outcomes.emit(
                 OutcomeKind.DUPLICATE if isinstance(found, Duplicate) else OutcomeKind.RECORDED,
                 key,
                 row=found.row if isinstance(found, Duplicate) else None,

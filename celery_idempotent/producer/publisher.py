@@ -63,7 +63,7 @@ class Outgoing:
         header: What its header says.
         due: When it may run; ``None`` for at once.
         options: The other options of ``apply_async``.
-        tell: Tells the app's hooks that it was recorded, or what else it comes to.
+        emit: Tells the app's hooks that it was recorded, or what else it comes to.
     """
 
     key: MessageKey
@@ -73,7 +73,7 @@ class Outgoing:
     header: Header
     due: datetime | None
     options: Mapping[str, Any]
-    tell: Callable[[], None] | None = None
+    emit: Callable[[], None] | None = None
 
     def publish(self, producer: Producer | None) -> None:
         """Hand it to the broker."""

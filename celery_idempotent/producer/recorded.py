@@ -126,9 +126,9 @@ def hand_over(queue_log: QueueLog, row: Row, publish: Callable[[], object]) -> b
         return False
     logger.warning("%s is published %s: it was %s", name, "again" if row.published_at else "at last", row.status)
     if row.status is Status.PROCESSING:
-        _tell(queue_log, OutcomeKind.RECOVERED, row, "taken_back")
+        _emit(queue_log, OutcomeKind.RECOVERED, row, "taken_back")
     else:
-        _tell(queue_log, OutcomeKind.RECOVERED, row, "lost" if row.published_at else "relayed")
+        _emit(queue_log, OutcomeKind.RECOVERED, row, "lost" if row.published_at else "relayed")
     return True
 
 
@@ -137,7 +137,7 @@ def publication(queue_log: QueueLog, row: Row) -> Callable[[], object] | None:
     task = queue_log.app.tasks[row.key.task_name]
     if row.forbidden:
         if queue_log.store.abandon(row, error=row.error or ABANDONED, unique_for=task.idempotency.unique_for):
-            _tell(queue_log, OutcomeKind.CANCELLED, row, reason_of(row.error or ABANDONED))
+            _emit(queue_log, OutcomeKind.CANCELLED, row, reason_of(row.error or ABANDONED))
         return None
     if row.message is None:
         # Not listed, as it may be large: it is read when its turn has come.
@@ -162,7 +162,7 @@ def _publication_of(queue_log: QueueLog, row: Row, whole: Row) -> Callable[[], o
         if row.status is Status.PROCESSING:
             ended = queue_log.store.abandon(row, error=f"{ABANDONED}; {error}", unique_for=task.idempotency.unique_for)
             if ended:
-                _tell(queue_log, OutcomeKind.ABANDONED, row, "abandoned")
+                _emit(queue_log, OutcomeKind.ABANDONED, row, "abandoned")
         return None
     if options.get("exchange_type") == FANOUT and (row.published_at or row.key.message_id != options["message_id"]):
         _end_broadcast(queue_log, task, row, options["message_id"])
@@ -219,14 +219,14 @@ def _end_broadcast(queue_log: QueueLog, task: Guarded, row: Row, message_id: str
         error = f"{ABANDONED}; a retry to a fanout exchange is not published again"
         ended = queue_log.store.cancel(row.key, task_id=row.task_id, error=error, unique_for=unique_for)
     if ended:
-        _tell(queue_log, OutcomeKind.ABANDONED, row, "abandoned")
+        _emit(queue_log, OutcomeKind.ABANDONED, row, "abandoned")
 
 
-def _tell(queue_log: QueueLog, kind: OutcomeKind, row: Row, reason: str) -> None:
+def _emit(queue_log: QueueLog, kind: OutcomeKind, row: Row, reason: str) -> None:
     """Tell the app's hooks, if it has any, what became of a row."""
     outcomes = queue_log.outcomes
     if outcomes is not None:
-        outcomes.tell(kind, row.key, row=row, task_id=row.task_id, queue=row.queue, attempt=row.attempt, reason=reason)
+        outcomes.emit(kind, row.key, row=row, task_id=row.task_id, queue=row.queue, attempt=row.attempt, reason=reason)
 
 
 def _whole(queue_log: QueueLog, row: Row) -> Row:

@@ -243,7 +243,7 @@ class Sending:
                 raise
             logger.error("%s is sent unguarded, the store gives no answer: %s", self._name, error)
             result = self._publish_now()
-            self._tell(OutcomeKind.UNGUARDED)
+            self._emit(OutcomeKind.UNGUARDED)
             return result
 
     def _record(self) -> Inserted | Duplicate:
@@ -261,7 +261,7 @@ class Sending:
         """
         while True:
             if not isinstance(answer, Duplicate) or (self.outcome_unknown and self._is_mine(answer.row)):
-                return self._publish_or(self._withdraw, partial(self._tell, self.recorded))
+                return self._publish_or(self._withdraw, partial(self._emit, self.recorded))
             result = self._send_again(answer.row)
             if result is not None:
                 return result
@@ -321,16 +321,16 @@ class Sending:
                 return None
             case CallAction.RETURN_FIRST:
                 self._count_duplicate()
-                self._tell(OutcomeKind.DUPLICATE, row, action)
+                self._emit(OutcomeKind.DUPLICATE, row, action)
                 return self._first_result(row)
             case CallAction.RAISE_DUPLICATE:
                 self._count_duplicate()
-                self._tell(OutcomeKind.DUPLICATE, row, action)
+                self._emit(OutcomeKind.DUPLICATE, row, action)
                 raise DuplicateMessageError(row.key.message_id, row.task_id, str(row.status))
             case CallAction.RAISE_MISMATCH:
                 if self.dispatched:
                     return self._publish_now(duplicate=True)  # its consumer says so, under its own task id
-                self._tell(OutcomeKind.MISMATCHED, row, action)
+                self._emit(OutcomeKind.MISMATCHED, row, action)
                 raise MessageMismatchError(row.key.message_id, row.key.task_name)
             case CallAction.PUBLISH_COPY:
                 return self._publish_copy(row)
@@ -340,13 +340,13 @@ class Sending:
                 if self.box is None and not self._ask(partial(self._store.republish, row)) and not self.outcome_unknown:
                     return None
                 logger.warning("%s is published again: it has waited since %s", self._name, row.waiting_since)
-                self._tell(OutcomeKind.DUPLICATE, row, action)
+                self._emit(OutcomeKind.DUPLICATE, row, action)
                 return self._publish_now(replace(self.header, task_id=row.task_id), duplicate=True)
             case CallAction.RESUBMIT:
                 if not self._ask(partial(self._store.resubmit, row, self.message)):
                     return None
                 return self._publish_or(
-                    partial(self._take_back_resubmission, row), partial(self._tell, OutcomeKind.RECORDED, row, action)
+                    partial(self._take_back_resubmission, row), partial(self._emit, OutcomeKind.RECORDED, row, action)
                 )
             case CallAction.TRANSITION:  # pragma: no cover - decided before the store is asked
                 raise AssertionError("a run's own message is sent on without a check")
@@ -396,12 +396,12 @@ class Sending:
         header = self.header.copy_of(row.task_id, self._later_call(row))
         own = header.row_of_its_own
         if own == self.message.key or self.task.app.conf.task_always_eager or self._is_broadcast:
-            self._tell(OutcomeKind.DUPLICATE, row, CallAction.PUBLISH_COPY)
+            self._emit(OutcomeKind.DUPLICATE, row, CallAction.PUBLISH_COPY)
             return self._publish_now(replace(header, copied=False), duplicate=True)
         self._ask(partial(self._store.record, replace(self.message, key=own)))
         take_back = partial(self._store.withdraw, own, task_id=self.message.task_id)
-        tell = partial(self._tell, OutcomeKind.DUPLICATE, row, CallAction.PUBLISH_COPY)
-        return self._publish_or(take_back, tell, header)
+        emit = partial(self._emit, OutcomeKind.DUPLICATE, row, CallAction.PUBLISH_COPY)
+        return self._publish_or(take_back, emit, header)
 
     def _later_call(self, row: Row) -> str | None:
         """The name of a call under a Celery id that was sent before: not the same call once more, which its consumer would skip.
@@ -438,7 +438,7 @@ class Sending:
         header: Header | None = None,
         *,
         duplicate: bool = False,
-        tell: Callable[[], None] | None = None,
+        emit: Callable[[], None] | None = None,
     ) -> AsyncResult[Any]:
         header = header or self.header
         if self.box is not None:
@@ -446,22 +446,22 @@ class Sending:
             options = without_local(self.options)
             due = options.pop("eta", None)
             due = moment(self.task.app, due)
-            self.box.add(Outgoing(row, self.task, self.args, self.kwargs, header, due, options, tell))
+            self.box.add(Outgoing(row, self.task, self.args, self.kwargs, header, due, options, emit))
             return self._trailed(self._result(header.task_id, duplicate=duplicate))
         headers = header.write(self.options.get("headers"))
         options = {**self.options, "headers": headers, "message_id": header.message_id}
         result = self.task.publish(self.args, self.kwargs, task_id=header.task_id, **options)
         result.duplicate = duplicate
-        if tell is not None:
-            tell()
+        if emit is not None:
+            emit()
         return result
 
     def _publish_or(
-        self, take_back: Callable[[], object], tell: Callable[[], None], copy: Header | None = None
+        self, take_back: Callable[[], object], emit: Callable[[], None], copy: Header | None = None
     ) -> AsyncResult[Any]:
         """Publish, and tell what that comes to once it is certain: in an outbox that is behind its commit."""
         try:
-            result = self._publish_now(copy, duplicate=copy is not None, tell=tell)
+            result = self._publish_now(copy, duplicate=copy is not None, emit=emit)
         except BaseException:
             # Whatever it was, the caller is told and the id is free again. Should the broker have the message after all, its
             # consumer inserts the row.
@@ -470,7 +470,7 @@ class Sending:
             except StoreError as error:
                 logger.warning("%s was not published, and its row stays pending: %s", self._name, error)
             else:
-                self._tell(OutcomeKind.WITHDRAWN)
+                self._emit(OutcomeKind.WITHDRAWN)
             raise
         if self._is_broadcast and self.box is None:
             end_broadcast(self.task, self.message)
@@ -522,11 +522,11 @@ class Sending:
         except StoreUnavailableError as error:
             logger.warning("a duplicate of %s was not counted: %s", self._name, error)
 
-    def _tell(self, kind: OutcomeKind, row: Row | None = None, reason: str | None = None) -> None:
+    def _emit(self, kind: OutcomeKind, row: Row | None = None, reason: str | None = None) -> None:
         """Tell the app's hooks, if it has any, what became of the call."""
         outcomes = self.task.queue_log.outcomes
         if outcomes is not None:
-            outcomes.tell(
+            outcomes.emit(
                 kind,
                 self.message.key,
                 row=row,

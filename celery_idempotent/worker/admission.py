@@ -193,7 +193,7 @@ class _Admission:
         except StoreError as error:  # also a table that was dropped: its messages wait for it to come back
             if policy == "run":
                 logger.error("%s runs unguarded, the store gives no answer: %s", self.run, error)
-                self.run.tell(OutcomeKind.UNGUARDED)
+                self.run.emit(OutcomeKind.UNGUARDED)
                 self.run.attach()
                 return self.run
             if policy == "raise" or self.request.is_eager:
@@ -254,7 +254,7 @@ class _Admission:
                     self.outcome_unknown = True
                     self._record_original()
                 if isinstance(answer, Claimed) or self.found_again:
-                    run.tell(OutcomeKind.CLAIMED, store=took)
+                    run.emit(OutcomeKind.CLAIMED, store=took)
                 run.attach()
                 return run
         logger.warning("%s kept changing hands; it is delivered again", self.run)
@@ -330,12 +330,12 @@ class _Admission:
             case DeliveryAction.CANCEL:
                 # An earlier delivery was discarded while its owner lived, which has died since.
                 if self._store.abandon(row, error=row.error or ABANDONED, unique_for=self.task.idempotency.unique_for):
-                    self.run.tell(OutcomeKind.CANCELLED, row, reason=reason_of(row.error or ABANDONED))
+                    self.run.emit(OutcomeKind.CANCELLED, row, reason=reason_of(row.error or ABANDONED))
             case DeliveryAction.SKIP:
                 self._store.count_duplicate(row.key)
                 answered(self.task, self.request)
                 logger.info("%s is skipped: it is %s already", self.run, row.status)
-                self.run.tell(OutcomeKind.SKIPPED, row)
+                self.run.emit(OutcomeKind.SKIPPED, row)
                 running = row.status is not Status.DONE and self._is_of(row)
                 raise DuplicateIgnored(f"{self.run} is a duplicate: it is {row.status}", row.key, "skipped", running)
             case DeliveryAction.REPLAY:
@@ -343,14 +343,14 @@ class _Admission:
                 return self._replay(row)
             case DeliveryAction.RAISE_FAILED:
                 self._store.count_duplicate(row.key)
-                self.run.tell(OutcomeKind.REPLAYED, row, reason="failure")
+                self.run.emit(OutcomeKind.REPLAYED, row, reason="failure")
                 raise self._first_error(row)
             case DeliveryAction.RAISE_PROCESSING:
                 self._store.count_duplicate(row.key)
-                self.run.tell(OutcomeKind.SKIPPED, row, reason="raise_processing")
+                self.run.emit(OutcomeKind.SKIPPED, row, reason="raise_processing")
                 raise AlreadyProcessingError(row.key.message_id, decision.delay)
             case DeliveryAction.RAISE_MISMATCH:
-                self.run.tell(OutcomeKind.MISMATCHED, row)
+                self.run.emit(OutcomeKind.MISMATCHED, row)
                 raise MessageMismatchError(row.key.message_id, row.key.task_name)
             case DeliveryAction.FORBID:  # pragma: no cover - what is discarded does not come here
                 raise AssertionError("a delivery that is discarded reaches no task")
@@ -369,7 +369,7 @@ class _Admission:
         if self._store.abandon(row, error=ABANDONED, unique_for=unique_for):
             self.run.state = RunState.FINISHED
             self.run.attach()  # this delivery has ended the message: its handlers are called
-            self.run.tell(OutcomeKind.ABANDONED, row, reason="abandoned")
+            self.run.emit(OutcomeKind.ABANDONED, row, reason="abandoned")
             raise AlreadyFailedError(row.key.message_id, ABANDONED)
 
     def _record_original(self) -> None:
@@ -453,7 +453,7 @@ class _Admission:
         self._note_first(row)
         logger.warning("%s is taken over from %s, whose lease ran out", self.run, row.worker)
         taken = self._claimed(claimed, row)
-        taken.tell(OutcomeKind.TAKEN_OVER, row)
+        taken.emit(OutcomeKind.TAKEN_OVER, row)
         return taken
 
     def _take_over_and_replay(self, row: Row) -> Run | None:
@@ -466,10 +466,10 @@ class _Admission:
             error = "abandoned: its result could not be kept, so what waits on it cannot be served"
             assert self.run.claim is not None, "a recovery point is replayed by its owner"
             if self._store.fail(self.run.claim, error=error, unique_for=self.task.idempotency.unique_for):
-                self.run.tell(OutcomeKind.ABANDONED, row, reason="abandoned")
+                self.run.emit(OutcomeKind.ABANDONED, row, reason="abandoned")
             raise AlreadyFailedError(row.key.message_id, error)
         self.run.value, self.run.state = value, RunState.CHECKPOINTED
-        self.run.tell(OutcomeKind.REPLAYED, row)
+        self.run.emit(OutcomeKind.REPLAYED, row)
         return self.run
 
     def _wait_for_the_chord(self) -> None:
@@ -484,7 +484,7 @@ class _Admission:
             value = self._first_result(row)
         self._store.count_duplicate(row.key)
         self.run.value, self.run.state = value, RunState.REPLAYED
-        self.run.tell(OutcomeKind.REPLAYED, row)
+        self.run.emit(OutcomeKind.REPLAYED, row)
         return self.run
 
     def _first_error(self, row: Row) -> BaseException:
@@ -556,7 +556,7 @@ class _Admission:
         except Exception as error:  # noqa: BLE001 - whatever it is, acknowledged without its copy the message would be lost
             logger.error("%s cannot be held by publishing a copy: %r", self.run, error)
             return self._give_back(row)
-        self.run.tell(OutcomeKind.HELD, row, delay=countdown)
+        self.run.emit(OutcomeKind.HELD, row, delay=countdown)
         running = row is None or self._is_of(row)
         return DuplicateIgnored(
             f"{self.run} is held for {countdown:.1f} s", self.message.key, "held", running, countdown=countdown

@@ -55,7 +55,7 @@ def discard(task: Guarded, request: Context, why: str) -> None:
         logger.error("%s[%s] was %s, but its row stays as it is: %s", key.task_name, key.message_id, why, error)
         return
     if kind is not None and task.queue_log.outcomes is not None:
-        task.queue_log.outcomes.tell(
+        task.queue_log.outcomes.emit(
             kind,
             key,
             task_id=request.id,

@@ -218,7 +218,7 @@ class IdempotentRequest(Request):  # type: ignore[misc]
             ),
         )
         if self._end("hand on", lambda owner: self.task.queue_log.store.retry(owner, message)):
-            self._tell(OutcomeKind.RETRIED, "worker_lost", attempt)
+            self._emit(OutcomeKind.RETRIED, "worker_lost", attempt)
         return super()._retry_worker_lost(exc, exc_info)
 
     def _fingerprint(self, message_id: str) -> str | None:
@@ -238,7 +238,7 @@ class IdempotentRequest(Request):  # type: ignore[misc]
         store, unique_for = self.task.queue_log.store, self.task.idempotency.unique_for
         failed = self._end("fail", lambda owner: store.fail(owner, error=error, unique_for=unique_for))
         if failed:
-            self._tell(kind, reason_of(error))
+            self._emit(kind, reason_of(error))
         return failed
 
     def _end(self, what: str, write: Callable[[Owner], bool]) -> bool:
@@ -259,11 +259,11 @@ class IdempotentRequest(Request):  # type: ignore[misc]
             logger.error("could not %s the claim of %s; it runs out with its lease: %s", what, self, error)
         return False
 
-    def _tell(self, kind: OutcomeKind, reason: str, attempt: int | None = None) -> None:
+    def _emit(self, kind: OutcomeKind, reason: str, attempt: int | None = None) -> None:
         """Tell the app's hooks, if it has any, what became of a message whose child cannot."""
         outcomes = self.task.queue_log.outcomes
         if outcomes is not None and self.owner is not None:
-            outcomes.tell(
+            outcomes.emit(
                 kind,
                 self.key,
                 task_id=self.id,

@@ -188,7 +188,7 @@ class Run:
     def _store(self) -> Store:
         return self.queue_log.store
 
-    def tell(
+    def emit(
         self,
         kind: OutcomeKind,
         row: Row | None = None,
@@ -201,7 +201,7 @@ class Run:
         """Tell the app's hooks, if it has any, what became of the delivery."""
         outcomes = self.queue_log.outcomes
         if outcomes is not None:
-            outcomes.tell(
+            outcomes.emit(
                 kind,
                 self.key,
                 row=row,
@@ -403,7 +403,7 @@ class Run:
             held = self._write("release a message", lambda: self._store.release(self._claim))
             held = held or self._is_pending(self.message.attempt)
             if held:
-                self.tell(OutcomeKind.RETRIED, reason="rejected")
+                self.emit(OutcomeKind.RETRIED, reason="rejected")
             self._finish(held)
         else:
             self._finish(self._failed(rejected(describe(reject), self.header.rejected)))
@@ -469,7 +469,7 @@ class Run:
     def _end(self, held: bool) -> None:
         self.state = RunState.FINISHED if held else RunState.LOST
         if not held:
-            self.tell(OutcomeKind.LEASE_LOST)
+            self.emit(OutcomeKind.LEASE_LOST)
 
     # -- handing on ----------------------------------------------------------------------------------------------------
 
@@ -500,7 +500,7 @@ class Run:
             held = self._write("hand a message on", wrote) or handed_on()
         self.state = RunState.HANDED_ON if held else RunState.LOST
         if held:
-            self.tell(OutcomeKind.RETRIED, attempt=message.attempt, reason="replaced" if self.replacing else None)
+            self.emit(OutcomeKind.RETRIED, attempt=message.attempt, reason="replaced" if self.replacing else None)
         self.detach()
         return held
 
@@ -531,7 +531,7 @@ class Run:
             return self._store.fail(again.claim, error=describe(error), unique_for=self.task.idempotency.unique_for)
 
         if self._write("end a message whose retry was not published", end):
-            self.tell(OutcomeKind.FAILED, reason=reason_of(describe(error)))
+            self.emit(OutcomeKind.FAILED, reason=reason_of(describe(error)))
 
     def retry_stored(self) -> None:
         """The result backend was told RETRY just now, which must not hide how the next attempt has ended since.
@@ -605,7 +605,7 @@ class Run:
             self._has_succeeded,
         )
         if held:
-            self.tell(OutcomeKind.COMPLETED, reason=note, store=time.monotonic() - began)
+            self.emit(OutcomeKind.COMPLETED, reason=note, store=time.monotonic() - began)
         return held
 
     def _failed(self, error: str) -> bool:
@@ -614,7 +614,7 @@ class Run:
             "record a failure", lambda: self._store.fail(self._claim, error=error, unique_for=unique_for)
         )
         if held:
-            self.tell(OutcomeKind.FAILED, reason=reason_of(error), store=time.monotonic() - began)
+            self.emit(OutcomeKind.FAILED, reason=reason_of(error), store=time.monotonic() - began)
         return held
 
     def _has_succeeded(self) -> bool:
@@ -738,7 +738,7 @@ class Run:
             error = LeaseLostError(self.key.message_id, self._claim.token)
             undone = "; what its body wrote in its transaction was rolled back" if self.task.idempotency.atomic else ""
             logger.error("%s: %s%s", self, error, undone)
-            self.tell(OutcomeKind.LEASE_LOST)
+            self.emit(OutcomeKind.LEASE_LOST)
             raise Ignore(str(error)) from error
 
     def __str__(self) -> str:

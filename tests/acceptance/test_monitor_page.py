@@ -81,7 +81,7 @@ def test_log_lines_with_nothing_but_the_standard_library(json_lines: None, capsy
     exec(block("json_lines.py"), {})
     outcomes = Outcomes.of(["celery_idempotent.contrib.log.hook"])
     assert outcomes is not None
-    outcomes.tell(OutcomeKind.CLAIMED, MessageKey("order:o-1", "shop.charge"), token=1)
+    outcomes.emit(OutcomeKind.CLAIMED, MessageKey("order:o-1", "shop.charge"), token=1)
 
     line = json.loads(capsys.readouterr().err)
     shown = json.loads(PAGE.split("```json\n")[1].split("```")[0])
@@ -97,7 +97,7 @@ def test_log_lines_with_nothing_but_the_standard_library(json_lines: None, capsy
 def test_a_hook_of_your_own() -> None:
     module: dict[str, Any] = {}
     exec(block("my_hooks.py"), module)
-    Outcomes([module["page_somebody"]]).tell(OutcomeKind.ABANDONED, MessageKey("order:o-1", "shop.charge"))
+    Outcomes([module["page_somebody"]]).emit(OutcomeKind.ABANDONED, MessageKey("order:o-1", "shop.charge"))
     assert module["abandoned"] == ["shop.charge[order:o-1]"]
 
 

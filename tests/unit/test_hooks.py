@@ -49,7 +49,7 @@ class TestTheSetting:
         told: list[Outcome] = []
         outcomes = Outcomes.of([path, told.append])
         assert outcomes is not None
-        outcomes.tell(OutcomeKind.CLAIMED, KEY)
+        outcomes.emit(OutcomeKind.CLAIMED, KEY)
         assert [outcome.kind for outcome in told] == ["claimed"]
         assert "no claimed, thank you" in caplog.text
 
@@ -83,7 +83,7 @@ class TestTelling:
     def test_a_record_is_frozen_and_says_what_the_row_says(self) -> None:
         told: list[Outcome] = []
         message = encode_message((1,), {}, {}, serializer="json", trace=TRACE)
-        Outcomes([told.append]).tell(OutcomeKind.DUPLICATE, KEY, row=row(message=message), task_id="second")
+        Outcomes([told.append]).emit(OutcomeKind.DUPLICATE, KEY, row=row(message=message), task_id="second")
 
         (outcome,) = told
         assert (outcome.task_name, outcome.message_id, outcome.task_id) == ("task", "m", "second")
@@ -104,7 +104,7 @@ class TestTelling:
         outcomes = Outcomes([broken, told.append])
         with caplog.at_level(logging.ERROR, "celery_idempotent"):
             for _ in range(3):
-                outcomes.tell(OutcomeKind.CLAIMED, KEY)
+                outcomes.emit(OutcomeKind.CLAIMED, KEY)
 
         assert len(told) == 6
         (record,) = caplog.records
@@ -116,7 +116,7 @@ class TestTelling:
             def __call__(self, outcome: Outcome) -> None:
                 raise LookupError
 
-        Outcomes([Broken()]).tell(OutcomeKind.CLAIMED, KEY)
+        Outcomes([Broken()]).emit(OutcomeKind.CLAIMED, KEY)
         assert len(caplog.records) == 1
 
     @pytest.mark.parametrize("kind", [OutcomeKind.CLAIMED, OutcomeKind.RECORDED, OutcomeKind.RETRIED])
@@ -125,14 +125,14 @@ class TestTelling:
             raise SoftTimeLimitExceeded(1)
 
         with pytest.raises(SoftTimeLimitExceeded):
-            Outcomes([slow]).tell(kind, KEY)
+            Outcomes([slow]).emit(kind, KEY)
 
     @pytest.mark.parametrize("kind", [OutcomeKind.COMPLETED, OutcomeKind.FAILED, OutcomeKind.SKIPPED])
     def test_but_comes_too_late_for_one_that_has_ended(self, kind: OutcomeKind) -> None:
         def slow(outcome: Outcome) -> None:
             raise SoftTimeLimitExceeded(1)
 
-        Outcomes([slow]).tell(kind, KEY)
+        Outcomes([slow]).emit(kind, KEY)
 
     def test_the_first_hook_that_traces_is_asked_for_the_span(self, caplog: pytest.LogCaptureFixture) -> None:
         class Tracing:
