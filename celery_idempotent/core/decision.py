@@ -155,7 +155,7 @@ class Delivery:
     Attributes:
         task_id: Its Celery task id.
         retries: Celery's retry count in it.
-        first: The Celery id that was first sent under its message id, if that is known to be another.
+        original_task_id: The Celery id that was first sent under its message id, if that is known to be another.
         fingerprint: SHA-256 of its canonical arguments; ``None`` when they are not compared.
         discarded: Why Celery discards it without running it: it was revoked, or has expired. ``None`` when it does not.
         rejected: How often it was rejected before, as RabbitMQ counts that in ``x-death``.
@@ -169,7 +169,7 @@ class Delivery:
 
     task_id: str
     retries: int = 0
-    first: str | None = None
+    original_task_id: str | None = None
     fingerprint: str | None = None
     discarded: str | None = None
     rejected: int = 0
@@ -221,7 +221,7 @@ def decide_delivery(row: Row | None, delivery: Delivery, policy: DeliveryPolicy)
     if not delivery.storable:
         return DeliveryDecision(DeliveryAction.REFUSE)
     # absent, or done, `expires_at` passed, and this is no copy of what ended
-    if row is None or row.is_free_for(delivery.task_id, delivery.first):
+    if row is None or row.is_free_for(delivery.task_id, delivery.original_task_id):
         return DeliveryDecision(DeliveryAction.CLAIM)
     # same id, other fingerprint
     if _differ(row.fingerprint, delivery.fingerprint):

@@ -114,7 +114,7 @@ class NewMessage:
         publish_within: Seconds for which a row of the outbox is its recorder's to publish, before the relay may; ``None`` leaves
             it to the relay from the beginning.
         message: Encoded arguments and options, so that it can be published again.
-        first: Of a delivery, the Celery id that was first sent under its message id, if that is known to be another.
+        original_task_id: Of a delivery, the Celery id that was first sent under its message id, if that is known to be another.
     """
 
     key: MessageKey
@@ -126,7 +126,7 @@ class NewMessage:
     published: bool = True
     publish_within: float | None = None
     message: bytes | None = None
-    first: str | None = None
+    original_task_id: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse what no store can keep, so that no store is asked to.
@@ -180,20 +180,20 @@ class Row:
         done = self.status is Status.DONE
         return done and self.expires_at is not None and self.expires_at <= self.read_at
 
-    def is_free_for(self, task_id: str, first: str | None = None) -> bool:
+    def is_free_for(self, task_id: str, original_task_id: str | None = None) -> bool:
         """Whether the id is free again for a delivery: it is no copy of the message that ended here, which never runs again.
 
         What an operator had forgotten has left no trace: any copy of it is new.
 
         Args:
             task_id: The Celery id that the delivery was sent under.
-            first: The one that its header says was first, if that is another.
+            original_task_id: The one that its header says was first, if that is another.
         """
-        # `ran_task_id` is null when it never ran, and `first` when it is not known.
-        first = task_id if first is None else first
+        # `ran_task_id` is null when it never ran, and `original_task_id` when it is not known.
+        original = task_id if original_task_id is None else original_task_id
         if self.error == FORGOTTEN:
             return self.expired
-        return self.expired and not {task_id, first} & {self.task_id, self.ran_task_id}
+        return self.expired and not {task_id, original} & {self.task_id, self.ran_task_id}
 
     @property
     def never_began(self) -> bool:

@@ -143,9 +143,9 @@ def _options_of_a_restart(row: Row, options: Mapping[str, Any], task_id: str) ->
     sent = Header.read(options.get("headers"))
     headers = {name: value for name, value in (options.get("headers") or {}).items() if name != HEADER}
     # Of a row that has had copies, or another Celery id before: the calls of its body are told by the first one.
-    first = sent.first if sent is not None and sent.belongs_to(row.key.task_name, row.task_id) else None
-    if first is None and task_id != row.task_id:
-        first = row.task_id
-    if first is not None:
-        headers = replace(Header.new(row.key, task_id, row.fingerprint), first=first).write(headers)
+    original = sent.original_task_id if sent is not None and sent.belongs_to(row.key.task_name, row.task_id) else None
+    if original is None and task_id != row.task_id:
+        original = row.task_id
+    if original is not None:
+        headers = replace(Header.new(row.key, task_id, row.fingerprint), original_task_id=original).write(headers)
     return {**kept, "headers": headers or None, "task_id": task_id, "message_id": row.key.message_id}

@@ -64,8 +64,8 @@ class Header:
         holds: How often this copy was held already; each hold is longer than the one before.
         copied: Whether it was published although its message id was known, with a row of its own until its caller is answered:
             see :meth:`row_of_its_own`.
-        first: The Celery id that was first sent under the message id, if it is another: a body's calls are told by it.
-        lost: How many of the message's retries were sent because a worker was lost; they make the same calls as what was lost.
+        original_task_id: The Celery id that was first sent under the message id, if it is another: a body's calls are told by it.
+        worker_lost_retries: How many of the message's retries were sent because a worker was lost; they make the same calls as what was lost.
         rejected: How often it was rejected before it was published by its consumer again, which drops RabbitMQ's own count.
         trace: The span in which the message was sent, if the app's hooks say so; see :class:`~celery_idempotent.hooks.TracingHook`.
         call: Names a later call under a Celery id that was sent before, as of a frozen signature in a second canvas: what waits on it
@@ -78,8 +78,8 @@ class Header:
     fingerprint: str | None = None
     holds: int = 0
     copied: bool = False
-    first: str | None = None
-    lost: int = 0
+    original_task_id: str | None = None
+    worker_lost_retries: int = 0
     trace: str | None = None
     call: str | None = None
     rejected: int = 0
@@ -125,17 +125,22 @@ class Header:
         return (
             header
             if sent.task_id == task_id
-            else replace(header, first=None, lost=0, trace=None, call=None, rejected=0)
+            else replace(header, original_task_id=None, worker_lost_retries=0, trace=None, call=None, rejected=0)
         )
 
-    def copy_of(self, first: str, call: str | None = None) -> Header:
+    def copy_of(self, original_task_id: str, call: str | None = None) -> Header:
         """The header of a copy that is published although its message id is known.
 
         Args:
-            first: The Celery id that was first sent under it.
+            original_task_id: The Celery id that was first sent under it.
             call: The name of a later call under the Celery id of the copy itself.
         """
-        return replace(self, copied=True, first=None if first == self.task_id else first, call=call)
+        return replace(
+            self,
+            copied=True,
+            original_task_id=None if original_task_id == self.task_id else original_task_id,
+            call=call,
+        )
 
     def next_attempt(self, *, lost: bool = False) -> Header:
         """The header of the message's retry.
@@ -143,7 +148,7 @@ class Header:
         Args:
             lost: Whether it is sent because a worker was lost, to make the same calls as what was lost.
         """
-        return replace(self, holds=0, copied=False, call=None, lost=self.lost + lost)
+        return replace(self, holds=0, copied=False, call=None, worker_lost_retries=self.worker_lost_retries + lost)
 
     def write(self, headers: Mapping[str, Any] | None) -> dict[str, Any]:
         """The headers with this one among them."""
@@ -158,10 +163,10 @@ class Header:
             header["holds"] = self.holds
         if self.copied:
             header["copied"] = True
-        if self.first is not None:
-            header["first"] = self.first
-        if self.lost:
-            header["lost"] = self.lost
+        if self.original_task_id is not None:
+            header["first"] = self.original_task_id
+        if self.worker_lost_retries:
+            header["lost"] = self.worker_lost_retries
         if self.trace is not None:
             header["trace"] = self.trace
         if self.call is not None:
@@ -180,9 +185,9 @@ class Header:
         return MessageKey(self.message_id, self.task_name)
 
     @property
-    def first_id(self) -> str:
+    def original_id(self) -> str:
         """The Celery id that was first sent under the message id."""
-        return self.first or self.task_id
+        return self.original_task_id or self.task_id
 
     @property
     def row_of_its_own(self) -> MessageKey:

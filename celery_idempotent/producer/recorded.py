@@ -177,8 +177,8 @@ def _publication_of(queue_log: QueueLog, row: Row, whole: Row) -> Callable[[], o
     header = replace(sent, fingerprint=row.fingerprint, holds=0, trace=trace_of(row.message))
     if key != row.key:
         header = replace(header, copied=True, call=None if row.key.message_id == task_id else row.key.message_id)
-    elif header.first is None and task_id != row.task_id:
-        header = replace(header, first=row.task_id)
+    elif header.original_task_id is None and task_id != row.task_id:
+        header = replace(header, original_task_id=row.task_id)
     # What the row knows better, and what was true of one delivery only.
     replaced: tuple[str, ...] = (
         "eta",

@@ -175,8 +175,8 @@ class ClaimContract(StoreFixtures):
         "delivery",
         [
             {"task_id": "task-1"},
-            {"task_id": "task-3", "first": "task-1"},
-            {"task_id": "task-3", "first": "task-2"},
+            {"task_id": "task-3", "original_task_id": "task-1"},
+            {"task_id": "task-3", "original_task_id": "task-2"},
             {"task_id": "task-2"},
         ],
         ids=["the first", "a copy of the first", "a copy of a copy", "the one that ran"],

@@ -151,7 +151,7 @@ class _Admission:
             header = replace(header, trace=task.queue_log.outcomes.trace_among(request.headers))
         header = replace(header, rejected=header.rejected + rejections(request.headers))
         fix_callbacks(request)
-        self.message = replace(delivered, fingerprint=header.fingerprint, first=header.first)
+        self.message = replace(delivered, fingerprint=header.fingerprint, original_task_id=header.original_task_id)
         self.run = Run(task, request, self.message, header)
         self._mark()
         #: Whether a claim of ours may stand, or may yet: the store was asked and its answer did not come.
@@ -249,7 +249,7 @@ class _Admission:
             took = time.monotonic() - self.run.asked
             run = self._claimed(answer) if isinstance(answer, Claimed) else self._apply_decision(answer)
             if run is not None:
-                if run.claim is not None and (run.header.first_id != self.request.id or not self.knows_first):
+                if run.claim is not None and (run.header.original_id != self.request.id or not self.knows_first):
                     # Should the store give no answer now: the claim stands, and is found again.
                     self.outcome_unknown = True
                     self._record_original()
@@ -401,10 +401,11 @@ class _Admission:
     def _note_first(self, row: Row) -> None:
         """The body's calls are told by the first id, in this attempt and in those that come after it."""
         # What was requeued under another id than it had says so itself: its row knows no more than the new one.
-        renamed = self.run.header.first if row.task_id == self.request.id else None
+        renamed = self.run.header.original_task_id if row.task_id == self.request.id else None
         first = renamed or row.task_id
         self._mark(
-            first=None if first == self.request.id else first, trace=trace_of(row.message) or self.run.header.trace
+            original_task_id=None if first == self.request.id else first,
+            trace=trace_of(row.message) or self.run.header.trace,
         )
 
     def _mark(self, **changes: Any) -> None:
@@ -530,8 +531,8 @@ class _Admission:
         holds = self.run.header.holds
         delay = hold_delay(decision.delay, holds)
         # Should this message end and its id be free again before the copy comes back, the copy is known by it.
-        first = self.run.header.first or (None if row.task_id == self.request.id else row.task_id)
-        self._mark(holds=holds + 1, first=first)
+        first = self.run.header.original_task_id or (None if row.task_id == self.request.id else row.task_id)
+        self._mark(holds=holds + 1, original_task_id=first)
         return self._hold(delay, row)
 
     def _is_of(self, row: Row) -> bool:
@@ -592,7 +593,7 @@ class _Admission:
         return Delivery(
             task_id=self.message.task_id,
             retries=self.request.retries or 0,
-            first=self.message.first,
+            original_task_id=self.message.original_task_id,
             fingerprint=self.message.fingerprint,
             rejected=self.run.header.rejected,
             awaited=awaited,

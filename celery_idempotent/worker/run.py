@@ -161,7 +161,7 @@ class Run:
     @cached_property
     def calls(self) -> Calls:
         """The calls that the body makes."""
-        return Calls(self.key, self.header.first_id, self.message.attempt - self.header.lost)
+        return Calls(self.key, self.header.original_id, self.message.attempt - self.header.worker_lost_retries)
 
     @property
     def is_unguarded(self) -> bool:

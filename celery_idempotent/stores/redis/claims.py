@@ -114,7 +114,7 @@ def claim(
     key = message.key
     ident = identity(key)
     who = (encoded(worker), encoded(message.task_id), duration(lease))
-    first = optional(message.first)
+    first = optional(message.original_task_id)
     asked = (ident, message.attempt, optional(message.fingerprint), *who, duration(grace), first)
     whole: tuple[bytes, ...] | None = None
     for _ in range(ROUNDS):

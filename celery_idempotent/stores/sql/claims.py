@@ -133,7 +133,7 @@ class Claims:
             if token is not None:
                 return Claimed(Claim(key, token))
             row = self._read(connection, key)
-            if row is not None and not row.is_free_for(message.task_id, message.first):
+            if row is not None and not row.is_free_for(message.task_id, message.original_task_id):
                 # The first attempt of this very call took effect, and its answer was lost.
                 if again and row.status is Status.PROCESSING and row.worker == worker:
                     return Claimed(Claim(key, row.token))

@@ -214,7 +214,7 @@ def _leaves_done(act: Act, before: Row, after: Row, law: Any) -> None:
         law("done stays done until its id is free", act.verb in verbs and _free(before, after))
         if act.verb == "claim":
             message: NewMessage = act.given["message"]
-            sent = {message.task_id, message.first or message.task_id}
+            sent = {message.task_id, message.original_task_id or message.task_id}
             law("a copy of what ended never runs", not sent & {before.task_id, before.ran_task_id})
 
 

@@ -157,7 +157,7 @@ class ClaimsForCopiesOfWhatEnded(_Faulty):
     def claim(self, message: NewMessage, **options: Any) -> Claimed | NotClaimed:
         answer = super().claim(message, **options)
         if isinstance(answer, NotClaimed) and answer.row.expired:
-            return super().claim(replace(message, task_id=f"not {message.task_id}", first=None), **options)
+            return super().claim(replace(message, task_id=f"not {message.task_id}", original_task_id=None), **options)
         return answer
 
 

@@ -294,7 +294,7 @@ DELIVERIES: dict[str, list[DeliveryCase]] = {
         (None, replace(SAME, retries=3), FAIL, CLAIM),
         (succeeded(expires_at=ago(1)), COPY, DEFAULT, CLAIM),
         (failed(expires_at=NOW), COPY, DEFAULT, CLAIM),
-        (failed(expires_at=NOW, ran_task_id=None), replace(COPY, first="another"), DEFAULT, CLAIM),
+        (failed(expires_at=NOW, ran_task_id=None), replace(COPY, original_task_id="another"), DEFAULT, CLAIM),
         (succeeded(expires_at=ago(1), fingerprint=TWO), COPY, DEFAULT, CLAIM),
     ],
     "pending, `retries >= attempt` or `available_at` passed by a grace": [
@@ -375,7 +375,7 @@ DELIVERIES: dict[str, list[DeliveryCase]] = {
         (succeeded(expires_at=ahead(1)), COPY, DEFAULT, REPLAY),
         # The id is free for calls, and these are copies of what ended.
         (succeeded(expires_at=ago(1)), SAME, DEFAULT, REPLAY),
-        (succeeded(expires_at=ago(1)), replace(COPY, first=FIRST), DEFAULT, REPLAY),
+        (succeeded(expires_at=ago(1)), replace(COPY, original_task_id=FIRST), DEFAULT, REPLAY),
         (succeeded(expires_at=ago(1), ran_task_id=OTHER), COPY, DEFAULT, REPLAY),
     ],
     "done/failure, another task id waits on this message_id": [

@@ -19,7 +19,7 @@ SENT = Header("order:1", "shop.charge", "0b51", "f" * 64, holds=2)
     [
         SENT,
         Header("order:1", "shop.charge", "0b51"),
-        Header("order:1", "shop.charge", "0b51", copied=True, first="0b50", lost=2),
+        Header("order:1", "shop.charge", "0b51", copied=True, original_task_id="0b50", worker_lost_retries=2),
         Header("ключ:1", "задача", "0b51"),
         Header("0b51", "shop.charge", "0b51", copied=True, call="again:1"),
     ],
@@ -99,20 +99,26 @@ class TestTheNextMarker:
 
     def test_of_a_copy_says_whose_it_is(self) -> None:
         copy = Header.new(self.KEY, "copy", "f", trace=TRACE).copy_of("first")
-        assert copy == Header("m", "t", "copy", "f", copied=True, first="first", trace=TRACE)
-        assert (copy.key, copy.row_of_its_own, copy.first_id) == (self.KEY, MessageKey("copy", "t"), "first")
+        assert copy == Header("m", "t", "copy", "f", copied=True, original_task_id="first", trace=TRACE)
+        assert (copy.key, copy.row_of_its_own, copy.original_id) == (self.KEY, MessageKey("copy", "t"), "first")
 
     @pytest.mark.parametrize(("lost", "count"), [(False, 1), (True, 2)])
     def test_of_a_retry_keeps_whose_calls_it_makes(self, lost: bool, count: int) -> None:
-        before = Header("m", "t", "i", "f", holds=3, copied=True, first="first", lost=1, trace=TRACE)
-        assert before.next_attempt(lost=lost) == Header("m", "t", "i", "f", first="first", lost=count, trace=TRACE)
+        before = Header(
+            "m", "t", "i", "f", holds=3, copied=True, original_task_id="first", worker_lost_retries=1, trace=TRACE
+        )
+        assert before.next_attempt(lost=lost) == Header(
+            "m", "t", "i", "f", original_task_id="first", worker_lost_retries=count, trace=TRACE
+        )
 
     def test_of_a_delivery_is_as_it_was_sent(self) -> None:
-        sent = Header("m", "t", "i", "f", holds=3, copied=True, first="first", lost=1, trace=TRACE)
+        sent = Header(
+            "m", "t", "i", "f", holds=3, copied=True, original_task_id="first", worker_lost_retries=1, trace=TRACE
+        )
         assert Header.delivered(self.KEY, "i", sent.write(None)) == sent
 
     def test_of_a_delivery_with_another_messages_header_has_no_history(self) -> None:
-        sent = Header("other", "t", "other", "f", first="first", lost=1, trace=TRACE)
+        sent = Header("other", "t", "other", "f", original_task_id="first", worker_lost_retries=1, trace=TRACE)
         assert Header.delivered(self.KEY, "i", sent.write(None)) == Header("m", "t", "i", "f")
 
     def test_of_a_delivery_with_another_tasks_header_is_none(self) -> None:

@@ -64,7 +64,7 @@ def task(store: Reticent) -> IdempotentTask:
 def copy_of_the_first(store: SQLStore) -> Context:
     message = encode_message((), {}, {"task_id": "first", "message_id": "m"}, serializer="json")
     store.record(NewMessage(KEY, "first", queue="q", message=message))
-    headers = Header("m", "task", "copy", copied=True, first="first").write(None)
+    headers = Header("m", "task", "copy", copied=True, original_task_id="first").write(None)
     return Context(id="copy", retries=0, args=[], kwargs={}, headers=headers, properties={"message_id": "m"})
 
 
@@ -78,7 +78,7 @@ def test_a_copy_whose_store_goes_silent_behind_its_claim_goes_on_with_that(
 
     run = admit(task, request)
 
-    assert (run.state, run.header.first_id, getattr(store, silent)) == (RunState.CLAIMED, "first", 0)
+    assert (run.state, run.header.original_id, getattr(store, silent)) == (RunState.CLAIMED, "first", 0)
     claimed, own = store.find(KEY), store.find(OWN)
     assert claimed is not None
     assert run.claim is not None
