@@ -89,7 +89,7 @@ def _run(words: list[str]) -> int:
 
 
 def _together(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """What an earlier run has, and this one has not, beside this one's."""
+    """Return what an earlier run has, and this one has not, beside this one's."""
     same = [{**found["machine"], "fdatasync_ms": 0.0} for found in (before, now)]
     # Fewer servers and packages may have been there, but no other ones.
     versions = [machine.pop("versions") for machine in same]

@@ -27,7 +27,7 @@ def noop(number: int) -> None:
 
 @app.task(name="echo", **subject.options("echo:{number}"))
 def echo(number: int) -> int:
-    """A result, which is stored."""
+    """Return a result, which is stored."""
     marks.note(number)
     return number
 
@@ -59,14 +59,14 @@ if subject.has_transactions:
 
     @app.task(name="effect", bind=True, base=Task, ignore_result=True)
     def effect(self: Task, number: int) -> None:
-        """A row in the database, in a transaction of the body's own, without a guard."""
+        """Write a row, in a transaction of the body's own, without a guard."""
         with self.app.queue_log.store.engine.begin() as connection:
             connection.execute(sa.insert(Effect).values(name=str(number), value=0))
         marks.note(number)
 
     @app.task(name="atomic", bind=True, base=IdempotentTask, atomic=True, ignore_result=True)
     def atomic(self: IdempotentTask, number: int) -> None:
-        """The same row, in one transaction with the message's completion."""
+        """Write the same row, in one transaction with the message's completion."""
         self.connection.execute(sa.insert(Effect).values(name=str(number), value=0))
         marks.note(number)
 

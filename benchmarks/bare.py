@@ -129,7 +129,7 @@ class BetweenTheStatements(_Bare):
             yield replace(message, key=key, task_id=key.message_id)
 
     def _about(self, name: str, statement: Statement) -> Statement:
-        """The statement with another message in the place of the one that it was learnt of."""
+        """Return the statement with another message in the place of the one that it was learnt of."""
         key = replace(self._learnt, message_id=f"between:{name}")
         names = {self._learnt.message_id: key.message_id}
         # On Redis the shard is named too.

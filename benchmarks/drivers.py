@@ -35,7 +35,7 @@ class Driver(ABC):
 
     @abstractmethod
     def _listening(self, statements: list[Statement]) -> Any:
-        """A context in which calls are noted."""
+        """Return a context in which calls are noted."""
 
     @abstractmethod
     def connect(self, store: Any, url: str) -> AbstractContextManager[Send]:
@@ -51,7 +51,7 @@ def _noting(method: Callable[..., Any], statements: list[Statement]) -> Callable
 
 
 def _kept(store: Any) -> Any:
-    """A connection of the store's, with all that it is told when it is opened, for nobody else."""
+    """Return a connection of the store's, with all that it is told when it is opened, for nobody else."""
     connection = cast("TransactionalStore", store).engine.raw_connection()
     driver = connection.driver_connection
     connection.detach()
@@ -183,7 +183,7 @@ def _commands(packed: bytes) -> Iterator[tuple[bytes, ...]]:
 
 
 def driver_of(url: str) -> Driver:
-    """The driver by which a store of this URL speaks to its server."""
+    """Return the driver by which a store of this URL speaks to its server."""
     drivers: Mapping[str, Callable[[], Driver]] = {
         "postgresql": _Psycopg,
         "mysql": _PyMySQL,

@@ -32,12 +32,12 @@ def spread(found: Sequence[float]) -> Spread | None:
 
 
 def values(rounds: Sequence[Round], figure: str, subject: str) -> list[float]:
-    """A subject's figure, round by round."""
+    """Return a subject's figure, round by round."""
     return [found[subject][figure] for found in rounds if figure in found.get(subject, {})]
 
 
 def ratios(rounds: Sequence[Round], figure: str, subject: str, base: str) -> list[float]:
-    """A subject's figure over another one's, each round on its own: what slows a round down slows down both."""
+    """Return a subject's figure over another one's, each round on its own: what slows a round down slows down both."""
     return [
         found[subject][figure] / found[base][figure]
         for found in rounds

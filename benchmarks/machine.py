@@ -29,7 +29,7 @@ _PACKAGES = (
 
 
 def describe(servers: Mapping[str, PrivateServer], directory: Path) -> dict[str, Any]:
-    """The machine and the versions of everything.
+    """Return the machine and the versions of everything.
 
     Args:
         servers: Those that run.
@@ -51,7 +51,7 @@ def describe(servers: Mapping[str, PrivateServer], directory: Path) -> dict[str,
 
 
 def commit() -> str:
-    """The commit that is measured, with ``+`` when the work tree differs from it."""
+    """Return the commit that is measured, with ``+`` when the work tree differs from it."""
     try:
         found = _git("rev-parse", "--short=10", "HEAD")
         changed = _git("status", "--porcelain", "--untracked-files=no")

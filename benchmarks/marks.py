@@ -56,13 +56,13 @@ class Marks:
         self._at = memoryview(self._map).cast("q")
 
     def note(self, number: int) -> None:
-        """The task of this number runs now. One that runs again is noted in place 0, which no task has."""
+        """Note that the task of this number runs now; in place 0, which no task has, if it runs again."""
         if self._at[number]:
             self._at[0] += 1
         self._at[number] = time.monotonic_ns()
 
     def has(self, number: int) -> bool:
-        """Whether that task has run."""
+        """Return whether that task has run."""
         return self._at[number] != 0
 
     def ran(self, first: int, count: int) -> Ran:

@@ -56,7 +56,7 @@ class Measure(ABC):
     workers: ClassVar[bool] = False
 
     def takes(self, subject: Subject) -> bool:
-        """Whether a subject can take part."""
+        """Return whether a subject can take part."""
         return True
 
     @abstractmethod
@@ -239,7 +239,7 @@ def shuffled(stands: Mapping[str, Stand], order: random.Random) -> list[Stand]:
 
 
 def per_message(sums: Mapping[str, float], count: int) -> dict[str, float]:
-    """What a round came to: messages per second, and milliseconds of CPU for each message, by who computed."""
+    """Return what a round came to: messages per second, and milliseconds of CPU for each message, by who computed."""
     spent = {name: seconds / count * 1e3 for name, seconds in sums.items() if name != "seconds"}
     cpu = {f"cpu {name if name in _COMPUTE else 'database'}": milliseconds for name, milliseconds in spent.items()}
     return {"per second": count / sums["seconds"], "cpu": sum(cpu.values()), **cpu}

@@ -140,7 +140,7 @@ def compare(url: str, *, turns: int) -> dict[str, float]:
 
 
 def _recorded(url: str, statements: list[Statement]) -> Recording:
-    """What each verb sends for the messages of a turn."""
+    """Return what each verb sends for the messages of a turn."""
     recorded: Recording = {}
 
     def note(verb: str) -> None:
@@ -159,7 +159,7 @@ def _recorded(url: str, statements: list[Statement]) -> Recording:
 
 
 def _by_store(store: Store, name: str, note: Callable[[str], None] = lambda _: None) -> Took:
-    """A turn of the store's; seconds for each verb."""
+    """Return a turn of the store's; seconds for each verb."""
     messages = [_message(f"{name} {number}") for number in range(TURN)]
     began = time.perf_counter()
     for message in messages:
@@ -180,7 +180,7 @@ def _by_store(store: Store, name: str, note: Callable[[str], None] = lambda _: N
 
 
 def _by_driver(send: Callable[[Statement], object], recorded: Recording) -> Took:
-    """A turn of the driver's."""
+    """Return a turn of the driver's."""
     took: Took = {}
     for verb, statements in recorded.items():
         began = time.perf_counter()

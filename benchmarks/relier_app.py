@@ -26,7 +26,7 @@ async def noop(number: int) -> None:
 
 @rl_task(name="echo", idempotent=True)
 async def echo(number: int) -> int:
-    """A result, which is stored."""
+    """Return a result, which is stored."""
     marks.note(number)
     return number
 

@@ -36,7 +36,7 @@ class Table:
 
 
 def tables(results: Results) -> Iterator[Table]:
-    """A table for each measurement that was taken."""
+    """Yield a table for each measurement that was taken."""
     for name, measure in MEASURES.items():
         found = results["measures"].get(name)
         if found is not None and found["rounds"]:
@@ -72,7 +72,7 @@ def _cell(rounds: Sequence[Round], subject: str, column: Column) -> str:
 
 
 def shown(found: Spread | None, form: str) -> str:
-    """A median and its spread."""
+    """Return a median and its spread."""
     if found is None:
         return "-"
     if found.low == found.high:

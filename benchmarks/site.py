@@ -171,7 +171,7 @@ class Stand:
         wait_until(idle, timeout=PATIENCE, describe=f"the worker of {self.subject.name} at rest", interval=0.15)
 
     def meter(self) -> Meter:
-        """A meter of the servers and of the worker, if there is one."""
+        """Return a meter of the servers and of the worker, if there is one."""
         worker = {} if self.worker is None else {"worker": self.worker.pid}
         return Meter({**self.servers, **worker})
 
@@ -196,7 +196,7 @@ class Site:
             stand.clear()
 
     def broker(self, subject: Subject) -> str:
-        """A subject's database in Redis: its own, so that all can use the names that they use."""
+        """Return a subject's database in Redis: its own, so that all can use the names that they use."""
         url = sa.make_url(self.servers["redis"].url).set(database=str(_DATABASES.index(subject.name)))
         return url.render_as_string()
 
@@ -212,7 +212,7 @@ class Site:
 
     @contextmanager
     def stand(self, subject: Subject, *, broker: str | None = None, store: str | None = None) -> Iterator[Stand]:
-        """A stand for a subject, its producer warm.
+        """Yield a stand for a subject, its producer warm.
 
         Args:
             subject: Whose.

@@ -67,7 +67,7 @@ class Subject:
         return ("noop", "echo") if self.kind == "peer" else ("noop", "echo", "keyless")
 
     def environment(self, redis: str) -> dict[str, str]:
-        """What its processes need to find in their environment besides their place."""
+        """Return what its processes need to find in their environment besides their place."""
         # On the path before what is installed.
         return {"PYTHONPATH": os.pathsep.join((str(ROOT), str(_WITHOUT_HIREDIS)))}
 
@@ -82,7 +82,7 @@ class Subject:
         return self.kind == "store"
 
     def options(self, message_id: str | None) -> dict[str, Any]:
-        """What a task is made with.
+        """Return what a task is made with.
 
         Args:
             message_id: How this library is to know a message; ``None`` for the task id. The others know it by its arguments.
@@ -141,7 +141,7 @@ PEERS: Mapping[str, Subject] = {
 
 
 def subject_named(name: str) -> Subject:
-    """The subject of that name."""
+    """Return the subject of that name."""
     return {PLAIN.name: PLAIN, **STORES, **PEERS}[name]
 
 
@@ -165,13 +165,13 @@ class Place:
     VARIABLE: ClassVar[str] = "CELERY_IDEMPOTENT_BENCHMARK"
 
     def environment(self) -> dict[str, str]:
-        """What a process of the subject needs to find in its environment."""
+        """Return what a process of the subject needs to find in its environment."""
         own = subject_named(self.subject).environment(self.redis)
         return {Place.VARIABLE: json.dumps(asdict(self)), **own}
 
     @classmethod
     def of_this_process(cls) -> Place:
-        """The place that this process was started for."""
+        """Return the place that this process was started for."""
         return cls(**json.loads(os.environ[cls.VARIABLE]))
 
     def app(self) -> Celery:

@@ -47,7 +47,7 @@ class Target:
         return f"{self.relation} {self.bound:g}"
 
     def holds(self, value: float) -> bool:
-        """Whether a figure reaches it."""
+        """Return whether a figure reaches it."""
         match self.relation:
             case ">=":
                 return value >= self.bound

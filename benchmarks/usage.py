@@ -12,7 +12,7 @@ __all__ = ["Meter", "cpu_seconds"]
 
 
 def cpu_seconds(pid: int) -> dict[int, float]:
-    """What a process and its descendants have computed so far, by process id, those that have ended and were waited for included."""
+    """Return what a process and its descendants have computed so far, by process id, those that have ended and were waited for included."""
     found: dict[int, float] = {}
     for process in process_tree(pid):
         try:

@@ -32,7 +32,7 @@ metadata = MetaData()
 
 
 def table(name: str, *columns: Column[Any]) -> Table:
-    """A table about requests."""
+    """Return a table about requests."""
     return Table(
         f"loan_{name}",
         metadata,
@@ -90,11 +90,11 @@ class Ledger:
             connection.execute(table.insert().values(values))
 
     def begin(self) -> AbstractContextManager[Connection]:
-        """A transaction that commits at the end of its block."""
+        """Return a transaction that commits at the end of its block."""
         return self._engine.begin()
 
     def session(self) -> Session:
-        """A session; what it does not commit is rolled back when it is closed."""
+        """Return a session; what it does not commit is rolled back when it is closed."""
         return Session(self._engine)
 
     def count(self, table: Table, prefix: str, *by: str) -> Counter[tuple[str, ...]]:
@@ -105,12 +105,12 @@ class Ledger:
         return Counter({tuple(map(str, row[:-1])): int(row[-1]) for row in counted})
 
     def read(self, query: Executable, **values: Any) -> Sequence[Any]:
-        """What a query finds; it may be about another table of the same database."""
+        """Return what a query finds; it may be about another table of the same database."""
         with self._engine.connect() as connection:
             return connection.execute(query, values).all()
 
     def at_rest(self) -> bool:
-        """Whether nobody is in the middle of a write; a server ends by itself what it was sent, a file does not."""
+        """Return whether nobody is in the middle of a write; a server ends by itself what it was sent, a file does not."""
         if self._engine.dialect.name != "sqlite":
             return True
         with self._engine.connect() as connection:

@@ -52,7 +52,7 @@ class Settings:
         )
 
     def environ(self) -> dict[str, str]:
-        """The variables that choose these settings, for a process to be started."""
+        """Return the variables that choose these settings, for a process to be started."""
         return {
             "LOAN_RUN": self.run,
             "LOAN_BASE": self.base,

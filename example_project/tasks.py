@@ -28,7 +28,7 @@ book = ledger.Ledger(settings.store)
 
 @app.task(bind=True, atomic=True, message_id="loan:{request_id}", on_duplicate="skip")
 def check_loan(self: Any, request_id: str, customer: str, amount: int) -> None:
-    """A customer asks: can I get a loan? Ask every institution at once; the customer need not wait."""
+    """Ask every institution at once whether the customer can get a loan; the customer need not wait."""
     asks = [ask.s(request_id, institution, amount) for institution in outside.INSTITUTIONS]
     chord(asks)(decide.s(request_id, customer, amount))
     self.connection.execute(ledger.checks.insert().values(request_id=request_id))

@@ -115,7 +115,7 @@ def _make_short(server: DurablePostgreSQL, connection: sa.Connection) -> None:
 
 
 def _size(connection: sa.Connection) -> dict[str, Any]:
-    """The log as it was filled, vacuumed."""
+    """Return the log as it was filled, vacuumed."""
     row = connection.execute(
         sa.text("SELECT n_live_tup, n_tup_upd, n_tup_hot_upd FROM pg_stat_user_tables WHERE relname = 'large'")
     ).one()

@@ -20,7 +20,7 @@ IN_FLIGHT = 100
 
 
 def cluster(*, messages: int, rounds: int, sizes: tuple[int, ...] = (1, 2, 3)) -> list[dict[str, Any]]:
-    """The same traffic, sent by one client through clusters of several sizes, in turns."""
+    """Return the same traffic, sent by one client through clusters of several sizes, in turns."""
     answer = []
     for size in sizes:
         rates, shares, spent, own = [], [], [], []

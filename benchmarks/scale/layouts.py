@@ -80,7 +80,7 @@ def price(
     messages: int,
     settings: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """What a message costs the server in a log: measured over some thousand that are recorded, claimed and completed."""
+    """Return what a message costs the server in a log: measured over some thousand that are recorded, claimed and completed."""
     # What is written and computed is the same, whether or not somebody waits for the disk.
     chosen = {"synchronous_commit": "off", **(settings or {})}
     url = sa.make_url(server.url).update_query_dict(
@@ -131,7 +131,7 @@ def _sent() -> int:
 
 
 def _updates(connection: sa.Connection, table: str) -> tuple[int, int]:
-    """Updates of a table so far, and those that were HOT; once the sessions that made them have told."""
+    """Return the updates of a table so far, and those that were HOT; once the sessions that made them have told."""
     deadline = time.monotonic() + 10
     text = sa.text(
         "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"

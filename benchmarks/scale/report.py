@@ -9,7 +9,7 @@ __all__ = ["markdown"]
 
 
 def markdown(figures: dict[str, Any]) -> str:
-    """The page, of the parts that there are."""
+    """Return the page, of the parts that there are."""
     sections = [f"# A queue log of {figures['rows']:,} rows\n\n{_machine(figures['machine'])}"]
     for name, write in (
         ("size", _size),

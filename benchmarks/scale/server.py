@@ -71,7 +71,7 @@ class DurablePostgreSQL(PrivatePostgreSQL):
 
     @contextmanager
     def administering(self) -> Iterator[sa.Connection]:
-        """A connection for what is done around a measurement, each statement on its own."""
+        """Yield a connection for what is done around a measurement, each statement on its own."""
         engine = sa.create_engine(self.url, isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
         with engine.connect() as connection:
             yield connection
@@ -113,7 +113,7 @@ def wal_written(connection: sa.Connection) -> Iterator[list[Wal]]:
 
 
 def processor_seconds(server: psutil.Process) -> float:
-    """The processor time that a server has used, with all of its processes, living and dead."""
+    """Return the processor time that a server has used, with all of its processes, living and dead."""
     of_itself = server.cpu_times()
     spent = of_itself.user + of_itself.system + of_itself.children_user + of_itself.children_system
     for child in server.children(recursive=True):

@@ -44,7 +44,7 @@ class Times:
         return self
 
     def milliseconds(self) -> dict[str, dict[str, float]]:
-        """The median and the 99th percentile of each verb."""
+        """Return the median and the 99th percentile of each verb."""
         return {
             verb: {"p50": 1e3 * statistics.median(times), "p99": 1e3 * percentile(times, 99)}
             for verb in VERBS

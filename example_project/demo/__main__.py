@@ -108,7 +108,7 @@ def start_workers(runs: Sequence[Run]) -> None:
 
 
 def outcome(run: Run, killed: Killed | None, *, in_time: bool) -> Outcome:
-    """What the tables and the broker say of a run whose worker has stopped."""
+    """Return what the tables and the broker say of a run whose worker has stopped."""
     return Outcome(run, run.accounts(), killed, in_time, run.left_on_broker())
 
 

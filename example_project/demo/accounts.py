@@ -49,7 +49,7 @@ class Message:
 
     @classmethod
     def read(cls, settings: Settings, book: Ledger) -> list[Message]:
-        """The messages of a run."""
+        """Return the messages of a run."""
         query = select(
             queue_log.message_id,
             queue_log.task_name,
@@ -168,12 +168,12 @@ class Accounts:
         return cls(steps, requests, messages, delivered, handed.total(), filings, unanswered.total())
 
     def balanced(self) -> bool:
-        """Whether every copy of every message is accounted for."""
+        """Return whether every copy of every message is accounted for."""
         return all(step.balanced for step in self.steps)
 
 
 def by_request(counted: Counter[tuple[str, ...]] | dict[tuple[str, ...], int]) -> Counter[str]:
-    """What was counted by request and more, by request."""
+    """Return what was counted by request and more, by request."""
     return _sum((request_id, number) for (request_id, *_), number in counted.items())
 
 

@@ -43,7 +43,7 @@ def ask_guarded(request: Request) -> None:
 
 
 def ask_plain(request: Request) -> None:
-    """What one writes without an outbox: a call before the commit, or after it. Each request meets the order that fails it.
+    """Ask without an outbox: a call before the commit, or after it. Each request meets the order that fails it.
 
     Made before, the call is out when the transaction is rolled back. Made after, as is better, it is lost with a caller that dies in
     between.

@@ -66,7 +66,7 @@ def _strike(run: Run) -> bool:
 
 
 def _is_asking(run: Run) -> bool:
-    """Whether every body that runs waits for an institution, half of which have answered, and no copy of a request is left."""
+    """Return whether every body that runs waits for an institution, half of which have answered, and no copy of a request is left."""
     running = Killed.read(run).running
     if len(running) < RUNNING or any(message.task != "ask" for message in running):
         return False

@@ -64,7 +64,7 @@ class Outcome:
         return found
 
     def of(self, request: Request) -> tuple[int, ...]:
-        """What came of a request: see :data:`EFFECTS`."""
+        """Return what came of a request: see :data:`EFFECTS`."""
         name = request.id_in(self.run.settings.run)
         return tuple(counted[name] for counted in self._effects)
 
@@ -114,7 +114,7 @@ def progress(run: Run, accounts: Accounts) -> str:
 
 
 def effects(guarded: Outcome, plain: Outcome) -> str:
-    """What came of each request, side by side."""
+    """Return what came of each request, side by side."""
     rows: list[Sequence[object]] = [
         (request.number, request.trouble.what, *guarded.of(request), *plain.of(request))
         for request in guarded.run.requests
@@ -124,7 +124,7 @@ def effects(guarded: Outcome, plain: Outcome) -> str:
 
 
 def copies(guarded: Outcome, plain: Outcome) -> str:
-    """What became of every copy of every message, by task, side by side."""
+    """Return what became of every copy of every message, by task, side by side."""
     what = {
         "check_loan": "a customer asks",
         "ask": "an institution answers",
@@ -146,7 +146,7 @@ def copies(guarded: Outcome, plain: Outcome) -> str:
 
 
 def kills(guarded: Outcome) -> list[str]:
-    """What became of what was killed, on the guarded side: one line for each kind."""
+    """Return what became of what was killed, on the guarded side: one line for each kind."""
     lines = []
     if guarded.killed is not None:
         running, again = len(guarded.killed.running), guarded.killed.ran(guarded.run)
@@ -164,7 +164,7 @@ def kills(guarded: Outcome) -> list[str]:
 
 
 def harm(plain: Outcome) -> list[str]:
-    """What customers and the agency had too much of, and what never came: some lines."""
+    """Return what customers and the agency had too much of, and what never came: some lines."""
     of = {request: dict(zip(EFFECTS, plain.of(request), strict=True)) for request in plain.run.requests}
     wanted = [effects for request, effects in of.items() if request.wanted]
     unwanted = [effects for request, effects in of.items() if not request.wanted]
@@ -189,7 +189,7 @@ def harm(plain: Outcome) -> list[str]:
 def _table(
     first: str, second: str, guarded: Sequence[str], plain: Sequence[str], rows: Sequence[Sequence[object]]
 ) -> str:
-    """A table of two descriptions, the guarded run's numbers and plain Celery's numbers."""
+    """Return a table of two descriptions, the guarded run's numbers and plain Celery's numbers."""
 
     def line(one: object, two: object, ours: Sequence[object], theirs: Sequence[object]) -> str:
         left, right = ("".join(f"{cell!s:>9}" for cell in cells) for cells in (ours, theirs))

@@ -90,7 +90,7 @@ class Run:
         return Accounts.read(self.settings, self.book)
 
     def look(self) -> tuple[Accounts, bool]:
-        """The accounts as they stand, and whether the run is at rest: all have asked, and nothing happens any more.
+        """Return the accounts as they stand, and whether the run is at rest: all have asked, and nothing happens any more.
 
         A guarded run whose accounts are not balanced never is. What was lost without a queue log never comes.
 
@@ -124,7 +124,7 @@ class Run:
 
     @contextmanager
     def _queue(self) -> Iterator[Any]:
-        """The queue of this run, as Celery declares it."""
+        """Yield the queue of this run, as Celery declares it."""
         chosen = self.settings
         with Connection(
             chosen.broker, transport=chosen.transport, transport_options=chosen.transport_options

@@ -89,5 +89,5 @@ class Request:
 
 
 def script(number: int) -> list[Request]:
-    """The requests of a run."""
+    """Return the requests of a run."""
     return [Request(n) for n in range(1, number + 1)]
