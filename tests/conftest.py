@@ -80,7 +80,7 @@ def _private(request: pytest.FixtureRequest, make: Callable[[], Server]) -> Iter
 
 @pytest.fixture
 def private_postgresql(request: pytest.FixtureRequest) -> Iterator[PrivatePostgreSQL]:
-    """A PostgreSQL of the test's own, with an empty database; a second or so."""
+    """Yield a PostgreSQL of the test's own, with an empty database; a second or so."""
     yield from _private(request, PrivatePostgreSQL)
 
 
@@ -88,19 +88,19 @@ def private_postgresql(request: pytest.FixtureRequest) -> Iterator[PrivatePostgr
 def private_pgbouncer(
     request: pytest.FixtureRequest, private_postgresql: PrivatePostgreSQL
 ) -> Iterator[PrivatePgBouncer]:
-    """A PgBouncer in transaction pooling before ``private_postgresql``, with four connections to it; some milliseconds."""
+    """Yield a PgBouncer in transaction pooling before ``private_postgresql``, with four connections to it; some milliseconds."""
     yield from _private(request, lambda: PrivatePgBouncer(private_postgresql.url))
 
 
 @pytest.fixture
 def private_redis(request: pytest.FixtureRequest) -> Iterator[PrivateRedis]:
-    """A Redis of the test's own, which survives ``kill`` and ``start`` with its data; some milliseconds."""
+    """Yield a Redis of the test's own, which survives ``kill`` and ``start`` with its data; some milliseconds."""
     yield from _private(request, PrivateRedis)
 
 
 @pytest.fixture
 def private_rabbitmq(request: pytest.FixtureRequest) -> Iterator[PrivateRabbitMQ]:
-    """A RabbitMQ of the test's own; several seconds."""
+    """Yield a RabbitMQ of the test's own; several seconds."""
     yield from _private(request, PrivateRabbitMQ)
 
 
@@ -109,7 +109,7 @@ def private_rabbitmq(request: pytest.FixtureRequest) -> Iterator[PrivateRabbitMQ
 
 @pytest.fixture(params=STORES)
 def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """The URL of an empty store: tables made through it are seen by all who use the URL, and by nobody else."""
+    """Yield the URL of an empty store: tables made through it are seen by all who use the URL, and by nobody else."""
     match request.param:
         case "sqlite":
             yield sqlite_store(tmp_path)
@@ -125,7 +125,7 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
 @pytest.fixture(params=BROKERS)
 def broker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Broker]:
-    """A broker with queues of this test's own."""
+    """Yield a broker with queues of this test's own."""
     match request.param:
         case "redis":
             yield redis_broker(request.getfixturevalue("private_redis").url)
@@ -141,7 +141,7 @@ def broker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Broker]:
 
 @pytest.fixture
 def broker_url(broker: Broker) -> str:
-    """The address of ``broker``; on a shared server, the names on it come from ``broker`` too."""
+    """Return the address of ``broker``; on a shared server, the names on it come from ``broker`` too."""
     return broker.url
 
 
@@ -156,7 +156,7 @@ def ledger(tmp_path: Path) -> Ledger:
 
 @pytest.fixture
 def spec(broker: Broker, store_url: str, private_redis: PrivateRedis, ledger: Ledger) -> AppSpec:
-    """The app of this test; ``dataclasses.replace`` makes another of it. Results go to a Redis of the test's own."""
+    """Return the app of this test; ``dataclasses.replace`` makes another of it. Results go to a Redis of the test's own."""
     return AppSpec(
         broker=broker.url,
         backend=private_redis.url,

@@ -32,7 +32,7 @@ STORE_BESIDE = {
 
 @pytest.fixture(scope="session")
 def shared_redis() -> Iterator[PrivateRedis]:
-    """A Redis for the stands of this session: results in database 0, messages in 1 (guarded) and 2 (plain)."""
+    """Yield a Redis for the stands of this session: results in database 0, messages in 1 (guarded) and 2 (plain)."""
     try:
         server = PrivateRedis().__enter__()
     except NotInstalledError as error:
@@ -49,7 +49,7 @@ def shared_redis() -> Iterator[PrivateRedis]:
 def stands(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, shared_redis: PrivateRedis
 ) -> Iterator[SideBySide]:
-    """A guarded and a plain worker on one kind of broker."""
+    """Yield a guarded and a plain worker on one kind of broker."""
     directory = tmp_path_factory.mktemp(f"stands-{request.param}")
     with ExitStack() as stack:
         guarded, plain = (
@@ -90,13 +90,13 @@ def _store(stack: ExitStack, request: pytest.FixtureRequest, directory: Path) ->
 
 @pytest.fixture
 def guarded(stands: SideBySide, request: pytest.FixtureRequest) -> Stand:
-    """The guarded worker and its app."""
+    """Return the guarded worker and its app."""
     return _with_log(stands.guarded, request)
 
 
 @pytest.fixture
 def plain(stands: SideBySide, request: pytest.FixtureRequest) -> Stand:
-    """The same tasks on Celery's own class."""
+    """Return the same tasks on Celery's own class."""
     return _with_log(stands.plain, request)
 
 

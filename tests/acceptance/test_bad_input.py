@@ -31,7 +31,7 @@ from celery_idempotent.core.records import RowFilter
 
 @pytest.fixture
 def app(tmp_path: Path) -> Celery:
-    """An app with a store of its own; its broker takes messages in memory."""
+    """Return an app with a store of its own; its broker takes messages in memory."""
     app = Celery("bad", broker="memory://", set_as_current=False)
     app.conf.idempotent_store = f"sqlite:///{tmp_path / 'queue_log.db'}"
     return app
@@ -249,7 +249,7 @@ def test_a_missing_table_on_a_server_names_init(
 
 @pytest.fixture
 def closing() -> Any:
-    """Closes what an app has opened."""
+    """Close what an app has opened."""
     apps: list[Celery] = []
     yield apps.append
     for app in apps:

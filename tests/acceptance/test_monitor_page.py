@@ -28,14 +28,14 @@ PAGE = (ROOT / "docs" / "how-to" / "monitor.md").read_text()
 
 
 def block(name: str) -> str:
-    """The example that begins with a comment of this name."""
+    """Return the example that begins with a comment of this name."""
     found = re.search(rf"```python\n# {re.escape(name)}\n(.*?)```", PAGE, re.DOTALL)
     assert found is not None
     return found[1]
 
 
 def listed(heading: str) -> list[str]:
-    """What the first column of a section's table has in code."""
+    """Return what the first column of a section's table has in code."""
     section = PAGE.split(f"\n## {heading}\n")[1].split("\n## ")[0]
     return re.findall(r"^\| `([^`]+)`", section, re.MULTILINE)
 

@@ -27,7 +27,7 @@ BLOCKS = [block for page in PAGES for block in blocks(page)]
 
 
 def of(*languages: str) -> Any:
-    """The blocks of these languages, a test each."""
+    """Return the blocks of these languages, a test each."""
     return pytest.mark.parametrize("block", [block for block in BLOCKS if block.language in languages], ids=str)
 
 
@@ -130,7 +130,7 @@ _FOREIGN = {"cat", "curl", "cd", "docker", "echo", "export", "kill", "mail", "pi
 
 
 def commands(block: Block) -> list[str]:
-    """What a block says to type: lines behind a dollar sign, or if there is none, all."""
+    """Return what a block says to type: lines behind a dollar sign, or if there is none, all."""
     text = block.text.replace("\\\n", " ")
     lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
     return [line.removeprefix("$ ") for line in lines if line.startswith("$ ")] or lines
@@ -182,7 +182,7 @@ def test_what_the_page_of_brokers_says_that_it_costs_was_measured() -> None:
     measured = (ROOT / "docs" / "explanation" / "benchmarks.md").read_text()
 
     def figures(heading: str, subject: str) -> tuple[str, float]:
-        """The ratio to plain Celery, and the milliseconds of processor time."""
+        """Return the ratio to plain Celery, and the milliseconds of processor time."""
         table = measured.partition(f"### {heading}")[2].partition("###")[0]
         row = next(line for line in table.splitlines() if line.startswith(f"| {subject} |"))
         ratio, _, cpu, *_ = (cell.strip() for cell in row.split("|")[2:])

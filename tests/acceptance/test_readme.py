@@ -120,7 +120,7 @@ def test_effects_and_messages_in_one_commit(tmp_path: Path, monkeypatch: pytest.
 
 
 def _typed(line: str, directory: Path) -> str:
-    """The output of a line of the page, which begins with ``celery``."""
+    """Return the output of a line of the page, which begins with ``celery``."""
     program, *arguments = line.split()
     assert program == "celery"
     return _run([sys.executable, "-m", "celery", *arguments], directory)

@@ -29,7 +29,7 @@ LEASE = 8.0
 
 
 def impatient(spec: AppSpec, base: Base, *, lease: float = LEASE, **settings: Any) -> AppSpec:
-    """An app whose broker delivers again after 2 s what is not acknowledged; each of its children has one message at a time."""
+    """Return an app whose broker delivers again after 2 s what is not acknowledged; each of its children has one message at a time."""
     return replace(
         spec,
         base=base,

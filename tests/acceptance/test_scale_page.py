@@ -22,7 +22,7 @@ PAGE = (ROOT / "docs" / "how-to" / "scale.md").read_text()
 
 
 def block(name: str) -> str:
-    """The example that begins with a comment of this name."""
+    """Return the example that begins with a comment of this name."""
     found = re.search(rf"```\w+\n(?:#|--) {re.escape(name)}\n(.*?)```", PAGE, re.DOTALL)
     assert found is not None
     return found[1]
@@ -30,7 +30,7 @@ def block(name: str) -> str:
 
 @pytest.fixture
 def shards(postgresql_url: str, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The module ``shards``, whose addresses are ours."""
+    """Yield the module ``shards``, whose addresses are ours."""
     with ExitStack() as stack:
         text = block("shards.py").replace("redis://localhost", "memory://", 1).replace("redis://localhost", redis_url)
         for shown in ("postgresql://db-0/shop", "postgresql://db-1/shop"):

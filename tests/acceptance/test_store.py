@@ -29,7 +29,7 @@ POLLING = {"brpop", "multi", "exec", "watch", "unwatch", "set", "del", "zrevrang
 
 @pytest.fixture(scope="module")
 def database() -> Iterator[PrivatePostgreSQL]:
-    """A PostgreSQL that logs every statement."""
+    """Yield a PostgreSQL that logs every statement."""
     try:
         server = PrivatePostgreSQL().__enter__()
     except NotInstalledError as error:

@@ -141,7 +141,7 @@ class Suite:
 
 
 def _read(lines: Iterable[str]) -> Outcomes:
-    """The outcome of each test; one that failed in any phase, or in a part of it, has failed. One that was run again counts as it ended last."""
+    """Return the outcome of each test; one that failed in any phase, or in a part of it, has failed. One that was run again counts as it ended last."""
     read: Outcomes = {}
     for line in lines:
         outcome, _, test = line.partition(" ")
@@ -157,7 +157,7 @@ def _failed(outcomes: Outcomes) -> set[str]:
 
 
 def _expected(page: str) -> list[str]:
-    """The tests that the page names: the first cell of each row, ``*`` and ``?`` stand for anything."""
+    """Return the tests that the page names: the first cell of each row, ``*`` and ``?`` stand for anything."""
     return re.findall(r"^\| `(t/[^`]+)` \|", page, flags=re.MULTILINE)
 
 

@@ -32,6 +32,6 @@ _anew()
 
 @pytest.fixture(autouse=True)
 def store_of_its_own(request: pytest.FixtureRequest) -> None:
-    """A new store for each unit test."""
+    """Give each unit test a new store."""
     if "integration" not in request.path.parts:
         _anew()

@@ -179,7 +179,7 @@ class Audit:
         return sorted(recovery.seconds for recovery in self.recoveries if with_outages or not recovery.outage)
 
     def violations(self) -> list[str]:
-        """What the library promises and this run has not seen; empty when all is well."""
+        """Return what the library promises and this run has not seen; empty when all is well."""
         return [
             f"{what}: {', '.join(keys[:8])}{', ...' if len(keys) > 8 else ''} ({len(keys)})"
             for what, keys in (
@@ -199,7 +199,7 @@ class Audit:
         ]
 
     def delays(self) -> list[str]:
-        """What took longer than it may on a machine that has time for it; empty when all is well."""
+        """Return what took longer than it may on a machine that has time for it; empty when all is well."""
         seconds = self.seconds_to_recovery(with_outages=False)
         if not seconds or percentile(seconds, 99) <= LEASE + MARGIN:
             return []
@@ -207,12 +207,12 @@ class Audit:
 
 
 def percentile(values: Sequence[float], percent: int) -> float:
-    """A percentile of sorted values."""
+    """Return a percentile of sorted values."""
     return values[0] if len(values) == 1 else quantiles(values, n=100, method="inclusive")[percent - 1]
 
 
 def runs_of(entries: Iterable[Entry]) -> list[Run]:
-    """The bodies that a ledger tells of, by their start."""
+    """Return the bodies that a ledger tells of, by their start."""
     runs: list[Run] = []
     open_: dict[tuple[str, int], int] = {}
     for entry in entries:
@@ -329,17 +329,17 @@ class _Fates:
         return sum(self.death(run) is not None or self.paused(run, float("inf")) for run in runs)
 
     def paused(self, run: Run, during: float) -> bool:
-        """Whether its process was paused past its lease, before another body began at the time given."""
+        """Return whether its process was paused past its lease, before another body began at the time given."""
         return any(run.start <= pause.until and pause.at <= during for pause in self._pauses[run.pid])
 
     def woke(self, run: Run) -> bool:
-        """Whether this is the first body of a process since it was paused past its lease: it may have claimed it before."""
+        """Return whether this is the first body of a process since it was paused past its lease: it may have claimed it before."""
         starts = self._starts[run.pid]
         before = starts[bisect_right(starts, run.start) - 2] if bisect_right(starts, run.start) > 1 else float("-inf")
         return any(before < pause.at and pause.until <= run.start + CLOCK for pause in self._pauses[run.pid])
 
     def outage(self, begin: float, end: float) -> bool:
-        """Whether a server was away at some time between."""
+        """Return whether a server was away at some time between."""
         return any(outage.at <= end and begin <= outage.until for outage in self._outages)
 
 

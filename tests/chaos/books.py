@@ -69,7 +69,7 @@ class Books:
         _Base.metadata.create_all(self._engine)
 
     def session(self) -> Session:
-        """An ordinary session, on connections of its own."""
+        """Return an ordinary session, on connections of its own."""
         return Session(self._engine)
 
     def read(self, table: type[Effect | Order]) -> Sequence[Written]:

@@ -164,7 +164,7 @@ class Faults:
     # -- messages that run ------------------------------------------------------------------------------------------------
 
     def _running(self) -> list[Entry]:
-        """The bodies that run now and whose message may be revoked."""
+        """Return the bodies that run now and whose message may be revoked."""
         entries = self.site.ledger.entries(task="revocable")
         ended = {(entry.detail, entry.pid) for entry in entries if entry.event != "start"}
         alive = set(psutil.pids())
@@ -218,7 +218,7 @@ class Faults:
             notes.write(json.dumps(asdict(self.done[-1])) + "\n")
 
     def _where_they_stand(self) -> str:
-        """The stacks of all threads of the workers' main processes, which Celery logs for this signal, and what they logged before."""
+        """Return the stacks of all threads of the workers' main processes, which Celery logs for this signal, and what they logged before."""
         workers = [worker for worker in self.site.workers if worker.is_alive]
         for worker in workers:
             worker.signal(signal.SIGUSR1)
@@ -296,7 +296,7 @@ class Faults:
                 note.count = self._copy_on_redis(wanted)
 
     def _copy_on_redis(self, wanted: int) -> int:
-        """Copies of messages that wait and of messages that run, byte by byte: the delivery tags are the same."""
+        """Copy messages that wait and messages that run, byte by byte: the delivery tags are the same."""
         with redis.Redis.from_url(self.site.broker.url) as client:
             waiting: list[Any] = client.lrange(QUEUE, 0, -1)
             running = [json.dumps(json.loads(held)[0]).encode() for held in client.hvals("unacked")]
@@ -307,7 +307,7 @@ class Faults:
 
 
 def _process(pid: int) -> list[psutil.Process]:
-    """The process, if it is there."""
+    """Return the process, if it is there."""
     with suppress(psutil.NoSuchProcess):
         return [psutil.Process(pid)]
     return []
@@ -319,7 +319,7 @@ def _cut_redis(server: PrivateServer) -> int:
 
 
 def _copy_on_rabbitmq(url: str, wanted: int) -> int:
-    """Copies of messages that wait; those that run are delivered again when their connection is cut."""
+    """Copy messages that wait; those that run are delivered again when their connection is cut."""
     copies = 0
     with Connection(url, transport_options={"confirm_publish": True}) as connection:
         channel = connection.default_channel

@@ -149,7 +149,7 @@ class Sending:
         return self.again and self.number % 2 == 0 and self.kind in _COPIED_BY_NAME
 
     def steps(self) -> list[Step]:
-        """What has to run for it, in the order of its ``apply_async``."""
+        """Return what has to run for it, in the order of its ``apply_async``."""
         match self.kind:
             case "chain":
                 return [Step(f"{self.key}.{place}") for place in range(3)]
@@ -201,7 +201,7 @@ class Plan:
         return {step.key: step for sending in self.sendings for step in sending.steps()}
 
     def rolled_back(self) -> set[str]:
-        """What must never run, nor have an order."""
+        """Return what must never run, nor have an order."""
         return {sending.key for sending in self.sendings if sending.rolled_back}
 
 
@@ -270,5 +270,5 @@ def _shares(shares: Mapping[str, int]) -> Iterator[str]:
 
 
 def message_id(key: str) -> str:
-    """The id under which a step is sent: a caller that calls again says the same."""
+    """Return the id under which a step is sent: a caller that calls again says the same."""
     return f"chaos-{key}"

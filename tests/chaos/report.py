@@ -15,7 +15,7 @@ __all__ = ["figures", "plot", "table"]
 
 
 def figures(chaos: Chaos) -> dict[str, Any]:
-    """The figures of a run, by the words that a table has for them."""
+    """Return the figures of a run, by the words that a table has for them."""
     audit, faults = chaos.audit, chaos.faults
     kills = sum(faults[kind] for kind in KILLS)
     seconds = audit.seconds_to_recovery(with_outages=False)
@@ -65,7 +65,7 @@ def _at(values: Sequence[float], percent: int) -> float | None:
 
 
 def table(runs: Sequence[Chaos]) -> str:
-    """A column for each run."""
+    """Return a column for each run."""
     heads = [chaos.variant for chaos in runs], [f"{chaos.store}, {chaos.broker}" for chaos in runs]
     columns = [figures(chaos) for chaos in runs]
     width = max(len(head) for line in heads for head in line) + 2
@@ -77,7 +77,7 @@ def table(runs: Sequence[Chaos]) -> str:
 
 
 def write(runs: Sequence[Chaos], path: Path) -> None:
-    """The figures as JSON, with all that was found wanting."""
+    """Write the figures as JSON, with all that was found wanting."""
     told: list[Mapping[str, Any]] = [
         {
             "variant": chaos.variant,

@@ -58,12 +58,12 @@ class Orders:
     VARIABLE = "CELERY_IDEMPOTENT_CHAOS_SENDER"
 
     def environment(self) -> dict[str, str]:
-        """What the sender needs to find in its environment."""
+        """Return what the sender needs to find in its environment."""
         return {self.VARIABLE: json.dumps(astuple(self))}
 
     @classmethod
     def from_environment(cls) -> Self:
-        """What :meth:`environment` passed on."""
+        """Return what :meth:`environment` passed on."""
         return cls(*json.loads(os.environ[cls.VARIABLE]))
 
     @property
@@ -93,7 +93,7 @@ class Sent:
 
 
 def journal(path: Path) -> list[Sent]:
-    """What was sent, in order; a line that was cut short by a kill is none."""
+    """Return what was sent, in order; a line that was cut short by a kill is none."""
     try:
         lines = path.read_bytes().split(b"\n")[:-1]
     except FileNotFoundError:
@@ -208,7 +208,7 @@ def _order(app: Celery, books: Books, sending: Sending, *, again: bool) -> Any:
 
 
 def _order_and_then_send(app: Celery, session: Session, sending: Sending, *, new: bool) -> Any:
-    """What one does without an outbox: whether an order that is there was sent, nobody can tell."""
+    """Return what one does without an outbox: whether an order that is there was sent, nobody can tell."""
     if new:
         session.add(Order(key=sending.key, sent=""))
     if sending.rolled_back:

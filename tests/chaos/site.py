@@ -226,11 +226,11 @@ class Site:
         self.gave_up += len(ended)
 
     def ready(self) -> list[WorkerProcess]:
-        """The workers that have started, with their children."""
+        """Return the workers that have started, with their children."""
         return [worker for worker in self.workers if worker.is_alive and len(worker.children()) >= CONCURRENCY]
 
     def green(self) -> WorkerProcess:
-        """The worker with a gevent pool."""
+        """Return the worker with a gevent pool."""
         return next(worker for worker in self.workers if worker.pool == "gevent")
 
     # -- the sender -------------------------------------------------------------------------------------------------------
@@ -268,7 +268,7 @@ class Site:
             )
 
     def sent(self) -> list[Sent]:
-        """What the senders have sent, by their journal."""
+        """Return what the senders have sent, by their journal."""
         assert self.orders is not None
         return journal(self.orders.journal)
 
@@ -298,7 +298,7 @@ class Site:
     # -- the end ----------------------------------------------------------------------------------------------------------
 
     def logs(self) -> Iterator[str]:
-        """What the workers and the senders wrote, each's whole."""
+        """Yield what the workers and the senders wrote, each's whole."""
         for log in (*(worker.log for worker in (*self.retired, *self.workers)), self.directory / "sender.log"):
             if log.exists():
                 yield log.read_text(errors="replace")

@@ -133,7 +133,7 @@ def register(app: Celery, *, base: type[Task], ledger: Ledger) -> None:
 
 
 def _register_unusual(app: Celery, ledger: Ledger) -> None:
-    """What users have beside tasks of the usual kind: calls by name, a mixin, revokes, expiries, time limits."""
+    """Register what users have beside tasks of the usual kind: calls by name, a mixin, revokes, expiries, time limits."""
     options = {**Variant.of_this_process().task_options, **_LATE}
 
     def task(name: str, **further: Any) -> Any:
@@ -178,7 +178,7 @@ def _register_unusual(app: Celery, ledger: Ledger) -> None:
 
 
 def signature(app: Celery, sending: Sending) -> Signature:
-    """What a sending calls, each step under its message id."""
+    """Return what a sending calls, each step under its message id."""
 
     def one(key: str, name: str = "plain") -> Signature:
         return app.tasks[name].si(key, sending.seconds).set(message_id=message_id(key))

@@ -41,7 +41,7 @@ class Variant:
 
     @classmethod
     def of_this_process(cls) -> Variant:
-        """The variant that this worker, or this sender, was started for."""
+        """Return the variant that this worker, or this sender, was started for."""
         return VARIANTS[os.environ.get(cls.VARIABLE, "idempotent")]
 
     @property
@@ -63,7 +63,7 @@ class Variant:
         return options if self.guarded else {}
 
     def app_settings(self, redis: str) -> dict[str, Any]:
-        """Settings of the app."""
+        """Return settings of the app."""
         return {name: _filled(value, redis) for name, value in self.settings.items()}
 
 

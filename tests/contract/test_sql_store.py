@@ -18,7 +18,7 @@ from celery_idempotent.testing import StoreContract, TransactionContract
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Callable[[str], sa.Engine]]:
-    """An engine per URL, to make and drop tables with."""
+    """Yield an engine per URL, to make and drop tables with."""
     engines: dict[str, sa.Engine] = {}
 
     def engine(url: str) -> sa.Engine:
@@ -30,7 +30,7 @@ def engine() -> Iterator[Callable[[str], sa.Engine]]:
 
 
 def table_of_its_own(engine: sa.Engine) -> Iterator[Callable[[], Store]]:
-    """Handles on a table that is dropped in the end."""
+    """Yield what opens handles on a table that is dropped in the end."""
     table = queue_log_table(sa.MetaData(), f"contract_{uuid4().hex[:12]}")
     table.create(engine)
     yield partial(open_store, engine.url.render_as_string(hide_password=False), table=table.name)

@@ -26,7 +26,7 @@ TASKS = (
 
 @pytest.fixture(scope="session")
 def shared_bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    """The bench of this test process, with a prefork worker on Redis and SQLite; tests ask for ``bench``."""
+    """Yield the bench of this test process, with a prefork worker on Redis and SQLite; tests ask for ``bench``."""
     try:
         opened = open_bench(
             Path(tmp_path_factory.mktemp("bench")),
@@ -46,7 +46,7 @@ def shared_bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
 
 @pytest.fixture
 def bench(request: pytest.FixtureRequest, shared_bench: Bench) -> Bench:
-    """The bench, shared with other tests: a test uses message ids of its own, and leaves nothing waiting in the worker."""
+    """Return the bench, shared with other tests: a test uses message ids of its own, and leaves nothing waiting in the worker."""
     assert shared_bench.worker is not None
     assert shared_bench.worker.is_alive, f"an earlier test broke the worker:\n{shared_bench.worker.log_tail()}"
     request.node.stash.setdefault(LOGS, {})["the shared worker"] = shared_bench.worker.log_tail

@@ -68,7 +68,7 @@ class Sent:
 
 
 def taken(app: Celery, queue: str) -> Sent:
-    """The message that waits in a queue."""
+    """Return the message that waits in a queue."""
     with app.connection_for_read() as connection, connection.channel() as channel:
         bound = app.amqp.queues[queue](channel)
         message = wait_until(bound.get, timeout=PATIENCE, describe=f"a message in {queue}")

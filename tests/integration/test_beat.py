@@ -29,7 +29,7 @@ SUCCESS = ProcessedStatus.SUCCESS
 
 @contextmanager
 def beat(spec: AppSpec, schedule: dict[str, Any], directory: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A ``celery beat`` with a schedule and a file of its own."""
+    """Yield a ``celery beat`` with a schedule and a file of its own."""
     settings = {**spec.settings, "beat_schedule": schedule, "beat_max_loop_interval": 0.2}
     with log.open("ab") as output:
         process = subprocess.Popen(
@@ -87,7 +87,7 @@ def test_two_beats_send_each_entry_once(bench: Bench, tmp_path: Path) -> None:
 
 @pytest.fixture
 def schedulers(bench: Bench) -> Iterator[list[Scheduler]]:
-    """What two beats are made of; the second one does not import the tasks, and sends by name."""
+    """Yield what two beats are made of; the second one does not import the tasks, and sends by name."""
     apps = [bench.spec.build(), Celery("beat", broker=bench.spec.broker, set_as_current=False)]
     apps[1].conf.update(task_default_queue=bench.spec.queue, result_backend=bench.spec.backend)
     yield [Scheduler(app, lazy=True) for app in apps]

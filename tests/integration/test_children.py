@@ -274,7 +274,7 @@ def test_a_dispatch_that_was_cut_off_is_made_whole(bench: Bench, behind: str, de
 
 
 def _family(result: AsyncResult[Any] | None) -> list[str]:
-    """A result's id, and those of what comes before it in its chain."""
+    """Return a result's id, and those of what comes before it in its chain."""
     return [] if result is None else [result.id, *_family(result.parent)]
 
 

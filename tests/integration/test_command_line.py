@@ -92,7 +92,7 @@ def fill(store: SQLStore) -> None:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project on an SQLite file with some rows."""
+    """Return a project on an SQLite file with some rows."""
     directory = Path(tmp_path_factory.mktemp("project"))
     (directory / "proj.py").write_text(PROJECT)
     (directory / "imported.py").write_text(IMPORTED)
@@ -102,7 +102,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(project: Path, *arguments: str, app: str | None, store: str, **environment: str) -> dict[str, Any]:
-    """What starts ``celery -A proj ...``: arguments of :class:`subprocess.Popen`."""
+    """Return what starts ``celery -A proj ...``: arguments of :class:`subprocess.Popen`."""
     given = () if app is None else ("-A", app)
     return {
         "args": [sys.executable, "-m", "celery", *given, *arguments],
@@ -136,7 +136,7 @@ def celery(project: Path) -> RunCelery:
 
 @pytest.fixture
 def filled(project: Path) -> Iterator[Celery]:
-    """An app on the same rows, whose ``start`` runs a command in this process: it takes seconds less."""
+    """Yield an app on the same rows, whose ``start`` runs a command in this process: it takes seconds less."""
     app = Celery("filled", set_as_current=False, idempotent_store=f"sqlite:///{project / 'filled.db'}")
     yield app
     QueueLog.of(app).close()
@@ -511,7 +511,7 @@ class Losses:
                 connection.execute(sa.update(table).where(*where).values(older))
 
     def published(self) -> list[str]:
-        """The ids of the messages on the queue, which is empty then."""
+        """Return the ids of the messages on the queue, which is empty then."""
         with Connection(self.broker.url) as connection, closing(connection.SimpleQueue("celery", no_ack=True)) as queue:
             found = []
             with suppress(queue.Empty):

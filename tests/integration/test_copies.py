@@ -38,7 +38,7 @@ SENDS = pytest.mark.parametrize("send", [in_a_chain, with_a_link, by_name], ids=
 
 
 def copys_id(result: AsyncResult[Any]) -> str:
-    """The task id of the message with the known id."""
+    """Return the task id of the message with the known id."""
     return str((result.parent or result).id)
 
 
@@ -148,7 +148,7 @@ def test_a_first_message_comes_back_although_its_copy_retried(bench: Bench) -> N
 
 
 def lose_the_next_attempt(bench: Bench, key: MessageKey, task_id: str, attempt: int) -> None:
-    """The next attempt of a message was claimed, and its worker died."""
+    """Claim the next attempt of a message, as a worker that then died."""
     store = bench.app.queue_log.store
     row = bench.wait_for_row("left.retry", key.message_id, lambda row: row.attempt == attempt)
     message = NewMessage(key, task_id, row.queue, row.fingerprint, attempt)

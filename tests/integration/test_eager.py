@@ -28,7 +28,7 @@ SUCCESS, FAILURE = ProcessedStatus.SUCCESS, ProcessedStatus.FAILURE
 
 @pytest.fixture
 def app(tmp_path: Path, ledger: Ledger) -> Iterator[Celery]:
-    """An app that runs everything where it is called."""
+    """Yield an app that runs everything where it is called."""
     spec = AppSpec(
         broker="memory://",
         backend="cache+memory://",

@@ -14,7 +14,7 @@ every_class = pytest.mark.parametrize("name", CLASSES)
 
 
 def called(bench: Bench, task: str, m: str) -> list[str]:
-    """The handlers that have returned for a message, in order."""
+    """Return the handlers that have returned for a message, in order."""
     notes = bench.ledger.entries(task=task)
     return [str(note.detail) for note in notes if note.message_id == m and note.event == "end"]
 

@@ -71,12 +71,12 @@ class Scene:
         return task_id
 
     def ends(self, task_id: str) -> str:
-        """The type of what a message ended with."""
+        """Return the type of what a message ended with."""
         result = self.app.AsyncResult(task_id).get(timeout=PATIENCE, propagate=False)
         return type(result).__name__
 
     def goes_on(self) -> None:
-        """The worker serves the next, and nothing is left that waits to come again."""
+        """Check that the worker serves the next, and nothing is left that waits to come again."""
         assert self.app.AsyncResult(self.put()).get(timeout=PATIENCE) == "value"
         wait_until(
             lambda: not self.client.llen(self.spec.queue) and not self.client.hlen("unacked"),
@@ -88,7 +88,7 @@ class Scene:
         assert "Unrecoverable" not in log
 
     def recovers(self) -> None:
-        """A recovery step that began after this comes to its end: it purges what is old."""
+        """Wait for the end of a recovery step that began after this: it purges what is old."""
         message_id = self.put()
         assert self.app.AsyncResult(message_id).get(timeout=PATIENCE) == "value"
         key = MessageKey(message_id, "echo")

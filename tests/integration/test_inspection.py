@@ -26,7 +26,7 @@ from tests.support.worker import ROOT, Pool, StartWorker, WorkerProcess
 
 
 def ask(app: Celery, worker: WorkerProcess) -> list[dict[str, Any]]:
-    """What the worker answers."""
+    """Return what the worker answers."""
     inspect = app.control.inspect(destination=[worker.hostname], timeout=PATIENCE, limit=1)
     answers = wait_until(lambda: inspect._request("idempotency"), timeout=PATIENCE, describe="an answer")
     found: list[dict[str, Any]] = answers[worker.hostname]

@@ -17,7 +17,7 @@ SUCCESS, FAILURE = ProcessedStatus.SUCCESS, ProcessedStatus.FAILURE
 
 
 def leave_behind(bench: Bench, task: str, message_id: str, *args: Any) -> tuple[str, Claim]:
-    """A message as a worker leaves it that died: claimed, its lease over. Answers its task id and the claim."""
+    """Leave a message as a worker that died does: claimed, its lease over. Return its task id and the claim."""
     task_id = str(uuid4())
     message = NewMessage(
         key=MessageKey(message_id, task),

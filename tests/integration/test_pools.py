@@ -23,7 +23,7 @@ SUCCESS, FAILURE = ProcessedStatus.SUCCESS, ProcessedStatus.FAILURE
 
 @pytest.fixture(scope="module")
 def gevent_bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    """A worker that runs its bodies in greenlets, with leases that would run out within the tests."""
+    """Yield a worker that runs its bodies in greenlets, with leases that would run out within the tests."""
     tasks = ("tests.support.apps.generic", "tests.support.apps.outcomes")
     try:
         opened = open_bench(

@@ -53,7 +53,7 @@ class Site:
         return wait_until(as_wanted, timeout=PATIENCE, describe=f"the row of {task}[{message_id}]")
 
     def starts(self, task: str, message_id: str) -> list[int]:
-        """The retries of each run."""
+        """Return the retries of each run."""
         return [note.retries for note in self.ledger.starts(task) if note.message_id == message_id]
 
     def copy(self, task: str, args: tuple[Any, ...], message_id: str, task_id: str) -> None:

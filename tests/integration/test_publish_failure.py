@@ -23,13 +23,13 @@ SUCCESS = ProcessedStatus.SUCCESS
 
 @pytest.fixture
 def cut_off(bench: Bench) -> Celery:
-    """A producer whose broker is down."""
+    """Return a producer whose broker is down."""
     return bench.producer(broker=NOWHERE, task_publish_retry=False, broker_connection_timeout=1)
 
 
 @pytest.fixture
 def void(bench: Bench) -> Celery:
-    """A producer that dies between its record and its publication: what it publishes goes nowhere."""
+    """Return a producer that dies between its record and its publication: what it publishes goes nowhere."""
     return bench.producer(broker="memory://")
 
 

@@ -75,7 +75,7 @@ class Scene:
         return self.directory / f"gate-{uuid4().hex[:8]}"
 
     def files(self) -> dict[str, Path]:
-        """The messages that wait on the filesystem broker, by task id."""
+        """Return the messages that wait on the filesystem broker, by task id."""
         found = {}
         for path in Path(self.spec.transport_options["data_folder_out"]).glob(f"*{self.spec.queue}.msg"):
             try:

@@ -68,7 +68,7 @@ class Scene:
         return result
 
     def started(self, task: str, result: AsyncResult[Any], count: int = 1) -> list[Entry]:
-        """The starts of the body, once there are so many."""
+        """Wait for so many starts of the body."""
 
         def starts() -> list[Entry] | None:
             found = self.ledger.starts(task, task_id=result.id)

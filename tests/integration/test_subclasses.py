@@ -35,7 +35,7 @@ every_class = pytest.mark.parametrize("name", [*HOOKS, "request.first", "request
 
 
 def called(bench: Bench, task_id: str) -> list[str]:
-    """The hooks that were called for a task, in order."""
+    """Return the hooks that were called for a task, in order."""
     lines = Path(f"{bench.ledger.path}.hooks").read_text().splitlines()
     return [line.split(maxsplit=2)[2] for line in lines if line.split()[1] == task_id]
 

@@ -62,7 +62,7 @@ def test_a_result_beyond_the_largest_packet_is_not_kept(
 
 @contextmanager
 def database(url: str, encoding: str) -> Iterator[str]:
-    """A PostgreSQL database of an encoding."""
+    """Yield a PostgreSQL database of an encoding."""
     name = f"test_{uuid4().hex[:12]}"
     engine = sa.create_engine(url, isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
     with engine.connect() as connection:

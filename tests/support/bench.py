@@ -47,15 +47,15 @@ class Bench:
     _apps: list[Celery] = field(default_factory=list)
 
     def task(self, name: str) -> Any:
-        """A task of the app."""
+        """Return a task of the app."""
         return self.app.tasks[name]
 
     def fresh(self, what: str = "m") -> str:
-        """A message id, or any other name, that nobody else uses."""
+        """Return a message id, or any other name, that nobody else uses."""
         return f"{what}-{uuid4().hex[:12]}"
 
     def path(self, what: str = "file") -> str:
-        """The path of a file that is not there yet: a gate, a flag."""
+        """Return the path of a file that is not there yet: a gate, a flag."""
         return str(self.directory / self.fresh(what))
 
     # -- other producers ---------------------------------------------------------------------------------------------------
@@ -103,12 +103,12 @@ class Bench:
     # -- looking -----------------------------------------------------------------------------------------------------------
 
     def find(self, task: str, message_id: str) -> Row | None:
-        """The row of a message, if there is one."""
+        """Return the row of a message, if there is one."""
         row: Row | None = self.app.queue_log.store.find(MessageKey(message_id, task))
         return row
 
     def row(self, task: str, message_id: str) -> Row:
-        """The row of a message."""
+        """Return the row of a message."""
         row = self.find(task, message_id)
         assert row is not None, f"no row for {task}[{message_id}]"
         return row
@@ -116,7 +116,7 @@ class Bench:
     def wait_for_row(
         self, task: str, message_id: str, condition: Callable[[Row], bool], *, timeout: float = PATIENCE
     ) -> Row:
-        """The row of a message, once it is as wanted."""
+        """Wait for the row of a message to be as wanted."""
 
         def as_wanted() -> Row | None:
             row = self.find(task, message_id)
@@ -125,7 +125,7 @@ class Bench:
         return wait_until(as_wanted, timeout=timeout, describe=lambda: f"the row {self.find(task, message_id)}")
 
     def done(self, task: str, message_id: str, *, timeout: float = PATIENCE) -> Row:
-        """The row of a message, once it is done."""
+        """Wait for the row of a message to be done."""
         return self.wait_for_row(task, message_id, lambda row: row.status is Status.DONE, timeout=timeout)
 
     def starts(self, task: str, message_id: str) -> list[Entry]:
@@ -133,7 +133,7 @@ class Bench:
         return [note for note in self.ledger.starts(task) if note.message_id == message_id]
 
     def wait_for_starts(self, task: str, message_id: str, count: int = 1) -> list[Entry]:
-        """The same, once there are so many."""
+        """Wait for so many, and return them."""
         return wait_until(
             lambda: starts if len(starts := self.starts(task, message_id)) >= count else None,
             timeout=PATIENCE,
@@ -146,7 +146,7 @@ class Bench:
         self.worker.wait_for_log(f"{task}[{message_id}] is held for {seconds}", timeout=PATIENCE)
 
     def wait_for_note(self, task: str, detail: str) -> Entry:
-        """The note that a task made with a text of its own."""
+        """Wait for the note that a task made with a text of its own."""
 
         def noted() -> Entry | None:
             return next((note for note in self.ledger.entries(task=task) if note.detail == detail), None)
@@ -164,7 +164,7 @@ def open_bench(
     concurrency: int = 3,
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[Bench]:
-    """A bench on a Redis and an SQLite file of its own, with a worker that is ready.
+    """Yield a bench on a Redis and an SQLite file of its own, with a worker that is ready.
 
     Args:
         directory: For the files.

@@ -49,7 +49,7 @@ class Broker:
 
 
 def redis_broker(url: str) -> Broker:
-    """A Redis that this test has to itself.
+    """Return a Redis that this test has to itself.
 
     kombu looks for expired deliveries every 100 s or so, and its keys for them belong to the whole database, not to a queue:
     so the pace is raised, and the server is not shared.

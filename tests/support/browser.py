@@ -23,13 +23,13 @@ _BROWSER, _DRIVER = "chromium", "chromedriver"
 
 
 def is_installed() -> bool:
-    """Whether the browser and what drives it are on this machine."""
+    """Return whether the browser and what drives it are on this machine."""
     return shutil.which(_BROWSER) is not None and shutil.which(_DRIVER) is not None
 
 
 @contextmanager
 def open_browser(*, width: int = 1280, height: int = 900) -> Iterator[Chrome]:
-    """A browser with a profile of its own.
+    """Yield a browser with a profile of its own.
 
     Raises:
         NotInstalledError: There is none on this machine.

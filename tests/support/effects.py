@@ -38,7 +38,7 @@ class Effects:
         _Base.metadata.create_all(self.engine)
 
     def names(self) -> list[str]:
-        """The names of all that took effect, in no order that matters."""
+        """Return the names of all that took effect, in no order that matters."""
         with self.engine.connect() as connection:
             return sorted(connection.scalars(sa.select(Effect.name)))
 
@@ -52,7 +52,7 @@ class Effects:
             connection.execute(sa.insert(Effect), [{"name": name, "value": 0} for name in names])
 
     def value(self, name: str) -> int:
-        """The value of the only one of its name."""
+        """Return the value of the only one of its name."""
         with self.engine.connect() as connection:
             return int(connection.scalars(sa.select(Effect.value).where(Effect.name == name)).one())
 
@@ -67,5 +67,5 @@ class Effects:
 
 
 def add_to(name: str) -> sa.Update:
-    """The statement that adds one to a value."""
+    """Return the statement that adds one to a value."""
     return sa.update(Effect).where(Effect.name == name).values(value=Effect.value + 1)

@@ -105,7 +105,7 @@ class FlowerProcess:
         return self._process
 
     def log_tail(self, lines: int = 60) -> str:
-        """The end of its log."""
+        """Return the end of its log."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:]) if self.log.exists() else ""
 
     def get(self, path: str, *, credentials: str | None = None, **query: str) -> Answer:

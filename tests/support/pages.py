@@ -93,7 +93,7 @@ class Block:
 
 
 def blocks(page: str) -> Iterator[Block]:
-    """The blocks of a page that its readers see."""
+    """Yield the blocks of a page that its readers see."""
     document = Document.parse(str(ROOT / page), FencedCodeBlockLexer(language=r"[^\n`]*"))
     for example in document:
         found = _said_above(example)
@@ -117,7 +117,7 @@ def _said_above(example: Example) -> re.Match[str] | None:
 
 
 def run_here(page: Path, namespace: dict[str, Any] | None = None) -> list[Example]:
-    """The Python blocks that are run with a page."""
+    """Return the Python blocks that are run with a page."""
     document = Document(_with_our_addresses(page.read_text()), str(page))
     document.namespace = {} if namespace is None else namespace
     for region in PythonCodeBlockParser()(document):
@@ -126,7 +126,7 @@ def run_here(page: Path, namespace: dict[str, Any] | None = None) -> list[Exampl
 
 
 def hidden_code(page: Path) -> dict[tuple[str, int], str]:
-    """The pieces of the file next to a page, by when they run: ``("after", 3)``."""
+    """Return the pieces of the file next to a page, by when they run: ``("after", 3)``."""
     file = page.with_suffix(".py")
     if not file.exists():
         return {}

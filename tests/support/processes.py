@@ -15,7 +15,7 @@ __all__ = ["kill_tree", "process_tree", "signal_all"]
 
 
 def process_tree(pid: int) -> list[psutil.Process]:
-    """A process and all its descendants, parents first; empty when it is gone."""
+    """Return a process and all its descendants, parents first; empty when it is gone."""
     try:
         root = psutil.Process(pid)
         return [root, *root.children(recursive=True)]

@@ -32,7 +32,7 @@ _MODEST = 200_000
 
 
 def traffic(app: Celery, gate: str) -> None:
-    """What a night brings."""
+    """Make the traffic of a night."""
     charge, ship, notify, export = (
         app.tasks[name] for name in ("shop.charge", "shop.ship", "shop.notify", "reports.export")
     )
@@ -66,7 +66,7 @@ def running(app: Celery) -> int:
 
 
 def lost(app: Celery, message_id: str, task: str, worker: str) -> None:
-    """A message whose worker is gone; its lease is over."""
+    """Leave a message whose worker is gone; its lease is over."""
     data = encode_message((message_id.partition(":")[2],), {}, {}, serializer="json")
     message = NewMessage(MessageKey(message_id, task), str(uuid4()), queue=app.conf.task_default_queue, message=data)
     claimed = app.queue_log.store.claim(message, worker=worker, lease=0.01, grace=30.0)
@@ -74,7 +74,7 @@ def lost(app: Celery, message_id: str, task: str, worker: str) -> None:
 
 
 def take(browser: Chrome, name: str, *, most: int = 2600) -> None:
-    """A picture of the whole page."""
+    """Take a picture of the whole page."""
     height = browser.execute_script(
         "return document.documentElement.scrollHeight + window.outerHeight - window.innerHeight"
     )
@@ -91,7 +91,7 @@ def take(browser: Chrome, name: str, *, most: int = 2600) -> None:
 
 @contextmanager
 def site(directory: Path) -> Iterator[tuple[AppSpec, Celery]]:
-    """An app on a Redis of its own, its queue log in PostgreSQL, and a worker."""
+    """Yield an app on a Redis of its own, its queue log in PostgreSQL, and a worker."""
     with PrivateRedis() as redis, postgresql_store(KINDS["postgresql"].url) as store:
         broker = redis_broker(redis.url)
         spec = AppSpec(

@@ -31,7 +31,7 @@ LEASE = 5.0
 
 
 def unique(what: str = "key") -> str:
-    """A key that no other test uses."""
+    """Return a key that no other test uses."""
     return f"{what}-{uuid4().hex[:12]}"
 
 
@@ -106,19 +106,19 @@ class Stand:
 
     @classmethod
     def of(cls, spec: AppSpec, app: Celery, worker: WorkerProcess) -> Stand:
-        """What a test has started itself."""
+        """Return what a test has started itself."""
         return cls(spec, app, worker, Ledger(spec.ledger), spec.queue, f"{spec.queue}-aside")
 
     def task(self, name: str) -> Any:
-        """A task, to be called."""
+        """Return a task, to be called."""
         return self.app.tasks[name]
 
     def starts(self, key: str) -> list[Entry]:
-        """The bodies that were started under a key."""
+        """Return the bodies that were started under a key."""
         return [entry for entry in self.ledger.starts() if entry.detail == key]
 
     def ends(self, key: str) -> list[Entry]:
-        """The bodies that returned under a key."""
+        """Return the bodies that returned under a key."""
         return [entry for entry in self.ledger.ends() if entry.detail == key]
 
     def wait_for_starts(self, key: str, count: int, *, timeout: float = 60.0) -> None:
@@ -139,12 +139,12 @@ class Stand:
         return wait_until(call, timeout=60.0, interval=0.2, describe=f"a call of {task} that is no duplicate")
 
     def row(self, message_id: str, task: str) -> Row | None:
-        """The row of a message."""
+        """Return the row of a message."""
         row: Row | None = QueueLog.of(self.app).store.find(MessageKey(message_id, task))
         return row
 
     def settled(self, message_id: str, task: str, *, duplicates: int = 0, timeout: float = 60.0) -> Row:
-        """The row of a message once it is done and so many copies of it were counted."""
+        """Return the row of a message once it is done and so many copies of it were counted."""
 
         def settled() -> Row | None:
             row = self.row(message_id, task)

@@ -68,13 +68,13 @@ class Steps:
         self._counting = True
 
     def end(self) -> None:
-        """It was never reached."""
+        """End it, unreached."""
         if self._counting:
             self._counting = False
             self._note("survived")
 
     def __call__(self, what: str) -> None:
-        """A step."""
+        """Reach a step."""
         if not self._counting or threading.current_thread() is not threading.main_thread():
             return
         self._counted += 1
@@ -178,7 +178,7 @@ def _run(
     log: Path,
     environment: Mapping[str, str],
 ) -> None:
-    """What a victim does."""
+    """Do what a victim does."""
     os.environ.update(environment)
     os.chdir(log.parent)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)

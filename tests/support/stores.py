@@ -16,13 +16,13 @@ STORES = ("sqlite", "postgresql", "mariadb")
 
 
 def sqlite_store(directory: Path) -> str:
-    """The URL of a file that is not there yet."""
+    """Return the URL of a file that is not there yet."""
     return f"sqlite:///{directory / 'store.db'}"
 
 
 @contextmanager
 def postgresql_store(url: str) -> Iterator[str]:
-    """The URL of an empty schema, dropped in the end with all that is in it.
+    """Yield the URL of an empty schema, dropped in the end with all that is in it.
 
     The URL says it all (``search_path``), so whatever is given it, in whatever process, sees these tables and no others.
     """
@@ -38,7 +38,7 @@ def postgresql_store(url: str) -> Iterator[str]:
 
 @contextmanager
 def mariadb_store(url: str) -> Iterator[str]:
-    """The URL of an empty database, dropped in the end."""
+    """Yield the URL of an empty database, dropped in the end."""
     database = f"test_{uuid4().hex[:12]}"
     with _administering(url) as connection:
         connection.execute(sa.text(f"CREATE DATABASE {database} CHARACTER SET utf8mb4"))

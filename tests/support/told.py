@@ -26,7 +26,7 @@ _VARIABLE = "CELERY_IDEMPOTENT_TEST_TOLD"
 
 
 def note(outcome: Outcome) -> None:
-    """The hook: one line, in one write."""
+    """Note an outcome, as the hook: one line, in one write."""
     line = json.dumps({**asdict(outcome), "pid": os.getpid()}).encode() + b"\n"
     descriptor = os.open(os.environ[_VARIABLE], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     try:
@@ -36,7 +36,7 @@ def note(outcome: Outcome) -> None:
 
 
 def broken(outcome: Outcome) -> None:
-    """A hook that never takes anything."""
+    """Take nothing, ever, as a hook."""
     raise RuntimeError(f"no {outcome.kind}, thank you")
 
 
@@ -47,7 +47,7 @@ class Told:
         self._path = path
 
     def __call__(self, message_id: str | None) -> list[dict[str, Any]]:
-        """What was told of a message; of ``None``, what is of none."""
+        """Return what was told of a message; of ``None``, what is of none."""
         if not self._path.exists():
             return []
         lines = self._path.read_bytes().splitlines(keepends=True)
@@ -55,11 +55,11 @@ class Told:
         return [told for told in notes if told["message_id"] == message_id]
 
     def kinds(self, message_id: str) -> list[str]:
-        """The kinds of what was told of a message, in order."""
+        """Return the kinds of what was told of a message, in order."""
         return [told["kind"] for told in self(message_id)]
 
     def wait(self, message_id: str | None, kind: str, *, count: int = 1, timeout: float = 60.0) -> dict[str, Any]:
-        """The last one of a kind, once it was told so many times."""
+        """Wait until a kind was told so many times; return the last one."""
 
         def told() -> list[dict[str, Any]] | None:
             found = [told for told in self(message_id) if told["kind"] == kind]

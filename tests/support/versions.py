@@ -53,7 +53,7 @@ class Cell:
     python: str
 
     def environment(self) -> Path:
-        """The cell's environment, made if it is missing or older than what it is made of.
+        """Return the cell's environment, made if it is missing or older than what it is made of.
 
         Raises:
             NotToBeHadError: There is no such Python.
@@ -99,7 +99,7 @@ CELLS = [
 
 
 def _interpreter(version: str) -> str:
-    """A Python of this version that starts, as a shim of pyenv need not; else its number, for uv to download one."""
+    """Return a Python of this version that starts, as a shim of pyenv need not; else its number, for uv to download one."""
     name = f"python{version}"
     places = [*os.get_exec_path(), *sorted(map(str, Path.home().glob(f".pyenv/versions/{version}*/bin")))]
     for candidate in (os.path.join(place, name) for place in places):  # noqa: PTH118 - of PATH, which may name anything

@@ -141,7 +141,7 @@ class WorkerProcess:
         return process_tree(self.pid)[1:]
 
     def log_tail(self, lines: int = 60) -> str:
-        """The end of its log."""
+        """Return the end of its log."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:]) if self.log.exists() else ""
 
     # -- ending -----------------------------------------------------------------------------------------------------------

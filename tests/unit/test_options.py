@@ -22,7 +22,7 @@ def app() -> Celery:
 
 
 def declare(app: Celery, **options: Any) -> IdempotentTask:
-    """A bound task with these arguments of the decorator."""
+    """Return a bound task with these arguments of the decorator."""
 
     @app.task(**{"base": IdempotentTask, "name": "charge", "shared": False, **options})
     def charge(order_id: str, amount: int = 0) -> None: ...

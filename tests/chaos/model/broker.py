@@ -52,7 +52,7 @@ class Copy:
     tag: int = 0
 
     def request(self, hostname: str) -> Context:
-        """The request that a worker traces."""
+        """Return the request that a worker traces."""
         return Context(
             id=self.task_id,
             args=self.args,
@@ -82,7 +82,7 @@ class Broker:
         self._tags = 0
 
     def due(self, now: float) -> list[Copy]:
-        """The copies that may run."""
+        """Return the copies that may run."""
         return [copy for copy in self.ready if copy.due <= now]
 
     def publish(self, task: IdempotentTask, args: Any, options: Mapping[str, Any], now: float) -> None:

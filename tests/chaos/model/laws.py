@@ -102,12 +102,12 @@ def judge(act: Act, key: MessageKey, before: Row | None, after: Row | None) -> N
 
 
 def same(before: Row | None, after: Row | None) -> bool:
-    """Whether a row has not changed."""
+    """Return whether a row has not changed."""
     return (before and replace(before, read_at=after.read_at if after else before.read_at)) == after
 
 
 def starts_anew(before: Row | None, after: Row | None) -> bool:
-    """Whether the message of a row is another one now, whose body may run however the last one ended."""
+    """Return whether the message of a row is another one now, whose body may run however the last one ended."""
     if before is None or after is None:
         return True
     return before.status is Status.DONE and after.status is not Status.DONE

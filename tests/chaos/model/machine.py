@@ -168,7 +168,7 @@ class Model(RuleBasedStateMachine):
     def outlive_its_lease(
         self, which: int, again: bool, outcome: Outcome, mood: Mood, send: bool, by: Interruption | None
     ) -> None:
-        """A worker stands still until another has its message, and then goes on."""
+        """Let a worker stand still until another has its message, and then go on."""
         execution = self._execution(which)
         execution.stalled = True
         self.world.pass_time(61)

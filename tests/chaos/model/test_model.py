@@ -45,7 +45,7 @@ def profile(examples: int, *, steps: int = 40, explain: bool = True) -> settings
 
 @contextmanager
 def models(store: Store) -> Iterator[type[Model]]:
-    """A function that begins a new model on the store; Hypothesis says it wants a class."""
+    """Yield a function that begins a new model on the store; Hypothesis says it wants a class."""
     assert isinstance(store, SQLStore)
     clock, app = Clock(), build_app()
     clock.attach(store._database._autocommit(store._database._here()))
@@ -56,7 +56,7 @@ def models(store: Store) -> Iterator[type[Model]]:
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
-    """What is logged about thousands of crashes is not read by anybody."""
+    """Silence the log: nobody reads of thousands of crashes."""
     logger = logging.getLogger("celery_idempotent")
     logger.disabled = True
     yield

@@ -153,7 +153,7 @@ class Arrival:
     taken: Row | None = None
 
     def may_claim(self, row: Row) -> bool:
-        """Whether it is no older than what a pending row waits for, or the retry's own message had its time to come first."""
+        """Return whether it is no older than what a pending row waits for, or the retry's own message had its time to come first."""
         if self.copy.retries >= row.attempt:
             return True
         taken = self.taken
@@ -220,7 +220,7 @@ class _ModelTask(IdempotentTask):
 
 
 def build_app() -> Celery:
-    """An app with the tasks of the model; each world brings its store."""
+    """Return an app with the tasks of the model; each world brings its store."""
     app = Celery("model", set_as_current=False, broker="memory://", backend="cache+memory://")
     app.conf.idempotent_lost_after = LOST_AFTER
     app.conf.idempotent_retention = RETENTION
@@ -273,7 +273,7 @@ class World:
             self._interruption, self._killed = None, False
 
     def gate(self) -> None:
-        """A point at which whoever acts may be interrupted."""
+        """Mark a point at which whoever acts may be interrupted."""
         if self._killed:
             raise KilledError
         if self._interruption is None:
@@ -315,7 +315,7 @@ class World:
     # -- producers -----------------------------------------------------------------------------------------------------
 
     def send(self, task: str, number: int, amount: int, *, mood: Mood, **options: Any) -> None:
-        """A call of ``apply_async``."""
+        """Call ``apply_async``."""
         key = MessageKey(f"m{number}", task)
         self.broker.mood = mood
         self.known[key].copies += 1
@@ -334,13 +334,13 @@ class World:
             self.broker.mood = Mood.WELL
 
     def send_foreign(self, task: str, number: int) -> None:
-        """A message from a producer without this library, which records none."""
+        """Send a message from a producer without this library, which records none."""
         self.broker.add(Copy(self.app.tasks[task], f"t{next(_serial)}", f"m{number}", [number]))
 
     # -- workers -------------------------------------------------------------------------------------------------------
 
     def deliver(self, copy: Copy) -> Execution | None:
-        """A worker gets a copy; the execution that it begins, if it does."""
+        """Give a worker a copy; return the execution that it begins, if it does."""
         self.broker.deliver(copy)
         task, request = copy.task, copy.request(f"w{next(_serial)}")
         self.known[MessageKey(copy.message_id, task.name)].copies += 1
@@ -373,7 +373,7 @@ class World:
         return execution
 
     def finish(self, execution: Execution, outcome: Outcome, *, send: bool = True) -> None:
-        """The body ends, its outcome is written, and what follows is sent."""
+        """End the body, write its outcome, and send what follows."""
         if execution.phase is Phase.SENDING:
             self.send_result(execution)
             return
@@ -437,7 +437,7 @@ class World:
             self._acting = None
 
     def lose(self, execution: Execution, *, told: bool = False) -> None:
-        """A process dies with its execution; its copy stays with the broker, unless that was acknowledged before.
+        """Let a process die with its execution; its copy stays with the broker, unless that was acknowledged before.
 
         Args:
             execution: What dies.
@@ -452,7 +452,7 @@ class World:
                 store.fail(execution.owner, error=ABANDONED, unique_for=task.idempotency.unique_for)
 
     def revoke(self, copy: Copy) -> None:
-        """A copy is not run, because it was revoked."""
+        """Drop a copy that was revoked, without running it."""
         self.broker.deliver(copy)
         request = copy.request("revoker")
         self._revoking = copy.task_id
@@ -463,7 +463,7 @@ class World:
         self.broker.ack(copy)
 
     def _end(self, execution: Execution, *, ack: bool | None = True) -> None:
-        """An execution is over: its copy is acknowledged, given back, or (``None``) left as it is."""
+        """End an execution: its copy is acknowledged, given back, or (``None``) left as it is."""
         if execution not in self.executions:
             return
         self.executions.remove(execution)
@@ -480,7 +480,7 @@ class World:
     def _after_run(
         self, task: IdempotentTask, request: Context, state: str, error: BaseException | None = None
     ) -> None:
-        """What the package does behind every run. A process that dies in it dies before its acknowledgement."""
+        """Do what the package does after every run. A process that dies in it dies before its acknowledgement."""
         with suppress(KilledError, SoftTimeLimitExceeded), self._traced(task, request):
             _after_run(task, state=state, retval=error)
 
@@ -524,7 +524,7 @@ class World:
     # -- what the model holds --------------------------------------------------------------------------------------------
 
     def _saw(self, act: Act, before: Row | None, after: Row | None) -> None:
-        """A verb was asked: keep in mind what it has changed."""
+        """Keep in mind what a verb has changed."""
         key = (after or before or act).key if (after or before) else None  # type: ignore[union-attr]
         if key is None:
             return
@@ -562,7 +562,7 @@ class World:
             _law("an old copy does not run in its retry's place", arrival.may_claim(before), act)
 
     def check(self) -> None:
-        """What holds between any two acts, whoever does them."""
+        """Check what holds between any two acts, whoever does them."""
         owners: dict[Claim, Execution] = {}
         for execution in self.executions:
             claim = execution.run.claim

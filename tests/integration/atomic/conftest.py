@@ -31,7 +31,7 @@ class Here:
         return store
 
     def task(self, body: Callable[..., Any], **options: Any) -> IdempotentTask:
-        """A body as an atomic task; it is given the task."""
+        """Return a body as an atomic task; it is given the task."""
         body.__name__ = body.__name__.replace("<lambda>", "body")  # which Celery could not compile
         name = f"{body.__name__}-{len(self.app.tasks)}"
         options = {"base": IdempotentTask, "bind": True, "atomic": True, "name": name, "shared": False, **options}
@@ -89,7 +89,7 @@ def here(open_here: Callable[..., Here], store_url: str) -> Here:
 
 @pytest.fixture
 def statements() -> Iterator[list[str]]:
-    """What any engine of this process executes; commits and rollbacks among it."""
+    """Yield what any engine of this process executes; commits and rollbacks among it."""
     executed: list[str] = []
 
     def note(connection: object, cursor: object, statement: str, *_: object) -> None:

@@ -64,7 +64,7 @@ class Opponent:
 
 
 def session_of(task: IdempotentTask) -> int:
-    """The server's number for the connection of the body that runs."""
+    """Return the server's number for the connection of the body that runs."""
     postgresql = task.connection.dialect.name == "postgresql"
     return int(task.connection.scalar(sa.text("SELECT pg_backend_pid()" if postgresql else "SELECT connection_id()")))
 
@@ -126,7 +126,7 @@ def fixed(open_fixed: OpenFixed, store_url: str) -> Here:
 
 
 def fixing_snapshots(url: str) -> sa.Engine:
-    """An engine whose transactions at ``REPEATABLE READ`` do not write what was written since their snapshot."""
+    """Return an engine whose transactions at ``REPEATABLE READ`` do not write what was written since their snapshot."""
     engine = sa.create_engine(url)
     if engine.dialect.name != "postgresql":
 

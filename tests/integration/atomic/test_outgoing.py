@@ -18,13 +18,13 @@ from tests.support.effects import Effect, add_to
 
 @pytest.fixture
 def ran() -> list[str]:
-    """What the child was given, run by run."""
+    """Return what the child was given, run by run."""
     return []
 
 
 @pytest.fixture
 def child(here: Here, ran: list[str]) -> IdempotentTask:
-    """A guarded task, run where it is published, since the app is eager."""
+    """Return a guarded task, run where it is published, since the app is eager."""
 
     def body(name: str) -> str:
         ran.append(name)

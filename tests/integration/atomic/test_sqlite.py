@@ -45,12 +45,12 @@ def immediate(url: str) -> sa.Engine:
 
 
 def without(url: str) -> sa.Engine:
-    """The driver begins nothing, and nor does anybody else."""
+    """Have nobody begin a transaction, the driver included."""
     return sa.create_engine(url, connect_args={"timeout": 30.0, "isolation_level": None})
 
 
 def always(url: str) -> sa.Engine:
-    """The driver begins a transaction as soon as there is none."""
+    """Have the driver begin a transaction as soon as there is none."""
     return sa.create_engine(url, connect_args={"timeout": 30.0, "autocommit": False})
 
 

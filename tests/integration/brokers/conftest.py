@@ -48,7 +48,7 @@ class Site:
         return result
 
     def gate(self) -> Path:
-        """A file that is not there yet."""
+        """Return a file that is not there yet."""
         return self.directory / f"gate-{uuid4().hex[:8]}"
 
     def starts(self, result: AsyncResult[Any]) -> list[Entry]:
@@ -56,7 +56,7 @@ class Site:
         return self.ledger.starts(task_id=result.id)
 
     def wait_for_starts(self, result: AsyncResult[Any], count: int = 1) -> list[Entry]:
-        """The same, once there are so many."""
+        """Wait for so many, and return them."""
         return wait_until(
             lambda: starts if len(starts := self.starts(result)) >= count else None,
             timeout=PATIENCE,
@@ -98,7 +98,7 @@ class MakeSite(Protocol):
 
 @pytest.fixture
 def make_site(open_app: OpenApp, private_redis: PrivateRedis, ledger: Ledger, tmp_path: Path) -> MakeSite:
-    """An app on a broker, its rows in SQLite and its results on a Redis that stays.
+    """Return an app on a broker, its rows in SQLite and its results on a Redis that stays.
 
     Tasks acknowledge late; a worker that can run two at once takes no third.
     """

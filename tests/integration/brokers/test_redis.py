@@ -28,7 +28,7 @@ VISIBILITY = {"visibility_timeout": 2}
 
 @pytest.fixture
 def server(private_redis: PrivateRedis) -> Iterator[PrivateRedis]:
-    """The broker alone; results are on another Redis."""
+    """Yield the broker alone; results are on another Redis."""
     with PrivateRedis() as server:
         yield server
 

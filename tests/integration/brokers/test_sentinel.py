@@ -40,13 +40,13 @@ class Pair:
         wait_until(lambda: self.replication()["master_link_status"] == "down", describe=self.replication)
 
     def replication(self) -> dict[str, Any]:
-        """What the replica says of itself."""
+        """Return what the replica says of itself."""
         with redis.Redis.from_url(self.replica.url) as client:
             answer: dict[str, Any] = client.info("replication")
             return answer
 
     def is_copied(self) -> bool:
-        """Whether the replica has all that the master has."""
+        """Return whether the replica has all that the master has."""
         with redis.Redis.from_url(self.master.url) as client:
             offset: int = client.info("replication")["master_repl_offset"]
         return int(self.replication()["slave_repl_offset"]) >= offset

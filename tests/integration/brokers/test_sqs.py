@@ -30,7 +30,7 @@ MakeSQS = Callable[..., Site]
 
 @pytest.fixture
 def make_sqs(make_site: MakeSite, tmp_path: Path) -> MakeSQS:
-    """An app on such a broker; says whether an old receipt handle deletes."""
+    """Return an app on such a broker, and whether an old receipt handle deletes."""
 
     def make_sqs(stale_handles_delete: bool, **settings: Any) -> Site:
         files = filesystem_broker(tmp_path)
@@ -51,7 +51,7 @@ def make_sqs(make_site: MakeSite, tmp_path: Path) -> MakeSQS:
 
 
 def messages(site: Site) -> list[Path]:
-    """What is in the queue, visible or not."""
+    """Return what is in the queue, visible or not."""
     return list(Path(site.spec.transport_options["data_folder_in"]).glob(f"*.{site.spec.queue}.msg"))
 
 

@@ -27,7 +27,7 @@ def project(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def store(project: Path) -> Iterator[SQLStore]:
-    """A log with two messages that failed."""
+    """Yield a log with two messages that failed."""
     with closing(SQLStore(f"sqlite:///{project / 'log.db'}")) as store:
         for name in NAMES:
             message = encode_message((name,), {}, {}, serializer="json")

@@ -46,7 +46,7 @@ def run_sql(url: str, script: str) -> None:
 
 @pytest.fixture
 def url(project: Path) -> str:
-    """A file with a table of the first version."""
+    """Return a file with a table of the first version."""
     url = f"sqlite:///{project / 'log.db'}"
     run_sql(url, (WRITTEN / "1.sqlite.sql").read_text())
     return url

@@ -29,12 +29,12 @@ def requeued(command: Command, *arguments: str) -> list[dict[str, str]]:
 
 
 def again(result: AsyncResult) -> AsyncResult:
-    """The result as another process sees it: this one keeps the failure that it has seen."""
+    """Return the result as another process sees it: this one keeps the failure that it has seen."""
     return AsyncResult(result.id, app=result.app)
 
 
 def get(result: AsyncResult) -> object:
-    """The value, once the failure has been replaced by it."""
+    """Wait for the value to replace the failure."""
     wait_until(lambda: again(result).successful(), timeout=PATIENCE, describe=lambda: again(result).state)
     return again(result).get(timeout=PATIENCE)
 

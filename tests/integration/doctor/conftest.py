@@ -37,7 +37,7 @@ def good_redis(private_redis: PrivateRedis) -> PrivateRedis:
 
 @pytest.fixture
 def make_app(good_redis: PrivateRedis) -> Iterator[MakeApp]:
-    """An app with one guarded task, on a good Redis for messages, results and rows unless told otherwise."""
+    """Yield an app with one guarded task, on a good Redis for messages, results and rows unless told otherwise."""
     apps: list[Celery] = []
 
     def make_app(*, task: dict[str, Any] | None = None, init: bool = True, **settings: Any) -> Celery:
@@ -68,7 +68,7 @@ def make_app(good_redis: PrivateRedis) -> Iterator[MakeApp]:
 
 
 def examine(app: Celery, *, ahead: float = 0.0, consumer_timeout: float | None = None) -> list[Finding]:
-    """What is found with an app, on a host whose clock is so many seconds ahead."""
+    """Return what is found with an app, on a host whose clock is so many seconds ahead."""
 
     def clock() -> datetime:
         return datetime.fromtimestamp(datetime.now(UTC).timestamp() + ahead, UTC)
@@ -77,12 +77,12 @@ def examine(app: Celery, *, ahead: float = 0.0, consumer_timeout: float | None =
 
 
 def codes(app: Celery, **options: Any) -> list[str]:
-    """The codes of it."""
+    """Return the codes of it."""
     return [finding.code for finding in examine(app, **options)]
 
 
 def doctor_says(app: Celery, capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, Any]:
-    """The exit status of ``doctor --json``, and what it printed."""
+    """Return the exit status of ``doctor --json``, and what it printed."""
     capsys.readouterr()
     celery.params[0].default = app
     try:

@@ -94,7 +94,7 @@ def sql(private_postgresql: PrivatePostgreSQL) -> Callable[[str], None]:
 
 @pytest.fixture
 def durable(private_postgresql: PrivatePostgreSQL, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The URL of one that syncs its writes, which the tests' own ones do not."""
+    """Return the URL of one that syncs its writes, which the tests' own ones do not."""
     fast = private_postgresql.command()
     synced = [part.replace("fsync=off", "fsync=on") for part in fast]
     monkeypatch.setattr(private_postgresql, "command", lambda: synced)

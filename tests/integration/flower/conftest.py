@@ -30,7 +30,7 @@ TASKS = (
 
 @pytest.fixture(scope="session")
 def watched_bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    """A bench whose worker sends events."""
+    """Yield a bench whose worker sends events."""
     directory = Path(tmp_path_factory.mktemp("watched"))
     # Its tests make claims that ran out, and look at what is said of them.
     settings = {"idempotent_recovery_interval": 0, "worker_send_task_events": True}
@@ -55,13 +55,13 @@ def shared_flower(watched_bench: Bench) -> Iterator[FlowerProcess]:
 
 @pytest.fixture
 def bench(watched_bench: Bench) -> Bench:
-    """The bench; a test uses message ids of its own."""
+    """Return the bench; a test uses message ids of its own."""
     return watched_bench
 
 
 @pytest.fixture
 def flower(request: pytest.FixtureRequest, watched_bench: Bench, shared_flower: FlowerProcess) -> FlowerProcess:
-    """The Flower that all tests look at."""
+    """Return the Flower that all tests look at."""
     logs = request.node.stash.setdefault(LOGS, {})
     logs["Flower"] = shared_flower.log_tail
     assert watched_bench.worker is not None
@@ -71,7 +71,7 @@ def flower(request: pytest.FixtureRequest, watched_bench: Bench, shared_flower: 
 
 @pytest.fixture(scope="session")
 def shared_browser() -> Iterator[Chrome]:
-    """A Chromium."""
+    """Yield a Chromium."""
     try:
         opened = open_browser()
         browser = opened.__enter__()
@@ -85,7 +85,7 @@ def shared_browser() -> Iterator[Chrome]:
 
 @pytest.fixture
 def browser(shared_browser: Chrome) -> Chrome:
-    """The Chromium, on an empty page."""
+    """Return the Chromium, on an empty page."""
     shared_browser.get("about:blank")
     return shared_browser
 
@@ -98,13 +98,13 @@ def wait_until_it_hears(flower: FlowerProcess, bench: Bench) -> None:
 
 
 def info_of(flower: FlowerProcess, task_id: str) -> dict[str, Any]:
-    """What Flower knows of a task; nothing before it has heard of it."""
+    """Return what Flower knows of a task; nothing before it has heard of it."""
     answer = flower.get(f"/api/task/info/{task_id}", credentials=OPERATOR)
     return json.loads(answer.text) if answer.status == 200 else {}
 
 
 def wait_for_state(flower: FlowerProcess, task_id: str, state: str) -> dict[str, Any]:
-    """What Flower knows of a task, once it has a state."""
+    """Wait for a task to have a state; return what Flower knows of it."""
     return wait_until(
         lambda: info if (info := info_of(flower, task_id)).get("state") == state else None,
         timeout=30.0,
@@ -113,7 +113,7 @@ def wait_for_state(flower: FlowerProcess, task_id: str, state: str) -> dict[str,
 
 
 def value_of(flower: FlowerProcess, series: str) -> float:
-    """The value of a series of Flower's ``/metrics``; 0 before there is one."""
+    """Return the value of a series of Flower's ``/metrics``; 0 before there is one."""
     for line in flower.get("/metrics").text.splitlines():
         name, _, value = line.rpartition(" ")
         if name == series:

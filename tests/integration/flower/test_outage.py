@@ -23,7 +23,7 @@ pytestmark = pytest.mark.xdist_group("flower")
 
 @pytest.fixture
 def flower(bench: Bench, private_redis: PrivateRedis) -> Iterator[FlowerProcess]:
-    """A Flower whose queue log is in a Redis of the test's own, with one message that failed."""
+    """Yield a Flower whose queue log is in a Redis of the test's own, with one message that failed."""
     store = RedisStore(private_redis.url)
     message = NewMessage(MessageKey("order:1", "fail"), "id")
     store.record(message)

@@ -33,7 +33,7 @@ def visit(browser: Chrome, flower: FlowerProcess, path: str, *, credentials: str
 
 
 def text_of(browser: Chrome, selector: str) -> str:
-    """The text of a part of the page; nothing while it is being replaced."""
+    """Return the text of a part of the page; nothing while it is being replaced."""
     found = browser.execute_script(
         "const e = document.querySelector(arguments[0]); return e ? e.innerText : ''", selector
     )
@@ -41,7 +41,7 @@ def text_of(browser: Chrome, selector: str) -> str:
 
 
 def wait_for_text(browser: Chrome, selector: str, *texts: str, timeout: float = 30.0) -> str:
-    """The text of a part of the page, once it has all of these; the page refreshes itself."""
+    """Wait for all of these in the text of a part of the page, which refreshes itself."""
 
     def there() -> str | None:
         text = text_of(browser, selector)
@@ -51,7 +51,7 @@ def wait_for_text(browser: Chrome, selector: str, *texts: str, timeout: float = 
 
 
 def row_of(browser: Chrome, table: str, text: str) -> str:
-    """The row of a table that has a text."""
+    """Return the row of a table that has a text."""
     rows = browser.execute_script(
         "return [...document.querySelectorAll(arguments[0] + ' tbody tr')].map(row => row.innerText)", table
     )
@@ -59,7 +59,7 @@ def row_of(browser: Chrome, table: str, text: str) -> str:
 
 
 def fail(bench: Bench, *, text: str = "no such card") -> str:
-    """The id of a message that has failed."""
+    """Return the id of a message that has failed."""
     message_id = bench.fresh("failed")
     bench.task("fail").apply_async((text,), message_id=message_id)
     bench.done("fail", message_id)

@@ -46,14 +46,14 @@ class Shop:
         return int(done.stdout), done.returncode
 
     def message(self, order: int) -> str | None:
-        """The status of an order's message in the queue log; ``None`` when there is none."""
+        """Return the status of an order's message in the queue log; ``None`` when there is none."""
         row = self.office.row("charge", f"order:{order}")
         return None if row is None else row.status.value
 
 
 @pytest.fixture(scope="session")
 def opened_shop(postgresql_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
-    """The project, set up once: Django has one set of settings per process."""
+    """Yield the project, set up once: Django has one set of settings per process."""
     import django
     from django.conf import settings
     from django.db import connections
@@ -83,7 +83,7 @@ def opened_shop(postgresql_url: str, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture
 def shop(opened_shop: Shop) -> Shop:
-    """The project, with no orders and nothing on the broker."""
+    """Return the project, with no orders and nothing on the broker."""
     opened_shop.Order.objects.all().delete()
     opened_shop.office.messages()
     return opened_shop

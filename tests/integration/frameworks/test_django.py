@@ -216,7 +216,7 @@ def test_the_page_shows_this_outbox() -> None:
 
 
 def transaction_of() -> tuple[int, object]:
-    """The server's process and the transaction that Django is in."""
+    """Return the server's process and the transaction that Django is in."""
     with connection.cursor() as cursor:
         cursor.execute("SELECT pg_backend_pid(), xact_start FROM pg_stat_activity WHERE pid = pg_backend_pid()")
         backend, began = cursor.fetchone()

@@ -31,7 +31,7 @@ asynchronous = pytest.mark.parametrize("store_url", ["sqlite", "postgresql"], in
 
 
 def post(site: FastAPI, path: str) -> httpx.Response:
-    """A request, from its beginning to the end of its dependencies."""
+    """Return a request, from its beginning to the end of its dependencies."""
 
     async def ask() -> httpx.Response:
         transport = httpx.ASGITransport(site, raise_app_exceptions=False)

@@ -29,7 +29,7 @@ class Order(db.Model):  # type: ignore[name-defined, misc] # a class that is mad
 
 @pytest.fixture
 def site(store_url: str, office: Office) -> Iterator[Flask]:
-    """A site whose database is the queue log's."""
+    """Yield a site whose database is the queue log's."""
     charge = office.app.tasks["charge"]
     site = Flask(__name__)
     site.config["SQLALCHEMY_DATABASE_URI"] = store_url

@@ -19,7 +19,7 @@ every_task = pytest.mark.parametrize("task", [f"tools.{name}" for name in NAMES]
 
 @pytest.fixture(scope="module")
 def notes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the tools of the worker saw."""
+    """Return what the tools of the worker saw."""
     return tmp_path_factory.mktemp("tools") / "notes"
 
 

@@ -49,7 +49,7 @@ def _telling(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Telling]:
 
 @pytest.fixture
 def bench(request: pytest.FixtureRequest, _telling: Telling) -> Bench:
-    """The bench; a test uses message ids of its own."""
+    """Return the bench; a test uses message ids of its own."""
     assert _telling.bench.worker is not None
     request.node.stash.setdefault(LOGS, {})["the worker"] = _telling.bench.worker.log_tail
     return _telling.bench
@@ -57,5 +57,5 @@ def bench(request: pytest.FixtureRequest, _telling: Telling) -> Bench:
 
 @pytest.fixture
 def told(_telling: Telling) -> Told:
-    """What the hooks of the bench were told."""
+    """Return what the hooks of the bench were told."""
     return _telling.told

@@ -40,12 +40,12 @@ class Traced:
 
     @contextmanager
     def span(self, name: str) -> Iterator[SpanContext]:
-        """A span of the caller's, a request say."""
+        """Yield a span of the caller's, a request say."""
         with self.provider.get_tracer("a caller").start_as_current_span(name) as span:
             yield span.get_span_context()
 
     def here(self, name: str, message_id: str) -> ReadableSpan:
-        """The only span of this process of that name about a message."""
+        """Return the only span of this process of that name about a message."""
         (found,) = (
             span
             for span in self.memory.get_finished_spans()
@@ -54,7 +54,7 @@ class Traced:
         return found
 
     def in_worker(self, name: str, message_id: str) -> dict[str, Any]:
-        """The first span of the worker of that name about a message, once it is there."""
+        """Return the first span of the worker of that name about a message, once it is there."""
         key = "celery_idempotent.message_id"
         return wait_until(
             lambda: next(
@@ -65,7 +65,7 @@ class Traced:
         )
 
     def parent_of(self, span: dict[str, Any]) -> dict[str, Any]:
-        """The span of the worker that a span is within, once that has ended."""
+        """Return the span of the worker that a span is within, once that has ended."""
         return wait_until(
             lambda: next((s for s in self.spans() if s["context"]["span_id"] == span["parent_id"]), None),
             timeout=PATIENCE,
@@ -112,7 +112,7 @@ def site(request: pytest.FixtureRequest, _traced: Traced) -> Traced:
 
 @pytest.fixture
 def instrumented(site: Traced) -> Iterator[None]:
-    """This process has Celery's own spans too, as the worker has."""
+    """Give this process Celery's own spans too, as the worker has them."""
     instrumentor = CeleryInstrumentor()  # type: ignore[no-untyped-call]
     instrumentor.instrument(tracer_provider=site.provider)
     yield
@@ -128,7 +128,7 @@ def ids(context: SpanContext) -> tuple[int, int]:
 
 
 def written(context: SpanContext) -> list[tuple[str, str]]:
-    """A link to a span, as it is written."""
+    """Return a link to a span, as it is written."""
     return [("0x" + format_trace_id(context.trace_id), "0x" + format_span_id(context.span_id))]
 
 

@@ -22,7 +22,7 @@ from tests.support.waiting import wait_until
 
 
 def leave_behind(bench: Bench, task: str, message_id: str, *args: Any, **options: Any) -> str:
-    """A message as a worker leaves it that died: claimed, its lease over. Answers its task id."""
+    """Leave a message as a worker that died does: claimed, its lease over. Return its task id."""
     task_id = bench.fresh("task")
     message = encode_message(args, {}, {"task_id": task_id, **options}, serializer="json")
     new = NewMessage(MessageKey(message_id, task), task_id, queue=bench.spec.queue, message=message)

@@ -29,7 +29,7 @@ Series = dict[tuple[str, str, str], float]
 
 
 def parsed(text: str) -> Series:
-    """Samples by name, task and outcome."""
+    """Return the samples by name, task and outcome."""
     return {
         (sample.name, sample.labels.get("task_name", ""), sample.labels.get("outcome", "")): sample.value
         for family in text_string_to_metric_families(text)
@@ -70,7 +70,7 @@ def test_each_outcome_is_counted_with_its_durations() -> None:
 
 @pytest.fixture
 def multiprocess(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory for the workers that the test starts; this process has imported the library before, and counts in memory."""
+    """Return a directory for the workers that the test starts; this process has imported the library before, and counts in memory."""
     directory = tmp_path / "series"
     directory.mkdir()
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(directory))
@@ -184,7 +184,7 @@ def queries() -> Iterator[str]:
 
 
 def exposed() -> tuple[set[str], set[str], dict[str, set[str]]]:
-    """The names of all samples, the outcomes, and the labels of each name, as the hook exposes them."""
+    """Return the names of all samples, the outcomes, and the labels of each name, as the hook exposes them."""
     registry = CollectorRegistry()
     hook = PrometheusHook(registry)
     for kind in OutcomeKind:

@@ -32,7 +32,7 @@ def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def outage_server() -> Iterator[PrivatePostgreSQL]:
-    """A PostgreSQL of this test process: making one takes longer than most of these tests."""
+    """Yield a PostgreSQL of this test process: making one takes longer than most of these tests."""
     try:
         server = PrivatePostgreSQL().__enter__()
     except NotInstalledError as error:
@@ -44,7 +44,7 @@ def outage_server() -> Iterator[PrivatePostgreSQL]:
 
 @pytest.fixture
 def postgresql(outage_server: PrivatePostgreSQL) -> Iterator[PrivatePostgreSQL]:
-    """The same, for a test to stop, kill and freeze."""
+    """Yield the same, for a test to stop, kill and freeze."""
     yield outage_server
     if outage_server._process is None:
         outage_server.start()
@@ -54,7 +54,7 @@ def postgresql(outage_server: PrivatePostgreSQL) -> Iterator[PrivatePostgreSQL]:
 
 @pytest.fixture
 def spec(postgresql: PrivatePostgreSQL, private_redis: PrivateRedis, ledger: Ledger) -> AppSpec:
-    """An app whose store the test can take away; results and messages stay."""
+    """Return an app whose store the test can take away; results and messages stay."""
     broker = redis_broker(private_redis.url)
     return AppSpec(
         broker=broker.url,

@@ -50,7 +50,7 @@ def done(app: Celery, task: str) -> int:
 
 
 def assert_ran_once_each(app: Celery, ledger: Ledger, task: str, message_ids: list[str]) -> None:
-    """The ledger, the table and the broker agree: one run of each, nothing left over."""
+    """Check that ledger, table and broker agree: one run of each, nothing left over."""
     assert sorted(note.message_id or "" for note in ledger.starts(task)) == sorted(message_ids)
     assert sorted(note.message_id or "" for note in ledger.ends(task)) == sorted(message_ids)
     rows = list(app.queue_log.store.rows(RowFilter(task_name=task, limit=1000)))

@@ -38,7 +38,7 @@ def message(message_id: str) -> NewMessage:
 
 
 def outcome(call: Callable[[], Any]) -> Any:
-    """What a call comes to, within a time in which a caller would not yet despair."""
+    """Return what a call comes to, within a time in which a caller would not yet despair."""
     answers: list[Any] = []
 
     def ask() -> None:

@@ -40,7 +40,7 @@ class Office:
 
     @contextmanager
     def session(self, **options: Any) -> Iterator[Session]:
-        """A session of the user's, on an engine of the user's."""
+        """Yield a session of the user's, on an engine of the user's."""
         with Session(self.effects.engine, **options) as session:
             yield session
 
@@ -53,7 +53,7 @@ class Office:
         return row
 
     def messages(self) -> list[Message]:
-        """What the broker has got since the last look."""
+        """Return what the broker has got since the last look."""
         taken: list[Message] = []
         with self.app.connection_for_read() as connection:
             queue = self.app.amqp.queues[self.queue](connection.default_channel)
@@ -63,12 +63,12 @@ class Office:
         return taken
 
     def published(self) -> list[str]:
-        """The message ids of that."""
+        """Return the message ids of that."""
         return [message.properties["message_id"] for message in self.messages()]
 
     @contextmanager
     def broken_broker(self) -> Iterator[list[str]]:
-        """A broker that takes nothing; what it was offered."""
+        """Have the broker take nothing; yield what it was offered."""
         offered: list[str] = []
 
         def refuse(*_: Any, message_id: str, **__: Any) -> Any:

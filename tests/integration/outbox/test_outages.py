@@ -64,7 +64,7 @@ def commit(app: Celery, effects: Effects, name: str) -> float:
 
 
 def published(app: Celery) -> list[str]:
-    """What the broker has."""
+    """Return what the broker has."""
     found: list[str] = []
     with app.connection_for_read() as connection:
         queue = app.amqp.queues[app.conf.task_default_queue](connection.default_channel)

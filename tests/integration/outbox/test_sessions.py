@@ -285,7 +285,7 @@ def test_what_the_outbox_does_not_take_is_published_at_once_and_said(
     office: Office, caplog: pytest.LogCaptureFixture
 ) -> None:
     def body() -> None:
-        """A task of Celery's own class."""
+        """Do what a task of Celery's own class does."""
 
     foreign = office.app.task(body, name="foreign", shared=False)
     with caplog.at_level(logging.WARNING), office.session() as session, outbox(session):

@@ -47,7 +47,7 @@ def send(app: Celery, name: str, count: int = MANY) -> list[str]:
 
 
 def published(app: Celery) -> list[str]:
-    """What the broker has got, in its order."""
+    """Return what the broker has got, in its order."""
     found = []
     with app.connection_for_read() as connection:
         queue = app.amqp.queues[app.conf.task_default_queue](connection.default_channel)

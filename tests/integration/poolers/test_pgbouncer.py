@@ -51,7 +51,7 @@ def effects(private_postgresql: PrivatePostgreSQL) -> Iterator[Effects]:
 
 @pytest.fixture
 def eyes(private_postgresql: PrivatePostgreSQL) -> Iterator[SQLStore]:
-    """The same log, without the pooler."""
+    """Yield the same log, without the pooler."""
     store = SQLStore(private_postgresql.url)
     yield store
     store.close()
@@ -59,7 +59,7 @@ def eyes(private_postgresql: PrivatePostgreSQL) -> Iterator[SQLStore]:
 
 @pytest.fixture
 def pooled(private_pgbouncer: PrivatePgBouncer) -> Iterator[SQLStore]:
-    """A store behind the pooler, its table made through it."""
+    """Yield a store behind the pooler, its table made through it."""
     store = SQLStore(private_pgbouncer.url)
     store.init()
     yield store
@@ -67,7 +67,7 @@ def pooled(private_pgbouncer: PrivatePgBouncer) -> Iterator[SQLStore]:
 
 
 def left_behind(pooler: PrivatePgBouncer) -> set[tuple[object, ...]]:
-    """What the next clients find on each of the pooler's connections: named statements, locks, settings."""
+    """Return what the next clients find on each of the pooler's connections: named statements, locks, settings."""
     look = sa.text(
         "SELECT (SELECT count(*) FROM pg_prepared_statements),"
         " (SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'),"
@@ -86,7 +86,7 @@ CLEAN: set[tuple[object, ...]] = {(0, 0, "0", "0")}
 
 
 def use(store: SQLStore) -> None:
-    """The verbs of a task, often enough for any driver to give their statements names, from as many threads as have to share connections."""
+    """Use the verbs of a task, often enough for any driver to name their statements, from as many threads as have to share connections."""
 
     def one(number: int) -> None:
         key = MessageKey(f"m-{number}", "t")

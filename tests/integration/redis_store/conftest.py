@@ -14,7 +14,7 @@ from tests.support.servers import PrivateRedis
 
 @pytest.fixture
 def store(private_redis: PrivateRedis) -> Iterator[RedisStore]:
-    """A store of the test's own, which has already been used."""
+    """Yield a store of the test's own, which has already been used."""
     store = RedisStore(private_redis.url)
     store.init()
     yield store
@@ -23,21 +23,21 @@ def store(private_redis: PrivateRedis) -> Iterator[RedisStore]:
 
 @pytest.fixture
 def client(private_redis: PrivateRedis) -> Iterator[Redis]:
-    """The same server, as redis-py sees it."""
+    """Yield the same server, as redis-py sees it."""
     with Redis.from_url(private_redis.url) as client:
         yield client
 
 
 @pytest.fixture
 def wire(private_redis: PrivateRedis) -> Iterator[Wire]:
-    """A wire to the server."""
+    """Yield a wire to the server."""
     with Wire(private_redis.url) as wire:
         yield wire
 
 
 @pytest.fixture
 def wired(store: RedisStore, wire: Wire) -> Iterator[RedisStore]:
-    """A store at the other end of the wire, which has already been used, so that its connection is kept."""
+    """Yield a store at the other end of the wire, which has already been used, so that its connection is kept."""
     wired = RedisStore(wire.url)
     wired.check()
     yield wired

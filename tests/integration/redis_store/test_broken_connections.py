@@ -319,7 +319,7 @@ def test_children_have_connections_of_their_own(store: RedisStore, client: Redis
 
 
 def in_a_child(call: Callable[[], object]) -> bool:
-    """Whether a child that is forked now comes to an end with it."""
+    """Return whether a child that is forked now comes to an end with it."""
     pid = os.fork()
     if not pid:  # pragma: no cover - in the child
         try:

@@ -27,7 +27,7 @@ PATIENCE = 60.0
 
 @pytest.fixture
 def watched() -> Iterator[tuple[PrivateRedis, PrivateRedis, PrivateSentinel]]:
-    """A master, its replica, and the Sentinel that watches them."""
+    """Yield a master, its replica, and the Sentinel that watches them."""
     with ExitStack() as stack:
         try:
             master = stack.enter_context(PrivateRedis())
@@ -104,7 +104,7 @@ def test_a_master_that_was_made_a_replica_is_left(watched: tuple[PrivateRedis, P
 
 
 def _role(server: PrivateRedis) -> str | None:
-    """What a server is just now; Sentinel ends its connections when it becomes something else."""
+    """Return what a server is just now; Sentinel ends its connections when it becomes something else."""
     with suppress(RedisError), Redis.from_url(server.url) as client:
         role: str = client.info("replication")["role"]
         return role

@@ -35,7 +35,7 @@ VERBS = (
 
 
 def indexed(client: Redis) -> dict[str, list[tuple[bytes, float]]]:
-    """What is in each kind of index, over all shards."""
+    """Return what is in each kind of index, over all shards."""
     found: dict[str, list[tuple[bytes, float]]] = {}
     for key in client.scan_iter(match="{queue_log:*"):
         kind = key.decode().partition("}:")[2]
@@ -45,7 +45,7 @@ def indexed(client: Redis) -> dict[str, list[tuple[bytes, float]]]:
 
 
 def expected(client: Redis) -> dict[str, list[tuple[bytes, float]]]:
-    """What has to be in them, by the rows."""
+    """Return what has to be in them, by the rows."""
     found: dict[str, list[tuple[bytes, float]]] = {}
 
     def put(kind: str, ident: bytes, moment: bytes | float) -> None:

@@ -25,7 +25,7 @@ every_verb = pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.__name
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[Any]]:
-    """The commands of each round trip, as they are sent."""
+    """Return the commands of each round trip, as they are sent."""
     trips: list[list[Any]] = []
     ask = pool.ask
 
@@ -38,7 +38,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[Any]]:
 
 
 def loaded(store: RedisStore, client: Redis, verb: Measured) -> Callable[[], object]:
-    """The call to be measured, its script known to the server."""
+    """Return the call to be measured, its script known to the server."""
     verb(store)()
     client.flushall()
     return verb(store)

@@ -35,7 +35,7 @@ def sql(tmp_path: Path) -> Iterator[SQLStore]:
 
 
 def told(row: Row | None) -> dict[str, Any] | None:
-    """A row without its moments: whether there are such, and on which side of now."""
+    """Return a row without its moments: whether there are such, and on which side of now."""
     if row is None:
         return None
     values = {field.name: getattr(row, field.name) for field in fields(Row)}

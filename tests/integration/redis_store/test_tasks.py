@@ -39,7 +39,7 @@ pytestmark = pytest.mark.parametrize("broker", ["redis"], indirect=True)
 
 @pytest.fixture
 def store_server() -> Iterator[PrivateRedis]:
-    """The queue log's own Redis."""
+    """Yield the queue log's own Redis."""
     try:
         server = PrivateRedis().__enter__()
     except NotInstalledError as error:
@@ -241,7 +241,7 @@ def test_what_needs_a_transaction_says_that_there_is_none(make_shop: Callable[..
 
     @shop.app.task(base=IdempotentTask, name="atomic", atomic=True, shared=False)
     def atomic() -> None:
-        """It never comes to this."""
+        """Fail: it must not come to this."""
 
     shop.app.conf.task_always_eager = True
     with pytest.raises(ConfigurationError, match=f"atomic=True {text}"):

@@ -13,7 +13,7 @@ from tests.integration.sql.wire import Wire
 
 @pytest.fixture
 def store(store_url: str) -> Iterator[SQLStore]:
-    """A store of the test's own, its table made and looked at; on SQLite, PostgreSQL and MariaDB in turn."""
+    """Yield a store of the test's own, its table made and looked at; on SQLite, PostgreSQL and MariaDB in turn."""
     store = SQLStore(store_url)
     store.init()
     store.counts()
@@ -23,14 +23,14 @@ def store(store_url: str) -> Iterator[SQLStore]:
 
 @pytest.fixture
 def wire(store_url: str) -> Iterator[Wire]:
-    """A wire to the database of ``store_url``, which has to be a server's."""
+    """Yield a wire to the database of ``store_url``, which has to be a server's."""
     with Wire(store_url) as wire:
         yield wire
 
 
 @pytest.fixture
 def wired(store: SQLStore, wire: Wire) -> Iterator[SQLStore]:
-    """A store at the other end of the wire, which has already been used, so that its connection is in the pool."""
+    """Yield a store at the other end of the wire, which has already been used, so that its connection is in the pool."""
     wired = SQLStore(wire.url)
     wired.counts()
     yield wired
@@ -39,7 +39,7 @@ def wired(store: SQLStore, wire: Wire) -> Iterator[SQLStore]:
 
 @pytest.fixture
 def statements() -> Iterator[list[str]]:
-    """The statements that any engine of this process executes, as the driver is given them."""
+    """Yield the statements that any engine of this process executes, as the driver is given them."""
     executed: list[str] = []
 
     def note(

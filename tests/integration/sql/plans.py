@@ -158,11 +158,11 @@ class _Explained(Plans):
 
     @abstractmethod
     def taken(self, driver: Any) -> int:
-        """What the connection has taken so far."""
+        """Return what the connection has taken so far."""
 
     @abstractmethod
     def plan(self, statement: str, told: list[Any], effort: int) -> Plan:
-        """The plan that the database has told."""
+        """Return the plan that the database has told."""
 
 
 class _MariaDB(_Explained):
@@ -225,7 +225,7 @@ class _SQLite(_Explained):
 
 
 def watch(engine: sa.Engine, table: str = "queue_log") -> list[Plans]:
-    """Listeners to engines like this one, one for each way in which the database plans."""
+    """Listen to engines like this one, once for each way in which the database plans."""
     match engine.dialect.name:
         case "postgresql":
             return [_PostgreSQL(sa.create_engine(engine.url), table, generic=generic) for generic in (False, True)]
@@ -242,7 +242,7 @@ def _nodes(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _names_of_indexes(engine: sa.Engine, table: str) -> dict[str, str]:
-    """What the indexes are, by the names that the database has for them; of all tables whose names begin so, as partitions' do."""
+    """Return what the indexes are, by the names that the database has for them; of all tables whose names begin so, as partitions' do."""
     names = {"PRIMARY": "pkey", f"sqlite_autoindex_{table}_1": "pkey"}
     inspector = sa.inspect(engine)
     for each in inspector.get_table_names():

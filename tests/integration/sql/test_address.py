@@ -136,7 +136,7 @@ def test_hosts_are_tried_in_turn(postgresql_url: str) -> None:
 
 @pytest.fixture
 def odd(private_postgresql: PrivatePostgreSQL) -> Callable[[str, str], str]:
-    """Makes a database as one is found at times: with a statement that makes it, and one that sets it up."""
+    """Make a database as one is found at times: with a statement that makes it, and one that sets it up."""
 
     def make(create: str, alter: str = "") -> str:
         engine = sa.create_engine(private_postgresql.url, isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
@@ -188,7 +188,7 @@ def test_dates_that_a_session_behind_a_pooler_cannot_ask_for(odd: Callable[[str,
 
 @contextmanager
 def too_many_open_files() -> Iterator[None]:
-    """This process can open no other."""
+    """Let this process open no other."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     highest = max(int(each.name) for each in Path("/proc/self/fd").iterdir())
     with ExitStack() as files:

@@ -52,7 +52,7 @@ BEGUN, RUNNING = MessageKey("backlog:1", "work"), MessageKey("running", "work")
 
 @contextmanager
 def on(store: SQLStore) -> Iterator[Celery]:
-    """An app on a store, whose broker is in this process, and which has seen deliveries of both queues."""
+    """Yield an app on a store, whose broker is in this process, and which has seen deliveries of both queues."""
     app = Celery("beside", broker=f"memory://{uuid4().hex}", set_as_current=False)
     QueueLog(app, store=store)
 
@@ -85,7 +85,7 @@ def claimed(store: SQLStore, key: MessageKey) -> None:
 
 @pytest.fixture
 def backlog(store: SQLStore) -> SQLStore:
-    """A log on which the backlog waits."""
+    """Return a log on which the backlog waits."""
     store.record(message(PATTERN, "slow"))
     dialect = store.engine.dialect.name
     with store.engine.begin() as connection:
@@ -125,13 +125,13 @@ def stepping(step: Callable[[], Recovered], answers: list[object]) -> Iterator[N
 
 
 def steps_of(app: Celery, answers: list[object]) -> list[float]:
-    """The times of some steps."""
+    """Return the times of some steps."""
     step = Recovery(app.queue_log).run_pass
     return [seconds(lambda: answers.append(step())) for _ in range(STEPS)]
 
 
 def claims_on(store: SQLStore) -> list[float]:
-    """The times of some claims."""
+    """Return the times of some claims."""
     messages = [message(MessageKey(uuid4().hex, "work"), "fast") for _ in range(CLAIMS)]
     for new in messages:
         store.record(new)

@@ -40,7 +40,7 @@ class Blocker:
 
 
 def impatient(store_url: str) -> str:
-    """The URL of a client that waits for a lock for a moment only."""
+    """Return the URL of a client that waits for a lock for a moment only."""
     url = sa.make_url(store_url)
     match url.get_backend_name():
         case "sqlite":

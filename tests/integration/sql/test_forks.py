@@ -16,7 +16,7 @@ from tests.support.waiting import wait_until
 
 @pytest.fixture
 def busy(tmp_path: Path) -> Iterator[SQLStore]:
-    """A store that a thread of this process writes to all the time."""
+    """Yield a store that a thread of this process writes to all the time."""
     store = SQLStore(f"sqlite:///{tmp_path / 'store.db'}")
     store.init()
     written, stopped = 0, threading.Event()

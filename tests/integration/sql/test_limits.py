@@ -20,7 +20,7 @@ pytestmark = pytest.mark.parametrize("store_url", ["postgresql", "mariadb"], ind
 
 @contextmanager
 def locked(store: SQLStore) -> Iterator[Callable[[], int]]:
-    """The table is locked by somebody else; asks how many statements wait for that."""
+    """Lock the table as somebody else; yield what asks how many statements wait for that."""
     if store.engine.dialect.name == "postgresql":
         lock, unlock = "LOCK TABLE queue_log", "ROLLBACK"
         waiting = (
@@ -47,7 +47,7 @@ def locked(store: SQLStore) -> Iterator[Callable[[], int]]:
 def impatient(
     request: pytest.FixtureRequest, store_url: str, store: SQLStore, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[SQLStore]:
-    """A store that gives up after a second."""
+    """Yield a store that gives up after a second."""
     monkeypatch.setattr(connection, "ANSWER", 1.0)
     engine = sa.create_engine(store_url)
     store = SQLStore(store_url if request.param == "a URL" else engine)

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.xdist_group("partitions")
 
 
 def migration(parts: int) -> list[str]:
-    """The statements of the page, which turn ``queue_log`` into a partitioned table; with fewer parts than there."""
+    """Return the statements of the page, which turn ``queue_log`` into a partitioned table; with fewer parts than there."""
     found = re.search(r"```sql\n(-- partitions\n.*?)```", PAGE.read_text(), re.DOTALL)
     assert found is not None
     statements = [statement.replace("MODULUS 16", f"MODULUS {parts}") for statement in found[1].split(";")]
@@ -39,7 +39,7 @@ def migration(parts: int) -> list[str]:
 
 @contextmanager
 def partitioned(parts: int = 16) -> Iterator[str]:
-    """The URL of a schema in which the table is partitioned."""
+    """Yield the URL of a schema in which the table is partitioned."""
     with postgresql_store(KINDS["postgresql"].require()) as url:
         with closing(SQLStore(url)) as store:
             store.init()
@@ -119,7 +119,7 @@ def test_an_index_that_is_missing_is_built_part_by_part() -> None:
 
 @pytest.fixture(scope="module")
 def long() -> Iterator[SQLStore]:
-    """A log of some hundred thousand rows in partitions, which are long themselves."""
+    """Yield a log of some hundred thousand rows in partitions, which are long themselves."""
     with partitioned(PARTS) as url, closing(SQLStore(url)) as store:
         long_log.fill(store)
         yield store

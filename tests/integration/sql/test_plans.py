@@ -22,7 +22,7 @@ _KINDS = [pytest.param(kind, marks=pytest.mark.xdist_group(f"a long log on {kind
 
 @pytest.fixture(scope="module", params=_KINDS)
 def long(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SQLStore]:
-    """A log of some hundred thousand rows; what a test leaves in it is forgotten."""
+    """Yield a log of some hundred thousand rows; what a test leaves in it is forgotten."""
     with ExitStack() as stack:
         match request.param:
             case "sqlite":
@@ -38,7 +38,7 @@ def long(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def carried_out(store: SQLStore, verb: verbs.Verb) -> Iterator[tuple[plans.Plans, list[plans.Plan]]]:
-    """The plans of a verb's statements, for each way in which the database plans."""
+    """Yield the plans of a verb's statements, for each way in which the database plans."""
     for watched in plans.watch(store.engine):
         try:
             prepared = verb.prepare(SQLStore(watched.engine))
@@ -90,7 +90,7 @@ def test_no_statement_of_the_store_is_left_out(long: SQLStore) -> None:
 
 
 def statements_of(part: object) -> Iterator[tuple[str, Any]]:
-    """The statements that an object holds, and those of the statements' holders that it holds."""
+    """Yield the statements that an object holds, and those of the statements' holders that it holds."""
     names = list(vars(part)) if hasattr(part, "__dict__") else list(getattr(part, "__slots__", ()))
     for name in names:
         value = getattr(part, name)
@@ -102,7 +102,7 @@ def statements_of(part: object) -> Iterator[tuple[str, Any]]:
 
 
 def begins(statement: Any, carried: Any) -> bool:
-    """Whether what was carried out is the statement, or was made of it by more conditions or a limit."""
+    """Return whether what was carried out is the statement, or was made of it by more conditions or a limit."""
     if statement is carried:
         return True
     if type(statement) is not type(carried) or isinstance(statement, sa.Insert):

@@ -42,7 +42,7 @@ def in_child(work: Callable[[], None]) -> None:
 
 
 def session(store: SQLStore) -> object:
-    """The server's name for the connection that the store uses."""
+    """Return the server's name for the connection that the store uses."""
     ask = "SELECT pg_backend_pid()" if store.engine.dialect.name == "postgresql" else "SELECT CONNECTION_ID()"
     return store._database.run(lambda on, again: on.execute(sa.text(ask)).scalar())
 

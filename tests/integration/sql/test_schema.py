@@ -176,7 +176,7 @@ def test_many_may_init_at_once(store_url: str) -> None:
 
 
 def use_first(url: str, start: Any, answers: Any) -> None:
-    """What a process does that is one of many to use a new file."""
+    """Use a new file, as one process of many."""
     store = SQLStore(url)
     start.wait(60)
     try:

@@ -43,7 +43,7 @@ def engine(store_url: str) -> Iterator[sa.Engine]:
 
 @pytest.fixture
 def first(engine: sa.Engine) -> sa.Engine:
-    """A database with a table of the first version, as that made it, and a message that was done."""
+    """Return a database with a table of the first version, as that made it, and a message that was done."""
     kind = engine.dialect.name.replace("mysql", "mariadb")
     with engine.begin() as connection:
         for statement in (WRITTEN / f"1.{kind}.sql").read_text().split(";\n"):
@@ -72,7 +72,7 @@ def newer() -> Iterator[None]:
 
 
 def next_init(url: str) -> bool:
-    """The next version's ``init``."""
+    """Return the next version's ``init``."""
     with newer(), closing(SQLStore(url)) as store:
         return store.init()
 
@@ -184,7 +184,7 @@ def test_many_may_do_it_at_once(first: sa.Engine, store_url: str) -> None:
 
 
 def blocked(engine: sa.Engine) -> bool:
-    """Whether somebody waits for the table."""
+    """Return whether somebody waits for the table."""
     statement = (
         "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%queue_log%' "
         "AND datname = current_database() AND query NOT LIKE '%pg_stat_activity%'"

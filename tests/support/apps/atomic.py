@@ -76,7 +76,7 @@ def register(app: Celery, *, base: type[Task], ledger: Ledger) -> None:
 
     @app.task(base=base, bind=True, name="told", acks_late=True, reject_on_worker_lost=True)
     def told(self: Task, value: Any, *more: Any) -> Any:
-        """What waits on a result, or is sent."""
+        """Return what waits on a result, or is sent."""
         ledger.note("end", self, detail="".join(map(str, (value, *more))))
         return value
 

@@ -22,7 +22,7 @@ Moment = Literal["before", "after"]
 
 
 def deadly(name: str, moment: Moment, flag: str) -> str:
-    """The name of a child, with whose publication its publisher dies."""
+    """Return the name of a child, with whose publication its publisher dies."""
     return f"{name}|{moment}|{flag}"
 
 

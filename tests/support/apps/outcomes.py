@@ -20,7 +20,7 @@ __all__ = ["register"]
 
 
 def first(flag: str) -> bool:
-    """Whether nobody asked before."""
+    """Return whether nobody asked before."""
     try:
         Path(flag).touch(exist_ok=False)
     except FileExistsError:
@@ -124,7 +124,7 @@ def _exceptions(app: Celery, base: type[Task], ledger: Ledger) -> None:
 def _replacements(app: Celery, base: type[Task], ledger: Ledger) -> None:
     @app.task(base=Task, bind=True, name="plain_add")
     def plain_add(self: Task, left: int, right: int) -> int:
-        """A task of Celery's own class beside the guarded ones."""
+        """Return a task of Celery's own class beside the guarded ones."""
         with ledger.run(self):
             return left + right
 
@@ -152,7 +152,7 @@ def _replacements(app: Celery, base: type[Task], ledger: Ledger) -> None:
 
     @app.task(base=base, bind=True, name="countdown_by_name", message_id="countdown:{name}", fingerprint=False)
     def countdown_by_name(self: Task, name: str, left: int, fail: bool = False) -> str:
-        """The same under one message id."""
+        """Return the same under one message id."""
         with ledger.run(self):
             if left:
                 return self.replace(self.s(name, left - 1, fail))  # type: ignore[no-any-return]
@@ -189,19 +189,19 @@ def _results(app: Celery, base: type[Task], ledger: Ledger) -> None:
 
     @app.task(base=base, bind=True, name="told")
     def told(self: Task, *heard: Any) -> list[Any]:
-        """What a callback was called with."""
+        """Return what a callback was called with."""
         with ledger.run(self):
             return list(heard)
 
     @app.task(base=base, bind=True, name="errback")
     def errback(self: Task, task_id: str) -> str:
-        """An errback that is sent as a message; it notes whose errback it was."""
+        """Return an errback that is sent as a message; it notes whose errback it was."""
         ledger.note("end", self, detail=task_id)
         return task_id
 
     @app.task(base=base, name="errback.call")
     def errback_call(request: Any, error: BaseException, traceback: Any) -> None:
-        """An errback that is called where the task failed; Celery does so only to those that are not bound."""
+        """Be an errback that is called where the task failed; Celery calls only those that are not bound."""
         ledger.note("end", app.tasks["errback.call"], detail=request.id)
 
 

@@ -37,7 +37,7 @@ def register(app: Celery, *, base: type[Task], ledger: Ledger) -> None:
 
     @app.task(base=base, bind=True, name="changing", message_id=by_arguments(), unique_for=1.0)
     def changing(self: Task, key: str, seen: list[int]) -> list[int]:
-        """Changes an argument in place, and retries with another."""
+        """Change an argument in place, and retry with another."""
         with noted(ledger, self, key):
             seen.append(self.request.retries)
             if self.request.retries < 2:

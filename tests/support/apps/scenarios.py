@@ -72,7 +72,7 @@ def register(app: Celery, *, base: type[Task], ledger: Ledger) -> None:
 
     @app.task(base=base, bind=True, name="receive")
     def receive(self: Task, value: Any, key: str) -> Any:
-        """A callback, the next step of a chain, or a chord's body: passes on what it is given."""
+        """Return a callback, the next step of a chain, or a chord's body: passes on what it is given."""
         with noted(ledger, self, key):
             return value
 

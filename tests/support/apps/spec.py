@@ -58,12 +58,12 @@ class AppSpec:
     VARIABLE: ClassVar[str] = "CELERY_IDEMPOTENT_TEST_APP"
 
     def environment(self) -> dict[str, str]:
-        """What a worker process needs to find in its environment."""
+        """Return what a worker process needs to find in its environment."""
         return {AppSpec.VARIABLE: json.dumps(asdict(self))}
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> AppSpec:
-        """The description that :meth:`environment` passed on."""
+        """Return the description that :meth:`environment` passed on."""
         values = json.loads(environ[AppSpec.VARIABLE])
         return cls(**{**values, "tasks": tuple(values["tasks"])})
 

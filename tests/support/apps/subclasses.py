@@ -207,7 +207,7 @@ def _classes(base: type[Task], ledger: Ledger) -> dict[str, type[Task]]:
 
 
 def _derive(*bases: type[Task]) -> type[Task]:
-    """An abstract class of these bases; of a mixin alone, where the others are Celery's own."""
+    """Return an abstract class of these bases; of a mixin alone, where the others are Celery's own."""
     return type("Derived", tuple(base for base in bases if base is not Task), {"abstract": True})
 
 

@@ -66,7 +66,7 @@ def find_or_start(kinds: Iterable[Kind], started: ExitStack) -> list[Outcome]:
 
 
 def is_installed(kind: Kind) -> bool:
-    """Whether the server's programs are on this machine."""
+    """Return whether the server's programs are on this machine."""
     server = kind.private()
     try:
         server.command()

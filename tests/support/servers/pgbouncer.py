@@ -76,7 +76,7 @@ class PrivatePgBouncer(PrivateServer):
 
 
 def is_installed() -> bool:
-    """Whether its program is on this machine."""
+    """Return whether its program is on this machine."""
     try:
         _program()
     except NotInstalledError:

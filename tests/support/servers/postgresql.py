@@ -54,7 +54,7 @@ class PrivatePostgreSQL(PrivateServer):
 
 
 def _program(name: str) -> Path:
-    """The newest installed version's program; Debian keeps the server's programs off the path."""
+    """Return the newest installed version's program; Debian keeps the server's programs off the path."""
     debian = sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"), key=lambda path: float(path.parts[4]))
     found = debian[-1] if debian else shutil.which(name)
     if found is None:

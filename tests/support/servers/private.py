@@ -64,10 +64,10 @@ class PrivateServer(ABC):
 
     @abstractmethod
     def command(self) -> list[str]:
-        """What runs it in the foreground. Raises :class:`NotInstalledError`."""
+        """Return what runs it in the foreground. Raises :class:`NotInstalledError`."""
 
     def environment(self) -> Mapping[str, str]:
-        """What it needs to find in its environment."""
+        """Return what it needs to find in its environment."""
         return {}
 
     def prepare(self) -> None:  # noqa: B027 - some have nothing to prepare
@@ -123,7 +123,7 @@ class PrivateServer(ABC):
         return self.directory / "log"
 
     def log_tail(self, lines: int = 20) -> str:
-        """The end of its log."""
+        """Return the end of its log."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:]) if self.log.exists() else ""
 
     def stop(self) -> None:
@@ -211,7 +211,7 @@ class PrivateServer(ABC):
 
 
 def _account(name: str) -> str | None:
-    """The account to run under: ``None`` (our own) unless we are root."""
+    """Return the account to run under: ``None`` (our own) unless we are root."""
     if os.geteuid() != 0:
         return None
     try:
@@ -222,7 +222,7 @@ def _account(name: str) -> str | None:
 
 
 def free_port() -> int:
-    """A port that nobody listens on, outside the range that outgoing connections are given."""
+    """Return a port that nobody listens on, outside the range that outgoing connections are given."""
     while True:
         port = random.randint(20_000, 32_000)
         with socket.socket() as probe:

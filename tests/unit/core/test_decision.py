@@ -578,7 +578,7 @@ anything = settings(deadline=None, max_examples=200)
 
 
 def taken(there: Row) -> Row:
-    """The row while its id is not free."""
+    """Return the row while its id is not free."""
     return replace(there, expires_at=ahead(1)) if there.expired else there
 
 

@@ -22,7 +22,7 @@ def in_child(status: int = 0) -> int:
 
 
 def hold(seconds: float) -> threading.Thread:
-    """A thread that is in the midst of something for so long."""
+    """Return a thread that is in the midst of something for so long."""
     begun = threading.Event()
 
     def work() -> None:

@@ -58,7 +58,7 @@ class Shop:
     # -- rows ----------------------------------------------------------------------------------------------------------
 
     def pending(self, name: str | None = None, *, task: str = TASK, args: Any = (7,), **changes: Any) -> MessageKey:
-        """A recorded message."""
+        """Return a recorded message."""
         key = MessageKey(name or uuid4().hex, task)
         options = changes.pop("options", {})
         encoded = encode_message(args, {}, {"task_id": f"id-{key.message_id}", **options}, serializer="json")
@@ -67,7 +67,7 @@ class Shop:
         return key
 
     def claimed(self, name: str | None = None, *, attempt: int = 0, **changes: Any) -> Claim:
-        """A message that runs."""
+        """Return a message that runs."""
         key = self.pending(name, **changes)
         message = NewMessage(key, f"id-{key.message_id}", attempt=attempt)
         answer = self.store.claim(message, worker="w:1", lease=60.0, grace=0.0)
@@ -75,7 +75,7 @@ class Shop:
         return answer.claim
 
     def lapsed(self, name: str | None = None, **changes: Any) -> MessageKey:
-        """A message whose owner is gone."""
+        """Return a message whose owner is gone."""
         claim = self.claimed(name, **changes)
         self.age(
             1.0, claim.key
@@ -108,7 +108,7 @@ class Shop:
     # -- the broker ----------------------------------------------------------------------------------------------------
 
     def messages(self) -> list[Message]:
-        """What is on the queue; it is empty then."""
+        """Return what is on the queue; it is empty then."""
         taken: list[Message] = []
         with self.app.connection_for_read() as connection:
             channel = connection.default_channel
@@ -119,11 +119,11 @@ class Shop:
         return taken
 
     def published(self) -> list[str]:
-        """The message ids of what is on the queue."""
+        """Return the message ids of what is on the queue."""
         return [message.properties["message_id"] for message in self.messages()]
 
     def consumed(self, key: MessageKey) -> None:
-        """A worker of this process was given a message."""
+        """Note that a worker of this process was given a message."""
         Rescue.of(self.app.queue_log).saw(self.app.conf.task_default_queue, key)
 
 

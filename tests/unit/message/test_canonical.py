@@ -157,7 +157,7 @@ json_keys = texts | st.integers() | st.floats() | st.booleans() | st.none() | st
 
 
 def carried(mapping: dict[Any, Any]) -> bool:
-    """Whether JSON carries all of a dict: not two keys under one text."""
+    """Return whether JSON carries all of a dict: not two keys under one text."""
     return len(json.loads(json.dumps(dict.fromkeys(mapping)))) == len(mapping)
 
 
@@ -188,7 +188,7 @@ def test_equal_values_give_equal_forms_in_any_order(value: Any) -> None:
 
 
 def reordered(value: Any) -> Any:
-    """An equal value, built from its end to its start, with lists for tuples and tuples for lists."""
+    """Return an equal value, built from its end to its start, with lists for tuples and tuples for lists."""
     match value:
         case dict():
             return {key: reordered(item) for key, item in reversed(value.items())}
@@ -371,7 +371,7 @@ def test_other_values_give_other_forms() -> None:
 
 
 def told_apart(value: Any) -> Any:
-    """What a value is, by an account of its own: equal for values that are one, hashable, with its type beside it."""
+    """Return what a value is, by an account of its own: equal for values that are one, hashable, with its type beside it."""
     match value:
         case None | bool():
             return (type(value), value)

@@ -25,7 +25,7 @@ KEY = MessageKey("order:1", "shop.order")
 
 
 def body(order_id: str, amount: int = 1) -> None:
-    """What is called."""
+    """Be called."""
 
 
 SIGNATURE = CallSignature(body)
@@ -139,7 +139,7 @@ def app() -> Iterator[Celery]:
 
 
 def leaves(signature: Any) -> list[dict[str, Any]]:
-    """The tasks of a canvas, in order."""
+    """Return the tasks of a canvas, in order."""
     parts = [signature["kwargs"][name] for name in ("tasks", "header", "body") if name in signature["kwargs"]]
     if signature.get("subtask_type") not in ("group", "chain", "chord"):
         return [signature]
@@ -154,7 +154,7 @@ def fixed(app: Celery, *links: Any, task_id: str = "parent", name: str = "callba
 
 
 def as_sent(signature: Signature[Any]) -> Any:
-    """A signature as it arrives: plain data."""
+    """Return a signature as it arrives: plain data."""
     return json.loads(json.dumps(signature))
 
 

@@ -569,7 +569,7 @@ ONE_ID: list[list[Any]] = [
 
 
 def _is_carried(value: Any) -> bool:
-    """Whether JSON and pickle carry a value."""
+    """Return whether JSON and pickle carry a value."""
     return not isinstance(value, (bytearray, memoryview)) and value != {1: "a", "1": "b"}
 
 

@@ -67,7 +67,7 @@ def task(store: Unreachable) -> IdempotentTask:
 
 @pytest.fixture
 def run(task: IdempotentTask, store: Unreachable) -> Run:
-    """A run that has claimed its message."""
+    """Return a run that has claimed its message."""
     return claimed(task, store)
 
 
@@ -177,7 +177,7 @@ class TestTheEndOfABody:
 class TestALostClaim:
     @pytest.fixture
     def taken_over(self, run: Run, store: SQLStore) -> Run:
-        """A run whose message another owner has by now."""
+        """Return a run whose message another owner has by now."""
         assert run.claim is not None
         assert store.expire(run.claim)
         assert store.take_over(row(store), task_id="task-id", worker="other", lease=60.0, attempt=0)

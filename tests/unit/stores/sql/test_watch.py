@@ -25,7 +25,7 @@ def descriptors_of(end: socket.socket) -> int:
 
 @pytest.fixture
 def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
-    """A client's and a server's end of a connection."""
+    """Yield a client's and a server's end of a connection."""
     client, server = socket.socketpair()
     with client, server:
         yield client, server
