@@ -315,5 +315,5 @@ def _decide_done(row: Row, delivery: Delivery) -> DeliveryAction:
 
 
 def _differ(first: str | None, second: str | None) -> bool:
-    """Whether two fingerprints are both known and not the same."""
+    """Return whether two fingerprints are both known and not the same."""
     return first is not None and second is not None and first != second

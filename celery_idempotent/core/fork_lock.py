@@ -50,7 +50,7 @@ os.register_at_fork(
 
 
 def no_fork() -> AbstractContextManager[Any]:
-    """What to hold in a thread beside the worker's own, for as long as one statement or one publication takes."""
+    """Return what to hold in a thread beside the worker's own, for as long as one statement or one publication takes."""
     return _turns.lock
 
 

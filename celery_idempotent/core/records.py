@@ -60,7 +60,7 @@ _REJECTED = "; rejected before: "
 
 
 def rejected(error: str, before: int) -> str:
-    """What is kept in ``error`` of a message that its body rejected, so that it may come back dead-lettered.
+    """Return what is kept in ``error`` of a message that its body rejected, so that it may come back dead-lettered.
 
     Args:
         error: Type and text of the error.
@@ -181,7 +181,7 @@ class Row:
         return done and self.expires_at is not None and self.expires_at <= self.read_at
 
     def is_free_for(self, task_id: str, original_task_id: str | None = None) -> bool:
-        """Whether the id is free again for a delivery: it is no copy of the message that ended here, which never runs again.
+        """Return whether the id is free again for a delivery: it is no copy of the message that ended here, which never runs again.
 
         What an operator had forgotten has left no trace: any copy of it is new.
 

@@ -26,7 +26,7 @@ _SHOWN = 64
 
 
 def check_text(what: str, value: object, *, longest: int = LONGEST) -> str:
-    """The value as text that every store can keep.
+    """Return the value as text that every store can keep.
 
     Args:
         what: What it is, for the error.
@@ -47,7 +47,7 @@ def check_text(what: str, value: object, *, longest: int = LONGEST) -> str:
 
 
 def check_plain(what: str, value: object) -> str:
-    """The value as text that every store can keep, if it is not too long.
+    """Return the value as text that every store can keep, if it is not too long.
 
     Raises:
         ConfigurationError: It is no text, or has a NUL or a lone surrogate.
@@ -69,7 +69,7 @@ def check_plain(what: str, value: object) -> str:
 
 
 def is_text(value: object, *, longest: int = LONGEST) -> TypeGuard[str]:
-    """Whether every store can keep the value as text."""
+    """Return whether every store can keep the value as text."""
     if not isinstance(value, str):
         return False
     try:
@@ -80,7 +80,7 @@ def is_text(value: object, *, longest: int = LONGEST) -> TypeGuard[str]:
 
 
 def check_number(what: str, value: object) -> int:
-    """The value as a number that every store can keep.
+    """Return the value as a number that every store can keep.
 
     Raises:
         ConfigurationError: It is no whole number from 0 to 2,147,483,647.

@@ -21,7 +21,7 @@ __all__ = ["refuse_autocommit", "transactional"]
 
 
 def transactional(store: Store, what: str = "atomic=True") -> TransactionalStore:
-    """The store, which has to be one with transactions for its users.
+    """Return the store, which has to be one with transactions for its users.
 
     Args:
         store: The store.

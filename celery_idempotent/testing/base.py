@@ -16,7 +16,7 @@ class StoreFixtures:
 
     @pytest.fixture
     def open_store_again(self) -> Callable[[], Store]:
-        """A function that opens a new handle on this test's rows, which are none at first and no other test's.
+        """Return a function that opens a new handle on this test's rows, which are none at first and no other test's.
 
         It has to survive ``pickle``, because other processes call it: a ``functools.partial`` of a class or of a
         module's function will do. The schema is there, or made by the first handle.
@@ -25,7 +25,7 @@ class StoreFixtures:
 
     @pytest.fixture
     def store(self, open_store_again: Callable[[], Store]) -> Iterator[Store]:
-        """A handle on this test's rows, closed in the end."""
+        """Yield a handle on this test's rows, closed in the end."""
         store = open_store_again()
         yield store
         store.close()

@@ -33,7 +33,7 @@ __all__ = ["ClaimContract"]
 
 
 def never() -> NewMessage:
-    """An ``adopt`` that must not be called."""
+    """Return an ``adopt`` that must not be called."""
     raise AssertionError("a message that has a row is not adopted")
 
 

@@ -35,7 +35,7 @@ GRACE = 30.0
 
 
 def new_message(key: MessageKey = KEY, **changes: Any) -> NewMessage:
-    """A message as a producer sends it, with a value in every field that may have one."""
+    """Return a message as a producer sends it, with a value in every field that may have one."""
     values: dict[str, Any] = {
         "key": key,
         "task_id": "task-1",
@@ -47,14 +47,14 @@ def new_message(key: MessageKey = KEY, **changes: Any) -> NewMessage:
 
 
 def read(store: Store, key: MessageKey = KEY) -> Row:
-    """The row, which has to be there."""
+    """Return the row, which has to be there."""
     row = store.find(key)
     assert row is not None, f"{key} has no row"
     return row
 
 
 def same_row(first: Row, second: Row) -> bool:
-    """Whether two rows differ in nothing but when they were read."""
+    """Return whether two rows differ in nothing but when they were read."""
     names = [field.name for field in fields(Row) if field.name != "read_at"]
     return all(getattr(first, name) == getattr(second, name) for name in names)
 
@@ -62,46 +62,46 @@ def same_row(first: Row, second: Row) -> bool:
 def try_claim(
     store: Store, message: NewMessage | None = None, *, worker: str = WORKER, lease: float = LEASE
 ) -> Claimed | NotClaimed:
-    """What a claim of the message answers."""
+    """Return what a claim of the message answers."""
     return store.claim(new_message() if message is None else message, worker=worker, lease=lease, grace=GRACE)
 
 
 def claim(store: Store, message: NewMessage | None = None, *, worker: str = WORKER, lease: float = LEASE) -> Claim:
-    """The claim on a message, which has to succeed."""
+    """Return the claim on a message, which has to succeed."""
     answer = try_claim(store, message, worker=worker, lease=lease)
     assert isinstance(answer, Claimed), f"not claimed: {answer}"
     return answer.claim
 
 
 def pending(store: Store, **changes: Any) -> Row:
-    """A message just recorded."""
+    """Return a message just recorded."""
     message = new_message(**changes)
     assert store.record(message) == Inserted()
     return read(store, message.key)
 
 
 def processing(store: Store, **changes: Any) -> Claim:
-    """A message recorded and claimed."""
+    """Return a message recorded and claimed."""
     message = new_message(**changes)
     assert store.record(message) == Inserted()
     return claim(store, message)
 
 
 def take(store: Store, row: Row, *, worker: str = "host-b:202", lease: float = LEASE, attempt: int = 0) -> Claim | None:
-    """The claim on a message taken over from its owner, or ``None``."""
+    """Return the claim on a message taken over from its owner, or ``None``."""
     answer = store.take_over(row, task_id="task-2", worker=worker, lease=lease, attempt=attempt)
     return None if answer is None else answer.claim
 
 
 def done(store: Store, *, unique_for: float | None = None, **changes: Any) -> Claim:
-    """A message recorded, claimed and completed; the claim that did it."""
+    """Return a message recorded, claimed and completed; the claim that did it."""
     held = processing(store, **changes)
     assert store.complete(held, result=b'"receipt"', unique_for=unique_for)
     return held
 
 
 def expired_id(store: Store, **changes: Any) -> Claim:
-    """A message that is done and whose id is free again; the claim that did it."""
+    """Return a message that is done and whose id is free again; the claim that did it."""
     held = done(store, unique_for=0.001, **changes)
     wait_until(lambda: read(store, held.key).expired)
     return held

@@ -45,7 +45,7 @@ def _key(number: int) -> MessageKey:
 
 
 def _run_rounds(store: Store, attempt: Attempt, racer: int, start: Any) -> list[int]:
-    """The rounds that this racer won."""
+    """Return the rounds that this racer won."""
     won = []
     for number in range(ROUNDS):
         start.wait(PATIENCE)
@@ -55,7 +55,7 @@ def _run_rounds(store: Store, attempt: Attempt, racer: int, start: Any) -> list[
 
 
 def _race(orders: Connection, start: Any, racer: int) -> None:
-    """What a racing process does: take part in the races it is told of."""
+    """Take part in the races that this process is told of."""
     while True:
         open_store, attempt = orders.recv()
         try:
@@ -93,7 +93,7 @@ class Racers:
 
 @cache
 def the_racers() -> Racers:
-    """The racers of this test run: starting them takes seconds. Daemons, they end with it."""
+    """Return the racers of this test run: starting them takes seconds. Daemons, they end with it."""
     return Racers()
 
 
@@ -127,7 +127,7 @@ class RaceContract(StoreFixtures):
 
     @pytest.fixture
     def racers(self) -> Racers:
-        """Processes to race with."""
+        """Return processes to race with."""
         return the_racers()
 
     def test_of_many_processes_one_records(

@@ -33,7 +33,7 @@ LONG = 3600.0
 
 
 def overdue(store: Store, name: str = "order:1") -> Row:
-    """A message whose lease ran out."""
+    """Return a message whose lease ran out."""
     held = processing(store, key=MessageKey(name, "t"))
     row = read(store, held.key)
     # Or it would end in the moment of its publication, where a clock ticks in milliseconds, and not be told from one published since.
@@ -47,7 +47,7 @@ def _later(store: Store, row: Row) -> bool:
 
 
 def ids(rows: list[Row]) -> list[str]:
-    """The message ids, in their order."""
+    """Return the message ids, in their order."""
     return [row.key.message_id for row in rows]
 
 

@@ -29,7 +29,7 @@ __all__ = ["TakeOverContract"]
 
 
 def overdue(store: Store) -> tuple[Claim, Row]:
-    """A message whose owner is dead: its claim, and the row as another reads it."""
+    """Return a message whose owner is dead: its claim, and the row as another reads it."""
     held = processing(store)
     assert store.expire(held)
     return held, read(store)

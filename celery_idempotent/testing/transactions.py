@@ -24,7 +24,7 @@ class TransactionContract(StoreFixtures):
 
     @pytest.fixture
     def transactional(self, open_store_again: Callable[[], Store]) -> Iterator[TransactionalStore]:
-        """A handle on this test's rows, closed in the end."""
+        """Yield a handle on this test's rows, closed in the end."""
         store = cast("TransactionalStore", open_store_again())
         store.find(KEY)
         yield store

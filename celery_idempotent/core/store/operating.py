@@ -14,7 +14,7 @@ class Operator(Protocol):
     """Reads rows, counts them, and forgets them."""
 
     def find(self, key: MessageKey) -> Row | None:
-        """The row of a message, or ``None``."""
+        """Return the row of a message, or ``None``."""
         ...
 
     def rows(self, where: RowFilter) -> Iterator[Row]:
@@ -56,14 +56,14 @@ class Operator(Protocol):
         ...
 
     def condition(self) -> LogHealth:
-        """What is waiting, and for how long. One statement; it reads what is not done, and the oldest of what is.
+        """Return what is waiting, and for how long. One statement; it reads what is not done, and the oldest of what is.
 
         Nothing is made: where the schema is made on first use, ask :meth:`inspect` before.
         """
         ...
 
     def configuration(self) -> Mapping[str, str]:
-        """The server's settings that what the store promises depends on, by its own names for them. Nothing is written or made.
+        """Return the server's settings that what the store promises depends on, by its own names for them. Nothing is written or made.
 
         Returns:
             As many of them as the server tells this account; none if it tells nothing. Of a cluster, what a node says that differs is

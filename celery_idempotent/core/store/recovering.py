@@ -17,7 +17,7 @@ class Recoverer(Protocol):
     # Rows come without results, and with messages of at most :data:`LARGE_MESSAGE` bytes: `find` reads a larger one.
 
     def lapsed(self, *, again_after: float, limit: int, tasks: Collection[str] | None = None) -> list[Row]:
-        """Processing rows whose lease ran out, and which were not published since, or not for ``again_after`` seconds.
+        """Return processing rows whose lease ran out, and which were not published since, or not for ``again_after`` seconds.
 
         Args:
             again_after: Seconds; >= 0.

@@ -32,7 +32,7 @@ class Schema(Protocol):
         ...
 
     def outstanding(self) -> Sequence[Change]:
-        """What :meth:`init` would do, in this order; nothing when the schema is of this version. Nothing is made or written.
+        """Return what :meth:`init` would do, in this order; nothing when the schema is of this version. Nothing is made or written.
 
         Raises:
             SchemaError: As :meth:`init`.

@@ -23,7 +23,7 @@ class TransactionalStore(Store, Protocol):
         ...
 
     def within(self, connection: Connection) -> Store:
-        """The same store, with its verbs in a transaction of the caller's.
+        """Return the same store, with its verbs in a transaction of the caller's.
 
         What they write takes effect, and is seen by others, when the caller commits. Nothing is repeated, and errors are the
         database's own: what they make of the transaction is the caller's affair. A message that is found to be there is not locked by
@@ -49,7 +49,7 @@ class TransactionalStore(Store, Protocol):
         ...
 
     def gave_up(self, connection: Connection) -> bool | None:
-        """Whether the database has given a transaction up, so that its commit would be a rollback, without an error.
+        """Return whether the database has given a transaction up, so that its commit would be a rollback, without an error.
 
         Args:
             connection: In the transaction.
@@ -60,7 +60,7 @@ class TransactionalStore(Store, Protocol):
         ...
 
     def gave_way(self, error: BaseException) -> bool:
-        """Whether a transaction that met an error took no effect, and may if all of it is done again.
+        """Return whether a transaction that met an error took no effect, and may if all of it is done again.
 
         So it is after a deadlock, a serialization failure or a lock that was waited for in vain; after a connection that broke,
         unless it broke while the transaction was being committed; and when the database takes nothing for now, as while it is read-only.
@@ -68,5 +68,5 @@ class TransactionalStore(Store, Protocol):
         ...
 
     def collided(self, error: BaseException) -> bool:
-        """Whether it did so in favour of another transaction: a deadlock, a serialization failure, a lock that was waited for in vain."""
+        """Return whether it did so in favour of another transaction: a deadlock, a serialization failure, a lock that was waited for in vain."""
         ...

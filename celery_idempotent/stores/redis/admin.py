@@ -130,7 +130,7 @@ def purgeable(on: ScriptSession, chosen: Sequence[Argument]) -> int:
 
 
 def condition(on: ScriptSession) -> LogHealth:
-    """What waits, and since when."""
+    """Return what waits, and since when."""
     answers = on.call_each(_CONDITION, [(shard, ()) for shard in range(SHARDS)])
     now, *moments = zip(*([optional_moment(value) for value in answer] for answer in answers), strict=True)
 
@@ -151,7 +151,7 @@ def condition(on: ScriptSession) -> LogHealth:
 
 
 def configuration(on: ScriptSession) -> dict[str, str]:
-    """The settings of the server, or of every node."""
+    """Return the settings of the server, or of every node."""
     told: dict[str, str] = {}
     for node, answers in on.command_each(_ASK).items():
         for name, value in _settings(answers).items():
@@ -161,7 +161,7 @@ def configuration(on: ScriptSession) -> dict[str, str]:
 
 
 def _settings(answers: list[Any]) -> dict[str, str]:
-    """What one server says of itself; a refusal says nothing."""
+    """Return what one server says of itself; a refusal says nothing."""
     told: dict[str, str] = {}
     for answer in answers:
         if isinstance(answer, bytes):  # INFO, of which there is more in CONFIG

@@ -137,7 +137,7 @@ def claim(
 def take_over(
     on: ScriptSession, row: Row, *, task_id: str, worker: str, lease: float, attempt: int, again: bool
 ) -> Claimed | None:
-    """The next token, by compare and set on the last one and on the lease."""
+    """Take the next token, by compare and set on the last one and on the lease."""
     ident = identity(row.key)
     processed = b"" if row.processed_status is None else row.processed_status.encode()
     who = (encoded(worker), encoded(task_id), duration(lease))
@@ -153,7 +153,7 @@ def take_over(
 
 
 def renew(on: ScriptSession, holders: Sequence[Holder], *, lease: float) -> list[Holder]:
-    """New leases, each on its own."""
+    """Give new leases, each on its own."""
     idents = [identity(holder.key) for holder in holders]
     items = [(ident, (ident, *fence(holder))) for ident, holder in zip(idents, holders, strict=True)]
     answers = on.call_all(_RENEW, [duration(lease)], items)

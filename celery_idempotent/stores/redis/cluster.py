@@ -57,7 +57,7 @@ class Cluster(Server):
         return connect(self._address, host=host, port=port)
 
     def node_of(self, tag: bytes, opened: Opened) -> Place:
-        """The node that has a shard."""
+        """Return the node that has a shard."""
         if not opened.slots:
             opened.slots = self._find_slots(opened)
         return opened.slots[self._shard_of[tag]]
@@ -150,7 +150,7 @@ class _OnCluster(ScriptSession):
 
 
 def _node(slot: int, ranges: Sequence[Any], asked: Place) -> Place | None:
-    """The master of a slot; a node that does not know its own name is the one that was asked."""
+    """Return the master of a slot; a node that does not know its own name is the one that was asked."""
     for first, last, (host, port, *_), *_ in ranges:
         if first <= slot <= last:
             return host.decode() or asked[0] if host else asked[0], int(port)

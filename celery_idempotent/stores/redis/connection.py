@@ -126,7 +126,7 @@ class ScriptSession(ABC):
         return self.send(calls, at_one_moment=True)
 
     def _all_good(self, answers: list[Any]) -> list[Any]:
-        """The answers, if none is a refusal."""
+        """Return the answers, if none is a refusal."""
         refused = [answer for answer in answers if isinstance(answer, Exception)]
         if refused:
             self.partly = len(refused) < len(answers)
@@ -134,7 +134,7 @@ class ScriptSession(ABC):
         return answers
 
     def _in_calls(self, shards: Sequence[int]) -> list[Sequence[int]]:
-        """The places in a list of messages that are the business of one call each."""
+        """Return the places in a list of messages that are the business of one call each."""
         return [range(first, min(first + AT_ONCE, len(shards))) for first in range(0, len(shards), AT_ONCE)]
 
 

@@ -56,22 +56,22 @@ class Layout:
 
     @staticmethod
     def shard(ident: bytes) -> int:
-        """The shard that a row is in."""
+        """Return the shard that a row is in."""
         return zlib.crc32(ident) % SHARDS
 
     def tag(self, ident: bytes) -> bytes:
-        """The hash tag of the shard that a row is in."""
+        """Return the hash tag of the shard that a row is in."""
         return self.tags[zlib.crc32(ident) % SHARDS]
 
 
 def identity(key: MessageKey) -> bytes:
-    """What a row is called in its keys and in the indexes."""
+    """Return what a row is called in its keys and in the indexes."""
     task_name = encoded(key.task_name)
     return b"%d:%b:%b" % (len(task_name), task_name, encoded(key.message_id))
 
 
 def key_of(ident: bytes) -> MessageKey:
-    """The key of the row that is called so."""
+    """Return the key of the row that is called so."""
     length, _, rest = ident.partition(b":")
     end = int(length)
     return MessageKey(rest[end + 1 :].decode("utf-8", "surrogatepass"), rest[:end].decode("utf-8", "surrogatepass"))
@@ -83,7 +83,7 @@ def encoded(text: str) -> bytes:
 
 
 def slot(tag: bytes) -> int:
-    """The slot of a Redis Cluster that a hash tag is in."""
+    """Return the slot of a Redis Cluster that a hash tag is in."""
     return crc_hqx(tag.strip(b"{}"), 0) % _SLOTS
 
 

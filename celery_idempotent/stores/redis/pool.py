@@ -143,12 +143,12 @@ class Opened:
             time.sleep(_LOOK_EVERY)
 
     def end(self, wires: Wires) -> None:
-        """The operation is over."""
+        """End the operation."""
         with self._lock:
             self._busy.discard(wires)
 
     def take(self, place: Place) -> Wire | None:
-        """A connection that nobody uses, and that its server has not closed."""
+        """Return a connection that nobody uses, and that its server has not closed."""
         idle = self.idle.get(place)
         while idle:
             try:
@@ -193,7 +193,7 @@ class Wires:
         self._taken: dict[Place, Wire] = {}
 
     def to(self, place: Place) -> Wire:
-        """The connection to a server.
+        """Return the connection to a server.
 
         Raises:
             NoConnectionError: There is none.
@@ -255,7 +255,7 @@ def ask(wire: Wire, commands: Sequence[Sequence[Argument]]) -> None:
 
 
 def _packed(command: Sequence[Argument]) -> bytes:
-    """A command as it travels: redis-py's own way is for arguments of any type, and takes a quarter of a verb's processor time."""
+    """Return a command as it travels: redis-py's own way is for arguments of any type, and takes a quarter of a verb's processor time."""
     arguments = [argument if isinstance(argument, bytes) else b"%d" % argument for argument in command]
     return b"*%d\r\n" % len(command) + b"".join([b"$%d\r\n%b\r\n" % (len(data), data) for data in arguments])
 
@@ -273,7 +273,7 @@ def _hear_one(wire: Wire) -> Any:
 
 
 def _unwrapped(error: ResponseError) -> ResponseError:
-    """A refusal as the server means it: before 7.0 it wraps that of a command in a script into one of the script."""
+    """Return a refusal as the server means it: before 7.0 it wraps that of a command in a script into one of the script."""
     wrapped = _WRAPPED.match(str(error))
     if wrapped is None:
         return error

@@ -157,7 +157,7 @@ def resubmit(on: ScriptSession, row: Row, message: NewMessage, *, again: bool) -
 
 
 def republish(on: ScriptSession, row: Row, *, again: bool) -> bool:
-    """A new ``published_at``, by compare and set."""
+    """Write a new ``published_at``, by compare and set."""
     ident = identity(row.key)
     answer = on.call(_REPUBLISH, ident, ident, row.status.encode(), row.token, moment(row.published_at))
     if answer == 1:

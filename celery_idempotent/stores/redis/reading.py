@@ -62,7 +62,7 @@ _INDEXES = {Status.PENDING: (b":unsent",), Status.PROCESSING: (b":running",), St
 
 
 def find(on: ScriptSession, key: MessageKey) -> Row | None:
-    """The row of a message."""
+    """Return the row of a message."""
     ident = identity(key)
     answer = on.call(_FIND, ident, ident)
     return None if answer is None else row_of(key, answer)
@@ -175,13 +175,13 @@ def _statuses(ident: bytes, status: bytes, processed: bytes) -> tuple[Status, Pr
 
 
 def _first(created: dict[bytes, int], where: RowFilter) -> list[tuple[bytes, int]]:
-    """The rows that come first, in their order."""
+    """Return the rows that come first, in their order."""
     sign = 1 if where.oldest_first else -1
     return heapq.nsmallest(where.limit, created.items(), key=lambda item: (sign * item[1], item[0]))
 
 
 def _matches(pattern: str | None) -> Callable[[str], bool]:
-    """Whether a text is what is looked for: exactly, or by a pattern with ``*`` and ``?`` and no other wildcards."""
+    """Return whether a text is what is looked for: exactly, or by a pattern with ``*`` and ``?`` and no other wildcards."""
     if pattern is None:
         return lambda _: True
     if "*" not in pattern and "?" not in pattern:

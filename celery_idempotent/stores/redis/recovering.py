@@ -194,7 +194,7 @@ return {{#old, (#old == limit or #free == limit) and 1 or 0}}
 
 
 def lapsed(on: ScriptSession, *, again_after: float, limit: int, tasks: Collection[str] | None) -> list[Row]:
-    """Processing, its lease run out."""
+    """Return the processing rows whose lease ran out."""
     found = first_of_all(on, _LAPSED, duration(again_after), limit, *_names(tasks), limit=limit)
     return [row for row in fetch(on, found) if row.status is Status.PROCESSING and row.lease_left <= 0]
 
@@ -228,20 +228,20 @@ def _names(tasks: Collection[str] | None) -> list[bytes]:
 
 
 def relay(on: ScriptSession, row: Row, *, lease: float) -> bool:
-    """The right to publish, by compare and set."""
+    """Take the right to publish, by compare and set."""
     ident = identity(row.key)
     # Whether it was this call that took it cannot be told on a repeat: nobody relays until that runs out.
     return bool(on.call(_RELAY, ident, ident, row.token, duration(lease)))
 
 
 def relayed(on: ScriptSession, keys: Sequence[MessageKey], *, published: bool) -> None:
-    """The end of that right."""
+    """End that right."""
     idents = [identity(key) for key in keys]
     on.call_all(_RELAYED, [b"1" if published else b""], [(ident, (ident,)) for ident in idents])
 
 
 def not_published(on: ScriptSession, key: MessageKey, *, token: int) -> None:
-    """It was not handed to the broker after all."""
+    """Note that it was not handed to the broker after all."""
     ident = identity(key)
     on.call(_NOT_PUBLISHED, ident, ident, token)
 
@@ -266,7 +266,7 @@ def chosen_by(
     task_name: str | None,
     processed_status: ProcessedStatus | None,
 ) -> list[Argument]:
-    """What is to be purged, as the scripts are given it; see ``Store.purge``."""
+    """Return what is to be purged, as the scripts are given it; see ``Store.purge``."""
     keeps = failures_older_than is not None and failures_older_than > older_than
     pattern = b""
     if task_name is not None:

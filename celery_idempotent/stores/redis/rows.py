@@ -39,31 +39,31 @@ _FIRST, _LAST = (
 
 
 def optional(value: str | bytes | None) -> bytes:
-    """A text or bytes that may be missing: empty then, and otherwise behind a mark, since it may be empty itself."""
+    """Return a text or bytes that may be missing: empty then, and otherwise behind a mark, since it may be empty itself."""
     if value is None:
         return b""
     return b"=" + (value if isinstance(value, bytes) else encoded(value))
 
 
 def duration(seconds: float | None) -> bytes:
-    """A duration in microseconds; empty for none."""
+    """Return a duration in microseconds; empty for none."""
     return b"" if seconds is None else b"%d" % round(seconds * 1_000_000)
 
 
 def moment(value: datetime | None) -> bytes:
-    """A moment in microseconds since 1970, as rows have it; empty for none."""
+    """Return a moment in microseconds since 1970, as rows have it; empty for none."""
     return b"" if value is None else b"%d" % ((value - _EPOCH) // _MICROSECOND)
 
 
 def fence(holder: Holder) -> tuple[bytes, bytes]:
-    """What a write after a claim is fenced by: a column, and the value that it has to have."""
+    """Return what a write after a claim is fenced by: a column, and the value that it has to have."""
     if isinstance(holder, Claim):
         return b"token", b"%d" % holder.token
     return b"worker", encoded(holder.worker)
 
 
 def message_arguments(message: NewMessage) -> tuple[bytes, ...]:
-    """A message about to be recorded, but for its key."""
+    """Return a message about to be recorded, but for its key."""
     return (
         encoded(message.task_id),
         b"%d" % message.attempt,
@@ -77,7 +77,7 @@ def message_arguments(message: NewMessage) -> tuple[bytes, ...]:
 
 
 def storable(text: str) -> bytes:
-    """The text of an error, which may hold anything: what UTF-8 cannot say, as an escape."""
+    """Return the text of an error, which may hold anything: what UTF-8 cannot say, as an escape."""
     return text.encode("utf-8", "backslashreplace")
 
 
@@ -85,7 +85,7 @@ def storable(text: str) -> bytes:
 
 
 def row_of(key: MessageKey, answer: Sequence[Any]) -> Row:
-    """A row as a script tells it: the server's clock, the columns, and what is large (where it was asked for).
+    """Return a row as a script tells it: the server's clock, the columns, and what is large (where it was asked for).
 
     Raises:
         StoreError: It is not as this library writes it.
@@ -127,12 +127,12 @@ def row_of(key: MessageKey, answer: Sequence[Any]) -> Row:
 
 
 def optional_moment(value: bytes) -> datetime | None:
-    """A moment as a script tells it; empty for none."""
+    """Return a moment as a script tells it; empty for none."""
     return _datetime(value) if value else None
 
 
 def held_by(row: Row, holder: Holder) -> bool:
-    """Whether the holder was the last to claim the row."""
+    """Return whether the holder was the last to claim the row."""
     return row.token == holder.token if isinstance(holder, Claim) else row.worker == holder.worker
 
 

@@ -130,7 +130,7 @@ return 1
 
 
 def checkpoint(on: ScriptSession, claim: Claim, *, result: bytes | None, lease: float | None) -> bool:
-    """The recovery point; written a second time it is the same."""
+    """Write the recovery point; written a second time it is the same."""
     ident = identity(claim.key)
     return _wrote(on.call(_CHECKPOINT, ident, ident, *fence(claim), optional(result), duration(lease)))
 
@@ -177,7 +177,7 @@ def release(on: ScriptSession, holder: Holder, *, again: bool) -> bool:
 
 
 def expire(on: ScriptSession, holder: Holder) -> bool:
-    """The lease ends now."""
+    """End the lease now."""
     ident = identity(holder.key)
     return _wrote(on.call(_EXPIRE, ident, ident, *fence(holder)))
 

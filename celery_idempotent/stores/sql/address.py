@@ -111,7 +111,7 @@ def _with_tls(url: URL) -> URL:
 
 
 def masked(url: URL) -> str:
-    """The URL for people: without its password, and without its query, which may hold another."""
+    """Return the URL for people: without its password, and without its query, which may hold another."""
     return url.set(query={}).render_as_string(hide_password=True)
 
 

@@ -101,5 +101,5 @@ class Operating:
         return counted
 
     def condition(self, connection: Connection) -> LogHealth:
-        """What waits, and since when."""
+        """Return what waits, and since when."""
         return LogHealth(**connection.execute(self._condition).mappings().one())

@@ -156,7 +156,7 @@ class Claims:
     def take_over(
         self, connection: Connection, row: Row, *, task_id: str, worker: str, lease: float, attempt: int, again: bool
     ) -> Claimed | None:
-        """The next token, by compare and set on the last one and on the lease."""
+        """Take the next token, by compare and set on the last one and on the lease."""
         parameters = {
             **key_parameters(row.key),
             "p_token": row.token,
@@ -180,7 +180,7 @@ class Claims:
         return None
 
     def renew(self, connection: Connection, holders: Sequence[Holder], *, lease: float) -> list[Holder]:
-        """New leases, each on its own."""
+        """Give new leases, each on its own."""
         # In the order of the key, so that two calls over the same rows do not wait for each other crosswise.
         ordered = sorted(holders, key=lambda holder: (holder.key.message_id, holder.key.task_name))
         renewed = set()
@@ -196,7 +196,7 @@ class Claims:
 
 
 def _claimable(row: Row, message: NewMessage, grace: float) -> bool:
-    """Whether the row as it was read would have been claimed: the ``WHERE`` of the claim, in Python."""
+    """Return whether the row as it was read would have been claimed: the ``WHERE`` of the claim, in Python."""
     due = row.attempt <= message.attempt or (row.available_at is not None and row.available_in <= -grace)
     same = None in (row.fingerprint, message.fingerprint) or row.fingerprint == message.fingerprint
     return row.status is Status.PENDING and due and same

@@ -76,7 +76,7 @@ class Seconds(TypeDecorator[float]):
 
 
 def seconds(name: str) -> BindParameter[float]:
-    """A parameter that holds a duration; give it to :class:`FromNow`."""
+    """Return a parameter that holds a duration; give it to :class:`FromNow`."""
     return bindparam(name, type_=Seconds())
 
 

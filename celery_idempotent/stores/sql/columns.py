@@ -63,7 +63,7 @@ AT_ONCE = 500
 
 
 def _word(value: Status | ProcessedStatus) -> ColumnElement[str]:
-    """A status as it stands in the SQL text: it is no parameter, and the planner sees it."""
+    """Return a status as it stands in the SQL text: it is no parameter, and the planner sees it."""
     return literal_column(f"'{value.value}'", String())
 
 
@@ -72,7 +72,7 @@ SUCCESS, FAILURE = _word(ProcessedStatus.SUCCESS), _word(ProcessedStatus.FAILURE
 
 
 def parameter(table: Table, column: str) -> BindParameter[Any]:
-    """The parameter of a column, of its type."""
+    """Return the parameter of a column, of its type."""
     return bindparam(f"p_{column}", type_=table.c[column].type)
 
 
@@ -80,7 +80,7 @@ def parameter(table: Table, column: str) -> BindParameter[Any]:
 
 
 def has_key(table: Table) -> ColumnElement[bool]:
-    """It is the row of the message."""
+    """Match the row of the message."""
     return and_(
         table.c.message_id == parameter(table, "message_id"),
         table.c.task_name == parameter(table, "task_name"),
@@ -88,7 +88,7 @@ def has_key(table: Table) -> ColumnElement[bool]:
 
 
 def among(table: Table, keys: Iterable[MessageKey]) -> ColumnElement[bool]:
-    """It is the row of one of the messages, of which there are some hundreds at most."""
+    """Match the rows of the messages, of which there are some hundreds at most."""
     named = [(key.message_id, key.task_name) for key in keys]
     return and_(
         # By the ids alone, since SQLite reads the whole table for pairs; what they find is then compared whole.
@@ -98,7 +98,7 @@ def among(table: Table, keys: Iterable[MessageKey]) -> ColumnElement[bool]:
 
 
 def unneeded(table: Table) -> ColumnElement[bool]:
-    """What may be purged for its age: done, and its id is not to stay taken for longer than retention."""
+    """Return what may be purged for its age: done, and its id is not to stay taken for longer than retention."""
     return and_(table.c.status == DONE, or_(table.c.expires_at.is_(None), table.c.expires_at <= Now()))
 
 
@@ -120,7 +120,7 @@ class Old:
         return parameters
 
     def conditions(self, table: Table, dialect: Dialect) -> list[ColumnElement[bool]]:
-        """What else than its age a row is chosen by."""
+        """Return what else than its age a row is chosen by."""
         found: list[ColumnElement[bool]] = []
         if self._keeps_failures:
             # One without its message, as after a `forget`, cannot be requeued.
@@ -143,7 +143,7 @@ class Old:
 
 
 def matching(dialect: Dialect, column: ColumnElement[str], pattern: str) -> ColumnElement[bool]:
-    """It is the text, or matches the pattern with ``*`` and ``?``."""
+    """Match the text, or the pattern with ``*`` and ``?``."""
     return dialect.like(column, pattern) if "*" in pattern or "?" in pattern else column == pattern
 
 
@@ -156,7 +156,7 @@ def free_again(table: Table) -> ColumnElement[bool]:
 
 
 def new_key(table: Table) -> dict[str, Any]:
-    """The columns that a row keeps when it starts anew: its key."""
+    """Return the columns that a row keeps when it starts anew: its key."""
     return {"message_id": parameter(table, "message_id"), "task_name": parameter(table, "task_name")}
 
 
@@ -240,7 +240,7 @@ class Lookup:
 
 
 def held_by(row: Row, holder: Holder) -> bool:
-    """Whether the holder was the last to claim the row."""
+    """Return whether the holder was the last to claim the row."""
     return row.token == holder.token if isinstance(holder, Claim) else row.worker == holder.worker
 
 
@@ -262,7 +262,7 @@ def statuses_of(read: RowMapping) -> tuple[Status, ProcessedStatus | None]:
 
 
 def row_of(read: RowMapping) -> Row:
-    """A row as a record. Columns that were not selected are ``None``."""
+    """Return a row as a record. Columns that were not selected are ``None``."""
     status, processed = statuses_of(read)
     return Row(
         key=MessageKey(read["message_id"], read["task_name"]),

@@ -103,7 +103,7 @@ class Database:
         return self._target.url if isinstance(self._target, Engine) else self._target
 
     def exists(self) -> bool:
-        """Whether there is a database to connect to; ``False`` only where connecting would make it."""
+        """Return whether there is a database to connect to; ``False`` only where connecting would make it."""
         return self._dialect.exists(self._url)
 
     @property
@@ -191,7 +191,7 @@ class Database:
         return Joined(connection, self._dialect, str(self))
 
     def gave_way(self, error: BaseException) -> bool:
-        """Whether a transaction that met an error took no effect, and may if it is repeated."""
+        """Return whether a transaction that met an error took no effect, and may if it is repeated."""
         if not isinstance(error, DBAPIError):
             return False
         fault = self._dialect.fault(error)
@@ -199,7 +199,7 @@ class Database:
         return fault in _GAVE_WAY or (fault is Fault.UNAVAILABLE and not self._dialect.timed_out(error))
 
     def collided(self, error: BaseException) -> bool:
-        """Whether it did so in favour of another one."""
+        """Return whether it did so in favour of another one."""
         return isinstance(error, DBAPIError) and self._dialect.fault(error) is Fault.COLLISION
 
     def close(self) -> None:
@@ -304,11 +304,11 @@ class Database:
         return f"the queue log at {self} gave no answer within {opened.limit:g} s"
 
     def _is_ours(self, engine: Engine) -> bool:
-        """Whether an engine is the store's own; its owner's is a proxy of it, or itself."""
+        """Return whether an engine is the store's own; its owner's is a proxy of it, or itself."""
         return not isinstance(self._target, Engine) or engine.pool is not self._target.pool
 
     def _here(self) -> _Opened:
-        """What this process has opened. Without a lock, which a fork could have left locked; ``setdefault`` is atomic."""
+        """Return what this process has opened. Without a lock, which a fork could have left locked; ``setdefault`` is atomic."""
         return self._opened.get(os.getpid()) or self._opened.setdefault(os.getpid(), _Opened())
 
     def _autocommit(self, opened: _Opened) -> Engine:

@@ -47,11 +47,11 @@ class Answer:
         self.lastrowid = lastrowid
 
     def first(self) -> Any:
-        """The first row, or ``None``."""
+        """Return the first row, or ``None``."""
         return self._rows[0] if self._rows else None
 
     def scalar_one_or_none(self) -> Any:
-        """The first column of the only row, or ``None``."""
+        """Return the first column of the only row, or ``None``."""
         return self._rows[0][0] if self._rows else None
 
 
@@ -74,7 +74,7 @@ class _Plan:
                 self._convert[name] = processor
 
     def values(self, parameters: Mapping[str, Any]) -> dict[str, Any] | tuple[Any, ...]:
-        """What stands for the placeholders."""
+        """Return what stands for the placeholders."""
         values = {**self._constants, **parameters}
         for name, convert in self._convert.items():
             values[name] = convert(values[name])
@@ -88,7 +88,7 @@ class Plans:
         self._plans: dict[Executable, _Plan | None] = {}
 
     def of(self, statement: Executable, engine: Engine) -> _Plan | None:
-        """The plan of a statement; ``None`` when it is SQLAlchemy's to execute."""
+        """Return the plan of a statement; ``None`` when it is SQLAlchemy's to execute."""
         if not statement.get_execution_options().get(_OPTION):
             return None
         plan = self._plans.get(statement)

@@ -34,7 +34,7 @@ _OF_BODIES = {_FOLLOWS, "celery_idempotent_unit"}
 
 
 def for_statements(url: URL, dialect: Dialect, limit: float) -> Engine:
-    """An engine in autocommit.
+    """Return an engine in autocommit.
 
     Args:
         url: Where to.
@@ -47,7 +47,7 @@ def for_statements(url: URL, dialect: Dialect, limit: float) -> Engine:
 
 
 def beside(owner: Engine, dialect: Dialect, limit: float) -> Engine | None:
-    """The same on the database of somebody's engine, by connections that are made as that makes its own.
+    """Return the same on the database of somebody's engine, by connections that are made as that makes its own.
 
     Returns:
         ``None`` where the engine's pool keeps none, or one for all: where its connections come from is its owner's to say then. And on
@@ -110,7 +110,7 @@ def close(engine: Engine) -> None:
 
 
 def for_transactions(url: URL, dialect: Dialect) -> Engine:
-    """An engine for atomic bodies. It has as many connections as bodies run at once, which is for the worker's concurrency to say."""
+    """Return an engine for atomic bodies. It has as many connections as bodies run at once, which is for the worker's concurrency to say."""
     engine = _create(url, dialect, max_overflow=-1, execution_options={_FOLLOWS: True})
     dialect.prepare_for_transactions(engine)
     _furnish(engine, engine.pool, dialect, None, ours=True)
@@ -169,5 +169,5 @@ def _furnish(engine: Engine, pool: Pool, dialect: Dialect, limit: float | None, 
 
 
 def _without_rollbacks() -> dict[str, Any]:
-    """The option by which closing a connection in autocommit sends nothing, where SQLAlchemy has it (2.0.43)."""
+    """Return the option by which closing a connection in autocommit sends nothing, where SQLAlchemy has it (2.0.43)."""
     return {"skip_autocommit_rollback": True} if hasattr(DefaultDialect, "detect_autocommit_setting") else {}

@@ -67,17 +67,17 @@ class Step:
     alters: bool = True
 
     def change(self, dialect: Dialect) -> Change:
-        """The same in words and text."""
+        """Return the same in words and text."""
         return Change(self.what, self.text(dialect), self.alters)
 
     def text(self, dialect: Dialect) -> str:
-        """The statement as the database has it."""
+        """Return the statement as the database has it."""
         lines = str(self.ddl.compile(dialect=dialect)).strip().splitlines()
         return "\n".join(line.rstrip().expandtabs(4) for line in lines)
 
 
 def newest() -> int:
-    """The version of the table that this version of the library has."""
+    """Return the version of the table that this version of the library has."""
     return tables.VERSIONS[-1].number
 
 
@@ -94,7 +94,7 @@ def check_version(number: int) -> None:
 
 
 def present_in(version: int, name: str) -> Present | None:
-    """What a database has whose table was made in a version; of version 0 there is none."""
+    """Return what a database has whose table was made in a version; of version 0 there is none."""
     if version == 0:
         return None
     table = table_of_version(version, MetaData(), name, None)
@@ -105,7 +105,7 @@ def present_in(version: int, name: str) -> Present | None:
 
 
 def steps_to(version: int, name: str, schema: str | None, present: Present | None) -> Iterator[Step]:
-    """What takes a table from what it is to a version; nothing if it has all that.
+    """Yield what takes a table from what it is to a version; nothing if it has all that.
 
     Columns come first, and what a version does without goes last, so that at no moment less is there than before.
 
@@ -140,7 +140,7 @@ def steps_to(version: int, name: str, schema: str | None, present: Present | Non
 
 
 def steps_back(since: int, version: int, name: str, schema: str | None) -> Iterator[Step]:
-    """What takes a table from one version back to an older one; to 0 is without it, and all that is in it."""
+    """Yield what takes a table from one version back to an older one; to 0 is without it, and all that is in it."""
     before = table_of_version(since, MetaData(), name, schema)
     if version == 0:
         yield Step(f"drop the table {before.fullname}", DropTable(before))
@@ -203,12 +203,12 @@ def _online(ddl: Any) -> Any:
 
 
 def is_online(ddl: DDLElement) -> bool:
-    """Whether PostgreSQL is told so."""
+    """Return whether PostgreSQL is told so."""
     return isinstance(ddl, CreateIndex | DropIndex) and ddl.element.dialect_kwargs.get(_CONCURRENTLY) is True
 
 
 def at_once(step: Step) -> Step:
-    """The same step without that, where it takes a moment only, or PostgreSQL has no other way."""
+    """Return the same step without that, where it takes a moment only, or PostgreSQL has no other way."""
     ddl = step.ddl
     if is_online(ddl):
         assert isinstance(ddl, CreateIndex | DropIndex)

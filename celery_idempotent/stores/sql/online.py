@@ -105,7 +105,7 @@ def _lock(other: PoolProxiedConnection, table: Table) -> None:
 
 @contextmanager
 def seen_at_once(connection: Connection) -> Iterator[None]:
-    """What is looked at inside is of one moment: an index of SQLite's can go between its name and its columns."""
+    """See one moment inside the block: an index of SQLite's can go between its name and its columns."""
     with _sqlite_transaction(connection, "BEGIN"):
         yield
 
@@ -123,7 +123,7 @@ def _sqlite_transaction(connection: Connection, begin: str) -> Iterator[None]:
 
 @contextmanager
 def _transaction(connection: Connection, begin: str) -> Iterator[None]:
-    """A transaction on a connection in autocommit."""
+    """Open a transaction on a connection in autocommit."""
     connection.exec_driver_sql(begin)
     try:
         yield
@@ -154,7 +154,7 @@ def broken_indexes(connection: Connection, table: Table) -> frozenset[str]:
 
 
 def partitions(connection: Connection, table: Table) -> list[tuple[str, str]]:
-    """Schema and name of each partition of a table that PostgreSQL keeps in several; none of any other."""
+    """Return schema and name of each partition of a table that PostgreSQL keeps in several; none of any other."""
     if connection.dialect.name != "postgresql":
         return []
     found = connection.execute(
@@ -220,7 +220,7 @@ def _briefly(connection: Connection, ddl: DDLElement) -> Iterator[None]:
 
 
 def _in_use(connection: Connection, error: DBAPIError) -> bool:
-    """Whether an error says that somebody else had the table."""
+    """Return whether an error says that somebody else had the table."""
     if connection.dialect.name in MYSQL_NAMES:
         return bool(error.orig is not None and error.orig.args and error.orig.args[0] == _LOCK_WAIT_TIMEOUT)
     return _LOCK_NOT_AVAILABLE in {getattr(error.orig, "sqlstate", None), getattr(error.orig, "pgcode", None)}

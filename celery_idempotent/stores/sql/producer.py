@@ -202,7 +202,7 @@ class Producer:
         )
 
     def republish(self, connection: Connection, row: Row, *, again: bool) -> bool:
-        """A new ``published_at``, by compare and set."""
+        """Write a new ``published_at``, by compare and set."""
         parameters = {
             **key_parameters(row.key),
             "p_status": row.status.value,

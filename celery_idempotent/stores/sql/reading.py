@@ -42,11 +42,11 @@ class Reading:
         ).group_by(*kind)
 
     def find(self, connection: Connection, key: MessageKey) -> Row | None:
-        """The row of a message."""
+        """Return the row of a message."""
         return self._read(connection, key)
 
     def task_ids(self, connection: Connection, keys: Sequence[MessageKey]) -> dict[MessageKey, str]:
-        """The Celery task ids of the rows that are there."""
+        """Return the Celery task ids of the rows that are there."""
         found: dict[MessageKey, str] = {}
         for first in range(0, len(keys), AT_ONCE):
             some = self._task_ids.where(among(self._table, keys[first : first + AT_ONCE]))

@@ -117,7 +117,7 @@ class Recovering:
     def lapsed(
         self, connection: Connection, *, again_after: float, limit: int, tasks: Collection[str] | None
     ) -> list[Row]:
-        """Processing, its lease run out."""
+        """Return the processing rows whose lease ran out."""
         return self._rows(connection, self._of(self._lapsed, tasks).limit(limit), again_after)
 
     def waiting(
@@ -159,20 +159,20 @@ class Recovering:
         return statement if tasks is None else statement.where(self._table.c.task_name.in_(sorted(tasks)))
 
     def relay(self, connection: Connection, row: Row, *, lease: float) -> bool:
-        """The right to publish, by compare and set."""
+        """Take the right to publish, by compare and set."""
         parameters = {**key_parameters(row.key), "p_token": row.token, "p_lease": lease}
         # Whether it was this call that took it cannot be told on a repeat: nobody relays until that runs out.
         return connection.execute(self._relay, parameters).rowcount > 0
 
     def relayed(self, connection: Connection, keys: Sequence[MessageKey], *, published: bool) -> None:
-        """The end of that right."""
+        """End that right."""
         parameters = {"p_published": 0.0 if published else None}
         for first in range(0, len(keys), AT_ONCE):
             some = keys[first : first + AT_ONCE]
             connection.execute(self._relayed.where(among(self._table, some)), parameters)
 
     def not_published(self, connection: Connection, key: MessageKey, *, token: int) -> None:
-        """It was not handed to the broker after all."""
+        """Note that it was not handed to the broker after all."""
         connection.execute(self._not_published, {**key_parameters(key), "p_token": token})
 
     def purge(self, connection: Connection, chosen: Old, *, limit: int) -> int:
@@ -196,7 +196,7 @@ class Recovering:
         return connection.execute(chosen_keys, parameters).rowcount
 
     def _queues(self, connection: Connection) -> Iterator[str]:
-        """The queues that pending rows wait on."""
+        """Yield the queues that pending rows wait on."""
         name: str | None = connection.execute(self._first_queue).scalar()
         while name is not None:
             yield name
@@ -207,14 +207,14 @@ class Recovering:
 
 
 def _listed(table: Table) -> list[ColumnElement[Any]]:
-    """The columns that rows are listed with: no results, and no large messages."""
+    """Return the columns that rows are listed with: no results, and no large messages."""
     message = case((func.length(table.c.message) <= literal_column(str(LARGE_MESSAGE)), table.c.message), else_=null())
     small = [column for column in table.c if column.name not in ("message", "result")]
     return [*small, message.label("message")]
 
 
 def _together(of_queues: Sequence[Select[Any]]) -> Executable:
-    """What several limited statements read, by one: each is carried out as it would be alone."""
+    """Return what several limited statements read, by one: each is carried out as it would be alone."""
     if len(of_queues) == 1:
         return of_queues[0]
     return union_all(*(select(each.subquery()) for each in of_queues))

@@ -37,12 +37,12 @@ def verify(connection: Connection, table: Table) -> None:
 
 
 def is_there(connection: Connection, table: Table) -> bool:
-    """Whether there is a table of that name, whatever its columns."""
+    """Return whether there is a table of that name, whatever its columns."""
     return _columns(connection, table) is not None
 
 
 def outstanding(connection: Connection, table: Table) -> list[Change]:
-    """What :func:`create` would do.
+    """Return what :func:`create` would do.
 
     Raises:
         SchemaError: A table of that name is of no version.
@@ -79,7 +79,7 @@ def create(connection: Connection, table: Table, before: Callable[[Change], None
 
 
 def steps(connection: Connection, table: Table, version: int) -> list[Step]:
-    """What takes the database's table to a version.
+    """Return what takes the database's table to a version.
 
     Raises:
         SchemaError: A table of that name is of no version.
@@ -91,7 +91,7 @@ def steps(connection: Connection, table: Table, version: int) -> list[Step]:
 
 
 def _by_parts(connection: Connection, whole: list[Step], parts: list[tuple[str, str]], version: int) -> Iterator[Step]:
-    """The steps for a table in partitions. PostgreSQL builds no index beside the writers of all of them.
+    """Yield the steps for a table in partitions. PostgreSQL builds no index beside the writers of all of them.
 
     But of one, and an index over all that finds its like on each takes those for its parts, in a moment.
     """
@@ -108,7 +108,7 @@ def _by_parts(connection: Connection, whole: list[Step], parts: list[tuple[str, 
 
 
 def _present(connection: Connection, table: Table) -> Present | None:
-    """What the database has of the table; ``None`` when there is no such table."""
+    """Return what the database has of the table; ``None`` when there is no such table."""
     columns = _columns(connection, table)
     if columns is None:
         return None

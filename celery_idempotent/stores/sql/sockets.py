@@ -17,7 +17,7 @@ _RECEIVED_WITHIN = 30
 
 
 def has_something_to_say(descriptor: int) -> bool:
-    """Whether something waits to be read where nothing was asked: the end, or words of farewell."""
+    """Return whether something waits to be read where nothing was asked: the end, or words of farewell."""
     waiting = select.poll()
     waiting.register(descriptor, select.POLLIN)
     return bool(waiting.poll(0))

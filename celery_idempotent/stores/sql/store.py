@@ -100,7 +100,7 @@ class SQLStore:
         return self._database.engine
 
     def within(self, connection: Connection) -> SQLStore:
-        """This store with its verbs in a transaction of yours: what they write is committed, or not, by you.
+        """Return this store with its verbs in a transaction of yours: what they write is committed, or not, by you.
 
         Args:
             connection: One of :attr:`engine`'s database, in a transaction.

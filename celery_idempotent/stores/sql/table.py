@@ -68,12 +68,12 @@ class ErrorText(TypeDecorator[str]):
 
 
 def storable(text: str) -> str:
-    """The text with NULs (refused by PostgreSQL) and lone surrogates (not UTF-8) as backslash escapes."""
+    """Return the text with NULs (refused by PostgreSQL) and lone surrogates (not UTF-8) as backslash escapes."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8").replace("\0", "\\x00")
 
 
 def queue_log_table(metadata: MetaData, name: str = "queue_log", schema: str | None = None) -> Table:
-    """The queue log's table, in your metadata: for Alembic, and for joins with your own tables.
+    """Return the queue log's table, in your metadata: for Alembic, and for joins with your own tables.
 
     The library only asks that a table of that name has these columns; more columns (nullable or with a server default)
     and more indexes are yours to add. Keep ``status`` and the timestamps out of indexes on PostgreSQL: each index over
@@ -92,7 +92,7 @@ def queue_log_table(metadata: MetaData, name: str = "queue_log", schema: str | N
 
 
 def table_of_version(version: int, metadata: MetaData, name: str, schema: str | None) -> Table:
-    """The table as it was in a version, or is."""
+    """Return the table as it was in a version, or is."""
     table = Table(
         name,
         metadata,

@@ -121,7 +121,7 @@ class Endings:
         )
 
     def checkpoint(self, connection: Connection, claim: Claim, *, result: bytes | None, lease: float | None) -> bool:
-        """The recovery point; written a second time it is the same."""
+        """Write the recovery point; written a second time it is the same."""
         return _wrote(connection, self._checkpoint, {**holder_parameters(claim), "p_result": result, "p_lease": lease})
 
     def complete(
@@ -190,7 +190,7 @@ class Endings:
         return row is not None and held_by(row, holder) and row.status is Status.PENDING
 
     def expire(self, connection: Connection, holder: Holder) -> bool:
-        """The lease ends now."""
+        """End the lease now."""
         return _wrote(connection, self._expire.by(holder), holder_parameters(holder))
 
     def abandon(self, connection: Connection, row: Row, *, error: str, unique_for: float | None, again: bool) -> bool:

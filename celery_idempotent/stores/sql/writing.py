@@ -14,7 +14,7 @@ __all__ = ["changes_between"]
 
 
 def changes_between(since: int, *, dialect: str, name: str, schema: str | None) -> list[Change]:
-    """What takes a table of one version to this version's.
+    """Return what takes a table of one version to this version's.
 
     Args:
         since: The version; 0 for a table that is not there.

@@ -16,7 +16,7 @@ _DIALECTS: dict[str, type[Dialect]] = {
 
 
 def dialect_named(name: str) -> Dialect:
-    """The strategy for a database, by the name SQLAlchemy has for its dialect.
+    """Return the strategy for a database, by the name SQLAlchemy has for its dialect.
 
     Raises:
         ConfigurationError: The queue log cannot live in such a database.

@@ -57,7 +57,7 @@ class Dialect(ABC):
         replaced: Collection[str] = (),
         free: ColumnElement[bool] | None = None,
     ) -> Executable:
-        """An insert that yields to a row that has the key, without an error to the transaction around it.
+        """Return an insert that yields to a row that has the key, without an error to the transaction around it.
 
         Where the database can say so in the same statement, a row that has the key and is ``free`` takes on the values
         of the ``replaced`` columns instead; where it cannot, the caller does that next.
@@ -69,7 +69,7 @@ class Dialect(ABC):
 
     @abstractmethod
     def insert_all(self, table: Table, values: Mapping[str, Any]) -> Executable:
-        """An insert of many rows, which yields to rows that have their keys where the database can say so."""
+        """Return an insert of many rows, which yields to rows that have their keys where the database can say so."""
 
     @abstractmethod
     def inserted_keys(
@@ -86,28 +86,28 @@ class Dialect(ABC):
     recorded_order: ClassVar[ColumnElement[Any] | None] = None
 
     def as_of_now(self, query: Select[Any]) -> Select[Any]:
-        """The query, made to see what an insert in its transaction has met, even if that is newer than the transaction's snapshot."""
+        """Return the query, made to see what an insert in its transaction has met, even if that is newer than the transaction's snapshot."""
         return query
 
     @abstractmethod
     def next_token(self, token: ColumnElement[int]) -> ColumnElement[int]:
-        """The token's next value, for the ``SET`` clause of an update whose token is asked for."""
+        """Return the token's next value, for the ``SET`` clause of an update whose token is asked for."""
 
     @abstractmethod
     def telling_token(self, update: Update, table: Table) -> Executable:
-        """The update, made to tell the token that it wrote."""
+        """Return the update, made to tell the token that it wrote."""
 
     @abstractmethod
     def token(self, result: CursorResult[Any]) -> int | None:
-        """What such an update told; ``None`` when it changed no row."""
+        """Return what such an update told; ``None`` when it changed no row."""
 
     def like(self, column: ColumnElement[str], pattern: str) -> ColumnElement[bool]:
-        """Whether the column matches a pattern with ``*`` and ``?``, by case."""
+        """Return whether the column matches a pattern with ``*`` and ``?``, by case."""
         escaped = pattern.replace("!", "!!").replace("%", "!%").replace("_", "!_")
         return column.like(escaped.replace("*", "%").replace("?", "_"), escape="!")
 
     def exact(self, column: ColumnElement[str]) -> ColumnElement[str]:
-        """A column of any text, compared by case."""
+        """Return a column of any text, compared by case."""
         return column
 
     #: Names and values of the settings that the store's promise depends on; see the port's ``configuration``.
@@ -115,18 +115,18 @@ class Dialect(ABC):
 
     @abstractmethod
     def fault(self, error: DBAPIError) -> Fault:
-        """What an error means."""
+        """Return what an error means."""
 
     def gave_up(self, connection: Any) -> bool | None:
-        """Whether the transaction of a driver's connection can only be rolled back; ``None`` when the driver does not tell."""
+        """Return whether the transaction of a driver's connection can only be rolled back; ``None`` when the driver does not tell."""
         return False
 
     def socket(self, connection: Any) -> int | None:
-        """The descriptor of a driver's connection; ``None`` when there is none, or it is closed, or the driver does not tell."""
+        """Return the descriptor of a driver's connection; ``None`` when there is none, or it is closed, or the driver does not tell."""
         return None
 
     def exists(self, url: URL) -> bool:
-        """Whether there is a database to connect to; ``False`` only where connecting would make it."""
+        """Return whether there is a database to connect to; ``False`` only where connecting would make it."""
         return True
 
     def options(self, url: URL) -> dict[str, Any]:
@@ -142,7 +142,7 @@ class Dialect(ABC):
         return
 
     def in_autocommit(self, engine: Engine) -> Engine:
-        """An engine of somebody's own, with connections in autocommit."""
+        """Return an engine of somebody's own, with connections in autocommit."""
         return engine.execution_options(isolation_level="AUTOCOMMIT")
 
     def autocommit(self, connection: Connection) -> AbstractContextManager[None]:
@@ -173,11 +173,11 @@ class Dialect(ABC):
         return nullcontext()
 
     def timed_out(self, error: DBAPIError) -> bool:
-        """Whether the server gave up the statement, because of its limit or because it was cancelled."""
+        """Return whether the server gave up the statement, because of its limit or because it was cancelled."""
         return False
 
     def cancel(self, connection: Any, another: Callable[[], PoolProxiedConnection]) -> Callable[[], object] | None:
-        """What asks the server to give up the statement that a driver's connection waits for; ``None`` if there is no way.
+        """Return what asks the server to give up the statement that a driver's connection waits for; ``None`` if there is no way.
 
         Args:
             connection: That connection.

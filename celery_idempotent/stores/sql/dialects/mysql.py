@@ -192,7 +192,7 @@ def _code(error: DBAPIError) -> int:
 
 
 def _limits(connection: Any, seconds: float) -> dict[str, float]:
-    """Settings that end a statement. MySQL has one for what only reads, and two for what waits for a lock; MariaDB has one for all."""
+    """Return the settings that end a statement. MySQL has one for what only reads, and two for what waits for a lock; MariaDB has one for all."""
     if "MariaDB" in connection.get_server_info():
         return {"max_statement_time": seconds}
     waiting = max(1, round(seconds))

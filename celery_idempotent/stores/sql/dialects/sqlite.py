@@ -107,7 +107,7 @@ class SQLite(OnConflict):
 
 
 def in_memory(url: URL) -> bool:
-    """Whether the database lives in the memory of one process."""
+    """Return whether the database lives in the memory of one process."""
     return url.database in (None, "", ":memory:") or url.query.get("mode") == "memory"
 
 
