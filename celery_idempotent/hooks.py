@@ -134,7 +134,7 @@ class TracingHook(Protocol):
         ...
 
     def traceparent(self) -> str | None:
-        """The W3C ``traceparent`` of the span that is current here, or ``None``."""
+        """Return the W3C ``traceparent`` of the span that is current here, or ``None``."""
         ...
 
 
@@ -152,7 +152,7 @@ class Outcomes:
 
     @classmethod
     def of(cls, entries: Sequence[str | Hook]) -> Outcomes | None:
-        """What tells the hooks of the setting ``idempotent_hooks``; ``None`` when there are none.
+        """Return what tells the hooks of the setting ``idempotent_hooks``; ``None`` when there are none.
 
         Raises:
             ConfigurationError: One is not there, is no hook, or lacks a library.
@@ -227,7 +227,7 @@ class Outcomes:
                     logger.exception("the hook %r could not take %r; that is logged once", hook, outcome)
 
     def traceparent(self) -> str | None:
-        """The span that is current here, if there is a hook that traces."""
+        """Return the span that is current here, if there is a hook that traces."""
         if self._tracing is None:
             return None
         try:
@@ -244,7 +244,7 @@ class Outcomes:
         return trace
 
     def trace_among(self, headers: Mapping[str, Any] | None) -> str | None:
-        """The span in which a message was sent whose sender has no hook that traces, but says it by W3C trace context."""
+        """Return the span in which a message was sent whose sender has no hook that traces, but says it by W3C trace context."""
         if self._tracing is None or not isinstance(headers, Mapping):
             return None
         found = headers.get(TRACE_HEADER)
@@ -252,12 +252,12 @@ class Outcomes:
 
 
 def reason_of(error: str) -> str:
-    """The word before the text of an error, as it is in the column ``error``: a type, or why a message was ended."""
+    """Return the word before the text of an error, as it is in the column ``error``: a type, or why a message was ended."""
     return error.partition(":")[0].partition(",")[0]
 
 
 def _load(path: str) -> Hook:
-    """The hook at a dotted path, ``package.module.name`` or ``package.module:name``."""
+    """Return the hook at a dotted path, ``package.module.name`` or ``package.module:name``."""
     module_name, _, name = path.replace(":", ".").rpartition(".")
     if not module_name or not name:
         raise ConfigurationError(f"setting {SETTING}: {path!r} is no path of a hook such as 'package.module.hook'")

@@ -109,7 +109,7 @@ class Options:
 
 
 def _message_id_of(task: Task, option: Any, signature: CallSignature) -> Any:
-    """The option ``message_id`` as it asks to be called: a method gets the task before the arguments."""
+    """Return the option ``message_id`` as it asks to be called: a method gets the task before the arguments."""
     stored = inspect.getattr_static(type(task), "message_id", None)
     if isinstance(stored, partialmethod):
         return stored.__get__(task, type(task))
@@ -168,5 +168,5 @@ def refuse_misspelt(cls: type[Task], base: type) -> None:
 
 @lru_cache(maxsize=1024)
 def _nearest(name: str) -> str:
-    """The option that a name is nearly, or is; empty when there is none. Kept, since every call has the same few keywords."""
+    """Return the option that a name is nearly, or is; empty when there is none. Kept, since every call has the same few keywords."""
     return next(iter(get_close_matches(name.lower(), (*OPTION_NAMES, "idempotent"), n=1, cutoff=0.85)), "")

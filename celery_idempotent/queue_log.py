@@ -83,7 +83,7 @@ class QueueLog:
 
     @classmethod
     def of(cls, app: Celery) -> QueueLog:
-        """The app's queue log; made when there is none yet."""
+        """Return the app's queue log; made when there is none yet."""
         found = vars(app).get(_ATTRIBUTE)
         return found if isinstance(found, cls) else cls(app)
 
@@ -124,7 +124,7 @@ class QueueLog:
         return Outcomes.of(self.settings.hooks)
 
     def part(self, kind: type[T], make: Callable[[], T]) -> T:
-        """What a layer above keeps for this queue log, made when it is first asked for.
+        """Return what a layer above keeps for this queue log, made when it is first asked for.
 
         Args:
             kind: Its class, of which there is one.

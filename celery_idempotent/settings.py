@@ -168,7 +168,7 @@ def _names(name: str, value: object) -> tuple[str, ...]:
 
 
 def seconds(name: str, value: object, *, positive: bool) -> float:
-    """A duration given as a number of seconds or a ``timedelta``.
+    """Return a duration given as a number of seconds or a ``timedelta``.
 
     Args:
         name: Option or setting, for the error.
@@ -188,7 +188,7 @@ def seconds(name: str, value: object, *, positive: bool) -> float:
 
 
 def one_of(name: str, value: object, *choices: str) -> Any:
-    """A value out of a few.
+    """Return a value out of a few.
 
     Raises:
         ConfigurationError: It is none of them; the nearest is named.
@@ -201,7 +201,7 @@ def one_of(name: str, value: object, *choices: str) -> Any:
 
 
 def yes_or_no(name: str, value: object) -> bool:
-    """A flag.
+    """Return a flag.
 
     Raises:
         ConfigurationError: It is not a ``bool``; truthy strings such as ``"false"`` are a classic accident.

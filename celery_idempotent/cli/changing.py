@@ -234,7 +234,7 @@ def _purge(queue_log: QueueLog, chosen: dict[str, Any]) -> int:
 def _named_or_chosen(
     queue_log: QueueLog, message_ids: Sequence[str], chosen: Chosen, where: Callable[[], Any]
 ) -> tuple[list[Row], list[str]]:
-    """The rows that a command is for, and the ids that have none."""
+    """Return the rows that a command is for, and the ids that have none."""
     others = set(chosen) - {"task_name"}
     if message_ids and others:
         raise click.UsageError(
@@ -271,7 +271,7 @@ def _report(
     dry_run: bool,
     json_: bool,
 ) -> None:
-    """What was done, and what was not."""
+    """Say what was done, and what was not."""
 
     def lines() -> Iterable[str]:
         if not dry_run:
@@ -303,7 +303,7 @@ def _end(
 
 @contextmanager
 def _progress(label: str, rows: Sequence[Row]) -> Iterator[Iterable[Row]]:
-    """The rows one after the other, with a bar at a terminal."""
+    """Yield the rows one after the other, with a bar at a terminal."""
     if len(rows) == 1 or not sys.stderr.isatty():
         yield rows
         return

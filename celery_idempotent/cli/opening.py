@@ -17,7 +17,7 @@ __all__ = ["one_line", "opened"]
 
 @contextmanager
 def opened(ctx: click.Context) -> Iterator[QueueLog]:
-    """The queue log of the app given by ``-A``; what is wrong with it becomes one line and an exit status."""
+    """Yield the queue log of the app given by ``-A``; what is wrong with it becomes one line and an exit status."""
     queue_log = QueueLog.of(ctx.obj.app)
     try:
         if ctx.find_root().params.get("app") is None and queue_log.settings == Settings():
@@ -37,5 +37,5 @@ def opened(ctx: click.Context) -> Iterator[QueueLog]:
 
 
 def one_line(error: Exception) -> str:
-    """The text of an error, whatever its lines."""
+    """Return the text of an error, whatever its lines."""
     return " ".join(str(error).split())

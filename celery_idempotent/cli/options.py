@@ -21,7 +21,7 @@ _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
 def duration(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
-    """An option's seconds, which may be given with a unit."""
+    """Return an option's seconds, which may be given with a unit."""
     if value is None:
         return None
     found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+) ?([smhdw]?)", value, re.ASCII)
@@ -74,7 +74,7 @@ class Chosen(dict[str, Any]):
         super().__init__({name: value for name, value in given.items() if value is not None})
 
     def rows(self, **conditions: Any) -> RowFilter:
-        """The filter that they make, with conditions of the command's own."""
+        """Return the filter that they make, with conditions of the command's own."""
         return RowFilter(**self, **conditions)
 
 

@@ -24,7 +24,7 @@ def print_(json_: bool, data: Any, text: Callable[[], Iterable[str]]) -> None:
 
 
 def plain(value: Any) -> Any:
-    """The nearest that JSON has."""
+    """Return the nearest that JSON has."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Mapping):
@@ -37,7 +37,7 @@ def plain(value: Any) -> Any:
 
 
 def printable(line: str) -> str:
-    """The line without what would move a terminal's cursor, or what its encoding has not got: an id can be any text."""
+    """Return the line without what would move a terminal's cursor, or what its encoding has not got: an id can be any text."""
     escaped = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in line)
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     return escaped.encode(encoding, "backslashreplace").decode(encoding)
@@ -50,7 +50,7 @@ def _cell(value: Any) -> str:
 
 
 def table(records: Sequence[dict[str, Any]], columns: Sequence[str]) -> Iterable[str]:
-    """The lines of a table."""
+    """Return the lines of a table."""
     if not records:
         return ["no rows"]
     rows = [columns, *([printable(_cell(record[column])) for column in columns] for record in records)]

@@ -98,7 +98,7 @@ def list_(
 
 
 def listing(records: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
-    """Records and columns of a table, with the beginnings of errors where there are some."""
+    """Return records and columns of a table, with the beginnings of errors where there are some."""
     if not any(record["error"] for record in records):
         return records, LISTED
     short = [{**record, "error": _shortened(record["error"])} for record in records]
@@ -137,25 +137,25 @@ def show(ctx: click.Context, message_id: str, task_name: str | None, arguments: 
 
 
 def not_there(message_id: str, task_name: str | None) -> str:
-    """What is said of a message that has no row."""
+    """Return what is said of a message that has no row."""
     return f"no message {message_id!r}" + (f" of task {task_name}" if task_name else "")
 
 
 def rows_of(queue_log: QueueLog, message_id: str, task_name: str | None) -> list[Row]:
-    """The rows of a message id, of one task or of all that use it, with their messages."""
+    """Return the rows of a message id, of one task or of all that use it, with their messages."""
     names = [task_name] if task_name else _tasks_of(queue_log, message_id)
     return [row for name in names if (row := queue_log.store.find(MessageKey(message_id, name))) is not None]
 
 
 def _tasks_of(queue_log: QueueLog, message_id: str) -> list[str]:
-    """The tasks that use a message id."""
+    """Return the tasks that use a message id."""
     if "*" in message_id or "?" in message_id:  # which a filter would take for a pattern
         return sorted({count.task_name for count in queue_log.store.counts()})
     return sorted(row.key.task_name for row in queue_log.store.rows(RowFilter(message_id=message_id, limit=1000)))
 
 
 def record_of(row: Row) -> dict[str, Any]:
-    """A row as plain data, without its encoded message and result."""
+    """Return a row as plain data, without its encoded message and result."""
     flat = {"message_id": row.key.message_id, "task_name": row.key.task_name}
     kept = (field.name for field in fields(Row) if field.name not in ("key", "message", "result", "read_at"))
     return {**flat, **{name: getattr(row, name) for name in kept}}
@@ -180,7 +180,7 @@ def _contents(app: Celery, row: Row) -> dict[str, Any]:
 
 
 def _masked(redaction: Redaction, row: Row, contents: dict[str, Any]) -> dict[str, Any]:
-    """The same with values masked as ``idempotent_redact`` has it."""
+    """Return the same with values masked as ``idempotent_redact`` has it."""
     masked = dict(contents)
     if "args" in contents:
         masked["args"], masked["kwargs"] = redaction.call(row.key.task_name, contents["args"], contents["kwargs"])
@@ -190,7 +190,7 @@ def _masked(redaction: Redaction, row: Row, contents: dict[str, Any]) -> dict[st
 
 
 def _redacted(contents: dict[str, Any], *, json_: bool) -> dict[str, Any]:
-    """The same without the values: for people it is said that there are some."""
+    """Return the same without the values: for people it is said that there are some."""
     secret = [name for name in ("args", "kwargs", "result") if name in contents]
     kept = {name: value for name, value in contents.items() if name not in secret}
     return kept if json_ else {**kept, **dict.fromkeys(secret, "see --arguments")}

@@ -124,7 +124,7 @@ def recover(
 
 
 def _plain(due: Due) -> dict[str, Any]:
-    """What is due, for programs."""
+    """Return what is due, for programs."""
     rows = {name: getattr(due, name) for name in _DUE}
     return {
         "dry_run": True,
@@ -140,7 +140,7 @@ def _plain(due: Due) -> dict[str, Any]:
 
 
 def _listed(due: Due) -> Iterator[str]:
-    """What is due, for people: each message, and how many of each kind."""
+    """Yield what is due, for people: each message, and how many of each kind."""
     records = [
         {**{name: getattr(row, name) for name in ("status", "queue")}, **asdict(row.key), "would": would}
         for name, would in _DUE.items()
@@ -178,7 +178,7 @@ def _watch(queue_log: QueueLog, interval: float, lost_after: float | None, task:
 
 @contextmanager
 def _told_to_stop() -> Iterator[Callable[[], bool]]:
-    """Whether SIGINT or SIGTERM came: what is under way is ended in good order. The second one means it at once."""
+    """Return whether SIGINT or SIGTERM came: what is under way is ended in good order. The second one means it at once."""
     told: list[int] = []
 
     def stop(signum: int, _: object) -> None:
@@ -194,5 +194,5 @@ def _told_to_stop() -> Iterator[Callable[[], bool]]:
 
 
 def _recovered(done: Recovered, words: Mapping[str, str] = _RECOVERED) -> str:
-    """What was done, in a line; empty if nothing was."""
+    """Return what was done, in a line; empty if nothing was."""
     return ", ".join(words[name].format(count) for name, count in asdict(done).items() if count)

@@ -84,7 +84,7 @@ def _change(queue_log: QueueLog, changes: Sequence[Change], *, yes: bool) -> Non
 
 
 def _written(table: str, dialect: str, since: int) -> list[Change]:
-    """The changes to a table of a version, for a database that is not asked."""
+    """Return the changes to a table of a version, for a database that is not asked."""
     from celery_idempotent.stores.sql.writing import changes_between  # SQLAlchemy, which most commands do without
 
     namespace, _, name = table.rpartition(".")
@@ -92,7 +92,7 @@ def _written(table: str, dialect: str, since: int) -> list[Change]:
 
 
 def _script(table: str, changes: Sequence[Change]) -> Iterable[str]:
-    """The statements, to be read or to be run."""
+    """Yield the statements, to be read or to be run."""
     if not changes:
         yield f"-- {table} is of this version"
     for change in changes:
@@ -146,7 +146,7 @@ def doctor(ctx: click.Context, ignore: Sequence[str], consumer_timeout: float | 
 
 
 def _report(facts: Facts, found: Sequence[Finding], errors: int) -> Iterable[str]:
-    """The findings for people."""
+    """Yield the findings for people."""
     yield f"broker {facts.broker.url}, store {facts.store.name}, guarded tasks: {len(facts.app.tasks)}"
     for each in found:
         yield ""

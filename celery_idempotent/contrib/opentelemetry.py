@@ -60,7 +60,7 @@ class OpenTelemetryHook:
         self._tracer = get_tracer(_NAMESPACE, tracer_provider=tracer_provider)
 
     def traceparent(self) -> str | None:
-        """The current span, as W3C trace context."""
+        """Return the current span, as W3C trace context."""
         carrier: dict[str, str] = {}
         _TRACE_CONTEXT.inject(carrier)
         return carrier.get("traceparent")

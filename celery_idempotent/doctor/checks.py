@@ -291,7 +291,7 @@ def _redis(facts: Facts, told: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def _evicts(policy: str, maxmemory: str | None) -> bool:
-    """Whether a Redis deletes keys that have no time to live. Without a bound on its memory it never has to."""
+    """Return whether a Redis deletes keys that have no time to live. Without a bound on its memory it never has to."""
     return policy.startswith("allkeys") and maxmemory != "0"
 
 
@@ -322,7 +322,7 @@ def _isolation(facts: Facts, told: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def _condition(facts: Facts) -> Iterator[Finding]:
-    """What the rows, and the clock, show."""
+    """Yield what the rows, and the clock, show."""
     store, app = facts.store, facts.app
     condition = store.condition
     if condition is None:

@@ -197,7 +197,7 @@ def _consumer_timeout(
 
 
 def _version(properties: Mapping[str, Any]) -> tuple[int, ...]:
-    """The version of a RabbitMQ; nothing for any other server that speaks AMQP."""
+    """Return the version of a RabbitMQ; nothing for any other server that speaks AMQP."""
     if properties.get("product") != "RabbitMQ":
         return ()
     return tuple(int(part) for part in re.findall(r"\d+", str(properties.get("version", "")))[:3])

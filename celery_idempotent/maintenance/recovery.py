@@ -140,7 +140,7 @@ class Recovery:
             yield Recovered(lost=self._rescue.publish_waiting(lost_after, task=task, stopped=stopped))
 
     def due(self, *, lost_after: float | None = None, task: str | None = None, at_most: int = 1000) -> Due:
-        """What :meth:`passes` would do, as far as that can be seen: nothing is published, changed or deleted.
+        """Return what :meth:`passes` would do, as far as that can be seen: nothing is published, changed or deleted.
 
         Args:
             lost_after: As for :meth:`passes`.

@@ -138,7 +138,7 @@ def requeue(queue_log: QueueLog, row: Row) -> Requeued | NotRequeued:
 
 
 def _options_of_a_restart(row: Row, options: Mapping[str, Any], task_id: str) -> dict[str, Any]:
-    """The options of a message that starts over."""
+    """Return the options of a message that starts over."""
     kept = {name: value for name, value in options.items() if name not in _OF_BEFORE}
     sent = Header.read(options.get("headers"))
     headers = {name: value for name, value in (options.get("headers") or {}).items() if name != HEADER}

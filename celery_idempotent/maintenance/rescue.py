@@ -60,7 +60,7 @@ class Rescue:
 
     @classmethod
     def of(cls, queue_log: QueueLog) -> Rescue:
-        """The queue log's one rescue in this process, which knows what its workers have seen."""
+        """Return the queue log's one rescue in this process, which knows what its workers have seen."""
         return queue_log.part(cls, lambda: cls(queue_log))
 
     @property
@@ -68,7 +68,7 @@ class Rescue:
         return self._queue_log.store
 
     def saw(self, queue: str | None, key: MessageKey) -> None:
-        """A message of this queue has just reached a worker: by its row the next pass tells what it has overtaken."""
+        """Note that a message of this queue has just reached a worker: by its row the next pass tells what it has overtaken."""
         of = queue, key.task_name if self._held_by_rate(key.task_name) else None
         self._latest.pop(of, None)
         self._latest[of] = key
@@ -76,7 +76,7 @@ class Rescue:
             self._latest.pop(next(iter(self._latest)), None)
 
     def see_what_ran(self) -> None:
-        """The newest message of each queue that ran or runs stands for the deliveries that other processes have seen."""
+        """Take the newest message of each queue that ran or runs for the deliveries that other processes have seen."""
         for row in reversed(self._store.newest(limit=_NEWEST)):
             self.saw(row.queue, row.key)
 
@@ -87,7 +87,7 @@ class Rescue:
         return self._publish_due(partial(self._store.lapsed, **self._of_lapsed()), due=_lapsed_and_paused)
 
     def lapsed(self, at_most: int) -> list[Row]:
-        """What :meth:`publish_lapsed` would publish, among so many rows."""
+        """Return what :meth:`publish_lapsed` would publish, among so many rows."""
         return [row for row in self._store.lapsed(**self._of_lapsed(), limit=at_most) if _lapsed_and_paused(row)]
 
     def _of_lapsed(self) -> dict[str, Any]:
@@ -100,7 +100,7 @@ class Rescue:
         return sum(self._publish_due(read, due=_overtaken_and_paused) for read in self._overtaken())
 
     def overtaken(self, at_most: int) -> list[Row]:
-        """What :meth:`publish_overtaken` would publish, among so many rows."""
+        """Return what :meth:`publish_overtaken` would publish, among so many rows."""
         return [row for read in self._overtaken() for row in read(limit=at_most) if _overtaken_and_paused(row)]
 
     def publish_waiting(
@@ -125,11 +125,11 @@ class Rescue:
         return relayed + self._publish_due(waiting, at_most=math.inf, stopped=stopped)
 
     def waiting(self, lost_after: float, *, task: str | None = None, at_most: int) -> list[Row]:
-        """What :meth:`publish_waiting` would publish, of so many rows, apart from what it relays."""
+        """Return what :meth:`publish_waiting` would publish, of so many rows, apart from what it relays."""
         return self._store.waiting(older_than=lost_after, limit=at_most, tasks=self._recorded_tasks(task))
 
     def _overtaken(self) -> list[_Read]:
-        """What reads the rows that have been overtaken on their queues: those of most tasks, and of each that has a rate limit.
+        """Return what reads the rows that have been overtaken on their queues: those of most tasks, and of each that has a rate limit.
 
         Workers keep messages of such a task back while others pass: only what it overtakes itself counts, by more than what a worker keeps
         back of it.
@@ -219,7 +219,7 @@ def _overtaken_and_paused(row: Row) -> bool:
 
 
 def _has_paused(row: Row, *, since: datetime | None) -> bool:
-    """Whether it is time to publish a row once more: each pause is as long as all before it together."""
+    """Return whether it is time to publish a row once more: each pause is as long as all before it together."""
     if row.published_at is None or since is None or row.published_at <= since:
         return True
     return row.read_at - row.published_at >= min(row.published_at - since, _LONGEST_PAUSE)

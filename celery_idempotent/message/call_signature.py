@@ -71,7 +71,7 @@ class CallSignature:
         return tuple(self._signature.parameters)
 
     def positions(self, count: int) -> list[str]:
-        """The names of the parameters that so many positional arguments are for; ``*args`` has one name for all that it takes up.
+        """Return the names of the parameters that so many positional arguments are for; ``*args`` has one name for all that it takes up.
 
         Raises:
             TypeError: The body does not take so many.
@@ -84,7 +84,7 @@ class CallSignature:
         return [*names, *[str(rest)] * (count - len(names))][:count]
 
     def bind(self, args: Args, kwargs: Kwargs) -> dict[str, Any]:
-        """The arguments of a call by parameter, defaults applied.
+        """Return the arguments of a call by parameter, defaults applied.
 
         What ``*args`` and ``**kwargs`` take up stands under their own names, as a tuple and a dict.
 
@@ -110,7 +110,7 @@ class CallSignature:
     def _bind_plainly(
         self, names: tuple[str, ...], args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> dict[str, Any] | None:
-        """What :mod:`inspect` does at length, for most bodies; ``None`` for a call that does not fit, of which it says why."""
+        """Return what :mod:`inspect` does at length, for most bodies; ``None`` for a call that does not fit, of which it says why."""
         given = dict(zip(names, args, strict=False))
         if len(args) > len(names) or any(name in given or name not in self._signature.parameters for name in kwargs):
             return None
@@ -209,7 +209,7 @@ class CallSignature:
         )
 
     def wants_task(self, option: Callable[..., object], owner: type | None = None) -> bool:
-        """Whether a ``message_id`` function asks for the task before the arguments, as a method does.
+        """Return whether a ``message_id`` function asks for the task before the arguments, as a method does.
 
         Args:
             option: What stands in the task's class or was given to the decorator.
@@ -243,7 +243,7 @@ class CallSignature:
 
 
 def _stands_at_something(parameter: inspect.Parameter) -> bool:
-    """Whether a call may leave a parameter out."""
+    """Return whether a call may leave a parameter out."""
     return parameter.default is not parameter.empty or parameter.kind in {
         parameter.VAR_POSITIONAL,
         parameter.VAR_KEYWORD,

@@ -67,7 +67,7 @@ _MICROSECOND = timedelta(microseconds=1)
 
 
 def canonical(value: object) -> bytes:
-    """The canonical form of a value: typed and length-delimited, so that no two values share one.
+    """Return the canonical form of a value: typed and length-delimited, so that no two values share one.
 
     Args:
         value: Plain data; see the module's table for what stands for what. An error names the place in it, and takes
@@ -99,7 +99,7 @@ def fingerprint(value: object) -> str:
 
 
 def plain(value: Any) -> Any:
-    """What a value stands for, as plain data: values of one canonical form have one text.
+    """Return what a value stands for, as plain data: values of one canonical form have one text.
 
     A format string over the arguments is filled with it, so that both sides of the wire make the same of it: a member of a
     ``StrEnum`` is its value, a tuple a list, an aware ``datetime`` the same instant in UTC, ``Decimal("1.00")`` is
@@ -277,7 +277,7 @@ class _Form:
 
 
 def _scalar(value: object) -> bytes | None:
-    """The form of a value that holds no other and that JSON has no native form for; ``None`` when it is not one."""
+    """Return the form of a value that holds no other and that JSON has no native form for; ``None`` when it is not one."""
     match value:
         case datetime():
             wall = timedelta(days=value.toordinal()) + _since_midnight(value)
@@ -324,7 +324,7 @@ def _text(value: str) -> bytes:
 
 
 def _json_key(key: object) -> object:
-    """The text that JSON makes of a dict's key, or the key itself when it makes none."""
+    """Return the text that JSON makes of a dict's key, or the key itself when it makes none."""
     if isinstance(key, (int, float)) or key is None:
         try:
             return json.dumps(key)

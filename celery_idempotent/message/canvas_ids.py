@@ -42,12 +42,12 @@ _DERIVED = re.compile(_PREFIX + "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 def is_derived(message_id: str) -> bool:
-    """Whether a message id was made here, from a call's place and its arguments: these need no comparing then."""
+    """Return whether a message id was made here, from a call's place and its arguments: these need no comparing then."""
     return _DERIVED.fullmatch(message_id) is not None
 
 
 def is_guarded(task: object) -> bool:
-    """Whether a task, found by its name, is an ``IdempotentTask``."""
+    """Return whether a task, found by its name, is an ``IdempotentTask``."""
     return hasattr(type(task), "idempotency")  # the class itself imports this module
 
 
@@ -66,7 +66,7 @@ def fix_callbacks(request: Context) -> None:
 
 
 def unsent_errbacks(app: Celery, request: Context, store: Store) -> bool:
-    """Whether an errback of a failed message may not have been sent: it is one of ours, and nobody has ever had it.
+    """Return whether an errback of a failed message may not have been sent: it is one of ours, and nobody has ever had it.
 
     Celery stores a failure before it sends the errbacks, so that the result does not tell whether they were sent.
     """
@@ -89,7 +89,7 @@ def unsent_errbacks(app: Celery, request: Context, store: Store) -> bool:
 
 
 def _is_called(task: Any, errback: Mapping[str, Any]) -> bool:
-    """Whether Celery calls an errback where the task failed, rather than send it: it takes more than the task's id."""
+    """Return whether Celery calls an errback where the task failed, rather than send it: it takes more than the task's id."""
     header = getattr(task, "__header__", None)
     if header is None or isinstance(header, partial):
         return False
@@ -140,7 +140,7 @@ class Calls:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def next(self, task_name: str, signature: CallSignature | None, args: Any, kwargs: Any) -> Position:
-        """The position of a call that is made now.
+        """Return the position of a call that is made now.
 
         Calls are counted for each task and arguments, so that a rerun may make them in another order, and others between them. A
         call whose arguments have no canonical form is told from others of its task by the order alone.
@@ -152,12 +152,12 @@ class Calls:
         return self._take("call", task_name, fingerprint)
 
     def take_back(self, position: Position) -> None:
-        """The call was not made after all: the next one like it is in its place."""
+        """Take back a call that was not made after all: the next one like it is in its place."""
         with self._lock:
             heapq.heappush(self._given_back.setdefault(position.of, []), position.number)
 
     def mark(self, options: Mapping[str, Any], position: Position, app: Celery, request_id: str) -> dict[str, Any]:
-        """The options of a call in a canvas, with ids for all that is sent behind it.
+        """Return the options of a call in a canvas, with ids for all that is sent behind it.
 
         The canvas has made its Celery ids anew for this run, so that they say nothing of the one before.
 
@@ -180,7 +180,7 @@ class Calls:
         return marked
 
     def part(self, task_name: str, args: Any, kwargs: Any) -> str:
-        """The Celery id of a part that the body adds to its chord now."""
+        """Return the Celery id of a part that the body adds to its chord now."""
         try:
             fingerprint = arguments_fingerprint(None, tuple(args or ()), dict(kwargs or {}))
         except ConfigurationError:
@@ -214,7 +214,7 @@ class Calls:
 
 
 def derived(*parts: str | int | None) -> str:
-    """An id made of these parts, in the form of a Celery id."""
+    """Return an id made of these parts, in the form of a Celery id."""
     digest = hashlib.sha256(FORM + canonical(list(parts))).digest()
     return str(UUID(bytes=digest[:16], version=5))
 
@@ -262,7 +262,7 @@ class _Marking:
         return made
 
     def links(self, options: Mapping[str, Any], base: str) -> dict[str, Any]:
-        """The options with their callbacks' ids fixed."""
+        """Return the options with their callbacks' ids fixed."""
         kinds = [kind for kind in ("link", "link_error") if options.get(kind)]
         return {**options, **{kind: _fixed(options[kind], base, kind) for kind in kinds}}
 
@@ -273,7 +273,7 @@ class _Marking:
 
 
 def _frozen_id(signature: Any) -> str | None:
-    """The Celery id of a frozen signature; of a chain, which has none, that of a step."""
+    """Return the Celery id of a frozen signature; of a chain, which has none, that of a step."""
     task_id: str | None = (signature.get("options") or {}).get("task_id")
     if task_id is None:
         for name in _PARTS.get(signature.get("subtask_type"), ()):
@@ -284,7 +284,7 @@ def _frozen_id(signature: Any) -> str | None:
 
 
 def _copy(signature: Mapping[str, Any]) -> Any:
-    """A copy whose options and parts may be changed; the arguments are the same."""
+    """Return a copy whose options and parts may be changed; the arguments are the same."""
     if isinstance(signature, Signature):
         return signature.clone()
     return {

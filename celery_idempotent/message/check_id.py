@@ -12,7 +12,7 @@ MAX_BYTES = 255
 
 
 def check_message_id(value: object) -> str:
-    """The message id, if it can be one.
+    """Return the message id, if it can be one.
 
     A message id is any text from 1 to 255 bytes of UTF-8 without NUL. Blanks count, and so does case.
 

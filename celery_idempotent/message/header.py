@@ -28,7 +28,7 @@ _TRACE = re.compile("[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 def later_call() -> str:
-    """A name for a later call under a Celery id that was sent before."""
+    """Return a name for a later call under a Celery id that was sent before."""
     return f"again:{uuid()}"
 
 
@@ -44,7 +44,7 @@ def rejections(headers: Mapping[str, Any] | None) -> int:
 
 
 def is_trace(value: object) -> bool:
-    """Whether this is a W3C ``traceparent``."""
+    """Return whether this is a W3C ``traceparent``."""
     return isinstance(value, str) and _TRACE.fullmatch(value) is not None
 
 
@@ -86,7 +86,7 @@ class Header:
 
     @classmethod
     def read(cls, headers: Mapping[str, Any] | None) -> Header | None:
-        """The guard's header among a message's headers, or ``None``; anything malformed counts as none."""
+        """Return the guard's header among a message's headers, or ``None``; anything malformed counts as none."""
         found = headers.get(HEADER) if isinstance(headers, Mapping) else None
         if not isinstance(found, Mapping):
             return None
@@ -111,12 +111,12 @@ class Header:
 
     @classmethod
     def new(cls, key: MessageKey, task_id: str, fingerprint: str | None = None, *, trace: str | None = None) -> Header:
-        """The header of a message that is sent for the first time."""
+        """Return the header of a message that is sent for the first time."""
         return cls(key.message_id, key.task_name, task_id, fingerprint, trace=trace)
 
     @classmethod
     def delivered(cls, key: MessageKey, task_id: str, headers: Mapping[str, Any] | None) -> Header | None:
-        """The header of a delivered message; ``None`` if its producer has none, or its header is another task's."""
+        """Return the header of a delivered message; ``None`` if its producer has none, or its header is another task's."""
         sent = cls.read(headers)
         if sent is None or sent.task_name != key.task_name:
             return None
@@ -129,7 +129,7 @@ class Header:
         )
 
     def copy_of(self, original_task_id: str, call: str | None = None) -> Header:
-        """The header of a copy that is published although its message id is known.
+        """Return the header of a copy that is published although its message id is known.
 
         Args:
             original_task_id: The Celery id that was first sent under it.
@@ -143,7 +143,7 @@ class Header:
         )
 
     def next_attempt(self, *, lost: bool = False) -> Header:
-        """The header of the message's retry.
+        """Return the header of the message's retry.
 
         Args:
             lost: Whether it is sent because a worker was lost, to make the same calls as what was lost.
@@ -151,7 +151,7 @@ class Header:
         return replace(self, holds=0, copied=False, call=None, worker_lost_retries=self.worker_lost_retries + lost)
 
     def write(self, headers: Mapping[str, Any] | None) -> dict[str, Any]:
-        """The headers with this one among them."""
+        """Return the headers with this one among them."""
         header: dict[str, str | int] = {
             "message_id": self.message_id,
             "task": self.task_name,
@@ -176,7 +176,7 @@ class Header:
         return {**(headers or {}), HEADER: header}
 
     def belongs_to(self, task_name: str, task_id: str | None) -> bool:
-        """Whether a call with this header sends on this header's own message."""
+        """Return whether a call with this header sends on this header's own message."""
         return self.task_name == task_name and self.task_id == task_id
 
     @property

@@ -53,7 +53,7 @@ class IdTemplate(string.Formatter):
         signature.check_names((name for name, _ in fields), self._option)
 
     def __call__(self, args: Args, kwargs: Kwargs) -> str:
-        """The id of a call with these arguments."""
+        """Return the id of a call with these arguments."""
         text = self.vformat(self._template, (), self._signature.names(args, kwargs))
         try:
             return check_message_id(text)
@@ -142,7 +142,7 @@ class _Place:
 
 
 def _fields(template: str) -> Iterator[tuple[str, str | None]]:
-    """The names of a format string's fields, those inside of format specifications among them, with their conversions."""
+    """Yield the names of a format string's fields, those inside of format specifications among them, with their conversions."""
     for _, field, specification, conversion in string.Formatter().parse(template):
         if field is not None:
             yield re.split(r"[.\[]", field, maxsplit=1)[0], conversion
@@ -150,6 +150,6 @@ def _fields(template: str) -> Iterator[tuple[str, str | None]]:
 
 
 def _is_anonymous(value: object) -> bool:
-    """Whether the text of a value is the one that ``object`` makes up, with a memory address."""
+    """Return whether the text of a value is the one that ``object`` makes up, with a memory address."""
     kind = type(value)
     return (kind.__format__, kind.__str__, kind.__repr__) == (object.__format__, object.__str__, object.__repr__)

@@ -65,7 +65,7 @@ class Identity:
 
 
 def identity_of(task: Identified, request: Context) -> Identity:
-    """The identity of a delivery; see :func:`identity_of_sent`."""
+    """Return the identity of a delivery; see :func:`identity_of_sent`."""
     return identity_of_sent(
         task,
         request.id,
@@ -89,7 +89,7 @@ def identity_of_sent(
     exchange: str | None,
     node: str | None,
 ) -> Identity:
-    """The same by what the message has.
+    """Return the same by what the message has.
 
     Raises:
         ConfigurationError: No store can keep its id, or its arguments give none.
@@ -110,12 +110,12 @@ def identity_of_sent(
 
 
 def is_fanout(app: Celery, exchange: str) -> bool:
-    """Whether an exchange, as this app's queues declare it, delivers to each worker."""
+    """Return whether an exchange, as this app's queues declare it, delivers to each worker."""
     return type_of_exchange(app, exchange) == FANOUT
 
 
 def type_of_exchange(app: Celery, exchange: str) -> str | None:
-    """The type of an exchange, if this app's queues declare it."""
+    """Return the type of an exchange, if this app's queues declare it."""
     queues = app.amqp.queues.values()
     return next((str(queue.exchange.type) for queue in queues if queue.exchange.name == exchange), None)
 

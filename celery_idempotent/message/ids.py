@@ -32,7 +32,7 @@ class ByArguments:
         return f"by_arguments({', '.join(map(repr, self.names))})"
 
     def __call__(self, *args: Any, **kwargs: Any) -> str:
-        """The digest of a call whose parameters are not known: positional arguments have no names then.
+        """Return the digest of a call whose parameters are not known: positional arguments have no names then.
 
         As a task's option it is not called like this but bound to the task's parameters, where ``f(1)`` is ``f(a=1)``.
 
@@ -49,7 +49,7 @@ class ByArguments:
 
 
 def by_arguments(*names: str) -> ByArguments:
-    """A ``message_id`` option: calls with equal arguments are one message.
+    """Return a ``message_id`` option: calls with equal arguments are one message.
 
     The id is a SHA-256 over the canonical form of the arguments (see :mod:`celery_idempotent.message.canonical`), bound to the task's
     parameters and with defaults applied: ``f(1)``, ``f(a=1)`` and ``f(1, b=<default>)`` are one call; ``1`` and ``"1"`` are

@@ -38,7 +38,7 @@ class Redaction:
         self._tasks = tasks
 
     def call(self, task_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
-        """The arguments of a call, as they may be shown."""
+        """Return the arguments of a call, as they may be shown."""
         if not self._patterns:
             return args, kwargs
         try:
@@ -48,7 +48,7 @@ class Redaction:
             return MASK, MASK
 
     def result(self, value: Any) -> Any:
-        """A result, as it may be shown; it goes by the name ``result``."""
+        """Return a result, as it may be shown; it goes by the name ``result``."""
         if not self._patterns:
             return value
         try:
@@ -63,7 +63,7 @@ class Redaction:
         return shown, {name: self._named(name, value) for name, value in kwargs.items()}
 
     def _positions(self, task_name: str, count: int) -> Sequence[str | None]:
-        """The parameters that positional arguments are for; ``None`` where that is not known."""
+        """Return the parameters that positional arguments are for; ``None`` where that is not known."""
         options = getattr(self._tasks.get(task_name), "idempotency", None)
         try:
             return [None] * count if options is None else list(options.signature.positions(count))

@@ -88,7 +88,7 @@ def encode_message(
 
 
 def dumped(task: Task, args: Any, kwargs: Any, options: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The arguments of a call as they are sent: with ``pydantic=True`` Celery 5.7 dumps models, when it publishes.
+    """Return the arguments of a call as they are sent: with ``pydantic=True`` Celery 5.7 dumps models, when it publishes.
 
     Private there; read from Celery 5.7.0.
     """
@@ -100,7 +100,7 @@ def dumped(task: Task, args: Any, kwargs: Any, options: Mapping[str, Any]) -> tu
 
 
 def serializer_of(task: Task, options: Mapping[str, Any] | None = None) -> str:
-    """The serializer that a call of the task with these options is published with."""
+    """Return the serializer that a call of the task with these options is published with."""
     return str((options and options.get("serializer")) or task.serializer or task.app.conf.task_serializer)
 
 
@@ -115,12 +115,12 @@ def content_of(request: Context) -> dict[str, Any]:
 
 
 def without_local(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a call less those that belong to the calling process."""
+    """Return the options of a call less those that belong to the calling process."""
     return {name: value for name, value in options.items() if name not in _LOCAL_OPTIONS}
 
 
 def as_moments(options: Mapping[str, Any], now: datetime) -> dict[str, Any]:
-    """The options of a call made now, for whoever publishes it later: what they say relative to now is a moment (``eta``, ``expires``)."""
+    """Return the options of a call made now, for whoever publishes it later: what they say relative to now is a moment (``eta``, ``expires``)."""
     moments = dict(options)
     if moments.get("countdown") is not None:
         moments["eta"] = now + timedelta(seconds=moments["countdown"])
@@ -169,7 +169,7 @@ def decode_result(app: Celery, data: bytes) -> Any:
 
 
 def trace_of(data: bytes | None) -> str | None:
-    """The span in which a message was sent, as it was given when the message, or its result, was encoded.
+    """Return the span in which a message was sent, as it was given when the message, or its result, was encoded.
 
     It is in the head of the data, which can be read without decoding what the app may not accept.
     """

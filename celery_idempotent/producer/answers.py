@@ -27,7 +27,7 @@ logger = logging.getLogger("celery_idempotent")
 def answer_of(
     task: Guarded, key: MessageKey, fingerprint: str | None, task_id: str, options: Mapping[str, Any]
 ) -> EagerResult[Any] | None:
-    """What ``apply()`` answers for a message that has succeeded; ``None`` when the call is to go the way of a delivery.
+    """Return what ``apply()`` answers for a message that has succeeded; ``None`` when the call is to go the way of a delivery.
 
     Raises:
         DuplicateMessageError: The task says so.
@@ -54,7 +54,7 @@ def answer_of(
 
 
 def eager_result(task: Guarded, row: Row) -> EagerResult[Any]:
-    """The outcome of a message in the hands of an eager caller, from its row."""
+    """Return the outcome of a message in the hands of an eager caller, from its row."""
     if row.processed_status is ProcessedStatus.SUCCESS:
         result = EagerResult(row.task_id, _stored_value(task, row), states.SUCCESS, name=task.name)
     elif row.processed_status is ProcessedStatus.FAILURE:

@@ -126,7 +126,7 @@ class _Batch(Outbox):
             raise ExceptionGroup(f"{len(refused)} of {len(every)} calls of the batch were not sent", refused)
 
     def _explained(self, error: StoreError, count: int, sent: int, calls: Sequence[OutgoingCall]) -> StoreError:
-        """What to tell of calls whose recording was refused, or not answered: some may have been recorded, and are taken back."""
+        """Return what to tell of calls whose recording was refused, or not answered: some may have been recorded, and are taken back."""
         unsent = isinstance(error, StoreUnavailableError) and error.unsent
         left = not unsent and not all(sending.taken_back() for sending in calls)
         if sent:

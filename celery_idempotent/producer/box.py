@@ -70,7 +70,7 @@ _current: ContextVar[_Block | None] = ContextVar("celery_idempotent_outbox", def
 
 
 def innermost() -> _Block | None:
-    """The innermost block, here and now, that has not ended."""
+    """Return the innermost block, here and now, that has not ended."""
     block = _current.get()
     while block is not None and block.left:
         block = block.around
@@ -78,7 +78,7 @@ def innermost() -> _Block | None:
 
 
 def current_outbox(queue_log: QueueLog) -> Outbox | None:
-    """What takes a call that is made here and now, in this thread or task of an event loop.
+    """Return what takes a call that is made here and now, in this thread or task of an event loop.
 
     That is the innermost ``with outbox(...)`` or atomic body, as far as that is one of the same queue log and not over.
     """
@@ -158,7 +158,7 @@ class OutgoingCall(Protocol):
         """Record it and others of the same app, in as few statements as it takes."""
 
     def resolve(self, answer: Inserted | Duplicate) -> AsyncResult[Any]:
-        """What it comes to, as it was recorded or found; its result."""
+        """Return what it comes to, as it was recorded or found; its result."""
 
     def taken_back(self) -> bool:
         """Take it back if it was recorded, and not published; whether that is certain."""
@@ -184,7 +184,7 @@ class Outbox:
         return sending.record_in(self.that_commits())
 
     def takes(self, queue_log: QueueLog) -> bool:  # noqa: ARG002 - for atomic bodies to say
-        """Whether a call of this queue log's is to be recorded here, or sent at once."""
+        """Return whether a call of this queue log's is to be recorded here, or sent at once."""
         return True
 
     @property
@@ -193,7 +193,7 @@ class Outbox:
         return True
 
     def store(self, queue_log: QueueLog) -> Store:
-        """A queue log's store, with its verbs in the transaction."""
+        """Return a queue log's store, with its verbs in the transaction."""
         store = transactional(queue_log.store, "outbox(session)")
         connection = self._connect()
         if connection is not self._connection:
@@ -216,7 +216,7 @@ class Outbox:
     # -- for whoever ends the transaction ------------------------------------------------------------------------------
 
     def publish(self) -> None:
-        """It has committed: publish what is there."""
+        """Publish what is there, after the commit."""
         messages, duplicates = self._messages, self._duplicates
         self.discard()
         if not (messages or duplicates):
@@ -233,11 +233,11 @@ class Outbox:
                 Publisher.of(queue_log).count_duplicate(key)
 
     def discard(self) -> None:
-        """It was rolled back; or nobody can tell, and the relay will."""
+        """Drop what is there after a rollback, or when nobody can tell: the relay will then publish it."""
         self._messages, self._duplicates = [], []
 
     def that_commits(self) -> Outbox:
-        """This one, or the atomic body's whose connection it is on."""
+        """Return this outbox, or the atomic body's whose connection it is on."""
         found: Outbox | None = self._connect().get_execution_options().get(OUTBOX)
         return found or self
 

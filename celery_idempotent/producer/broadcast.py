@@ -17,7 +17,7 @@ logger = logging.getLogger("celery_idempotent")
 
 
 def end_broadcast(task: Guarded, message: NewMessage) -> None:
-    """The producer's row of a message that each worker gets ends when it is published: they have rows of their own."""
+    """End the producer's row of a message that each worker gets, once it is published: they have rows of their own."""
     store = task.queue_log.store
     try:
         answer = store.claim(message, worker=str(NoResultReason.BROADCAST), lease=task.idempotency.lease, grace=0.0)

@@ -148,7 +148,7 @@ class _PublishHook:
             )
 
     def _copy(self, header: Header, row: Row, headers: Mapping[str, Any], embed: Mapping[str, Any]) -> Header | None:
-        """The header of a call whose message is known; ``None`` when nothing tells it from that message."""
+        """Return the header of a call whose message is known; ``None`` when nothing tells it from that message."""
         if header.task_id not in (row.task_id, header.message_id):
             return header.copy_of(row.task_id)
         waited_on = headers.get("group") or any(embed.get(name) for name in ("callbacks", "errbacks", "chain", "chord"))
@@ -158,7 +158,7 @@ class _PublishHook:
 
 
 def _publishes(app: Celery, declare: Any) -> bool:
-    """Whether it is this app that publishes: the signal does not say, but the queue it declares is one app's object."""
+    """Return whether it is this app that publishes: the signal does not say, but the queue it declares is one app's object."""
     if not declare:
         return bool(current_app == app)
     name = getattr(declare[0], "name", None)
@@ -182,7 +182,7 @@ signals.before_task_publish.connect(_finalize)
 def _options(
     sent: Mapping[str, Any], embed: Mapping[str, Any], headers: Mapping[str, Any], properties: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The options of ``apply_async`` that a message was made from."""
+    """Return the options of ``apply_async`` that a message was made from."""
     # Celery's own way from a message back to options; what it does not know among the headers was given by the caller.
     context = Context({**sent, **{name: embed.get(name) for name in _EMBEDDED}, "reply_to": properties.get("reply_to")})
     if sent is not headers:

@@ -31,7 +31,7 @@ def delay_of(task: Guarded, options: Mapping[str, Any]) -> float | None:
 
 
 def for_later(app: Celery, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a call that is published later, maybe by another process: with what Celery would add of here and now."""
+    """Return the options of a call that is published later, maybe by another process: with what Celery would add of here and now."""
     later = as_moments(options, app.now())
     parent = app.current_worker_task
     if parent:
@@ -52,7 +52,7 @@ def moment(app: Celery, eta: Any) -> datetime | None:
 
 
 def is_waited_on(task_id: str | None, options: Mapping[str, Any]) -> bool:
-    """Whether something else waits on a call under its own task id.
+    """Return whether something else waits on a call under its own task id.
 
     A worker that dispatches the last step of a chain passes an empty ``chain``; a chord's body, and whatever else was frozen in
     a canvas, has its id fixed together with a ``reply_to``, which a plain call never names.
@@ -63,7 +63,7 @@ def is_waited_on(task_id: str | None, options: Mapping[str, Any]) -> bool:
 
 
 def is_dispatched(task: Guarded, run: GuardedRun | None, task_id: str | None, options: Mapping[str, Any]) -> bool:
-    """Whether Celery sends a call behind a task that has run: the next step of a chain, a link, an errback, a chord's body.
+    """Return whether Celery sends a call behind a task that has run: the next step of a chain, a link, an errback, a chord's body.
 
     Only Celery names the parent; a chord's body has its id fixed instead, and is sent by a worker.
     """
@@ -75,7 +75,7 @@ def is_dispatched(task: Guarded, run: GuardedRun | None, task_id: str | None, op
 
 
 def routed_options(task: Guarded, args: Any, kwargs: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a call with all that Celery publishes it by: the task's own, and where its routes send it."""
+    """Return the options of a call with all that Celery publishes it by: the task's own, and where its routes send it."""
     if task.app.conf.task_always_eager:
         return dict(options)
     own = {name: value for name, value in task._get_exec_options().items() if value is not None}  # noqa: SLF001 - as apply_async does

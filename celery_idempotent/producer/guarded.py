@@ -92,7 +92,7 @@ class GuardedRun(Protocol):
         """The calls that the body makes."""
 
     def later_call(self, task_id: str) -> str | None:
-        """The name of a call that Celery sends after this run, under a Celery id that was sent before."""
+        """Return the name of a call that Celery sends after this run, under a Celery id that was sent before."""
 
     def hand_on(self, message: NewMessage) -> bool:
         """Move the row on to the next attempt; whether the claim still held."""
@@ -105,6 +105,6 @@ class GuardedRun(Protocol):
 
 
 def current_run(app: Celery) -> GuardedRun | None:
-    """The run of the task that this worker executes here and now, if that is a guarded one."""
+    """Return the run of the task that this worker executes here and now, if that is a guarded one."""
     task = app.current_worker_task
     return None if task is None else cast("GuardedRun | None", getattr(task.request, RUN, None))

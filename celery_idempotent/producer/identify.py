@@ -18,7 +18,7 @@ __all__ = ["identify"]
 def identify(
     options: Options, args: Any, kwargs: Any, *, message_id: str | None, task_id: str, task_name: str
 ) -> tuple[MessageKey, str | None]:
-    """The key and the fingerprint of a call, decided once, by its producer.
+    """Return the key and the fingerprint of a call, decided once, by its producer.
 
     Args:
         options: The task's options.

@@ -139,7 +139,7 @@ def _of_session(session: Session) -> Outbox:
 
 @contextmanager
 def _around(connection: Connection) -> Iterator[None]:
-    """An outbox around the transactions of a connection, which tells of a commit before it takes place."""
+    """Yield an outbox around the transactions of a connection, which tells of a commit before it takes place."""
     from sqlalchemy import event
 
     box = Outbox(lambda: connection)

@@ -118,7 +118,7 @@ class Publisher:
 
     @classmethod
     def of(cls, queue_log: QueueLog) -> Publisher:
-        """The queue log's one publisher in this process."""
+        """Return the queue log's one publisher in this process."""
         return queue_log.part(cls, lambda: cls(queue_log))
 
     def publish(self, messages: Sequence[Outgoing]) -> None:
@@ -151,7 +151,7 @@ class Publisher:
             logger.warning("a duplicate of %s[%s] was not counted: %s", key.task_name, key.message_id, error)
 
     def _has_caught_up(self) -> bool:
-        """Whether nothing that was left behind waits to be published first."""
+        """Return whether nothing that was left behind waits to be published first."""
         if self._last_left is None:
             return True
         if time.monotonic() < self._not_before:

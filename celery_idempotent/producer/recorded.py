@@ -76,12 +76,12 @@ def publish(
 
 
 def own_tasks(queue_log: QueueLog) -> list[str]:
-    """The guarded tasks of this app: what others have in the same store, their own workers recover."""
+    """Return the guarded tasks of this app: what others have in the same store, their own workers recover."""
     return [name for name, task in queue_log.app.tasks.items() if is_guarded(task)]
 
 
 def is_ours(queue_log: QueueLog, row: Row) -> bool:
-    """Whether this app can publish a row's message."""
+    """Return whether this app can publish a row's message."""
     try:
         decode_message(queue_log.app, _whole(queue_log, row).message)
     except UndecodableError:
@@ -230,5 +230,5 @@ def _emit(queue_log: QueueLog, kind: OutcomeKind, row: Row, reason: str) -> None
 
 
 def _whole(queue_log: QueueLog, row: Row) -> Row:
-    """A row with its message, which is not listed if it is large."""
+    """Return a row with its message, which is not listed if it is large."""
     return row if row.message is not None else queue_log.store.find(row.key) or row

@@ -96,7 +96,7 @@ def send(task: Guarded, args: Any, kwargs: Any, task_id: str | None, options: di
 
 
 def is_unrecorded(task: Guarded, task_id: str | None, options: Mapping[str, Any]) -> bool:
-    """Whether a call is sent as Celery would: its task is turned off, and it does not send a recorded message on."""
+    """Return whether a call is sent as Celery would: its task is turned off, and it does not send a recorded message on."""
     if task.idempotency.idempotent:
         return False
     header, run = Header.read(options.get("headers")), current_run(task.app)
@@ -253,7 +253,7 @@ class Sending:
         return answer
 
     def resolve(self, answer: Inserted | Duplicate) -> AsyncResult[Any]:
-        """What a call comes to whose message was recorded, or found; its result.
+        """Return what a call comes to whose message was recorded, or found; its result.
 
         Raises:
             DuplicateMessageError: It was found, and the task says so.
@@ -276,7 +276,7 @@ class Sending:
         return self.resolve(self._record())
 
     def promised(self) -> AsyncResult[Any]:
-        """The result of a call that is recorded later, and may be another's then."""
+        """Return the result of a call that is recorded later, and may be another's then."""
         result = self._trailed(self._result(self.message.task_id, duplicate=False))
         result.duplicate = None
         return result
@@ -314,7 +314,7 @@ class Sending:
         return True
 
     def _send_again(self, row: Row) -> AsyncResult[Any] | None:
-        """What becomes of a call whose id is taken; ``None`` when the row moved and the decision is void."""
+        """Return what becomes of a call whose id is taken; ``None`` when the row moved and the decision is void."""
         action = decide_call(row, self._call_against(row), self.task.idempotency.call)
         match action:
             case CallAction.RECORD:
@@ -354,7 +354,7 @@ class Sending:
                 assert_never(action)
 
     def _call_against(self, row: Row) -> Call:
-        """The call, and whether the row is its own, from an earlier run of the body: then the first message has its callbacks too."""
+        """Return the call, and whether the row is its own, from an earlier run of the body: then the first message has its callbacks too."""
         if self.position is None:
             return self.call
         same = row.task_id == self.message.task_id == self.position.task_id
@@ -362,7 +362,7 @@ class Sending:
         return replace(self.call, repeated=repeated, canvas=self.call.canvas and not same)
 
     def _is_mine(self, row: Row) -> bool:
-        """Whether a row is what this call wrote and got no answer to: it is not published yet."""
+        """Return whether a row is what this call wrote and got no answer to: it is not published yet."""
         return row.status is Status.PENDING and row.worker is None and row.task_id == self.message.task_id
 
     def _forward_own_message(self) -> AsyncResult[Any]:
@@ -404,7 +404,7 @@ class Sending:
         return self._publish_or(take_back, emit, header)
 
     def _later_call(self, row: Row) -> str | None:
-        """The name of a call under a Celery id that was sent before: not the same call once more, which its consumer would skip.
+        """Return the name of a call under a Celery id that was sent before: not the same call once more, which its consumer would skip.
 
         A signature that was frozen, or given a task id, may stand in several canvases. Behind a task, it is one unless that task, or
         what it replays, may have sent it already.
@@ -424,7 +424,7 @@ class Sending:
         return None if self.task.app.current_worker_task else later_call()
 
     def _is_repeated(self, parent: GuardedRun) -> bool:
-        """Whether a later call was delivered once more after it was answered: it sends again what it has sent.
+        """Return whether a later call was delivered once more after it was answered: it sends again what it has sent.
 
         Killed before that, it sends a part of its calls as later ones once more. They are replayed. The age of the row cannot tell these from
         another call's: two calls under one Celery id may be under way at once.
@@ -501,7 +501,7 @@ class Sending:
         return self._trailed(self._result(row.task_id, duplicate=True))
 
     def _trailed(self, result: AsyncResult[Any]) -> AsyncResult[Any]:
-        """The result, among those of the task that makes the call."""
+        """Return the result, among those of the task that makes the call."""
         if self.options.get("add_to_parent", True):
             parent = self.task.app.current_worker_task
             if parent:

@@ -111,7 +111,7 @@ def admit(task: Guarded, request: Context) -> Run:
 
 
 def _delivered(identity: Identity, request: Context) -> NewMessage:
-    """A delivery as a store is asked for it.
+    """Return a delivery as a store is asked for it.
 
     Raises:
         ConfigurationError: None can be.
@@ -229,7 +229,7 @@ class _Admission:
             raise
 
     def _is_unrecorded(self) -> bool:
-        """Whether nobody has recorded the message of a task that is turned off: it runs as Celery would run it."""
+        """Return whether nobody has recorded the message of a task that is turned off: it runs as Celery would run it."""
         if self.task.idempotency.idempotent or self.knows_first:
             return False
         row = self._store.find(self.message.key)
@@ -288,7 +288,7 @@ class _Admission:
         self.identity = replace(self.identity, older=None)
 
     def _is_row_of_a_copy(self, row: Row) -> bool:
-        """Whether a row under a Celery id is what keeps a copy of a message with another id; see ADR 5."""
+        """Return whether a row under a Celery id is what keeps a copy of a message with another id; see ADR 5."""
         try:
             return bool(decode_message(self.task.app, row.message)[2].get("message_id") == self.identity.message_id)
         except UndecodableError:  # as when it succeeded
@@ -373,7 +373,7 @@ class _Admission:
             raise AlreadyFailedError(row.key.message_id, ABANDONED)
 
     def _record_original(self) -> None:
-        """A copy ends what another message was first sent for: that one gets a row of its own.
+        """Record the original under its own key when a copy finishes first, so that its caller still gets an answer.
 
         Its only record is the row that the copy has, and that nobody publishes again once it is done. A broker that loses the first
         message would leave its caller, and the rest of its chain or chord, without an answer. See ADR 5.
@@ -399,7 +399,7 @@ class _Admission:
         )
 
     def _note_first(self, row: Row) -> None:
-        """The body's calls are told by the first id, in this attempt and in those that come after it."""
+        """Note the first id, by which the body's calls are told in this attempt and in those after it."""
         # What was requeued under another id than it had says so itself: its row knows no more than the new one.
         renamed = self.run.header.original_task_id if row.task_id == self.request.id else None
         first = renamed or row.task_id
@@ -414,7 +414,7 @@ class _Admission:
         self.request.headers = self.run.header.write(self.request.headers)
 
     def _is_message_of(self, task_id: str, row: Row) -> bool:
-        """Whether the message that a row has was sent under this Celery id: behind a copy's retry it is the copy's."""
+        """Return whether the message that a row has was sent under this Celery id: behind a copy's retry it is the copy's."""
         try:
             return bool(decode_message(self.task.app, row.message)[2].get("task_id") == task_id)
         except UndecodableError as error:
@@ -489,7 +489,7 @@ class _Admission:
         return self.run
 
     def _first_error(self, row: Row) -> BaseException:
-        """What a copy of a failed message ends with: what it ended with before, if that was itself."""
+        """Return what a copy of a failed message ends with: what it ended with before, if that was itself."""
         if row.ran_task_id == self.request.id and self._result_is_ready():
             with self._asking_the_backend():
                 stored = self.task.AsyncResult(self.request.id).result
@@ -498,7 +498,7 @@ class _Admission:
         return AlreadyFailedError(row.key.message_id, row.error)
 
     def _first_result(self, row: Row) -> Any:
-        """What the result backend has for the id under which the body ran, when the queue log has kept nothing."""
+        """Return what the result backend has for the id under which the body ran, when the queue log has kept nothing."""
         first = self.task.AsyncResult(row.ran_task_id or row.task_id)
         with self._asking_the_backend():
             _ = first.state  # which is kept once it is final
@@ -536,7 +536,7 @@ class _Admission:
         return self._hold(delay, row)
 
     def _is_of(self, row: Row) -> bool:
-        """Whether this copy has the Celery id of what the row waits for or runs."""
+        """Return whether this copy has the Celery id of what the row waits for or runs."""
         return self.request.id in (row.task_id, row.ran_task_id)
 
     def _hold(self, delay: float, row: Row | None = None) -> Exception:
@@ -607,14 +607,14 @@ class _Admission:
         )
 
     def _is_later(self) -> bool:
-        """Whether this is a later call under its Celery id that was not answered yet. Once it was, it is a copy like any other."""
+        """Return whether this is a later call under its Celery id that was not answered yet. Once it was, it is a copy like any other."""
         header = self.run.header
         return header.call is not None and (
             bool(self.request.is_eager) or self._store.find(header.row_of_its_own) is not None
         )
 
     def _has_callbacks_pending(self) -> bool:
-        """Whether what waits on this copy has yet to go on: its result is stored before that."""
+        """Return whether what waits on this copy has yet to go on: its result is stored before that."""
         if not (self.run.header.copied and waited_on(self.request)):
             return False
         return self._store.find(self.run.header.row_of_its_own) is not None
@@ -628,7 +628,7 @@ class _Admission:
             return bool(backend.get_state(self.request.id) in states.READY_STATES)
 
     def _adopted(self) -> NewMessage:
-        """The full record of a message whose producer recorded none."""
+        """Return the full record of a message whose producer recorded none."""
         request = self.request
         if request.is_eager:
             return self.message  # its arguments may be anything, and nobody publishes it again

@@ -53,7 +53,7 @@ def guard(cls: type[Task]) -> None:
 
 
 def passes_the_guard(cls: type, name: str) -> bool:
-    """Whether the guard comes before a class's ``__call__`` or ``before_start``."""
+    """Return whether the guard comes before a class's ``__call__`` or ``before_start``."""
     return hasattr(getattr(cls, name), _MARK)
 
 
@@ -128,7 +128,7 @@ def _refuse_unawaited(cls: type[Task]) -> None:
 
 
 def _awaited(task: Guarded, value: Any) -> Any:
-    """What a body returned, unless it still has to be awaited."""
+    """Return what a body returned, unless it still has to be awaited."""
     if not (inspect.isawaitable(value) or inspect.isasyncgen(value)):
         return value
     if inspect.iscoroutine(value):

@@ -12,12 +12,12 @@ __all__ = ["acknowledges_timeouts", "ignores_result", "retries_lost_workers"]
 
 
 def retries_lost_workers(task: Task) -> bool:
-    """Whether Celery sends the next attempt of a task whose worker was lost. Before 5.7 it never does."""
+    """Return whether Celery sends the next attempt of a task whose worker was lost. Before 5.7 it never does."""
     return bool(getattr(task, "retry_on_worker_lost", False))
 
 
 def acknowledges_timeouts(task: Task) -> bool:
-    """Whether a message with ``acks_late`` is acknowledged at its time limit. Before 5.7 one option is for failures as well."""
+    """Return whether a message with ``acks_late`` is acknowledged at its time limit. Before 5.7 one option is for failures as well."""
     try:
         return bool(task.acks_on_timeout)
     except AttributeError:
@@ -25,7 +25,7 @@ def acknowledges_timeouts(task: Task) -> bool:
 
 
 def ignores_result(task: Task, request: Context) -> bool:
-    """Whether Celery stores no result for a request."""
+    """Return whether Celery stores no result for a request."""
     try:
         from celery.app.trace import get_actual_ignore_result
     except ImportError:  # before Celery 5.6, where a call could not ask for a result that its task ignores

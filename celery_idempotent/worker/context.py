@@ -37,7 +37,7 @@ class CurrentMessage:
 
 
 def current_message() -> CurrentMessage | None:
-    """The message that is being run here and now, in this thread; ``None`` outside of a guarded task.
+    """Return the message that is being run here and now, in this thread; ``None`` outside of a guarded task.
 
     Inside of a task that is called as a function by a guarded one, it is the guarded one's.
     """
@@ -56,5 +56,5 @@ def current_message() -> CurrentMessage | None:
 
 
 def _on_the_clock(moment: float | None) -> datetime | None:
-    """A moment of the monotonic clock, told by the wall clock as it stands now: however that was set since the lease began."""
+    """Return a moment of the monotonic clock, told by the wall clock as it stands now: however that was set since the lease began."""
     return None if moment is None else datetime.now(UTC) + timedelta(seconds=moment - time.monotonic())

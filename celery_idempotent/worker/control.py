@@ -37,7 +37,7 @@ def idempotency(state: Any, **_: Any) -> list[dict[str, Any]]:
 
 
 def claims(queue_log: QueueLog) -> list[dict[str, Any]]:
-    """The claims that this worker's bodies hold, those that began first coming first.
+    """Return the claims that this worker's bodies hold, those that began first coming first.
 
     What a process holds itself it knows. Of a child's claim the token is known to the child and to the row only: it is read there, one
     statement each, and a child that has not claimed yet, or has finished, is left out. While the store gives no answer, children are
@@ -65,7 +65,7 @@ def claims(queue_log: QueueLog) -> list[dict[str, Any]]:
 
 
 def _own(held: RenewedLease, claim: Claim, request: IdempotentRequest | None) -> dict[str, Any]:
-    """A claim of this very process; an eager run's has no request."""
+    """Return a claim of this very process; an eager run's has no request."""
     return {
         "message_id": claim.key.message_id,
         "task_name": claim.key.task_name,

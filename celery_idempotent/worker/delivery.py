@@ -23,7 +23,7 @@ _ERROR_LENGTH = 4000
 
 
 def answered(task: Guarded, request: Context) -> None:
-    """The caller of a delivery has its answer: if that was a copy with a row of its own, nobody has to publish it again."""
+    """Note that the caller of a delivery has its answer: a copy with a row of its own need not be published again."""
     header = Header.read(request.headers)
     if header is None or not header.copied:
         return
@@ -35,7 +35,7 @@ def answered(task: Guarded, request: Context) -> None:
 
 
 def waited_on(request: Context) -> bool:
-    """Whether callbacks, a chain or a chord wait on a request."""
+    """Return whether callbacks, a chain or a chord wait on a request."""
     return bool(request.callbacks or request.chain or request.chord)
 
 

@@ -38,7 +38,7 @@ def guard_handlers(cls: type[Task]) -> None:
 
 
 def inherited(cls: type, name: str) -> Callable[..., Any]:
-    """What a class has from its bases, looked up at each call: a tool may replace it there later."""
+    """Return what a class has from its bases, looked up at each call: a tool may replace it there later."""
 
     @wraps(getattr(cls, name))
     def hook(self: Guarded, *args: Any, **kwargs: Any) -> Any:
@@ -85,7 +85,7 @@ def _after_return(handler: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_anothers(task: Guarded, outcome: object) -> bool:
-    """Whether this is the outcome of another delivery, of which the caller of a copy is told."""
+    """Return whether this is the outcome of another delivery, of which the caller of a copy is told."""
     request = task.request_stack.top  # none in a worker's main process
     refused = request is not None and Run.of(request) is None
     return refused and isinstance(outcome, (AlreadyFailedError, AlreadyProcessingError))

@@ -53,7 +53,7 @@ def hold_delay(decided: float, holds: int) -> float:
 
 
 def hold_countdown(app: Celery, delay: float) -> float:
-    """The countdown, in seconds, of a copy that is held for so long, as the app's broker allows it."""
+    """Return the countdown, in seconds, of a copy that is held for so long, as the app's broker allows it."""
     jitter = random.uniform(0, min(_JITTER, delay / 10 + 0.1))  # noqa: S311 - spreads copies, keeps no secret
     countdown = max(delay + jitter, _SHORTEST_HOLD)
     conf = app.conf

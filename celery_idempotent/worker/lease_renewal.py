@@ -86,7 +86,7 @@ class LeaseRenewer:
 
     @classmethod
     def of(cls, queue_log: QueueLog) -> LeaseRenewer:
-        """The leases that this process keeps alive for a queue log."""
+        """Return the leases that this process keeps alive for a queue log."""
         return queue_log.part(cls, lambda: cls(lambda: queue_log.store))
 
     def hold(self, holder: Holder, lease: float, *, asked: float | None = None) -> None:
@@ -105,7 +105,7 @@ class LeaseRenewer:
         return None if here is None else here.until(holder)
 
     def held(self) -> list[RenewedLease]:
-        """The claims of this process that are kept alive; without those of its children."""
+        """Return the claims of this process that are kept alive; without those of its children."""
         here = self._renewals.get(os.getpid())
         return [] if here is None else here.held()
 
@@ -131,7 +131,7 @@ class LeaseRenewer:
             here.rest()
 
     def _here(self) -> _Renewer:
-        """This process's. Without a lock, which a fork could have left locked; ``setdefault`` is atomic."""
+        """Return this process's renewal. Without a lock, which a fork could have left locked; ``setdefault`` is atomic."""
         return self._renewals.get(os.getpid()) or self._renewals.setdefault(os.getpid(), _Renewer(self._store))
 
 
@@ -195,7 +195,7 @@ class _Renewer:
             self._changed.notify()
 
     def due(self) -> tuple[list[RenewedLease], float | None]:
-        """What is to be renewed now; or nothing, and the seconds until then, ``None`` if the thread is to end."""
+        """Return what is to be renewed now; or nothing, and the seconds until then, ``None`` if the thread is to end."""
         now = time.monotonic()
         everything = self._everything()
         due = [held for held in everything if held.due <= now]
@@ -269,7 +269,7 @@ class _Renewer:
 
 
 def _lives(pid: int | None) -> bool:
-    """Whether a child of ours still runs; without a child, it is this process, which is about to end."""
+    """Return whether a child of ours still runs; without a child, it is this process, which is about to end."""
     if pid is None:
         return False
     try:
@@ -279,7 +279,7 @@ def _lives(pid: int | None) -> bool:
 
 
 def _keep_alive(itself: weakref.ref[_Renewer], changed: threading.Condition) -> None:
-    """What the thread does. Between two renewals it refers to nothing of the app's, so that this can be collected."""
+    """Do the thread's work. Between two renewals it refers to nothing of the app's, so that this can be collected."""
     while True:
         with changed:
             renewal = itself()

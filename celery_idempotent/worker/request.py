@@ -92,7 +92,7 @@ class IdempotentRequest(Request):  # type: ignore[misc]
         return None if self.identity is None else self.identity.key
 
     def on_accepted(self, pid: int, time_accepted: float) -> None:
-        """The body is about to be run, by a child or here: learn who claims the message.
+        """Learn who claims the message: the body is about to be run, by a child or here.
 
         A child's lease is kept alive from here as well, for a body that holds the child's GIL.
         """
@@ -110,7 +110,7 @@ class IdempotentRequest(Request):  # type: ignore[misc]
             LeaseRenewer.of(queue_log).hold_for_child(self.held, _children)
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
-        """The hard limit ends the message as a failure, or gives it back when a timeout is not to be acknowledged."""
+        """End the message as a failure at its hard limit, or give it back when a timeout is not to be acknowledged."""
         fix_callbacks(self._context)
         super().on_timeout(soft, timeout)
         if soft:
@@ -121,7 +121,7 @@ class IdempotentRequest(Request):  # type: ignore[misc]
             self._fail(describe(TimeLimitExceeded(timeout)))
 
     def on_failure(self, exc_info: ExceptionInfo, send_failed_event: bool = True, return_ok: bool = False) -> Any:
-        """A child that was lost ends its claim at once, before its message goes back to the broker."""
+        """End the claim of a lost child at once, before its message goes back to the broker."""
         fix_callbacks(self._context)
         error = exc_info.exception
         if isinstance(error, ExceptionWithTraceback):
@@ -141,13 +141,13 @@ class IdempotentRequest(Request):  # type: ignore[misc]
         return super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
 
     def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
-        """A body that was terminated in this process says nothing when it ends: end its claim here."""
+        """End the claim of a body that was terminated in this process: it says nothing when it ends."""
         super()._announce_revoked(reason, terminated, signum, expired)
         if terminated and self.owner is not None and self.held is None:
             self._end_terminated()
 
     def _announce_cancelled(self, **options: Any) -> None:
-        """The same of a body that was stopped because the connection to the broker broke: it runs again."""
+        """End the claim of a body that was stopped because the connection to the broker broke: it runs again."""
         super()._announce_cancelled(**options)
         if self.held is None:
             self._end("expire", self.task.queue_log.store.expire)
@@ -157,7 +157,7 @@ class IdempotentRequest(Request):  # type: ignore[misc]
             discard(self.task, self._context, REVOKED)  # it ended before it claimed
 
     def _had_succeeded(self) -> bool:
-        """Whether the row of a lost child says success, so that it was lost before Celery stored the result: that is done from here."""
+        """Return whether the row of a lost child says success, so that it was lost before Celery stored the result: that is done from here."""
         store, key = self.task.queue_log.store, self.key
         if key is None:
             return False
@@ -275,7 +275,7 @@ class IdempotentRequest(Request):  # type: ignore[misc]
 
 
 def running() -> list[IdempotentRequest]:
-    """The requests of guarded tasks that this worker runs now."""
+    """Return the requests of guarded tasks that this worker runs now."""
     while True:
         try:
             active = list(active_requests)
@@ -285,5 +285,5 @@ def running() -> list[IdempotentRequest]:
 
 
 def _children() -> list[RenewedLease]:
-    """What the children of this worker hold that are running now."""
+    """Return what the children of this worker hold that are running now."""
     return [request.held for request in running() if request.held]

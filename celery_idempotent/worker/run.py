@@ -124,16 +124,16 @@ class Run:
 
     @classmethod
     def of(cls, request: Context | None) -> Run | None:
-        """The run of a request, if it was admitted."""
+        """Return the run of a request, if it was admitted."""
         return cast("Run | None", getattr(request, RUN, None))
 
     @classmethod
     def current(cls, app: Celery) -> Run | None:
-        """The run of the task that this worker executes here and now."""
+        """Return the run of the task that this worker executes here and now."""
         return cast("Run | None", current_run(app))
 
     def later_call(self, task_id: str) -> str | None:
-        """The name of a call that Celery sends behind this run, under a Celery id that was sent before.
+        """Return the name of a call that Celery sends behind this run, under a Celery id that was sent before.
 
         Returns:
             The same each time; ``None`` if an earlier run of this very message may be who sent it.
@@ -149,7 +149,7 @@ class Run:
             LeaseRenewer.of(self.queue_log).hold(self.claim, self.task.idempotency.lease, asked=self.asked)
 
     def detach(self) -> None:
-        """The run is over: nothing keeps its claim alive any more."""
+        """Let the claim go, since the run is over: nothing keeps it alive any more."""
         if self.claim is not None:
             LeaseRenewer.of(self.queue_log).let_go(self.claim)
 
@@ -354,7 +354,7 @@ class Run:
         return value
 
     def _reassert_claim(self) -> None:
-        """The process slept between its claim and the body for longer than the lease: somebody else may have run it since."""
+        """Renew the claim after the process slept for longer than the lease before the body: somebody else may have run it since."""
         try:
             lost = self._store.renew([self._claim], lease=self.task.idempotency.lease)
         except StoreError as error:
@@ -385,7 +385,7 @@ class Run:
             self._finish(self._completed(result))
 
     def _refused_by_backend(self, value: Any) -> EncodeError | None:
-        """What Celery will tell the caller instead of the value: that its result backend cannot take it."""
+        """Return what Celery will tell the caller instead of the value: that its result backend cannot take it."""
         request, backend = self.request, self.task.backend
         stored = not request.is_eager or self.task.store_eager_result
         if not stored or ignores_result(self.task, request) or isinstance(backend, DisabledBackend):
@@ -454,7 +454,7 @@ class Run:
             self._end(self._completed(None))
 
     def not_dispatched(self, error: BaseException | None) -> None:
-        """The run is over: if its callbacks and result were still to be sent, they could not be.
+        """Note at the end of the run that callbacks and result which were still to be sent could not be.
 
         Args:
             error: Why, if that is known.
@@ -505,7 +505,7 @@ class Run:
         return held
 
     def leave_to_recovery(self, error: BaseException) -> bool:
-        """The broker did not take the next attempt, or may not have: note that its row is still to be published.
+        """Note that the next attempt's row is still to be published: the broker did not take it, or may not have.
 
         Returns:
             Whether there is such a row.
@@ -520,7 +520,7 @@ class Run:
         return True
 
     def not_handed_on(self, message: NewMessage, error: BaseException) -> None:
-        """The next attempt could not be published: end the message, unless a copy of it runs already."""
+        """End the message whose next attempt could not be published, unless a copy of it runs already."""
         if self.state is not RunState.HANDED_ON:
             return
 
@@ -534,7 +534,7 @@ class Run:
             self.emit(OutcomeKind.FAILED, reason=reason_of(describe(error)))
 
     def retry_stored(self) -> None:
-        """The result backend was told RETRY just now, which must not hide how the next attempt has ended since.
+        """Store the next attempt's end once more if RETRY, which the result backend was told just now, has hidden it.
 
         Celery publishes a retry before it stores that state: with ``countdown=0`` another process may be through by then, and
         its AsyncResult would be RETRY for ever. What it ended with is stored once more, from its row.
@@ -563,7 +563,7 @@ class Run:
             backend.store_result(task_id, error, states.FAILURE, request=self.request)
 
     def _is_pending(self, attempt: int) -> bool:
-        """Whether the row is where a write of ours put it whose answer was lost: pending, under our token."""
+        """Return whether the row is where a write of ours put it whose answer was lost: pending, under our token."""
         row = self._write("read a message", lambda: self._store.find(self.key))
         return row is not None and (row.status, row.token, row.attempt) == (Status.PENDING, self._claim.token, attempt)
 
@@ -618,7 +618,7 @@ class Run:
         return held
 
     def _has_succeeded(self) -> bool:
-        """Whether the row says that our body has succeeded: nobody else can have written so under its token."""
+        """Return whether the row says that our body has succeeded: nobody else can have written so under its token."""
         row = self._write("read a message", lambda: self._store.find(self.key))
         return row is not None and (row.token, row.processed_status) == (self._claim.token, ProcessedStatus.SUCCESS)
 
@@ -682,7 +682,7 @@ class Run:
             logger.warning("%s ran into its time limit behind its commit", self)
 
     def _commit_succeeded(self, written: Callable[[], bool]) -> bool:
-        """Whether a commit whose answer is lost did."""
+        """Return whether a commit whose answer is lost did."""
         # A server that has yet to notice may still commit: it has the row until then, and a write of ours waits for it. The lease is
         # longer than any before (see `_before_another_run`), so that it is a write.
         lease = self.task.idempotency.lease + 2 * (time.monotonic() - self.asked)

@@ -36,7 +36,7 @@ def install(queue_log: QueueLog) -> None:
 def _ran_unguarded(
     sender: Any, task_id: str | None = None, retval: Any = None, state: str | None = None, **_: Any
 ) -> None:
-    """A recorded message has run as a plain task, which lost its ``base=IdempotentTask`` since: end its row, or it would run again."""
+    """End the row of a message that ran as a plain task, which lost its ``base=IdempotentTask`` since: it would run again."""
     if is_guarded(sender) or task_id is None:
         return
     request = sender.request_stack.top
@@ -65,7 +65,7 @@ def _succeeded(sender: Any, **_: Any) -> None:
 
 
 def _after_run(sender: Any, state: str | None = None, retval: Any = None, **_: Any) -> None:
-    """The run is over; what was not dispatched by now was not dispatched.
+    """End the run; what was not dispatched by now was not dispatched.
 
     The state is no proof: it stays SUCCESS when the result backend failed to take the result.
     """
@@ -84,7 +84,7 @@ def _after_run(sender: Any, state: str | None = None, retval: Any = None, **_: A
 
 
 def _revoked(sender: Any, request: Context, terminated: bool = False, expired: bool = False, **_: Any) -> None:
-    """A message was revoked or has expired before it ran; a running one that was terminated is its request's to report."""
+    """End a message that was revoked or has expired before it ran; a running one that was terminated is its request's to report."""
     if terminated or not is_guarded(sender):
         return
     answered(sender, request)

@@ -62,7 +62,7 @@ class NotCommittedError(Exception):
 
 
 def given_up_error() -> IdempotentError:
-    """What to tell of a commit that the database answers, or would answer, by a rollback."""
+    """Return what to tell of a commit that the database answers, or would answer, by a rollback."""
     return IdempotentError(
         "the transaction of this atomic body was not committed: a statement in it failed, the error was caught, and so the database "
         "rolled it back; run what may fail in begin_nested()"
@@ -144,7 +144,7 @@ class UnitOfWork:
         return self._session
 
     def connect(self) -> Connection:
-        """The connection, for a statement of ours: within the savepoint that the session is in, which it sets when it is used."""
+        """Return the connection, for a statement of ours: within the savepoint that the session is in, which it sets when it is used."""
         connection = self.connection
         return connection if self._session is None else self._session.connection()
 
@@ -306,7 +306,7 @@ class UnitOfWork:
     # -- what the connection tells -------------------------------------------------------------------------------------
 
     def _is_ours(self) -> bool:
-        """Whether the transaction is still the one that was begun, and can be committed."""
+        """Return whether the transaction is still the one that was begun, and can be committed."""
         assert self._connection is not None, "it was opened"
         transaction = self._connection.get_transaction()
         return transaction is not None and transaction.is_active and not self._undone

@@ -38,7 +38,7 @@ class Keeping:
         self._silences = 0
 
     def of(self, value: bytes | None) -> bytes | None:
-        """The value, as far as the store takes it."""
+        """Return the value, as far as the store takes it."""
         return None if self.refused else value
 
     def learn(self, error: Exception, value: bytes | None, *, silent: bool) -> bool:

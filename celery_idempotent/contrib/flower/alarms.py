@@ -44,7 +44,7 @@ class Alarm:
 
 
 def alarms(glance: Glance, failed: Sequence[Row], waiting: Sequence[Row], settings: Settings) -> list[Alarm]:
-    """What is wrong, what is worst coming first.
+    """Return what is wrong, what is worst coming first.
 
     Args:
         glance: How the queue log stands.
@@ -102,7 +102,7 @@ def _failing(now: datetime, failed: Sequence[Row]) -> Iterator[Alarm]:
 
 
 def _kind(row: Row) -> str:
-    """The type of an error, or why there is none."""
+    """Return the type of an error, or why there is none."""
     return (row.error or "no error").partition(":")[0].rpartition(".")[2][:60]
 
 
@@ -128,5 +128,5 @@ def _many(number: int, one: str, more: str) -> str:
 
 
 def is_abandoned(row: Row) -> bool:
-    """Whether a message failed because its owner's lease ran out."""
+    """Return whether a message failed because its owner's lease ran out."""
     return row.error is not None and row.error.startswith(ABANDONED.partition(":")[0])

@@ -29,7 +29,7 @@ class Questions:
         self._free = at_once  # changed in the loop only
 
     async def ask(self, question: Callable[[], T], *, within: float | None) -> T:
-        """The answer to a question.
+        """Return the answer to a question.
 
         Args:
             question: What is called in a thread. It goes on when its time is up, and its answer is lost.

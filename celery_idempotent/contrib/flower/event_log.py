@@ -108,20 +108,20 @@ class Heard:
             self._copies.popitem(last=False)
 
     def held(self) -> list[Copy]:
-        """Copies that are held, those that are held for longest first."""
+        """Return the copies that are held, those held longest first."""
         now = time.time()
         held = (copy for copy in self._copies.values() if copy.fate == "held")
         return sorted((copy for copy in held if copy.at + copy.countdown + _LATE > now), key=lambda copy: copy.since)
 
     def skipped(self) -> list[Copy]:
-        """Copies that were skipped, the last one first."""
+        """Return the copies that were skipped, the last one first."""
         return [copy for copy in reversed(self._copies.values()) if copy.fate == "skipped"]
 
     def of(self, key: MessageKey) -> list[Copy]:
-        """Copies of a message, the last one first."""
+        """Return the copies of a message, the last one first."""
         return [copy for copy in reversed(self._copies.values()) if copy.key == key]
 
 
 def _is_time(value: object) -> TypeGuard[float]:
-    """Whether it is seconds since the epoch, or of a wait, that a page can show."""
+    """Return whether it is seconds since the epoch, or of a wait, that a page can show."""
     return isinstance(value, (int, float)) and 0 <= value < _LAST

@@ -181,7 +181,7 @@ class Figures:
         return await self._questions.ask(question, within=within)
 
     async def search(self, pattern: str, *, limit: int, patience: float) -> list[Row]:
-        """The rows of a pattern of message ids, those recorded last coming first.
+        """Return the rows of a pattern of message ids, those recorded last coming first.
 
         A search reads the whole log. So it is made once for all who look for the same, as a count is, and its answer is good for as long.
 
@@ -226,7 +226,7 @@ class Figures:
             await self._counted.look(patience=_COUNT_PATIENCE)
 
     def changed(self, key: MessageKey) -> None:
-        """A message is no more what it was."""
+        """Forget what was read of a message, which has changed since."""
         self._glance.forget()
         counted = self._counted.answer
         if counted is not None:
@@ -270,7 +270,7 @@ class Figures:
     # -- in threads ------------------------------------------------------------------------------------------------------
 
     def store(self) -> Store | None:
-        """The store, once its schema is there."""
+        """Return the store, once its schema is there."""
         store = self.queue_log.store
         # Where it is made on first use, that is not ours to make.
         self._is_there = self._is_there or store.inspect()
@@ -300,7 +300,7 @@ class Figures:
 
 
 def legible(rows: Iterable[Row]) -> list[Row]:
-    """The rows as a page can show them: a lone surrogate, which Redis keeps and UTF-8 has not, as an escape."""
+    """Return the rows as a page can show them: a lone surrogate, which Redis keeps and UTF-8 has not, as an escape."""
     return [_legible(row) for row in rows]
 
 

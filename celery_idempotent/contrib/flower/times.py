@@ -12,7 +12,7 @@ _UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
 
 
 def span(seconds: float) -> str:
-    """A span in its largest unit, with the next one where that says much: ``42 s``, ``12 min``, ``3 h 5 min``, ``2 d``."""
+    """Return a span in its largest unit, with the next one where that says much: ``42 s``, ``12 min``, ``3 h 5 min``, ``2 d``."""
     left = max(0, round(seconds))
     for index, (unit, length) in enumerate(_UNITS):
         if left >= length:

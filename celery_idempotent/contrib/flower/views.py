@@ -58,7 +58,7 @@ class _Page(BaseHandler):  # type: ignore[misc]
         self.figures.heard.listen(self.application.events.state)
 
     def given(self, name: str) -> str:
-        """A parameter of the address as it was given: Flower's ``get_argument`` escapes it, and an id can be any text."""
+        """Return a parameter of the address as it was given: Flower's ``get_argument`` escapes it, and an id can be any text."""
         values = self.request.query_arguments.get(name)
         return values[-1].decode("utf-8", "replace") if values else ""
 
@@ -86,7 +86,7 @@ class _Page(BaseHandler):  # type: ignore[misc]
         )
 
     def _store(self) -> str:
-        """What the store is called, without its password; nothing before it is open."""
+        """Return what the store is called, without its password; nothing before it is open."""
         opened = vars(self.figures.queue_log).get("store")
         return "" if opened is None else repr(opened)
 
@@ -231,7 +231,7 @@ class Metrics(monitor.Metrics):  # type: ignore[misc]
 
 
 def _search(figures: Figures, wanted: str) -> list[Row]:
-    """The rows of a message id. By its key: in Redis whatever else finds it reads the whole log."""
+    """Return the rows of a message id. By its key: in Redis whatever else finds it reads the whole log."""
     names = {name for name, task in figures.queue_log.app.tasks.items() if is_guarded(task)}
     names |= {count.task_name for count in (figures.counted.counts if figures.counted else ())}
     found = (_find(figures, MessageKey(wanted, name)) for name in sorted(names))
@@ -251,7 +251,7 @@ def _is_pattern(wanted: str) -> bool:
 
 
 def _requeue(figures: Figures, key: MessageKey) -> dict[str, Any] | NotRequeued | None:
-    """What was done: as JSON if it waits again."""
+    """Return what was done: as JSON if it waits again."""
     queue_log, row = figures.queue_log, _find(figures, key)
     if row is None:
         return None
@@ -287,7 +287,7 @@ def _short(error: str | None) -> str:
 
 
 def _by_task(figures: Figures) -> Mapping[str, Mapping[str, int]]:
-    """Counts as a table: task by task, status by status."""
+    """Lay the counts out as a table: task by task, status by status."""
     table: dict[str, dict[str, int]] = {}
     for count in figures.counted.counts if figures.counted else ():
         row = table.setdefault(
