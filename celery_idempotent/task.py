@@ -24,6 +24,7 @@ from celery_idempotent.producer.send import is_unrecorded, send
 from celery_idempotent.queue_log import QueueLog
 from celery_idempotent.settings import PREFIX
 from celery_idempotent.worker.binding import REQUEST, guard
+from celery_idempotent.worker.celery_versions import dated
 from celery_idempotent.worker.chords import add_part
 from celery_idempotent.worker.handlers import guard_handlers
 from celery_idempotent.worker.run import Passage, Run
@@ -270,7 +271,7 @@ class IdempotentTask(Task):  # type: ignore[misc]
 
     def publish(self, args: Any, kwargs: Any, **options: Any) -> AsyncResult[Any]:
         """Publish a message whose row is there: Celery's own ``apply_async``, without the guard."""
-        return super().apply_async(args, kwargs, **options)
+        return super().apply_async(args, kwargs, **dated(self, options))
 
     def publish_copy(self, request: Context, message_id: str, countdown: float) -> None:
         """Publish a running delivery's message once more, to arrive in ``countdown`` seconds; same task id, same retries."""

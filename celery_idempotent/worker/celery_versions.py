@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from celery import Task
     from celery.app.task import Context
 
-__all__ = ["acknowledges_timeouts", "ignores_result", "retries_lost_workers"]
+__all__ = ["acknowledges_timeouts", "dated", "ignores_result", "retries_lost_workers"]
 
 
 def retries_lost_workers(task: Task) -> bool:
@@ -31,3 +33,14 @@ def ignores_result(task: Task, request: Context) -> bool:
     except ImportError:  # before Celery 5.6, where a call could not ask for a result that its task ignores
         return bool(task.ignore_result or request.ignore_result)
     return bool(get_actual_ignore_result(task, request))
+
+
+def dated(task: Task, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Options of ``apply_async`` with moments that Celery can publish.
+
+    A message that was published once has its moments as text. Before 5.7, the first protocol takes no text.
+    """
+    texts = [name for name in ("eta", "expires") if isinstance(options.get(name), str)]
+    if not texts or task.app.conf.task_protocol != 1:
+        return options
+    return {**options, **{name: datetime.fromisoformat(options[name]) for name in texts}}
