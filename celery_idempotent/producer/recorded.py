@@ -192,6 +192,12 @@ def _publication_of(queue_log: QueueLog, row: Row, whole: Row) -> Callable[[], o
     if row.processed_status is ProcessedStatus.SUCCESS:
         replaced += ("expires",)  # its body ran in time
     kept = {name: value for name, value in options.items() if name not in replaced}
+    expires = kept.get("expires")
+    if expires is not None and queue_log.app.conf.task_protocol != 1:
+        # As a header only. By the option RabbitMQ would drop the expired message, and its row would wait for ever; a worker ends both.
+        del kept["expires"]
+        moment = expires if isinstance(expires, str) else expires.isoformat()
+        kept["headers"] = {**(kept.get("headers") or {}), "expires": moment}
     return partial(
         publish,
         task,

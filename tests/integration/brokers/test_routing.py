@@ -6,8 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from celery.exceptions import TaskRevokedError
 
-from celery_idempotent.core.records import MessageKey, ProcessedStatus, Row, Status
+from celery_idempotent.core.records import Claimed, MessageKey, NewMessage, ProcessedStatus, Row, Status
+from celery_idempotent.maintenance.rescue import Rescue
 from tests.support.apps import AppSpec, OpenApp
 from tests.support.bench import PATIENCE
 from tests.support.ledger import Ledger
@@ -75,3 +77,40 @@ def test_a_rejected_message_that_comes_back_runs_again(
     row: Row = wait_until(ended, timeout=PATIENCE)
     assert (row.status, row.token) == (Status.DONE, 3)
     assert len(ledger.starts("rejects", task_id=result.id)) == 3
+
+
+@pytest.mark.parametrize("began", [False, True], ids=["before it began", "after its owner died"])
+@pytest.mark.parametrize("broker", ["rabbitmq-classic", "rabbitmq-quorum"], indirect=True)
+def test_a_message_that_the_broker_dropped_as_expired_ends(
+    spec: AppSpec, open_app: OpenApp, start_worker: StartWorker, ledger: Ledger, began: bool
+) -> None:
+    app = open_app(spec)
+    key, store = MessageKey("m-1", "echo"), app.queue_log.store
+    with app.connection_for_write() as connection, connection.channel() as channel:
+        queue = app.amqp.queues[spec.queue](channel)
+        queue.declare()
+        result = app.tasks["echo"].apply_async(("value",), message_id="m-1", expires=0.2)
+        if began:
+            claimed = store.claim(NewMessage(key, result.id, message=b""), worker="dead:1", lease=60.0, grace=0.0)
+            assert isinstance(claimed, Claimed)
+            store.expire(claimed.claim)
+        wait_until(
+            lambda: queue.queue_declare(passive=True).message_count == 0,
+            timeout=PATIENCE,
+            describe="the end of its time",
+        )
+
+    rescue = Rescue.of(app.queue_log)
+    assert rescue.publish_lapsed() + rescue.publish_waiting(0.0) == 1
+    start_worker(spec)  # a consumer that waits would be given it all the same
+
+    def ended() -> Row | None:
+        row = store.find(key)
+        return row if row is not None and row.status is Status.DONE else None
+
+    row: Row = wait_until(ended, timeout=PATIENCE, describe=lambda: str(store.find(key)))
+    assert row.processed_status is ProcessedStatus.FAILURE
+    assert str(row.error).startswith("expired")
+    assert ledger.starts("echo") == []
+    with pytest.raises(TaskRevokedError):
+        result.get(timeout=PATIENCE)
