@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Literal
 from celery import Celery, Task
 
 from celery_idempotent import IdempotentTask
+from tests.support.apps.restoring import restore_every_second
 from tests.support.ledger import Ledger
 
 __all__ = ["AppSpec", "OpenApp", "close_app"]
@@ -84,6 +85,8 @@ class AppSpec:
         elif idempotent := [name for name in self.settings if name.startswith("idempotent_")]:
             raise ValueError(f"a plain app has no {idempotent}")
         app.conf.update(self.settings)
+        if self.transport_options.get("unacked_restore_throttle") == 1:
+            restore_every_second()
         base: type[Task] = Task if self.base == "plain" else IdempotentTask
         ledger = Ledger(self.ledger)
         for module in self.tasks:
