@@ -10,6 +10,7 @@ from celery.exceptions import Reject
 
 from celery_idempotent.core.records import ProcessedStatus, Row, Status
 from tests.support.bench import PATIENCE, Bench
+from tests.support.versions import CELERY
 from tests.support.waiting import wait_until
 
 SUCCESS, FAILURE = ProcessedStatus.SUCCESS, ProcessedStatus.FAILURE
@@ -80,8 +81,11 @@ def test_a_rejected_message_is_a_failure(bench: Bench) -> None:
 
     result = bench.task("rejected").apply_async(message_id=m)
 
-    assert isinstance(result.get(timeout=PATIENCE, propagate=False), Reject)
     row = bench.done("rejected", m)
+    if CELERY >= (5, 7):
+        assert isinstance(result.get(timeout=PATIENCE, propagate=False), Reject)
+    else:  # Celery stores nothing for a rejected message
+        assert result.state == states.PENDING
     assert ending(row) == (Status.DONE, FAILURE, 1, 0)
     assert row.error is not None
     assert "not for me" in row.error
@@ -171,5 +175,8 @@ def test_a_body_that_leaves_its_process_does_not_run_again(bench: Bench) -> None
 
     row = bench.done("exit_body", m)
     assert ending(row) == (Status.DONE, FAILURE, 1, 0)
-    wait_until(lambda: result.state == states.FAILURE, describe="the failure in the backend")
+    if CELERY >= (5, 7):
+        wait_until(lambda: result.state == states.FAILURE, describe="the failure in the backend")
+    else:  # Celery cannot store it: SystemExit is not JSON serializable
+        assert result.state == states.PENDING
     assert len(bench.starts("exit_body", m)) == 1
