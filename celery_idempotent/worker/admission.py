@@ -601,7 +601,7 @@ class _Admission:
             result_ready=awaited
             and row.status is Status.DONE
             and self._result_is_ready()
-            and not self._has_callbacks_pending(),
+            and not self._has_callbacks_pending(failed),
             callbacks_pending=failed and unsent_errbacks(self.task.app, self.request, self._store),
             later=self._is_later(),
         )
@@ -613,9 +613,10 @@ class _Admission:
             bool(self.request.is_eager) or self._store.find(header.row_of_its_own) is not None
         )
 
-    def _has_callbacks_pending(self) -> bool:
+    def _has_callbacks_pending(self, failed: bool) -> bool:
         """Return whether what waits on this copy has yet to go on: its result is stored before that."""
-        if not (self.run.header.copied and waited_on(self.request)):
+        waits = waited_on(self.request) or (failed and bool(self.request.errbacks))
+        if not (self.run.header.copied and waits):
             return False
         return self._store.find(self.run.header.row_of_its_own) is not None
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from celery import chain, chord
+from celery import chain, chord, group
 
 from celery_idempotent.core.records import Row, RowFilter
 from celery_idempotent.maintenance.rescue import Rescue
@@ -90,6 +90,29 @@ def test_a_failed_signature_in_a_second_chain_tells_its_errback(bench: Bench) ->
 
     bench.wait_for_starts("told", flag)
     assert len(bench.starts("fail", first.id)) == 1
+
+
+@pytest.mark.parametrize("place", ["a chain's last step", "a link_error", "a group in a chord's body"])
+@pytest.mark.parametrize("style", ["message", "call"])
+def test_a_failed_signature_without_more_steps_tells_its_errback(bench: Bench, place: str, style: str) -> None:
+    """Celery sends an errback of one parameter as a message, and calls one of three where the task failed."""
+    first, told = bench.task("fail").si("refused").set(task_id=bench.fresh("id")), bench.task("told")
+    with pytest.raises(Exception, match="refused"):
+        chain(told.si(), first, app=bench.app).apply_async().get(timeout=PATIENCE)
+
+    errback = bench.task("errback" if style == "message" else "errback.call")
+    match place:
+        case "a chain's last step":
+            chain(told.si(), first, app=bench.app).on_error(errback.s()).apply_async()
+        case "a link_error":
+            first.clone().on_error(errback.s()).apply_async()
+        case "a group in a chord's body":
+            body = group(told.si(), first.clone().on_error(errback.s()), app=bench.app)
+            chord([told.si()], body, app=bench.app).apply_async()
+
+    bench.wait_for_note(errback.name, first.id)
+    assert len(bench.starts("fail", first.id)) == 1
+    wait_until(lambda: not later_rows(bench, "fail"), timeout=PATIENCE, describe="the end of the later call's row")
 
 
 def test_a_later_call_by_name_goes_on(bench: Bench) -> None:
