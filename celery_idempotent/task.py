@@ -24,7 +24,7 @@ from celery_idempotent.producer.send import is_unrecorded, send
 from celery_idempotent.queue_log import QueueLog
 from celery_idempotent.settings import PREFIX
 from celery_idempotent.worker.binding import REQUEST, guard
-from celery_idempotent.worker.celery_versions import dated
+from celery_idempotent.worker.celery_versions import dated, id_of_step
 from celery_idempotent.worker.chords import add_part
 from celery_idempotent.worker.handlers import guard_handlers
 from celery_idempotent.worker.run import Passage, Run
@@ -241,7 +241,8 @@ class IdempotentTask(Task):  # type: ignore[misc]
     def apply(self, args: Any = None, kwargs: Any = None, **options: Any) -> EagerResult[Any]:
         """Run the task here and now, guarded by its message id as a worker would; see Celery's ``apply``."""
         refuse_misspelt_call(self.name, options)
-        task_id = options.pop("task_id", None) or uuid()
+        given = options.pop("task_id", None)
+        task_id, step_id = (uuid(), None) if given is None else (given, id_of_step(given))
         message_id = options.pop("message_id", None)
         if is_unrecorded(self, task_id, options):
             result = super().apply(args, kwargs, task_id=task_id, **options)
@@ -250,7 +251,7 @@ class IdempotentTask(Task):  # type: ignore[misc]
         header = Header.read(options.get("headers"))
         if header is None or not header.belongs_to(self.name, task_id):
             key, fingerprint = identify(
-                self.idempotency, args, kwargs, message_id=message_id, task_id=task_id, task_name=self.name
+                self.idempotency, args, kwargs, message_id=message_id, task_id=step_id or task_id, task_name=self.name
             )
             header = Header.new(key, task_id, fingerprint)
             run = Run.of(self.request_stack.top)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
+
+from celery.canvas import Signature, _chain
+
+from celery_idempotent.message.canvas_ids import derived
 
 if TYPE_CHECKING:
     from celery import Task
     from celery.app.task import Context
 
-__all__ = ["acknowledges_timeouts", "dated", "ignores_result", "retries_lost_workers"]
+__all__ = ["acknowledges_timeouts", "dated", "id_of_step", "ignores_result", "retries_lost_workers"]
 
 
 def retries_lost_workers(task: Task) -> bool:
@@ -44,3 +49,29 @@ def dated(task: Task, options: Mapping[str, Any]) -> Mapping[str, Any]:
     if not texts or task.app.conf.task_protocol != 1:
         return options
     return {**options, **{name: datetime.fromisoformat(options[name]) for name in texts}}
+
+
+def id_of_step(task_id: str) -> str:
+    """Tell the id of a call that an eager chain may be making.
+
+    A chain that was frozen gives its own Celery id to every step that it applies. Only the function that does so knows which step it is
+    at; the step has an id of its own.
+
+    Args:
+        task_id: The Celery id that the call was given.
+
+    Returns:
+        The id of the step; ``task_id`` if no chain makes the call.
+    """
+    frame = sys._getframe(1)  # noqa: SLF001 - Celery passes nothing else that tells its steps apart
+    while frame.f_code is not Signature.apply.__code__:
+        # A task may have an `apply` of its own, which calls `super()`.
+        if frame.f_code.co_name != "apply" or frame.f_back is None:
+            return task_id
+        frame = frame.f_back
+    caller = frame.f_back
+    if caller is None or caller.f_code is not _chain.apply.__code__:
+        return task_id
+    chain, step = (caller.f_locals[name] for name in ("self", "task"))
+    number = next((number for number, one in enumerate(chain.tasks) if one is step), None)
+    return str(step.options.get("task_id") or derived(task_id, "step", number))
