@@ -48,7 +48,8 @@ def is_derived(message_id: str) -> bool:
 
 def is_guarded(task: object) -> bool:
     """Return whether a task, found by its name, is an ``IdempotentTask``."""
-    return hasattr(type(task), "idempotency")  # the class itself imports this module
+    # By `__class__`, which a proxy has from its task; the class itself imports this module.
+    return hasattr(task.__class__, "idempotency")
 
 
 def fix_callbacks(request: Context) -> None:

@@ -96,7 +96,7 @@ def identity_of_sent(
         TypeError: They do not fit the body.
     """
     node = (node or "local") if exchange and is_fanout(task.app, exchange) else None
-    given = properties.get("message_id") if properties else None
+    given = properties.get("message_id") if isinstance(properties, Mapping) else None
     if not given:
         header = Header.read(headers)
         if header is not None and header.task_name == task.name:

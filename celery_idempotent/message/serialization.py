@@ -106,7 +106,7 @@ def serializer_of(task: Task, options: Mapping[str, Any] | None = None) -> str:
 
 def content_of(request: Context) -> dict[str, Any]:
     """By which serializer and compression a delivered message was published, as options of ``apply_async``."""
-    properties = request.properties or {}
+    properties = request.properties if isinstance(request.properties, Mapping) else {}
     content = {
         "serializer": registry.type_to_name.get(properties.get("content_type")),
         "compression": properties.get("compression"),

@@ -79,6 +79,8 @@ def _guarded_start(start: Callable[..., None]) -> Callable[..., None]:
             _put_before(cls, "__call__", _guarded_call)
         request = self.request_stack.top
         if Run.of(request) is None:
+            if request.id is None:  # who traces it has named it to the hooks only
+                request.id = args[0] if args else kwargs.get("task_id")
             admit(self, request)
         start(self, *args, **kwargs)
 

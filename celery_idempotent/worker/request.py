@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -56,7 +56,8 @@ class IdempotentRequest(Request):  # type: ignore[misc]
         # For whoever publishes it again: the pool's process is not told.
         known = {"content_type": message.content_type, "compression": (message.headers or {}).get("compression")}
         content = {name: value for name, value in known.items() if value is not None}
-        self.request_dict["properties"] = {**(message.properties or {}), **content}
+        if message.properties is None or isinstance(message.properties, Mapping):
+            self.request_dict["properties"] = {**(message.properties or {}), **content}
         if not is_text(self.id):
             # There is no result under such an id, and one that cannot be hashed ends the worker: Celery rejects the message at once.
             raise InvalidTaskError(

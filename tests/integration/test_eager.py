@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 from celery import Celery, chain, chord, group, states
+from celery.app.trace import build_tracer
+from celery.local import PromiseProxy
 
 from celery_idempotent import (
     AlreadyFailedError,
@@ -17,6 +19,7 @@ from celery_idempotent import (
     MessageMismatchError,
 )
 from celery_idempotent.core.records import MessageKey, ProcessedStatus, Row, Status
+from celery_idempotent.worker.lease_renewal import LeaseRenewer
 from tests.integration.conftest import TASKS
 from tests.support.apps import AppSpec
 from tests.support.bench import close
@@ -256,6 +259,49 @@ def test_a_chain_with_a_duplicate(app: Celery, ledger: Ledger) -> None:
 
     assert [result.get() for result in results] == [7, 7]
     assert len(ledger.starts("add")) == 5
+
+
+@pytest.mark.parametrize("frozen", ["chain", "in a group", "prepared"])
+def test_each_step_of_a_frozen_chain_runs(app: Celery, ledger: Ledger, frozen: str) -> None:
+    """Celery gives its steps one id, that of the chain."""
+    add = app.tasks["add"]
+    steps = chain(add.si(1, 1), add.s(1), add.s(1), add.si(1, 1), add.si(1, 1), app=app)
+    match frozen:
+        case "chain":
+            steps.freeze()
+            assert steps.apply_async().get() == 2
+        case "in a group":
+            assert group(steps, app=app).apply_async().get() == [2]
+        case "prepared":
+            steps.prepare_steps((), {}, steps.tasks)
+            assert steps.apply_async().get() == 2
+
+    assert len(ledger.starts("add")) == 5
+
+
+def test_a_frozen_chain_that_is_applied_twice_runs_once(app: Celery, ledger: Ledger) -> None:
+    add = app.tasks["add"]
+    steps = chain(add.si(1, 1), add.s(1), add.s(1), app=app)
+    steps.freeze()
+
+    assert [steps.apply_async().get() for _ in range(2)] == [4, 4]
+    assert len(ledger.starts("add")) == 3
+
+
+def test_a_tracer_may_name_the_message_to_the_hooks_only(app: Celery) -> None:
+    add = app.tasks["add"]
+    trace = build_tracer(add.name, add, app=app, eager=True)
+
+    assert trace("id", (1, 2), {}).retval == 3
+    assert row(app, "add", "id").status is Status.DONE
+
+
+def test_a_lease_is_let_go_of_a_task_that_is_traced_by_a_proxy(app: Celery) -> None:
+    add = PromiseProxy(lambda: app.tasks["add"])
+    trace = build_tracer(add.name, add, app=app, eager=True)
+
+    assert trace("id", (1, 2), {}).retval == 3
+    assert LeaseRenewer.of(app.queue_log).held() == []
 
 
 def test_a_group_with_a_duplicate(app: Celery, ledger: Ledger) -> None:
