@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
 from pathlib import Path
 
 import celery
@@ -15,6 +16,7 @@ import pytest
 
 from celery_idempotent import IdempotentTask
 from celery_idempotent.settings import Settings
+from celery_idempotent.worker import lease_renewal
 
 celery.Celery.task_cls = "celery_idempotent.task:IdempotentTask"
 celery.Task = IdempotentTask  # for tasks that are classes
@@ -35,3 +37,15 @@ def store_of_its_own(request: pytest.FixtureRequest) -> None:
     """Give each unit test a new store."""
     if "integration" not in request.path.parts:
         _anew()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """End the thread that renews leases, which rests for half a minute first: each of Celery's unit tests looks for threads that it has left."""
+    if "integration" in item.path.parts:
+        return
+    for renewal in list(lease_renewal._to_give_up):
+        renewal.rest()
+    for thread in threading.enumerate():
+        if thread.name == "celery-idempotent-renewal":
+            thread.join(10)
