@@ -53,9 +53,10 @@ test: .venv/installed  ## every test, on real servers: uses those that run, star
 
 # What a process measures is in a file of its own, those of workers and their children included, unless they were killed.
 COVERAGE = $(DEV)/coverage
-MEASURED = tests/unit tests/contract tests/integration/outbox
+MEASURED = tests/unit tests/contract $(addprefix tests/integration/,cli doctor hooks test_calls.py test_canvas.py \
+	test_command_line.py test_recovery.py test_retry.py)
 
-coverage: .venv/installed  ## what the unit tests, the contract and some of the integration tests cover; a report in build/coverage
+coverage: .venv/installed  ## what unit tests, the contract and a part of tests/integration cover; a report in build/coverage/html
 	@$(COVERAGE) erase
 	@$(DEV)/python -m tests.support.servers $(COVERAGE) run -m pytest -n $(WORKERS) --dist loadgroup $(MEASURED) $(ARGS)
 	@$(COVERAGE) combine --quiet
