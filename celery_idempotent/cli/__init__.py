@@ -20,9 +20,9 @@ import click
 from celery.bin.base import handle_preload_options
 
 from celery_idempotent.cli.changing import forget, purge, requeue
-from celery_idempotent.cli.reading import list_, show, stats
-from celery_idempotent.cli.recovering import recover
+from celery_idempotent.cli.recover import recover
 from celery_idempotent.cli.setting_up import doctor, init
+from celery_idempotent.cli.viewing import list_, show, stats
 
 # Celery imports us for every command: `celery inspect` asks for what `control` knows, and `celery report` shows settings.
 from celery_idempotent.core import settings_mask  # noqa: F401

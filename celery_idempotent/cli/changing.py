@@ -15,7 +15,7 @@ from celery.bin.base import CeleryCommand
 from celery_idempotent.cli.opening import opened
 from celery_idempotent.cli.options import Chosen, as_json, choose, confirmed, dry_run, duration, limit, yes
 from celery_idempotent.cli.printing import print_, printable, table
-from celery_idempotent.cli.reading import listing, not_there, record_of, rows_of
+from celery_idempotent.cli.viewing import listing, not_there, record_of, rows_of
 from celery_idempotent.core.records import FORGOTTEN, MessageKey, ProcessedStatus, Row, Status
 from celery_idempotent.maintenance.purge import purge as purge_rows
 from celery_idempotent.maintenance.purge import purgeable

@@ -21,11 +21,14 @@ for _module in (
     "ending",
     "examples",
     "handing_on",
+    "life",
     "operating",
     "publishing",
+    "purging",
     "races",
     "recording",
-    "recovering",
+    "relaying",
+    "rescuing",
     "taking_over",
     "transactions",
 ):
@@ -34,11 +37,14 @@ for _module in (
 from celery_idempotent.testing.claiming import ClaimContract  # noqa: E402 - see above
 from celery_idempotent.testing.ending import EndingContract  # noqa: E402
 from celery_idempotent.testing.handing_on import HandingOnContract  # noqa: E402
+from celery_idempotent.testing.life import LifeContract  # noqa: E402
 from celery_idempotent.testing.operating import OperatorContract  # noqa: E402
 from celery_idempotent.testing.publishing import PublishContract  # noqa: E402
+from celery_idempotent.testing.purging import PurgeContract  # noqa: E402
 from celery_idempotent.testing.races import RaceContract  # noqa: E402
 from celery_idempotent.testing.recording import RecordContract  # noqa: E402
-from celery_idempotent.testing.recovering import RecoveryContract  # noqa: E402
+from celery_idempotent.testing.relaying import RelayContract  # noqa: E402
+from celery_idempotent.testing.rescuing import RescueContract  # noqa: E402
 from celery_idempotent.testing.taking_over import TakeOverContract  # noqa: E402
 from celery_idempotent.testing.transactions import TransactionContract  # noqa: E402
 
@@ -52,8 +58,11 @@ class StoreContract(
     TakeOverContract,
     EndingContract,
     HandingOnContract,
-    RecoveryContract,
+    RescueContract,
+    RelayContract,
+    PurgeContract,
     OperatorContract,
+    LifeContract,
     RaceContract,
 ):
     """Every promise of the port, a test each. Override the fixture ``open_store_again``; nothing else is needed."""

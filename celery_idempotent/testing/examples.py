@@ -18,7 +18,9 @@ __all__ = [
     "claim",
     "done",
     "expired_id",
+    "ids",
     "new_message",
+    "overdue",
     "pending",
     "processing",
     "read",
@@ -113,3 +115,18 @@ def wait_until(condition: Callable[[], bool], *, timeout: float = 10.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"waited {timeout} s in vain"
         time.sleep(0.002)
+
+
+def overdue(store: Store, name: str = "order:1") -> Row:
+    """Return a message whose lease ran out."""
+    held = processing(store, key=MessageKey(name, "t"))
+    row = read(store, held.key)
+    # Or it would end in the moment of its publication, where a clock ticks in milliseconds, and not be told from one published since.
+    wait_until(lambda: read(store, held.key).read_at > row.read_at)
+    assert store.expire(held)
+    return read(store, held.key)
+
+
+def ids(rows: list[Row]) -> list[str]:
+    """Return the message ids, in their order."""
+    return [row.key.message_id for row in rows]

@@ -1,16 +1,11 @@
-"""The contract of what operators read, and of a store's life."""
+"""The contract of what operators read, and of what they forget."""
 
 # ruff: noqa: D102 - a test's name says what it shows
 
-# Longer than most: one suite for each role of the port.
-
 from __future__ import annotations
-
-from collections.abc import Callable
 
 from celery_idempotent.core.records import (
     FORGOTTEN,
-    Change,
     Claimed,
     Inserted,
     MessageKey,
@@ -37,7 +32,7 @@ __all__ = ["OperatorContract"]
 
 
 class OperatorContract(StoreFixtures):
-    """``find``, ``rows``, ``counts``; ``forget``, ``purgeable``, ``condition``, ``configuration``; a store's life."""
+    """``find``, ``rows``, ``counts``; ``forget``, ``purgeable``, ``condition``, ``configuration``."""
 
     def test_rows_are_listed_by_queue(self, store: Store) -> None:
         for name, queue in (("a", "mail.fast"), ("b", "mail.slow"), ("c", "m"), ("d", None)):
@@ -313,43 +308,3 @@ class OperatorContract(StoreFixtures):
         told = store.configuration()
         assert told
         assert {type(each) for pair in told.items() for each in pair} == {str}
-
-    # -- life ----------------------------------------------------------------------------------------------------------
-
-    def test_what_is_there_is_not_made_again(self, store: Store) -> None:
-        store.init()
-        pending(store)
-        assert not store.init()
-        assert store.find(KEY) is not None
-
-    def test_nothing_is_outstanding_where_all_is_there(self, store: Store) -> None:
-        store.init()
-        assert list(store.outstanding()) == []
-        seen: list[Change] = []
-        assert not store.init(before=seen.append)
-        assert seen == []
-
-    def test_a_store_that_is_there_checks_out(self, store: Store) -> None:
-        store.init()
-        store.check()
-
-    def test_what_is_there_is_inspected(self, store: Store) -> None:
-        store.init()
-        assert store.inspect()
-
-    def test_a_closed_store_may_be_used_again(self, store: Store) -> None:
-        pending(store)
-        store.close()
-        store.close()
-        assert read(store).status is Status.PENDING
-
-    def test_handles_see_the_same_rows(self, store: Store, open_store_again: Callable[[], Store]) -> None:
-        other = open_store_again()
-        try:
-            pending(store)
-            held = claim(other)
-            assert read(store).token == held.token
-            assert store.complete(held, result=b"1")
-            assert read(other).result == b"1"
-        finally:
-            other.close()
