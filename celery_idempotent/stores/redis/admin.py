@@ -100,13 +100,13 @@ _FROM_INFO: Mapping[str, tuple[str, Callable[[str], str]]] = {
 }
 
 
-def forget(on: ScriptSession, row: Row, *, again: bool) -> bool:
+def forget(on: ScriptSession, row: Row, *, is_retry: bool) -> bool:
     """Empty it and free its id, by compare and set."""
     ident = identity(row.key)
     answer = on.call(_FORGET, ident, ident, row.status.encode(), row.token, encoded(row.task_id), storable(FORGOTTEN))
     if answer == 1:
         return True
-    if not again or answer is None:
+    if not is_retry or answer is None:
         return False
     found = row_of(row.key, answer)
     return (found.status, found.processed_status, found.token, found.task_id, found.error) == (

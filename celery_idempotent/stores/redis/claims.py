@@ -1,6 +1,6 @@
 """The consumer's verbs that begin and keep a run: claim, take over, renew.
 
-As in :mod:`~celery_idempotent.stores.redis.producer`, each takes the connection, and ``again`` says that it is a repeat.
+As in :mod:`~celery_idempotent.stores.redis.producer`, each takes the connection, and ``is_retry`` says that it is a repeat.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def claim(
     lease: float,
     grace: float,
     adopt: Callable[[], NewMessage] | None,
-    again: bool,
+    is_retry: bool,
 ) -> Claimed | NotClaimed:
     """One script for a message that was recorded, and another for one that was not."""
     key = message.key
@@ -122,7 +122,7 @@ def claim(
         if isinstance(answer, list):
             row = row_of(key, answer)
             # The first attempt of this very call took effect, and its answer was lost.
-            if again and row.status is Status.PROCESSING and row.worker == worker:
+            if is_retry and row.status is Status.PROCESSING and row.worker == worker:
                 return Claimed(Claim(key, row.token))
             return NotClaimed(row)
         if answer is None:
@@ -135,7 +135,7 @@ def claim(
 
 
 def take_over(
-    on: ScriptSession, row: Row, *, task_id: str, worker: str, lease: float, attempt: int, again: bool
+    on: ScriptSession, row: Row, *, task_id: str, worker: str, lease: float, attempt: int, is_retry: bool
 ) -> Claimed | None:
     """Take the next token, by compare and set on the last one and on the lease."""
     ident = identity(row.key)
@@ -145,7 +145,7 @@ def take_over(
     claimed = Claimed(Claim(row.key, row.token + 1))
     if answer == 1:
         return claimed
-    if again and answer is not None:
+    if is_retry and answer is not None:
         found = row_of(row.key, answer)
         if (found.status, found.token, found.worker) == (Status.PROCESSING, row.token + 1, worker):
             return claimed

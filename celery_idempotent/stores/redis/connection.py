@@ -1,7 +1,7 @@
 """Connections: kept open per process, one round trip per call, and what to do when the server does not answer.
 
 A kept connection that its server has closed meanwhile is told by its socket, without a round trip. One that breaks under a call has
-the operation repeated once on a fresh one; what an operation does on such a repeat is its own matter (its ``again``), because the first
+the operation repeated once on a fresh one; what an operation does on such a repeat is its own matter (its ``is_retry``), because the first
 attempt may have taken effect. A server that does not answer at all is not waited for longer than :data:`ANSWER`.
 """
 
@@ -195,7 +195,7 @@ class Server:
             StoreUnavailableError: No connection, or it broke twice, or no answer, or the server cannot do it for now.
             StoreError: Any other refusal of the server's, which repeating would not change.
         """
-        again = demoted = False
+        is_retry = demoted = False
         while True:
             # ``setdefault`` is atomic.
             opened = self._opened.get(os.getpid()) or self._opened.setdefault(os.getpid(), Opened())
@@ -206,10 +206,12 @@ class Server:
                 if prepared and not opened.ready:
                     self._prepare(on)
                     opened.ready = True
-                answer = operation(on, again)
+                answer = operation(on, is_retry)
             except NoConnectionError as error:
                 wires.give_back()
-                raise _unavailable(f"the queue log at {self} cannot be reached: {error}", again or on.partly) from error
+                raise _unavailable(
+                    f"the queue log at {self} cannot be reached: {error}", is_retry or on.partly
+                ) from error
             except IdempotentError:
                 wires.give_back()
                 raise
@@ -218,11 +220,11 @@ class Server:
                 wires.disconnect()
                 self.close()
                 if demoted:
-                    raise _unavailable(f"the queue log at {self} is on a replica: {error}", again) from error
+                    raise _unavailable(f"the queue log at {self} is on a replica: {error}", is_retry) from error
                 demoted = True
             except ResponseError as error:
                 wires.give_back()
-                raise self._explained(error, again or on.partly) from error
+                raise self._explained(error, is_retry or on.partly) from error
             except TimeoutError as error:
                 wires.disconnect()
                 # Nobody else is to wait as long on a connection of before.
@@ -231,12 +233,12 @@ class Server:
                 raise _unavailable(f"the queue log at {self} gave no answer in time: {error}", sent=True) from error
             except BusyLoadingError as error:
                 wires.disconnect()
-                raise _unavailable(f"the queue log at {self} is loading its data", again or on.partly) from error
+                raise _unavailable(f"the queue log at {self} is loading its data", is_retry or on.partly) from error
             except ConnectionError as error:
                 wires.disconnect()
-                if again:
+                if is_retry:
                     raise _unavailable(f"the queue log at {self} gave no answer: {error}", sent=True) from error
-                again = True
+                is_retry = True
             except BaseException:
                 # Celery's soft time limit and the like are raised by signal, perhaps in the middle of an answer: whoever
                 # used this connection next would read the rest of it.

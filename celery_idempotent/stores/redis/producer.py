@@ -1,6 +1,6 @@
 """The producer's verbs: record one or many, withdraw, resubmit, republish, count a duplicate.
 
-Each takes the connection to work on. ``again`` says that it is a repeat: an earlier attempt of the same call broke off with
+Each takes the connection to work on. ``is_retry`` says that it is a repeat: an earlier attempt of the same call broke off with
 its connection, and may have taken effect. A repeat that finds what that attempt would have written answers as if it had.
 """
 
@@ -94,14 +94,14 @@ return 1
 """)
 
 
-def record(on: ScriptSession, message: NewMessage, *, again: bool) -> Inserted | Duplicate:
+def record(on: ScriptSession, message: NewMessage, *, is_retry: bool) -> Inserted | Duplicate:
     """Begin a row, or report the one that is there."""
     ident = identity(message.key)
     (answer,) = on.call(_RECORD, ident, b"", ident, 0, *message_arguments(message))
-    return _recorded(message, answer, again)
+    return _recorded(message, answer, is_retry)
 
 
-def record_all(on: ScriptSession, messages: Sequence[NewMessage], *, again: bool) -> list[Inserted | Duplicate]:
+def record_all(on: ScriptSession, messages: Sequence[NewMessage], *, is_retry: bool) -> list[Inserted | Duplicate]:
     """Begin those that are new, in the order of the list."""
     idents = [identity(message.key) for message in messages]
     # A cluster has as many clocks as nodes: one of them tells the order.
@@ -115,27 +115,27 @@ def record_all(on: ScriptSession, messages: Sequence[NewMessage], *, again: bool
     seen: set[MessageKey] = set()
     for message, answer in zip(messages, answers, strict=True):
         # One that this very list has twice was not there before.
-        recorded.append(_recorded(message, answer, again and message.key not in seen))
+        recorded.append(_recorded(message, answer, is_retry and message.key not in seen))
         seen.add(message.key)
     return recorded
 
 
-def _recorded(message: NewMessage, answer: Any, again: bool) -> Inserted | Duplicate:
+def _recorded(message: NewMessage, answer: Any, is_retry: bool) -> Inserted | Duplicate:
     if answer == 1:
         return Inserted()
     row = row_of(message.key, answer)
-    if again and row.status is Status.PENDING and row.worker is None and row.task_id == message.task_id:
+    if is_retry and row.status is Status.PENDING and row.worker is None and row.task_id == message.task_id:
         return Inserted()
     return Duplicate(row)
 
 
-def withdraw(on: ScriptSession, key: MessageKey, *, task_id: str, again: bool) -> bool:
+def withdraw(on: ScriptSession, key: MessageKey, *, task_id: str, is_retry: bool) -> bool:
     """Delete a pending row that was never claimed; free its id if the row had an earlier life."""
     ident = identity(key)
     answer = on.call(_WITHDRAW, ident, ident, encoded(task_id))
     if answer == 1:
         return True
-    if not again:
+    if not is_retry:
         return False
     if answer is None:
         return True
@@ -143,26 +143,26 @@ def withdraw(on: ScriptSession, key: MessageKey, *, task_id: str, again: bool) -
     return row.status is Status.DONE and row.expired and row.task_id == task_id
 
 
-def resubmit(on: ScriptSession, row: Row, message: NewMessage, *, again: bool) -> bool:
+def resubmit(on: ScriptSession, row: Row, message: NewMessage, *, is_retry: bool) -> bool:
     """Failed to pending, by compare and set."""
     ident = identity(row.key)
     answer = on.call(_RESUBMIT, ident, ident, row.token, encoded(row.task_id), *message_arguments(message))
     if answer == 1:
         return True
-    if not again or answer is None:
+    if not is_retry or answer is None:
         return False
     found = row_of(row.key, answer)
     expected = (Status.PENDING, row.token, message.task_id)
     return (found.status, found.token, found.task_id) == expected and found.worker is None
 
 
-def republish(on: ScriptSession, row: Row, *, again: bool) -> bool:
+def republish(on: ScriptSession, row: Row, *, is_retry: bool) -> bool:
     """Write a new ``published_at``, by compare and set."""
     ident = identity(row.key)
     answer = on.call(_REPUBLISH, ident, ident, row.status.encode(), row.token, moment(row.published_at))
     if answer == 1:
         return True
-    if not again or answer is None:
+    if not is_retry or answer is None:
         return False
     # Whether this call or another wrote it cannot be told; a message published twice is absorbed by its claim, one
     # that nobody publishes is lost.

@@ -80,23 +80,23 @@ class RedisStore:
     # -- producer ------------------------------------------------------------------------------------------------------
 
     def record(self, message: NewMessage) -> Inserted | Duplicate:
-        return self._run(lambda on, again: producer.record(on, message, again=again))
+        return self._run(lambda on, is_retry: producer.record(on, message, is_retry=is_retry))
 
     def record_all(self, messages: Sequence[NewMessage]) -> list[Inserted | Duplicate]:
         answers: list[Inserted | Duplicate] = []
         for first in range(0, len(messages), _AT_ONCE):
             some = messages[first : first + _AT_ONCE]
-            answers += self._run(lambda on, again, some=some: producer.record_all(on, some, again=again))  # type: ignore[misc]
+            answers += self._run(lambda on, is_retry, some=some: producer.record_all(on, some, is_retry=is_retry))  # type: ignore[misc]
         return answers
 
     def withdraw(self, key: MessageKey, *, task_id: str) -> bool:
-        return self._run(lambda on, again: producer.withdraw(on, key, task_id=task_id, again=again))
+        return self._run(lambda on, is_retry: producer.withdraw(on, key, task_id=task_id, is_retry=is_retry))
 
     def resubmit(self, row: Row, message: NewMessage) -> bool:
-        return self._run(lambda on, again: producer.resubmit(on, row, message, again=again))
+        return self._run(lambda on, is_retry: producer.resubmit(on, row, message, is_retry=is_retry))
 
     def republish(self, row: Row) -> bool:
-        return self._run(lambda on, again: producer.republish(on, row, again=again))
+        return self._run(lambda on, is_retry: producer.republish(on, row, is_retry=is_retry))
 
     def count_duplicate(self, key: MessageKey) -> None:
         self._run(lambda on, _: producer.count_duplicate(on, key))
@@ -113,15 +113,15 @@ class RedisStore:
         adopt: Callable[[], NewMessage] | None = None,
     ) -> Claimed | NotClaimed:
         return self._run(
-            lambda on, again: claims.claim(
-                on, message, worker=worker, lease=lease, grace=grace, adopt=adopt, again=again
+            lambda on, is_retry: claims.claim(
+                on, message, worker=worker, lease=lease, grace=grace, adopt=adopt, is_retry=is_retry
             )
         )
 
     def take_over(self, row: Row, *, task_id: str, worker: str, lease: float, attempt: int) -> Claimed | None:
         return self._run(
-            lambda on, again: claims.take_over(
-                on, row, task_id=task_id, worker=worker, lease=lease, attempt=attempt, again=again
+            lambda on, is_retry: claims.take_over(
+                on, row, task_id=task_id, worker=worker, lease=lease, attempt=attempt, is_retry=is_retry
             )
         )
 
@@ -138,27 +138,27 @@ class RedisStore:
 
     def fail(self, holder: Holder, *, error: str, unique_for: float | None = None) -> bool:
         return self._run(
-            lambda on, again: transitions.fail(on, holder, error=error, unique_for=unique_for, again=again)
+            lambda on, is_retry: transitions.fail(on, holder, error=error, unique_for=unique_for, is_retry=is_retry)
         )
 
     def retry(self, holder: Holder, message: NewMessage) -> bool:
-        return self._run(lambda on, again: transitions.retry(on, holder, message, again=again))
+        return self._run(lambda on, is_retry: transitions.retry(on, holder, message, is_retry=is_retry))
 
     def release(self, holder: Holder) -> bool:
-        return self._run(lambda on, again: transitions.release(on, holder, again=again))
+        return self._run(lambda on, is_retry: transitions.release(on, holder, is_retry=is_retry))
 
     def expire(self, holder: Holder) -> bool:
         return self._run(lambda on, _: transitions.expire(on, holder))
 
     def abandon(self, row: Row, *, error: str, unique_for: float | None = None) -> bool:
         return self._run(
-            lambda on, again: transitions.abandon(on, row, error=error, unique_for=unique_for, again=again)
+            lambda on, is_retry: transitions.abandon(on, row, error=error, unique_for=unique_for, is_retry=is_retry)
         )
 
     def cancel(self, key: MessageKey, *, task_id: str, error: str, unique_for: float | None = None) -> bool:
         return self._run(
-            lambda on, again: transitions.cancel(
-                on, key, task_id=task_id, error=error, unique_for=unique_for, again=again
+            lambda on, is_retry: transitions.cancel(
+                on, key, task_id=task_id, error=error, unique_for=unique_for, is_retry=is_retry
             )
         )
 
@@ -225,7 +225,7 @@ class RedisStore:
         return self._run(lambda on, _: reading.counts(on))
 
     def forget(self, row: Row) -> bool:
-        return self._run(lambda on, again: admin.forget(on, row, again=again))
+        return self._run(lambda on, is_retry: admin.forget(on, row, is_retry=is_retry))
 
     def purgeable(
         self,

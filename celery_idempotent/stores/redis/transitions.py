@@ -1,6 +1,6 @@
 """The verbs that end or hand on a run: checkpoint, complete, fail, retry, release, expire, abandon, cancel.
 
-As in :mod:`~celery_idempotent.stores.redis.producer`, each takes the connection, and ``again`` says that it is a repeat. Every
+As in :mod:`~celery_idempotent.stores.redis.producer`, each takes the connection, and ``is_retry`` says that it is a repeat. Every
 one is a single script fenced by the holder, which answers 1 or, where it wrote nothing, with the row as it stands: by it an ending
 that was already written is told from one that came too late.
 """
@@ -145,32 +145,32 @@ def complete(
     )
 
 
-def fail(on: ScriptSession, holder: Holder, *, error: str, unique_for: float | None, again: bool) -> bool:
+def fail(on: ScriptSession, holder: Holder, *, error: str, unique_for: float | None, is_retry: bool) -> bool:
     """Done, failure."""
     ident, text = identity(holder.key), storable(error)
     answer = on.call(_FAIL, ident, ident, *fence(holder), text, duration(unique_for))
-    if _wrote(answer) or (isinstance(holder, Owner) and not again):
+    if _wrote(answer) or (isinstance(holder, Owner) and not is_retry):
         return _wrote(answer)
     # An owner that was found dead and abandoned ends so too, under the same token: the error tells them apart.
     row = _row(holder.key, answer)
     return row is not None and held_by(row, holder) and _failed(row, text)
 
 
-def retry(on: ScriptSession, holder: Holder, message: NewMessage, *, again: bool) -> bool:
+def retry(on: ScriptSession, holder: Holder, message: NewMessage, *, is_retry: bool) -> bool:
     """Back to pending, for the next attempt."""
     ident = identity(holder.key)
     answer = on.call(_RETRY, ident, ident, *fence(holder), *message_arguments(message))
-    if _wrote(answer) or not again:
+    if _wrote(answer) or not is_retry:
         return _wrote(answer)
     row = _row(holder.key, answer)
     return row is not None and held_by(row, holder) and (row.status, row.attempt) == (Status.PENDING, message.attempt)
 
 
-def release(on: ScriptSession, holder: Holder, *, again: bool) -> bool:
+def release(on: ScriptSession, holder: Holder, *, is_retry: bool) -> bool:
     """Back to pending, for the same attempt."""
     ident = identity(holder.key)
     answer = on.call(_RELEASE, ident, ident, *fence(holder))
-    if _wrote(answer) or not again:
+    if _wrote(answer) or not is_retry:
         return _wrote(answer)
     row = _row(holder.key, answer)
     return row is not None and held_by(row, holder) and row.status is Status.PENDING
@@ -182,24 +182,24 @@ def expire(on: ScriptSession, holder: Holder) -> bool:
     return _wrote(on.call(_EXPIRE, ident, ident, *fence(holder)))
 
 
-def abandon(on: ScriptSession, row: Row, *, error: str, unique_for: float | None, again: bool) -> bool:
+def abandon(on: ScriptSession, row: Row, *, error: str, unique_for: float | None, is_retry: bool) -> bool:
     """Done, failure, on behalf of an owner whose lease ran out."""
     ident, text = identity(row.key), storable(error)
     processed = b"" if row.processed_status is None else row.processed_status.encode()
     answer = on.call(_ABANDON, ident, ident, row.token, processed, text, duration(unique_for))
-    if _wrote(answer) or not again:
+    if _wrote(answer) or not is_retry:
         return _wrote(answer)
     found = _row(row.key, answer)
     return found is not None and found.token == row.token and _failed(found, text)
 
 
 def cancel(
-    on: ScriptSession, key: MessageKey, *, task_id: str, error: str, unique_for: float | None, again: bool
+    on: ScriptSession, key: MessageKey, *, task_id: str, error: str, unique_for: float | None, is_retry: bool
 ) -> bool:
     """Done, failure, without having run."""
     ident, text = identity(key), storable(error)
     answer = on.call(_CANCEL, ident, ident, encoded(task_id), text, duration(unique_for))
-    if _wrote(answer) or not again:
+    if _wrote(answer) or not is_retry:
         return _wrote(answer)
     found = _row(key, answer)
     return found is not None and found.task_id == task_id and _failed(found, text)

@@ -20,10 +20,10 @@ from celery_idempotent.stores.sql.columns import (
 )
 from celery_idempotent.stores.sql.dialects import Dialect
 
-__all__ = ["Operating"]
+__all__ = ["Admin"]
 
 
-class Operating:
+class Admin:
     """Statements for operators, for one table."""
 
     def __init__(self, table: Table, dialect: Dialect) -> None:
@@ -75,7 +75,7 @@ class Operating:
             .label("done_since"),
         )
 
-    def forget(self, connection: Connection, row: Row, *, again: bool) -> bool:
+    def forget(self, connection: Connection, row: Row, *, is_retry: bool) -> bool:
         """Empty it and free its id, by compare and set."""
         parameters = {
             **key_parameters(row.key),
@@ -85,7 +85,7 @@ class Operating:
         }
         if connection.execute(self._forget, parameters).rowcount:
             return True
-        if not again:
+        if not is_retry:
             return False
         found = self._read(connection, row.key)
         return (

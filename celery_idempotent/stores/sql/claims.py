@@ -1,6 +1,6 @@
 """The consumer's verbs that begin and keep a run: claim, take over, renew.
 
-As in :mod:`~celery_idempotent.stores.sql.producer`, each takes the connection, and ``again`` says that it is a repeat.
+As in :mod:`~celery_idempotent.stores.sql.producer`, each takes the connection, and ``is_retry`` says that it is a repeat.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from celery_idempotent.stores.sql.columns import (
     PENDING,
     PROCESSING,
     Lookup,
-    anew,
     free_again,
     has_key,
     held_by,
     holder_parameters,
+    initial_values,
     key_parameters,
     message_parameters,
     new_key,
@@ -69,7 +69,7 @@ class Claims:
             table,
         )
         self._claim = directly(claim)
-        restarted = {**anew(table), **taken, "available_at": null()}
+        restarted = {**initial_values(table), **taken, "available_at": null()}
         self._insert = directly(dialect.insert(table, {**new_key(table), "token": literal_column("1"), **restarted}))
         self._restart = dialect.telling_token(
             update(table)
@@ -114,7 +114,7 @@ class Claims:
         lease: float,
         grace: float,
         adopt: Callable[[], NewMessage] | None,
-        again: bool,
+        is_retry: bool,
     ) -> Claimed | NotClaimed:
         """One update for a recorded, pending message; what else there may be is found out after it."""
         key = message.key
@@ -135,7 +135,7 @@ class Claims:
             row = self._read(connection, key)
             if row is not None and not row.is_free_for(message.task_id, message.original_task_id):
                 # The first attempt of this very call took effect, and its answer was lost.
-                if again and row.status is Status.PROCESSING and row.worker == worker:
+                if is_retry and row.status is Status.PROCESSING and row.worker == worker:
                     return Claimed(Claim(key, row.token))
                 if _claimable(row, message, grace):
                     continue  # became so since
@@ -154,7 +154,7 @@ class Claims:
         raise StoreUnavailableError(f"message {key.message_id!r} could not be claimed: its row kept changing")
 
     def take_over(
-        self, connection: Connection, row: Row, *, task_id: str, worker: str, lease: float, attempt: int, again: bool
+        self, connection: Connection, row: Row, *, task_id: str, worker: str, lease: float, attempt: int, is_retry: bool
     ) -> Claimed | None:
         """Take the next token, by compare and set on the last one and on the lease."""
         parameters = {
@@ -169,7 +169,7 @@ class Claims:
         claimed = Claimed(Claim(row.key, row.token + 1))
         if connection.execute(self._take_over, parameters).rowcount:
             return claimed
-        if again:
+        if is_retry:
             found = self._read(connection, row.key)
             if found is not None and (found.status, found.token, found.worker) == (
                 Status.PROCESSING,

@@ -41,12 +41,12 @@ __all__ = [
     "SUCCESS",
     "Lookup",
     "Old",
-    "among",
-    "anew",
     "free_again",
     "has_key",
     "held_by",
     "holder_parameters",
+    "initial_values",
+    "key_in",
     "key_parameters",
     "matching",
     "message_parameters",
@@ -87,7 +87,7 @@ def has_key(table: Table) -> ColumnElement[bool]:
     )
 
 
-def among(table: Table, keys: Iterable[MessageKey]) -> ColumnElement[bool]:
+def key_in(table: Table, keys: Iterable[MessageKey]) -> ColumnElement[bool]:
     """Match the rows of the messages, of which there are some hundreds at most."""
     named = [(key.message_id, key.task_name) for key in keys]
     return and_(
@@ -160,7 +160,7 @@ def new_key(table: Table) -> dict[str, Any]:
     return {"message_id": parameter(table, "message_id"), "task_name": parameter(table, "task_name")}
 
 
-def anew(table: Table) -> dict[str, Any]:
+def initial_values(table: Table) -> dict[str, Any]:
     """Every other column but the token, as a message is recorded."""
     return {
         "status": PENDING,
@@ -191,7 +191,7 @@ def key_parameters(key: MessageKey) -> dict[str, Any]:
 
 
 def message_parameters(message: NewMessage) -> dict[str, Any]:
-    """Parameters of :func:`has_key` and :func:`anew`."""
+    """Parameters of :func:`has_key` and :func:`initial_values`."""
     return {
         "p_message_id": message.key.message_id,
         "p_task_name": message.key.task_name,
@@ -236,7 +236,7 @@ class Lookup:
 
     def many(self, connection: Connection, keys: Iterable[MessageKey]) -> list[Row]:
         """Those that are there, in any order."""
-        return [row_of(read) for read in connection.execute(self._all.where(among(self._table, keys))).mappings()]
+        return [row_of(read) for read in connection.execute(self._all.where(key_in(self._table, keys))).mappings()]
 
 
 def held_by(row: Row, holder: Holder) -> bool:

@@ -3,7 +3,7 @@
 Every statement of the store stands on its own, so connections are in autocommit: no ``BEGIN``, ``COMMIT`` or ``ROLLBACK``
 travels around it, and no ping before it. A pooled connection that its server has closed meanwhile is told by its socket, without
 a round trip. One that breaks under a statement has the statement repeated once on a fresh one; what an operation does on such a
-repeat is its own matter (its ``again``), because the first attempt may have taken effect. A server that does not answer at all is
+repeat is its own matter (its ``is_retry``), because the first attempt may have taken effect. A server that does not answer at all is
 worked on for longer than :data:`ANSWER`, and what is not waited for any more is not left to the server.
 """
 
@@ -145,22 +145,24 @@ class Database:
             SchemaError: A table or column is missing.
             StoreError: Any other error of the database, which repeating would not change.
         """
-        again = inspected = moved = False
+        is_retry = inspected = moved = False
         collisions = 0
         began = time.monotonic()
         while True:
             try:
-                return self._attempt(operation, again, prepared, patient)
+                return self._attempt(operation, is_retry, prepared, patient)
             except PoolTimeoutError as error:
-                raise _unavailable(f"the queue log at {self}: every connection is in use ({error})", again) from error
+                raise _unavailable(
+                    f"the queue log at {self}: every connection is in use ({error})", is_retry
+                ) from error
             except UnicodeError as error:
                 raise StoreError(f"the queue log at {self} refused: {error}") from error
             except DBAPIError as error:
                 fault = self._dialect.fault(error)
                 # An error that belongs to no statement is one of connecting.
                 lost = fault is Fault.LOST and error.statement is not None
-                if lost and not again:
-                    again = True
+                if lost and not is_retry:
+                    is_retry = True
                 elif fault is Fault.COLLISION and collisions < COLLISIONS and time.monotonic() - began < PATIENCE:
                     collisions += 1
                     time.sleep(random.uniform(0, 0.005 * 2**collisions))  # noqa: S311 - spreads contenders, no secret
@@ -171,7 +173,7 @@ class Database:
                     inspected = True
                     self._here().ready = False
                 else:
-                    raise self._explained(fault, error, again) from error
+                    raise self._explained(fault, error, is_retry) from error
 
     def join(self, connection: Connection) -> Joined:
         """Somebody's transaction on this database, as the store's operations see it.
@@ -209,7 +211,7 @@ class Database:
             if engine is not None and self._is_ours(engine):
                 close(engine)
 
-    def _attempt(self, operation: Callable[[Connection, bool], T], again: bool, prepared: bool, patient: bool) -> T:
+    def _attempt(self, operation: Callable[[Connection, bool], T], is_retry: bool, prepared: bool, patient: bool) -> T:
         opened = self._here()
         self._autocommit(opened)  # before its turn is taken, which is known when it is open
         with (
@@ -222,7 +224,7 @@ class Database:
                 if prepared and not opened.ready:
                     self._prepare(connection)
                     opened.ready = True
-                return operation(connection, again)
+                return operation(connection, is_retry)
             except DBAPIError as error:
                 if watched is not None and watched.cut:
                     # Not repeated, as a connection that broke is: the server is there, and had its time.

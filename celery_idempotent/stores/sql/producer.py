@@ -1,6 +1,6 @@
 """The producer's verbs: record one or many, withdraw, resubmit, republish, count a duplicate.
 
-Each takes the connection to work on. ``again`` says that it is a repeat: an earlier attempt of the same call broke off with
+Each takes the connection to work on. ``is_retry`` says that it is a repeat: an earlier attempt of the same call broke off with
 its connection, and may have taken effect. A repeat that finds what that attempt would have written answers as if it had.
 """
 
@@ -19,9 +19,9 @@ from celery_idempotent.stores.sql.columns import (
     FAILURE,
     PENDING,
     Lookup,
-    anew,
     free_again,
     has_key,
+    initial_values,
     key_parameters,
     message_parameters,
     new_key,
@@ -47,7 +47,7 @@ class Producer:
         self._dialect = dialect
         self._read = Lookup(table)
         self._read_in_transaction = Lookup(table, dialect.as_of_now)
-        restarted = anew(table)
+        restarted = initial_values(table)
         new = {**new_key(table), "token": literal_column("0"), **restarted}
         self._insert = directly(dialect.insert(table, new, replaced=list(restarted), free=free_again(table)))
         self._insert_unlocked = dialect.insert(table, new)
@@ -111,7 +111,7 @@ class Producer:
         )
 
     def record(
-        self, connection: Connection, message: NewMessage, *, again: bool, in_transaction: bool = False
+        self, connection: Connection, message: NewMessage, *, is_retry: bool, in_transaction: bool = False
     ) -> Inserted | Duplicate:
         """Insert, or replace a row whose id is free again, or report the row.
 
@@ -131,22 +131,22 @@ class Producer:
                 if connection.execute(self._restart, parameters).rowcount:
                     return Inserted()
                 continue
-            if again and row.status is Status.PENDING and row.worker is None and row.task_id == message.task_id:
+            if is_retry and row.status is Status.PENDING and row.worker is None and row.task_id == message.task_id:
                 return Inserted()
             return Duplicate(row)
         raise StoreUnavailableError(f"message {message.key.message_id!r} could not be recorded: its row kept changing")
 
     def record_all(
-        self, connection: Connection, messages: Sequence[NewMessage], *, again: bool, in_transaction: bool = False
+        self, connection: Connection, messages: Sequence[NewMessage], *, is_retry: bool, in_transaction: bool = False
     ) -> list[Inserted | Duplicate]:
         """Insert those that are new in one statement, and look at the others."""
         parameters = [
             {**message_parameters(message), "p_place": place * _APART} for place, message in enumerate(messages)
         ]
         # A repeat cannot tell what the attempt before it has inserted from what was there.
-        keys = None if again else self._dialect.inserted_keys(connection, self._insert_all, parameters)
+        keys = None if is_retry else self._dialect.inserted_keys(connection, self._insert_all, parameters)
         if keys is None:
-            record = partial(self.record, connection, again=again, in_transaction=in_transaction)
+            record = partial(self.record, connection, is_retry=is_retry, in_transaction=in_transaction)
             return [record(message) for message in messages]
         new = {MessageKey(*key) for key in keys}
         recorded: list[bool] = []
@@ -165,10 +165,10 @@ class Producer:
         self, connection: Connection, message: NewMessage, row: Row | None, in_transaction: bool
     ) -> Inserted | Duplicate:
         if row is None or row.expired:
-            return self.record(connection, message, again=False, in_transaction=in_transaction)
+            return self.record(connection, message, is_retry=False, in_transaction=in_transaction)
         return Duplicate(row)
 
-    def withdraw(self, connection: Connection, key: MessageKey, *, task_id: str, again: bool) -> bool:
+    def withdraw(self, connection: Connection, key: MessageKey, *, task_id: str, is_retry: bool) -> bool:
         """Delete a pending row that was never claimed; free its id if the row had an earlier life."""
         parameters = {**key_parameters(key), "p_task_id": task_id}
         if connection.execute(self._withdraw_new, parameters).rowcount:
@@ -177,12 +177,12 @@ class Producer:
         # rather than absent.
         if connection.execute(self._withdraw_restarted, parameters).rowcount:
             return True
-        if not again:
+        if not is_retry:
             return False
         row = self._read(connection, key)
         return row is None or (row.status is Status.DONE and row.expired and row.task_id == task_id)
 
-    def resubmit(self, connection: Connection, row: Row, message: NewMessage, *, again: bool) -> bool:
+    def resubmit(self, connection: Connection, row: Row, message: NewMessage, *, is_retry: bool) -> bool:
         """Failed to pending, by compare and set."""
         parameters = {
             **message_parameters(message),
@@ -192,7 +192,7 @@ class Producer:
         }
         if connection.execute(self._resubmit, parameters).rowcount:
             return True
-        if not again:
+        if not is_retry:
             return False
         found = self._read(connection, row.key)
         return (
@@ -201,7 +201,7 @@ class Producer:
             and found.worker is None
         )
 
-    def republish(self, connection: Connection, row: Row, *, again: bool) -> bool:
+    def republish(self, connection: Connection, row: Row, *, is_retry: bool) -> bool:
         """Write a new ``published_at``, by compare and set."""
         parameters = {
             **key_parameters(row.key),
@@ -211,7 +211,7 @@ class Producer:
         }
         if connection.execute(self._republish, parameters).rowcount:
             return True
-        if not again:
+        if not is_retry:
             return False
         # Whether this call or another wrote it cannot be told; a message published twice is absorbed by its claim, one
         # that nobody publishes is lost.

@@ -8,7 +8,7 @@ from sqlalchemy import Connection, Table, func, select
 
 from celery_idempotent.core.records import MessageKey, Row, RowFilter, Status, TaskCount
 from celery_idempotent.stores.sql.clock import FromNow, Now, seconds
-from celery_idempotent.stores.sql.columns import AT_ONCE, Lookup, among, matching, row_of, statuses_of
+from celery_idempotent.stores.sql.columns import AT_ONCE, Lookup, key_in, matching, row_of, statuses_of
 from celery_idempotent.stores.sql.dialects import Dialect
 
 __all__ = ["Reading"]
@@ -49,7 +49,7 @@ class Reading:
         """Return the Celery task ids of the rows that are there."""
         found: dict[MessageKey, str] = {}
         for first in range(0, len(keys), AT_ONCE):
-            some = self._task_ids.where(among(self._table, keys[first : first + AT_ONCE]))
+            some = self._task_ids.where(key_in(self._table, keys[first : first + AT_ONCE]))
             found.update({MessageKey(*key): task_id for *key, task_id in connection.execute(some)})
         return found
 
@@ -57,7 +57,7 @@ class Reading:
         """Those that are there, without what is large."""
         every, found = list(keys), list[Row]()
         for first in range(0, len(every), AT_ONCE):
-            these = self._small.where(among(self._table, every[first : first + AT_ONCE]))
+            these = self._small.where(key_in(self._table, every[first : first + AT_ONCE]))
             found += [row_of(read) for read in connection.execute(these).mappings()]
         return found
 

@@ -32,8 +32,8 @@ from celery_idempotent.stores.sql.columns import (
     PENDING,
     PROCESSING,
     Old,
-    among,
     has_key,
+    key_in,
     key_parameters,
     parameter,
     row_of,
@@ -169,7 +169,7 @@ class Recovering:
         parameters = {"p_published": 0.0 if published else None}
         for first in range(0, len(keys), AT_ONCE):
             some = keys[first : first + AT_ONCE]
-            connection.execute(self._relayed.where(among(self._table, some)), parameters)
+            connection.execute(self._relayed.where(key_in(self._table, some)), parameters)
 
     def not_published(self, connection: Connection, key: MessageKey, *, token: int) -> None:
         """Note that it was not handed to the broker after all."""
@@ -192,7 +192,7 @@ class Recovering:
         if not old:
             return 0
         keys = [MessageKey(row.message_id, row.task_name) for row in old]
-        chosen_keys = self._delete.where(*conditions).where(among(self._table, keys))
+        chosen_keys = self._delete.where(*conditions).where(key_in(self._table, keys))
         return connection.execute(chosen_keys, parameters).rowcount
 
     def _queues(self, connection: Connection) -> Iterator[str]:

@@ -32,7 +32,7 @@ from celery_idempotent.core.records import (
 from celery_idempotent.errors import SchemaError, StoreError, StoreUnavailableError
 from celery_idempotent.stores.sql import schema
 from celery_idempotent.stores.sql.address import parse, refuse_driver
-from celery_idempotent.stores.sql.admin import Operating
+from celery_idempotent.stores.sql.admin import Admin
 from celery_idempotent.stores.sql.claims import Claims
 from celery_idempotent.stores.sql.columns import AT_ONCE, Old
 from celery_idempotent.stores.sql.connection import Database
@@ -42,7 +42,7 @@ from celery_idempotent.stores.sql.producer import Producer
 from celery_idempotent.stores.sql.reading import Reading
 from celery_idempotent.stores.sql.recovering import Recovering
 from celery_idempotent.stores.sql.table import queue_log_table
-from celery_idempotent.stores.sql.transitions import Endings
+from celery_idempotent.stores.sql.transitions import Transitions
 
 __all__ = ["SQLStore"]
 
@@ -82,10 +82,10 @@ class SQLStore:
         self._run = self._database.run
         self._producer = Producer(self._table, dialect)
         self._claims = Claims(self._table, dialect)
-        self._endings = Endings(self._table)
+        self._transitions = Transitions(self._table)
         self._reading = Reading(self._table, dialect)
         self._recovering = Recovering(self._table, dialect)
-        self._operating = Operating(self._table, dialect)
+        self._admin = Admin(self._table, dialect)
         self._in_transaction = False
 
     def __repr__(self) -> str:
@@ -130,7 +130,9 @@ class SQLStore:
 
     def record(self, message: NewMessage) -> Inserted | Duplicate:
         return self._run(
-            lambda on, again: self._producer.record(on, message, again=again, in_transaction=self._in_transaction)
+            lambda on, is_retry: self._producer.record(
+                on, message, is_retry=is_retry, in_transaction=self._in_transaction
+            )
         )
 
     def record_all(self, messages: Sequence[NewMessage]) -> list[Inserted | Duplicate]:
@@ -138,20 +140,20 @@ class SQLStore:
         for first in range(0, len(messages), AT_ONCE):
             some = messages[first : first + AT_ONCE]
             answers += self._run(
-                lambda on, again, some=some: self._producer.record_all(  # type: ignore[misc]
-                    on, some, again=again, in_transaction=self._in_transaction
+                lambda on, is_retry, some=some: self._producer.record_all(  # type: ignore[misc]
+                    on, some, is_retry=is_retry, in_transaction=self._in_transaction
                 )
             )
         return answers
 
     def withdraw(self, key: MessageKey, *, task_id: str) -> bool:
-        return self._run(lambda on, again: self._producer.withdraw(on, key, task_id=task_id, again=again))
+        return self._run(lambda on, is_retry: self._producer.withdraw(on, key, task_id=task_id, is_retry=is_retry))
 
     def resubmit(self, row: Row, message: NewMessage) -> bool:
-        return self._run(lambda on, again: self._producer.resubmit(on, row, message, again=again))
+        return self._run(lambda on, is_retry: self._producer.resubmit(on, row, message, is_retry=is_retry))
 
     def republish(self, row: Row) -> bool:
-        return self._run(lambda on, again: self._producer.republish(on, row, again=again))
+        return self._run(lambda on, is_retry: self._producer.republish(on, row, is_retry=is_retry))
 
     def count_duplicate(self, key: MessageKey) -> None:
         self._run(lambda on, _: self._producer.count_duplicate(on, key))
@@ -168,15 +170,15 @@ class SQLStore:
         adopt: Callable[[], NewMessage] | None = None,
     ) -> Claimed | NotClaimed:
         return self._run(
-            lambda on, again: self._claims.claim(
-                on, message, worker=worker, lease=lease, grace=grace, adopt=adopt, again=again
+            lambda on, is_retry: self._claims.claim(
+                on, message, worker=worker, lease=lease, grace=grace, adopt=adopt, is_retry=is_retry
             )
         )
 
     def take_over(self, row: Row, *, task_id: str, worker: str, lease: float, attempt: int) -> Claimed | None:
         return self._run(
-            lambda on, again: self._claims.take_over(
-                on, row, task_id=task_id, worker=worker, lease=lease, attempt=attempt, again=again
+            lambda on, is_retry: self._claims.take_over(
+                on, row, task_id=task_id, worker=worker, lease=lease, attempt=attempt, is_retry=is_retry
             )
         )
 
@@ -184,58 +186,62 @@ class SQLStore:
         return self._run(lambda on, _: self._claims.renew(on, holders, lease=lease)) if holders else []
 
     def checkpoint(self, claim: Claim, *, result: bytes | None, lease: float | None = None) -> bool:
-        return self._run(lambda on, _: self._endings.checkpoint(on, claim, result=result, lease=lease))
+        return self._run(lambda on, _: self._transitions.checkpoint(on, claim, result=result, lease=lease))
 
     def complete(
         self, claim: Claim, *, result: bytes | None, note: NoResultReason | None = None, unique_for: float | None = None
     ) -> bool:
         return self._run(
-            lambda on, _: self._endings.complete(on, claim, result=result, note=note, unique_for=unique_for)
+            lambda on, _: self._transitions.complete(on, claim, result=result, note=note, unique_for=unique_for)
         )
 
     def fail(self, holder: Holder, *, error: str, unique_for: float | None = None) -> bool:
         return self._saying(
             error,
-            lambda on, text, again: self._endings.fail(on, holder, error=text, unique_for=unique_for, again=again),
+            lambda on, text, is_retry: self._transitions.fail(
+                on, holder, error=text, unique_for=unique_for, is_retry=is_retry
+            ),
         )
 
     def retry(self, holder: Holder, message: NewMessage) -> bool:
-        return self._run(lambda on, again: self._endings.retry(on, holder, message, again=again))
+        return self._run(lambda on, is_retry: self._transitions.retry(on, holder, message, is_retry=is_retry))
 
     def release(self, holder: Holder) -> bool:
-        return self._run(lambda on, again: self._endings.release(on, holder, again=again))
+        return self._run(lambda on, is_retry: self._transitions.release(on, holder, is_retry=is_retry))
 
     def expire(self, holder: Holder) -> bool:
-        return self._run(lambda on, _: self._endings.expire(on, holder))
+        return self._run(lambda on, _: self._transitions.expire(on, holder))
 
     def abandon(self, row: Row, *, error: str, unique_for: float | None = None) -> bool:
         return self._saying(
             error,
-            lambda on, text, again: self._endings.abandon(on, row, error=text, unique_for=unique_for, again=again),
+            lambda on, text, is_retry: self._transitions.abandon(
+                on, row, error=text, unique_for=unique_for, is_retry=is_retry
+            ),
         )
 
     def cancel(self, key: MessageKey, *, task_id: str, error: str, unique_for: float | None = None) -> bool:
         return self._saying(
             error,
-            lambda on, text, again: self._endings.cancel(
-                on, key, task_id=task_id, error=text, unique_for=unique_for, again=again
+            lambda on, text, is_retry: self._transitions.cancel(
+                on, key, task_id=task_id, error=text, unique_for=unique_for, is_retry=is_retry
             ),
         )
 
     def forbid(self, row: Row, *, error: str) -> bool:
-        return self._run(lambda on, _: self._endings.forbid(on, row, error=error))
+        return self._run(lambda on, _: self._transitions.forbid(on, row, error=error))
 
     def _saying(self, error: str, write: Callable[[Connection, str, bool], bool]) -> bool:
         """Write an ending with its error, in ASCII if the database has no characters for it: an ending is never refused for that."""
         try:
-            return self._run(lambda on, again: write(on, error, again))
+            return self._run(lambda on, is_retry: write(on, error, is_retry))
         except (StoreUnavailableError, SchemaError):
             raise
         except StoreError:
             plain = error.encode("ascii", "backslashreplace").decode()
             if plain == error:
                 raise
-            return self._run(lambda on, again: write(on, plain, again))
+            return self._run(lambda on, is_retry: write(on, plain, is_retry))
 
     # -- recovery ------------------------------------------------------------------------------------------------------
 
@@ -297,7 +303,7 @@ class SQLStore:
         return self._run(lambda on, _: self._reading.counts(on), patient=True)
 
     def forget(self, row: Row) -> bool:
-        return self._run(lambda on, again: self._operating.forget(on, row, again=again))
+        return self._run(lambda on, is_retry: self._admin.forget(on, row, is_retry=is_retry))
 
     def purgeable(
         self,
@@ -308,10 +314,10 @@ class SQLStore:
         processed_status: ProcessedStatus | None = None,
     ) -> int:
         old = Old(older_than, failures_older_than, task_name, processed_status)
-        return self._run(lambda on, _: self._operating.purgeable(on, old), patient=True)
+        return self._run(lambda on, _: self._admin.purgeable(on, old), patient=True)
 
     def condition(self) -> LogHealth:
-        return self._run(lambda on, _: self._operating.condition(on), prepared=False, patient=True)
+        return self._run(lambda on, _: self._admin.condition(on), prepared=False, patient=True)
 
     def configuration(self) -> Mapping[str, str]:
         if not self._database.exists():

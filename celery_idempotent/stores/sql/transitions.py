@@ -1,6 +1,6 @@
 """The verbs that end or hand on a run: checkpoint, complete, fail, retry, release, expire, abandon, cancel.
 
-As in :mod:`~celery_idempotent.stores.sql.producer`, each takes the connection, and ``again`` says that it is a repeat. Every
+As in :mod:`~celery_idempotent.stores.sql.producer`, each takes the connection, and ``is_retry`` says that it is a repeat. Every
 one is a single ``UPDATE`` fenced by the holder; only when that changed no row is the row read, to tell an ending that was
 already written from one that came too late.
 """
@@ -40,7 +40,7 @@ from celery_idempotent.stores.sql.columns import (
 from celery_idempotent.stores.sql.direct import directly
 from celery_idempotent.stores.sql.table import storable
 
-__all__ = ["Endings"]
+__all__ = ["Transitions"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class _Fenced:
         return self.by_token if isinstance(holder, Claim) else self.by_worker
 
 
-class Endings:
+class Transitions:
     """Statements and verbs that end runs, for one table."""
 
     def __init__(self, table: Table) -> None:
@@ -147,13 +147,13 @@ class Endings:
         return row is not None and row.token == claim.token and _ended(row, ProcessedStatus.SUCCESS)
 
     def fail(
-        self, connection: Connection, holder: Holder, *, error: str, unique_for: float | None, again: bool
+        self, connection: Connection, holder: Holder, *, error: str, unique_for: float | None, is_retry: bool
     ) -> bool:
         """Done, failure."""
         parameters = {**holder_parameters(holder), "p_error": error, "p_unique_for": unique_for}
         if _wrote(connection, self._fail.by(holder), parameters):
             return True
-        if isinstance(holder, Owner) and not again:
+        if isinstance(holder, Owner) and not is_retry:
             return False
         # An owner that was found dead and abandoned ends so too, under the same token: the error tells them apart.
         row = self._read(connection, holder.key)
@@ -164,7 +164,7 @@ class Endings:
             and row.error == storable(error)
         )
 
-    def retry(self, connection: Connection, holder: Holder, message: NewMessage, *, again: bool) -> bool:
+    def retry(self, connection: Connection, holder: Holder, message: NewMessage, *, is_retry: bool) -> bool:
         """Back to pending, for the next attempt."""
         parameters = {
             **holder_parameters(holder),
@@ -177,23 +177,25 @@ class Endings:
         }
         if _wrote(connection, self._retry.by(holder), parameters):
             return True
-        row = self._read(connection, holder.key) if again else None
+        row = self._read(connection, holder.key) if is_retry else None
         return (
             row is not None and held_by(row, holder) and (row.status, row.attempt) == (Status.PENDING, message.attempt)
         )
 
-    def release(self, connection: Connection, holder: Holder, *, again: bool) -> bool:
+    def release(self, connection: Connection, holder: Holder, *, is_retry: bool) -> bool:
         """Back to pending, for the same attempt."""
         if _wrote(connection, self._release.by(holder), holder_parameters(holder)):
             return True
-        row = self._read(connection, holder.key) if again else None
+        row = self._read(connection, holder.key) if is_retry else None
         return row is not None and held_by(row, holder) and row.status is Status.PENDING
 
     def expire(self, connection: Connection, holder: Holder) -> bool:
         """End the lease now."""
         return _wrote(connection, self._expire.by(holder), holder_parameters(holder))
 
-    def abandon(self, connection: Connection, row: Row, *, error: str, unique_for: float | None, again: bool) -> bool:
+    def abandon(
+        self, connection: Connection, row: Row, *, error: str, unique_for: float | None, is_retry: bool
+    ) -> bool:
         """Done, failure, on behalf of an owner whose lease ran out."""
         parameters = {
             **key_parameters(row.key),
@@ -204,7 +206,7 @@ class Endings:
         }
         if _wrote(connection, self._abandon, parameters):
             return True
-        found = self._read(connection, row.key) if again else None
+        found = self._read(connection, row.key) if is_retry else None
         return (
             found is not None
             and found.token == row.token
@@ -220,13 +222,13 @@ class Endings:
         task_id: str,
         error: str,
         unique_for: float | None,
-        again: bool,
+        is_retry: bool,
     ) -> bool:
         """Done, failure, without having run."""
         parameters = {**key_parameters(key), "p_task_id": task_id, "p_error": error, "p_unique_for": unique_for}
         if _wrote(connection, self._cancel, parameters):
             return True
-        found = self._read(connection, key) if again else None
+        found = self._read(connection, key) if is_retry else None
         return (
             found is not None
             and found.task_id == task_id
