@@ -16,7 +16,7 @@ def test_only_the_first_protocol_needs_moments(protocol: int) -> None:
     app = Celery(set_as_current=False)
     app.conf.task_protocol = protocol
 
-    @app.task
+    @app.task(shared=False)
     def task() -> None: ...
 
     changed = {**OPTIONS, "expires": datetime(2026, 11, 29, 1, tzinfo=UTC)}
