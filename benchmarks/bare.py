@@ -17,7 +17,7 @@ from celery import Task
 from benchmarks.drivers import Statement, driver_of
 from celery_idempotent import IdempotentTask
 from celery_idempotent.core.records import Claimed, Inserted, MessageKey, NewMessage
-from celery_idempotent.producer.send import Sending
+from celery_idempotent.producer.prepared import PreparedCall
 from celery_idempotent.stores import open_store
 from celery_idempotent.stores.redis.layout import Layout, identity
 
@@ -48,7 +48,7 @@ class BehindTheDriver(_Bare):
 
     def prepare(self, numbers: Sequence[int]) -> None:
         """Find out what the store sends for these messages, and leave none of them."""
-        messages = [Sending.of(self._guarded, (number,), {}, None, {}).message for number in numbers]
+        messages = [PreparedCall.of(self._guarded, (number,), {}, None, {}).message for number in numbers]
         with self._driver.recording() as statements, closing(open_store(self._url)) as store:
             store.init()
             # Once, which loads what there is to load.
@@ -122,7 +122,7 @@ class BetweenTheStatements(_Bare):
             return self._kept.enter_context(self._driver.connect(store, self._url))
 
     def _messages(self, names: Iterable[str]) -> Iterator[NewMessage]:
-        message = Sending.of(self._guarded, (1,), {}, None, {}).message
+        message = PreparedCall.of(self._guarded, (1,), {}, None, {}).message
         for name in names:
             key = replace(message.key, message_id=f"between:{name}")
             # The same arguments for all, or the statements would differ in more than a name.

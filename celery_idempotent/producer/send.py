@@ -7,22 +7,19 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, assert_never
 
-from celery.utils import uuid
 from kombu.exceptions import OperationalError
 
 from celery_idempotent.core.decision import Call, CallAction, decide_call
 from celery_idempotent.core.records import (
     Duplicate,
     Inserted,
-    NewMessage,
     Row,
     Status,
 )
-from celery_idempotent.core.store_retry import ask_again
 from celery_idempotent.errors import (
     DuplicateMessageError,
     MessageMismatchError,
@@ -30,30 +27,20 @@ from celery_idempotent.errors import (
     StoreUnavailableError,
 )
 from celery_idempotent.hooks import OutcomeKind
-from celery_idempotent.message.canvas_ids import Calls, Position
 from celery_idempotent.message.header import Header, later_call
-from celery_idempotent.message.identity import FANOUT
 from celery_idempotent.message.serialization import (
-    dumped,
-    encode_message,
-    serializer_of,
     without_local,
 )
 from celery_idempotent.producer.answers import answer_again, eager_result
-from celery_idempotent.producer.box import PUBLISH_WITHIN, Outbox, current_outbox
+from celery_idempotent.producer.box import Outbox
 from celery_idempotent.producer.broadcast import end_broadcast
 from celery_idempotent.producer.call_options import (
-    delay_of,
-    for_later,
-    is_dispatched,
-    is_waited_on,
-    kept,
     moment,
-    routed_options,
 )
 from celery_idempotent.producer.guarded import Guarded, GuardedRun, current_run
-from celery_idempotent.producer.identify import identify
+from celery_idempotent.producer.prepared import PreparedCall
 from celery_idempotent.producer.publisher import Outgoing
+from celery_idempotent.producer.store_request import StoreRequest
 
 if TYPE_CHECKING:
     from celery.result import AsyncResult
@@ -92,7 +79,7 @@ def send(task: Guarded, args: Any, kwargs: Any, task_id: str | None, options: di
         result = task.publish(args, kwargs, task_id=task_id, **options)
         result.duplicate = False
         return result
-    return Sending.of(task, args, kwargs, task_id, options).send()
+    return Sending(PreparedCall.of(task, args, kwargs, task_id, options)).send()
 
 
 def is_unrecorded(task: Guarded, task_id: str | None, options: Mapping[str, Any]) -> bool:
@@ -105,134 +92,36 @@ def is_unrecorded(task: Guarded, task_id: str | None, options: Mapping[str, Any]
     return run is None or run.is_unguarded or run.request.id != task_id
 
 
-@dataclass
 class Sending:
-    """One call on its way out."""
+    """Sends one prepared call, and knows what the store has said of it.
 
-    task: Guarded
-    args: Any
-    kwargs: Any
-    message: NewMessage
-    #: What the message's header says.
-    header: Header
-    call: Call
-    options: dict[str, Any]
-    #: The guarded run that sends its own message on (retry, replace by itself), if this call does.
-    run: GuardedRun | None = None
-    #: Whether it is Celery that calls, behind a task that has run: that task must not pay for what is wrong with this one.
-    dispatched: bool = False
-    #: The calls of the guarded body that makes this one, if one does, and its place among them.
-    calls: Calls | None = None
-    position: Position | None = None
-    #: What the call comes to if it is not found, and the seconds that the store took to tell.
-    recorded: OutcomeKind = OutcomeKind.RECORDED
-    took: float | None = None
-    #: What the call is recorded in, to be published when that has committed.
-    box: Outbox | None = None
-    #: Whether the store was asked and its answer did not come, so that what this call wrote may stand, or may yet.
-    outcome_unknown: bool = False
-    #: The options that its message is published by.
-    routed: Mapping[str, Any] = field(default_factory=dict)
+    Args:
+        prepared: The call.
+    """
 
-    @classmethod
-    def of(
-        cls,
-        task: Guarded,
-        args: Any,
-        kwargs: Any,
-        task_id: str | None,
-        options: dict[str, Any],
-    ) -> Sending:
-        """Identify a call and encode its message; nothing is recorded yet."""
-        # As Celery says it, but before anything is recorded.
-        if args is not None and not isinstance(args, (list, tuple)):
-            raise TypeError(f"task args must be a list or tuple, not {type(args).__name__}")
-        if kwargs is not None and not isinstance(kwargs, Mapping):
-            raise TypeError(f"task keyword arguments must be a mapping, not {type(kwargs).__name__}")
-        options = dict(options)
-        args, kwargs = dumped(task, args, kwargs, options)
-        message_id = options.pop("message_id", None)
-        sent = Header.read(options.get("headers"))
-        run = current_run(task.app)
-        mine = run is not None and run.request.id == task_id
-        dispatched = is_dispatched(task, run, task_id, options)
-        calls: Calls | None = None
-        position: Position | None = None
-        if sent is not None and sent.belongs_to(task.name, task_id):
-            # A retry: of the running body, or by the parent of a worker that was lost, which has moved the row itself.
-            header = sent.next_attempt()
-            call = Call(header.fingerprint, own=True)
-        else:
-            given = task_id
-            if run is not None and run.in_body and not mine:
-                calls = run.calls
-                position = calls.next(task.name, task.idempotency.signature, args, kwargs)
-                if task_id is None:
-                    task_id = position.task_id
-                elif options.get("reply_to"):  # frozen in a canvas, whose ids are made anew by each run
-                    options = calls.mark(options, position, task.app, run.request.id)
-                    if message_id is None and task.idempotency.message_id is None:
-                        message_id = position.message_id
-            task_id = task_id or uuid()
-            key, fingerprint = identify(
-                task.idempotency, args, kwargs, message_id=message_id, task_id=task_id, task_name=task.name
-            )
-            replacing = mine and run is not None and run.replacing
-            canvas = replacing or dispatched or is_waited_on(given, options)
-            call = Call(fingerprint, canvas=canvas, own=replacing and run.key == key)  # type: ignore[union-attr]
-            outcomes = task.queue_log.outcomes
-            trace = None if outcomes is None else outcomes.traceparent()
-            header = Header.new(key, task_id, fingerprint, trace=trace)
-        box = None if call.own else current_outbox(task.queue_log)
-        if box is not None:
-            options = for_later(task.app, options)
-            args, kwargs = kept(args), kept(kwargs)
-        routed = routed_options(task, args, kwargs, options)
-        message = NewMessage(
-            key=header.key,
-            task_id=header.task_id,
-            queue=None if task.app.conf.task_always_eager else routed.get("queue") or routed.get("routing_key"),
-            fingerprint=header.fingerprint,
-            attempt=options.get("retries") or 0,
-            delay=delay_of(task, options),
-            published=box is None,
-            publish_within=None if box is None else PUBLISH_WITHIN,
-            message=encode_message(
-                args,
-                kwargs,
-                {**routed, "task_id": header.task_id, "message_id": header.message_id},
-                serializer=serializer_of(task, options),
-                now=None if routed.get("countdown") is routed.get("expires") is None else task.app.now(),
-                trace=header.trace,
-            ),
-        )
-        return cls(
-            task,
-            args,
-            kwargs,
-            message,
-            header,
-            call,
-            options,
-            run if mine else None,
-            dispatched,
-            calls,
-            position,
-            box=box,
-            routed=routed,
-        )
+    def __init__(self, prepared: PreparedCall) -> None:
+        self.prepared = prepared
+        self.task = prepared.task
+        self.message = prepared.message
+        #: What the call is recorded in, to be published when that has committed; a late one has a box of its own.
+        self.box = prepared.box
+        #: What the call comes to if its message is inserted.
+        self.recorded = OutcomeKind.RECORDED
+        self.request = StoreRequest(self.task, prepared.options)
+        #: How long the store took to record the message, or to find it; ``None`` before that.
+        self.seconds: float | None = None
 
     def send(self) -> AsyncResult[Any]:
         """Decide, and do it; see :func:`send`."""
         try:
             return self._send()
         except BaseException:
-            if self.calls is not None and self.position is not None:
-                self.calls.take_back(self.position)
+            if (place := self.prepared.place) is not None:
+                place.calls.take_back(place.position)
             raise
 
     def _send(self) -> AsyncResult[Any]:
-        if self.call.own:
+        if self.prepared.call.own:
             return self._forward_own_message()
         if self.box is not None:
             return self.box.take(self)
@@ -249,7 +138,7 @@ class Sending:
     def _record(self) -> Inserted | Duplicate:
         began = time.monotonic()
         answer: Inserted | Duplicate = self._ask(partial(self._store.record, self.message))
-        self.took = time.monotonic() - began
+        self.seconds = time.monotonic() - began
         return answer
 
     def resolve(self, answer: Inserted | Duplicate) -> AsyncResult[Any]:
@@ -260,7 +149,7 @@ class Sending:
             MessageMismatchError: With other arguments.
         """
         while True:
-            if not isinstance(answer, Duplicate) or (self.outcome_unknown and self._is_mine(answer.row)):
+            if not isinstance(answer, Duplicate) or (self.request.outcome_unknown and self._is_mine(answer.row)):
                 return self._publish_or(self._withdraw, partial(self._emit, self.recorded))
             result = self._send_again(answer.row)
             if result is not None:
@@ -299,9 +188,9 @@ class Sending:
             for call in calls:
                 call.recorded = OutcomeKind.UNGUARDED
             return [Inserted()] * len(calls)
-        took = time.monotonic() - began
+        seconds = time.monotonic() - began
         for call in calls:
-            call.outcome_unknown, call.took = self.outcome_unknown, took
+            call.request.outcome_unknown, call.seconds = self.request.outcome_unknown, seconds
         return answers
 
     def taken_back(self) -> bool:
@@ -328,7 +217,7 @@ class Sending:
                 self._emit(OutcomeKind.DUPLICATE, row, action)
                 raise DuplicateMessageError(row.key.message_id, row.task_id, str(row.status))
             case CallAction.RAISE_MISMATCH:
-                if self.dispatched:
+                if self.prepared.dispatched:
                     return self._publish_now(duplicate=True)  # its consumer says so, under its own task id
                 self._emit(OutcomeKind.MISMATCHED, row, action)
                 raise MessageMismatchError(row.key.message_id, row.key.task_name)
@@ -337,11 +226,15 @@ class Sending:
             case CallAction.PUBLISH_AGAIN:
                 # After an answer that did not come, whose the new publication time is cannot be told; a copy too many is absorbed. In an
                 # outbox the row is not touched before the commit.
-                if self.box is None and not self._ask(partial(self._store.republish, row)) and not self.outcome_unknown:
+                if (
+                    self.box is None
+                    and not self._ask(partial(self._store.republish, row))
+                    and not self.request.outcome_unknown
+                ):
                     return None
                 logger.warning("%s is published again: it has waited since %s", self._name, row.waiting_since)
                 self._emit(OutcomeKind.DUPLICATE, row, action)
-                return self._publish_now(replace(self.header, task_id=row.task_id), duplicate=True)
+                return self._publish_now(replace(self.prepared.header, task_id=row.task_id), duplicate=True)
             case CallAction.RESUBMIT:
                 if not self._ask(partial(self._store.resubmit, row, self.message)):
                     return None
@@ -355,11 +248,12 @@ class Sending:
 
     def _call_against(self, row: Row) -> Call:
         """Return the call, and whether the row is its own, from an earlier run of the body: then the first message has its callbacks too."""
-        if self.position is None:
-            return self.call
-        same = row.task_id == self.message.task_id == self.position.task_id
-        repeated = same or row.key.message_id == self.position.message_id
-        return replace(self.call, repeated=repeated, canvas=self.call.canvas and not same)
+        if self.prepared.place is None:
+            return self.prepared.call
+        call, position = self.prepared.call, self.prepared.place.position
+        same = row.task_id == self.message.task_id == position.task_id
+        repeated = same or row.key.message_id == position.message_id
+        return replace(call, repeated=repeated, canvas=call.canvas and not same)
 
     def _is_mine(self, row: Row) -> bool:
         """Return whether a row is what this call wrote and got no answer to: it is not published yet."""
@@ -369,33 +263,33 @@ class Sending:
         """Send the running task's own message on: its retry, or its replacement by itself."""
         # A retry always has a moment from which it is due, so that older copies do not wait for a lost one for ever.
         message = replace(self.message, delay=self.message.delay or 0.0)
-        if self.run is not None and not self.run.hand_on(message):
+        if self.prepared.run is not None and not self.prepared.run.hand_on(message):
             # The claim is gone, and with it the right to retry; the run ends without a word (see Run.perform).
             return self._result(self.message.task_id, duplicate=True)
         try:
             return self._publish_now()
         except OperationalError as error:
             # The broker takes nothing now. Celery gives a message up whose retry it cannot publish; the row keeps it.
-            if self.run is None or not self.run.leave_to_recovery(error):
+            if self.prepared.run is None or not self.prepared.run.leave_to_recovery(error):
                 raise
             return self._result(self.message.task_id, duplicate=False)
         except Exception as error:
-            if self.run is not None:
-                self.run.not_handed_on(message, error)
+            if self.prepared.run is not None:
+                self.prepared.run.not_handed_on(message, error)
             raise
         except BaseException as error:
             # This process is told to end, and the broker may have the message or not.
-            if self.run is not None:
-                self.run.leave_to_recovery(error)
+            if self.prepared.run is not None:
+                self.prepared.run.leave_to_recovery(error)
             raise
 
     # -- publishing ----------------------------------------------------------------------------------------------------
 
     def _publish_copy(self, row: Row) -> AsyncResult[Any]:
         """Publish under its own task id, with a row of its own that lasts until its consumer has answered it."""
-        header = self.header.copy_of(row.task_id, self._later_call(row))
+        header = self.prepared.header.copy_of(row.task_id, self._later_call(row))
         own = header.row_of_its_own
-        if own == self.message.key or self.task.app.conf.task_always_eager or self._is_broadcast:
+        if own == self.message.key or self.task.app.conf.task_always_eager or self.prepared.is_broadcast:
             self._emit(OutcomeKind.DUPLICATE, row, CallAction.PUBLISH_COPY)
             return self._publish_now(replace(header, copied=False), duplicate=True)
         self._ask(partial(self._store.record, replace(self.message, key=own)))
@@ -411,13 +305,13 @@ class Sending:
         """
         if (
             self.message.task_id not in (row.task_id, row.ran_task_id)
-            or self.position is not None
-            or self.run is not None
+            or self.prepared.place is not None
+            or self.prepared.run is not None
         ):
             return None
         parent = current_run(self.task.app)
         if parent is not None:
-            if not self.dispatched or self._is_repeated(parent):
+            if not self.prepared.dispatched or self._is_repeated(parent):
                 return None
             return parent.later_call(self.message.task_id)
         # A task without the guard may be run again, and make the same call again.
@@ -440,17 +334,17 @@ class Sending:
         duplicate: bool = False,
         emit: Callable[[], None] | None = None,
     ) -> AsyncResult[Any]:
-        header = header or self.header
+        header = header or self.prepared.header
         if self.box is not None:
             row = header.row_of_its_own if header.copied else header.key
-            options = without_local(self.options)
+            options = without_local(self.prepared.options)
             due = options.pop("eta", None)
             due = moment(self.task.app, due)
-            self.box.add(Outgoing(row, self.task, self.args, self.kwargs, header, due, options, emit))
+            self.box.add(Outgoing(row, self.task, self.prepared.args, self.prepared.kwargs, header, due, options, emit))
             return self._trailed(self._result(header.task_id, duplicate=duplicate))
-        headers = header.write(self.options.get("headers"))
-        options = {**self.options, "headers": headers, "message_id": header.message_id}
-        result = self.task.publish(self.args, self.kwargs, task_id=header.task_id, **options)
+        headers = header.write(self.prepared.options.get("headers"))
+        options = {**self.prepared.options, "headers": headers, "message_id": header.message_id}
+        result = self.task.publish(self.prepared.args, self.prepared.kwargs, task_id=header.task_id, **options)
         result.duplicate = duplicate
         if emit is not None:
             emit()
@@ -472,14 +366,9 @@ class Sending:
             else:
                 self._emit(OutcomeKind.WITHDRAWN)
             raise
-        if self._is_broadcast and self.box is None:
+        if self.prepared.is_broadcast and self.box is None:
             end_broadcast(self.task, self.message)
         return result
-
-    @property
-    def _is_broadcast(self) -> bool:
-        """Whether each worker gets the message, which is done here once it is published."""
-        return self.routed.get("exchange_type") == FANOUT
 
     def _withdraw(self) -> None:
         self._store.withdraw(self.message.key, task_id=self.message.task_id)
@@ -502,7 +391,7 @@ class Sending:
 
     def _trailed(self, result: AsyncResult[Any]) -> AsyncResult[Any]:
         """Return the result, among those of the task that makes the call."""
-        if self.options.get("add_to_parent", True):
+        if self.prepared.options.get("add_to_parent", True):
             parent = self.task.app.current_worker_task
             if parent:
                 parent.add_trail(result)
@@ -534,7 +423,7 @@ class Sending:
                 queue=self.message.queue,
                 attempt=self.message.attempt,
                 reason=reason,
-                store=self.took,
+                store=self.seconds,
             )
 
     # -- the store -----------------------------------------------------------------------------------------------------
@@ -548,25 +437,6 @@ class Sending:
         return f"{self.message.key.task_name}[{self.message.key.message_id}]"
 
     def _ask(self, ask: Callable[[], T]) -> T:
-        def note_silence() -> T:
-            try:
-                return ask()
-            except StoreUnavailableError as error:
-                self.outcome_unknown = self.outcome_unknown or not error.unsent
-                error.unsent = not self.outcome_unknown  # the caller is told of the whole call
-                raise
-
         if self.box is not None and self.box.joins:
-            return ask()  # what an error makes of the transaction is its owner's affair
-        try:
-            return note_silence()
-        except StoreUnavailableError as error:
-            silence = error
-        # As for a broker that is down: the app's policy, or the one of this call.
-        conf, retry = self.task.app.conf, self.options.get("retry")
-        if self.task.queue_log.settings.on_store_error != "retry" or not (
-            conf.task_publish_retry if retry is None else retry
-        ):
-            raise silence
-        policy = {**(conf.task_publish_retry_policy or {}), **(self.options.get("retry_policy") or {})}
-        return ask_again(note_silence, policy, silence=silence)
+            return ask()  # what an error makes of the transaction is up to its owner
+        return self.request.ask(ask)

@@ -27,6 +27,7 @@ from celery_idempotent.core.records import (
 )
 from celery_idempotent.message.header import Header
 from celery_idempotent.message.serialization import decode_result
+from celery_idempotent.producer.prepared import PreparedCall
 from celery_idempotent.producer.send import Sending
 from celery_idempotent.worker.delivery import describe, waited_on, worker_label
 from celery_idempotent.worker.run import Run, RunState
@@ -372,7 +373,7 @@ class TestARetryThatIsNotPublished:
     def send_on(self, run: Run, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> Any:
         monkeypatch.setattr(type(run.task), "publish", lambda *_, **__: raising(error)())
         message = NewMessage(KEY, "task-id", attempt=1)
-        return Sending(run.task, (), {}, message, run.header, Call(own=True), {}, run).send()
+        return Sending(PreparedCall(run.task, (), {}, {}, message, run.header, Call(own=True), run)).send()
 
     def test_because_the_broker_is_away_is_left_to_recovery(
         self, run: Run, store: SQLStore, monkeypatch: pytest.MonkeyPatch
