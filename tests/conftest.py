@@ -16,6 +16,7 @@ A server that is not there skips its tests, and fails them under ``CI=true``.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -41,6 +42,23 @@ from tests.support.worker import StartWorker, WorkerProcess
 
 LOGS = pytest.StashKey[dict[str, Callable[[], str]]]()
 Server = TypeVar("Server", bound=PrivateServer)
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """Fail a test that leaves logging changed: what later tests expect to be logged would not be."""
+    before = _logging()
+    yield
+    after = _logging()
+    logger, root = logging.getLogger("celery_idempotent"), logging.getLogger()
+    logger.disabled, logger.propagate, logger.level, root.level, root.manager.disable = before
+    logging.Logger.manager._clear_cache()  # type: ignore[attr-defined]
+    assert after == before, f"logging was left {after}, not {before}"
+
+
+def _logging() -> tuple[bool, bool, int, int, int]:
+    logger, root = logging.getLogger("celery_idempotent"), logging.getLogger()
+    return logger.disabled, logger.propagate, logger.level, root.level, root.manager.disable
 
 
 # -- servers ----------------------------------------------------------------------------------------------------------------
