@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from kombu.utils.functional import retry_over_time
 
-from celery_idempotent.errors import StoreUnavailableError
+from celery_idempotent.errors import StoreError, StoreUnavailableError
 
 __all__ = ["REDELIVER_AFTER", "WAIT_IN_PLACE", "ask_again", "ask_until_answered", "ask_until_deadline"]
 
@@ -90,7 +90,13 @@ def ask_until_deadline(ask: Callable[[], T], what: str, whose: object, wait: Cal
     return ask_until_answered(ask, what, whose)
 
 
-def ask_until_answered(ask: Callable[[], T], what: str, whose: object) -> T:
+def ask_until_answered(
+    ask: Callable[[], T],
+    what: str,
+    whose: object,
+    *,
+    silences: tuple[type[StoreError], ...] = (StoreUnavailableError,),
+) -> T:
     """Ask until there is an answer, complaining in the log meanwhile.
 
     For the end of a body that has run: giving up would leave its row ``processing``, and the message would run again.
@@ -99,13 +105,14 @@ def ask_until_answered(ask: Callable[[], T], what: str, whose: object) -> T:
         ask: One call of the store.
         what: What is asked for, for the log.
         whose: For whom; made a text of only if there is something to complain of.
+        silences: Errors after which it is asked again.
     """
     complained: float | None = None
     pause = _FIRST_PAUSE
     while True:
         try:
             return ask()
-        except StoreUnavailableError as error:
+        except silences as error:
             now = time.monotonic()
             if complained is None or now - complained >= _COMPLAIN_EVERY:
                 complained = now

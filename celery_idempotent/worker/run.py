@@ -38,6 +38,7 @@ from celery_idempotent.errors import (
     AlreadyFailedError,
     ConfigurationError,
     LeaseLostError,
+    SchemaError,
     StoreError,
     StoreUnavailableError,
 )
@@ -70,6 +71,9 @@ T = TypeVar("T")
 #: Seconds that an attempt which has ended its row is given to store its result, and between two looks for that.
 _OWN_RESULT_WITHIN = 2.0
 _ASK_EVERY = 0.05
+
+#: While a store is so, the end of a body waits for it. A table that is gone may be back after a restore, or after an ``init``.
+_AWAY = (StoreUnavailableError, SchemaError)
 
 #: Seconds of the pause before an atomic body is run again, at most; twice as long each time.
 _FIRST_PAUSE = 0.1
@@ -696,14 +700,14 @@ class Run:
             self.unit.roll_back()
 
         def write() -> T:
-            return ask_until_answered(ask, f"{what} for", self) if self._waits else ask()
+            return ask_until_answered(ask, f"{what} for", self, silences=_AWAY) if self._waits else ask()
 
         try:
             return write()
         except SoftTimeLimitExceeded:
             # The signal struck while the outcome of a finished body was being written; the write may be repeated.
             return write()
-        except StoreUnavailableError as error:
+        except _AWAY as error:
             if self.on_store_error == "run":
                 logger.error("could not %s for %s, so a copy of it may run again: %s", what, self, error)
                 return cast("T", True)

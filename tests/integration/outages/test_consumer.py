@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from celery import Celery
 from celery.result import AsyncResult
+from sqlalchemy import NullPool, create_engine, text
 
 from celery_idempotent import StoreUnavailableError
 from celery_idempotent.core.records import MessageKey, ProcessedStatus, Row, RowFilter, Status
@@ -161,8 +162,31 @@ def test_what_arrives_during_the_outage_is_put_back_and_runs_after_it(
     assert {row.duplicates for row in app.queue_log.store.rows(RowFilter(task_name=task))} == {0}
 
 
+@contextmanager
+def server_stopped(server: PrivatePostgreSQL, table: str) -> Iterator[None]:
+    server.stop()
+    yield
+    server.start()
+
+
+@contextmanager
+def table_renamed(server: PrivatePostgreSQL, table: str) -> Iterator[None]:
+    """As while a table is restored, or swapped for another."""
+    engine = create_engine(server.url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+    with engine.connect() as connection:
+        connection.execute(text(f"ALTER TABLE {table} RENAME TO {table}_away"))
+        yield
+        connection.execute(text(f"ALTER TABLE {table}_away RENAME TO {table}"))
+
+
+@pytest.mark.parametrize("outage", [server_stopped, table_renamed])
 def test_bodies_that_end_during_the_outage_are_kept_until_it_is_over(
-    app: Celery, start_impatient: StartImpatient, ledger: Ledger, postgresql: PrivatePostgreSQL, tmp_path: Any
+    app: Celery,
+    start_impatient: StartImpatient,
+    ledger: Ledger,
+    postgresql: PrivatePostgreSQL,
+    tmp_path: Any,
+    outage: Callable[[PrivatePostgreSQL, str], AbstractContextManager[None]],
 ) -> None:
     worker = start_impatient(pool="prefork", concurrency=4)
     gate = tmp_path / "gate"
@@ -173,12 +197,11 @@ def test_bodies_that_end_during_the_outage_are_kept_until_it_is_over(
     retried = ends.apply_async((str(gate), "retry"), message_id="retry")
     wait_until(lambda: len(ledger.starts("ends")) == 4, describe="all starts")
 
-    postgresql.stop()
-    gate.touch()
-    for what in ("record a success", "note a recovery point", "record a failure", "hand a message on"):
-        wait_for_log(worker, f"cannot {what} for ends[")
-    assert not any(result.ready() for result in (succeeded, linked, failed, retried))
-    postgresql.start()
+    with outage(postgresql, app.queue_log.settings.table):
+        gate.touch()
+        for what in ("record a success", "note a recovery point", "record a failure", "hand a message on"):
+            wait_for_log(worker, f"cannot {what} for ends[")
+        assert not any(result.ready() for result in (succeeded, linked, failed, retried))
 
     assert (succeeded.get(timeout=60), linked.get(timeout=60), retried.get(timeout=60)) == ("succeed", "link", "retry")
     with pytest.raises(ValueError, match="fail"):
