@@ -67,7 +67,7 @@ if TYPE_CHECKING:
     from celery_idempotent.core.store import Store
     from celery_idempotent.producer.guarded import Guarded
 
-__all__ = ["admit"]
+__all__ = ["admit", "come_again"]
 
 logger = logging.getLogger("celery_idempotent")
 
@@ -108,6 +108,43 @@ def admit(task: Guarded, request: Context) -> Run:
         raise
     admission = _Admission(task, request, identity, delivered)
     return admission.run.limits.without(admission.decide)
+
+
+def come_again(run: Run) -> Exception | None:
+    """Have the message of a run that lost its claim come again, if a delivery under another Celery id ends it now.
+
+    That delivery answers its own caller only. The one of this run, and what waits on it, would be answered by recovery, once the row
+    that keeps its message was overtaken: on a queue that is quiet, never. A message that the store has forgotten comes again too, since nobody
+    has it: what an atomic body wrote was rolled back.
+
+    Returns:
+        What to end the run with; ``None`` when nobody waits for this very delivery, or nobody can tell.
+    """
+    task, request = run.task, run.request
+    if request.is_eager:
+        return None
+    identity = identity_of(task, request)
+    if identity.node is not None:
+        return None
+    try:
+        row = run.queue_log.store.find(run.key)
+        if row is not None and (
+            row.task_id != run.header.original_id or row.error == FORGOTTEN or not _is_kept(run, row)
+        ):
+            return None
+        admission = _Admission(task, request, identity, _delivered(identity, request))
+        return admission.hold_behind(row)
+    except StoreError as error:
+        logger.warning("%s is left to recovery, which answers its caller: %s", run, error)
+        return None
+
+
+def _is_kept(run: Run, row: Row) -> bool:
+    """Return whether the message of a run that lost its claim is still to be answered: it has a row of its own, or its row is another's now."""
+    own = run.header.row_of_its_own
+    if own != run.key:
+        return run.queue_log.store.find(own) is not None
+    return row.ran_task_id not in (None, run.request.id)
 
 
 def _delivered(identity: Identity, request: Context) -> NewMessage:
@@ -429,6 +466,7 @@ class _Admission:
         self.message = self.run.message = replace(self.message, attempt=attempt)
         self.request.retries = attempt
         self.run.claim, self.run.state = claimed.claim, RunState.CLAIMED
+        self.run.adopt = self._adopted
         return self.run
 
     def _resume_own_claim(self, row: Row) -> Run | None:
@@ -522,6 +560,14 @@ class _Admission:
             return _NOTHING
 
     # -- holding -------------------------------------------------------------------------------------------------------
+
+    def hold_behind(self, row: Row | None) -> Exception:
+        """Hold the message behind the delivery that has taken its place, which runs now or has ended; without a row, the store has forgotten it."""
+        if row is None:
+            return self._hold(_SETTLE)
+        if self.run.header.row_of_its_own != row.key:
+            self._mark(copied=True)  # it has a row of its own, which ends when it is answered
+        return self._held(row, DeliveryDecision(DeliveryAction.HOLD, max(row.lease_left, row.available_in, 0.0)))
 
     def _held(self, row: Row, decision: DeliveryDecision) -> Exception:
         if self.request.is_eager:

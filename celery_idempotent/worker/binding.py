@@ -10,16 +10,17 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from typing import TYPE_CHECKING, Any
 
 from celery import Task
+from celery.exceptions import Ignore
 from celery.utils.imports import symbol_by_name
 
 from celery_idempotent.errors import ConfigurationError
-from celery_idempotent.worker.admission import admit
+from celery_idempotent.worker.admission import admit, come_again
 from celery_idempotent.worker.handlers import inherited
-from celery_idempotent.worker.run import Passage, Run
+from celery_idempotent.worker.run import Passage, Run, RunState
 
 if TYPE_CHECKING:
     from celery.worker.request import Request
@@ -105,7 +106,13 @@ def _guarded_call(call: Callable[..., Any]) -> Callable[..., Any]:
         def body() -> Any:
             return _awaited(self, call(self, *args, **kwargs))
 
-        return run.perform(body)
+        try:
+            return run.perform(body)
+        except Ignore:
+            again = run.limits.without(partial(come_again, run)) if run.state is RunState.LOST else None
+            if again is None:
+                raise
+            raise again from None
 
     return __call__
 

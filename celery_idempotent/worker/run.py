@@ -28,6 +28,7 @@ from celery_idempotent.core.records import (
     MessageKey,
     NewMessage,
     NoResultReason,
+    NotClaimed,
     ProcessedStatus,
     Row,
     Status,
@@ -123,6 +124,8 @@ class Run:
         #: Seconds that the body took, once it has ended.
         self.ran: float | None = None
         self.limits = TimeLimits(task, request)
+        #: Make the full record of the message, should the store have forgotten it while its body ran.
+        self.adopt: Callable[[], NewMessage] | None = None
         #: When the claim was asked for, by the monotonic clock: its lease does not run out before that much later.
         self.asked = time.monotonic()
 
@@ -154,6 +157,7 @@ class Run:
 
     def detach(self) -> None:
         """Let the claim go, since the run is over: nothing keeps it alive any more."""
+        self.adopt = None
         if self.claim is not None:
             LeaseRenewer.of(self.queue_log).let_go(self.claim)
 
@@ -404,7 +408,7 @@ class Run:
         if self.state is not RunState.CLAIMED:
             return
         if reject.requeue:
-            held = self._write("release a message", lambda: self._store.release(self._claim))
+            held = self._held("release a message", lambda: self._store.release(self._claim))
             held = held or self._is_pending(self.message.attempt)
             if held:
                 self.emit(OutcomeKind.RETRIED, reason="rejected")
@@ -501,7 +505,7 @@ class Run:
             )
         else:
             wrote = partial(self.keeping.write, message.message, lambda _: hand_on(self._store))
-            held = self._write("hand a message on", wrote) or handed_on()
+            held = self._held("hand a message on", wrote) or handed_on()
         self.state = RunState.HANDED_ON if held else RunState.LOST
         if held:
             self.emit(OutcomeKind.RETRIED, attempt=message.attempt, reason="replaced" if self.replacing else None)
@@ -614,9 +618,7 @@ class Run:
 
     def _failed(self, error: str) -> bool:
         unique_for, began = self.task.idempotency.unique_for, time.monotonic()
-        held = self._write(
-            "record a failure", lambda: self._store.fail(self._claim, error=error, unique_for=unique_for)
-        )
+        held = self._held("record a failure", lambda: self._store.fail(self._claim, error=error, unique_for=unique_for))
         if held:
             self.emit(OutcomeKind.FAILED, reason=reason_of(error), store=time.monotonic() - began)
         return held
@@ -649,7 +651,7 @@ class Run:
         """
         unit = self.unit
         if unit is None or not unit.opened:
-            return self._write(what, lambda: self.keeping.write(value, lambda kept: write(self._store, kept)))
+            return self._held(what, lambda: self.keeping.write(value, lambda kept: write(self._store, kept)))
         kept, refused = self.keeping.of(value), list[Exception]()
 
         def write_in_transaction(store: Store) -> bool:
@@ -692,6 +694,37 @@ class Run:
         lease = self.task.idempotency.lease + 2 * (time.monotonic() - self.asked)
         self._write("learn how a commit went", lambda: self._store.renew([self._claim], lease=lease))
         return written()
+
+    def _held(self, what: str, ask: Callable[[], bool]) -> bool:
+        """Write an outcome; whether the claim still held, or could be had again."""
+        return self._write(what, ask) or (self._claim_again() and self._write(what, ask))
+
+    def _claim_again(self) -> bool:
+        """Claim a message anew that the store has forgotten: what has no row was not taken over either.
+
+        A Redis that keeps nothing was restarted, or a database was restored, and the outcome of the body that ran must not be lost with it.
+        """
+        adopt = self.adopt
+        if adopt is None or self._write("read a message", lambda: self._store.find(self.key)) is not None:
+            return False
+
+        def claim() -> Claimed | NotClaimed:
+            return self._store.claim(
+                self.message,
+                worker=worker_label(self.request.hostname),
+                lease=self.task.idempotency.lease,
+                grace=0.0,
+                adopt=adopt,
+            )
+
+        answer = self._write("claim a forgotten message", claim)
+        if not isinstance(answer, Claimed):
+            return False
+        logger.error("%s was forgotten by the store while its body ran, and is recorded again", self)
+        self.detach()
+        self.claim, self.adopt, self.asked = answer.claim, adopt, time.monotonic()
+        self.attach()
+        return True
 
     def _write(self, what: str, ask: Callable[[], T]) -> T:
         """Ask the store to write an outcome, however long it takes: see ``idempotent_on_store_error``."""

@@ -11,7 +11,7 @@ import pytest
 from celery import chain, chord
 from celery.result import AsyncResult
 
-from celery_idempotent.core.records import ABANDONED, Claimed, MessageKey, NewMessage, Row, Status
+from celery_idempotent.core.records import ABANDONED, Claim, Claimed, MessageKey, NewMessage, Row, Status
 from celery_idempotent.maintenance.recovery import Recovery
 from celery_idempotent.maintenance.rescue import Rescue
 from celery_idempotent.message.serialization import decode_message, encode_result
@@ -230,6 +230,35 @@ def test_a_copy_that_meets_a_dead_owner_keeps_the_first_message(bench: Bench, ta
         assert first.children[0].get(timeout=PATIENCE) == ["value", "first"]
         assert copy.children[0].get(timeout=PATIENCE) == ["value", "copy"]
     assert len(bench.starts(task, m)) == (task == "left.rerun")
+
+
+@pytest.mark.parametrize("task", ["left.fail", "left.rerun"], ids=["abandoned", "taken over"])
+def test_an_owner_that_lost_its_claim_to_a_copy_is_answered(bench: Bench, task: str) -> None:
+    """It slept past its lease: the copy answers its own caller only, and nothing else may ever come on a queue that is quiet."""
+    m, told, store = bench.fresh(), bench.task("told"), bench.app.queue_log.store
+    gate = Path(bench.path("gate"))
+    first = bench.task(task).apply_async((str(gate), "value"), message_id=m, link=told.s("first"))
+    wait_until(lambda: bench.starts(task, m), timeout=PATIENCE, describe="the start")
+    store.expire(Claim(bench.row(task, m).key, bench.row(task, m).token))
+
+    copy = bench.task(task).apply_async((str(gate), "value"), message_id=m, link=told.s("copy"))
+    wait_until(
+        lambda: bench.row(task, m).token == 2 or bench.row(task, m).status is Status.DONE,
+        timeout=PATIENCE,
+        describe="the copy in its place",
+    )
+    gate.touch()
+
+    outcomes = [result.get(timeout=PATIENCE, propagate=False) for result in (first, copy)]
+    wait_until(lambda: bench.find(task, first.id) is None, timeout=PATIENCE, describe="the end of its row")
+    if task == "left.fail":
+        assert [str(outcome).partition(";")[0] for outcome in outcomes] == [
+            f"message {m!r} already failed: {ABANDONED}"
+        ] * 2
+    else:
+        assert outcomes == ["value"] * 2
+        assert first.children[0].get(timeout=PATIENCE) == ["value", "first"]
+        assert copy.children[0].get(timeout=PATIENCE) == ["value", "copy"]
 
 
 def test_a_foreign_copy_keeps_a_first_message_that_is_lost(bench: Bench) -> None:

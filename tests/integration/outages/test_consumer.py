@@ -217,6 +217,40 @@ def test_bodies_that_end_during_the_outage_are_kept_until_it_is_over(
     assert row_of(app, "link", "ends").processed_status is ProcessedStatus.SUCCESS
 
 
+def test_what_the_store_forgets_while_its_body_runs_ends_all_the_same(
+    app: Celery, start_impatient: StartImpatient, ledger: Ledger, postgresql: PrivatePostgreSQL, tmp_path: Any
+) -> None:
+    """A Redis that keeps nothing was restarted, or a database restored: nobody has taken over what has no row."""
+    worker = start_impatient(pool="prefork", concurrency=5)
+    gate = tmp_path / "gate"
+    ends = app.tasks["ends"]
+    succeeded = ends.apply_async((str(gate), "succeed"), message_id="succeed")
+    linked = ends.apply_async((str(gate), "link"), message_id="link", link=app.tasks["echo"].si("linked"))
+    failed = ends.apply_async((str(gate), "fail"), message_id="fail")
+    retried = ends.apply_async((str(gate), "retry"), message_id="retry")
+    atomic = app.tasks["ends.atomic"].apply_async((str(gate),), message_id="atomic")
+    wait_until(lambda: len(ledger.starts("ends")) == 4 and ledger.starts("ends.atomic"), describe="all starts")
+
+    engine = create_engine(postgresql.url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+    with engine.connect() as connection:
+        connection.execute(text(f"DELETE FROM {app.queue_log.settings.table}"))
+    gate.touch()
+
+    assert (succeeded.get(timeout=60), linked.get(timeout=60), retried.get(timeout=60)) == ("succeed", "link", "retry")
+    with pytest.raises(ValueError, match="fail"):
+        failed.get(timeout=60)
+    assert atomic.get(timeout=60) == 1
+    wait_until(lambda: ledger.ends("echo"), describe="the callback")
+    starts = sorted((note.message_id, note.retries) for note in ledger.starts("ends"))
+    assert starts == [("fail", 0), ("link", 0), ("retry", 0), ("retry", 1), ("succeed", 0)]
+    assert len(ledger.starts("ends.atomic")) == 2, "what was rolled back runs again"
+    wait_until(lambda: done(app, "ends") == 4 and done(app, "ends.atomic") == 1, describe="the ends of all rows")
+    assert row_of(app, "fail", "ends").message is not None, "it can be requeued"
+    assert (
+        "ends[succeed] was forgotten by the store while its body ran, and is recorded again" in worker.log.read_text()
+    )
+
+
 @pytest.mark.parametrize(
     ("how", "moment", "starts"),
     [("succeed", "claim", 1), ("succeed", "success", 1), ("fail", "failure", 1), ("retry", "retry", 2)],
