@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict, Unpack, cast, runtime_checkable
 
 from celery.exceptions import SoftTimeLimitExceeded
 
@@ -138,6 +138,20 @@ class TracingHook(Protocol):
         ...
 
 
+class Facts(TypedDict, total=False):
+    """What of an outcome is known where it happens; see :class:`Outcome`."""
+
+    task_id: str | None
+    queue: str | None
+    attempt: int | None
+    token: int | None
+    worker: str | None
+    count: int
+    store: float | None
+    ran: float | None
+    delay: float | None
+
+
 class Outcomes:
     """Tells the hooks of an app.
 
@@ -151,13 +165,13 @@ class Outcomes:
         self._complained: set[int] = set()
 
     @classmethod
-    def of(cls, entries: Sequence[str | Hook]) -> Outcomes | None:
-        """Return what tells the hooks of the setting ``idempotent_hooks``; ``None`` when there are none.
+    def of(cls, entries: Sequence[str | Hook]) -> Outcomes:
+        """Return what tells the hooks of the setting ``idempotent_hooks``, which may be none.
 
         Raises:
             ConfigurationError: One is not there, is no hook, or lacks a library.
         """
-        return cls([_load(entry) if isinstance(entry, str) else entry for entry in entries]) if entries else None
+        return cls([_load(entry) if isinstance(entry, str) else entry for entry in entries])
 
     def emit(
         self,
@@ -165,55 +179,33 @@ class Outcomes:
         key: MessageKey | None = None,
         *,
         row: Row | None = None,
-        task_id: str | None = None,
-        queue: str | None = None,
-        attempt: int | None = None,
-        token: int | None = None,
-        worker: str | None = None,
         reason: str | None = None,
-        count: int = 1,
-        store: float | None = None,
-        ran: float | None = None,
-        delay: float | None = None,
+        **facts: Unpack[Facts],
     ) -> None:
-        """Tell each hook of an outcome; see :class:`Outcome`.
+        """Tell each hook of an outcome; see :class:`Outcome`. Without hooks it costs next to nothing.
 
         Args:
             kind: What happened.
             key: The message.
             row: Its row as it was read, if it was.
-            task_id: As for an outcome, and so the others.
-            queue: The queue.
-            attempt: The attempt.
-            token: The token.
-            worker: The worker.
-            reason: The reason.
-            count: How many.
-            store: Seconds.
-            ran: Seconds.
-            delay: Seconds.
+            reason: The reason, as text or as a member of an enumeration.
+            facts: The rest of the outcome.
 
         Raises:
             SoftTimeLimitExceeded: It struck in a hook while the body was running, or about to. Nothing else.
         """
+        if not self._hooks:
+            return
         outcome = Outcome(
             kind=kind,
             task_name=None if key is None else key.task_name,
             message_id=None if key is None else key.message_id,
-            task_id=task_id,
             first_task_id=None if row is None else row.task_id,
-            queue=queue,
-            attempt=attempt,
-            token=token,
-            worker=worker,
             status=None if row is None else row.status.value,
             reason=None if reason is None else str(reason),
-            count=count,
-            store=store,
-            ran=ran,
             age=None if row is None else (row.read_at - row.created_timestamp).total_seconds(),
-            delay=delay,
             trace=None if row is None else trace_of(row.message) or trace_of(row.result),
+            **facts,
         )
         for hook in self._hooks:
             try:

@@ -115,8 +115,8 @@ class QueueLog:
         return store
 
     @cached_property
-    def outcomes(self) -> Outcomes | None:
-        """What tells the app's hooks of each outcome; ``None`` when it has none.
+    def outcomes(self) -> Outcomes:
+        """What tells the app's hooks of each outcome, if it has any.
 
         Raises:
             ConfigurationError: A hook of the setting ``idempotent_hooks`` cannot be had.

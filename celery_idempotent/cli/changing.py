@@ -258,7 +258,7 @@ def _question(verb: str, rows: Sequence[Row]) -> str:
 
 
 def _name(key: MessageKey) -> str:
-    return printable(f"{key.task_name}[{key.message_id}]")
+    return printable(str(key))
 
 
 def _report(

@@ -97,6 +97,9 @@ class MessageKey:
     message_id: str
     task_name: str
 
+    def __str__(self) -> str:
+        return f"{self.task_name}[{self.message_id}]"
+
 
 @dataclass(frozen=True, slots=True)
 class NewMessage:

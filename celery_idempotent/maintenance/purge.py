@@ -48,7 +48,7 @@ def purge(
     while time.monotonic() < deadline:
         with no_fork():
             deleted = queue_log.store.purge(**chosen, limit=BATCH)
-            if deleted and queue_log.outcomes is not None:
+            if deleted:
                 queue_log.outcomes.emit(OutcomeKind.PURGED, count=deleted)
         purged += deleted
         if deleted < BATCH:

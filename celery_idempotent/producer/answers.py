@@ -45,9 +45,7 @@ def answer_of(
     if action not in (CallAction.RETURN_FIRST, CallAction.RAISE_DUPLICATE):
         return None
     store.count_duplicate(key)
-    outcomes = task.queue_log.outcomes
-    if outcomes is not None:
-        outcomes.emit(OutcomeKind.DUPLICATE, key, row=row, task_id=task_id, attempt=0, reason=action)
+    task.queue_log.outcomes.emit(OutcomeKind.DUPLICATE, key, row=row, task_id=task_id, attempt=0, reason=action)
     if action is CallAction.RAISE_DUPLICATE:
         raise DuplicateMessageError(key.message_id, row.task_id, str(row.status))
     return eager_result(task, row)
@@ -71,7 +69,7 @@ def _stored_value(task: Guarded, row: Row) -> Any:
     try:
         return None if row.result is None else decode_result(task.app, row.result)
     except UndecodableError as error:
-        logger.warning("the stored result of %s[%s] cannot be read: %s", task.name, row.key.message_id, error)
+        logger.warning("the stored result of %s cannot be read: %s", row.key, error)
         return None
 
 
@@ -94,6 +92,4 @@ def answer_again(task: Guarded, row: Row) -> None:
         elif row.result is not None:  # or nothing was kept, or another task answers
             backend.store_result(row.task_id, decode_result(task.app, row.result), states.SUCCESS)
     except Exception as error:  # noqa: BLE001 - the call is a duplicate and needs no backend: its result is asked for later
-        logger.warning(
-            "the result of %s[%s] has expired, and is not stored again: %r", task.name, row.key.message_id, error
-        )
+        logger.warning("the result of %s has expired, and is not stored again: %r", row.key, error)

@@ -225,10 +225,9 @@ class Outbox:
             for queue_log, some in groupby(messages, lambda message: message.task.queue_log):
                 ours = self._still_there(queue_log, list(some))
                 Publisher.of(queue_log).publish(ours)
-                if queue_log.outcomes is not None:
-                    for message in ours:
-                        if message.emit is not None:
-                            message.emit()
+                for message in ours:
+                    if message.emit is not None:
+                        message.emit()
             for queue_log, key in duplicates:
                 Publisher.of(queue_log).count_duplicate(key)
 

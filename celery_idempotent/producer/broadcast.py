@@ -26,6 +26,4 @@ def end_broadcast(task: Guarded, message: NewMessage) -> None:
                 answer.claim, result=None, note=NoResultReason.BROADCAST, unique_for=task.idempotency.unique_for
             )
     except StoreError as error:
-        logger.warning(
-            "%s[%s] was published, and its row is ended by recovery: %s", task.name, message.key.message_id, error
-        )
+        logger.warning("%s was published, and its row is ended by recovery: %s", message.key, error)

@@ -103,8 +103,7 @@ class _PublishHook:
             task.idempotency, args, kwargs, message_id=message_id, task_id=task_id, task_name=sender
         )
         properties["message_id"] = key.message_id
-        outcomes = task.queue_log.outcomes
-        trace = None if outcomes is None else outcomes.traceparent()
+        trace = task.queue_log.outcomes.traceparent()
         header = Header.new(key, task_id, fingerprint, trace=trace)
         destination = _destination(self.app, declare, exchange, routing_key)
         options = {**_options(sent, embed, headers, properties), **destination, **_given.get()}
@@ -134,18 +133,17 @@ class _PublishHook:
                 ask_again(lambda: queue_log.store.record(replace(message, key=copy.row_of_its_own)), policy)
                 headers.update(copy.write(None))
         except StoreError as error:
-            logger.error("%s[%s] is sent without a row, its consumer will insert it: %s", sender, key.message_id, error)
+            logger.error("%s is sent without a row, its consumer will insert it: %s", key, error)
             return
-        if outcomes is not None:
-            outcomes.emit(
-                OutcomeKind.DUPLICATE if isinstance(found, Duplicate) else OutcomeKind.RECORDED,
-                key,
-                row=found.row if isinstance(found, Duplicate) else None,
-                task_id=task_id,
-                queue=message.queue,
-                attempt=message.attempt,
-                reason="by_name" if isinstance(found, Duplicate) else None,
-            )
+        queue_log.outcomes.emit(
+            OutcomeKind.DUPLICATE if isinstance(found, Duplicate) else OutcomeKind.RECORDED,
+            key,
+            row=found.row if isinstance(found, Duplicate) else None,
+            task_id=task_id,
+            queue=message.queue,
+            attempt=message.attempt,
+            reason="by_name" if isinstance(found, Duplicate) else None,
+        )
 
     def _copy(self, header: Header, row: Row, headers: Mapping[str, Any], embed: Mapping[str, Any]) -> Header | None:
         """Return the header of a call whose message is known; ``None`` when nothing tells it from that message."""

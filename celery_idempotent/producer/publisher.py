@@ -97,7 +97,7 @@ class Outgoing:
         )
 
     def __str__(self) -> str:
-        return f"{self.key.task_name}[{self.key.message_id}]"
+        return str(self.key)
 
 
 class Publisher:
@@ -148,7 +148,7 @@ class Publisher:
         try:
             self._queue_log.store.count_duplicate(key)
         except StoreError as error:
-            logger.warning("a duplicate of %s[%s] was not counted: %s", key.task_name, key.message_id, error)
+            logger.warning("a duplicate of %s was not counted: %s", key, error)
 
     def _has_caught_up(self) -> bool:
         """Return whether nothing that was left behind waits to be published first."""

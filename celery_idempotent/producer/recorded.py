@@ -116,7 +116,7 @@ def hand_over(queue_log: QueueLog, row: Row, publish: Callable[[], object]) -> b
     Raises:
         kombu.exceptions.OperationalError: The broker takes none.
     """
-    name = f"{row.key.task_name}[{row.key.message_id}]"
+    name = str(row.key)
     try:
         publish()
     except OperationalError:
@@ -158,7 +158,7 @@ def _publication_of(queue_log: QueueLog, row: Row, whole: Row) -> Callable[[], o
     try:
         args, kwargs, options = decode_message(queue_log.app, whole.message)
     except UndecodableError as error:
-        logger.error("%s[%s] cannot be published again: %s", row.key.task_name, row.key.message_id, error)
+        logger.error("%s cannot be published again: %s", row.key, error)
         if row.status is Status.PROCESSING:
             ended = queue_log.store.abandon(row, error=f"{ABANDONED}; {error}", unique_for=task.idempotency.unique_for)
             if ended:
@@ -230,9 +230,9 @@ def _end_broadcast(queue_log: QueueLog, task: Guarded, row: Row, message_id: str
 
 def _emit(queue_log: QueueLog, kind: OutcomeKind, row: Row, reason: str) -> None:
     """Tell the app's hooks, if it has any, what became of a row."""
-    outcomes = queue_log.outcomes
-    if outcomes is not None:
-        outcomes.emit(kind, row.key, row=row, task_id=row.task_id, queue=row.queue, attempt=row.attempt, reason=reason)
+    queue_log.outcomes.emit(
+        kind, row.key, row=row, task_id=row.task_id, queue=row.queue, attempt=row.attempt, reason=reason
+    )
 
 
 def _whole(queue_log: QueueLog, row: Row) -> Row:

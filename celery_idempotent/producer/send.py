@@ -413,18 +413,16 @@ class Sending:
 
     def _emit(self, kind: OutcomeKind, row: Row | None = None, reason: str | None = None) -> None:
         """Tell the app's hooks, if it has any, what became of the call."""
-        outcomes = self.task.queue_log.outcomes
-        if outcomes is not None:
-            outcomes.emit(
-                kind,
-                self.message.key,
-                row=row,
-                task_id=self.message.task_id,
-                queue=self.message.queue,
-                attempt=self.message.attempt,
-                reason=reason,
-                store=self.seconds,
-            )
+        self.task.queue_log.outcomes.emit(
+            kind,
+            self.message.key,
+            row=row,
+            task_id=self.message.task_id,
+            queue=self.message.queue,
+            attempt=self.message.attempt,
+            reason=reason,
+            store=self.seconds,
+        )
 
     # -- the store -----------------------------------------------------------------------------------------------------
 
@@ -434,7 +432,7 @@ class Sending:
 
     @property
     def _name(self) -> str:
-        return f"{self.message.key.task_name}[{self.message.key.message_id}]"
+        return str(self.message.key)
 
     def _ask(self, ask: Callable[[], T]) -> T:
         if self.box is not None and self.box.joins:

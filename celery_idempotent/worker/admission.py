@@ -184,7 +184,7 @@ class _Admission:
                 task_name=task.name,
             )
             header = Header.new(key, request.id, fingerprint)
-        if header.trace is None and task.queue_log.outcomes is not None:
+        if header.trace is None:
             header = replace(header, trace=task.queue_log.outcomes.trace_among(request.headers))
         header = replace(header, rejected=header.rejected + rejections(request.headers))
         fix_callbacks(request)

@@ -52,9 +52,9 @@ def discard(task: Guarded, request: Context, why: str) -> None:
             row = store.find(key)
             kind = None if row is None else _end(task, request, row, why)
     except StoreError as error:
-        logger.error("%s[%s] was %s, but its row stays as it is: %s", key.task_name, key.message_id, why, error)
+        logger.error("%s was %s, but its row stays as it is: %s", key, why, error)
         return
-    if kind is not None and task.queue_log.outcomes is not None:
+    if kind is not None:
         task.queue_log.outcomes.emit(
             kind,
             key,

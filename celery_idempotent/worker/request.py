@@ -262,9 +262,8 @@ class IdempotentRequest(Request):  # type: ignore[misc]
 
     def _emit(self, kind: OutcomeKind, reason: str, attempt: int | None = None) -> None:
         """Tell the app's hooks, if it has any, what became of a message whose child cannot."""
-        outcomes = self.task.queue_log.outcomes
-        if outcomes is not None and self.owner is not None:
-            outcomes.emit(
+        if self.owner is not None:
+            self.task.queue_log.outcomes.emit(
                 kind,
                 self.key,
                 task_id=self.id,

@@ -207,22 +207,20 @@ class Run:
         delay: float | None = None,
     ) -> None:
         """Tell the app's hooks, if it has any, what became of the delivery."""
-        outcomes = self.queue_log.outcomes
-        if outcomes is not None:
-            outcomes.emit(
-                kind,
-                self.key,
-                row=row,
-                task_id=self.request.id,
-                queue=self.message.queue,
-                attempt=self.message.attempt if attempt is None else attempt,
-                token=None if self.claim is None else self.claim.token,
-                worker=worker_label(self.request.hostname),
-                reason=reason,
-                store=store,
-                ran=self.ran,
-                delay=delay,
-            )
+        self.queue_log.outcomes.emit(
+            kind,
+            self.key,
+            row=row,
+            task_id=self.request.id,
+            queue=self.message.queue,
+            attempt=self.message.attempt if attempt is None else attempt,
+            token=None if self.claim is None else self.claim.token,
+            worker=worker_label(self.request.hostname),
+            reason=reason,
+            store=store,
+            ran=self.ran,
+            delay=delay,
+        )
 
     # -- the body ------------------------------------------------------------------------------------------------------
 
@@ -779,4 +777,4 @@ class Run:
             raise Ignore(str(error)) from error
 
     def __str__(self) -> str:
-        return f"{self.key.task_name}[{self.key.message_id}]"
+        return str(self.key)

@@ -42,7 +42,7 @@ def end_unguarded(queue_log: QueueLog, header: Header, request: Context, error: 
     claimed = store.claim(message, worker=worker_label(request.hostname), lease=_LEASE, grace=0.0)
     if not isinstance(claimed, Claimed):
         return
-    logger.warning("%s[%s] ran without base=IdempotentTask; its row is ended", key.task_name, key.message_id)
+    logger.warning("%s ran without base=IdempotentTask; its row is ended", key)
     if error is None:
         store.complete(claimed.claim, result=None, note=NoResultReason.UNKEPT)
     else:

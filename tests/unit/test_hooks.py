@@ -40,9 +40,13 @@ def row(**changes: Any) -> Row:
 
 
 class TestTheSetting:
-    def test_none_are_nothing_to_tell(self) -> None:
-        app = Celery("hooks", set_as_current=False)
-        assert QueueLog.of(app).outcomes is None
+    def test_without_hooks_no_outcome_is_made(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        outcomes = QueueLog.of(Celery("hooks", set_as_current=False)).outcomes
+        monkeypatch.delattr("celery_idempotent.hooks.Outcome")
+
+        outcomes.emit(OutcomeKind.RECORDED, KEY)
+
+        assert outcomes.traceparent() is None
 
     @pytest.mark.parametrize("path", ["tests.support.told.broken", "tests.support.told:broken"])
     def test_a_path_and_a_callable_are_told(self, path: str, caplog: pytest.LogCaptureFixture) -> None:

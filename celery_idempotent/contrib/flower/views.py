@@ -194,7 +194,7 @@ class Requeue(BaseApiHandler):  # type: ignore[misc]
         elif isinstance(answer, NotRequeued):
             self._refuse(HTTPStatus.CONFLICT, f"It stays as it is: {answer.reason}")
         else:
-            logger.info("%s[%s] was requeued from Flower by %s", key.task_name, key.message_id, self._who())
+            logger.info("%s was requeued from Flower by %s", key, self._who())
             self.write(answer)
 
     def _given(self, name: str) -> str:
