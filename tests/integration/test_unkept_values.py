@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 from uuid import uuid4
 
+import pymysql
 import pytest
 import sqlalchemy as sa
 from celery import Celery
@@ -20,6 +21,9 @@ from tests.support.worker import StartWorker
 
 MB = 1_000_000
 PATIENCE = 100.0
+
+#: Whether the driver sends two bytes for each one. PyMySQL before 1.2 escapes what has to be escaped.
+HEXADECIMAL = pymysql.VERSION >= (1, 2)
 
 pytestmark = [pytest.mark.parametrize("broker", ["redis"], indirect=True), pytest.mark.timeout(240)]
 
@@ -36,7 +40,7 @@ def done(app: Celery, task: str, message_id: str) -> Row:
 def test_a_result_beyond_the_largest_packet_is_not_kept(
     spec: AppSpec, open_app: OpenApp, start_worker: StartWorker, ledger: Ledger
 ) -> None:
-    """Binary is escaped: 9 MB are more than the 16 MB of ``max_allowed_packet``. Beyond 16 MB the server only closes the connection."""
+    """Binary is sent in hexadecimal: 9 MB are more than the 16 MB of ``max_allowed_packet``. The server closes the connection on 17 MB."""
     spec = replace(spec, tasks=("tests.support.apps.keeping",))
     app = open_app(spec)
     start_worker(spec)
@@ -51,7 +55,7 @@ def test_a_result_beyond_the_largest_packet_is_not_kept(
     for (task, size), result in results.items():
         assert len(result.get(timeout=PATIENCE)) == size
         row = done(app, task, result.id)
-        kept = size == MB
+        kept = size == MB or (size == 9 * MB and not HEXADECIMAL)
         assert (row.processed_status, row.error) == (ProcessedStatus.SUCCESS, None if kept else NoResultReason.UNKEPT)
         assert (row.result is not None) is kept
         # A body whose transaction was lost with the connection is run again in a new one.
