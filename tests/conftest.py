@@ -17,6 +17,7 @@ A server that is not there skips its tests, and fails them under ``CI=true``.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -42,6 +43,9 @@ from tests.support.worker import StartWorker, WorkerProcess
 
 LOGS = pytest.StashKey[dict[str, Callable[[], str]]]()
 Server = TypeVar("Server", bound=PrivateServer)
+
+#: Here, and in the workers that are started from here, a run that changes its state as none does raises instead of logging it.
+os.environ["CELERY_IDEMPOTENT_STRICT"] = "1"
 
 
 @pytest.fixture(autouse=True)

@@ -54,12 +54,13 @@ from celery_idempotent.message.serialization import (
     trace_of,
 )
 from celery_idempotent.producer.identify import identify
+from celery_idempotent.worker import run_state
 from celery_idempotent.worker.celery_versions import ignores_result
 from celery_idempotent.worker.chords import claimed_for
 from celery_idempotent.worker.delivery import answered, describe, waited_on, worker_label
 from celery_idempotent.worker.events import DuplicateIgnored
 from celery_idempotent.worker.hold import hold_countdown, hold_delay, publish_copy
-from celery_idempotent.worker.run import Run, RunState
+from celery_idempotent.worker.run import Run
 
 if TYPE_CHECKING:
     from celery.app.task import Context
@@ -249,11 +250,10 @@ class _Admission:
 
     def _in_time(self, run: Run) -> Run:
         """Give a message back that has waited for its claim for so long that its body would run into its time limit."""
-        if self.request.is_eager or run.state is not RunState.CLAIMED or not run.limits.spent:
+        if self.request.is_eager or not isinstance(run.state, run_state.Claimed) or not run.limits.spent:
             return run
         logger.warning("%s is given back: it waited for its claim through much of its time limit", run)
-        claim = run.claim
-        assert claim is not None, "a claimed run has a claim"
+        claim = run.state.claim
         run.detach()
         store_retry.ask_until_answered(lambda: self._store.release(claim), "release", run)
         raise self._hold(_SETTLE)
@@ -404,7 +404,7 @@ class _Admission:
         unique_for = self.task.idempotency.unique_for
         self._record_original()
         if self._store.abandon(row, error=ABANDONED, unique_for=unique_for):
-            self.run.state = RunState.FINISHED
+            self.run.move_to(run_state.Finished(self.run.claim))
             self.run.attach()  # this delivery has ended the message: its handlers are called
             self.run.emit(OutcomeKind.ABANDONED, row, reason="abandoned")
             raise AlreadyFailedError(row.key.message_id, ABANDONED)
@@ -465,7 +465,7 @@ class _Admission:
         attempt = self.message.attempt if row is None else max(self.message.attempt, row.attempt)
         self.message = self.run.message = replace(self.message, attempt=attempt)
         self.request.retries = attempt
-        self.run.claim, self.run.state = claimed.claim, RunState.CLAIMED
+        self.run.move_to(run_state.Claimed(claimed.claim))
         self.run.adopt = self._adopted
         return self.run
 
@@ -499,15 +499,15 @@ class _Admission:
         return None if self._take_over(row) is None else self._replay_claimed(row)
 
     def _replay_claimed(self, row: Row) -> Run:
-        value = self._stored_value(row)
+        claim, value = self.run.claim, self._stored_value(row)
+        assert claim is not None, "a recovery point is replayed by its owner"
         if value is _NOTHING:
             # The body's effects are there, so running it again is no way out.
             error = "abandoned: its result could not be kept, so what waits on it cannot be served"
-            assert self.run.claim is not None, "a recovery point is replayed by its owner"
-            if self._store.fail(self.run.claim, error=error, unique_for=self.task.idempotency.unique_for):
+            if self._store.fail(claim, error=error, unique_for=self.task.idempotency.unique_for):
                 self.run.emit(OutcomeKind.ABANDONED, row, reason="abandoned")
             raise AlreadyFailedError(row.key.message_id, error)
-        self.run.value, self.run.state = value, RunState.CHECKPOINTED
+        self.run.move_to(run_state.Checkpointed(claim, value))
         self.run.emit(OutcomeKind.REPLAYED, row)
         return self.run
 
@@ -522,7 +522,7 @@ class _Admission:
         if value is _NOTHING:
             value = self._first_result(row)
         self._store.count_duplicate(row.key)
-        self.run.value, self.run.state = value, RunState.REPLAYED
+        self.run.move_to(run_state.Replayed(value))
         self.run.emit(OutcomeKind.REPLAYED, row)
         return self.run
 

@@ -20,7 +20,8 @@ from celery.utils.imports import symbol_by_name
 from celery_idempotent.errors import ConfigurationError
 from celery_idempotent.worker.admission import admit, come_again
 from celery_idempotent.worker.handlers import inherited
-from celery_idempotent.worker.run import Passage, Run, RunState
+from celery_idempotent.worker.run import Passage, Run
+from celery_idempotent.worker.run_state import Lost
 
 if TYPE_CHECKING:
     from celery.worker.request import Request
@@ -109,7 +110,7 @@ def _guarded_call(call: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return run.perform(body)
         except Ignore:
-            again = run.limits.without(partial(come_again, run)) if run.state is RunState.LOST else None
+            again = run.limits.without(partial(come_again, run)) if isinstance(run.state, Lost) else None
             if again is None:
                 raise
             raise again from None

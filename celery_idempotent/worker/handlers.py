@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from celery import Task
 
 from celery_idempotent.errors import AlreadyFailedError, AlreadyProcessingError
-from celery_idempotent.worker.run import Run, RunState
+from celery_idempotent.worker.run import Run
+from celery_idempotent.worker.run_state import HandedOn, Replayed
 
 if TYPE_CHECKING:
     from celery_idempotent.producer.guarded import Guarded
@@ -53,7 +54,7 @@ def _on_success(handler: Callable[..., Any]) -> Callable[..., Any]:
         run = Run.of(self.request_stack.top)
         if run is None:
             return handler(self, *args, **kwargs)
-        if run.state in (RunState.REPLAYED, RunState.HANDED_ON):
+        if isinstance(run.state, (Replayed, HandedOn)):
             return None
         try:
             answer = handler(self, *args, **kwargs)
@@ -78,7 +79,7 @@ def _after_return(handler: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(handler)
     def after_return(self: Guarded, status: str, retval: Any, *args: Any, **kwargs: Any) -> Any:
         run = Run.of(self.request_stack.top)
-        replayed = run is not None and run.state is RunState.REPLAYED
+        replayed = run is not None and isinstance(run.state, Replayed)
         return None if replayed or _is_anothers(self, retval) else handler(self, status, retval, *args, **kwargs)
 
     return after_return

@@ -15,16 +15,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from enum import StrEnum
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, cast
 
 from celery import Task, states
 from celery.backends.base import DisabledBackend
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 from kombu.exceptions import EncodeError
 
+from celery_idempotent.core import records
 from celery_idempotent.core.records import (
     Claim,
-    Claimed,
     MessageKey,
     NewMessage,
     NoResultReason,
@@ -52,6 +52,17 @@ from celery_idempotent.producer.guarded import RUN, Guarded, current_run
 from celery_idempotent.worker.celery_versions import ignores_result
 from celery_idempotent.worker.delivery import describe, waited_on, worker_label
 from celery_idempotent.worker.lease_renewal import LeaseRenewer
+from celery_idempotent.worker.run_state import (
+    Checkpointed,
+    Claimed,
+    Finished,
+    HandedOn,
+    Lost,
+    Replayed,
+    RunState,
+    Unguarded,
+    check_transition,
+)
 from celery_idempotent.worker.time_limits import TimeLimits
 from celery_idempotent.worker.unit_of_work import RUNS, NotCommittedError, Setback, UnitOfWork, given_up_error
 from celery_idempotent.worker.unstorable import Keeping
@@ -62,7 +73,7 @@ if TYPE_CHECKING:
 
     from celery_idempotent.core.store import Store
 
-__all__ = ["Passage", "Run", "RunState"]
+__all__ = ["Passage", "Run"]
 
 logger = logging.getLogger("celery_idempotent")
 
@@ -78,18 +89,6 @@ _AWAY = (StoreUnavailableError, SchemaError)
 
 #: Seconds of the pause before an atomic body is run again, at most; twice as long each time.
 _FIRST_PAUSE = 0.1
-
-
-class RunState(StrEnum):
-    """How far a run has come."""
-
-    UNGUARDED = "unguarded"  # the store gives no answer, and the app says "run"; or the task is turned off, and it was not recorded
-    CLAIMED = "claimed"  # the body is to run, or runs
-    REPLAYED = "replayed"  # the stored result is returned; nothing is held
-    CHECKPOINTED = "checkpointed"  # the body ran; callbacks and result are being sent
-    HANDED_ON = "handed_on"  # the row waits for this message's retry or replacement
-    LOST = "lost"  # the claim is gone
-    FINISHED = "finished"
 
 
 class Passage(StrEnum):
@@ -108,12 +107,9 @@ class Run:
         self.queue_log = task.queue_log
         self.request = request
         self.message = message
-        self.state = RunState.UNGUARDED
-        self.claim: Claim | None = None
+        self._state: RunState = Unguarded()
         #: What the message's header says, and what its row has told of it since.
         self.header = header
-        #: What is returned without running the body, in REPLAYED and in a CHECKPOINTED run that was taken over.
-        self.value: Any = None
         #: Whether the body is about to replace itself by another task under the same task id.
         self.replacing = False
         self.passage = Passage.OUTSIDE
@@ -162,6 +158,25 @@ class Run:
             LeaseRenewer.of(self.queue_log).let_go(self.claim)
 
     @property
+    def state(self) -> RunState:
+        """How far the run has come."""
+        return self._state
+
+    def move_to(self, state: RunState) -> None:
+        """Take the next state. Nothing else sets one.
+
+        Raises:
+            AssertionError: No run goes there, and these are our tests; elsewhere it is logged.
+        """
+        check_transition(self._state, state, whose=self)
+        self._state = state
+
+    @property
+    def claim(self) -> Claim | None:
+        """The claim that the run has, or had when it ended."""
+        return self._state.claim
+
+    @property
     def key(self) -> MessageKey:
         """The message's key."""
         return self.message.key
@@ -174,12 +189,12 @@ class Run:
     @property
     def is_unguarded(self) -> bool:
         """Whether it has no row to speak of."""
-        return self.state is RunState.UNGUARDED
+        return isinstance(self.state, Unguarded)
 
     @property
     def in_body(self) -> bool:
         """Whether the body has not ended yet."""
-        return self.state in (RunState.UNGUARDED, RunState.CLAIMED, RunState.HANDED_ON)
+        return isinstance(self.state, (Unguarded, Claimed, HandedOn))
 
     @property
     def waited_on(self) -> bool:
@@ -234,9 +249,9 @@ class Run:
 
     def _perform_or_replay(self, body: Callable[[], T]) -> T:
         self.passage = Passage.CALLED
-        if self.state in (RunState.REPLAYED, RunState.CHECKPOINTED):
-            return cast("T", self.value)
-        if self.state is RunState.UNGUARDED:
+        if isinstance(self.state, (Replayed, Checkpointed)):
+            return cast("T", self.state.value)
+        if isinstance(self.state, Unguarded):
             return self._perform_unrecorded(body) if self.task.idempotency.atomic else body()
         if self.claim is not None and time.monotonic() - self.asked > self.task.idempotency.lease:
             self._reassert_claim()
@@ -266,7 +281,7 @@ class Run:
                 # Not by running the body over and over: what it does elsewhere before it writes, it would do each time.
                 ask_until_answered(self.unit.open, "begin the transaction of", self)
             value = body()
-            if self.unit is not None and self.state is RunState.CLAIMED:
+            if self.unit is not None and isinstance(self.state, Claimed):
                 self.unit.flush()
             return value
 
@@ -308,7 +323,8 @@ class Run:
         """
         lease = self.task.idempotency.lease + 2 * unrenewed
         lost = self._write("keep a claim", lambda: self._store.renew([self._claim], lease=lease))
-        self._continue(not lost, RunState.CLAIMED)
+        if lost:
+            self._lose()
         self.passage, self.replacing = Passage.CALLED, False
         self.__dict__.pop("calls", None)  # it makes the same calls in the same places
 
@@ -321,12 +337,12 @@ class Run:
                 self.ran = time.monotonic() - began
         except Retry as retry:
             # Eager, or raised by hand: nothing was published, so nothing was handed on.
-            if self.state is RunState.CLAIMED:
+            if isinstance(self.state, Claimed):
                 self.hand_on(self._retried(retry))
             self._stop_if_lost()
             raise
         except Ignore:
-            if self.state is RunState.CLAIMED:
+            if isinstance(self.state, Claimed):
                 self._finish(
                     self._completed(None, note=NoResultReason.REPLACED if self.replacing else NoResultReason.IGNORED)
                 )
@@ -367,7 +383,7 @@ class Run:
             logger.warning("%s runs although its claim may be lost, the store gives no answer: %s", self, error)
             return
         if lost:
-            self._continue(held=False, state=RunState.CLAIMED)
+            self._lose()
 
     def _succeed(self, value: Any) -> None:
         wanted = self.task.idempotency.keep_result or self.waited_on
@@ -386,7 +402,9 @@ class Run:
                 lambda store, kept: store.checkpoint(self._claim, result=kept, lease=lease),
                 self._has_succeeded,
             )
-            self._continue(held, RunState.CHECKPOINTED)
+            if not held:
+                self._lose()
+            self.move_to(Checkpointed(self._claim, value))
         else:
             self._finish(self._completed(result))
 
@@ -403,7 +421,7 @@ class Run:
         return None
 
     def _rejected(self, reject: Reject) -> None:
-        if self.state is not RunState.CLAIMED:
+        if not isinstance(self.state, Claimed):
             return
         if reject.requeue:
             held = self._held("release a message", lambda: self._store.release(self._claim))
@@ -423,7 +441,7 @@ class Run:
             state: Celery's, of the run. ``None`` if the process is about to exit: the worker's request learns of that.
             outcome: The return value, or the exception.
         """
-        if self.state is not RunState.CLAIMED or state is None:
+        if not isinstance(self.state, Claimed) or state is None:
             return
         logger.error(
             "%s was still claimed when Celery had finished with it, and ends as Celery saw it, %s: either its before_start raised, "
@@ -456,7 +474,7 @@ class Run:
 
     def dispatched(self) -> None:
         """Callbacks and result of a checkpointed run were sent."""
-        if self.state is RunState.CHECKPOINTED:
+        if isinstance(self.state, Checkpointed):
             self._end(self._completed(None))
 
     def not_dispatched(self, error: BaseException | None) -> None:
@@ -465,7 +483,7 @@ class Run:
         Args:
             error: Why, if that is known.
         """
-        if self.state is not RunState.CHECKPOINTED:
+        if not isinstance(self.state, Checkpointed):
             return
         if isinstance(error, EncodeError):  # no later attempt can succeed
             self._end(self._failed(describe(error)))
@@ -473,7 +491,7 @@ class Run:
             logger.error("%s ran, but what follows it was not sent; a later delivery sends it: %r", self, error)
 
     def _end(self, held: bool) -> None:
-        self.state = RunState.FINISHED if held else RunState.LOST
+        self.move_to(Finished(self._claim) if held else Lost(self._claim))
         if not held:
             self.emit(OutcomeKind.LEASE_LOST)
 
@@ -485,9 +503,9 @@ class Run:
         Returns:
             Whether the claim still held; if not, nothing may be published.
         """
-        if self.state is RunState.UNGUARDED:
+        if isinstance(self.state, Unguarded):
             return True
-        if self.state is not RunState.CLAIMED:
+        if not isinstance(self.state, Claimed):
             return False
 
         def hand_on(store: Store) -> bool:
@@ -504,7 +522,7 @@ class Run:
         else:
             wrote = partial(self.keeping.write, message.message, lambda _: hand_on(self._store))
             held = self._held("hand a message on", wrote) or handed_on()
-        self.state = RunState.HANDED_ON if held else RunState.LOST
+        self.move_to(HandedOn(self._claim) if held else Lost(self._claim))
         if held:
             self.emit(OutcomeKind.RETRIED, attempt=message.attempt, reason="replaced" if self.replacing else None)
         self.detach()
@@ -516,7 +534,7 @@ class Run:
         Returns:
             Whether there is such a row.
         """
-        if self.state is not RunState.HANDED_ON:
+        if not isinstance(self.state, HandedOn):
             return False
         logger.error("%s goes on when recovery can publish it: %r", self, error)
         try:
@@ -527,12 +545,12 @@ class Run:
 
     def not_handed_on(self, message: NewMessage, error: BaseException) -> None:
         """End the message whose next attempt could not be published, unless a copy of it runs already."""
-        if self.state is not RunState.HANDED_ON:
+        if not isinstance(self.state, HandedOn):
             return
 
         def end() -> bool:
             again = self._store.claim(message, worker=worker_label(self.request.hostname), lease=1.0, grace=0.0)
-            if not isinstance(again, Claimed):
+            if not isinstance(again, records.Claimed):
                 return False
             return self._store.fail(again.claim, error=describe(error), unique_for=self.task.idempotency.unique_for)
 
@@ -546,7 +564,7 @@ class Run:
         its AsyncResult would be RETRY for ever. What it ended with is stored once more, from its row.
         """
         backend, task_id = self.task.backend, self.request.id
-        if self.state is not RunState.HANDED_ON or self.request.is_eager or isinstance(backend, DisabledBackend):
+        if not isinstance(self.state, HandedOn) or self.request.is_eager or isinstance(backend, DisabledBackend):
             return
         if ignores_result(self.task, self.request) or not backend.persistent:
             return
@@ -706,7 +724,7 @@ class Run:
         if adopt is None or self._write("read a message", lambda: self._store.find(self.key)) is not None:
             return False
 
-        def claim() -> Claimed | NotClaimed:
+        def claim() -> records.Claimed | NotClaimed:
             return self._store.claim(
                 self.message,
                 worker=worker_label(self.request.hostname),
@@ -716,11 +734,13 @@ class Run:
             )
 
         answer = self._write("claim a forgotten message", claim)
-        if not isinstance(answer, Claimed):
+        if not isinstance(answer, records.Claimed):
             return False
         logger.error("%s was forgotten by the store while its body ran, and is recorded again", self)
         self.detach()
-        self.claim, self.adopt, self.asked = answer.claim, adopt, time.monotonic()
+        assert isinstance(self.state, (Claimed, Checkpointed)), "only these have an outcome to write"
+        self.move_to(replace(self.state, claim=answer.claim))
+        self.adopt, self.asked = adopt, time.monotonic()
         self.attach()
         return True
 
@@ -750,31 +770,36 @@ class Run:
         return not self.request.is_eager and self.on_store_error == "retry"
 
     def _finish(self, held: bool) -> None:
-        self._continue(held, RunState.FINISHED)
+        if not held:
+            self._lose()
+        self.move_to(Finished(self._claim))
 
-    def _continue(self, held: bool, state: RunState) -> None:
-        self.state = state if held else RunState.LOST
-        self._stop_if_lost()
+    def _lose(self) -> NoReturn:
+        self.move_to(Lost(self._claim))
+        self._stop()
 
     @property
     def _ran_on(self) -> bool:
         """Whether the body replaced itself by itself eagerly: that run is over and has written the outcome of both."""
-        return self.state is RunState.HANDED_ON and bool(self.request.is_eager)
+        return isinstance(self.state, HandedOn) and bool(self.request.is_eager)
 
     def _stop_if_sent_on(self) -> None:
         """``retry(throw=False)``: the body went on after it, but the retry is what decides."""
-        if self.state is RunState.HANDED_ON:
+        if isinstance(self.state, HandedOn):
             raise Ignore(f"{self} was handed on to its next attempt")
         self._stop_if_lost()
 
     def _stop_if_lost(self) -> None:
-        if self.state is RunState.LOST:
-            # Raised as LeaseLostError, it would be stored as this task's FAILURE over its new owner's result.
-            error = LeaseLostError(self.key.message_id, self._claim.token)
-            undone = "; what its body wrote in its transaction was rolled back" if self.task.idempotency.atomic else ""
-            logger.error("%s: %s%s", self, error, undone)
-            self.emit(OutcomeKind.LEASE_LOST)
-            raise Ignore(str(error)) from error
+        if isinstance(self.state, Lost):
+            self._stop()
+
+    def _stop(self) -> NoReturn:
+        # Raised as LeaseLostError, it would be stored as this task's FAILURE over its new owner's result.
+        error = LeaseLostError(self.key.message_id, self._claim.token)
+        undone = "; what its body wrote in its transaction was rolled back" if self.task.idempotency.atomic else ""
+        logger.error("%s: %s%s", self, error, undone)
+        self.emit(OutcomeKind.LEASE_LOST)
+        raise Ignore(str(error)) from error
 
     def __str__(self) -> str:
         return str(self.key)

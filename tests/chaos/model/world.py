@@ -43,7 +43,8 @@ from celery_idempotent.message.identity import identity_of
 from celery_idempotent.worker.admission import admit
 from celery_idempotent.worker.delivery import worker_label
 from celery_idempotent.worker.lease_renewal import LeaseRenewer
-from celery_idempotent.worker.run import Run, RunState
+from celery_idempotent.worker.run import Run
+from celery_idempotent.worker.run_state import Checkpointed, Claimed
 from celery_idempotent.worker.signals import _after_run, _revoked, _succeeded
 from tests.chaos.model.broker import Broker, Copy, Mood
 from tests.chaos.model.clock import Clock
@@ -134,10 +135,10 @@ class Execution:
 
     @property
     def runs_body(self) -> bool:
-        return self.run.state is RunState.CLAIMED
+        return isinstance(self.run.state, Claimed)
 
     def __str__(self) -> str:
-        return f"{self.request.hostname} with {self.copy}, {self.run.state}{', stalled' if self.stalled else ''}"
+        return f"{self.request.hostname} with {self.copy}, {type(self.run.state).__name__}{', stalled' if self.stalled else ''}"
 
 
 @dataclass
@@ -566,7 +567,7 @@ class World:
         owners: dict[Claim, Execution] = {}
         for execution in self.executions:
             claim = execution.run.claim
-            if claim is None or execution.run.state not in (RunState.CLAIMED, RunState.CHECKPOINTED):
+            if claim is None or not isinstance(execution.run.state, (Checkpointed, Claimed)):
                 continue
             row = self.watched.rows.get(claim.key)
             if row is not None and row.status is Status.PROCESSING and row.token == claim.token:

@@ -29,8 +29,9 @@ from celery_idempotent.message.header import Header
 from celery_idempotent.message.serialization import decode_result
 from celery_idempotent.producer.prepared import PreparedCall
 from celery_idempotent.producer.send import Sending
+from celery_idempotent.worker import run_state
 from celery_idempotent.worker.delivery import describe, waited_on, worker_label
-from celery_idempotent.worker.run import Run, RunState
+from celery_idempotent.worker.run import Run
 
 KEY = MessageKey("m", "task")
 
@@ -73,15 +74,19 @@ def run(task: IdempotentTask, store: Unreachable) -> Run:
 
 
 def claimed(task: IdempotentTask, store: SQLStore, **request: Any) -> Run:
-    message = NewMessage(KEY, "task-id", attempt=0)
-    store.record(message)
-    answer = store.claim(message, worker="w", lease=60.0, grace=30.0)
+    run = delivered(task, **request)
+    store.record(run.message)
+    answer = store.claim(run.message, worker="w", lease=60.0, grace=30.0)
     assert isinstance(answer, Claimed)
-    run = Run(
-        task, Context(id="task-id", retries=0, args=[], kwargs={}, **request), message, Header.new(KEY, "task-id")
-    )
-    run.claim, run.state = answer.claim, RunState.CLAIMED
+    run.move_to(run_state.Claimed(answer.claim))
     return run
+
+
+def delivered(task: IdempotentTask, **request: Any) -> Run:
+    """Return a run that has claimed nothing yet."""
+    message = NewMessage(KEY, "task-id", attempt=0)
+    context = Context(id="task-id", retries=0, args=[], kwargs={}, **request)
+    return Run(task, context, message, Header.new(KEY, "task-id"))
 
 
 def row(store: SQLStore) -> Row:
@@ -120,7 +125,7 @@ class TestTheEndOfABody:
         assert (row(store).status, row(store).processed_status) == (Status.DONE, ProcessedStatus.SUCCESS)
         assert row(store).result is not None
         assert decode_result(run.task.app, row(store).result or b"") == value
-        assert run.state is RunState.FINISHED
+        assert isinstance(run.state, run_state.Finished)
 
     def test_a_value_that_cannot_be_kept_breaks_nothing(self, run: Run, store: SQLStore) -> None:
         value = object()
@@ -172,7 +177,7 @@ class TestTheEndOfABody:
         with pytest.raises(Retry):
             run.perform(raising(Retry("again")))
         assert (row(store).status, row(store).attempt) == (Status.PENDING, 1)
-        assert run.state is RunState.HANDED_ON
+        assert isinstance(run.state, run_state.HandedOn)
 
 
 class TestALostClaim:
@@ -205,7 +210,7 @@ class TestALostClaim:
 
         after = row(store)
         assert (after.status, after.token, after.worker, after.result) == (Status.PROCESSING, 2, "other", before.result)
-        assert taken_over.state is RunState.LOST
+        assert isinstance(taken_over.state, run_state.Lost)
         assert "its lease ran out before the body ended" in caplog.text
 
     def test_hands_nothing_on(self, taken_over: Run, store: SQLStore) -> None:
@@ -214,14 +219,16 @@ class TestALostClaim:
 
 
 class TestWithoutABody:
-    def test_a_replay_returns_its_value(self, run: Run) -> None:
-        run.state, run.value = RunState.REPLAYED, 0
+    def test_a_replay_returns_its_value(self, task: IdempotentTask) -> None:
+        run = delivered(task)
+        run.move_to(run_state.Replayed(0))
         assert run.perform(lambda: pytest.fail("the body ran")) == 0
 
-    def test_an_unguarded_run_writes_nothing(self, run: Run, store: SQLStore) -> None:
-        run.state = RunState.UNGUARDED
+    def test_an_unguarded_run_writes_nothing(self, task: IdempotentTask, store: SQLStore) -> None:
+        run = delivered(task)
+        store.record(run.message)
         assert run.perform(lambda: 5) == 5
-        assert row(store).status is Status.PROCESSING
+        assert row(store).status is Status.PENDING
 
 
 class TestWhileTheStoreIsSilent:
