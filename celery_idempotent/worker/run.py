@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from enum import StrEnum
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, assert_never, cast
 
 from celery import Task, states
 from celery.backends.base import DisabledBackend
@@ -32,7 +32,6 @@ from celery_idempotent.core.records import (
     ProcessedStatus,
     Row,
     Status,
-    rejected,
 )
 from celery_idempotent.core.store_retry import ask_until_answered
 from celery_idempotent.errors import (
@@ -49,6 +48,17 @@ from celery_idempotent.message.header import Header
 from celery_idempotent.message.serialization import decode_result, encode_message, encode_result
 from celery_idempotent.producer.box import within
 from celery_idempotent.producer.guarded import RUN, Guarded, current_run
+from celery_idempotent.worker.body_end import (
+    BodyEnd,
+    Completed,
+    Failed,
+    Ignored,
+    Released,
+    Retried,
+    end_as_seen,
+    end_by_error,
+    end_by_value,
+)
 from celery_idempotent.worker.celery_versions import ignores_result
 from celery_idempotent.worker.delivery import describe, waited_on, worker_label
 from celery_idempotent.worker.lease_renewal import LeaseRenewer
@@ -292,7 +302,7 @@ class Run:
             try:
                 unit = UnitOfWork(self.queue_log, contended=collided)
             except ConfigurationError as wrong:
-                self._finish(self._failed(describe(wrong)))
+                self.end(Failed(describe(wrong)))
                 raise
             try:
                 with unit as self.unit, within(unit.outbox):
@@ -311,7 +321,7 @@ class Run:
             longest = max(longest, time.monotonic() - began)
             time.sleep(random.uniform(0, _FIRST_PAUSE * 2 ** (number - 1)))  # noqa: S311 - spreads contenders
             self._before_another_run(longest if collided else 0.0)
-        self._finish(self._failed(describe(error)))
+        self.end(Failed(describe(error)))
         raise error
 
     def _before_another_run(self, unrenewed: float) -> None:
@@ -335,21 +345,12 @@ class Run:
                 value = body()
             finally:
                 self.ran = time.monotonic() - began
-        except Retry as retry:
-            # Eager, or raised by hand: nothing was published, so nothing was handed on.
+        except (Retry, Ignore, Reject) as way:
+            # An eager retry, or one that is raised by hand, has published nothing and handed nothing on.
             if isinstance(self.state, Claimed):
-                self.hand_on(self._retried(retry))
-            self._stop_if_lost()
-            raise
-        except Ignore:
-            if isinstance(self.state, Claimed):
-                self._finish(
-                    self._completed(None, note=NoResultReason.REPLACED if self.replacing else NoResultReason.IGNORED)
-                )
-            self._stop_if_lost()
-            raise
-        except Reject as reject:
-            self._rejected(reject)
+                self.end(self._end_by_error(way))
+            if not isinstance(way, Reject):
+                self._stop_if_lost()
             raise
         except NotCommittedError:
             raise
@@ -362,18 +363,19 @@ class Run:
                     raise NotCommittedError(error, again=True) from error
                 # A signal may have struck in the middle of an answer.
                 self.unit.roll_back(broken=isinstance(error, SoftTimeLimitExceeded))
-            self._finish(self._failed(describe(error)))
+            self.end(self._end_by_error(error))
             raise
         if self._ran_on:
             return value
         self._stop_if_sent_on()
-        if isinstance(value, Retry) and self.request.is_eager and value.sig is not None:
-            # `return self.retry(throw=False)`: `apply` goes on with the next attempt, behind which the callbacks are sent.
-            self.hand_on(self._retried(value))
+        end = end_by_value(value, eager=self.request.is_eager)
+        self.end(end)
+        if isinstance(end, Retried):  # `apply` goes on with the next attempt, after which the callbacks are sent
             self.request.callbacks = self.request.chain = None
-            return value
-        self._succeed(value)
         return value
+
+    def _end_by_error(self, error: BaseException) -> BodyEnd:
+        return end_by_error(error, replacing=self.replacing, rejections=self.header.rejected)
 
     def _reassert_claim(self) -> None:
         """Renew the claim after the process slept for longer than the lease before the body: somebody else may have run it since."""
@@ -385,28 +387,58 @@ class Run:
         if lost:
             self._lose()
 
-    def _succeed(self, value: Any) -> None:
-        wanted = self.task.idempotency.keep_result or self.waited_on
-        result = encode_result(self.task.app, value, trace=self.header.trace) if wanted else None
-        refusal = self._refused_by_backend(value) if result is None else None
+    def end(self, end: BodyEnd) -> None:
+        """Write how the body ended, and take the state that follows from it.
+
+        Raises:
+            EncodeError: The result backend cannot take the value, so the message has failed.
+            Ignore: The claim was lost. (After :class:`Retried` the state says so.)
+            NotCommittedError: The transaction of an atomic body was not committed.
+        """
+        match end:
+            case Completed():
+                self._complete(end)
+            case Failed(error):
+                self._finish(self._failed(error))
+            case Retried(retry):
+                self.hand_on(self._retried(retry))
+            case Released():
+                self._release()
+            case Ignored(note):
+                self._finish(self._completed(None, note=note))
+            case _:  # pragma: no cover - the type checker proves it away
+                assert_never(end)
+
+    def _complete(self, end: Completed) -> None:
+        waited_on = self.waited_on and not end.dispatched
+        wanted = self.task.idempotency.keep_result or waited_on
+        result = encode_result(self.task.app, end.value, trace=self.header.trace) if wanted else None
+        refusal = None if result is not None or end.dispatched else self._refused_by_backend(end.value)
         if refusal is not None:
             self._finish(self._failed(describe(refusal)))
             raise refusal
-        if self.waited_on:
-            # What waits on this result is sent after we return: until it is known to be, the row says so.
-            # On SQLite a transaction that writes keeps all others from writing, renewals too: the lease may have run out.
-            lease = None if self.unit is None else self.task.idempotency.lease
-            held = self._commit(
-                "note a recovery point",
-                result,
-                lambda store, kept: store.checkpoint(self._claim, result=kept, lease=lease),
-                self._has_succeeded,
-            )
-            if not held:
-                self._lose()
-            self.move_to(Checkpointed(self._claim, value))
-        else:
+        if not waited_on:
             self._finish(self._completed(result))
+            return
+        # What waits on this result is sent after we return: until it is known to be, the row says so.
+        # On SQLite a transaction that writes keeps all others from writing, renewals too: the lease may have run out.
+        lease = None if self.unit is None else self.task.idempotency.lease
+        held = self._commit(
+            "note a recovery point",
+            result,
+            lambda store, kept: store.checkpoint(self._claim, result=kept, lease=lease),
+            self._has_succeeded,
+        )
+        if not held:
+            self._lose()
+        self.move_to(Checkpointed(self._claim, end.value))
+
+    def _release(self) -> None:
+        held = self._held("release a message", lambda: self._store.release(self._claim))
+        held = held or self._is_pending(self.message.attempt)
+        if held:
+            self.emit(OutcomeKind.RETRIED, reason="rejected")
+        self._finish(held)
 
     def _refused_by_backend(self, value: Any) -> EncodeError | None:
         """Return what Celery will tell the caller instead of the value: that its result backend cannot take it."""
@@ -419,18 +451,6 @@ class Run:
         except EncodeError as error:
             return error
         return None
-
-    def _rejected(self, reject: Reject) -> None:
-        if not isinstance(self.state, Claimed):
-            return
-        if reject.requeue:
-            held = self._held("release a message", lambda: self._store.release(self._claim))
-            held = held or self._is_pending(self.message.attempt)
-            if held:
-                self.emit(OutcomeKind.RETRIED, reason="rejected")
-            self._finish(held)
-        else:
-            self._finish(self._failed(rejected(describe(reject), self.header.rejected)))
 
     # -- what follows the body -----------------------------------------------------------------------------------------
 
@@ -450,23 +470,7 @@ class Run:
             state,
         )
         try:
-            match state:
-                case states.SUCCESS:
-                    wanted = self.task.idempotency.keep_result
-                    result = encode_result(self.task.app, outcome, trace=self.header.trace) if wanted else None
-                    self._finish(self._completed(result))
-                case states.RETRY:
-                    self.hand_on(self._retried(outcome))
-                case states.IGNORED:
-                    self._finish(
-                        self._completed(
-                            None, note=NoResultReason.REPLACED if self.replacing else NoResultReason.IGNORED
-                        )
-                    )
-                case states.REJECTED:
-                    self._rejected(outcome)
-                case _:
-                    self._finish(self._failed(describe(outcome)))
+            self.end(end_as_seen(state, outcome, replacing=self.replacing, rejections=self.header.rejected))
         except Ignore:  # the claim was lost, which is logged
             return
         except StoreError as error:
