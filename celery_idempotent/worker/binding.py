@@ -20,6 +20,7 @@ from celery.utils.imports import symbol_by_name
 from celery_idempotent.errors import ConfigurationError
 from celery_idempotent.worker.admission import admit, come_again
 from celery_idempotent.worker.handlers import inherited
+from celery_idempotent.worker.perform import perform
 from celery_idempotent.worker.run import Passage, Run
 from celery_idempotent.worker.run_state import Lost
 
@@ -108,7 +109,7 @@ def _guarded_call(call: Callable[..., Any]) -> Callable[..., Any]:
             return _awaited(self, call(self, *args, **kwargs))
 
         try:
-            return run.perform(body)
+            return perform(run, body)
         except Ignore:
             again = run.limits.without(partial(come_again, run)) if isinstance(run.state, Lost) else None
             if again is None:

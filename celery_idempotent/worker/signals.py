@@ -16,6 +16,7 @@ from celery_idempotent.queue_log import QueueLog
 from celery_idempotent.worker.bootsteps import CheckStep, RecoveryStep
 from celery_idempotent.worker.delivery import answered
 from celery_idempotent.worker.discards import EXPIRED, REVOKED, discard
+from celery_idempotent.worker.late_retry import retry_stored
 from celery_idempotent.worker.run import Run
 from celery_idempotent.worker.turned_off import end_unguarded
 
@@ -80,7 +81,7 @@ def _after_run(sender: Any, state: str | None = None, retval: Any = None, **_: A
         run.not_dispatched(retval if state == states.FAILURE else None)
         run.detach()
         if state == states.RETRY:
-            run.retry_stored()
+            retry_stored(run)
 
 
 def _revoked(sender: Any, request: Context, terminated: bool = False, expired: bool = False, **_: Any) -> None:

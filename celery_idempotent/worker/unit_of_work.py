@@ -1,7 +1,7 @@
 """The transaction of an atomic body: what the body writes, and how it ended, take effect together or not at all.
 
 A unit of work belongs to one run of one body. Its connection is opened when the body first asks for it, and is none of the store's:
-leases are renewed beside it. Whoever runs the body (:mod:`celery_idempotent.worker.run`) ends the unit: by the write that ends the
+leases are renewed beside it. Whoever runs the body (:mod:`celery_idempotent.worker.perform`) ends the unit: by the write that ends the
 message, in the same transaction, or by rolling back.
 """
 

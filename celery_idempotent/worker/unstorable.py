@@ -1,18 +1,27 @@
 """Values that a store does not take: a result or a message that is too large for its server, or not storable there.
 
 The value is for a later replay, or a later publication. An outcome without it is better than none: without an outcome the row would stay
-``processing``, and the body would run again and again.
+``processing``, and the body would run again and again. A value that the result backend does not take, and no row keeps, is a failure.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from celery.backends.base import DisabledBackend
+from kombu.exceptions import EncodeError
 
 from celery_idempotent.errors import SchemaError, StoreError, StoreUnavailableError
+from celery_idempotent.worker.celery_versions import ignores_result
 
-__all__ = ["Keeping"]
+if TYPE_CHECKING:
+    from celery.app.task import Context
+
+    from celery_idempotent.producer.guarded import Guarded
+
+__all__ = ["Keeping", "refused_by_backend"]
 
 logger = logging.getLogger("celery_idempotent")
 
@@ -81,3 +90,16 @@ class Keeping:
             if not self.learn(error, kept, silent=isinstance(error, StoreUnavailableError)):
                 raise
         return ask(None)
+
+
+def refused_by_backend(task: Guarded, request: Context, value: Any) -> EncodeError | None:
+    """Return what Celery will tell the caller instead of the value: that its result backend cannot take it."""
+    backend = task.backend
+    stored = not request.is_eager or task.store_eager_result
+    if not stored or ignores_result(task, request) or isinstance(backend, DisabledBackend):
+        return None
+    try:
+        backend.encode(backend.prepare_value(value))
+    except EncodeError as error:
+        return error
+    return None

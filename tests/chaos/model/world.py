@@ -43,6 +43,7 @@ from celery_idempotent.message.identity import identity_of
 from celery_idempotent.worker.admission import admit
 from celery_idempotent.worker.delivery import worker_label
 from celery_idempotent.worker.lease_renewal import LeaseRenewer
+from celery_idempotent.worker.perform import perform
 from celery_idempotent.worker.run import Run
 from celery_idempotent.worker.run_state import Checkpointed, Claimed
 from celery_idempotent.worker.signals import _after_run, _revoked, _succeeded
@@ -389,7 +390,7 @@ class World:
 
         try:
             with self._traced(task, request):
-                execution.run.perform(run_body)
+                perform(execution.run, run_body)
         except Retry as retry:
             task.backend.store_result(request.id, retry, states.RETRY, request=request)
             self._after_run(task, request, states.RETRY)

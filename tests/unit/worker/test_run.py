@@ -31,6 +31,8 @@ from celery_idempotent.producer.prepared import PreparedCall
 from celery_idempotent.producer.send import Sending
 from celery_idempotent.worker import run_state
 from celery_idempotent.worker.delivery import describe, waited_on, worker_label
+from celery_idempotent.worker.late_retry import retry_stored
+from celery_idempotent.worker.perform import perform
 from celery_idempotent.worker.run import Run
 
 KEY = MessageKey("m", "task")
@@ -107,20 +109,20 @@ class TestAProcessThatSlept:
 
     def test_a_body_whose_claim_was_lost_meanwhile_does_not_run(self, run: Run, store: SQLStore) -> None:
         run.asked -= 100.0
-        store.expire(run._claim)
+        store.expire(run.held_claim)
         assert store.take_over(row(store), task_id="task-id", worker="another", lease=60.0, attempt=0)
         with pytest.raises(Ignore):
-            run.perform(lambda: pytest.fail("the body ran"))
+            perform(run, lambda: pytest.fail("the body ran"))
 
     def test_a_body_whose_claim_still_stands_runs(self, run: Run) -> None:
         run.asked -= 100.0
-        assert run.perform(lambda: 5) == 5
+        assert perform(run, lambda: 5) == 5
 
 
 class TestTheEndOfABody:
     @pytest.mark.parametrize("value", [None, 0, False, [], {"a": 1}])
     def test_a_value_is_kept_and_the_message_done(self, run: Run, store: SQLStore, value: object) -> None:
-        assert run.perform(lambda: value) is value
+        assert perform(run, lambda: value) is value
 
         assert (row(store).status, row(store).processed_status) == (Status.DONE, ProcessedStatus.SUCCESS)
         assert row(store).result is not None
@@ -129,13 +131,13 @@ class TestTheEndOfABody:
 
     def test_a_value_that_cannot_be_kept_breaks_nothing(self, run: Run, store: SQLStore) -> None:
         value = object()
-        assert run.perform(lambda: value) is value
+        assert perform(run, lambda: value) is value
         assert (row(store).processed_status, row(store).result) == (ProcessedStatus.SUCCESS, None)
 
     def test_a_value_that_is_not_wanted_is_not_kept(self, task: IdempotentTask, store: SQLStore) -> None:
         type(task).keep_result = False
         run = claimed(task, store)
-        run.perform(lambda: 5)
+        perform(run, lambda: 5)
         assert (row(store).processed_status, row(store).result) == (ProcessedStatus.SUCCESS, None)
 
     @pytest.mark.parametrize("waits", [{"callbacks": [{}]}, {"chain": [{}]}, {"chord": {"task": "t"}}], ids=repr)
@@ -144,7 +146,7 @@ class TestTheEndOfABody:
     ) -> None:
         run = claimed(task, store, **waits)
 
-        run.perform(lambda: 5)
+        perform(run, lambda: 5)
 
         assert (row(store).status, row(store).processed_status) == (Status.PROCESSING, ProcessedStatus.SUCCESS)
         run.dispatched()
@@ -153,29 +155,29 @@ class TestTheEndOfABody:
 
     def test_an_error_is_a_failure(self, run: Run, store: SQLStore) -> None:
         with pytest.raises(ValueError, match="no such card"):
-            run.perform(raising(ValueError("no such card")))
+            perform(run, raising(ValueError("no such card")))
         assert (row(store).status, row(store).processed_status) == (Status.DONE, ProcessedStatus.FAILURE)
         assert row(store).error == "ValueError: no such card"
 
     def test_ignore_is_a_success_without_a_result(self, run: Run, store: SQLStore) -> None:
         with pytest.raises(Ignore):
-            run.perform(raising(Ignore()))
+            perform(run, raising(Ignore()))
         assert (row(store).processed_status, row(store).error) == (ProcessedStatus.SUCCESS, NoResultReason.IGNORED)
 
     def test_reject_is_a_failure(self, run: Run, store: SQLStore) -> None:
         with pytest.raises(Reject):
-            run.perform(raising(Reject("poison", requeue=False)))
+            perform(run, raising(Reject("poison", requeue=False)))
         assert (row(store).status, row(store).processed_status) == (Status.DONE, ProcessedStatus.FAILURE)
         assert "Reject" in (row(store).error or "")
 
     def test_reject_with_requeue_gives_the_message_back(self, run: Run, store: SQLStore) -> None:
         with pytest.raises(Reject):
-            run.perform(raising(Reject("later", requeue=True)))
+            perform(run, raising(Reject("later", requeue=True)))
         assert (row(store).status, row(store).attempt) == (Status.PENDING, 0)
 
     def test_a_retry_raised_by_hand_waits_for_the_next_attempt(self, run: Run, store: SQLStore) -> None:
         with pytest.raises(Retry):
-            run.perform(raising(Retry("again")))
+            perform(run, raising(Retry("again")))
         assert (row(store).status, row(store).attempt) == (Status.PENDING, 1)
         assert isinstance(run.state, run_state.HandedOn)
 
@@ -206,7 +208,7 @@ class TestALostClaim:
         before = row(store)
 
         with pytest.raises(Ignore, match="token 1"):
-            taken_over.perform(end)
+            perform(taken_over, end)
 
         after = row(store)
         assert (after.status, after.token, after.worker, after.result) == (Status.PROCESSING, 2, "other", before.result)
@@ -222,19 +224,19 @@ class TestWithoutABody:
     def test_a_replay_returns_its_value(self, task: IdempotentTask) -> None:
         run = delivered(task)
         run.move_to(run_state.Replayed(0))
-        assert run.perform(lambda: pytest.fail("the body ran")) == 0
+        assert perform(run, lambda: pytest.fail("the body ran")) == 0
 
     def test_an_unguarded_run_writes_nothing(self, task: IdempotentTask, store: SQLStore) -> None:
         run = delivered(task)
         store.record(run.message)
-        assert run.perform(lambda: 5) == 5
+        assert perform(run, lambda: 5) == 5
         assert row(store).status is Status.PENDING
 
 
 class TestWhileTheStoreIsSilent:
     def test_the_outcome_waits_for_it(self, run: Run, store: Unreachable, caplog: pytest.LogCaptureFixture) -> None:
         store.silent = 2
-        assert run.perform(lambda: 5) == 5
+        assert perform(run, lambda: 5) == 5
         assert row(store).processed_status is ProcessedStatus.SUCCESS
         assert "cannot record a success for task[m], asking again until the store answers: gone" in caplog.text
 
@@ -242,7 +244,7 @@ class TestWhileTheStoreIsSilent:
         task.app.conf.idempotent_on_store_error = "run"
         run = claimed(task, store)
         store.silent = 1
-        assert run.perform(lambda: 5) == 5
+        assert perform(run, lambda: 5) == 5
         assert row(store).status is Status.PROCESSING
         assert "could not record a success for task[m], so a copy of it may run again: gone" in caplog.text
 
@@ -251,13 +253,13 @@ class TestWhileTheStoreIsSilent:
         run = claimed(task, store)
         store.silent = 1
         with pytest.raises(StoreUnavailableError, match="gone"):
-            run.perform(lambda: 5)
+            perform(run, lambda: 5)
 
     def test_an_eager_caller_is_told(self, task: IdempotentTask, store: Unreachable) -> None:
         run = claimed(task, store, is_eager=True)
         store.silent = 1
         with pytest.raises(StoreUnavailableError, match="gone"):
-            run.perform(lambda: 5)
+            perform(run, lambda: 5)
 
 
 def test_a_soft_time_limit_that_strikes_after_the_body_changes_nothing(
@@ -271,7 +273,7 @@ def test_a_soft_time_limit_that_strikes_after_the_body_changes_nothing(
         return complete(claim, **kwargs)
 
     monkeypatch.setattr(store, "complete", interrupted)
-    assert run.perform(lambda: 5) == 5
+    assert perform(run, lambda: 5) == 5
     assert row(store).processed_status is ProcessedStatus.SUCCESS
 
 
@@ -356,7 +358,7 @@ class TestARetryStoredLate:
         return run
 
     def test_the_end_that_it_hid_is_stored_again(self, handed_on: Run) -> None:
-        handed_on.retry_stored()
+        retry_stored(handed_on)
 
         backend = handed_on.task.backend
         assert backend.get_state("task-id") == "FAILURE"
@@ -368,7 +370,7 @@ class TestARetryStoredLate:
         attempt = threading.Timer(0.3, backend.store_result, ("task-id", ValueError("the reason"), "FAILURE"))
         attempt.start()
 
-        handed_on.retry_stored()
+        retry_stored(handed_on)
 
         attempt.join()
         assert isinstance(backend.get_result("task-id"), ValueError)
