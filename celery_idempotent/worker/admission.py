@@ -57,6 +57,7 @@ from celery_idempotent.producer.identify import identify
 from celery_idempotent.worker import run_state
 from celery_idempotent.worker.celery_versions import ignores_result
 from celery_idempotent.worker.chords import claimed_for
+from celery_idempotent.worker.claim_request import ClaimAnswer, ClaimRequest
 from celery_idempotent.worker.delivery import answered, describe, waited_on, worker_label
 from celery_idempotent.worker.events import DuplicateIgnored
 from celery_idempotent.worker.hold import hold_countdown, hold_delay, publish_copy
@@ -192,10 +193,7 @@ class _Admission:
         self.message = replace(delivered, fingerprint=header.fingerprint, original_task_id=header.original_task_id)
         self.run = Run(task, request, self.message, header)
         self._mark()
-        #: Whether a claim of ours may stand, or may yet: the store was asked and its answer did not come.
-        self.outcome_unknown = False
-        #: Whether such a claim was found.
-        self.found_again = False
+        self.claim_request = ClaimRequest(request.hostname)
 
     @property
     def _store(self) -> Store:
@@ -259,11 +257,8 @@ class _Admission:
         raise self._hold(_SETTLE)
 
     def _admit(self) -> Run:
-        try:
+        with self.claim_request.noting_silence():
             return self._claim_or_decide()
-        except StoreUnavailableError as error:
-            self.outcome_unknown = self.outcome_unknown or not error.unsent
-            raise
 
     def _is_unrecorded(self) -> bool:
         """Return whether nobody has recorded the message of a task that is turned off: it runs as Celery would run it."""
@@ -281,21 +276,26 @@ class _Admission:
             self.run.attach()
             return self.run
         for _ in range(_ATTEMPTS):
-            self.run.asked = time.monotonic()
-            answer = self._ask()
-            took = time.monotonic() - self.run.asked
-            run = self._claimed(answer) if isinstance(answer, Claimed) else self._apply_decision(answer)
+            asked = self.claim_request.ask(self._ask)
+            self.run.asked = asked.at
+            run = self._follow(asked)
             if run is not None:
                 if run.claim is not None and (run.header.original_id != self.request.id or not self.knows_first):
-                    # Should the store give no answer now: the claim stands, and is found again.
-                    self.outcome_unknown = True
+                    self.claim_request.note_claim()
                     self._record_original()
-                if isinstance(answer, Claimed) or self.found_again:
-                    run.emit(OutcomeKind.CLAIMED, store=took)
+                if asked.granted:
+                    run.emit(OutcomeKind.CLAIMED, store=asked.seconds)
                 run.attach()
                 return run
         logger.warning("%s kept changing hands; it is delivered again", self.run)
         raise self._hold(_SETTLE)
+
+    def _follow(self, asked: ClaimAnswer) -> Run | None:
+        """Do what the store's answer asks for; ``None`` when its row moved meanwhile."""
+        if isinstance(asked.answer, Claimed):
+            return self._claimed(asked.answer)
+        row = asked.answer.row
+        return self._resume_own_claim(row) if asked.is_own(row) else self._apply_decision(row)
 
     def _ask(self) -> Claimed | NotClaimed:
         later = self.run.header.call is not None
@@ -331,16 +331,8 @@ class _Admission:
         except UndecodableError:  # as when it succeeded
             return False
 
-    def _apply_decision(self, taken: NotClaimed) -> Run | None:
+    def _apply_decision(self, row: Row) -> Run | None:
         """Carry out the decision on a row that stands in the way; ``None`` when it moved and the decision is void."""
-        row = taken.row
-        if (
-            self.outcome_unknown
-            and row.status is Status.PROCESSING
-            and row.worker == worker_label(self.request.hostname)
-        ):
-            # The claim whose answer did not come: this process runs nothing else under its label.
-            return self._resume_own_claim(row)
         if row.task_id == self.request.id and row.ran_task_id not in (None, self.request.id):
             # The other way round: a copy has run, or runs, in the place of the first message, and kept that (see _record_original).
             self._mark(copied=True)
@@ -473,8 +465,7 @@ class _Admission:
         mine = Claimed(Claim(row.key, row.token))
         self._note_first(row)
         self.run.asked += min(row.lease_left - self.task.idempotency.lease, 0.0)  # it was asked for earlier than that
-        self.found_again = row.lease_left > 0
-        claimed = self._claimed(mine, row) if self.found_again else self._take_over(row)
+        claimed = self._claimed(mine, row) if row.lease_left > 0 else self._take_over(row)
         if claimed is not None and row.processed_status is ProcessedStatus.SUCCESS:
             return self._replay_claimed(row)
         return claimed
