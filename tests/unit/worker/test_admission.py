@@ -9,11 +9,11 @@ from celery import Celery
 from celery.app.task import Context
 
 from celery_idempotent import IdempotentTask, QueueLog, SQLStore, StoreUnavailableError
-from celery_idempotent.core.records import Duplicate, Inserted, MessageKey, NewMessage, Row, Status
+from celery_idempotent.core.records import Claim, Duplicate, Inserted, MessageKey, NewMessage, Row, Status
 from celery_idempotent.message.header import Header
-from celery_idempotent.message.serialization import encode_message
+from celery_idempotent.message.serialization import encode_message, encode_result
 from celery_idempotent.worker.admission import admit
-from celery_idempotent.worker.run_state import Claimed
+from celery_idempotent.worker.run_state import Claimed, Replayed
 
 KEY, OWN = MessageKey("m", "task"), MessageKey("first", "task")
 
@@ -101,3 +101,29 @@ def test_a_first_message_that_cannot_be_read_does_not_keep_its_copy_from_running
     assert store.find(OWN) is None
     assert "cannot be kept" in caplog.text
     run.detach()
+
+
+def test_a_claim_that_was_lost_while_the_store_was_silent_is_not_kept(
+    task: IdempotentTask, store: Reticent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another worker has taken the message over and ended it by the time that the store answers again."""
+    request = copy_of_the_first(store)
+    task.backend = Celery("results", set_as_current=False, backend="cache+memory://").backend
+    record = store.record
+
+    def lose_the_claim(message: NewMessage) -> Inserted | Duplicate:
+        monkeypatch.setattr(store, "record", record)
+        claimed = store.find(KEY)
+        assert claimed is not None
+        assert store.expire(Claim(KEY, claimed.token))
+        taken = store.take_over(claimed, task_id="copy", worker="other", lease=60.0, attempt=0)
+        assert taken is not None
+        assert store.complete(taken.claim, result=encode_result(task.app, 5))
+        raise store._nothing()
+
+    monkeypatch.setattr(store, "record", lose_the_claim)
+
+    run = admit(task, request)
+
+    assert run.state == Replayed(5)
+    assert run.claim is None
