@@ -254,6 +254,7 @@ class _Admission:
         claim = run.state.claim
         run.detach()
         store_retry.ask_until_answered(lambda: self._store.release(claim), "release", run)
+        run.move_to(run_state.Finished(claim))
         raise self._hold(_SETTLE)
 
     def _admit(self) -> Run:

@@ -8,6 +8,7 @@ library lost or doubled anything. What other packages do is reported and no fail
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import shutil
 import signal
@@ -25,6 +26,7 @@ PLACES = ("postgresql+redis", "postgresql+rabbitmq", "pgbouncer+redis", "mariadb
 
 
 def main() -> int:
+    os.environ["CELERY_IDEMPOTENT_STRICT"] = "1"  # as in the other tests
     # Or its servers and workers would outlive it.
     signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))
     arguments = _arguments()

@@ -107,10 +107,12 @@ def test_the_soft_limit_does_not_strike_a_message_that_waits_for_its_claim(
     app = open_app(spec)
     result = app.tasks["echo"].apply_async(("value",), message_id="m", soft_time_limit=3)
 
-    with locked_until_the_limit_strikes(store_url, start_worker(spec, wait=False)):
+    worker = start_worker(spec, wait=False)
+    with locked_until_the_limit_strikes(store_url, worker):
         pass
 
     assert result.get(timeout=PATIENCE) == "value"
+    assert "still claimed" not in worker.log.read_text(), "what was given back is not lost"
     assert len(ledger.starts("echo")) == 1
     row = app.queue_log.store.find(MessageKey("m", "echo"))
     assert (row.status, row.processed_status, row.attempt) == (Status.DONE, SUCCESS, 0)
