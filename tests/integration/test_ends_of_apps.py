@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import threading
 import weakref
 from collections.abc import Callable
@@ -78,8 +79,13 @@ def use(app: Celery, store_url: str, *, work: bool) -> None:
     if not work:
         assert [task.delay(2).get() for task in tasks] == [4, 4]
         return
-    with start_worker(app, perform_ping_check=False, shutdown_timeout=60.0):
-        assert [task.delay(2).get(timeout=30) for task in tasks] == [4, 4]
+    root = logging.getLogger()
+    level = root.level
+    try:
+        with start_worker(app, perform_ping_check=False, shutdown_timeout=60.0):
+            assert [task.delay(2).get(timeout=30) for task in tasks] == [4, 4]
+    finally:
+        root.setLevel(level)  # a worker sets its own
 
 
 def is_gone(
