@@ -42,7 +42,9 @@ def test_the_readmes_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert example.count('"redis://localhost"') == 2
     example = example.replace('broker="redis://localhost"', 'broker="memory://"')
     example = example.replace('backend="redis://localhost"', 'backend="cache+memory://"')
-    names: dict[str, Any] = {}
+    # Its task would be every app's from now on.
+    monkeypatch.setattr(_state, "_on_app_finalizers", set())
+    names: dict[str, Any] = {"__name__": "shop"}
     exec(example, names)
     first, again = names["first"], names["again"]
     assert not first.duplicate
