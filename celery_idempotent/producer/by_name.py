@@ -149,7 +149,7 @@ class _PublishHook:
         """Return the header of a call whose message is known; ``None`` when nothing tells it from that message."""
         if header.task_id not in (row.task_id, header.message_id):
             return header.copy_of(row.task_id)
-        waited_on = headers.get("group") or any(embed.get(name) for name in ("callbacks", "errbacks", "chain", "chord"))
+        waited_on = headers.get("group") or any(embed.get(name) for name in _EMBEDDED)
         if waited_on and not self.app.current_worker_task:
             return header.copy_of(row.task_id, later_call())
         return None

@@ -53,10 +53,7 @@ class _Arguments:
     message_id: str | None
     options: dict[str, Any]
     run: GuardedRun | None
-
-    @property
-    def dispatched(self) -> bool:
-        return is_dispatched(self.task, self.run, self.task_id, self.options)
+    dispatched: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +106,8 @@ class PreparedCall:
         rest = dict(options)
         message_id = rest.pop("message_id", None)
         run = current_run(task.app)
-        given = _Arguments(task, args, kwargs, task_id, message_id, rest, run)
+        dispatched = is_dispatched(task, run, task_id, rest)
+        given = _Arguments(task, args, kwargs, task_id, message_id, rest, run, dispatched)
         sent = Header.read(rest.get("headers"))
         if sent is not None and sent.belongs_to(task.name, task_id):
             return cls.own_message(given, sent)
