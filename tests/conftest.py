@@ -54,9 +54,11 @@ def _logging_as_it_was() -> Iterator[None]:
     before = _logging()
     yield
     after = _logging()
-    logger, root = logging.getLogger("celery_idempotent"), logging.getLogger()
-    logger.disabled, logger.propagate, logger.level, root.level, root.manager.disable = before
-    logging.Logger.manager._clear_cache()  # type: ignore[attr-defined]
+    logger = logging.getLogger("celery_idempotent")
+    logger.disabled, logger.propagate, level, root_level, disabled_level = before
+    logger.setLevel(level)
+    logging.getLogger().setLevel(root_level)
+    logging.disable(disabled_level)
     assert after == before, f"logging was left {after}, not {before}"
 
 
