@@ -16,7 +16,7 @@ __all__ = ["BASE", "check_history", "check_message", "faults"]
 ROOT = Path(__file__).resolve().parents[2]
 
 #: The last commit that was made before this check.
-BASE = "633490a38784973b1b0ac2778a4b35e8725f60e4"
+BASE = "00a9f487b88abd3f15f11a12e6f2d8eddc7bf545"
 
 LONGEST = 72
 
