@@ -19,6 +19,7 @@ from kombu.exceptions import OperationalError
 from celery_idempotent.cli.opening import one_line, opened
 from celery_idempotent.cli.options import as_json, confirmed, dry_run, duration, yes
 from celery_idempotent.cli.printing import print_, table
+from celery_idempotent.core.backoff import Backoff
 from celery_idempotent.errors import StoreUnavailableError
 from celery_idempotent.maintenance.recovery import Due, Recovered, Recovery
 from celery_idempotent.queue_log import QueueLog
@@ -48,7 +49,7 @@ _DUE = {"taken_back": "be taken back", "relayed": "be relayed", "lost": "be publ
 _LOOKED_AT = 1000
 
 #: The longest pause in seconds of `recover --watch` while the store or the broker is not there, unless its interval is longer.
-_LONGEST_BACK_OFF = 60.0
+_LONGEST_PAUSE = 60.0
 
 #: How soon, in seconds, `recover --watch` notices between two steps that it is to end.
 _NOTICE = 0.2
@@ -157,6 +158,7 @@ def _listed(due: Due) -> Iterator[str]:
 
 def _watch(queue_log: QueueLog, interval: float, lost_after: float | None, task: str | None, json_: bool) -> None:
     """Recover every so many seconds until told to stop; a store or a broker that is not there is waited for."""
+    backoff = Backoff(2 * interval, longest=max(interval, _LONGEST_PAUSE))
     with _told_to_stop() as stopped:
         in_vain = 0
         while not stopped():
@@ -166,7 +168,7 @@ def _watch(queue_log: QueueLog, interval: float, lost_after: float | None, task:
                         click.echo(json.dumps(asdict(done)) if json_ else _recovered(done))
             except (StoreUnavailableError, OperationalError) as error:
                 in_vain += 1
-                pause = min(interval * 2**in_vain, max(interval, _LONGEST_BACK_OFF))
+                pause = backoff.pause(in_vain)
                 logger.error("recovery goes on in %g s: %s", pause, one_line(error))
             else:
                 in_vain, pause = 0, interval

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from itertools import count
 from typing import Any, TypeVar
 
 from kombu.utils.functional import retry_over_time
 
+from celery_idempotent.core.backoff import Backoff
 from celery_idempotent.errors import StoreError, StoreUnavailableError
 
 __all__ = ["REDELIVER_AFTER", "WAIT_IN_PLACE", "ask_again", "ask_until_answered", "ask_until_deadline"]
@@ -23,7 +25,7 @@ WAIT_IN_PLACE = 10.0
 #: Seconds after which a message is delivered again that could not be claimed in that time.
 REDELIVER_AFTER = 10.0
 
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 2.0
+_BACKOFF = Backoff(0.1, longest=2.0)
 _COMPLAIN_EVERY = 30.0
 
 
@@ -74,8 +76,7 @@ def ask_until_deadline(ask: Callable[[], T], what: str, whose: object, wait: Cal
         StoreUnavailableError: The last attempt's; none of them reached the store.
     """
     began, deadline = time.monotonic(), None
-    pause = _FIRST_PAUSE
-    while True:
+    for failures in count(1):
         try:
             return ask()
         except StoreUnavailableError as error:
@@ -83,10 +84,10 @@ def ask_until_deadline(ask: Callable[[], T], what: str, whose: object, wait: Cal
                 break
             if deadline is None:
                 deadline = began + wait()
+            pause = _BACKOFF.pause(failures)
             if time.monotonic() + pause > deadline:
                 raise
         time.sleep(pause)
-        pause = min(pause * 2, _LONGEST_PAUSE)
     return ask_until_answered(ask, what, whose)
 
 
@@ -108,7 +109,7 @@ def ask_until_answered(
         silences: Errors after which it is asked again.
     """
     complained: float | None = None
-    pause = _FIRST_PAUSE
+    failures = 0
     while True:
         try:
             return ask()
@@ -117,5 +118,5 @@ def ask_until_answered(
             if complained is None or now - complained >= _COMPLAIN_EVERY:
                 complained = now
                 logger.error("cannot %s %s, asking again until the store answers: %s", what, whose, error)
-        time.sleep(pause)
-        pause = min(pause * 2, _LONGEST_PAUSE)
+        failures += 1
+        time.sleep(_BACKOFF.pause(failures))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from kombu.pools import producers
 
+from celery_idempotent.core.backoff import Backoff
 from celery_idempotent.core.records import MessageKey, Status
 from celery_idempotent.errors import StoreError
 from celery_idempotent.producer.recorded import publish
@@ -41,8 +42,8 @@ _RETRY_ONCE = {"max_retries": 1, "interval_start": 0, "interval_step": 0, "inter
 #: Messages that go to the broker in one round trip, where that is possible.
 _TOGETHER = 100
 
-#: Seconds after a failure in which nothing is published from here; twice as long each time.
-_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0
+#: After a failure nothing is published from here for a while.
+_BACKOFF = Backoff(1.0, longest=60.0)
 
 #: The transport options by which a driver waits so long and no longer.
 _TIMEOUTS: Mapping[str, Mapping[str, float]] = {
@@ -113,7 +114,7 @@ class Publisher:
         self._queue_log = queue_log
         #: The last message that was left to the relay: those before it are relayed before it.
         self._last_left: MessageKey | None = None
-        self._pause = 0.0
+        self._failures = 0
         self._not_before = 0.0
 
     @classmethod
@@ -136,10 +137,10 @@ class Publisher:
                 with producers[self._connection].acquire(block=True) as producer:
                     for first in range(0, len(messages), _TOGETHER):
                         _hand_over(messages[first : first + _TOGETHER], producer, sent)
-                self._last_left, self._pause = None, 0.0
+                self._last_left, self._failures = None, 0
         except Exception as error:  # noqa: BLE001 - whatever it is, the rows are there, and their caller has done his part
-            self._pause = min(max(2 * self._pause, _FIRST_PAUSE), _LONGEST_PAUSE)
-            self._not_before = time.monotonic() + self._pause
+            self._failures += 1
+            self._not_before = time.monotonic() + _BACKOFF.pause(self._failures)
             logger.error("%d committed messages are left to the relay: %r", len(messages) - len(sent), error)
         self._note(sent, [message.key for message in messages[len(sent) :]])
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from kombu.exceptions import OperationalError
 from kombu.utils.functional import retry_over_time
 
+from celery_idempotent.core.backoff import Backoff
+
 if TYPE_CHECKING:
     from celery import Celery
     from celery.app.task import Context
@@ -21,10 +23,8 @@ __all__ = ["hold_countdown", "hold_delay", "publish_copy"]
 
 logger = logging.getLogger("celery_idempotent")
 
-#: Seconds for which a copy of a running message is held at first. Each further hold is twice as long, up to what the decision
-#: says, in as many steps.
+#: Seconds for which a copy of a running message is held at first. Each further hold is twice as long, up to what the decision says.
 _FIRST_HOLD = 1.0
-_LONGEST_HOLD = 20
 
 #: Seconds. To quorum queues Celery publishes whole seconds only, and raises ValueError for less than one.
 _SHORTEST_HOLD = 1.0
@@ -49,7 +49,7 @@ def hold_delay(decided: float, holds: int) -> float:
         decided: What the decision says, at most.
         holds: How often the copy has been held.
     """
-    return min(decided, _FIRST_HOLD * 2.0 ** min(holds, _LONGEST_HOLD))
+    return Backoff(_FIRST_HOLD, longest=decided).pause(holds + 1)
 
 
 def hold_countdown(app: Celery, delay: float) -> float:

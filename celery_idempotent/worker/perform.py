@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
 import time
 from collections.abc import Callable
 from functools import partial
@@ -11,6 +10,7 @@ from typing import TypeVar, cast
 
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 
+from celery_idempotent.core.backoff import Backoff
 from celery_idempotent.core.store_retry import ask_until_answered
 from celery_idempotent.errors import ConfigurationError, StoreError
 from celery_idempotent.producer.box import within
@@ -26,8 +26,8 @@ logger = logging.getLogger("celery_idempotent")
 
 T = TypeVar("T")
 
-#: Seconds of the pause before an atomic body is run again, at most; twice as long each time.
-_FIRST_PAUSE = 0.1
+#: Before an atomic body is run again.
+_BACKOFF = Backoff(0.1)
 
 
 def perform(run: Run, body: Callable[[], T]) -> T:
@@ -103,7 +103,7 @@ def _perform_atomically(run: Run, body: Callable[[], T]) -> T:
             "%s is run again, as its transaction was not committed (run %d of %d): %s", run, number, RUNS, error
         )
         longest = max(longest, time.monotonic() - began)
-        time.sleep(random.uniform(0, _FIRST_PAUSE * 2 ** (number - 1)))  # noqa: S311 - spreads contenders
+        time.sleep(_BACKOFF.random_pause(number))
         _before_another_run(run, longest if collided else 0.0)
     run.end(Failed(describe(error)))
     raise error

@@ -12,7 +12,6 @@ worked on for longer than :data:`ANSWER`, and what is not waited for any more is
 from __future__ import annotations
 
 import os
-import random
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from sqlalchemy import URL, Connection, Engine, Pool, StaticPool
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
+from celery_idempotent.core.backoff import Backoff
 from celery_idempotent.core.fork_lock import no_fork
 from celery_idempotent.errors import ConfigurationError, IdempotentError, SchemaError, StoreError, StoreUnavailableError
 from celery_idempotent.stores.sql.address import masked
@@ -41,6 +41,7 @@ T = TypeVar("T")
 #: lock that was waited for in vain for a minute is not waited for again.
 COLLISIONS = 8
 PATIENCE = 10.0
+_BACKOFF = Backoff(0.01)
 
 #: Seconds for which the server works on a statement of a producer or a consumer; operators' statements may take as long as they need. Far
 #: more than an answer takes, and less than a broker waits for a heartbeat.
@@ -165,7 +166,7 @@ class Database:
                     is_retry = True
                 elif fault is Fault.COLLISION and collisions < COLLISIONS and time.monotonic() - began < PATIENCE:
                     collisions += 1
-                    time.sleep(random.uniform(0, 0.005 * 2**collisions))  # noqa: S311 - spreads contenders, no secret
+                    time.sleep(_BACKOFF.random_pause(collisions))
                 elif fault is Fault.MOVED and not moved:
                     moved = True  # its connection was thrown away, and the next may lead to where the primary is now
                 elif fault is Fault.SCHEMA and not inspected:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from celery_idempotent.core import store_retry
+from celery_idempotent.core.backoff import Backoff
 from celery_idempotent.stores.sql import connection
 from celery_idempotent.stores.sql.dialects import mysql, postgresql
 
@@ -19,7 +20,7 @@ def be_impatient(set_attribute: Callable[[Any, str, Any], object]) -> None:
         set_attribute: ``setattr``, or a ``monkeypatch.setattr`` that takes it back.
     """
     set_attribute(store_retry, "WAIT_IN_PLACE", 0.5)
-    set_attribute(store_retry, "_LONGEST_PAUSE", 0.5)
+    set_attribute(store_retry, "_BACKOFF", Backoff(0.1, longest=0.5))
     set_attribute(store_retry, "REDELIVER_AFTER", 1.0)
     set_attribute(connection, "ANSWER", 2.0)
     set_attribute(postgresql, "_CONNECT_TIMEOUT", 2)  # libpq takes less for as much
