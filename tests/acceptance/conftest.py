@@ -1,10 +1,10 @@
 """What the acceptance tests share: a guarded and a plain worker on each broker, started once.
 
-``guarded`` and ``plain`` are stands (see :mod:`tests.support.stand`); a test that asks for one runs once per broker::
+``guarded`` and ``plain`` are shared workers (see :mod:`tests.support.side_by_side`); a test that asks for one runs once per broker::
 
-    @pytest.mark.parametrize("stands", ["redis"], indirect=True)    # on one only
+    @pytest.mark.parametrize("both_workers", ["redis"], indirect=True)    # on one only
 
-All tests on one broker's stands run in one process of pytest-xdist (``--dist loadgroup``), so that there is one pair of workers.
+All tests on one broker's workers run in one process of pytest-xdist (``--dist loadgroup``), so that there is one pair of workers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pytest
 from tests.conftest import _attach_log, missing
 from tests.support.brokers import Broker, filesystem_broker, rabbitmq_broker, redis_broker
 from tests.support.servers import NotInstalledError, PrivateRedis
-from tests.support.stand import SideBySide, Stand, open_stands
+from tests.support.side_by_side import GuardedAndPlain, SharedWorker, open_both_workers
 from tests.support.stores import mariadb_store, postgresql_store, sqlite_store
 
 #: Each broker beside another store, so that every store is under real workers too.
@@ -32,7 +32,7 @@ STORE_BESIDE = {
 
 @pytest.fixture(scope="session")
 def shared_redis() -> Iterator[PrivateRedis]:
-    """Yield a Redis for the stands of this session: results in database 0, messages in 1 (guarded) and 2 (plain)."""
+    """Yield a Redis for the workers of this session: results in database 0, messages in 1 (guarded) and 2 (plain)."""
     try:
         server = PrivateRedis().__enter__()
     except NotInstalledError as error:
@@ -44,20 +44,20 @@ def shared_redis() -> Iterator[PrivateRedis]:
 
 @pytest.fixture(
     scope="session",
-    params=[pytest.param(name, marks=pytest.mark.xdist_group(f"stands-{name}")) for name in STORE_BESIDE],
+    params=[pytest.param(name, marks=pytest.mark.xdist_group(f"workers-{name}")) for name in STORE_BESIDE],
 )
-def stands(
+def both_workers(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, shared_redis: PrivateRedis
-) -> Iterator[SideBySide]:
+) -> Iterator[GuardedAndPlain]:
     """Yield a guarded and a plain worker on one kind of broker."""
-    directory = tmp_path_factory.mktemp(f"stands-{request.param}")
+    directory = tmp_path_factory.mktemp(f"workers-{request.param}")
     with ExitStack() as stack:
         guarded, plain = (
             _broker(stack, request, name, directory / name, database)
             for database, name in enumerate(("guarded", "plain"), 1)
         )
         yield stack.enter_context(
-            open_stands(
+            open_both_workers(
                 directory,
                 backend=shared_redis.url,
                 store=_store(stack, request, directory),
@@ -89,17 +89,17 @@ def _store(stack: ExitStack, request: pytest.FixtureRequest, directory: Path) ->
 
 
 @pytest.fixture
-def guarded(stands: SideBySide, request: pytest.FixtureRequest) -> Stand:
+def guarded(both_workers: GuardedAndPlain, request: pytest.FixtureRequest) -> SharedWorker:
     """Return the guarded worker and its app."""
-    return _with_log(stands.guarded, request)
+    return _with_log(both_workers.guarded, request)
 
 
 @pytest.fixture
-def plain(stands: SideBySide, request: pytest.FixtureRequest) -> Stand:
+def plain(both_workers: GuardedAndPlain, request: pytest.FixtureRequest) -> SharedWorker:
     """Return the same tasks on Celery's own class."""
-    return _with_log(stands.plain, request)
+    return _with_log(both_workers.plain, request)
 
 
-def _with_log(stand: Stand, request: pytest.FixtureRequest) -> Stand:
-    _attach_log(request, f"worker {stand.worker.hostname}", stand.worker.log_tail)
-    return stand
+def _with_log(shared_worker: SharedWorker, request: pytest.FixtureRequest) -> SharedWorker:
+    _attach_log(request, f"worker {shared_worker.worker.hostname}", shared_worker.worker.log_tail)
+    return shared_worker

@@ -14,7 +14,7 @@ from tests.conftest import StartWorker
 from tests.support.apps import AppSpec, OpenApp
 from tests.support.callers import Callers, start_callers
 from tests.support.ledger import Ledger
-from tests.support.stand import unique
+from tests.support.side_by_side import unique
 
 PROCESSES = 8
 

@@ -13,7 +13,7 @@ from kombu.exceptions import EncodeError, OperationalError
 from celery_idempotent import AlreadyFailedError
 from tests.support.apps import OpenApp
 from tests.support.servers.private import free_port
-from tests.support.stand import Stand, unique
+from tests.support.side_by_side import SharedWorker, unique
 from tests.support.waiting import wait_until
 
 
@@ -24,10 +24,10 @@ class Unsent:
     text: str = ""
 
 
-pytestmark = pytest.mark.parametrize("stands", ["redis"], indirect=True)
+pytestmark = pytest.mark.parametrize("both_workers", ["redis"], indirect=True)
 
 
-def test_publish_fails_after_the_id_was_taken(guarded: Stand, open_app: OpenApp) -> None:
+def test_publish_fails_after_the_id_was_taken(guarded: SharedWorker, open_app: OpenApp) -> None:
     key = unique()
     nowhere = open_app(replace(guarded.spec, broker=f"redis://127.0.0.1:{free_port()}/0"))
 
@@ -44,7 +44,7 @@ def test_publish_fails_after_the_id_was_taken(guarded: Stand, open_app: OpenApp)
     assert len(guarded.starts(key)) == 2
 
 
-def test_keyword_or_positional_and_defaults_are_one_call(guarded: Stand, plain: Stand) -> None:
+def test_keyword_or_positional_and_defaults_are_one_call(guarded: SharedWorker, plain: SharedWorker) -> None:
     key = unique()
     one_call = [((key,), {}), ((), {"key": key}), ((key, 1), {}), ((key,), {"currency": "EUR", "amount": 1})]
 
@@ -58,7 +58,7 @@ def test_keyword_or_positional_and_defaults_are_one_call(guarded: Stand, plain: 
     assert len({double.get(timeout=60) for double in doubles}) == 4
 
 
-def test_different_calls_are_not_one(guarded: Stand) -> None:
+def test_different_calls_are_not_one(guarded: SharedWorker) -> None:
     key = unique()
     amounts = [1, "1", 2, True, None, [1, 2], "[1, 2]", {"a": 1}]
 
@@ -69,7 +69,7 @@ def test_different_calls_are_not_one(guarded: Stand) -> None:
     assert len({result.get(timeout=60) for result in results}) == 9
 
 
-def test_revoked_before_start(guarded: Stand) -> None:
+def test_revoked_before_start(guarded: SharedWorker) -> None:
     key, task_id = unique(), str(uuid.uuid4())
     order = guarded.task("order_again")
     guarded.app.control.revoke(task_id, reply=True, limit=1, timeout=30, destination=[guarded.worker.hostname])
@@ -86,7 +86,7 @@ def test_revoked_before_start(guarded: Stand) -> None:
     assert len(guarded.starts(key)) == 1
 
 
-def test_expired_before_start(guarded: Stand) -> None:
+def test_expired_before_start(guarded: SharedWorker) -> None:
     key = unique()
     order = guarded.task("order_again")
     due = datetime.now(UTC) + timedelta(seconds=1)
@@ -105,7 +105,7 @@ def test_expired_before_start(guarded: Stand) -> None:
     assert len(guarded.starts(key)) == 1
 
 
-def test_purged_before_start(guarded: Stand, open_app: OpenApp) -> None:
+def test_purged_before_start(guarded: SharedWorker, open_app: OpenApp) -> None:
     key = unique()
     # A caller that doubts the publication of a message that has waited for a second.
     doubtful = open_app(replace(guarded.spec, settings={**guarded.spec.settings, "idempotent_lost_after": 1.0})).tasks[
@@ -121,7 +121,7 @@ def test_purged_before_start(guarded: Stand, open_app: OpenApp) -> None:
     assert len(guarded.starts(key)) == 1
 
 
-def test_an_exception_that_cannot_be_rebuilt(guarded: Stand) -> None:
+def test_an_exception_that_cannot_be_rebuilt(guarded: SharedWorker) -> None:
     key = unique()
     failed = guarded.task("brittle").delay(key)
 

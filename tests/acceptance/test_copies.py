@@ -15,12 +15,12 @@ from celery import chain, chord
 from celery_idempotent.core.records import Claimed, MessageKey, NewMessage
 from celery_idempotent.queue_log import QueueLog
 from tests.support.apps import OpenApp
-from tests.support.stand import Stand, unique
+from tests.support.side_by_side import SharedWorker, unique
 from tests.support.waiting import wait_until
 
 
 @pytest.mark.parametrize("times", [2, 10], ids=["twice", "ten-times"])
-def test_the_same_message_put_on_the_broker_by_hand(guarded: Stand, plain: Stand, times: int) -> None:
+def test_the_same_message_put_on_the_broker_by_hand(guarded: SharedWorker, plain: SharedWorker, times: int) -> None:
     key = unique()
     _, again = plain.copies(lambda queue: plain.task("once").apply_async((key,), queue=queue))
     result, message = guarded.copies(lambda queue: guarded.task("once").apply_async((key,), queue=queue))
@@ -37,7 +37,7 @@ def test_the_same_message_put_on_the_broker_by_hand(guarded: Stand, plain: Stand
     plain.wait_for_starts(key, times)
 
 
-def test_copies_that_arrive_while_it_runs(guarded: Stand, plain: Stand, tmp_path: Path) -> None:
+def test_copies_that_arrive_while_it_runs(guarded: SharedWorker, plain: SharedWorker, tmp_path: Path) -> None:
     key, gate = unique(), tmp_path / "gate"
     _, again = plain.copies(lambda queue: plain.task("once").apply_async((key, str(gate)), queue=queue))
     result, message = guarded.copies(lambda queue: guarded.task("once").apply_async((key, str(gate)), queue=queue))
@@ -58,7 +58,7 @@ def test_copies_that_arrive_while_it_runs(guarded: Stand, plain: Stand, tmp_path
 
 
 def test_send_task_by_name_with_another_task_id_but_the_same_message_id(
-    guarded: Stand, plain: Stand, open_app: OpenApp
+    guarded: SharedWorker, plain: SharedWorker, open_app: OpenApp
 ) -> None:
     key, message_id = unique(), unique("message")
     # A producer that has neither the tasks nor the library.
@@ -76,11 +76,11 @@ def test_send_task_by_name_with_another_task_id_but_the_same_message_id(
     assert len({double.get(timeout=60) for double in doubles}) == 4
 
 
-def test_the_callback_of_a_message_put_on_the_broker_three_times(guarded: Stand, plain: Stand) -> None:
+def test_the_callback_of_a_message_put_on_the_broker_three_times(guarded: SharedWorker, plain: SharedWorker) -> None:
     key, after = unique(), unique("after")
 
-    def linked(stand: Stand, queue: str) -> Any:
-        return stand.task("once").apply_async((key,), link=stand.task("receive").s(after), queue=queue)
+    def linked(shared_worker: SharedWorker, queue: str) -> Any:
+        return shared_worker.task("once").apply_async((key,), link=shared_worker.task("receive").s(after), queue=queue)
 
     _, again = plain.copies(lambda queue: linked(plain, queue))
     result, message = guarded.copies(lambda queue: linked(guarded, queue))
@@ -96,11 +96,11 @@ def test_the_callback_of_a_message_put_on_the_broker_three_times(guarded: Stand,
     plain.wait_for_starts(after, 3)
 
 
-def test_a_duplicate_with_a_callback_of_its_own(guarded: Stand, plain: Stand) -> None:
+def test_a_duplicate_with_a_callback_of_its_own(guarded: SharedWorker, plain: SharedWorker) -> None:
     key, first, second = unique(), unique("first"), unique("second")
 
-    def send(stand: Stand, after: str) -> Any:
-        return stand.task("order").apply_async((key,), link=stand.task("receive").s(after))
+    def send(shared_worker: SharedWorker, after: str) -> Any:
+        return shared_worker.task("order").apply_async((key,), link=shared_worker.task("receive").s(after))
 
     results = [send(guarded, after) for after in (first, second)]
     doubles = [send(plain, after) for after in (first, second)]
@@ -113,11 +113,13 @@ def test_a_duplicate_with_a_callback_of_its_own(guarded: Stand, plain: Stand) ->
     assert len({double.get(timeout=60) for double in doubles}) == 2
 
 
-def test_the_first_step_of_a_chain_put_on_the_broker_three_times(guarded: Stand, plain: Stand) -> None:
+def test_the_first_step_of_a_chain_put_on_the_broker_three_times(guarded: SharedWorker, plain: SharedWorker) -> None:
     key, after = unique(), unique("after")
 
-    def chained(stand: Stand, queue: str) -> Any:
-        return chain(stand.task("once").s(key).set(queue=queue), stand.task("receive").s(after)).apply_async()
+    def chained(shared_worker: SharedWorker, queue: str) -> Any:
+        return chain(
+            shared_worker.task("once").s(key).set(queue=queue), shared_worker.task("receive").s(after)
+        ).apply_async()
 
     _, again = plain.copies(lambda queue: chained(plain, queue))
     result, message = guarded.copies(lambda queue: chained(guarded, queue))
@@ -132,11 +134,11 @@ def test_the_first_step_of_a_chain_put_on_the_broker_three_times(guarded: Stand,
     plain.wait_for_starts(after, 3)
 
 
-def test_a_duplicate_in_a_chain(guarded: Stand, plain: Stand) -> None:
+def test_a_duplicate_in_a_chain(guarded: SharedWorker, plain: SharedWorker) -> None:
     key, tails = unique(), [unique("tail") for _ in range(2)]
 
-    def send(stand: Stand, tail: str) -> Any:
-        return chain(stand.task("order").s(key), stand.task("receive").s(tail)).apply_async()
+    def send(shared_worker: SharedWorker, tail: str) -> Any:
+        return chain(shared_worker.task("order").s(key), shared_worker.task("receive").s(tail)).apply_async()
 
     results = [send(guarded, tail) for tail in tails]
     doubles = [send(plain, tail) for tail in tails]
@@ -149,11 +151,13 @@ def test_a_duplicate_in_a_chain(guarded: Stand, plain: Stand) -> None:
     assert len({double.get(timeout=60) for double in doubles}) == 2
 
 
-def test_the_header_of_a_chord_put_on_the_broker_twice(guarded: Stand, plain: Stand) -> None:
+def test_the_header_of_a_chord_put_on_the_broker_twice(guarded: SharedWorker, plain: SharedWorker) -> None:
     keys, after = [unique(), unique()], unique("after")
 
-    def send(stand: Stand, queue: str) -> Any:
-        return chord([stand.task("once").s(key).set(queue=queue) for key in keys])(stand.task("receive").s(after))
+    def send(shared_worker: SharedWorker, queue: str) -> Any:
+        return chord([shared_worker.task("once").s(key).set(queue=queue) for key in keys])(
+            shared_worker.task("receive").s(after)
+        )
 
     _, again = plain.copies(lambda queue: send(plain, queue), count=2)
     result, messages = guarded.copies(lambda queue: send(guarded, queue), count=2)
@@ -169,11 +173,11 @@ def test_the_header_of_a_chord_put_on_the_broker_twice(guarded: Stand, plain: St
     wait_until(lambda: [len(plain.starts(key)) for key in keys] == [2, 2], describe="plain Celery's doubles")
 
 
-def test_a_duplicate_in_a_chord(guarded: Stand, plain: Stand) -> None:
+def test_a_duplicate_in_a_chord(guarded: SharedWorker, plain: SharedWorker) -> None:
     key, other, after = unique(), unique(), unique("after")
 
-    def send(stand: Stand) -> Any:
-        order, once, receive = (stand.task(name) for name in ("order", "once", "receive"))
+    def send(shared_worker: SharedWorker) -> Any:
+        order, once, receive = (shared_worker.task(name) for name in ("order", "once", "receive"))
         return chord([order.s(key), order.s(key), once.s(other)])(receive.s(after))
 
     result, double = send(guarded), send(plain)
@@ -186,11 +190,11 @@ def test_a_duplicate_in_a_chord(guarded: Stand, plain: Stand) -> None:
     assert first != second
 
 
-def test_a_duplicate_overtakes_the_message_it_repeats(guarded: Stand, plain: Stand) -> None:
+def test_a_duplicate_overtakes_the_message_it_repeats(guarded: SharedWorker, plain: SharedWorker) -> None:
     key, first, second = unique(), unique("first"), unique("second")
 
-    def send(stand: Stand, after: str, **options: str) -> Any:
-        return stand.task("order").apply_async((key,), link=stand.task("receive").s(after), **options)
+    def send(shared_worker: SharedWorker, after: str, **options: str) -> Any:
+        return shared_worker.task("order").apply_async((key,), link=shared_worker.task("receive").s(after), **options)
 
     _, plain_message = plain.copies(lambda queue: send(plain, first, queue=queue))
     earlier, message = guarded.copies(lambda queue: send(guarded, first, queue=queue))
@@ -208,7 +212,7 @@ def test_a_duplicate_overtakes_the_message_it_repeats(guarded: Stand, plain: Sta
     plain.wait_for_starts(key, 2)
 
 
-def test_a_copy_arrives_when_a_dead_workers_lease_has_half_a_second_to_go(guarded: Stand) -> None:
+def test_a_copy_arrives_when_a_dead_workers_lease_has_half_a_second_to_go(guarded: SharedWorker) -> None:
     key = unique()
     result, message = guarded.copies(lambda queue: guarded.task("once").apply_async((key,), queue=queue))
     # A worker elsewhere, which claims and is never heard of again.

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from celery_idempotent import AlreadyFailedError
-from tests.support.stand import Stand, unique
+from tests.support.side_by_side import SharedWorker, unique
 
 
 @pytest.mark.parametrize("countdown", [0, 1], ids=["countdown-0", "with-a-countdown"])
-def test_self_retry_twice_then_success_in_a_unique_task(guarded: Stand, countdown: float) -> None:
+def test_self_retry_twice_then_success_in_a_unique_task(guarded: SharedWorker, countdown: float) -> None:
     key = unique()
 
     result = guarded.task("retried").delay(key, 2, countdown)
@@ -26,19 +26,22 @@ def test_self_retry_twice_then_success_in_a_unique_task(guarded: Stand, countdow
     assert guarded.task("retried").delay(key, 2, countdown).get(timeout=60) == result.get()
 
 
-@pytest.mark.parametrize("stands", ["redis"], indirect=True)
-def test_a_retry_that_ends_before_its_predecessor_has_stored_that_it_retries(guarded: Stand, plain: Stand) -> None:
+@pytest.mark.parametrize("both_workers", ["redis"], indirect=True)
+def test_a_retry_that_ends_before_its_predecessor_has_stored_that_it_retries(
+    guarded: SharedWorker, plain: SharedWorker
+) -> None:
     """Celery publishes a retry first, and stores the state RETRY then: it may hide the end of the next attempt for ever."""
     key = unique()
 
-    result, hidden = (stand.task("hurried").delay(key) for stand in (guarded, plain))
+    result, hidden = (shared_worker.task("hurried").delay(key) for shared_worker in (guarded, plain))
 
-    for stand in (guarded, plain):
-        stand.wait_for_starts(key, 2)
-        stand.wait_until_idle()
+    for shared_worker in (guarded, plain):
+        shared_worker.wait_for_starts(key, 2)
+        shared_worker.wait_until_idle()
     # What whoever asks the backend now is told.
     stored, stored_by_plain = (
-        stand.app.backend.get_task_meta(asked.id) for stand, asked in ((guarded, result), (plain, hidden))
+        shared_worker.app.backend.get_task_meta(asked.id)
+        for shared_worker, asked in ((guarded, result), (plain, hidden))
     )
     assert (stored["status"], type(stored["result"])) == ("FAILURE", AlreadyFailedError)
     assert f"{key} failed at last" in str(stored["result"])
@@ -46,8 +49,8 @@ def test_a_retry_that_ends_before_its_predecessor_has_stored_that_it_retries(gua
     assert stored_by_plain["status"] == "RETRY"
 
 
-@pytest.mark.parametrize("stands", ["redis"], indirect=True)
-def test_args_mutated_by_the_body_and_self_retry_with_other_args(guarded: Stand, plain: Stand) -> None:
+@pytest.mark.parametrize("both_workers", ["redis"], indirect=True)
+def test_args_mutated_by_the_body_and_self_retry_with_other_args(guarded: SharedWorker, plain: SharedWorker) -> None:
     key = unique()
 
     result = guarded.task("changing").delay(key, [])

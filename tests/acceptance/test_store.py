@@ -16,7 +16,7 @@ from celery_idempotent.queue_log import QueueLog
 from tests.conftest import _attach_log, missing
 from tests.support.apps import AppSpec, close_app
 from tests.support.servers import NotInstalledError, PrivatePostgreSQL, PrivateRedis
-from tests.support.stand import Stand, unique
+from tests.support.side_by_side import SharedWorker, unique
 from tests.support.waiting import wait_until
 from tests.support.worker import WorkerProcess
 
@@ -46,7 +46,7 @@ def database() -> Iterator[PrivatePostgreSQL]:
 @pytest.fixture(scope="module")
 def shared(
     database: PrivatePostgreSQL, shared_redis: PrivateRedis, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Stand]:
+) -> Iterator[SharedWorker]:
     directory = tmp_path_factory.mktemp("store")
     spec = AppSpec(
         broker=f"{shared_redis.url.removesuffix('/0')}/3",
@@ -64,20 +64,22 @@ def shared(
         QueueLog.of(app).init()
         worker = WorkerProcess(directory, spec.environment())
         stack.callback(worker.stop)
-        yield Stand.of(spec, app, worker.start())
+        yield SharedWorker.of(spec, app, worker.start())
 
 
 @pytest.fixture
-def stand(shared: Stand, request: pytest.FixtureRequest) -> Stand:
+def shared_worker(shared: SharedWorker, request: pytest.FixtureRequest) -> SharedWorker:
     _attach_log(request, f"worker {shared.worker.hostname}", shared.worker.log_tail)
     return shared
 
 
 @pytest.mark.xdist_group("store")
-def test_every_task_costs_the_database_three_statements(stand: Stand, database: PrivatePostgreSQL) -> None:
-    order = stand.task("order")
+def test_every_task_costs_the_database_three_statements(
+    shared_worker: SharedWorker, database: PrivatePostgreSQL
+) -> None:
+    order = shared_worker.task("order")
     assert order.delay(unique()).get(timeout=60)
-    stand.wait_until_idle()
+    shared_worker.wait_until_idle()
     before = len(database.log.read_bytes())
 
     results = [order.delay(unique()) for _ in range(TASKS)]
@@ -91,15 +93,15 @@ def test_every_task_costs_the_database_three_statements(stand: Stand, database: 
     assert len(statements()) == 3 * TASKS, Counter(statements())
 
 
-@pytest.mark.parametrize("stands", ["redis"], indirect=True)
+@pytest.mark.parametrize("both_workers", ["redis"], indirect=True)
 def test_every_task_costs_redis_what_it_costs_plain_celery(
-    guarded: Stand, plain: Stand, shared_redis: PrivateRedis
+    guarded: SharedWorker, plain: SharedWorker, shared_redis: PrivateRedis
 ) -> None:
     with Redis.from_url(shared_redis.url) as redis:
         costs = []
-        for stand in (guarded, plain):
-            once = stand.task("once")
-            stand.wait_until_idle()
+        for shared_worker in (guarded, plain):
+            once = shared_worker.task("once")
+            shared_worker.wait_until_idle()
             redis.config_resetstat()
             results = [once.delay(unique()) for _ in range(TASKS)]
             assert all(result.get(timeout=60) for result in results)
@@ -114,25 +116,25 @@ def test_every_task_costs_redis_what_it_costs_plain_celery(
 
 
 @pytest.mark.xdist_group("store")
-def test_the_store_is_down(stand: Stand, database: PrivatePostgreSQL) -> None:
+def test_the_store_is_down(shared_worker: SharedWorker, database: PrivatePostgreSQL) -> None:
     sent_before, refused = unique(), unique()
-    order = stand.task("order")
-    result, message = stand.copies(lambda queue: order.apply_async((sent_before,), queue=queue))
+    order = shared_worker.task("order")
+    result, message = shared_worker.copies(lambda queue: order.apply_async((sent_before,), queue=queue))
 
     database.stop()
     with pytest.raises(StoreUnavailableError):
         order.delay(refused)
-    stand.put(message)
-    stand.worker.wait_for_log(f"Task order[{result.id}] received")
+    shared_worker.put(message)
+    shared_worker.worker.wait_for_log(f"Task order[{result.id}] received")
     # The worker asks and gets no answer; it neither runs the task nor drops it.
-    stand.worker.wait_for_log("Connection refused", timeout=60)
-    assert stand.starts(sent_before) == []
+    shared_worker.worker.wait_for_log("Connection refused", timeout=60)
+    assert shared_worker.starts(sent_before) == []
     database.start()
 
     assert result.get(timeout=90).startswith(sent_before)
-    stand.wait_until_idle()
-    assert (len(stand.starts(sent_before)), len(stand.starts(refused))) == (1, 0)
-    assert stand.settled(f"order:{sent_before}", "order").processed_status == "success"
+    shared_worker.wait_until_idle()
+    assert (len(shared_worker.starts(sent_before)), len(shared_worker.starts(refused))) == (1, 0)
+    assert shared_worker.settled(f"order:{sent_before}", "order").processed_status == "success"
     again = order.delay(refused)
     assert not again.duplicate
     assert again.get(timeout=60).startswith(refused)

@@ -16,9 +16,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tests.chaos.environment import BROKERS, STORES
 from tests.chaos.report import plot, table, write
 from tests.chaos.runner import Chaos, run
-from tests.chaos.site import BROKERS, STORES
 from tests.chaos.variants import VARIANTS
 
 #: Where the library is tried unless one says otherwise.

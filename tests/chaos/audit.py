@@ -14,8 +14,8 @@ from itertools import combinations, pairwise
 from statistics import quantiles
 
 from celery_idempotent.core.decision import MAX_TAKEOVERS
+from tests.chaos.environment import GEVENT_NAME, Done
 from tests.chaos.plan import KILLS, LEASE, Step
-from tests.chaos.site import GEVENT_NAME, Done
 from tests.support.ledger import Entry
 
 __all__ = ["READY", "Audit", "Committed", "Outcome", "Recovery", "Run", "audit", "runs_of"]

@@ -19,8 +19,8 @@ import sqlalchemy as sa
 from kombu import Connection
 from kombu.exceptions import OperationalError
 
+from tests.chaos.environment import QUEUE, WORKERS, Done, Environment
 from tests.chaos.plan import LEASE, Fault
-from tests.chaos.site import QUEUE, WORKERS, Done, Site
 from tests.support.ledger import Entry
 from tests.support.processes import process_tree, signal_all
 from tests.support.servers import PrivateMariaDB, PrivateRabbitMQ, PrivateRedis, PrivateServer
@@ -64,8 +64,8 @@ class Faults:
         done: What was done so far.
     """
 
-    def __init__(self, site: Site, seed: int) -> None:
-        self.site = site
+    def __init__(self, environment: Environment, seed: int) -> None:
+        self.environment = environment
         self.done: list[Done] = []
         self._rng = random.Random(seed)
         self._deeds: dict[str, Callable[[float], None]] = {
@@ -83,13 +83,13 @@ class Faults:
                 choice, LEASE * (1.3 + choice / 2), "pause a worker past its lease"
             ),
             "cut the store's connections": lambda _: self._cut_store(),
-            "restart the store": lambda _: self._restart(site.store, "restart the store"),
-            "kill the store": lambda _: self._kill_server(site.store, "kill the store"),
-            "pause the store": lambda choice: self._pause_server(site.store, choice, "pause the store"),
+            "restart the store": lambda _: self._restart(environment.store, "restart the store"),
+            "kill the store": lambda _: self._kill_server(environment.store, "kill the store"),
+            "pause the store": lambda choice: self._pause_server(environment.store, choice, "pause the store"),
             "cut the broker's connections": lambda _: self._cut_broker(),
-            "restart the broker": lambda _: self._restart(site.broker, "restart the broker"),
-            "kill the broker": lambda _: self._kill_server(site.broker, "kill the broker"),
-            "pause the broker": lambda choice: self._pause_server(site.broker, choice, "pause the broker"),
+            "restart the broker": lambda _: self._restart(environment.broker, "restart the broker"),
+            "kill the broker": lambda _: self._kill_server(environment.broker, "kill the broker"),
+            "pause the broker": lambda choice: self._pause_server(environment.broker, choice, "pause the broker"),
             "put copies on the broker": self._put_copies,
             "kill a gevent worker": lambda _: self._kill_gevent_worker(),
             "terminate a message": self._terminate_message,
@@ -105,11 +105,11 @@ class Faults:
     def _worker(self, choice: float) -> WorkerProcess:
         """One of those that are up; all but one have to be, or it would show how long workers take to start."""
         deadline = time.monotonic() + 60
-        while len(ready := self.site.ready()) < WORKERS - 1:
+        while len(ready := self.environment.ready()) < WORKERS - 1:
             assert time.monotonic() < deadline, "too few workers are ready: " + "\n".join(
-                worker.log_tail(20) for worker in self.site.workers
+                worker.log_tail(20) for worker in self.environment.workers
             )
-            self.site.supervise()
+            self.environment.supervise()
             time.sleep(0.05)
         return ready[int(choice * len(ready))]
 
@@ -123,19 +123,19 @@ class Faults:
         worker = self._worker(choice)
         with self._noting("kill a worker", process_tree(worker.pid)):
             worker.kill()
-        self.site.replace(worker)
+        self.environment.replace(worker)
 
     def _kill_main(self, choice: float) -> None:
         # Its children die with it: billiard asks the kernel for that.
         worker = self._worker(choice)
         with self._noting("kill a main process", process_tree(worker.pid)):
             os.kill(worker.pid, signal.SIGKILL)
-        self.site.replace(worker)
+        self.environment.replace(worker)
 
     def _kill_sender(self, _: float) -> None:
         with self._noting("kill the sender") as note:
-            note.count = int(self.site.kill_sender())
-        self.site.resume_sending()
+            note.count = int(self.environment.kill_sender())
+        self.environment.resume_sending()
 
     def _shut_down(self, choice: float, signum: signal.Signals, kind: str) -> None:
         worker = self._worker(choice)
@@ -146,7 +146,7 @@ class Faults:
             if psutil.wait_procs(dying, timeout=STOP_WITHIN)[1]:
                 # Celery cancels its consumer in the handler of the signal, whatever it was doing with that connection just then.
                 worker.kill()
-        self.site.replace(worker)
+        self.environment.replace(worker)
 
     def _pause_worker(self, choice: float, seconds: float, kind: str) -> None:
         worker = self._worker(choice)
@@ -156,16 +156,16 @@ class Faults:
             worker.resume()
 
     def _kill_gevent_worker(self) -> None:
-        worker = self.site.green()
+        worker = self.environment.green()
         with self._noting("kill a gevent worker", process_tree(worker.pid)):
             worker.kill()
-        self.site.replace(worker)
+        self.environment.replace(worker)
 
     # -- messages that run ------------------------------------------------------------------------------------------------
 
     def _running(self) -> list[Entry]:
         """Return the bodies that run now and whose message may be revoked."""
-        entries = self.site.ledger.entries(task="revocable")
+        entries = self.environment.ledger.entries(task="revocable")
         ended = {(entry.detail, entry.pid) for entry in entries if entry.event != "start"}
         alive = set(psutil.pids())
         starts = (entry for entry in entries if entry.event == "start")
@@ -174,7 +174,7 @@ class Faults:
     def _wait_for_running(self) -> list[Entry]:
         deadline = time.monotonic() + REVOCABLE_WITHIN
         while not (running := self._running()) and time.monotonic() < deadline:
-            self.site.supervise()
+            self.environment.supervise()
             time.sleep(0.02)
         return running
 
@@ -183,7 +183,7 @@ class Faults:
         running = self._wait_for_running()
         with self._noting("revoke messages") as note, suppress(OperationalError):
             note.keys = tuple(str(entry.detail) for entry in running)
-            self.site.app.control.revoke([entry.task_id for entry in running])
+            self.environment.app.control.revoke([entry.task_id for entry in running])
             note.count = len(running)
 
     def _terminate_message(self, choice: float) -> None:
@@ -195,7 +195,7 @@ class Faults:
             for entry in chosen:
                 note.keys = (str(entry.detail),)
                 with suppress(OperationalError):
-                    self.site.app.control.revoke(entry.task_id, terminate=True, signal="SIGKILL")
+                    self.environment.app.control.revoke(entry.task_id, terminate=True, signal="SIGKILL")
             gone, _ = psutil.wait_procs(processes, timeout=2)
             note.pids = {process.pid: time.time() for process in gone}
 
@@ -214,12 +214,12 @@ class Faults:
         until = time.time()
         pids = {**(gone if deadly else {process.pid: until for process in processes}), **note.pids}
         self.done.append(Done(kind, at, until, pids, note.count, note.keys))
-        with (self.site.directory / "faults").open("a") as notes:
+        with (self.environment.directory / "faults").open("a") as notes:
             notes.write(json.dumps(asdict(self.done[-1])) + "\n")
 
     def _where_they_stand(self) -> str:
         """Return the stacks of all threads of the workers' main processes, which Celery logs for this signal, and what they logged before."""
-        workers = [worker for worker in self.site.workers if worker.is_alive]
+        workers = [worker for worker in self.environment.workers if worker.is_alive]
         for worker in workers:
             worker.signal(signal.SIGUSR1)
         time.sleep(3)
@@ -244,13 +244,13 @@ class Faults:
 
     def _cut_store(self) -> None:
         with self._noting("cut the store's connections") as note:
-            store = self.site.store
+            store = self.environment.store
             note.count = _cut_redis(store) if isinstance(store, PrivateRedis) else self._cut_database()
 
     def _cut_database(self) -> int:
         count = 0
         with self._administering() as connection:
-            if isinstance(self.site.store, PrivateMariaDB):
+            if isinstance(self.environment.store, PrivateMariaDB):
                 ids = connection.execute(
                     sa.text("SELECT id FROM information_schema.processlist WHERE id <> connection_id() AND db = 'test'")
                 ).scalars()
@@ -272,14 +272,14 @@ class Faults:
     @contextmanager
     def _administering(self) -> Iterator[sa.Connection]:
         # Past a pooler.
-        url = getattr(self.site.store, "direct_url", self.site.store.url)
+        url = getattr(self.environment.store, "direct_url", self.environment.store.url)
         engine = sa.create_engine(url, isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
         with engine.connect() as connection:
             yield connection
 
     def _cut_broker(self) -> None:
         with self._noting("cut the broker's connections") as note:
-            broker = self.site.broker
+            broker = self.environment.broker
             if isinstance(broker, PrivateRabbitMQ):
                 broker.run(RABBITMQCTL, "--quiet", "close_all_connections", "chaos")
             else:
@@ -290,14 +290,14 @@ class Faults:
     def _put_copies(self, choice: float) -> None:
         wanted = 1 + int(choice * COPIES)
         with self._noting("put copies on the broker") as note:
-            if isinstance(self.site.broker, PrivateRabbitMQ):
-                note.count = _copy_on_rabbitmq(self.site.broker.url, wanted)
+            if isinstance(self.environment.broker, PrivateRabbitMQ):
+                note.count = _copy_on_rabbitmq(self.environment.broker.url, wanted)
             else:
                 note.count = self._copy_on_redis(wanted)
 
     def _copy_on_redis(self, wanted: int) -> int:
         """Copy messages that wait and messages that run, byte by byte: the delivery tags are the same."""
-        with redis.Redis.from_url(self.site.broker.url) as client:
+        with redis.Redis.from_url(self.environment.broker.url) as client:
             waiting: list[Any] = client.lrange(QUEUE, 0, -1)
             running = [json.dumps(json.loads(held)[0]).encode() for held in client.hvals("unacked")]
             found = self._rng.sample(waiting + running, min(wanted, len(waiting + running)))

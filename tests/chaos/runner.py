@@ -16,10 +16,10 @@ from celery_idempotent import StoreError
 from celery_idempotent.core.records import RowFilter, Status
 from celery_idempotent.errors import LeaseLostError
 from tests.chaos.audit import READY, Audit, Committed, Outcome, Run, audit, runs_of
-from tests.chaos.books import Effect, Order
+from tests.chaos.effects_db import Effect, Order
+from tests.chaos.environment import QUEUE, Done, Environment, open_environment
 from tests.chaos.faults import Faults
 from tests.chaos.plan import Plan, make_plan, message_id
-from tests.chaos.site import QUEUE, Done, Site, open_site
 from tests.chaos.tasks import ASIDE, GEVENT
 from tests.chaos.variants import VARIANTS
 
@@ -95,38 +95,38 @@ def run(
         NotInstalledError: A server's programs are not on this machine.
         AssertionError: A server, a worker or the sender did not do what it is there for; that is no verdict.
     """
-    with open_site(directory, variant=VARIANTS[variant], store=store, broker=broker) as site:
-        plan = make_plan(seed, tasks=tasks, kills=kills, transactions=site.transactions)
+    with open_environment(directory, variant=VARIANTS[variant], store=store, broker=broker) as environment:
+        plan = make_plan(seed, tasks=tasks, kills=kills, transactions=environment.transactions)
         steps, rolled_back = plan.steps(), plan.rolled_back()
-        faults = Faults(site, seed)
-        site.start_sender(plan, tasks=tasks, kills=kills)
+        faults = Faults(environment, seed)
+        environment.start_sender(plan, tasks=tasks, kills=kills)
         began = time.time()
         for place, fault in enumerate(plan.faults):
             ahead = plan.faults[place + AHEAD].after if place + AHEAD < len(plan.faults) else len(plan.sendings)
-            site.allow(max(fault.after, ahead))
-            _wait_for_sender(site, fault.after)
-            site.supervise()
+            environment.allow(max(fault.after, ahead))
+            _wait_for_sender(environment, fault.after)
+            environment.supervise()
             faults.do(fault)
             if place % 10 == 9:
                 say(
-                    f"{time.time() - began:4.0f} s: {site.count_sent()} of {len(plan.sendings)} sent, {place + 1} faults"
+                    f"{time.time() - began:4.0f} s: {environment.count_sent()} of {len(plan.sendings)} sent, {place + 1} faults"
                 )
-        site.allow(len(plan.sendings))
-        _wait_for_sender(site, len(plan.sendings))
+        environment.allow(len(plan.sendings))
+        _wait_for_sender(environment, len(plan.sendings))
         say(f"{time.time() - began:4.0f} s: all was sent")
-        _settle(site, set(steps))
-        runs = [run for run in runs_of(site.ledger.entries()) if run.key in steps or run.key in rolled_back]
+        _settle(environment, set(steps))
+        runs = [run for run in runs_of(environment.ledger.entries()) if run.key in steps or run.key in rolled_back]
         last = max((run.end or run.start for run in runs), default=began)
-        outcomes = list(_outcomes(site))
+        outcomes = list(_outcomes(environment))
         committed = Committed(
-            effects=Counter(effect.key for effect in site.books.read(Effect)),
-            orders=Counter(order.key for order in site.books.read(Order)),
+            effects=Counter(effect.key for effect in environment.effects_db.read(Effect)),
+            orders=Counter(order.key for order in environment.effects_db.read(Order)),
             rolled_back=frozenset(rolled_back),
         )
-        rows = _rows_not_done(site) if site.variant.guarded else None
+        rows = _rows_not_done(environment) if environment.variant.guarded else None
         if rows:
-            site.dump_stacks()
-        logs = list(site.logs())
+            environment.dump_stacks()
+        logs = list(environment.logs())
         return Chaos(
             variant=variant,
             store=store,
@@ -137,7 +137,7 @@ def run(
             audit=audit(steps, runs, faults.done, outcomes, rows=rows, committed=committed),
             refused=sum(log.count(_REFUSED) for log in logs),
             relayed=sum(log.count(_RELAYED) for log in logs),
-            gave_up=site.gave_up,
+            gave_up=environment.gave_up,
             seconds=last - began,
             began=began,
         )
@@ -150,17 +150,17 @@ _REFUSED = str(LeaseLostError("", 0)).partition(": ")[2]
 _RELAYED = " is published at last: "
 
 
-def _wait_for_sender(site: Site, sendings: int) -> None:
+def _wait_for_sender(environment: Environment, sendings: int) -> None:
     deadline = time.monotonic() + 300
-    while site.count_sent() < sendings:
-        assert site.sender_status in (None, 0), (site.directory / "sender.log").read_text()[-3000:]
+    while environment.count_sent() < sendings:
+        assert environment.sender_status in (None, 0), (environment.directory / "sender.log").read_text()[-3000:]
         assert time.monotonic() < deadline, (
-            f"the sender is stuck: {(site.directory / 'sender.log').read_text()[-3000:]}"
+            f"the sender is stuck: {(environment.directory / 'sender.log').read_text()[-3000:]}"
         )
         time.sleep(0.02)
 
 
-def _settle(site: Site, keys: set[str]) -> None:
+def _settle(environment: Environment, keys: set[str]) -> None:
     """Wait until all has run, its rows are done and its results are there, or nothing happens any more.
 
     A message that the broker has lost is found by what overtakes it, so there has to be traffic. A result that its worker could not
@@ -169,25 +169,25 @@ def _settle(site: Site, keys: set[str]) -> None:
     begin = changed = time.monotonic()
     seen, number, ready = (-1, -1), 0, set[str]()
     while time.monotonic() - begin < SETTLE_WITHIN and time.monotonic() - changed < QUIET:
-        site.supervise()
+        environment.supervise()
         with suppress(OperationalError, StoreError):
             for queue in (QUEUE, ASIDE, GEVENT):
-                site.app.tasks["plain"].apply_async((f"tail-{number}", 0.0), queue=queue)
+                environment.app.tasks["plain"].apply_async((f"tail-{number}", 0.0), queue=queue)
             number += 1
         time.sleep(0.5)
-        done = site.variant.guarded and not _rows_not_done(site)
-        unready = {task_id for task_id, _ in _known(site)} - ready
-        ready |= {task_id for task_id in unready if site.app.backend.get_state(task_id) in READY}
-        now = (sum(entry.detail in keys for entry in site.ledger.entries("end")), len(ready))
+        done = environment.variant.guarded and not _rows_not_done(environment)
+        unready = {task_id for task_id, _ in _known(environment)} - ready
+        ready |= {task_id for task_id in unready if environment.app.backend.get_state(task_id) in READY}
+        now = (sum(entry.detail in keys for entry in environment.ledger.entries("end")), len(ready))
         if now != seen:
             seen, changed = now, time.monotonic()
         if done and unready <= ready:
             return
-    site.dump_broker()
+    environment.dump_broker()
 
 
-def _rows_not_done(site: Site) -> dict[str, str]:
-    store = site.app.queue_log.store
+def _rows_not_done(environment: Environment) -> dict[str, str]:
+    store = environment.app.queue_log.store
     # What a body calls is known by its Celery id.
     ours = (RowFilter(message_id=message_id("*"), limit=1000), RowFilter(task_name="child", limit=1000))
     return {
@@ -198,13 +198,15 @@ def _rows_not_done(site: Site) -> dict[str, str]:
     }
 
 
-def _known(site: Site) -> set[tuple[str, str]]:
+def _known(environment: Environment) -> set[tuple[str, str]]:
     """Task id and key of all that somebody may ask for: callers, and bodies that have committed a call."""
-    known = {result for sent in site.sent() for result in sent.results}
-    return known | {(effect.sent, f"{effect.key}.child") for effect in site.books.read(Effect) if effect.sent}
+    known = {result for sent in environment.sent() for result in sent.results}
+    return known | {
+        (effect.sent, f"{effect.key}.child") for effect in environment.effects_db.read(Effect) if effect.sent
+    }
 
 
-def _outcomes(site: Site) -> Iterator[Outcome]:
-    for task_id, key in _known(site):
-        meta: Any = site.app.backend.get_task_meta(task_id)
+def _outcomes(environment: Environment) -> Iterator[Outcome]:
+    for task_id, key in _known(environment):
+        meta: Any = environment.app.backend.get_task_meta(task_id)
         yield Outcome(task_id, key, meta["status"], str(meta["result"]))

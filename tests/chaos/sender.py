@@ -23,9 +23,9 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from celery_idempotent import StoreError, outbox
-from tests.chaos.books import Books, Order
+from tests.chaos.effects_db import EffectsDB, Order
 from tests.chaos.plan import Sending, make_plan
-from tests.chaos.tasks import BOOKS, call_by_name, signature
+from tests.chaos.tasks import EFFECTS_DB, call_by_name, signature
 from tests.chaos.variants import Variant
 from tests.support.apps import AppSpec
 
@@ -115,7 +115,7 @@ def main() -> None:
     plan = make_plan(orders.seed, tasks=orders.tasks, kills=orders.kills, transactions=orders.transactions)
     sent = {note.number for note in journal(orders.journal)}
     ended = _Ended(Path(spec.ledger))
-    books = Books(app.conf[BOOKS], pooled=True)
+    effects_db = EffectsDB(app.conf[EFFECTS_DB], pooled=True)
     descriptor = os.open(orders.journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     bodies = 0
     for sending in plan.sendings:
@@ -126,10 +126,10 @@ def main() -> None:
             time.sleep(0.02)
         if bodies - ended.count() > BACKLOG:
             time.sleep(0.15)  # what a variant has lost never ends, so this must not wait until it has
-        results, errors = _send(app, books, sending)
+        results, errors = _send(app, effects_db, sending)
         # On a line of its own, even where a line before was cut short.
         os.write(descriptor, b"\n" + json.dumps([sending.number, results, errors]).encode() + b"\n")
-    books.close()
+    effects_db.close()
     app.close()
 
 
@@ -137,14 +137,14 @@ class _InDoubtError(Exception):
     """The message is there, and the order is not."""
 
 
-def _send(app: Celery, books: Books, sending: Sending) -> tuple[list[tuple[str, str]], int]:
+def _send(app: Celery, effects_db: EffectsDB, sending: Sending) -> tuple[list[tuple[str, str]], int]:
     """Call until a call was taken, and once more when the plan says so."""
     results: list[tuple[str, str]] = []
     errors, doubts, calls = 0, 0, 2 if sending.again else 1
     while calls:
         try:
             if sending.kind == "outbox":
-                result = _order(app, books, sending, again=calls < 2 and sending.again)
+                result = _order(app, effects_db, sending, again=calls < 2 and sending.again)
             elif sending.kind == "by_name" or (calls < 2 and sending.copied_by_name):
                 result = call_by_name(app, sending)
             else:
@@ -166,12 +166,12 @@ def _send(app: Celery, books: Books, sending: Sending) -> tuple[list[tuple[str, 
     return results, errors
 
 
-def _order(app: Celery, books: Books, sending: Sending, *, again: bool) -> Any:
+def _order(app: Celery, effects_db: EffectsDB, sending: Sending, *, again: bool) -> Any:
     """Write an order and call its task in one transaction, unless the order is there already: its message is there then too.
 
     Args:
         app: The app.
-        books: Where the order goes.
+        effects_db: Where the order goes.
         sending: What is called.
         again: Whether to call although it is there.
 
@@ -181,7 +181,7 @@ def _order(app: Celery, books: Books, sending: Sending, *, again: bool) -> Any:
     Raises:
         _InDoubtError: The order is not there, but its message is.
     """
-    with books.session() as session:
+    with effects_db.session() as session:
         sent = session.scalar(select(Order.sent).where(Order.key == sending.key))
         if not Variant.of_this_process().guarded:
             return _order_and_then_send(app, session, sending, new=sent is None)

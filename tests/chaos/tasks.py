@@ -14,13 +14,13 @@ from celery import Celery, Task, chain, chord
 from celery.canvas import Signature
 from celery.result import AsyncResult
 
-from tests.chaos.books import Books, Effect
+from tests.chaos.effects_db import Effect, EffectsDB
 from tests.chaos.plan import TIME_LIMIT, Sending, message_id
 from tests.chaos.variants import Variant
 from tests.support.apps.scenarios import noted
 from tests.support.ledger import Ledger
 
-__all__ = ["ASIDE", "BOOKS", "GEVENT", "BrokenError", "call_by_name", "register", "signature"]
+__all__ = ["ASIDE", "EFFECTS_DB", "GEVENT", "BrokenError", "call_by_name", "register", "signature"]
 
 #: Queues beside the app's own: of calls by name, and of what a gevent worker runs.
 ASIDE, GEVENT = "chaos-aside", "chaos-gevent"
@@ -33,8 +33,8 @@ _LATE = {"acks_late": True, "reject_on_worker_lost": True}
 
 _in_context: ContextVar[bool] = ContextVar("in_context", default=False)
 
-#: A setting of the chaos' own: the URL of the database that has the books, which is the store's if that is one.
-BOOKS = "chaos_books"
+#: A setting of the chaos' own: the URL of the database that has the effects, which is the store's if that is one.
+EFFECTS_DB = "chaos_effects_db"
 
 
 class BrokenError(Exception):
@@ -60,7 +60,7 @@ def register(app: Celery, *, base: type[Task], ledger: Ledger) -> None:
     variant.prepare(app)
     late = _LATE
     early = {"acks_late": False}
-    books = Books(app.conf[BOOKS])
+    effects_db = EffectsDB(app.conf[EFFECTS_DB])
 
     def task(name: str, **options: Any) -> Any:
         return app.task(bind=True, name=name, **variant.task_options, **options)
@@ -109,7 +109,7 @@ def register(app: Celery, *, base: type[Task], ledger: Ledger) -> None:
         return run(self, key, seconds)
 
     _register_unusual(app, ledger)
-    if variant.guarded and app.conf[BOOKS] != app.conf.idempotent_store:
+    if variant.guarded and app.conf[EFFECTS_DB] != app.conf.idempotent_store:
         return  # a worker refuses atomic tasks whose store has no transactions
 
     @task("atomic", **late, **variant.if_guarded(atomic=True))
@@ -123,7 +123,7 @@ def register(app: Celery, *, base: type[Task], ledger: Ledger) -> None:
                 effect.sent = child.delay(f"{key}.child", 0.0).id
                 time.sleep(seconds / 2)
             else:
-                with books.session() as session:
+                with effects_db.session() as session:
                     session.add(Effect(key=key))
                     session.flush()
                     time.sleep(seconds)

@@ -9,8 +9,8 @@ import pytest
 
 from celery_idempotent.core.decision import MAX_TAKEOVERS
 from tests.chaos.audit import Audit, Committed, Outcome, Run, audit, runs_of
+from tests.chaos.environment import Done
 from tests.chaos.plan import FAULTS, KILLS, LEASE, SENDINGS, TRANSACTIONS, Step, make_plan
-from tests.chaos.site import Done
 from tests.support.ledger import Entry
 
 STEP = Step("step")

@@ -1,4 +1,4 @@
-"""What the integration tests share: one bench per test process."""
+"""What the integration tests share: one shared worker per test process."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import LOGS, missing
-from tests.support.bench import Bench, open_bench
 from tests.support.servers import NotInstalledError
+from tests.support.shared_workers import SharedWorker, open_shared_worker
 
 #: Modules of the tasks that the shared worker runs.
 TASKS = (
@@ -25,29 +25,29 @@ TASKS = (
 
 
 @pytest.fixture(scope="session")
-def shared_bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    """Yield the bench of this test process, with a prefork worker on Redis and SQLite; tests ask for ``bench``."""
+def session_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedWorker]:
+    """Yield the shared worker of this test process, with a prefork worker on Redis and SQLite; tests ask for ``shared_worker``."""
     try:
-        opened = open_bench(
-            Path(tmp_path_factory.mktemp("bench")),
+        opened = open_shared_worker(
+            Path(tmp_path_factory.mktemp("shared_worker")),
             TASKS,
             # Its tests make claims that ran out, and look at what deliveries make of them.
             settings={"idempotent_recovery_interval": 0},
         )
-        bench = opened.__enter__()
+        shared_worker = opened.__enter__()
     except NotInstalledError as error:
         missing("a private server", str(error))
         raise
     try:
-        yield bench
+        yield shared_worker
     finally:
         opened.__exit__(None, None, None)
 
 
 @pytest.fixture
-def bench(request: pytest.FixtureRequest, shared_bench: Bench) -> Bench:
-    """Return the bench, shared with other tests: a test uses message ids of its own, and leaves nothing waiting in the worker."""
-    assert shared_bench.worker is not None
-    assert shared_bench.worker.is_alive, f"an earlier test broke the worker:\n{shared_bench.worker.log_tail()}"
-    request.node.stash.setdefault(LOGS, {})["the shared worker"] = shared_bench.worker.log_tail
-    return shared_bench
+def shared_worker(request: pytest.FixtureRequest, session_worker: SharedWorker) -> SharedWorker:
+    """Return the shared worker, shared with other tests: a test uses message ids of its own, and leaves nothing waiting in the worker."""
+    assert session_worker.worker is not None
+    assert session_worker.worker.is_alive, f"an earlier test broke the worker:\n{session_worker.worker.log_tail()}"
+    request.node.stash.setdefault(LOGS, {})["the shared worker"] = session_worker.worker.log_tail
+    return session_worker

@@ -19,8 +19,8 @@ from celery.beat import ScheduleEntry, Scheduler
 
 from celery_idempotent.core.records import ProcessedStatus
 from tests.support.apps import AppSpec
-from tests.support.bench import PATIENCE, Bench, close
 from tests.support.processes import kill_tree
+from tests.support.shared_workers import TIMEOUT, SharedWorker, close
 from tests.support.waiting import wait_until
 from tests.support.worker import ROOT
 
@@ -50,9 +50,9 @@ def beat(spec: AppSpec, schedule: dict[str, Any], directory: Path, log: Path) ->
         kill_tree(process)
 
 
-def test_two_beats_send_each_entry_once(bench: Bench, tmp_path: Path) -> None:
+def test_two_beats_send_each_entry_once(shared_worker: SharedWorker, tmp_path: Path) -> None:
     """Two ``celery beat`` processes; the entries' ids are fixed, so all that they ever send of one is one message."""
-    by_id, order = bench.fresh(), bench.fresh("order")
+    by_id, order = shared_worker.fresh(), shared_worker.fresh("order")
     schedule = {
         "by id": {"task": "echo", "schedule": 0.5, "args": ["tick"], "options": {"message_id": by_id}},
         "by format": {"task": "order.raise", "schedule": 0.5, "args": [order]},
@@ -63,40 +63,45 @@ def test_two_beats_send_each_entry_once(bench: Bench, tmp_path: Path) -> None:
         return log.read_text(errors="replace").count(f"Scheduler: Sending due task {name}") if log.exists() else 0
 
     with (
-        beat(bench.spec, schedule, tmp_path, logs[0]) as first,
-        beat(bench.spec, schedule, tmp_path, logs[1]) as second,
+        beat(shared_worker.spec, schedule, tmp_path, logs[0]) as first,
+        beat(shared_worker.spec, schedule, tmp_path, logs[1]) as second,
     ):
         wait_until(
             lambda: all(fired(log, name) >= 3 for log in logs for name in schedule),
-            timeout=2 * PATIENCE,
+            timeout=2 * TIMEOUT,
             describe=lambda: "\n".join(log.read_text() for log in logs if log.exists()),
         )
         # Nothing of the library holds a beat up that is told to stop.
         for process in (first, second):
             assert process.poll() is None
             process.send_signal(signal.SIGTERM)
-            assert process.wait(timeout=PATIENCE) == 0
+            assert process.wait(timeout=TIMEOUT) == 0
 
-    rows = [bench.done("echo", by_id), bench.done("order.raise", f"order:{order}")]
+    rows = [shared_worker.done("echo", by_id), shared_worker.done("order.raise", f"order:{order}")]
     assert [(row.processed_status, row.token) for row in rows] == [(SUCCESS, 1), (SUCCESS, 1)]
     assert [row.duplicates >= 3 for row in rows] == [True, True]
-    assert (len(bench.starts("echo", by_id)), len(bench.starts("order.raise", f"order:{order}"))) == (1, 1)
+    assert (len(shared_worker.starts("echo", by_id)), len(shared_worker.starts("order.raise", f"order:{order}"))) == (
+        1,
+        1,
+    )
     # A duplicate that is raised is an entry in beat's log, and beat goes on.
     assert "DuplicateMessageError" in logs[0].read_text() + logs[1].read_text()
 
 
 @pytest.fixture
-def schedulers(bench: Bench) -> Iterator[list[Scheduler]]:
+def schedulers(shared_worker: SharedWorker) -> Iterator[list[Scheduler]]:
     """Yield what two beats are made of; the second one does not import the tasks, and sends by name."""
-    apps = [bench.spec.build(), Celery("beat", broker=bench.spec.broker, set_as_current=False)]
-    apps[1].conf.update(task_default_queue=bench.spec.queue, result_backend=bench.spec.backend)
+    apps = [shared_worker.spec.build(), Celery("beat", broker=shared_worker.spec.broker, set_as_current=False)]
+    apps[1].conf.update(task_default_queue=shared_worker.spec.queue, result_backend=shared_worker.spec.backend)
     yield [Scheduler(app, lazy=True) for app in apps]
     for app in apps:
         close(app)
 
 
-def test_a_beat_without_the_tasks_is_guarded_by_the_consumer(bench: Bench, schedulers: list[Scheduler]) -> None:
-    m = bench.fresh()
+def test_a_beat_without_the_tasks_is_guarded_by_the_consumer(
+    shared_worker: SharedWorker, schedulers: list[Scheduler]
+) -> None:
+    m = shared_worker.fresh()
 
     def apply(scheduler: Scheduler) -> Any:
         entry = ScheduleEntry(
@@ -111,7 +116,7 @@ def test_a_beat_without_the_tasks_is_guarded_by_the_consumer(bench: Bench, sched
 
     results = [apply(scheduler) for scheduler in (*schedulers, *schedulers)]
 
-    assert [bench.app.AsyncResult(result.id).get(timeout=PATIENCE) for result in results] == ["tick"] * 4
-    row = bench.wait_for_row("echo", m, lambda row: row.duplicates == 3)
+    assert [shared_worker.app.AsyncResult(result.id).get(timeout=TIMEOUT) for result in results] == ["tick"] * 4
+    row = shared_worker.wait_for_row("echo", m, lambda row: row.duplicates == 3)
     assert (row.processed_status, row.token) == (SUCCESS, 1)
-    assert len(bench.starts("echo", m)) == 1
+    assert len(shared_worker.starts("echo", m)) == 1

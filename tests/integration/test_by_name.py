@@ -9,174 +9,174 @@ from celery import signature
 
 from celery_idempotent import MessageMismatchError
 from celery_idempotent.core.records import ProcessedStatus, Status
-from tests.support.bench import PATIENCE, Bench, close
+from tests.support.shared_workers import TIMEOUT, SharedWorker, close
 
 SUCCESS = ProcessedStatus.SUCCESS
 
 
-def test_a_call_by_name_is_recorded_before_it_is_published(bench: Bench) -> None:
-    m = bench.fresh()
+def test_a_call_by_name_is_recorded_before_it_is_published(shared_worker: SharedWorker) -> None:
+    m = shared_worker.fresh()
 
-    result = bench.app.send_task("echo", ("value",), message_id=m, countdown=600)
+    result = shared_worker.app.send_task("echo", ("value",), message_id=m, countdown=600)
 
-    row = bench.row("echo", m)
-    assert (row.status, row.task_id, row.queue, row.token) == (Status.PENDING, result.id, bench.spec.queue, 0)
+    row = shared_worker.row("echo", m)
+    assert (row.status, row.task_id, row.queue, row.token) == (Status.PENDING, result.id, shared_worker.spec.queue, 0)
     assert (row.fingerprint is None, row.message is None, row.attempt) == (False, False, 0)
     assert row.available_at is not None
     assert 500 < (row.available_at - row.created_timestamp).total_seconds() < 610
 
 
 @pytest.mark.parametrize("given", ["an id with the call", "the task's format", "the task's callable"])
-def test_however_often_it_is_sent_by_name_it_is_one_run(bench: Bench, given: str) -> None:
-    order = bench.fresh("order")
+def test_however_often_it_is_sent_by_name_it_is_one_run(shared_worker: SharedWorker, given: str) -> None:
+    order = shared_worker.fresh("order")
     task, args, options, m = {
         "an id with the call": ("echo", ("value",), {"message_id": order}, order),
         "the task's format": ("order", (order,), {}, f"order:{order}"),
         "the task's callable": ("order.daily", (order, "monday"), {}, f"day:monday:{order}"),
     }[given]
 
-    results = [bench.app.send_task(task, args, **options) for _ in range(5)]
+    results = [shared_worker.app.send_task(task, args, **options) for _ in range(5)]
 
-    values = [result.get(timeout=PATIENCE) for result in results]
+    values = [result.get(timeout=TIMEOUT) for result in results]
     assert len({result.id for result in results}) == 5
     assert values == [values[0]] * 5
-    assert len(bench.starts(task, m)) == 1
-    row = bench.wait_for_row(task, m, lambda row: row.duplicates == 4)
+    assert len(shared_worker.starts(task, m)) == 1
+    row = shared_worker.wait_for_row(task, m, lambda row: row.duplicates == 4)
     assert (row.status, row.processed_status, row.token) == (Status.DONE, SUCCESS, 1)
 
 
-def test_keywords_and_defaults_are_bound_by_name_too(bench: Bench) -> None:
-    order = bench.fresh("order")
+def test_keywords_and_defaults_are_bound_by_name_too(shared_worker: SharedWorker) -> None:
+    order = shared_worker.fresh("order")
 
     results = [
-        bench.app.send_task("order.arguments", (order,)),
-        bench.app.send_task("order.arguments", kwargs={"order_id": order}),
-        bench.app.send_task("order.arguments", (order,), {"amount": 1}),
-        bench.task("order.arguments").delay(order),
+        shared_worker.app.send_task("order.arguments", (order,)),
+        shared_worker.app.send_task("order.arguments", kwargs={"order_id": order}),
+        shared_worker.app.send_task("order.arguments", (order,), {"amount": 1}),
+        shared_worker.task("order.arguments").delay(order),
     ]
 
     assert results[-1].duplicate
-    assert [result.get(timeout=PATIENCE) for result in results] == [{"order": order, "amount": 1}] * 4
-    runs = [bench.ledger.starts("order.arguments", task_id=result.id) for result in results[:3]]
+    assert [result.get(timeout=TIMEOUT) for result in results] == [{"order": order, "amount": 1}] * 4
+    runs = [shared_worker.ledger.starts("order.arguments", task_id=result.id) for result in results[:3]]
     assert sorted(map(len, runs)) == [0, 0, 1]
 
 
-def test_a_call_and_a_call_by_name_are_one_message(bench: Bench) -> None:
-    m = bench.fresh()
+def test_a_call_and_a_call_by_name_are_one_message(shared_worker: SharedWorker) -> None:
+    m = shared_worker.fresh()
 
-    called = bench.task("echo").apply_async(("value",), message_id=m)
-    assert called.get(timeout=PATIENCE) == "value"
-    named = bench.app.send_task("echo", ("value",), message_id=m)
-    again = bench.task("echo").apply_async(("value",), message_id=m)
+    called = shared_worker.task("echo").apply_async(("value",), message_id=m)
+    assert called.get(timeout=TIMEOUT) == "value"
+    named = shared_worker.app.send_task("echo", ("value",), message_id=m)
+    again = shared_worker.task("echo").apply_async(("value",), message_id=m)
 
-    assert named.get(timeout=PATIENCE) == "value"
+    assert named.get(timeout=TIMEOUT) == "value"
     assert (again.id, again.duplicate) == (called.id, True)
-    assert len(bench.starts("echo", m)) == 1
+    assert len(shared_worker.starts("echo", m)) == 1
 
 
-def test_without_an_id_each_call_by_name_is_a_message(bench: Bench) -> None:
-    results = [bench.app.send_task("add", (1, 2)) for _ in range(2)]
+def test_without_an_id_each_call_by_name_is_a_message(shared_worker: SharedWorker) -> None:
+    results = [shared_worker.app.send_task("add", (1, 2)) for _ in range(2)]
 
-    assert [result.get(timeout=PATIENCE) for result in results] == [3, 3]
+    assert [result.get(timeout=TIMEOUT) for result in results] == [3, 3]
     for result in results:
-        row = bench.row("add", result.id)
+        row = shared_worker.row("add", result.id)
         assert (row.task_id, row.token, row.duplicates) == (result.id, 1, 0)
 
 
-def test_the_same_task_id_by_name_is_the_same_message(bench: Bench) -> None:
-    chosen = bench.fresh("task")
-    first = bench.app.send_task("add", (1, 2), task_id=chosen)
-    assert first.get(timeout=PATIENCE) == 3
+def test_the_same_task_id_by_name_is_the_same_message(shared_worker: SharedWorker) -> None:
+    chosen = shared_worker.fresh("task")
+    first = shared_worker.app.send_task("add", (1, 2), task_id=chosen)
+    assert first.get(timeout=TIMEOUT) == 3
 
-    bench.app.send_task("add", (1, 2), task_id=chosen)
+    shared_worker.app.send_task("add", (1, 2), task_id=chosen)
 
-    row = bench.wait_for_row("add", chosen, lambda row: row.duplicates == 1)
+    row = shared_worker.wait_for_row("add", chosen, lambda row: row.duplicates == 1)
     assert (row.processed_status, row.token) == (SUCCESS, 1)
-    assert len(bench.starts("add", chosen)) == 1
+    assert len(shared_worker.starts("add", chosen)) == 1
 
 
-def test_other_arguments_by_name_fail_that_call_alone(bench: Bench) -> None:
-    m = bench.fresh()
-    first = bench.app.send_task("echo", (1,), message_id=m)
-    assert first.get(timeout=PATIENCE) == 1
+def test_other_arguments_by_name_fail_that_call_alone(shared_worker: SharedWorker) -> None:
+    m = shared_worker.fresh()
+    first = shared_worker.app.send_task("echo", (1,), message_id=m)
+    assert first.get(timeout=TIMEOUT) == 1
 
-    second = bench.app.send_task("echo", (2,), message_id=m)
+    second = shared_worker.app.send_task("echo", (2,), message_id=m)
 
     with pytest.raises(MessageMismatchError):
-        second.get(timeout=PATIENCE)
-    row = bench.row("echo", m)
+        second.get(timeout=TIMEOUT)
+    row = shared_worker.row("echo", m)
     assert (row.processed_status, row.task_id) == (SUCCESS, first.id)
-    assert len(bench.starts("echo", m)) == 1
+    assert len(shared_worker.starts("echo", m)) == 1
 
 
-def test_signatures_by_name_are_guarded(bench: Bench) -> None:
-    m = bench.fresh()
+def test_signatures_by_name_are_guarded(shared_worker: SharedWorker) -> None:
+    m = shared_worker.fresh()
 
     results = [
-        signature("echo", args=("value",), app=bench.app).set(message_id=m).apply_async(),
-        bench.app.signature("echo", args=("value",)).set(message_id=m).apply_async(),
+        signature("echo", args=("value",), app=shared_worker.app).set(message_id=m).apply_async(),
+        shared_worker.app.signature("echo", args=("value",)).set(message_id=m).apply_async(),
     ]
 
-    assert results[0].get(timeout=PATIENCE) == "value"
-    assert len(bench.starts("echo", m)) == 1
-    row = bench.done("echo", m)
+    assert results[0].get(timeout=TIMEOUT) == "value"
+    assert len(shared_worker.starts("echo", m)) == 1
+    row = shared_worker.done("echo", m)
     assert (row.processed_status, row.token) == (SUCCESS, 1)
 
 
-def test_a_process_that_has_not_touched_its_tasks_yet_is_guarded(bench: Bench) -> None:
+def test_a_process_that_has_not_touched_its_tasks_yet_is_guarded(shared_worker: SharedWorker) -> None:
     """Tasks are bound to their app at its first use, which may be this very call."""
-    order = bench.fresh("order")
+    order = shared_worker.fresh("order")
     # One module: another registers a class, which touches all tasks.
-    app = replace(bench.spec, tasks=("tests.support.apps.identified",)).build()
+    app = replace(shared_worker.spec, tasks=("tests.support.apps.identified",)).build()
     assert not app.finalized
 
     result = app.send_task("order", (order,))
 
     try:
-        assert result.get(timeout=PATIENCE) == {"order": order, "amount": 1}
-        row = bench.done("order", f"order:{order}")
+        assert result.get(timeout=TIMEOUT) == {"order": order, "amount": 1}
+        row = shared_worker.done("order", f"order:{order}")
         assert (row.task_id, row.duplicates) == (result.id, 0)
-        assert bench.task("order").delay(order).duplicate
+        assert shared_worker.task("order").delay(order).duplicate
     finally:
         close(app)
 
 
-def test_each_app_of_a_process_records_its_own(bench: Bench) -> None:
-    first, second = bench.producer(), bench.producer()
+def test_each_app_of_a_process_records_its_own(shared_worker: SharedWorker) -> None:
+    first, second = shared_worker.producer(), shared_worker.producer()
     for app in (first, second):
         app.finalize()
-    ids = [bench.fresh() for _ in range(3)]
+    ids = [shared_worker.fresh() for _ in range(3)]
 
-    for app, m in zip((second, first, bench.app), ids, strict=True):
+    for app, m in zip((second, first, shared_worker.app), ids, strict=True):
         app.send_task("echo", ("value",), message_id=m, countdown=600)
 
-    assert [bench.row("echo", m).status for m in ids] == [Status.PENDING] * 3
+    assert [shared_worker.row("echo", m).status for m in ids] == [Status.PENDING] * 3
 
 
-def test_another_apps_messages_are_left_alone(bench: Bench) -> None:
+def test_another_apps_messages_are_left_alone(shared_worker: SharedWorker) -> None:
     """Celery's signals are one for all apps of a process."""
-    m = bench.fresh()
+    m = shared_worker.fresh()
 
-    result = bench.deliver("echo", ("value",), message_id=m, countdown=600)
+    result = shared_worker.deliver("echo", ("value",), message_id=m, countdown=600)
 
     assert result.id
-    assert bench.find("echo", m) is None
+    assert shared_worker.find("echo", m) is None
 
 
-def test_a_call_by_name_of_the_first_protocol_is_recorded(bench: Bench) -> None:
-    order = bench.fresh("order")
-    first_protocol = bench.producer(task_protocol=1)
+def test_a_call_by_name_of_the_first_protocol_is_recorded(shared_worker: SharedWorker) -> None:
+    order = shared_worker.fresh("order")
+    first_protocol = shared_worker.producer(task_protocol=1)
     first_protocol.set_current()
     try:
         first = first_protocol.send_task("order", (order,))
-        assert first.get(timeout=PATIENCE) == {"order": order, "amount": 1}
-        row = bench.row("order", f"order:{order}")
-        assert (row.task_id, row.queue) == (first.id, bench.spec.queue)
+        assert first.get(timeout=TIMEOUT) == {"order": order, "amount": 1}
+        row = shared_worker.row("order", f"order:{order}")
+        assert (row.task_id, row.queue) == (first.id, shared_worker.spec.queue)
 
         again = first_protocol.send_task("order", (order,))
 
-        assert again.get(timeout=PATIENCE) == {"order": order, "amount": 1}
+        assert again.get(timeout=TIMEOUT) == {"order": order, "amount": 1}
     finally:
-        bench.app.set_current()
-    bench.wait_for_row("order", f"order:{order}", lambda row: row.duplicates == 1)
-    assert len(bench.starts("order", f"order:{order}")) == 1
+        shared_worker.app.set_current()
+    shared_worker.wait_for_row("order", f"order:{order}", lambda row: row.duplicates == 1)
+    assert len(shared_worker.starts("order", f"order:{order}")) == 1

@@ -14,22 +14,22 @@ from celery.result import AsyncResult
 from celery_idempotent.core.records import Row, Status
 from celery_idempotent.maintenance.recovery import Recovery
 from tests.support.apps.children import Moment, deadly
-from tests.support.bench import PATIENCE, Bench
+from tests.support.shared_workers import TIMEOUT, SharedWorker
 from tests.support.waiting import wait_until
 
-#: How the tasks that these tests call are named. Others of the bench leave theirs waiting in the worker.
+#: How the tasks that these tests call are named. Others of the shared worker leave theirs waiting in the worker.
 OURS = ("child", "parent", "hard.", "die.")
 
 
-def settle(bench: Bench) -> None:
+def settle(shared_worker: SharedWorker) -> None:
     """Wait until nothing of ours is left to do: what was published twice, and is not absorbed, has run by then."""
-    worker = bench.worker
+    worker = shared_worker.worker
     assert worker is not None
-    inspect = bench.app.control.inspect(destination=[worker.hostname], timeout=5.0)
+    inspect = shared_worker.app.control.inspect(destination=[worker.hostname], timeout=5.0)
 
     def queued() -> int:
-        with bench.app.connection_for_read() as connection:
-            return int(connection.default_channel.queue_declare(bench.spec.queue).message_count)
+        with shared_worker.app.connection_for_read() as connection:
+            return int(connection.default_channel.queue_declare(shared_worker.spec.queue).message_count)
 
     def idle() -> bool:
         if queued():
@@ -43,12 +43,12 @@ def settle(bench: Bench) -> None:
                 return False
         return not queued()
 
-    wait_until(idle, timeout=PATIENCE, describe="an idle worker")
+    wait_until(idle, timeout=TIMEOUT, describe="an idle worker")
 
 
-def ran(bench: Bench, name: str) -> dict[str, int]:
+def ran(shared_worker: SharedWorker, name: str) -> dict[str, int]:
     """How often each child of a test ran, by what comes behind the name."""
-    notes = [note.detail for note in bench.ledger.entries() if note.task.startswith("child") and note.detail]
+    notes = [note.detail for note in shared_worker.ledger.entries() if note.task.startswith("child") and note.detail]
     return dict(Counter(detail.partition("|")[0].removeprefix(name) for detail in notes if detail.startswith(name)))
 
 
@@ -77,97 +77,99 @@ CALLS: dict[str, tuple[dict[str, int], list[str]]] = {
 
 
 @pytest.mark.parametrize("kind", CALLS)
-def test_a_body_that_runs_again_makes_the_same_calls(bench: Bench, kind: str) -> None:
-    name = bench.fresh()
+def test_a_body_that_runs_again_makes_the_same_calls(shared_worker: SharedWorker, kind: str) -> None:
+    name = shared_worker.fresh()
     children, values = CALLS[kind]
 
-    result = bench.task("parent").apply_async((kind, name, bench.path("flag")))
+    result = shared_worker.task("parent").apply_async((kind, name, shared_worker.path("flag")))
 
-    returned = result.get(timeout=PATIENCE)
-    assert len(bench.ledger.starts("parent", task_id=result.id)) == 2
+    returned = result.get(timeout=TIMEOUT)
+    assert len(shared_worker.ledger.starts("parent", task_id=result.id)) == 2
     # The results that the second run has returned are there, whichever run has made them.
-    assert [AsyncResult(id_, app=bench.app).get(timeout=PATIENCE) for id_ in returned] == [name + end for end in values]
-    settle(bench)
-    assert ran(bench, name) == children
+    assert [AsyncResult(id_, app=shared_worker.app).get(timeout=TIMEOUT) for id_ in returned] == [
+        name + end for end in values
+    ]
+    settle(shared_worker)
+    assert ran(shared_worker, name) == children
 
 
-def test_a_child_that_failed_is_not_sent_again(bench: Bench) -> None:
+def test_a_child_that_failed_is_not_sent_again(shared_worker: SharedWorker) -> None:
     """Although it may be sent again under its id: the body has called it once."""
-    name = bench.fresh()
+    name = shared_worker.fresh()
 
-    result = bench.task("parent").apply_async(("failing", name, bench.path("flag")))
+    result = shared_worker.task("parent").apply_async(("failing", name, shared_worker.path("flag")))
 
-    (child,) = result.get(timeout=PATIENCE)
-    assert isinstance(AsyncResult(child, app=bench.app).get(timeout=PATIENCE, propagate=False), ValueError)
-    settle(bench)
-    assert ran(bench, name) == once("")
+    (child,) = result.get(timeout=TIMEOUT)
+    assert isinstance(AsyncResult(child, app=shared_worker.app).get(timeout=TIMEOUT, propagate=False), ValueError)
+    settle(shared_worker)
+    assert ran(shared_worker, name) == once("")
 
 
 @pytest.mark.parametrize("killed", [False, True])
-def test_a_retry_makes_calls_of_its_own(bench: Bench, killed: bool) -> None:
+def test_a_retry_makes_calls_of_its_own(shared_worker: SharedWorker, killed: bool) -> None:
     """A body that retries calls its children again, as with Celery's own tasks; one that is run again does not."""
-    name = bench.fresh()
+    name = shared_worker.fresh()
 
-    result = bench.task("parent").apply_async(("one", name, bench.path("flag") if killed else "", 2))
+    result = shared_worker.task("parent").apply_async(("one", name, shared_worker.path("flag") if killed else "", 2))
 
-    assert len(result.get(timeout=PATIENCE)) == 1
-    settle(bench)
-    assert ran(bench, name) == {"": 3}
-    assert len(bench.ledger.starts("parent", task_id=result.id)) == (4 if killed else 3)
+    assert len(result.get(timeout=TIMEOUT)) == 1
+    settle(shared_worker)
+    assert ran(shared_worker, name) == {"": 3}
+    assert len(shared_worker.ledger.starts("parent", task_id=result.id)) == (4 if killed else 3)
 
 
 @pytest.mark.parametrize("retries", [0, 1])
-def test_a_retry_in_place_of_a_lost_worker_makes_the_same_calls(bench: Bench, retries: int) -> None:
-    name = bench.fresh()
+def test_a_retry_in_place_of_a_lost_worker_makes_the_same_calls(shared_worker: SharedWorker, retries: int) -> None:
+    name = shared_worker.fresh()
 
     # It counts the lost run as one of its retries.
-    result = bench.task("parent.retried").apply_async(("one", name, bench.path("flag"), 2 * retries))
+    result = shared_worker.task("parent.retried").apply_async(("one", name, shared_worker.path("flag"), 2 * retries))
 
-    assert len(result.get(timeout=PATIENCE)) == 1
-    settle(bench)
-    assert [start.retries for start in bench.ledger.starts("parent.retried", task_id=result.id)] == [
+    assert len(result.get(timeout=TIMEOUT)) == 1
+    settle(shared_worker)
+    assert [start.retries for start in shared_worker.ledger.starts("parent.retried", task_id=result.id)] == [
         *range(2 + retries)
     ]
-    assert ran(bench, name) == {"": 1 + retries}
+    assert ran(shared_worker, name) == {"": 1 + retries}
 
 
-def test_two_messages_make_calls_of_their_own(bench: Bench) -> None:
-    name = bench.fresh()
+def test_two_messages_make_calls_of_their_own(shared_worker: SharedWorker) -> None:
+    name = shared_worker.fresh()
 
-    results = [bench.task("parent").apply_async(("one", name)) for _ in range(2)]
+    results = [shared_worker.task("parent").apply_async(("one", name)) for _ in range(2)]
 
-    children = [child for result in results for child in result.get(timeout=PATIENCE)]
-    settle(bench)
+    children = [child for result in results for child in result.get(timeout=TIMEOUT)]
+    settle(shared_worker)
     assert len(set(children)) == 2
-    assert ran(bench, name) == {"": 2}
+    assert ran(shared_worker, name) == {"": 2}
 
 
-def test_a_task_that_is_called_as_a_function_calls_for_its_caller(bench: Bench) -> None:
-    name = bench.fresh()
+def test_a_task_that_is_called_as_a_function_calls_for_its_caller(shared_worker: SharedWorker) -> None:
+    name = shared_worker.fresh()
 
-    children = bench.task("parent.helped").delay(name).get(timeout=PATIENCE)
+    children = shared_worker.task("parent.helped").delay(name).get(timeout=TIMEOUT)
 
-    settle(bench)
+    settle(shared_worker)
     assert len(set(children)) == 2
-    assert ran(bench, name) == {"": 2}
-    assert {bench.row("child", child).task_id for child in children} == set(children)
+    assert ran(shared_worker, name) == {"": 2}
+    assert {shared_worker.row("child", child).task_id for child in children} == set(children)
 
 
-def test_a_copy_whose_claim_comes_first_makes_the_calls_of_the_first(bench: Bench) -> None:
+def test_a_copy_whose_claim_comes_first_makes_the_calls_of_the_first(shared_worker: SharedWorker) -> None:
     """Two callers' chains share a message, and the first one's waits elsewhere: who takes over goes by the row, which is the first's."""
-    name, flag, m = bench.fresh(), bench.path("flag"), bench.fresh()
+    name, flag, m = shared_worker.fresh(), shared_worker.path("flag"), shared_worker.fresh()
 
     def send(queue: str) -> AsyncResult[Any]:
-        parent = bench.task("parent").si("one", name, flag).set(message_id=m, queue=queue)
-        return chain(parent, bench.task("child").si(f"{name}:behind"), app=bench.app).apply_async()
+        parent = shared_worker.task("parent").si("one", name, flag).set(message_id=m, queue=queue)
+        return chain(parent, shared_worker.task("child").si(f"{name}:behind"), app=shared_worker.app).apply_async()
 
-    first, second = send(bench.fresh("queue")), send(bench.spec.queue)
+    first, second = send(shared_worker.fresh("queue")), send(shared_worker.spec.queue)
 
-    assert second.get(timeout=PATIENCE) == f"{name}:behind"
-    settle(bench)
-    row = bench.row("parent", m)
+    assert second.get(timeout=TIMEOUT) == f"{name}:behind"
+    settle(shared_worker)
+    row = shared_worker.row("parent", m)
     assert (row.task_id, row.ran_task_id) == (first.parent.id, second.parent.id)
-    assert ran(bench, name) == once("", ":behind")
+    assert ran(shared_worker, name) == once("", ":behind")
 
 
 # -- what is sent behind a body ----------------------------------------------------------------------------------------------
@@ -175,65 +177,67 @@ def test_a_copy_whose_claim_comes_first_makes_the_calls_of_the_first(bench: Benc
 Names = Callable[[str], str]
 
 #: Sends a parent, with children whose names are made of their numbers.
-Send = Callable[[Bench, str, Names], AsyncResult[Any]]
+Send = Callable[[SharedWorker, str, Names], AsyncResult[Any]]
 
 
-def _with_links(bench: Bench, name: str, child_name: Names) -> AsyncResult[Any]:
-    links = [bench.task("child").s(child_name(number)) for number in ("1", "2")]
-    return bench.task("parent.value").apply_async((name,), link=links)
+def _with_links(shared_worker: SharedWorker, name: str, child_name: Names) -> AsyncResult[Any]:
+    links = [shared_worker.task("child").s(child_name(number)) for number in ("1", "2")]
+    return shared_worker.task("parent.value").apply_async((name,), link=links)
 
 
-def _with_one_link(bench: Bench, name: str, child_name: Names) -> AsyncResult[Any]:
-    return bench.task("parent.value").apply_async((name,), link=bench.task("child").s(child_name("1")))
+def _with_one_link(shared_worker: SharedWorker, name: str, child_name: Names) -> AsyncResult[Any]:
+    return shared_worker.task("parent.value").apply_async((name,), link=shared_worker.task("child").s(child_name("1")))
 
 
-def _ignored_with_links(bench: Bench, name: str, child_name: Names) -> AsyncResult[Any]:
-    links = [bench.task("child").s(child_name(number)) for number in ("1", "2")]
-    return bench.task("parent.ignored").apply_async((name,), link=links)
+def _ignored_with_links(shared_worker: SharedWorker, name: str, child_name: Names) -> AsyncResult[Any]:
+    links = [shared_worker.task("child").s(child_name(number)) for number in ("1", "2")]
+    return shared_worker.task("parent.ignored").apply_async((name,), link=links)
 
 
-def _with_errbacks(bench: Bench, name: str, child_name: Names) -> AsyncResult[Any]:
-    errbacks = [bench.task("child").s(child_name(number)) for number in ("1", "2")]
-    return bench.task("parent.value").apply_async((name, False), link_error=errbacks)
+def _with_errbacks(shared_worker: SharedWorker, name: str, child_name: Names) -> AsyncResult[Any]:
+    errbacks = [shared_worker.task("child").s(child_name(number)) for number in ("1", "2")]
+    return shared_worker.task("parent.value").apply_async((name, False), link_error=errbacks)
 
 
-def _with_one_errback(bench: Bench, name: str, child_name: Names) -> AsyncResult[Any]:
-    return bench.task("parent.value").apply_async((name, False), link_error=bench.task("child").s(child_name("1")))
+def _with_one_errback(shared_worker: SharedWorker, name: str, child_name: Names) -> AsyncResult[Any]:
+    return shared_worker.task("parent.value").apply_async(
+        (name, False), link_error=shared_worker.task("child").s(child_name("1"))
+    )
 
 
-def _ignored_with_errbacks(bench: Bench, name: str, child_name: Names) -> AsyncResult[Any]:
-    errbacks = [bench.task("child").s(child_name(number)) for number in ("1", "2")]
-    return bench.task("parent.ignored").apply_async((name, False), link_error=errbacks)
+def _ignored_with_errbacks(shared_worker: SharedWorker, name: str, child_name: Names) -> AsyncResult[Any]:
+    errbacks = [shared_worker.task("child").s(child_name(number)) for number in ("1", "2")]
+    return shared_worker.task("parent.ignored").apply_async((name, False), link_error=errbacks)
 
 
-def _in_a_chain(bench: Bench, name: str, child_name: Names) -> AsyncResult[Any]:
-    child = bench.task("child")
-    steps = [bench.task("parent.value").s(name), *(child.s(child_name(number)) for number in ("1", "2"))]
-    return chain(*steps, app=bench.app).apply_async()
+def _in_a_chain(shared_worker: SharedWorker, name: str, child_name: Names) -> AsyncResult[Any]:
+    child = shared_worker.task("child")
+    steps = [shared_worker.task("parent.value").s(name), *(child.s(child_name(number)) for number in ("1", "2"))]
+    return chain(*steps, app=shared_worker.app).apply_async()
 
 
-def _with_a_chain(bench: Bench, name: str, child_name: Names) -> AsyncResult[Any]:
-    child = bench.task("child")
-    link = chain(child.s(child_name("1")), child.s(child_name("2")), app=bench.app)
-    return bench.task("parent.value").apply_async((name,), link=link)
+def _with_a_chain(shared_worker: SharedWorker, name: str, child_name: Names) -> AsyncResult[Any]:
+    child = shared_worker.task("child")
+    link = chain(child.s(child_name("1")), child.s(child_name("2")), app=shared_worker.app)
+    return shared_worker.task("parent.value").apply_async((name,), link=link)
 
 
-def _with_a_group(bench: Bench, name: str, child_name: Names) -> AsyncResult[Any]:
-    child = bench.task("child")
-    link = group([child.s(child_name("1")), child.s(child_name("2"))], app=bench.app)
-    return bench.task("parent.value").apply_async((name,), link=link)
+def _with_a_group(shared_worker: SharedWorker, name: str, child_name: Names) -> AsyncResult[Any]:
+    child = shared_worker.task("child")
+    link = group([child.s(child_name("1")), child.s(child_name("2"))], app=shared_worker.app)
+    return shared_worker.task("parent.value").apply_async((name,), link=link)
 
 
-def _with_a_chord(bench: Bench, name: str, child_name: Names) -> AsyncResult[Any]:
-    child = bench.task("child")
+def _with_a_chord(shared_worker: SharedWorker, name: str, child_name: Names) -> AsyncResult[Any]:
+    child = shared_worker.task("child")
     header = [child.s(child_name("1")), child.s(child_name("2"))]
-    link = chord(header, child.s(child_name("3")), app=bench.app)
-    return bench.task("parent.value").apply_async((name,), link=link)
+    link = chord(header, child.s(child_name("3")), app=shared_worker.app)
+    return shared_worker.task("parent.value").apply_async((name,), link=link)
 
 
-def _in_a_header(bench: Bench, name: str, child_name: Names) -> AsyncResult[Any]:
-    header = [bench.task("parent.value").s(name), bench.task("parent.value").s(name)]
-    return chord(header, bench.task("child").s(child_name("1")), app=bench.app).apply_async()
+def _in_a_header(shared_worker: SharedWorker, name: str, child_name: Names) -> AsyncResult[Any]:
+    header = [shared_worker.task("parent.value").s(name), shared_worker.task("parent.value").s(name)]
+    return chord(header, shared_worker.task("child").s(child_name("1")), app=shared_worker.app).apply_async()
 
 
 #: Each way to hang something on a message, with the children that are sent in its own dispatch, and all of them.
@@ -254,22 +258,28 @@ BEHIND: dict[str, tuple[Send, str, str]] = {
 @pytest.mark.parametrize(
     ("behind", "deadly_one"), [(behind, one) for behind, (_, sent, _) in BEHIND.items() for one in sent]
 )
-def test_a_dispatch_that_was_cut_off_is_made_whole(bench: Bench, behind: str, deadly_one: str, moment: Moment) -> None:
+def test_a_dispatch_that_was_cut_off_is_made_whole(
+    shared_worker: SharedWorker, behind: str, deadly_one: str, moment: Moment
+) -> None:
     """The worker dies just before it publishes the one or the other, or just after that."""
-    name, flag = bench.fresh(), bench.path("flag")
+    name, flag = shared_worker.fresh(), shared_worker.path("flag")
     send, _, children = BEHIND[behind]
 
     def child_name(number: str) -> str:
         child = f"{name}:{number}"
         return deadly(child, moment, flag) if number == deadly_one else child
 
-    result = send(bench, name, child_name)
+    result = send(shared_worker, name, child_name)
 
     expected = once(*(f":{number}" for number in children))
-    wait_until(lambda: ran(bench, name).keys() >= expected.keys(), timeout=PATIENCE, describe=lambda: ran(bench, name))
-    settle(bench)
-    assert ran(bench, name) == expected
-    parents = [note for note in bench.ledger.starts() if note.task_id in _family(result)]
+    wait_until(
+        lambda: ran(shared_worker, name).keys() >= expected.keys(),
+        timeout=TIMEOUT,
+        describe=lambda: ran(shared_worker, name),
+    )
+    settle(shared_worker)
+    assert ran(shared_worker, name) == expected
+    parents = [note for note in shared_worker.ledger.starts() if note.task_id in _family(result)]
     assert [note.task for note in parents if note.task.startswith("parent")] in (["parent.value"], ["parent.ignored"])
 
 
@@ -278,99 +288,105 @@ def _family(result: AsyncResult[Any] | None) -> list[str]:
     return [] if result is None else [result.id, *_family(result.parent)]
 
 
-def test_what_failed_stays_the_first_failure_when_its_errbacks_are_sent_later(bench: Bench) -> None:
-    name, flag = bench.fresh(), bench.path("flag")
+def test_what_failed_stays_the_first_failure_when_its_errbacks_are_sent_later(shared_worker: SharedWorker) -> None:
+    name, flag = shared_worker.fresh(), shared_worker.path("flag")
 
-    result = _with_errbacks(bench, name, lambda number: deadly(f"{name}:{number}", "before", flag))
+    result = _with_errbacks(shared_worker, name, lambda number: deadly(f"{name}:{number}", "before", flag))
 
-    wait_until(lambda: ran(bench, name) == once(":1", ":2"), timeout=PATIENCE, describe=lambda: ran(bench, name))
-    settle(bench)
-    error = result.get(timeout=PATIENCE, propagate=False)
+    wait_until(
+        lambda: ran(shared_worker, name) == once(":1", ":2"), timeout=TIMEOUT, describe=lambda: ran(shared_worker, name)
+    )
+    settle(shared_worker)
+    error = result.get(timeout=TIMEOUT, propagate=False)
     assert (type(error).__name__, str(error)) == ("ValueError", name)
-    assert len(bench.ledger.starts("parent.value", task_id=result.id)) == 1
+    assert len(shared_worker.ledger.starts("parent.value", task_id=result.id)) == 1
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
-def test_a_chords_body_is_sent_once(bench: Bench, moment: Moment) -> None:
+def test_a_chords_body_is_sent_once(shared_worker: SharedWorker, moment: Moment) -> None:
     """Celery stores the result of a part before it sends the body, and takes it for done: recovery takes it up from its row."""
-    name, flag = bench.fresh(), bench.path("flag")
+    name, flag = shared_worker.fresh(), shared_worker.path("flag")
 
-    result = _in_a_header(bench, name, lambda number: deadly(f"{name}:{number}", moment, flag))
+    result = _in_a_header(shared_worker, name, lambda number: deadly(f"{name}:{number}", moment, flag))
     parts = [part.id for part in result.parent.results]
 
     def rows() -> list[Row]:
-        return [bench.row("parent.value", part) for part in parts]
+        return [shared_worker.row("parent.value", part) for part in parts]
 
     def left() -> bool:
         return any(row.processed_status and row.status is Status.PROCESSING and row.lease_left <= 0 for row in rows())
 
-    wait_until(left, timeout=PATIENCE, describe=rows)
-    Recovery(bench.app.queue_log).run_pass()
+    wait_until(left, timeout=TIMEOUT, describe=rows)
+    Recovery(shared_worker.app.queue_log).run_pass()
     # Celery remembers for a while that the dead one was about to send the body.
-    wait_until(lambda: {row.status for row in rows()} == {Status.DONE}, timeout=PATIENCE, describe=rows)
-    assert result.get(timeout=PATIENCE).startswith(name)
-    settle(bench)
-    assert ran(bench, name) == once(":1")
+    wait_until(lambda: {row.status for row in rows()} == {Status.DONE}, timeout=TIMEOUT, describe=rows)
+    assert result.get(timeout=TIMEOUT).startswith(name)
+    settle(shared_worker)
+    assert ran(shared_worker, name) == once(":1")
 
 
-def test_two_links_alike_are_two_messages(bench: Bench) -> None:
-    name, flag = bench.fresh(), bench.path("flag")
-    link = bench.task("child").s(deadly(f"{name}:1", "after", flag))
+def test_two_links_alike_are_two_messages(shared_worker: SharedWorker) -> None:
+    name, flag = shared_worker.fresh(), shared_worker.path("flag")
+    link = shared_worker.task("child").s(deadly(f"{name}:1", "after", flag))
 
-    result = bench.task("parent.value").apply_async((name,), link=[link, link.clone()])
+    result = shared_worker.task("parent.value").apply_async((name,), link=[link, link.clone()])
 
-    assert result.get(timeout=PATIENCE) == name
-    settle(bench)
-    assert ran(bench, name) == {":1": 2}
+    assert result.get(timeout=TIMEOUT) == name
+    settle(shared_worker)
+    assert ran(shared_worker, name) == {":1": 2}
 
 
-def test_each_callers_link_is_its_own(bench: Bench) -> None:
+def test_each_callers_link_is_its_own(shared_worker: SharedWorker) -> None:
     """Also where both callers hang the very same on one message."""
-    name, m = bench.fresh(), bench.fresh()
+    name, m = shared_worker.fresh(), shared_worker.fresh()
 
     results = [
-        bench.task("parent.value").apply_async((name,), message_id=m, link=bench.task("child").s(f"{name}:1"))
+        shared_worker.task("parent.value").apply_async(
+            (name,), message_id=m, link=shared_worker.task("child").s(f"{name}:1")
+        )
         for _ in range(2)
     ]
 
-    assert [result.get(timeout=PATIENCE) for result in results] == [name, name]
-    settle(bench)
-    assert ran(bench, name) == {":1": 2}
-    assert len(bench.starts("parent.value", m)) == 1
+    assert [result.get(timeout=TIMEOUT) for result in results] == [name, name]
+    settle(shared_worker)
+    assert ran(shared_worker, name) == {":1": 2}
+    assert len(shared_worker.starts("parent.value", m)) == 1
 
 
-def test_an_errback_of_a_lost_worker_is_sent_once(bench: Bench) -> None:
+def test_an_errback_of_a_lost_worker_is_sent_once(shared_worker: SharedWorker) -> None:
     """The main process sends it, which knows nothing of the run."""
-    name = bench.fresh()
-    errback = bench.task("child").si(f"{name}:1")
+    name = shared_worker.fresh()
+    errback = shared_worker.task("child").si(f"{name}:1")
 
-    result = bench.task("die.early").apply_async((bench.path("flag"),), link_error=errback)
+    result = shared_worker.task("die.early").apply_async((shared_worker.path("flag"),), link_error=errback)
 
-    assert isinstance(result.get(timeout=PATIENCE, propagate=False), WorkerLostError)
-    wait_until(lambda: ran(bench, name) == once(":1"), timeout=PATIENCE, describe=lambda: ran(bench, name))
-    settle(bench)
-    assert ran(bench, name) == once(":1")
+    assert isinstance(result.get(timeout=TIMEOUT, propagate=False), WorkerLostError)
+    wait_until(
+        lambda: ran(shared_worker, name) == once(":1"), timeout=TIMEOUT, describe=lambda: ran(shared_worker, name)
+    )
+    settle(shared_worker)
+    assert ran(shared_worker, name) == once(":1")
 
 
-def test_an_errback_of_a_hard_time_limit_is_sent_once(bench: Bench) -> None:
+def test_an_errback_of_a_hard_time_limit_is_sent_once(shared_worker: SharedWorker) -> None:
     """Celery reports that failure twice."""
-    name = bench.fresh()
-    errback = bench.task("child").si(f"{name}:1")
+    name = shared_worker.fresh()
+    errback = shared_worker.task("child").si(f"{name}:1")
 
-    bench.task("hard.early").apply_async((bench.path("flag"),), link_error=errback)
+    shared_worker.task("hard.early").apply_async((shared_worker.path("flag"),), link_error=errback)
 
-    wait_until(lambda: ran(bench, name), timeout=PATIENCE, describe="the errback")
-    settle(bench)
-    assert ran(bench, name) == once(":1")
+    wait_until(lambda: ran(shared_worker, name), timeout=TIMEOUT, describe="the errback")
+    settle(shared_worker)
+    assert ran(shared_worker, name) == once(":1")
 
 
-def test_the_rows_of_callbacks_are_those_of_their_results(bench: Bench) -> None:
+def test_the_rows_of_callbacks_are_those_of_their_results(shared_worker: SharedWorker) -> None:
     """A callback has its Celery id fixed, as a step of a chain has, and is known by it."""
-    name = bench.fresh()
+    name = shared_worker.fresh()
 
-    result = _with_one_link(bench, name, lambda number: f"{name}:{number}")
+    result = _with_one_link(shared_worker, name, lambda number: f"{name}:{number}")
 
-    assert result.get(timeout=PATIENCE) == name
+    assert result.get(timeout=TIMEOUT) == name
     (link,) = result.children
-    assert link.get(timeout=PATIENCE) == f"{name}:1"
-    assert bench.row("child", link.id).status in (Status.DONE, Status.PROCESSING)
+    assert link.get(timeout=TIMEOUT) == f"{name}:1"
+    assert shared_worker.row("child", link.id).status in (Status.DONE, Status.PROCESSING)

@@ -60,7 +60,7 @@ SETTINGS = {
     "broker_transport_options": {"socket_connect_timeout": 2},
 }
 
-DAY, PATIENCE = 86400.0, 60.0
+DAY, TIMEOUT = 86400.0, 60.0
 
 Run = subprocess.CompletedProcess[str]
 RunCelery = Callable[..., Run]
@@ -462,7 +462,7 @@ def test_it_is_one_of_celerys_commands(celery: RunCelery) -> None:
 
 
 @dataclass
-class Losses:
+class LostMessages:
     """A queue log and a broker, between which messages went missing."""
 
     project: Path
@@ -521,22 +521,22 @@ class Losses:
 
 
 @pytest.fixture
-def losses(project: Path, private_redis: PrivateRedis, tmp_path: Path) -> Iterator[Losses]:
+def lost_messages(project: Path, private_redis: PrivateRedis, tmp_path: Path) -> Iterator[LostMessages]:
     url = f"sqlite:///{tmp_path / 'lost.db'}"
     with closing(SQLStore(url)) as store:
         store.init()
-        yield Losses(project, url, store, private_redis)
+        yield LostMessages(project, url, store, private_redis)
 
 
-def test_recover_publishes_what_is_due_and_says_so(celery: RunCelery, losses: Losses) -> None:
-    losses.lapsed("lapsed", task="shop.late")
-    losses.unsent("unsent")
-    losses.age(2 * DAY, losses.done("old:1"), losses.done("old:2"))
-    losses.pending("waits")
-    losses.lapsed("of another app", task="another.task")
+def test_recover_publishes_what_is_due_and_says_so(celery: RunCelery, lost_messages: LostMessages) -> None:
+    lost_messages.lapsed("lapsed", task="shop.late")
+    lost_messages.unsent("unsent")
+    lost_messages.age(2 * DAY, lost_messages.done("old:1"), lost_messages.done("old:2"))
+    lost_messages.pending("waits")
+    lost_messages.lapsed("of another app", task="another.task")
 
-    first = celery("idempotent", "recover", **losses.environment)
-    second = celery("idempotent", "recover", **losses.environment)
+    first = celery("idempotent", "recover", **lost_messages.environment)
+    second = celery("idempotent", "recover", **lost_messages.environment)
 
     said = "taken back 1 whose worker died, relayed 1 never published, purged 2\n"
     assert (first.returncode, first.stdout) == (0, said)
@@ -545,22 +545,26 @@ def test_recover_publishes_what_is_due_and_says_so(celery: RunCelery, losses: Lo
         "shop.charge[unsent] is published at last: it was pending",
     ]
     assert (second.returncode, second.stdout, second.stderr) == (0, "nothing was due\n", "")
-    assert losses.published() == ["lapsed", "unsent"]
+    assert lost_messages.published() == ["lapsed", "unsent"]
 
 
-def test_a_dry_run_of_recover_lists_what_is_due_and_changes_nothing(celery: RunCelery, losses: Losses) -> None:
-    losses.lapsed("lapsed", task="shop.late")
-    losses.lapsed("of another app", task="another.task")
-    losses.unsent("unsent")
-    losses.pending("being published", published=False, publish_within=60.0)
-    losses.age(2 * DAY, losses.done("old"))
-    losses.age(1000.0, losses.pending("overtaken"), losses.pending("elsewhere", queue="other"))
-    losses.claimed("overtaking")
-    before = list(losses.store.rows(RowFilter()))
-    losses.broker.stop()
+def test_a_dry_run_of_recover_lists_what_is_due_and_changes_nothing(
+    celery: RunCelery, lost_messages: LostMessages
+) -> None:
+    lost_messages.lapsed("lapsed", task="shop.late")
+    lost_messages.lapsed("of another app", task="another.task")
+    lost_messages.unsent("unsent")
+    lost_messages.pending("being published", published=False, publish_within=60.0)
+    lost_messages.age(2 * DAY, lost_messages.done("old"))
+    lost_messages.age(1000.0, lost_messages.pending("overtaken"), lost_messages.pending("elsewhere", queue="other"))
+    lost_messages.claimed("overtaking")
+    before = list(lost_messages.store.rows(RowFilter()))
+    lost_messages.broker.stop()
 
-    people = celery("idempotent", "recover", "--dry-run", **losses.environment)
-    programs = celery("idempotent", "recover", "--dry-run", "--lost-after", "900", "--json", **losses.environment)
+    people = celery("idempotent", "recover", "--dry-run", **lost_messages.environment)
+    programs = celery(
+        "idempotent", "recover", "--dry-run", "--lost-after", "900", "--json", **lost_messages.environment
+    )
 
     assert (people.returncode, people.stderr) == (0, "")
     head, *listed, last = people.stdout.splitlines()
@@ -576,93 +580,105 @@ def test_a_dry_run_of_recover_lists_what_is_due_and_changes_nothing(celery: RunC
     said = json.loads(programs.stdout)
     assert {row["message_id"] for row in said["lost"]} == {"overtaken", "elsewhere"}
     assert (said["dry_run"], said["purged"]) == (True, 1)
-    assert [replace(row, read_at=None) for row in losses.store.rows(RowFilter())] == [  # type: ignore[arg-type]
+    assert [replace(row, read_at=None) for row in lost_messages.store.rows(RowFilter())] == [  # type: ignore[arg-type]
         replace(row, read_at=None)  # type: ignore[arg-type]
         for row in before
     ]
 
-    losses.broker.start()
-    losses.store.relayed([MessageKey("being published", "shop.charge")], published=True)
-    done = celery("idempotent", "recover", **losses.environment)
+    lost_messages.broker.start()
+    lost_messages.store.relayed([MessageKey("being published", "shop.charge")], published=True)
+    done = celery("idempotent", "recover", **lost_messages.environment)
     assert done.stdout == (
         "taken back 1 whose worker died, relayed 1 never published, published again 1 presumed lost, purged 1\n"
     )
-    assert celery("idempotent", "recover", "--dry-run", **losses.environment).stdout == "nothing is due\n"
+    assert celery("idempotent", "recover", "--dry-run", **lost_messages.environment).stdout == "nothing is due\n"
 
 
-def test_recover_goes_on_until_nothing_more_is_due(celery: RunCelery, losses: Losses) -> None:
-    names = sorted(losses.unsent(f"m:{number:03}").message_id for number in range(450))
-    run = celery("idempotent", "recover", "--json", **losses.environment)
+def test_recover_goes_on_until_nothing_more_is_due(celery: RunCelery, lost_messages: LostMessages) -> None:
+    names = sorted(lost_messages.unsent(f"m:{number:03}").message_id for number in range(450))
+    run = celery("idempotent", "recover", "--json", **lost_messages.environment)
     assert (run.returncode, json.loads(run.stdout)) == (0, {"taken_back": 0, "relayed": 450, "lost": 0, "purged": 0})
-    assert losses.published() == names
+    assert lost_messages.published() == names
 
 
 @pytest.mark.parametrize("over", [False, True], ids=["runs", "ran"])
-def test_recover_knows_by_what_runs_or_ran_what_was_overtaken(celery: RunCelery, losses: Losses, over: bool) -> None:
-    older = [losses.pending("lost"), losses.pending("backlog", queue="other"), losses.pending("somewhere", queue=None)]
-    losses.age(1000.0, *older)
+def test_recover_knows_by_what_runs_or_ran_what_was_overtaken(
+    celery: RunCelery, lost_messages: LostMessages, over: bool
+) -> None:
+    older = [
+        lost_messages.pending("lost"),
+        lost_messages.pending("backlog", queue="other"),
+        lost_messages.pending("somewhere", queue=None),
+    ]
+    lost_messages.age(1000.0, *older)
 
-    losses.claimed("of unknown queue", queue=None)
-    before = celery("idempotent", "recover", "--json", **losses.environment)
-    overtaking = losses.claimed("overtaking").claim
+    lost_messages.claimed("of unknown queue", queue=None)
+    before = celery("idempotent", "recover", "--json", **lost_messages.environment)
+    overtaking = lost_messages.claimed("overtaking").claim
     if over:
-        losses.store.complete(overtaking, result=b"1")
-    after = celery("idempotent", "recover", "--json", **losses.environment)
+        lost_messages.store.complete(overtaking, result=b"1")
+    after = celery("idempotent", "recover", "--json", **lost_messages.environment)
 
     assert [json.loads(run.stdout)["lost"] for run in (before, after)] == [0, 1]
-    assert losses.published() == ["lost"]
+    assert lost_messages.published() == ["lost"]
 
 
-def test_recover_all_that_waits_for_a_broker_that_was_emptied(celery: RunCelery, losses: Losses) -> None:
-    older = [losses.pending("a"), losses.pending("b", queue="celery"), losses.pending("c", task="shop.late")]
-    losses.age(120.0, *older)
-    losses.pending("young")
-    assert json.loads(celery("idempotent", "recover", "--json", **losses.environment).stdout)["lost"] == 0
+def test_recover_all_that_waits_for_a_broker_that_was_emptied(celery: RunCelery, lost_messages: LostMessages) -> None:
+    older = [
+        lost_messages.pending("a"),
+        lost_messages.pending("b", queue="celery"),
+        lost_messages.pending("c", task="shop.late"),
+    ]
+    lost_messages.age(120.0, *older)
+    lost_messages.pending("young")
+    assert json.loads(celery("idempotent", "recover", "--json", **lost_messages.environment).stdout)["lost"] == 0
 
-    run = celery("idempotent", "recover", "--lost-after", "1m", "--yes", **losses.environment)
+    run = celery("idempotent", "recover", "--lost-after", "1m", "--yes", **lost_messages.environment)
 
     assert (run.returncode, run.stdout) == (0, "published again 3 presumed lost\n")
-    assert losses.published() == ["a", "b", "c"]
+    assert lost_messages.published() == ["a", "b", "c"]
 
 
-def test_recover_without_a_broker_loses_nothing(celery: RunCelery, losses: Losses) -> None:
-    losses.unsent("unsent")
-    losses.lapsed("lapsed")
-    losses.broker.stop()
-    run = celery("idempotent", "recover", **losses.environment)
+def test_recover_without_a_broker_loses_nothing(celery: RunCelery, lost_messages: LostMessages) -> None:
+    lost_messages.unsent("unsent")
+    lost_messages.lapsed("lapsed")
+    lost_messages.broker.stop()
+    run = celery("idempotent", "recover", **lost_messages.environment)
 
     assert (run.returncode, run.stdout) == (1, "")
     (line,) = run.stderr.splitlines()
     assert line.startswith("Error: the broker took no message: ")
     assert line.endswith("; what was not published waits in the queue log")
 
-    losses.broker.start()
-    assert celery("idempotent", "recover", **losses.environment).returncode == 0
-    assert losses.published() == ["lapsed", "unsent"]
+    lost_messages.broker.start()
+    assert celery("idempotent", "recover", **lost_messages.environment).returncode == 0
+    assert lost_messages.published() == ["lapsed", "unsent"]
 
 
-def test_what_is_requeued_while_the_broker_is_down_waits_in_the_log(celery: RunCelery, losses: Losses) -> None:
-    keys = [losses.claimed("failed", task="shop.late").claim, losses.claimed("failed too").claim]
+def test_what_is_requeued_while_the_broker_is_down_waits_in_the_log(
+    celery: RunCelery, lost_messages: LostMessages
+) -> None:
+    keys = [lost_messages.claimed("failed", task="shop.late").claim, lost_messages.claimed("failed too").claim]
     for claim in keys:
-        losses.store.fail(claim, error="ConnectionError: no")
-    losses.broker.stop()
+        lost_messages.store.fail(claim, error="ConnectionError: no")
+    lost_messages.broker.stop()
     arguments = ("idempotent", "requeue", "--error", "ConnectionError*", "--yes")
-    run = celery(*arguments, **losses.environment)
+    run = celery(*arguments, **lost_messages.environment)
 
     assert (run.returncode, run.stdout) == (1, "")
     assert run.stderr.splitlines()[-1].endswith("; what was not published waits in the queue log")
 
-    losses.broker.start()
-    again = celery(*arguments, "--json", **losses.environment)
+    lost_messages.broker.start()
+    again = celery(*arguments, "--json", **lost_messages.environment)
     assert (again.returncode, json.loads(again.stdout)["requeued"]) == (0, [])
-    assert celery("idempotent", "recover", **losses.environment).stdout == "relayed 2 never published\n"
-    assert losses.published() == ["failed", "failed too"]
+    assert celery("idempotent", "recover", **lost_messages.environment).stdout == "relayed 2 never published\n"
+    assert lost_messages.published() == ["failed", "failed too"]
 
 
-def test_what_was_not_requeued_is_said(celery: RunCelery, losses: Losses) -> None:
-    losses.store.fail(losses.claimed("failed").claim, error="no")
-    losses.pending("waits")
-    run = celery("idempotent", "requeue", "failed", "waits", "never", "--yes", **losses.environment)
+def test_what_was_not_requeued_is_said(celery: RunCelery, lost_messages: LostMessages) -> None:
+    lost_messages.store.fail(lost_messages.claimed("failed").claim, error="no")
+    lost_messages.pending("waits")
+    run = celery("idempotent", "requeue", "failed", "waits", "never", "--yes", **lost_messages.environment)
 
     assert (run.returncode, run.stdout) == (1, "requeued 1\n")
     assert run.stderr.splitlines() == [
@@ -670,34 +686,36 @@ def test_what_was_not_requeued_is_said(celery: RunCelery, losses: Losses) -> Non
         "no message 'never'",
         "shop.charge[waits] stays as it is: it waits already; if the broker has lost it, see `recover --lost-after`",
     ]
-    assert losses.published() == ["failed"]
+    assert lost_messages.published() == ["failed"]
 
 
-def test_purge(celery: RunCelery, losses: Losses) -> None:
-    old, young, waiting = losses.done("old"), losses.done("young"), losses.pending("waiting")
-    losses.age(2 * DAY, old, waiting)
-    losses.age(2 * 3600.0, young)
+def test_purge(celery: RunCelery, lost_messages: LostMessages) -> None:
+    old, young, waiting = lost_messages.done("old"), lost_messages.done("young"), lost_messages.pending("waiting")
+    lost_messages.age(2 * DAY, old, waiting)
+    lost_messages.age(2 * 3600.0, young)
 
-    by_retention = celery("idempotent", "purge", "--yes", **losses.environment)
+    by_retention = celery("idempotent", "purge", "--yes", **lost_messages.environment)
     by_age = [
-        celery("idempotent", "purge", "--older-than", age, "--yes", "--json", **losses.environment)
+        celery("idempotent", "purge", "--older-than", age, "--yes", "--json", **lost_messages.environment)
         for age in ("3h", "1h")
     ]
 
     assert (by_retention.returncode, by_retention.stdout, by_retention.stderr) == (0, "purged 1\n", "")
     assert [(run.returncode, json.loads(run.stdout)) for run in by_age] == [(0, {"purged": 0}), (0, {"purged": 1})]
-    assert [row.key for row in losses.store.rows(RowFilter())] == [waiting]
+    assert [row.key for row in lost_messages.store.rows(RowFilter())] == [waiting]
 
 
 class Watch:
     """``celery -A proj idempotent recover --watch``, which runs until it is told to stop."""
 
-    def __init__(self, losses: Losses, directory: Path, *options: str) -> None:
+    def __init__(self, lost_messages: LostMessages, directory: Path, *options: str) -> None:
         self._out, self._err = directory / "out", directory / "err"
         arguments = ("idempotent", "recover", "--watch", "--interval", "0.2", *options)
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self.process = subprocess.Popen(
-                **command(losses.project, *arguments, app="proj", **losses.environment), stdout=out, stderr=err
+                **command(lost_messages.project, *arguments, app="proj", **lost_messages.environment),
+                stdout=out,
+                stderr=err,
             )
 
     @property
@@ -713,19 +731,19 @@ class Watch:
             assert self.process.poll() is None, self.log
             return bool(condition())
 
-        wait_until(holds, timeout=PATIENCE, describe=lambda: f"{self.lines}\n{self.log}")
+        wait_until(holds, timeout=TIMEOUT, describe=lambda: f"{self.lines}\n{self.log}")
 
     def stop(self, signum: signal.Signals) -> int:
         self.process.send_signal(signum)
-        return self.process.wait(PATIENCE)
+        return self.process.wait(TIMEOUT)
 
 
 @pytest.fixture
-def watch(losses: Losses, tmp_path: Path) -> Iterator[Callable[..., Watch]]:
+def watch(lost_messages: LostMessages, tmp_path: Path) -> Iterator[Callable[..., Watch]]:
     watches: list[Watch] = []
 
     def watch(*options: str) -> Watch:
-        watches.append(Watch(losses, tmp_path, *options))
+        watches.append(Watch(lost_messages, tmp_path, *options))
         return watches[-1]
 
     yield watch
@@ -735,16 +753,16 @@ def watch(losses: Losses, tmp_path: Path) -> Iterator[Callable[..., Watch]]:
 
 
 def test_watch_says_each_step_that_did_something_and_waits_for_the_broker(
-    losses: Losses, watch: Callable[..., Watch]
+    lost_messages: LostMessages, watch: Callable[..., Watch]
 ) -> None:
-    losses.unsent("first")
+    lost_messages.unsent("first")
     watching = watch("--json")
     watching.wait_for(lambda: len(watching.lines) == 1)
 
-    losses.broker.stop()
-    losses.unsent("second")
+    lost_messages.broker.stop()
+    lost_messages.unsent("second")
     watching.wait_for(lambda: watching.log.count("recovery goes on in") >= 2)
-    losses.broker.start()
+    lost_messages.broker.start()
     watching.wait_for(lambda: len(watching.lines) == 2)
 
     assert watching.stop(signal.SIGTERM) == 0
@@ -753,39 +771,39 @@ def test_watch_says_each_step_that_did_something_and_waits_for_the_broker(
     assert "recovery goes on in 0.4 s" in watching.log
     assert "recovery goes on in 0.8 s" in watching.log
     assert "Traceback" not in watching.log
-    assert losses.published() == ["first", "second"]
+    assert lost_messages.published() == ["first", "second"]
 
 
 def test_watch_waits_for_the_store(
-    losses: Losses, private_postgresql: PrivatePostgreSQL, watch: Callable[..., Watch]
+    lost_messages: LostMessages, private_postgresql: PrivatePostgreSQL, watch: Callable[..., Watch]
 ) -> None:
     with closing(SQLStore(private_postgresql.url)) as store:
         store.init()
-        losses.url, losses.store = private_postgresql.url, store
-        losses.unsent("first")
+        lost_messages.url, lost_messages.store = private_postgresql.url, store
+        lost_messages.unsent("first")
         watching = watch()
         watching.wait_for(lambda: watching.lines)
         private_postgresql.stop()
         watching.wait_for(lambda: "recovery goes on in" in watching.log)
         private_postgresql.start()
-        losses.unsent("second")
+        lost_messages.unsent("second")
         watching.wait_for(lambda: len(watching.lines) == 2)
 
     assert watching.stop(signal.SIGINT) == 0
     assert watching.lines == ["relayed 1 never published"] * 2
     assert "Traceback" not in watching.log
-    assert losses.published() == ["first", "second"]
+    assert lost_messages.published() == ["first", "second"]
 
 
-def test_watch_publishes_all_that_waits_once(losses: Losses, watch: Callable[..., Watch]) -> None:
+def test_watch_publishes_all_that_waits_once(lost_messages: LostMessages, watch: Callable[..., Watch]) -> None:
     """Again and again, a backlog would be published for being one."""
-    names = [losses.pending(f"waiting:{number}").message_id for number in range(3)]
-    losses.age(60.0, *(MessageKey(name, "shop.charge") for name in names))
+    names = [lost_messages.pending(f"waiting:{number}").message_id for number in range(3)]
+    lost_messages.age(60.0, *(MessageKey(name, "shop.charge") for name in names))
     watching = watch("--lost-after", "0", "--yes")
     watching.wait_for(lambda: watching.lines)
-    losses.unsent("later")
+    lost_messages.unsent("later")
     watching.wait_for(lambda: len(watching.lines) == 2)
 
     assert watching.stop(signal.SIGTERM) == 0
     assert watching.lines == ["published again 3 presumed lost", "relayed 1 never published"]
-    assert losses.published() == ["later", *names]
+    assert lost_messages.published() == ["later", *names]

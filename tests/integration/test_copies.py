@@ -15,23 +15,25 @@ from celery_idempotent.core.records import ABANDONED, Claim, Claimed, MessageKey
 from celery_idempotent.maintenance.recovery import Recovery
 from celery_idempotent.maintenance.rescue import Rescue
 from celery_idempotent.message.serialization import decode_message, encode_result
-from tests.support.bench import PATIENCE, Bench
+from tests.support.shared_workers import TIMEOUT, SharedWorker
 from tests.support.waiting import wait_until
 
-Send = Callable[[Bench, str, str], AsyncResult[Any]]
+Send = Callable[[SharedWorker, str, str], AsyncResult[Any]]
 
 
-def in_a_chain(bench: Bench, m: str, queue: str) -> AsyncResult[Any]:
-    first = bench.task("echo").si("value").set(message_id=m, queue=queue)
-    return chain(first, bench.task("told").s("behind"), app=bench.app).apply_async()
+def in_a_chain(shared_worker: SharedWorker, m: str, queue: str) -> AsyncResult[Any]:
+    first = shared_worker.task("echo").si("value").set(message_id=m, queue=queue)
+    return chain(first, shared_worker.task("told").s("behind"), app=shared_worker.app).apply_async()
 
 
-def with_a_link(bench: Bench, m: str, queue: str) -> AsyncResult[Any]:
-    return bench.task("echo").apply_async(("value",), message_id=m, queue=queue, link=bench.task("told").s("behind"))
+def with_a_link(shared_worker: SharedWorker, m: str, queue: str) -> AsyncResult[Any]:
+    return shared_worker.task("echo").apply_async(
+        ("value",), message_id=m, queue=queue, link=shared_worker.task("told").s("behind")
+    )
 
 
-def by_name(bench: Bench, m: str, queue: str) -> AsyncResult[Any]:
-    return bench.app.send_task("echo", ("value",), message_id=m, queue=queue)
+def by_name(shared_worker: SharedWorker, m: str, queue: str) -> AsyncResult[Any]:
+    return shared_worker.app.send_task("echo", ("value",), message_id=m, queue=queue)
 
 
 SENDS = pytest.mark.parametrize("send", [in_a_chain, with_a_link, by_name], ids=["chain", "link", "by name"])
@@ -42,184 +44,199 @@ def copys_id(result: AsyncResult[Any]) -> str:
     return str((result.parent or result).id)
 
 
-def own_row(bench: Bench, result: AsyncResult[Any]) -> Row | None:
-    return bench.find("echo", copys_id(result))
+def own_row(shared_worker: SharedWorker, result: AsyncResult[Any]) -> Row | None:
+    return shared_worker.find("echo", copys_id(result))
 
 
-def purge(bench: Bench, queue: str) -> None:
-    with bench.app.connection_for_write() as connection:
+def purge(shared_worker: SharedWorker, queue: str) -> None:
+    with shared_worker.app.connection_for_write() as connection:
         assert connection.default_channel.queue_purge(queue) == 1
 
 
 @contextmanager
-def consumed(bench: Bench, queue: str) -> Iterator[None]:
+def consumed(shared_worker: SharedWorker, queue: str) -> Iterator[None]:
     """Have the worker consume from one more queue."""
-    bench.app.control.add_consumer(queue, reply=True, timeout=PATIENCE, limit=1)
+    shared_worker.app.control.add_consumer(queue, reply=True, timeout=TIMEOUT, limit=1)
     try:
         yield
     finally:
-        bench.app.control.cancel_consumer(queue, reply=True, timeout=PATIENCE, limit=1)
+        shared_worker.app.control.cancel_consumer(queue, reply=True, timeout=TIMEOUT, limit=1)
 
 
 @SENDS
-def test_a_copy_that_the_broker_lost_comes_back(bench: Bench, send: Send) -> None:
-    m, queue = bench.fresh(), bench.fresh("queue")
-    assert bench.task("echo").apply_async(("value",), message_id=m).get(timeout=PATIENCE) == "value"
+def test_a_copy_that_the_broker_lost_comes_back(shared_worker: SharedWorker, send: Send) -> None:
+    m, queue = shared_worker.fresh(), shared_worker.fresh("queue")
+    assert shared_worker.task("echo").apply_async(("value",), message_id=m).get(timeout=TIMEOUT) == "value"
 
-    result = send(bench, m, queue)
-    row = own_row(bench, result)
+    result = send(shared_worker, m, queue)
+    row = own_row(shared_worker, result)
     assert row is not None
     assert (row.status, row.task_id) == (Status.PENDING, copys_id(result))
-    purge(bench, queue)
-    assert Rescue.of(bench.app.queue_log).publish_waiting(0.0) >= 1
-    with consumed(bench, queue):
-        assert result.get(timeout=PATIENCE) == (["value", "behind"] if send is in_a_chain else "value")
-        wait_until(lambda: own_row(bench, result) is None, timeout=PATIENCE, describe="the end of the copy's row")
+    purge(shared_worker, queue)
+    assert Rescue.of(shared_worker.app.queue_log).publish_waiting(0.0) >= 1
+    with consumed(shared_worker, queue):
+        assert result.get(timeout=TIMEOUT) == (["value", "behind"] if send is in_a_chain else "value")
+        wait_until(
+            lambda: own_row(shared_worker, result) is None, timeout=TIMEOUT, describe="the end of the copy's row"
+        )
     if send is with_a_link:
-        assert result.children[0].get(timeout=PATIENCE) == ["value", "behind"]
-    assert len(bench.starts("echo", m)) == 1
+        assert result.children[0].get(timeout=TIMEOUT) == ["value", "behind"]
+    assert len(shared_worker.starts("echo", m)) == 1
 
 
 @SENDS
-def test_a_copy_that_arrives_leaves_no_row_behind(bench: Bench, send: Send) -> None:
-    m = bench.fresh()
-    assert bench.task("echo").apply_async(("value",), message_id=m).get(timeout=PATIENCE) == "value"
+def test_a_copy_that_arrives_leaves_no_row_behind(shared_worker: SharedWorker, send: Send) -> None:
+    m = shared_worker.fresh()
+    assert shared_worker.task("echo").apply_async(("value",), message_id=m).get(timeout=TIMEOUT) == "value"
 
-    result = send(bench, m, bench.spec.queue)
+    result = send(shared_worker, m, shared_worker.spec.queue)
 
-    assert result.get(timeout=PATIENCE) == (["value", "behind"] if send is in_a_chain else "value")
-    wait_until(lambda: own_row(bench, result) is None, timeout=PATIENCE, describe="the end of the copy's row")
+    assert result.get(timeout=TIMEOUT) == (["value", "behind"] if send is in_a_chain else "value")
+    wait_until(lambda: own_row(shared_worker, result) is None, timeout=TIMEOUT, describe="the end of the copy's row")
 
 
 @SENDS
-def test_a_first_message_that_the_broker_lost_comes_back_although_its_copy_ran(bench: Bench, send: Send) -> None:
-    m, queue = bench.fresh(), bench.fresh("queue")
-    result = send(bench, m, queue)
-    purge(bench, queue)
-    copy = bench.task("echo").apply_async(("value",), message_id=m, link=bench.task("told").s("copy"))
-    assert copy.get(timeout=PATIENCE) == "value"
+def test_a_first_message_that_the_broker_lost_comes_back_although_its_copy_ran(
+    shared_worker: SharedWorker, send: Send
+) -> None:
+    m, queue = shared_worker.fresh(), shared_worker.fresh("queue")
+    result = send(shared_worker, m, queue)
+    purge(shared_worker, queue)
+    copy = shared_worker.task("echo").apply_async(("value",), message_id=m, link=shared_worker.task("told").s("copy"))
+    assert copy.get(timeout=TIMEOUT) == "value"
     assert copy.id != copys_id(result)
 
-    row = own_row(bench, result)
+    row = own_row(shared_worker, result)
     assert row is not None
     assert (row.status, row.task_id, row.queue) == (Status.PENDING, copys_id(result), queue)
-    assert Rescue.of(bench.app.queue_log).publish_waiting(0.0) >= 1
-    with consumed(bench, queue):
-        assert result.get(timeout=PATIENCE) == (["value", "behind"] if send is in_a_chain else "value")
-        wait_until(lambda: own_row(bench, result) is None, timeout=PATIENCE, describe="the end of its row")
+    assert Rescue.of(shared_worker.app.queue_log).publish_waiting(0.0) >= 1
+    with consumed(shared_worker, queue):
+        assert result.get(timeout=TIMEOUT) == (["value", "behind"] if send is in_a_chain else "value")
+        wait_until(lambda: own_row(shared_worker, result) is None, timeout=TIMEOUT, describe="the end of its row")
     if send is with_a_link:
-        assert result.children[0].get(timeout=PATIENCE) == ["value", "behind"]
-    assert len(bench.starts("echo", m)) == 1
+        assert result.children[0].get(timeout=TIMEOUT) == ["value", "behind"]
+    assert len(shared_worker.starts("echo", m)) == 1
 
 
 @SENDS
-def test_a_first_message_that_arrives_behind_its_copy_leaves_no_row_behind(bench: Bench, send: Send) -> None:
-    m, queue = bench.fresh(), bench.fresh("queue")
-    result = send(bench, m, queue)
-    copy = bench.task("echo").apply_async(("value",), message_id=m, link=bench.task("told").s("copy"))
-    assert copy.get(timeout=PATIENCE) == "value"
-    assert own_row(bench, result) is not None
+def test_a_first_message_that_arrives_behind_its_copy_leaves_no_row_behind(
+    shared_worker: SharedWorker, send: Send
+) -> None:
+    m, queue = shared_worker.fresh(), shared_worker.fresh("queue")
+    result = send(shared_worker, m, queue)
+    copy = shared_worker.task("echo").apply_async(("value",), message_id=m, link=shared_worker.task("told").s("copy"))
+    assert copy.get(timeout=TIMEOUT) == "value"
+    assert own_row(shared_worker, result) is not None
 
-    with consumed(bench, queue):
-        assert result.get(timeout=PATIENCE) == (["value", "behind"] if send is in_a_chain else "value")
-        wait_until(lambda: own_row(bench, result) is None, timeout=PATIENCE, describe="the end of its row")
-    assert len(bench.starts("echo", m)) == 1
+    with consumed(shared_worker, queue):
+        assert result.get(timeout=TIMEOUT) == (["value", "behind"] if send is in_a_chain else "value")
+        wait_until(lambda: own_row(shared_worker, result) is None, timeout=TIMEOUT, describe="the end of its row")
+    assert len(shared_worker.starts("echo", m)) == 1
 
 
-def test_a_first_message_comes_back_although_its_copy_retried(bench: Bench) -> None:
+def test_a_first_message_comes_back_although_its_copy_retried(shared_worker: SharedWorker) -> None:
     """A retry of the copy's puts its own message into the row: that is not taken for the first one."""
-    m, queue, told = bench.fresh(), bench.fresh("queue"), bench.task("told")
-    first = bench.task("retry_n").apply_async((1,), message_id=m, queue=queue, link=told.s("first"))
-    purge(bench, queue)
-    copy = bench.task("retry_n").apply_async((1,), message_id=m, link=told.s("copy"))
-    assert copy.get(timeout=PATIENCE) == 1
-    row = bench.find("retry_n", first.id)
+    m, queue, told = shared_worker.fresh(), shared_worker.fresh("queue"), shared_worker.task("told")
+    first = shared_worker.task("retry_n").apply_async((1,), message_id=m, queue=queue, link=told.s("first"))
+    purge(shared_worker, queue)
+    copy = shared_worker.task("retry_n").apply_async((1,), message_id=m, link=told.s("copy"))
+    assert copy.get(timeout=TIMEOUT) == 1
+    row = shared_worker.find("retry_n", first.id)
     assert row is not None
-    assert decode_message(bench.app, row.message)[2]["link"]["args"] == ["first"]
+    assert decode_message(shared_worker.app, row.message)[2]["link"]["args"] == ["first"]
 
-    assert Rescue.of(bench.app.queue_log).publish_waiting(0.0) >= 1
-    with consumed(bench, queue):
-        assert first.get(timeout=PATIENCE) == 1
-        wait_until(lambda: bench.find("retry_n", first.id) is None, timeout=PATIENCE, describe="the end of its row")
-    assert first.children[0].get(timeout=PATIENCE) == [1, "first"]
-    assert copy.children[0].get(timeout=PATIENCE) == [1, "copy"]
+    assert Rescue.of(shared_worker.app.queue_log).publish_waiting(0.0) >= 1
+    with consumed(shared_worker, queue):
+        assert first.get(timeout=TIMEOUT) == 1
+        wait_until(
+            lambda: shared_worker.find("retry_n", first.id) is None, timeout=TIMEOUT, describe="the end of its row"
+        )
+    assert first.children[0].get(timeout=TIMEOUT) == [1, "first"]
+    assert copy.children[0].get(timeout=TIMEOUT) == [1, "copy"]
     # What was published again may have come while the copy's callbacks were being sent, and is held for a second then.
-    wait_until(lambda: bench.find("retry_n", copy.id) is None, timeout=PATIENCE, describe="the end of the copy's row")
+    wait_until(
+        lambda: shared_worker.find("retry_n", copy.id) is None, timeout=TIMEOUT, describe="the end of the copy's row"
+    )
 
 
-def lose_the_next_attempt(bench: Bench, key: MessageKey, task_id: str, attempt: int) -> None:
+def lose_the_next_attempt(shared_worker: SharedWorker, key: MessageKey, task_id: str, attempt: int) -> None:
     """Claim the next attempt of a message, as a worker that then died."""
-    store = bench.app.queue_log.store
-    row = bench.wait_for_row("left.retry", key.message_id, lambda row: row.attempt == attempt)
+    store = shared_worker.app.queue_log.store
+    row = shared_worker.wait_for_row("left.retry", key.message_id, lambda row: row.attempt == attempt)
     message = NewMessage(key, task_id, row.queue, row.fingerprint, attempt)
     claim = store.claim(message, worker="dead", lease=60.0, grace=30.0)
     assert isinstance(claim, Claimed)
     store.expire(claim.claim)
 
 
-def test_a_chain_goes_on_although_a_copy_of_its_first_message_retried_and_died(bench: Bench) -> None:
-    m, queue, told = bench.fresh(), bench.fresh("queue"), bench.task("told")
-    step = bench.task("left.retry").si(1, 20.0).set(message_id=m, queue=queue)
-    behind = chain(step, told.s("behind"), app=bench.app).apply_async()
-    copy = bench.app.send_task("left.retry", (1, 20.0), message_id=m)
-    lose_the_next_attempt(bench, MessageKey(m, "left.retry"), copy.id, 1)
+def test_a_chain_goes_on_although_a_copy_of_its_first_message_retried_and_died(shared_worker: SharedWorker) -> None:
+    m, queue, told = shared_worker.fresh(), shared_worker.fresh("queue"), shared_worker.task("told")
+    step = shared_worker.task("left.retry").si(1, 20.0).set(message_id=m, queue=queue)
+    behind = chain(step, told.s("behind"), app=shared_worker.app).apply_async()
+    copy = shared_worker.app.send_task("left.retry", (1, 20.0), message_id=m)
+    lose_the_next_attempt(shared_worker, MessageKey(m, "left.retry"), copy.id, 1)
 
-    Recovery(bench.app.queue_log).run_pass()
+    Recovery(shared_worker.app.queue_log).run_pass()
 
-    assert copy.get(timeout=PATIENCE) == 1
-    with consumed(bench, queue):
-        assert behind.get(timeout=PATIENCE) == [1, "behind"]
-    assert [start.retries for start in bench.starts("left.retry", m)] == [0, 1]
+    assert copy.get(timeout=TIMEOUT) == 1
+    with consumed(shared_worker, queue):
+        assert behind.get(timeout=TIMEOUT) == [1, "behind"]
+    assert [start.retries for start in shared_worker.starts("left.retry", m)] == [0, 1]
 
 
-def test_a_first_message_that_takes_over_goes_on_with_the_attempt(bench: Bench) -> None:
-    m, queue = bench.fresh(), bench.fresh("queue")
-    first = bench.task("left.retry").apply_async((9, 20.0), message_id=m, queue=queue)
-    copy = bench.app.send_task("left.retry", (9, 20.0), message_id=m)
-    lose_the_next_attempt(bench, MessageKey(m, "left.retry"), copy.id, 1)
-    lapsed = bench.row("left.retry", m)
+def test_a_first_message_that_takes_over_goes_on_with_the_attempt(shared_worker: SharedWorker) -> None:
+    m, queue = shared_worker.fresh(), shared_worker.fresh("queue")
+    first = shared_worker.task("left.retry").apply_async((9, 20.0), message_id=m, queue=queue)
+    copy = shared_worker.app.send_task("left.retry", (9, 20.0), message_id=m)
+    lose_the_next_attempt(shared_worker, MessageKey(m, "left.retry"), copy.id, 1)
+    lapsed = shared_worker.row("left.retry", m)
     assert lapsed.attempt == 1
 
-    with consumed(bench, queue):
-        starts = bench.wait_for_starts("left.retry", m, 2)
+    with consumed(shared_worker, queue):
+        starts = shared_worker.wait_for_starts("left.retry", m, 2)
 
     assert [(start.task_id, start.retries) for start in starts] == [(copy.id, 0), (first.id, 1)]
-    bench.wait_for_row("left.retry", m, lambda row: row.attempt == 2)
+    shared_worker.wait_for_row("left.retry", m, lambda row: row.attempt == 2)
 
 
 @pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")  # Celery's own
-def test_a_first_message_that_died_between_its_result_and_what_waits_on_it_goes_on(bench: Bench) -> None:
-    m, queue = bench.fresh(), bench.fresh("queue")
-    result = in_a_chain(bench, m, queue)
-    copy = bench.task("echo").apply_async(("value",), message_id=m, link=bench.task("told").s("copy"))
-    assert copy.get(timeout=PATIENCE) == "value"
-    bench.app.backend.store_result(copys_id(result), "value", "SUCCESS")
+def test_a_first_message_that_died_between_its_result_and_what_waits_on_it_goes_on(shared_worker: SharedWorker) -> None:
+    m, queue = shared_worker.fresh(), shared_worker.fresh("queue")
+    result = in_a_chain(shared_worker, m, queue)
+    copy = shared_worker.task("echo").apply_async(("value",), message_id=m, link=shared_worker.task("told").s("copy"))
+    assert copy.get(timeout=TIMEOUT) == "value"
+    shared_worker.app.backend.store_result(copys_id(result), "value", "SUCCESS")
 
-    with consumed(bench, queue):
-        assert result.get(timeout=PATIENCE) == ["value", "behind"]
+    with consumed(shared_worker, queue):
+        assert result.get(timeout=TIMEOUT) == ["value", "behind"]
 
-    wait_until(lambda: own_row(bench, result) is None, timeout=PATIENCE, describe="the end of its row")
+    wait_until(lambda: own_row(shared_worker, result) is None, timeout=TIMEOUT, describe="the end of its row")
 
 
 @pytest.mark.parametrize("task", ["left.fail", "left.rerun"], ids=["abandoned", "taken over"])
-def test_a_copy_that_meets_a_dead_owner_keeps_the_first_message(bench: Bench, task: str) -> None:
+def test_a_copy_that_meets_a_dead_owner_keeps_the_first_message(shared_worker: SharedWorker, task: str) -> None:
     """The first message was acknowledged, or is lost; a copy ends it as its task has it: by a failure, or by a run of its own."""
-    m, queue, told, store = bench.fresh(), bench.fresh("queue"), bench.task("told"), bench.app.queue_log.store
-    Path(gate := bench.path("gate")).touch()
-    first = bench.task(task).apply_async((gate, "value"), message_id=m, queue=queue, link=told.s("first"))
-    purge(bench, queue)
-    row = bench.row(task, m)
+    m, queue, told, store = (
+        shared_worker.fresh(),
+        shared_worker.fresh("queue"),
+        shared_worker.task("told"),
+        shared_worker.app.queue_log.store,
+    )
+    Path(gate := shared_worker.path("gate")).touch()
+    first = shared_worker.task(task).apply_async((gate, "value"), message_id=m, queue=queue, link=told.s("first"))
+    purge(shared_worker, queue)
+    row = shared_worker.row(task, m)
     claim = store.claim(NewMessage(row.key, row.task_id, queue, row.fingerprint), worker="dead", lease=60.0, grace=30.0)
     assert isinstance(claim, Claimed)
     store.expire(claim.claim)
 
-    copy = bench.task(task).apply_async((gate, "value"), message_id=m, link=told.s("copy"))
-    copy.get(timeout=PATIENCE, propagate=False)
-    assert bench.find(task, first.id) is not None
-    assert Rescue.of(bench.app.queue_log).publish_waiting(0.0) >= 1
-    with consumed(bench, queue):
-        first.get(timeout=PATIENCE, propagate=False)
-        wait_until(lambda: bench.find(task, first.id) is None, timeout=PATIENCE, describe="the end of its row")
+    copy = shared_worker.task(task).apply_async((gate, "value"), message_id=m, link=told.s("copy"))
+    copy.get(timeout=TIMEOUT, propagate=False)
+    assert shared_worker.find(task, first.id) is not None
+    assert Rescue.of(shared_worker.app.queue_log).publish_waiting(0.0) >= 1
+    with consumed(shared_worker, queue):
+        first.get(timeout=TIMEOUT, propagate=False)
+        wait_until(lambda: shared_worker.find(task, first.id) is None, timeout=TIMEOUT, describe="the end of its row")
 
     if task == "left.fail":
         assert [str(result.result).partition(";")[0] for result in (first, copy)] == [
@@ -227,124 +244,128 @@ def test_a_copy_that_meets_a_dead_owner_keeps_the_first_message(bench: Bench, ta
         ] * 2
     else:
         assert [result.result for result in (first, copy)] == ["value"] * 2
-        assert first.children[0].get(timeout=PATIENCE) == ["value", "first"]
-        assert copy.children[0].get(timeout=PATIENCE) == ["value", "copy"]
-    assert len(bench.starts(task, m)) == (task == "left.rerun")
+        assert first.children[0].get(timeout=TIMEOUT) == ["value", "first"]
+        assert copy.children[0].get(timeout=TIMEOUT) == ["value", "copy"]
+    assert len(shared_worker.starts(task, m)) == (task == "left.rerun")
 
 
 @pytest.mark.parametrize("task", ["left.fail", "left.rerun"], ids=["abandoned", "taken over"])
-def test_an_owner_that_lost_its_claim_to_a_copy_is_answered(bench: Bench, task: str) -> None:
+def test_an_owner_that_lost_its_claim_to_a_copy_is_answered(shared_worker: SharedWorker, task: str) -> None:
     """It slept past its lease: the copy answers its own caller only, and nothing else may ever come on a queue that is quiet."""
-    m, told, store = bench.fresh(), bench.task("told"), bench.app.queue_log.store
-    gate = Path(bench.path("gate"))
-    first = bench.task(task).apply_async((str(gate), "value"), message_id=m, link=told.s("first"))
-    wait_until(lambda: bench.starts(task, m), timeout=PATIENCE, describe="the start")
-    store.expire(Claim(bench.row(task, m).key, bench.row(task, m).token))
+    m, told, store = shared_worker.fresh(), shared_worker.task("told"), shared_worker.app.queue_log.store
+    gate = Path(shared_worker.path("gate"))
+    first = shared_worker.task(task).apply_async((str(gate), "value"), message_id=m, link=told.s("first"))
+    wait_until(lambda: shared_worker.starts(task, m), timeout=TIMEOUT, describe="the start")
+    store.expire(Claim(shared_worker.row(task, m).key, shared_worker.row(task, m).token))
 
-    copy = bench.task(task).apply_async((str(gate), "value"), message_id=m, link=told.s("copy"))
+    copy = shared_worker.task(task).apply_async((str(gate), "value"), message_id=m, link=told.s("copy"))
     wait_until(
-        lambda: bench.row(task, m).token == 2 or bench.row(task, m).status is Status.DONE,
-        timeout=PATIENCE,
+        lambda: shared_worker.row(task, m).token == 2 or shared_worker.row(task, m).status is Status.DONE,
+        timeout=TIMEOUT,
         describe="the copy in its place",
     )
     gate.touch()
 
-    outcomes = [result.get(timeout=PATIENCE, propagate=False) for result in (first, copy)]
-    wait_until(lambda: bench.find(task, first.id) is None, timeout=PATIENCE, describe="the end of its row")
+    outcomes = [result.get(timeout=TIMEOUT, propagate=False) for result in (first, copy)]
+    wait_until(lambda: shared_worker.find(task, first.id) is None, timeout=TIMEOUT, describe="the end of its row")
     if task == "left.fail":
         assert [str(outcome).partition(";")[0] for outcome in outcomes] == [
             f"message {m!r} already failed: {ABANDONED}"
         ] * 2
     else:
         assert outcomes == ["value"] * 2
-        assert first.children[0].get(timeout=PATIENCE) == ["value", "first"]
-        assert copy.children[0].get(timeout=PATIENCE) == ["value", "copy"]
+        assert first.children[0].get(timeout=TIMEOUT) == ["value", "first"]
+        assert copy.children[0].get(timeout=TIMEOUT) == ["value", "copy"]
 
 
-def test_a_foreign_copy_keeps_a_first_message_that_is_lost(bench: Bench) -> None:
-    m, queue = bench.fresh(), bench.fresh("queue")
-    first = in_a_chain(bench, m, queue)
-    purge(bench, queue)
+def test_a_foreign_copy_keeps_a_first_message_that_is_lost(shared_worker: SharedWorker) -> None:
+    m, queue = shared_worker.fresh(), shared_worker.fresh("queue")
+    first = in_a_chain(shared_worker, m, queue)
+    purge(shared_worker, queue)
 
-    assert bench.deliver("echo", ("value",), message_id=m).get(timeout=PATIENCE) == "value"
+    assert shared_worker.deliver("echo", ("value",), message_id=m).get(timeout=TIMEOUT) == "value"
 
-    assert own_row(bench, first) is not None
-    assert Rescue.of(bench.app.queue_log).publish_waiting(0.0) >= 1
-    with consumed(bench, queue):
-        assert first.get(timeout=PATIENCE) == ["value", "behind"]
-        wait_until(lambda: own_row(bench, first) is None, timeout=PATIENCE, describe="the end of its row")
-
-
-def test_the_copy_of_a_failed_message_leaves_no_row_behind(bench: Bench) -> None:
-    m = bench.fresh()
-    first = bench.task("fail").apply_async(message_id=m)
-    assert isinstance(first.get(timeout=PATIENCE, propagate=False), ValueError)
-
-    copy = bench.task("fail").apply_async(message_id=m, link=bench.task("told").s())
-
-    assert "as told" in str(copy.get(timeout=PATIENCE, propagate=False))
-    wait_until(lambda: bench.find("fail", copy.id) is None, timeout=PATIENCE, describe="the end of the copy's row")
+    assert own_row(shared_worker, first) is not None
+    assert Rescue.of(shared_worker.app.queue_log).publish_waiting(0.0) >= 1
+    with consumed(shared_worker, queue):
+        assert first.get(timeout=TIMEOUT) == ["value", "behind"]
+        wait_until(lambda: own_row(shared_worker, first) is None, timeout=TIMEOUT, describe="the end of its row")
 
 
-def test_a_copy_that_is_held_keeps_its_row_until_it_is_answered(bench: Bench) -> None:
-    m, gate, told = bench.fresh(), bench.path("gate"), bench.task("told")
-    bench.task("busy.hold").apply_async((gate, "value"), message_id=m)
-    bench.wait_for_starts("busy.hold", m)
+def test_the_copy_of_a_failed_message_leaves_no_row_behind(shared_worker: SharedWorker) -> None:
+    m = shared_worker.fresh()
+    first = shared_worker.task("fail").apply_async(message_id=m)
+    assert isinstance(first.get(timeout=TIMEOUT, propagate=False), ValueError)
 
-    copy = bench.task("busy.hold").apply_async((gate, "value"), message_id=m, link=told.s())
-    bench.wait_until_held("busy.hold", m)
+    copy = shared_worker.task("fail").apply_async(message_id=m, link=shared_worker.task("told").s())
 
-    row = bench.find("busy.hold", copy.id)
+    assert "as told" in str(copy.get(timeout=TIMEOUT, propagate=False))
+    wait_until(
+        lambda: shared_worker.find("fail", copy.id) is None, timeout=TIMEOUT, describe="the end of the copy's row"
+    )
+
+
+def test_a_copy_that_is_held_keeps_its_row_until_it_is_answered(shared_worker: SharedWorker) -> None:
+    m, gate, told = shared_worker.fresh(), shared_worker.path("gate"), shared_worker.task("told")
+    shared_worker.task("busy.hold").apply_async((gate, "value"), message_id=m)
+    shared_worker.wait_for_starts("busy.hold", m)
+
+    copy = shared_worker.task("busy.hold").apply_async((gate, "value"), message_id=m, link=told.s())
+    shared_worker.wait_until_held("busy.hold", m)
+
+    row = shared_worker.find("busy.hold", copy.id)
     assert row is not None
     assert row.status is Status.PENDING
     Path(gate).touch()
-    assert copy.get(timeout=PATIENCE) == "value"
-    wait_until(lambda: bench.find("busy.hold", copy.id) is None, timeout=PATIENCE, describe="the end of the copy's row")
+    assert copy.get(timeout=TIMEOUT) == "value"
+    wait_until(
+        lambda: shared_worker.find("busy.hold", copy.id) is None, timeout=TIMEOUT, describe="the end of the copy's row"
+    )
 
 
-def test_a_copy_that_could_not_be_published_leaves_no_row_behind(bench: Bench) -> None:
-    m = bench.fresh()
-    assert bench.task("echo").apply_async(("value",), message_id=m).get(timeout=PATIENCE) == "value"
-    unreachable = bench.producer(broker="redis://127.0.0.1:1/0", task_publish_retry=False)
+def test_a_copy_that_could_not_be_published_leaves_no_row_behind(shared_worker: SharedWorker) -> None:
+    m = shared_worker.fresh()
+    assert shared_worker.task("echo").apply_async(("value",), message_id=m).get(timeout=TIMEOUT) == "value"
+    unreachable = shared_worker.producer(broker="redis://127.0.0.1:1/0", task_publish_retry=False)
 
     with pytest.raises(Exception, match="refused"):
         unreachable.tasks["echo"].apply_async(
-            ("value",), message_id=m, task_id=(copy := bench.fresh()), link=unreachable.tasks["told"].s()
+            ("value",), message_id=m, task_id=(copy := shared_worker.fresh()), link=unreachable.tasks["told"].s()
         )
 
-    assert bench.find("echo", copy) is None
+    assert shared_worker.find("echo", copy) is None
 
 
 @pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")  # Celery's own
-def test_a_copy_that_died_between_its_result_and_what_waits_on_it_goes_on(bench: Bench) -> None:
-    m, queue = bench.fresh(), bench.fresh("queue")
-    assert bench.task("echo").apply_async(("value",), message_id=m).get(timeout=PATIENCE) == "value"
-    result = in_a_chain(bench, m, queue)
-    bench.app.backend.store_result(copys_id(result), "value", "SUCCESS")
+def test_a_copy_that_died_between_its_result_and_what_waits_on_it_goes_on(shared_worker: SharedWorker) -> None:
+    m, queue = shared_worker.fresh(), shared_worker.fresh("queue")
+    assert shared_worker.task("echo").apply_async(("value",), message_id=m).get(timeout=TIMEOUT) == "value"
+    result = in_a_chain(shared_worker, m, queue)
+    shared_worker.app.backend.store_result(copys_id(result), "value", "SUCCESS")
 
-    with consumed(bench, queue):
-        assert result.get(timeout=PATIENCE) == ["value", "behind"]
+    with consumed(shared_worker, queue):
+        assert result.get(timeout=TIMEOUT) == ["value", "behind"]
 
-    wait_until(lambda: own_row(bench, result) is None, timeout=PATIENCE, describe="the end of the copy's row")
+    wait_until(lambda: own_row(shared_worker, result) is None, timeout=TIMEOUT, describe="the end of the copy's row")
 
 
-def test_a_part_of_a_chord_waits_for_the_claim_of_an_owner_that_died(bench: Bench) -> None:
+def test_a_part_of_a_chord_waits_for_the_claim_of_an_owner_that_died(shared_worker: SharedWorker) -> None:
     """Celery's Redis backend lets one worker at a time send a chord's body, and forgets a dead one's claim after a while."""
-    m, queue, echo = bench.fresh(), bench.fresh("queue"), bench.task("echo")
+    m, queue, echo = shared_worker.fresh(), shared_worker.fresh("queue"), shared_worker.task("echo")
     last = echo.s("last").set(message_id=m, queue=queue)
-    result = chord([echo.s("first"), last], bench.task("told").s(), app=bench.app).apply_async()
-    assert result.parent.results[0].get(timeout=PATIENCE) == "first"
-    row, store = bench.row("echo", m), bench.app.queue_log.store
+    result = chord([echo.s("first"), last], shared_worker.task("told").s(), app=shared_worker.app).apply_async()
+    assert result.parent.results[0].get(timeout=TIMEOUT) == "first"
+    row, store = shared_worker.row("echo", m), shared_worker.app.queue_log.store
     claim = store.claim(NewMessage(row.key, row.task_id, queue, row.fingerprint), worker="dead", lease=60.0, grace=30.0)
     assert isinstance(claim, Claimed)
-    assert store.checkpoint(claim.claim, result=encode_result(bench.app, "last"))
+    assert store.checkpoint(claim.claim, result=encode_result(shared_worker.app, "last"))
     store.expire(claim.claim)
-    key = bench.app.backend.get_key_for_group(result.parent.id, ".c")
-    bench.app.backend.client.set(key, "the dead one's", ex=3)
+    key = shared_worker.app.backend.get_key_for_group(result.parent.id, ".c")
+    shared_worker.app.backend.client.set(key, "the dead one's", ex=3)
 
-    with consumed(bench, queue):
-        bench.wait_until_held("echo", m)
-        assert result.get(timeout=PATIENCE) == [["first", "last"]]
+    with consumed(shared_worker, queue):
+        shared_worker.wait_until_held("echo", m)
+        assert result.get(timeout=TIMEOUT) == [["first", "last"]]
 
-    assert bench.starts("echo", m) == []
-    assert bench.done("echo", m).processed_status == "success"
+    assert shared_worker.starts("echo", m) == []
+    assert shared_worker.done("echo", m).processed_status == "success"

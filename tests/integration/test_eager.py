@@ -22,8 +22,8 @@ from celery_idempotent.core.records import MessageKey, ProcessedStatus, Row, Sta
 from celery_idempotent.worker.lease_renewal import LeaseRenewer
 from tests.integration.conftest import TASKS
 from tests.support.apps import AppSpec
-from tests.support.bench import close
 from tests.support.ledger import Ledger
+from tests.support.shared_workers import close
 from tests.support.stores import sqlite_store
 
 SUCCESS, FAILURE = ProcessedStatus.SUCCESS, ProcessedStatus.FAILURE

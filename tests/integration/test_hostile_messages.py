@@ -25,7 +25,7 @@ from tests.support.stores import mariadb_store, postgresql_store, sqlite_store
 from tests.support.waiting import wait_until
 from tests.support.worker import StartWorker, WorkerProcess
 
-PATIENCE = 60.0
+TIMEOUT = 60.0
 
 #: What some database, or all of them, cannot keep as the text of an id.
 TEXTS = {"nul": "a\0b", "long": "x" * 3000, "surrogate": "a\udcffb", "blank and long": " " * 300}
@@ -34,7 +34,7 @@ NO_TEXTS: dict[str, Any] = {"mapping": {"a": 1}, "list": ["a"], "number": 7, "fl
 
 
 @dataclass
-class Scene:
+class Deployment:
     """A worker on a store, and a broker that takes anything."""
 
     spec: AppSpec
@@ -72,15 +72,15 @@ class Scene:
 
     def ends(self, task_id: str) -> str:
         """Return the type of what a message ended with."""
-        result = self.app.AsyncResult(task_id).get(timeout=PATIENCE, propagate=False)
+        result = self.app.AsyncResult(task_id).get(timeout=TIMEOUT, propagate=False)
         return type(result).__name__
 
     def goes_on(self) -> None:
         """Check that the worker serves the next, and nothing is left that waits to come again."""
-        assert self.app.AsyncResult(self.put()).get(timeout=PATIENCE) == "value"
+        assert self.app.AsyncResult(self.put()).get(timeout=TIMEOUT) == "value"
         wait_until(
             lambda: not self.client.llen(self.spec.queue) and not self.client.hlen("unacked"),
-            timeout=PATIENCE,
+            timeout=TIMEOUT,
             describe="an empty broker",
         )
         log = self.worker.log.read_text(errors="replace")
@@ -90,25 +90,25 @@ class Scene:
     def recovers(self) -> None:
         """Wait for the end of a recovery step that began after this: it purges what is old."""
         message_id = self.put()
-        assert self.app.AsyncResult(message_id).get(timeout=PATIENCE) == "value"
+        assert self.app.AsyncResult(message_id).get(timeout=TIMEOUT) == "value"
         key = MessageKey(message_id, "echo")
         wait_until(
             lambda: self.app.queue_log.store.find(key) is None,
-            timeout=PATIENCE,
+            timeout=TIMEOUT,
             describe=lambda: f"no row of {key}; {self.worker.log_tail()}",
         )
         assert "could not finish its step" not in self.worker.log.read_text(errors="replace")
 
 
 @pytest.fixture(params=["sqlite", "postgresql", "mariadb", "redis"])
-def scene(
+def deployment(
     request: pytest.FixtureRequest,
     private_redis: PrivateRedis,
     ledger: Ledger,
     open_app: OpenApp,
     start_worker: StartWorker,
     tmp_path: Path,
-) -> Iterator[Scene]:
+) -> Iterator[Deployment]:
 
     broker = redis_broker(private_redis.url)
     spec = AppSpec(
@@ -122,48 +122,48 @@ def scene(
         settings={**broker.settings, "idempotent_recovery_interval": 0.5, "idempotent_retention": 2.0},
     )
 
-    def scene(store: str) -> Iterator[Scene]:
+    def deployment(store: str) -> Iterator[Deployment]:
         made = replace(spec, store=store)
         app = open_app(made)
         app.queue_log.init()
         with Redis.from_url(private_redis.url) as client:
-            yield Scene(made, app, client, start_worker(made, concurrency=2))
+            yield Deployment(made, app, client, start_worker(made, concurrency=2))
 
     match request.param:
         case "sqlite":
-            yield from scene(sqlite_store(tmp_path))
+            yield from deployment(sqlite_store(tmp_path))
         case "postgresql":
             with postgresql_store(request.getfixturevalue("postgresql_url")) as url:
-                yield from scene(url)
+                yield from deployment(url)
         case "mariadb":
             with mariadb_store(request.getfixturevalue("mariadb_url")) as url:
-                yield from scene(url)
+                yield from deployment(url)
         case _:
-            yield from scene(private_redis.url)
+            yield from deployment(private_redis.url)
 
 
 def header(**marker: Any) -> dict[str, Any]:
     return {HEADER: marker}
 
 
-def test_ids_are_refused_once(scene: Scene) -> None:
+def test_ids_are_refused_once(deployment: Deployment) -> None:
     given: dict[str, Any] = {**TEXTS, **NO_TEXTS}
-    by_property = {name: scene.put(message_id=value) for name, value in given.items()}
+    by_property = {name: deployment.put(message_id=value) for name, value in given.items()}
     marked = header(message_id="good", task="echo", task_id="good")
-    by_property |= {f"{name}, marked": scene.put(marked, message_id=value) for name, value in given.items()}
+    by_property |= {f"{name}, marked": deployment.put(marked, message_id=value) for name, value in given.items()}
     for value in given.values():
-        scene.put({"id": value})  # some of them have no caller who could be answered
-        scene.put({"id": value}, message_id=str(uuid4()))
-        scene.put({"id": value, **header(message_id=value, task="echo", task_id=value)})
+        deployment.put({"id": value})  # some of them have no caller who could be answered
+        deployment.put({"id": value}, message_id=str(uuid4()))
+        deployment.put({"id": value, **header(message_id=value, task="echo", task_id=value)})
 
-    ended = {name: scene.ends(task_id) for name, task_id in by_property.items()}
+    ended = {name: deployment.ends(task_id) for name, task_id in by_property.items()}
 
     assert ended == dict.fromkeys(by_property, "ConfigurationError")
-    scene.goes_on()
-    scene.recovers()
+    deployment.goes_on()
+    deployment.recovers()
 
 
-def test_a_header_that_is_no_marker_counts_for_nothing(scene: Scene) -> None:
+def test_a_header_that_is_no_marker_counts_for_nothing(deployment: Deployment) -> None:
     messages: dict[str, str] = {}
     for name, value in {**TEXTS, **NO_TEXTS}.items():
         for field in ("message_id", "task", "task_id", "fingerprint", "first", "trace", "holds", "lost", "copied"):
@@ -171,74 +171,79 @@ def test_a_header_that_is_no_marker_counts_for_nothing(scene: Scene) -> None:
             task_id = str(uuid4())
             if field not in ("message_id", "task_id"):
                 marker.update(message_id=task_id, task_id=task_id)
-            messages[f"{field}: {name}"] = scene.put({"id": task_id, **header(**marker)}) and task_id
+            messages[f"{field}: {name}"] = deployment.put({"id": task_id, **header(**marker)}) and task_id
 
-    ended = {name: scene.ends(task_id) for name, task_id in messages.items()}
+    ended = {name: deployment.ends(task_id) for name, task_id in messages.items()}
 
     assert ended == dict.fromkeys(messages, "str")
-    scene.goes_on()
-    scene.recovers()
+    deployment.goes_on()
+    deployment.recovers()
 
 
-def test_numbers_are_refused_once(scene: Scene) -> None:
+def test_numbers_are_refused_once(deployment: Deployment) -> None:
     messages = {
-        repr(value): scene.put({"retries": value}) for value in (2**70, 2**31, -1, 1.5, "3", "a\0", {"a": 1}, [1], True)
+        repr(value): deployment.put({"retries": value})
+        for value in (2**70, 2**31, -1, 1.5, "3", "a\0", {"a": 1}, [1], True)
     }
 
-    ended = {name: scene.ends(task_id) for name, task_id in messages.items()}
+    ended = {name: deployment.ends(task_id) for name, task_id in messages.items()}
 
     assert ended == dict.fromkeys(messages, "ConfigurationError")
-    assert scene.ends(scene.put({"retries": 3})) == scene.ends(scene.put({"retries": None})) == "str"
-    scene.goes_on()
-    scene.recovers()
+    assert (
+        deployment.ends(deployment.put({"retries": 3})) == deployment.ends(deployment.put({"retries": None})) == "str"
+    )
+    deployment.goes_on()
+    deployment.recovers()
 
 
-def test_routing_keys_are_refused_once(scene: Scene) -> None:
-    messages = {name: scene.put(routing_key=value) for name, value in {**TEXTS, **NO_TEXTS}.items()}
+def test_routing_keys_are_refused_once(deployment: Deployment) -> None:
+    messages = {name: deployment.put(routing_key=value) for name, value in {**TEXTS, **NO_TEXTS}.items()}
 
-    ended = {name: scene.ends(task_id) for name, task_id in messages.items()}
+    ended = {name: deployment.ends(task_id) for name, task_id in messages.items()}
 
     assert ended == dict.fromkeys(messages, "ConfigurationError")
-    scene.goes_on()
-    scene.recovers()
+    deployment.goes_on()
+    deployment.recovers()
 
 
-def test_what_never_ran_is_refused_too(scene: Scene) -> None:
+def test_what_never_ran_is_refused_too(deployment: Deployment) -> None:
     past = (datetime.now(UTC) - timedelta(hours=1)).isoformat()
     for value in {**TEXTS, **NO_TEXTS}.values():
-        scene.put({"expires": past}, message_id=value)
-        scene.put({"expires": past, "id": value})
+        deployment.put({"expires": past}, message_id=value)
+        deployment.put({"expires": past, "id": value})
     messages = [
-        scene.put({"eta": "0001-01-01T00:00:01"}),
-        scene.put({"expires": "9999-12-31T23:59:59"}),
-        scene.put({"expires": "9999-12-31T23:59:59+00:00"}),
+        deployment.put({"eta": "0001-01-01T00:00:01"}),
+        deployment.put({"expires": "9999-12-31T23:59:59"}),
+        deployment.put({"expires": "9999-12-31T23:59:59+00:00"}),
     ]
 
-    assert [scene.ends(task_id) for task_id in messages] == ["str"] * 3
-    scene.goes_on()
-    scene.recovers()
+    assert [deployment.ends(task_id) for task_id in messages] == ["str"] * 3
+    deployment.goes_on()
+    deployment.recovers()
 
 
-def test_an_errback_with_such_an_id_is_no_reason_to_come_again(scene: Scene) -> None:
+def test_an_errback_with_such_an_id_is_no_reason_to_come_again(deployment: Deployment) -> None:
     messages = {}
     for name, value in {**TEXTS, **NO_TEXTS}.items():
         errback = {"task": "echo", "args": [], "kwargs": {}, "options": {"task_id": value}, "immutable": True}
         task_id = str(uuid4())
         for _ in range(2):
-            scene.put({"id": task_id}, task="fail", embed={"errbacks": [errback]})
+            deployment.put({"id": task_id}, task="fail", embed={"errbacks": [errback]})
         messages[name] = task_id
 
-    ended = {name: scene.ends(task_id) for name, task_id in messages.items()}
+    ended = {name: deployment.ends(task_id) for name, task_id in messages.items()}
 
     assert ended == dict.fromkeys(messages, "ValueError")
-    scene.goes_on()
-    scene.recovers()
+    deployment.goes_on()
+    deployment.recovers()
 
 
-def test_the_store_keeps_what_other_alphabets_say(scene: Scene) -> None:
+def test_the_store_keeps_what_other_alphabets_say(deployment: Deployment) -> None:
     message_id = "zażółć 🐇 中文"
 
-    task_id = scene.put(message_id=message_id)
+    task_id = deployment.put(message_id=message_id)
 
-    assert scene.ends(task_id) == "str"
-    assert [row.key.message_id for row in scene.app.queue_log.store.rows(RowFilter(message_id="zaż*"))] == [message_id]
+    assert deployment.ends(task_id) == "str"
+    assert [row.key.message_id for row in deployment.app.queue_log.store.rows(RowFilter(message_id="zaż*"))] == [
+        message_id
+    ]

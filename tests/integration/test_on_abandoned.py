@@ -11,12 +11,12 @@ import pytest
 from celery_idempotent import AlreadyFailedError
 from celery_idempotent.core.records import Claim, Claimed, MessageKey, NewMessage, Owner, ProcessedStatus, Status
 from celery_idempotent.message.serialization import encode_message, encode_result
-from tests.support.bench import PATIENCE, Bench
+from tests.support.shared_workers import TIMEOUT, SharedWorker
 
 SUCCESS, FAILURE = ProcessedStatus.SUCCESS, ProcessedStatus.FAILURE
 
 
-def leave_behind(bench: Bench, task: str, message_id: str, *args: Any) -> tuple[str, Claim]:
+def leave_behind(shared_worker: SharedWorker, task: str, message_id: str, *args: Any) -> tuple[str, Claim]:
     """Leave a message as a worker that died does: claimed, its lease over. Return its task id and the claim."""
     task_id = str(uuid4())
     message = NewMessage(
@@ -24,136 +24,138 @@ def leave_behind(bench: Bench, task: str, message_id: str, *args: Any) -> tuple[
         task_id=task_id,
         message=encode_message(args, {}, {"task_id": task_id}, serializer="json"),
     )
-    claimed = bench.app.queue_log.store.claim(message, worker="gone@test:1", lease=0.01, grace=0.0)
+    claimed = shared_worker.app.queue_log.store.claim(message, worker="gone@test:1", lease=0.01, grace=0.0)
     assert isinstance(claimed, Claimed)
     return task_id, claimed.claim
 
 
-def run_out(bench: Bench, task: str, message_id: str) -> None:
+def run_out(shared_worker: SharedWorker, task: str, message_id: str) -> None:
     """Wait until the lease is over, by the store's clock."""
-    row = bench.wait_for_row(task, message_id, lambda row: row.lease_left <= 0)
+    row = shared_worker.wait_for_row(task, message_id, lambda row: row.lease_left <= 0)
     assert row.status is Status.PROCESSING
 
 
 @pytest.mark.parametrize("task", ["left.rerun", "left.late"])
-def test_it_is_run_again(bench: Bench, task: str) -> None:
+def test_it_is_run_again(shared_worker: SharedWorker, task: str) -> None:
     """Where the task says so, and by default where it is acknowledged late."""
-    m, gate = bench.fresh(), bench.path("gate")
+    m, gate = shared_worker.fresh(), shared_worker.path("gate")
     Path(gate).touch()
-    task_id, _ = leave_behind(bench, task, m, gate, "value")
-    run_out(bench, task, m)
+    task_id, _ = leave_behind(shared_worker, task, m, gate, "value")
+    run_out(shared_worker, task, m)
 
-    copy = bench.deliver(task, (gate, "value"), message_id=m, task_id=task_id)
+    copy = shared_worker.deliver(task, (gate, "value"), message_id=m, task_id=task_id)
 
-    assert copy.get(timeout=PATIENCE) == "value"
-    row = bench.row(task, m)
+    assert copy.get(timeout=TIMEOUT) == "value"
+    row = shared_worker.row(task, m)
     assert (row.status, row.processed_status, row.token) == (Status.DONE, SUCCESS, 2)
-    assert len(bench.starts(task, m)) == 1
+    assert len(shared_worker.starts(task, m)) == 1
 
 
 @pytest.mark.parametrize("task", ["left.fail", "left.early"])
-def test_it_is_failed(bench: Bench, task: str) -> None:
+def test_it_is_failed(shared_worker: SharedWorker, task: str) -> None:
     """Where the task says so, and by default where it is acknowledged early."""
-    m, gate = bench.fresh(), bench.path("gate")
-    task_id, _ = leave_behind(bench, task, m, gate, "value")
-    run_out(bench, task, m)
+    m, gate = shared_worker.fresh(), shared_worker.path("gate")
+    task_id, _ = leave_behind(shared_worker, task, m, gate, "value")
+    run_out(shared_worker, task, m)
 
-    copy = bench.deliver(task, (gate, "value"), message_id=m, task_id=task_id)
+    copy = shared_worker.deliver(task, (gate, "value"), message_id=m, task_id=task_id)
 
     with pytest.raises(AlreadyFailedError, match="abandoned"):
-        copy.get(timeout=PATIENCE)
-    row = bench.row(task, m)
+        copy.get(timeout=TIMEOUT)
+    row = shared_worker.row(task, m)
     assert (row.status, row.processed_status, row.token) == (Status.DONE, FAILURE, 1)
     assert row.error is not None
     assert row.error.startswith("abandoned")
-    assert bench.starts(task, m) == []
+    assert shared_worker.starts(task, m) == []
 
 
 @pytest.mark.parametrize("task", ["left.rerun", "left.fail"])
-def test_a_recovery_point_is_replayed_whatever_the_task_says(bench: Bench, task: str) -> None:
+def test_a_recovery_point_is_replayed_whatever_the_task_says(shared_worker: SharedWorker, task: str) -> None:
     """The body ran; what was to be sent behind it is sent by whoever takes over."""
-    m, heard = bench.fresh(), bench.fresh("heard")
-    link = bench.task("told").s().set(message_id=heard)
-    task_id, claim = leave_behind(bench, task, m, "no gate", "value")
-    assert bench.app.queue_log.store.checkpoint(claim, result=encode_result(bench.app, "value"))
-    run_out(bench, task, m)
+    m, heard = shared_worker.fresh(), shared_worker.fresh("heard")
+    link = shared_worker.task("told").s().set(message_id=heard)
+    task_id, claim = leave_behind(shared_worker, task, m, "no gate", "value")
+    assert shared_worker.app.queue_log.store.checkpoint(claim, result=encode_result(shared_worker.app, "value"))
+    run_out(shared_worker, task, m)
 
-    copy = bench.deliver(task, ("no gate", "value"), message_id=m, task_id=task_id, link=link)
+    copy = shared_worker.deliver(task, ("no gate", "value"), message_id=m, task_id=task_id, link=link)
 
-    assert copy.get(timeout=PATIENCE) == "value"
-    row = bench.done(task, m)
+    assert copy.get(timeout=TIMEOUT) == "value"
+    row = shared_worker.done(task, m)
     assert (row.processed_status, row.token, row.message) == (SUCCESS, 2, None)
-    assert bench.done("told", heard).processed_status is SUCCESS
-    assert bench.starts(task, m) == []
+    assert shared_worker.done("told", heard).processed_status is SUCCESS
+    assert shared_worker.starts(task, m) == []
 
 
-def test_a_recovery_point_without_a_result_cannot_be_replayed(bench: Bench) -> None:
-    m, heard = bench.fresh(), bench.fresh("heard")
-    task_id, claim = leave_behind(bench, "left.rerun", m, "no gate", "value")
-    assert bench.app.queue_log.store.checkpoint(claim, result=None)
-    run_out(bench, "left.rerun", m)
+def test_a_recovery_point_without_a_result_cannot_be_replayed(shared_worker: SharedWorker) -> None:
+    m, heard = shared_worker.fresh(), shared_worker.fresh("heard")
+    task_id, claim = leave_behind(shared_worker, "left.rerun", m, "no gate", "value")
+    assert shared_worker.app.queue_log.store.checkpoint(claim, result=None)
+    run_out(shared_worker, "left.rerun", m)
 
-    copy = bench.deliver(
+    copy = shared_worker.deliver(
         "left.rerun",
         ("no gate", "value"),
         message_id=m,
         task_id=task_id,
-        link=bench.task("told").s().set(message_id=heard),
+        link=shared_worker.task("told").s().set(message_id=heard),
     )
 
     with pytest.raises(AlreadyFailedError, match="result could not be kept"):
-        copy.get(timeout=PATIENCE)
-    row = bench.done("left.rerun", m)
+        copy.get(timeout=TIMEOUT)
+    row = shared_worker.done("left.rerun", m)
     assert (row.processed_status, row.token) == (FAILURE, 2)
-    assert (bench.starts("left.rerun", m), bench.find("told", heard)) == ([], None)
+    assert (shared_worker.starts("left.rerun", m), shared_worker.find("told", heard)) == ([], None)
 
 
-def test_an_owner_that_lost_its_claim_is_not_heard(bench: Bench) -> None:
+def test_an_owner_that_lost_its_claim_is_not_heard(shared_worker: SharedWorker) -> None:
     """Its body goes on, which nothing can prevent; its result, its callbacks and its outcome are refused."""
-    m, gate, heard = bench.fresh(), bench.path("gate"), bench.fresh("heard")
-    store = bench.app.queue_log.store
-    first = bench.task("gated").apply_async(
-        (gate, "too late"), message_id=m, link=bench.task("told").s().set(message_id=heard)
+    m, gate, heard = shared_worker.fresh(), shared_worker.path("gate"), shared_worker.fresh("heard")
+    store = shared_worker.app.queue_log.store
+    first = shared_worker.task("gated").apply_async(
+        (gate, "too late"), message_id=m, link=shared_worker.task("told").s().set(message_id=heard)
     )
-    bench.wait_for_starts("gated", m)
-    row = bench.row("gated", m)
-    assert row.worker is not None
-    assert store.expire(Owner(row.key, row.worker))
-    taken = store.take_over(bench.row("gated", m), task_id=str(uuid4()), worker="other@test:1", lease=60.0, attempt=0)
-    assert isinstance(taken, Claimed)
-    assert store.complete(taken.claim, result=encode_result(bench.app, "in time"))
-
-    Path(gate).touch()
-
-    assert bench.worker is not None
-    bench.worker.wait_for_log(f"gated[{m}]: the claim on message", timeout=PATIENCE)
-    row = bench.row("gated", m)
-    assert (row.status, row.processed_status, row.token) == (Status.DONE, SUCCESS, 2)
-    # The caller is served by a copy, as it will be: with the new owner's result.
-    bench.deliver("gated", (gate, "too late"), message_id=m, task_id=first.id)
-    assert first.get(timeout=PATIENCE) == "in time"
-    assert bench.find("told", heard) is None
-    assert len(bench.starts("gated", m)) == 1
-
-
-def test_an_owner_that_lost_its_claim_does_not_retry(bench: Bench) -> None:
-    m, gate = bench.fresh(), bench.path("gate")
-    store = bench.app.queue_log.store
-    bench.task("gated_retry").apply_async((gate,), message_id=m)
-    bench.wait_for_starts("gated_retry", m)
-    row = bench.row("gated_retry", m)
+    shared_worker.wait_for_starts("gated", m)
+    row = shared_worker.row("gated", m)
     assert row.worker is not None
     assert store.expire(Owner(row.key, row.worker))
     taken = store.take_over(
-        bench.row("gated_retry", m), task_id=str(uuid4()), worker="other@test:1", lease=60.0, attempt=0
+        shared_worker.row("gated", m), task_id=str(uuid4()), worker="other@test:1", lease=60.0, attempt=0
+    )
+    assert isinstance(taken, Claimed)
+    assert store.complete(taken.claim, result=encode_result(shared_worker.app, "in time"))
+
+    Path(gate).touch()
+
+    assert shared_worker.worker is not None
+    shared_worker.worker.wait_for_log(f"gated[{m}]: the claim on message", timeout=TIMEOUT)
+    row = shared_worker.row("gated", m)
+    assert (row.status, row.processed_status, row.token) == (Status.DONE, SUCCESS, 2)
+    # The caller is served by a copy, as it will be: with the new owner's result.
+    shared_worker.deliver("gated", (gate, "too late"), message_id=m, task_id=first.id)
+    assert first.get(timeout=TIMEOUT) == "in time"
+    assert shared_worker.find("told", heard) is None
+    assert len(shared_worker.starts("gated", m)) == 1
+
+
+def test_an_owner_that_lost_its_claim_does_not_retry(shared_worker: SharedWorker) -> None:
+    m, gate = shared_worker.fresh(), shared_worker.path("gate")
+    store = shared_worker.app.queue_log.store
+    shared_worker.task("gated_retry").apply_async((gate,), message_id=m)
+    shared_worker.wait_for_starts("gated_retry", m)
+    row = shared_worker.row("gated_retry", m)
+    assert row.worker is not None
+    assert store.expire(Owner(row.key, row.worker))
+    taken = store.take_over(
+        shared_worker.row("gated_retry", m), task_id=str(uuid4()), worker="other@test:1", lease=60.0, attempt=0
     )
     assert isinstance(taken, Claimed)
 
     Path(gate).touch()
 
-    assert bench.worker is not None
-    bench.worker.wait_for_log(f"gated_retry[{m}]: the claim on message", timeout=PATIENCE)
-    row = bench.row("gated_retry", m)
+    assert shared_worker.worker is not None
+    shared_worker.worker.wait_for_log(f"gated_retry[{m}]: the claim on message", timeout=TIMEOUT)
+    row = shared_worker.row("gated_retry", m)
     assert (row.status, row.attempt, row.token) == (Status.PROCESSING, 0, 2)
     assert store.fail(taken.claim, error="the end of the test")
-    assert len(bench.starts("gated_retry", m)) == 1
+    assert len(shared_worker.starts("gated_retry", m)) == 1

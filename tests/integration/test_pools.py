@@ -13,8 +13,8 @@ from celery.exceptions import TaskRevokedError, TimeLimitExceeded
 from celery_idempotent.core.records import ProcessedStatus
 from tests.conftest import StartWorker, missing
 from tests.support.apps import AppSpec
-from tests.support.bench import PATIENCE, Bench, open_bench
 from tests.support.servers import NotInstalledError
+from tests.support.shared_workers import TIMEOUT, SharedWorker, open_shared_worker
 from tests.support.versions import CELERY
 from tests.support.waiting import wait_until
 
@@ -22,72 +22,72 @@ SUCCESS, FAILURE = ProcessedStatus.SUCCESS, ProcessedStatus.FAILURE
 
 
 @pytest.fixture(scope="module")
-def gevent_bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+def gevent_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedWorker]:
     """Yield a worker that runs its bodies in greenlets, with leases that would run out within the tests."""
     tasks = ("tests.support.apps.generic", "tests.support.apps.outcomes")
     try:
-        opened = open_bench(
+        opened = open_shared_worker(
             Path(tmp_path_factory.mktemp("gevent")),
             tasks,
             settings={"idempotent_lease": 2, "idempotent_recovery_interval": 1},
             pool="gevent",
         )
-        bench = opened.__enter__()
+        shared_worker = opened.__enter__()
     except NotInstalledError as error:
         missing("a private server", str(error))
         raise
-    yield bench
+    yield shared_worker
     opened.__exit__(None, None, None)
 
 
 @pytest.mark.parametrize("task", ["hard.early", "hard.late"])
-def test_a_greenlet_at_its_time_limit_ends_as_failure(gevent_bench: Bench, task: str) -> None:
-    bench = gevent_bench
-    m = bench.fresh()
+def test_a_greenlet_at_its_time_limit_ends_as_failure(gevent_worker: SharedWorker, task: str) -> None:
+    shared_worker = gevent_worker
+    m = shared_worker.fresh()
 
-    result = bench.task(task).apply_async((bench.path("flag"),), message_id=m)
+    result = shared_worker.task(task).apply_async((shared_worker.path("flag"),), message_id=m)
 
-    assert isinstance(result.get(timeout=PATIENCE, propagate=False), TimeLimitExceeded)
-    row = bench.done(task, m)
+    assert isinstance(result.get(timeout=TIMEOUT, propagate=False), TimeLimitExceeded)
+    row = shared_worker.done(task, m)
     assert (row.processed_status, row.token, row.lease_expires_at) == (FAILURE, 1, None)
     assert "TimeLimitExceeded" in str(row.error)
-    assert len(bench.starts(task, m)) == 1
+    assert len(shared_worker.starts(task, m)) == 1
 
 
 @pytest.mark.skipif(CELERY < (5, 7), reason="before 5.7 Celery keeps the message until the worker ends")
-def test_a_greenlet_at_its_time_limit_gives_an_unacknowledged_message_back(gevent_bench: Bench) -> None:
-    bench = gevent_bench
-    m = bench.fresh()
+def test_a_greenlet_at_its_time_limit_gives_an_unacknowledged_message_back(gevent_worker: SharedWorker) -> None:
+    shared_worker = gevent_worker
+    m = shared_worker.fresh()
 
-    result = bench.task("hard.late.unacknowledged").apply_async((bench.path("flag"),), message_id=m)
+    result = shared_worker.task("hard.late.unacknowledged").apply_async((shared_worker.path("flag"),), message_id=m)
 
-    row = bench.done("hard.late.unacknowledged", m)
+    row = shared_worker.done("hard.late.unacknowledged", m)
     assert (row.processed_status, row.token, row.attempt) == (SUCCESS, 2, 0)
     wait_until(
-        lambda: bench.app.AsyncResult(result.id).state == states.SUCCESS,
-        timeout=PATIENCE,
+        lambda: shared_worker.app.AsyncResult(result.id).state == states.SUCCESS,
+        timeout=TIMEOUT,
         describe="the result of the second run",
     )
-    assert len(bench.starts("hard.late.unacknowledged", m)) == 2
+    assert len(shared_worker.starts("hard.late.unacknowledged", m)) == 2
 
 
-def test_a_greenlet_that_is_terminated_ends_as_failure(gevent_bench: Bench) -> None:
-    bench = gevent_bench
-    m = bench.fresh()
-    result = bench.task("gated").apply_async((bench.path("gate"),), message_id=m)
-    bench.wait_for_starts("gated", m)
+def test_a_greenlet_that_is_terminated_ends_as_failure(gevent_worker: SharedWorker) -> None:
+    shared_worker = gevent_worker
+    m = shared_worker.fresh()
+    result = shared_worker.task("gated").apply_async((shared_worker.path("gate"),), message_id=m)
+    shared_worker.wait_for_starts("gated", m)
 
     wait_until(
-        lambda: bench.app.control.revoke(result.id, terminate=True, reply=True, timeout=PATIENCE, limit=1),
+        lambda: shared_worker.app.control.revoke(result.id, terminate=True, reply=True, timeout=TIMEOUT, limit=1),
         describe="the worker's answer to a revoke",
     )
 
     with pytest.raises(TaskRevokedError):
-        result.get(timeout=PATIENCE)
-    row = bench.done("gated", m)
+        result.get(timeout=TIMEOUT)
+    row = shared_worker.done("gated", m)
     assert (row.processed_status, row.error) == (FAILURE, "revoked: it was terminated while it ran")
     assert (row.token, row.lease_expires_at) == (1, None)
-    assert bench.ledger.ends(task_id=result.id) == []
+    assert shared_worker.ledger.ends(task_id=result.id) == []
 
 
 @pytest.mark.parametrize("broker", ["redis"], indirect=True)
@@ -95,7 +95,7 @@ def test_a_greenlet_that_is_terminated_ends_as_failure(gevent_bench: Bench) -> N
 def test_eventlet_is_refused_by_name(spec: AppSpec, start_worker: StartWorker) -> None:
     worker = start_worker(replace(spec, tasks=("tests.support.apps.generic",)), pool="eventlet", wait=False)
 
-    wait_until(lambda: not worker.is_alive, timeout=PATIENCE, describe="the end of the worker")
+    wait_until(lambda: not worker.is_alive, timeout=TIMEOUT, describe="the end of the worker")
     assert worker.exit_status != 0
     assert "ConfigurationError: celery-idempotent does not run in the eventlet pool" in worker.log_tail()
     assert "--pool=gevent or --pool=threads" in worker.log_tail()

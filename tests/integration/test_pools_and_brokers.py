@@ -14,8 +14,8 @@ from celery import Celery, chain
 from celery_idempotent.core.records import MessageKey, ProcessedStatus, Row, Status
 from tests.conftest import StartWorker
 from tests.support.apps import AppSpec
-from tests.support.bench import PATIENCE, close
 from tests.support.ledger import Ledger
+from tests.support.shared_workers import TIMEOUT, close
 from tests.support.waiting import wait_until
 from tests.support.worker import Pool
 
@@ -36,7 +36,7 @@ COVER = [
 
 
 @dataclass
-class Site:
+class Deployment:
     """An app and its worker, seen from a test."""
 
     app: Celery
@@ -50,7 +50,7 @@ class Site:
             row: Row | None = self.app.queue_log.store.find(MessageKey(message_id, task))
             return row if row is not None and condition(row) else None
 
-        return wait_until(as_wanted, timeout=PATIENCE, describe=f"the row of {task}[{message_id}]")
+        return wait_until(as_wanted, timeout=TIMEOUT, describe=f"the row of {task}[{message_id}]")
 
     def starts(self, task: str, message_id: str) -> list[int]:
         """Return the retries of each run."""
@@ -61,74 +61,74 @@ class Site:
         self.foreign.tasks[task].apply_async(args, message_id=message_id, task_id=task_id)
 
 
-def runs_once_and_answers_every_caller(site: Site) -> None:
+def runs_once_and_answers_every_caller(deployment: Deployment) -> None:
     m = f"once-{uuid4().hex}"
 
-    results = [site.app.tasks["echo"].apply_async(("value",), message_id=m) for _ in range(3)]
+    results = [deployment.app.tasks["echo"].apply_async(("value",), message_id=m) for _ in range(3)]
 
     assert [result.duplicate for result in results] == [False, True, True]
-    assert [result.get(timeout=PATIENCE) for result in results] == ["value"] * 3
-    row = site.row("echo", m, lambda row: row.status is Status.DONE)
+    assert [result.get(timeout=TIMEOUT) for result in results] == ["value"] * 3
+    row = deployment.row("echo", m, lambda row: row.status is Status.DONE)
     assert (row.processed_status, row.token, row.duplicates) == (SUCCESS, 1, 2)
-    assert site.starts("echo", m) == [0]
+    assert deployment.starts("echo", m) == [0]
 
 
-def retries_under_one_row(site: Site) -> None:
+def retries_under_one_row(deployment: Deployment) -> None:
     m = f"retry-{uuid4().hex}"
 
-    result = site.app.tasks["retry_n"].apply_async((2, 1), message_id=m)
+    result = deployment.app.tasks["retry_n"].apply_async((2, 1), message_id=m)
 
-    assert result.get(timeout=PATIENCE) == 2
-    row = site.row("retry_n", m, lambda row: row.status is Status.DONE)
+    assert result.get(timeout=TIMEOUT) == 2
+    row = deployment.row("retry_n", m, lambda row: row.status is Status.DONE)
     assert (row.processed_status, row.attempt, row.token) == (SUCCESS, 2, 3)
-    assert site.starts("retry_n", m) == [0, 1, 2]
+    assert deployment.starts("retry_n", m) == [0, 1, 2]
 
 
-def records_a_failure(site: Site) -> None:
+def records_a_failure(deployment: Deployment) -> None:
     m = f"failure-{uuid4().hex}"
 
-    result = site.app.tasks["fail"].apply_async(message_id=m)
+    result = deployment.app.tasks["fail"].apply_async(message_id=m)
 
-    assert isinstance(result.get(timeout=PATIENCE, propagate=False), ValueError)
-    row = site.row("fail", m, lambda row: row.status is Status.DONE)
+    assert isinstance(result.get(timeout=TIMEOUT, propagate=False), ValueError)
+    row = deployment.row("fail", m, lambda row: row.status is Status.DONE)
     assert (row.processed_status, row.error) == (ProcessedStatus.FAILURE, "ValueError: as told")
 
 
-def skips_a_redelivered_copy(site: Site) -> None:
+def skips_a_redelivered_copy(deployment: Deployment) -> None:
     m = f"copy-{uuid4().hex}"
-    result = site.app.tasks["echo"].apply_async(("value",), message_id=m)
-    assert result.get(timeout=PATIENCE) == "value"
+    result = deployment.app.tasks["echo"].apply_async(("value",), message_id=m)
+    assert result.get(timeout=TIMEOUT) == "value"
 
-    site.copy("echo", ("value",), m, result.id)
+    deployment.copy("echo", ("value",), m, result.id)
 
-    row = site.row("echo", m, lambda row: row.duplicates == 1)
+    row = deployment.row("echo", m, lambda row: row.duplicates == 1)
     assert (row.status, row.token) == (Status.DONE, 1)
-    assert site.starts("echo", m) == [0]
+    assert deployment.starts("echo", m) == [0]
 
 
-def holds_a_copy_while_it_runs(site: Site) -> None:
-    m, gate = f"held-{uuid4().hex}", site.directory / uuid4().hex
-    result = site.app.tasks["busy.hold"].apply_async((str(gate), "value"), message_id=m)
-    wait_until(lambda: site.starts("busy.hold", m), timeout=PATIENCE, describe="the start")
+def holds_a_copy_while_it_runs(deployment: Deployment) -> None:
+    m, gate = f"held-{uuid4().hex}", deployment.directory / uuid4().hex
+    result = deployment.app.tasks["busy.hold"].apply_async((str(gate), "value"), message_id=m)
+    wait_until(lambda: deployment.starts("busy.hold", m), timeout=TIMEOUT, describe="the start")
 
-    site.copy("busy.hold", (str(gate), "value"), m, result.id)
+    deployment.copy("busy.hold", (str(gate), "value"), m, result.id)
     gate.touch()
 
-    assert result.get(timeout=PATIENCE) == "value"
-    row = site.row("busy.hold", m, lambda row: row.duplicates == 1)
+    assert result.get(timeout=TIMEOUT) == "value"
+    row = deployment.row("busy.hold", m, lambda row: row.duplicates == 1)
     assert (row.status, row.processed_status, row.token) == (Status.DONE, SUCCESS, 1)
-    assert site.starts("busy.hold", m) == [0]
+    assert deployment.starts("busy.hold", m) == [0]
 
 
-def replays_a_duplicate_in_a_chain(site: Site) -> None:
-    m, add = f"chain-{uuid4().hex}", site.app.tasks["add"]
+def replays_a_duplicate_in_a_chain(deployment: Deployment) -> None:
+    m, add = f"chain-{uuid4().hex}", deployment.app.tasks["add"]
 
-    first = chain(add.s(1, 1).set(message_id=m), add.s(1), app=site.app).apply_async()
-    assert first.get(timeout=PATIENCE) == 3
-    second = chain(add.s(1, 1).set(message_id=m), add.s(1), app=site.app).apply_async()
+    first = chain(add.s(1, 1).set(message_id=m), add.s(1), app=deployment.app).apply_async()
+    assert first.get(timeout=TIMEOUT) == 3
+    second = chain(add.s(1, 1).set(message_id=m), add.s(1), app=deployment.app).apply_async()
 
-    assert second.get(timeout=PATIENCE) == 3
-    assert site.starts("add", m) == [0]
+    assert second.get(timeout=TIMEOUT) == 3
+    assert deployment.starts("add", m) == [0]
 
 
 @pytest.mark.timeout(300)
@@ -141,14 +141,14 @@ def test_the_promises_hold(
     app.finalize()
     app.queue_log.init()
     worker = start_worker(spec, pool=pool, concurrency=2)
-    site = Site(app, foreign, ledger, tmp_path)
+    deployment = Deployment(app, foreign, ledger, tmp_path)
     try:
-        runs_once_and_answers_every_caller(site)
-        retries_under_one_row(site)
-        records_a_failure(site)
-        skips_a_redelivered_copy(site)
-        holds_a_copy_while_it_runs(site)
-        replays_a_duplicate_in_a_chain(site)
+        runs_once_and_answers_every_caller(deployment)
+        retries_under_one_row(deployment)
+        records_a_failure(deployment)
+        skips_a_redelivered_copy(deployment)
+        holds_a_copy_while_it_runs(deployment)
+        replays_a_duplicate_in_a_chain(deployment)
     finally:
         close(app)
         close(foreign)

@@ -33,7 +33,7 @@ from tests.support.worker import StartWorker
 SUCCESS, FAILURE = ProcessedStatus.SUCCESS, ProcessedStatus.FAILURE
 
 LEASE = 2.0
-PATIENCE = 60.0
+TIMEOUT = 60.0
 
 TASKS = ("tests.support.apps.generic", "tests.support.apps.lasting", "tests.support.apps.outcomes")
 
@@ -43,7 +43,7 @@ on_sqlite = pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
 
 
 @dataclass
-class Scene:
+class Deployment:
     """An app whose workers recover every second."""
 
     spec: AppSpec
@@ -60,7 +60,7 @@ class Scene:
             found = self.ledger.starts(task, task_id=result.id)
             return found if len(found) >= count else None
 
-        return wait_until(starts, timeout=PATIENCE, describe=lambda: f"{count} starts: {self.ledger.entries()}")
+        return wait_until(starts, timeout=TIMEOUT, describe=lambda: f"{count} starts: {self.ledger.entries()}")
 
     def row(self, task: str, result: AsyncResult[Any]) -> Row:
         row: Row | None = self.app.queue_log.store.find(MessageKey(result.id, task))
@@ -68,7 +68,7 @@ class Scene:
         return row
 
     def wait_for_row(self, task: str, result: AsyncResult[Any], condition: Callable[[Row], bool]) -> Row:
-        wait_until(lambda: condition(self.row(task, result)), timeout=PATIENCE, describe=lambda: self.row(task, result))
+        wait_until(lambda: condition(self.row(task, result)), timeout=TIMEOUT, describe=lambda: self.row(task, result))
         return self.row(task, result)
 
     def gate(self) -> Path:
@@ -86,108 +86,108 @@ class Scene:
 
 
 @pytest.fixture
-def make_scene(spec: AppSpec, open_app: OpenApp, ledger: Ledger, tmp_path: Path) -> Callable[..., Scene]:
-    def make_scene(**settings: Any) -> Scene:
+def deploy(spec: AppSpec, open_app: OpenApp, ledger: Ledger, tmp_path: Path) -> Callable[..., Deployment]:
+    def deploy(**settings: Any) -> Deployment:
         given = {**spec.settings, "idempotent_lease": LEASE, "idempotent_recovery_interval": 1.0, **settings}
-        scene_spec = replace(spec, tasks=TASKS, settings=given)
-        app = open_app(scene_spec)
+        deployed_spec = replace(spec, tasks=TASKS, settings=given)
+        app = open_app(deployed_spec)
         app.finalize()
-        return Scene(scene_spec, app, ledger, tmp_path)
+        return Deployment(deployed_spec, app, ledger, tmp_path)
 
-    return make_scene
+    return deploy
 
 
 @on_files
 @on_sqlite
 class TestABrokerThatKeepsNoCopy:
     def test_a_message_comes_back_from_its_row(
-        self, make_scene: Callable[..., Scene], start_worker: StartWorker
+        self, deploy: Callable[..., Deployment], start_worker: StartWorker
     ) -> None:
-        scene = make_scene()
-        worker = start_worker(scene.spec)
-        gate = scene.gate()
+        deployment = deploy()
+        worker = start_worker(deployment.spec)
+        gate = deployment.gate()
 
-        result = scene.send("last.late", str(gate), "back")
-        scene.wait_for_starts("last.late", result)
+        result = deployment.send("last.late", str(gate), "back")
+        deployment.wait_for_starts("last.late", result)
         worker.kill()
-        assert scene.files() == {}
+        assert deployment.files() == {}
         worker.start()
-        starts = scene.wait_for_starts("last.late", result, 2)
+        starts = deployment.wait_for_starts("last.late", result, 2)
         gate.touch()
 
-        assert result.get(timeout=PATIENCE) == "back"
+        assert result.get(timeout=TIMEOUT) == "back"
         assert [start.retries for start in starts] == [0, 0]
-        row = scene.wait_for_row("last.late", result, lambda row: row.status is Status.DONE)
+        row = deployment.wait_for_row("last.late", result, lambda row: row.status is Status.DONE)
         assert (row.processed_status, row.token, row.takeovers) == (SUCCESS, 2, 1)
-        assert len(scene.ledger.starts("last.late", task_id=result.id)) == 2
+        assert len(deployment.ledger.starts("last.late", task_id=result.id)) == 2
 
     def test_an_early_acknowledged_message_fails_and_its_caller_is_told(
-        self, make_scene: Callable[..., Scene], start_worker: StartWorker
+        self, deploy: Callable[..., Deployment], start_worker: StartWorker
     ) -> None:
         """It may have had its effect, and only ``on_abandoned="rerun"`` says that it may have it again."""
-        scene = make_scene()
-        worker = start_worker(scene.spec)
+        deployment = deploy()
+        worker = start_worker(deployment.spec)
 
-        errback = scene.app.tasks["errback"].s()
-        result = scene.send("last.early", str(scene.gate()), link_error=errback)
-        scene.wait_for_starts("last.early", result)
+        errback = deployment.app.tasks["errback"].s()
+        result = deployment.send("last.early", str(deployment.gate()), link_error=errback)
+        deployment.wait_for_starts("last.early", result)
         worker.kill()
         worker.start()
 
-        error = result.get(timeout=PATIENCE, propagate=False)
+        error = result.get(timeout=TIMEOUT, propagate=False)
         assert isinstance(error, AlreadyFailedError)
         assert error.message_id == result.id
         assert str(error.error).startswith("abandoned")
-        row = scene.row("last.early", result)
+        row = deployment.row("last.early", result)
         assert (row.status, row.processed_status, row.token) == (Status.DONE, FAILURE, 1)
         assert str(row.error).startswith("abandoned")
 
         def told() -> bool:
-            return any(note.detail == result.id for note in scene.ledger.ends("errback"))
+            return any(note.detail == result.id for note in deployment.ledger.ends("errback"))
 
-        wait_until(told, timeout=PATIENCE, describe="the errback")
-        assert len(scene.ledger.starts("last.early", task_id=result.id)) == 1
+        wait_until(told, timeout=TIMEOUT, describe="the errback")
+        assert len(deployment.ledger.starts("last.early", task_id=result.id)) == 1
 
     def test_a_message_that_was_lost_is_found_when_it_is_overtaken(
-        self, make_scene: Callable[..., Scene], start_worker: StartWorker
+        self, deploy: Callable[..., Deployment], start_worker: StartWorker
     ) -> None:
         """And a backlog on a queue that nobody consumes is left alone until somebody asks."""
-        scene = make_scene(idempotent_lost_after=1.0)
-        paused = f"{scene.spec.queue}-paused"
-        waiting = [scene.send("echo", number, queue=paused) for number in range(3)]
-        lost = scene.send("echo", "lost")
-        kept = scene.send("echo", "kept")
-        scene.files()[lost.id].unlink()
-        wait_until(lambda: scene.row("echo", kept).read_at.timestamp() - created(scene, kept) > 1.5)
-        worker = start_worker(scene.spec)
-        assert kept.get(timeout=PATIENCE) == "kept"
+        deployment = deploy(idempotent_lost_after=1.0)
+        paused = f"{deployment.spec.queue}-paused"
+        waiting = [deployment.send("echo", number, queue=paused) for number in range(3)]
+        lost = deployment.send("echo", "lost")
+        kept = deployment.send("echo", "kept")
+        deployment.files()[lost.id].unlink()
+        wait_until(lambda: deployment.row("echo", kept).read_at.timestamp() - created(deployment, kept) > 1.5)
+        worker = start_worker(deployment.spec)
+        assert kept.get(timeout=TIMEOUT) == "kept"
 
         # Recorded more than a second after it, and claimed.
-        later = scene.send("echo", "later")
-        assert later.get(timeout=PATIENCE) == "later"
-        assert lost.get(timeout=PATIENCE) == "lost"
+        later = deployment.send("echo", "later")
+        assert later.get(timeout=TIMEOUT) == "later"
+        assert lost.get(timeout=TIMEOUT) == "lost"
 
-        assert [starts(scene, result) for result in (lost, kept, later)] == [1, 1, 1]
-        rows = [scene.row("echo", result) for result in waiting]
+        assert [starts(deployment, result) for result in (lost, kept, later)] == [1, 1, 1]
+        rows = [deployment.row("echo", result) for result in waiting]
         assert all(row.published_at == row.created_timestamp for row in rows)
         assert all(row.read_at.timestamp() - row.created_timestamp.timestamp() > 1.0 for row in rows)
         worker.wait_for_log("is published again: it was pending")
 
         # All copies are there, and more of them are published for whoever says so; the claims absorb what is too much.
-        assert Rescue.of(scene.app.queue_log).publish_waiting(1.0) == 3
-        scene.app.control.add_consumer(paused, destination=[worker.hostname])
-        assert [result.get(timeout=PATIENCE) for result in waiting] == [0, 1, 2]
+        assert Rescue.of(deployment.app.queue_log).publish_waiting(1.0) == 3
+        deployment.app.control.add_consumer(paused, destination=[worker.hostname])
+        assert [result.get(timeout=TIMEOUT) for result in waiting] == [0, 1, 2]
         for result in waiting:
-            scene.wait_for_row("echo", result, lambda row: row.duplicates == 1)
-        assert [starts(scene, result) for result in waiting] == [1, 1, 1]
+            deployment.wait_for_row("echo", result, lambda row: row.duplicates == 1)
+        assert [starts(deployment, result) for result in waiting] == [1, 1, 1]
 
 
-def created(scene: Scene, result: AsyncResult[Any]) -> float:
-    return scene.row("echo", result).created_timestamp.timestamp()
+def created(deployment: Deployment, result: AsyncResult[Any]) -> float:
+    return deployment.row("echo", result).created_timestamp.timestamp()
 
 
-def starts(scene: Scene, result: AsyncResult[Any]) -> int:
-    return len(scene.ledger.starts("echo", task_id=result.id))
+def starts(deployment: Deployment, result: AsyncResult[Any]) -> int:
+    return len(deployment.ledger.starts("echo", task_id=result.id))
 
 
 @on_redis
@@ -199,22 +199,22 @@ def test_a_retry_that_the_broker_does_not_take_goes_on_later(
     with PrivateRedis() as broker:
         settings = {"task_publish_retry": False, "idempotent_lease": LEASE, "idempotent_recovery_interval": 1.0}
         spec = replace(spec, broker=broker.url, tasks=TASKS, settings=settings)
-        scene = Scene(spec, open_app(spec), Ledger(spec.ledger), Path(spec.ledger).parent)
+        deployment = Deployment(spec, open_app(spec), Ledger(spec.ledger), Path(spec.ledger).parent)
         start_worker(spec)
 
-        gate = scene.gate()
-        result = scene.send("last.retry", str(gate))
-        scene.wait_for_starts("last.retry", result)
+        gate = deployment.gate()
+        result = deployment.send("last.retry", str(gate))
+        deployment.wait_for_starts("last.retry", result)
         broker.kill()
         gate.touch()
-        row = scene.wait_for_row("last.retry", result, lambda row: row.attempt == 1 and row.published_at is None)
+        row = deployment.wait_for_row("last.retry", result, lambda row: row.attempt == 1 and row.published_at is None)
         assert row.status is Status.PENDING
         broker.start()
         # kombu 5.7 does not survive a Redis that is gone while a message is unacknowledged: its worker ends, and is replaced.
         start_worker(spec)
 
-        assert result.get(timeout=PATIENCE) == 1
-        assert [start.retries for start in scene.ledger.starts("last.retry", task_id=result.id)] == [0, 1]
+        assert result.get(timeout=TIMEOUT) == 1
+        assert [start.retries for start in deployment.ledger.starts("last.retry", task_id=result.id)] == [0, 1]
 
 
 @on_redis
@@ -222,48 +222,50 @@ def test_a_retry_that_the_broker_does_not_take_goes_on_later(
 class TestOneWorkerThatDies:
     @pytest.mark.timeout(240)
     def test_a_message_that_kills_whoever_runs_it_is_given_up(
-        self, make_scene: Callable[..., Scene], start_worker: StartWorker
+        self, deploy: Callable[..., Deployment], start_worker: StartWorker
     ) -> None:
-        scene = make_scene()
-        start_worker(scene.spec)
+        deployment = deploy()
+        start_worker(deployment.spec)
 
-        result = scene.send("poison")
+        result = deployment.send("poison")
 
         # Six children die, and Celery may take seconds to notice each.
-        error = result.get(timeout=3 * PATIENCE, propagate=False)
+        error = result.get(timeout=3 * TIMEOUT, propagate=False)
         assert isinstance(error, AlreadyFailedError)
-        row = scene.row("poison", result)
+        row = deployment.row("poison", result)
         assert (row.status, row.processed_status, row.takeovers) == (Status.DONE, FAILURE, MAX_TAKEOVERS)
         assert str(row.error).startswith("abandoned")
-        assert len(scene.ledger.starts("poison", task_id=result.id)) == MAX_TAKEOVERS + 1
+        assert len(deployment.ledger.starts("poison", task_id=result.id)) == MAX_TAKEOVERS + 1
         # It is over for the worker too.
-        assert scene.send("echo", "alive").get(timeout=PATIENCE) == "alive"
+        assert deployment.send("echo", "alive").get(timeout=TIMEOUT) == "alive"
 
     def test_an_unacknowledged_message_that_celery_gave_up_runs_again(
-        self, make_scene: Callable[..., Scene], start_worker: StartWorker
+        self, deploy: Callable[..., Deployment], start_worker: StartWorker
     ) -> None:
         """``acks_late`` alone: Celery acknowledges the message of a child that was killed. Its lease is an hour."""
-        scene = make_scene()
-        start_worker(scene.spec)
+        deployment = deploy()
+        start_worker(deployment.spec)
 
-        result = scene.send("die.late", str(scene.gate()))
+        result = deployment.send("die.late", str(deployment.gate()))
 
-        scene.wait_for_starts("die.late", result, 2)
-        row = scene.wait_for_row("die.late", result, lambda row: row.status is Status.DONE)
+        deployment.wait_for_starts("die.late", result, 2)
+        row = deployment.wait_for_row("die.late", result, lambda row: row.status is Status.DONE)
         assert (row.processed_status, row.token) == (SUCCESS, 2)
         wait_until(
-            lambda: scene.app.AsyncResult(result.id).successful(), timeout=PATIENCE, describe="the second run's result"
+            lambda: deployment.app.AsyncResult(result.id).successful(),
+            timeout=TIMEOUT,
+            describe="the second run's result",
         )
-        assert len(scene.ledger.starts("die.late", task_id=result.id)) == 2
+        assert len(deployment.ledger.starts("die.late", task_id=result.id)) == 2
 
 
 @on_redis
 @on_sqlite
 def test_what_a_broker_that_is_down_did_not_take_is_left_to_the_next_step(
-    make_scene: Callable[..., Scene], private_redis: PrivateRedis
+    deploy: Callable[..., Deployment], private_redis: PrivateRedis
 ) -> None:
-    scene = make_scene()
-    store = scene.app.queue_log.store
+    deployment = deploy()
+    store = deployment.app.queue_log.store
     lapsed, unsent = (uuid4().hex for _ in range(2))
     for name, published in ((lapsed, True), (unsent, False)):
         message = encode_message(("x",), {}, {}, serializer="json")
@@ -275,15 +277,18 @@ def test_what_a_broker_that_is_down_did_not_take_is_left_to_the_next_step(
     private_redis.stop()
     for _ in range(2):
         with pytest.raises(OperationalError):
-            Recovery(scene.app.queue_log).run_pass()
+            Recovery(deployment.app.queue_log).run_pass()
         assert store.find(MessageKey(unsent, "echo")).published_at is None
         assert store.find(MessageKey(lapsed, "echo")).published_at is None
     private_redis.start()
 
-    assert Recovery(scene.app.queue_log).run_pass() == Recovered(taken_back=1, relayed=1)
-    assert Recovery(scene.app.queue_log).run_pass() == Recovered()
-    with scene.app.connection_for_read() as connection, closing(connection.SimpleQueue(scene.spec.queue)) as queue:
-        assert {queue.get(timeout=PATIENCE).properties["message_id"] for _ in range(2)} == {lapsed, unsent}
+    assert Recovery(deployment.app.queue_log).run_pass() == Recovered(taken_back=1, relayed=1)
+    assert Recovery(deployment.app.queue_log).run_pass() == Recovered()
+    with (
+        deployment.app.connection_for_read() as connection,
+        closing(connection.SimpleQueue(deployment.spec.queue)) as queue,
+    ):
+        assert {queue.get(timeout=TIMEOUT).properties["message_id"] for _ in range(2)} == {lapsed, unsent}
         with pytest.raises(queue.Empty):
             queue.get_nowait()
         # Whoever recovers a message does not wait for its result.

@@ -31,7 +31,7 @@ SUCCESS, FAILURE = ProcessedStatus.SUCCESS, ProcessedStatus.FAILURE
 #: Seconds. Long enough for a busy machine to renew in time, short enough to see many of them.
 LEASE = 2.0
 
-PATIENCE = 60.0
+TIMEOUT = 60.0
 
 TASKS = ("tests.support.apps.generic", "tests.support.apps.lasting")
 
@@ -39,7 +39,7 @@ on_redis = pytest.mark.parametrize("broker", ["redis"], indirect=True)
 
 
 @dataclass
-class Scene:
+class Deployment:
     """A worker that has a message, and another one that waits for it to die.
 
     The broker's patience is a second, so that what runs for longer is delivered to the other one, again and again.
@@ -61,7 +61,7 @@ class Scene:
         """Have the other worker look for messages where the first one does, and wait until it was given this one."""
         worker.wait_until_ready()
         self.app.control.add_consumer(queue, destination=[worker.hostname])
-        worker.wait_for_log(f"{result.id}] received", timeout=PATIENCE)
+        worker.wait_for_log(f"{result.id}] received", timeout=TIMEOUT)
 
     def send(self, task: str, *args: Any) -> AsyncResult[Any]:
         result: AsyncResult[Any] = self.app.tasks[task].delay(*args)
@@ -74,7 +74,7 @@ class Scene:
             found = self.ledger.starts(task, task_id=result.id)
             return found if len(found) >= count else None
 
-        return wait_until(starts, timeout=PATIENCE, describe=lambda: f"{count} starts: {self.ledger.entries()}")
+        return wait_until(starts, timeout=TIMEOUT, describe=lambda: f"{count} starts: {self.ledger.entries()}")
 
     def row(self, task: str, result: AsyncResult[Any]) -> Row:
         row: Row | None = self.app.queue_log.store.find(MessageKey(result.id, task))
@@ -84,7 +84,7 @@ class Scene:
     def wait_until_done(self, task: str, result: AsyncResult[Any]) -> Row:
         wait_until(
             lambda: self.row(task, result).status is Status.DONE,
-            timeout=PATIENCE,
+            timeout=TIMEOUT,
             describe=lambda: self.row(task, result),
         )
         return self.row(task, result)
@@ -99,7 +99,7 @@ class Scene:
             assert row.lease_expires_at is not None
             return (row.lease_expires_at - since).total_seconds() > seconds + LEASE
 
-        wait_until(renewed, timeout=PATIENCE, describe=lambda: f"renewals: {self.row(task, result)}")
+        wait_until(renewed, timeout=TIMEOUT, describe=lambda: f"renewals: {self.row(task, result)}")
 
     def gate(self) -> Path:
         return self.directory / f"gate-{uuid4().hex[:8]}"
@@ -109,11 +109,11 @@ class Scene:
 
 
 @pytest.fixture
-def make_scene(
+def deploy(
     spec: AppSpec, open_app: OpenApp, ledger: Ledger, start_worker: StartWorker, tmp_path: Path
-) -> Callable[..., Scene]:
-    def make_scene(**settings: Any) -> Scene:
-        scene_spec = replace(
+) -> Callable[..., Deployment]:
+    def deploy(**settings: Any) -> Deployment:
+        deployed_spec = replace(
             spec,
             tasks=TASKS,
             transport_options={**spec.transport_options, "visibility_timeout": 1},
@@ -124,108 +124,108 @@ def make_scene(
                 **settings,
             },
         )
-        app = open_app(scene_spec)
+        app = open_app(deployed_spec)
         app.finalize()
-        return Scene(scene_spec, app, ledger, start_worker, tmp_path)
+        return Deployment(deployed_spec, app, ledger, start_worker, tmp_path)
 
-    return make_scene
+    return deploy
 
 
 @on_redis
 class TestWhileTheOwnerLives:
-    def test_a_body_that_holds_the_gil_runs_once(self, make_scene: Callable[..., Scene]) -> None:
+    def test_a_body_that_holds_the_gil_runs_once(self, deploy: Callable[..., Deployment]) -> None:
         """No thread of the child can renew: its parent does."""
-        scene = make_scene()
-        worker, other = scene.worker(), scene.worker(waiting=True)
+        deployment = deploy()
+        worker, other = deployment.worker(), deployment.worker(waiting=True)
         worker.wait_until_ready()
         other.wait_until_ready()
 
-        result = scene.send("last.gil", 3 * LEASE)
-        scene.started("last.gil", result)
-        scene.let_wait(other, scene.spec.queue, result)
+        result = deployment.send("last.gil", 3 * LEASE)
+        deployment.started("last.gil", result)
+        deployment.let_wait(other, deployment.spec.queue, result)
 
-        assert result.get(timeout=PATIENCE) == "awake"
-        (start,) = scene.starts("last.gil", result)
-        (end,) = scene.ledger.ends("last.gil", task_id=result.id)
+        assert result.get(timeout=TIMEOUT) == "awake"
+        (start,) = deployment.starts("last.gil", result)
+        (end,) = deployment.ledger.ends("last.gil", task_id=result.id)
         assert start.worker == worker.hostname
         assert end.at - start.at >= 3 * LEASE
-        row = scene.row("last.gil", result)
+        row = deployment.row("last.gil", result)
         assert (row.processed_status, row.token, row.takeovers) == (SUCCESS, 1, 0)
 
-    def test_a_body_longer_than_its_lease_runs_once_on_every_pool(self, make_scene: Callable[..., Scene]) -> None:
+    def test_a_body_longer_than_its_lease_runs_once_on_every_pool(self, deploy: Callable[..., Deployment]) -> None:
         """One worker of each kind, on a queue of its own, and another one that waits on all of these."""
-        scene = make_scene()
+        deployment = deploy()
         pools: tuple[Pool, ...] = ("prefork", "threads", "solo", "gevent")
-        queues = {pool: f"{scene.spec.queue}-{pool}" for pool in pools}
-        workers = {pool: scene.worker(pool=pool, queues=[queues[pool]]) for pool in pools}
-        other = scene.worker(waiting=True, concurrency=4)
+        queues = {pool: f"{deployment.spec.queue}-{pool}" for pool in pools}
+        workers = {pool: deployment.worker(pool=pool, queues=[queues[pool]]) for pool in pools}
+        other = deployment.worker(waiting=True, concurrency=4)
         for worker in workers.values():
             worker.wait_until_ready()
-        gate = scene.gate()
+        gate = deployment.gate()
 
-        task = scene.app.tasks["last.late"]
+        task = deployment.app.tasks["last.late"]
         results = {pool: task.apply_async((str(gate), pool), queue=queues[pool]) for pool in pools}
         for result in results.values():
-            scene.started("last.late", result)
-        began = scene.row("last.late", result).read_at
+            deployment.started("last.late", result)
+        began = deployment.row("last.late", result).read_at
         for pool in pools:
-            scene.let_wait(other, queues[pool], results[pool])
+            deployment.let_wait(other, queues[pool], results[pool])
         for result in results.values():
-            scene.wait_for_renewals("last.late", result, since=began, seconds=3 * LEASE)
+            deployment.wait_for_renewals("last.late", result, since=began, seconds=3 * LEASE)
         gate.touch()
 
         for pool, result in results.items():
-            assert result.get(timeout=PATIENCE) == pool
-            (start,) = scene.starts("last.late", result)
+            assert result.get(timeout=TIMEOUT) == pool
+            (start,) = deployment.starts("last.late", result)
             assert start.worker == workers[pool].hostname
-            assert scene.row("last.late", result).token == 1
+            assert deployment.row("last.late", result).token == 1
 
     @pytest.mark.parametrize(
         ("signum", "said", "settings"),
         [
             (signal.SIGTERM, "Warm shutdown", {}),
-            (signal.SIGQUIT, "Initiating Soft Shutdown", {"worker_soft_shutdown_timeout": PATIENCE}),
+            (signal.SIGQUIT, "Initiating Soft Shutdown", {"worker_soft_shutdown_timeout": TIMEOUT}),
         ],
         ids=["warm", "soft"],
     )
     def test_a_shutdown_longer_than_the_lease_is_waited_for(
-        self, make_scene: Callable[..., Scene], signum: signal.Signals, said: str, settings: dict[str, Any]
+        self, deploy: Callable[..., Deployment], signum: signal.Signals, said: str, settings: dict[str, Any]
     ) -> None:
-        scene = make_scene(**settings)
-        worker, other = scene.worker(), scene.worker(waiting=True)
+        deployment = deploy(**settings)
+        worker, other = deployment.worker(), deployment.worker(waiting=True)
         worker.wait_until_ready()
-        gate = scene.gate()
+        gate = deployment.gate()
 
-        result = scene.send("last.late", str(gate), "drained")
-        scene.started("last.late", result)
+        result = deployment.send("last.late", str(gate), "drained")
+        deployment.started("last.late", result)
         worker.signal(signum)
-        worker.wait_for_log(said, timeout=PATIENCE)
-        stopping = scene.row("last.late", result).read_at
-        scene.let_wait(other, scene.spec.queue, result)
-        scene.wait_for_renewals("last.late", result, since=stopping, seconds=3 * LEASE)
+        worker.wait_for_log(said, timeout=TIMEOUT)
+        stopping = deployment.row("last.late", result).read_at
+        deployment.let_wait(other, deployment.spec.queue, result)
+        deployment.wait_for_renewals("last.late", result, since=stopping, seconds=3 * LEASE)
         gate.touch()
 
-        assert result.get(timeout=PATIENCE) == "drained"
-        wait_until(lambda: not worker.is_alive, timeout=PATIENCE, describe=worker.log_tail)
+        assert result.get(timeout=TIMEOUT) == "drained"
+        wait_until(lambda: not worker.is_alive, timeout=TIMEOUT, describe=worker.log_tail)
         assert worker.exit_status == 0
-        assert len(scene.starts("last.late", result)) == 1
+        assert len(deployment.starts("last.late", result)) == 1
 
     @pytest.mark.parametrize("pool", ["prefork", "threads"])
-    def test_short_tasks_cost_no_renewal(self, make_scene: Callable[..., Scene], store_url: str, pool: Pool) -> None:
-        scene = make_scene(idempotent_lease=6.0)
+    def test_short_tasks_cost_no_renewal(self, deploy: Callable[..., Deployment], store_url: str, pool: Pool) -> None:
+        deployment = deploy(idempotent_lease=6.0)
         count = count_renewals(store_url)
-        worker = scene.worker(pool=pool)
+        worker = deployment.worker(pool=pool)
         worker.wait_until_ready()
 
-        first = scene.send("add", 0, 0)
+        first = deployment.send("add", 0, 0)
         for number in range(20):
-            assert scene.send("add", number, number).get(timeout=PATIENCE) == 2 * number
+            assert deployment.send("add", number, number).get(timeout=TIMEOUT) == 2 * number
         assert count(first.id) == 0
-        gate = scene.gate()
-        long = scene.send("gated", str(gate))
-        wait_until(lambda: count(long.id), timeout=PATIENCE, describe="a renewal of the long one")
+        gate = deployment.gate()
+        long = deployment.send("gated", str(gate))
+        wait_until(lambda: count(long.id), timeout=TIMEOUT, describe="a renewal of the long one")
         gate.touch()
-        long.get(timeout=PATIENCE)
+        long.get(timeout=TIMEOUT)
 
         # All the time that the long one took, the short ones were due for a renewal, had they still been held.
         renewed = count(None)
@@ -234,141 +234,143 @@ class TestWhileTheOwnerLives:
 
 @on_redis
 class TestWhenTheOwnerEnds:
-    def test_a_killed_child_is_replaced_at_once(self, make_scene: Callable[..., Scene]) -> None:
+    def test_a_killed_child_is_replaced_at_once(self, deploy: Callable[..., Deployment]) -> None:
         """Its lease of ten minutes ends with it."""
-        scene = make_scene()
-        worker = scene.worker()
+        deployment = deploy()
+        worker = deployment.worker()
         worker.wait_until_ready()
-        gate = scene.gate()
+        gate = deployment.gate()
 
-        result = scene.send("last.late.long", str(gate), "again")
-        scene.started("last.late.long", result)
+        result = deployment.send("last.late.long", str(gate), "again")
+        deployment.started("last.late.long", result)
         worker.kill_children()
-        scene.started("last.late.long", result, 2)
+        deployment.started("last.late.long", result, 2)
         gate.touch()
 
-        assert result.get(timeout=PATIENCE) == "again"
-        row = scene.row("last.late.long", result)
+        assert result.get(timeout=TIMEOUT) == "again"
+        row = deployment.row("last.late.long", result)
         assert (row.processed_status, row.token) == (SUCCESS, 2)
-        assert len(scene.starts("last.late.long", result)) == 2
+        assert len(deployment.starts("last.late.long", result)) == 2
 
     @pytest.mark.parametrize(
         "signals", [(signal.SIGQUIT,), (signal.SIGINT, signal.SIGINT)], ids=["SIGQUIT", "SIGINT twice"]
     )
     def test_a_cold_shutdown_gives_up_its_leases(
-        self, make_scene: Callable[..., Scene], signals: tuple[signal.Signals, ...]
+        self, deploy: Callable[..., Deployment], signals: tuple[signal.Signals, ...]
     ) -> None:
-        scene = make_scene()
-        worker, other = scene.worker(), scene.worker(waiting=True)
+        deployment = deploy()
+        worker, other = deployment.worker(), deployment.worker(waiting=True)
         worker.wait_until_ready()
-        gate = scene.gate()
+        gate = deployment.gate()
 
-        result = scene.send("last.late.long", str(gate), "by the other")
-        scene.started("last.late.long", result)
-        scene.let_wait(other, scene.spec.queue, result)
+        result = deployment.send("last.late.long", str(gate), "by the other")
+        deployment.started("last.late.long", result)
+        deployment.let_wait(other, deployment.spec.queue, result)
         for number, signum in enumerate(signals):
             if number:
-                worker.wait_for_log("initiate cold shutdown", timeout=PATIENCE)
+                worker.wait_for_log("initiate cold shutdown", timeout=TIMEOUT)
             worker.signal(signum)
-        starts = scene.started("last.late.long", result, 2)
+        starts = deployment.started("last.late.long", result, 2)
         gate.touch()
 
-        assert result.get(timeout=PATIENCE) == "by the other"
+        assert result.get(timeout=TIMEOUT) == "by the other"
         assert [start.worker for start in starts] == [worker.hostname, other.hostname]
-        wait_until(lambda: not worker.is_alive, timeout=PATIENCE, describe=worker.log_tail)
-        assert scene.row("last.late.long", result).token == 2
+        wait_until(lambda: not worker.is_alive, timeout=TIMEOUT, describe=worker.log_tail)
+        assert deployment.row("last.late.long", result).token == 2
 
-    def test_a_cold_shutdown_ends_what_was_acknowledged_early(self, make_scene: Callable[..., Scene]) -> None:
-        scene = make_scene()
-        worker, other = scene.worker(), scene.worker(waiting=True)
+    def test_a_cold_shutdown_ends_what_was_acknowledged_early(self, deploy: Callable[..., Deployment]) -> None:
+        deployment = deploy()
+        worker, other = deployment.worker(), deployment.worker(waiting=True)
         worker.wait_until_ready()
 
-        result = scene.send("last.early.long", str(scene.gate()))
-        scene.started("last.early.long", result)
+        result = deployment.send("last.early.long", str(deployment.gate()))
+        deployment.started("last.early.long", result)
         worker.signal(signal.SIGQUIT)
         other.wait_until_ready()
-        scene.app.control.add_consumer(scene.spec.queue, destination=[other.hostname])
+        deployment.app.control.add_consumer(deployment.spec.queue, destination=[other.hostname])
 
         # The other worker's recovery finds its lease ended, ten minutes before its time.
-        row = scene.wait_until_done("last.early.long", result)
+        row = deployment.wait_until_done("last.early.long", result)
         assert row.processed_status is ProcessedStatus.FAILURE
         assert str(row.error).startswith("abandoned")
-        assert len(scene.starts("last.early.long", result)) == 1
+        assert len(deployment.starts("last.early.long", result)) == 1
 
     @pytest.mark.parametrize("pool", ["prefork", "gevent"])
     def test_a_body_that_celery_cancels_because_its_connection_broke_runs_again_at_once(
-        self, make_scene: Callable[..., Scene], pool: Pool
+        self, deploy: Callable[..., Deployment], pool: Pool
     ) -> None:
-        scene = make_scene(worker_cancel_long_running_tasks_on_connection_loss=True)
-        worker = scene.worker(pool=pool)
+        deployment = deploy(worker_cancel_long_running_tasks_on_connection_loss=True)
+        worker = deployment.worker(pool=pool)
         worker.wait_until_ready()
-        gate = scene.gate()
+        gate = deployment.gate()
 
-        result = scene.send("last.late.long", str(gate), "again")
-        scene.started("last.late.long", result)
-        with redis.Redis.from_url(scene.spec.broker) as broker:
+        result = deployment.send("last.late.long", str(gate), "again")
+        deployment.started("last.late.long", result)
+        with redis.Redis.from_url(deployment.spec.broker) as broker:
             broker.client_kill_filter(_type="normal", skipme=True)
-        worker.wait_for_log("Connection to broker lost", timeout=PATIENCE)
-        scene.started("last.late.long", result, 2)
+        worker.wait_for_log("Connection to broker lost", timeout=TIMEOUT)
+        deployment.started("last.late.long", result, 2)
         gate.touch()
 
-        wait_until(lambda: scene.app.AsyncResult(result.id).successful(), timeout=PATIENCE, describe=worker.log_tail)
-        assert scene.row("last.late.long", result).token == 2
+        wait_until(
+            lambda: deployment.app.AsyncResult(result.id).successful(), timeout=TIMEOUT, describe=worker.log_tail
+        )
+        assert deployment.row("last.late.long", result).token == 2
 
     @pytest.mark.parametrize("all_of_it", [True, False], ids=["all of it", "its main process"])
     def test_a_message_whose_worker_was_killed_runs_again_after_its_lease(
-        self, make_scene: Callable[..., Scene], all_of_it: bool
+        self, deploy: Callable[..., Deployment], all_of_it: bool
     ) -> None:
         """Celery has the kernel kill a child whose parent died, so that there are no orphans."""
-        scene = make_scene()
-        worker, other = scene.worker(), scene.worker(waiting=True)
+        deployment = deploy()
+        worker, other = deployment.worker(), deployment.worker(waiting=True)
         worker.wait_until_ready()
-        gate = scene.gate()
+        gate = deployment.gate()
 
-        result = scene.send("last.late", str(gate), "by the other")
-        scene.started("last.late", result)
+        result = deployment.send("last.late", str(gate), "by the other")
+        deployment.started("last.late", result)
         (child,) = worker.children()
         if all_of_it:
             worker.kill()
         else:
             os.kill(worker.pid, signal.SIGKILL)
-        wait_until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, timeout=PATIENCE)
-        left = scene.row("last.late", result)
+        wait_until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, timeout=TIMEOUT)
+        left = deployment.row("last.late", result)
         assert left.lease_expires_at is not None
         assert 0 < left.lease_left <= LEASE
-        scene.let_wait(other, scene.spec.queue, result)
-        starts = scene.started("last.late", result, 2)
+        deployment.let_wait(other, deployment.spec.queue, result)
+        starts = deployment.started("last.late", result, 2)
         gate.touch()
 
-        assert result.get(timeout=PATIENCE) == "by the other"
+        assert result.get(timeout=TIMEOUT) == "by the other"
         # The clock of SQLite is this machine's; a millisecond is what it tells.
         assert starts[1].at >= left.lease_expires_at.timestamp() - 0.001
-        assert len(scene.starts("last.late", result)) == 2
+        assert len(deployment.starts("last.late", result)) == 2
 
 
 @on_redis
 def test_a_database_that_is_away_for_less_than_a_lease_costs_nothing(
-    make_scene: Callable[..., Scene], private_postgresql: PrivatePostgreSQL, spec: AppSpec
+    deploy: Callable[..., Deployment], private_postgresql: PrivatePostgreSQL, spec: AppSpec
 ) -> None:
     lease = 12.0
-    scene = make_scene(idempotent_lease=lease)
-    worker = scene.worker()
+    deployment = deploy(idempotent_lease=lease)
+    worker = deployment.worker()
     worker.wait_until_ready()
-    gate = scene.gate()
+    gate = deployment.gate()
 
-    result = scene.send("last.late", str(gate), "after the blink")
-    scene.started("last.late", result)
+    result = deployment.send("last.late", str(gate), "after the blink")
+    deployment.started("last.late", result)
     private_postgresql.stop()
     # A renewal is due after a third of the lease, and is asked for in vain.
-    worker.wait_for_log("could not renew", timeout=PATIENCE)
+    worker.wait_for_log("could not renew", timeout=TIMEOUT)
     private_postgresql.start()
-    back = scene.row("last.late", result)
+    back = deployment.row("last.late", result)
     assert back.lease_left > 0, "the machine is too slow to tell"
-    scene.wait_for_renewals("last.late", result, since=back.read_at, seconds=lease)
+    deployment.wait_for_renewals("last.late", result, since=back.read_at, seconds=lease)
     gate.touch()
 
-    assert result.get(timeout=PATIENCE) == "after the blink"
-    assert len(scene.starts("last.late", result)) == 1
+    assert result.get(timeout=TIMEOUT) == "after the blink"
+    assert len(deployment.starts("last.late", result)) == 1
 
 
 @pytest.fixture

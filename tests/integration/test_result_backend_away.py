@@ -15,7 +15,7 @@ from tests.support.servers import PrivateRedis
 from tests.support.waiting import wait_until
 from tests.support.worker import StartWorker
 
-PATIENCE = 90.0
+TIMEOUT = 90.0
 
 
 @pytest.mark.parametrize("broker", ["redis"], indirect=True)
@@ -31,14 +31,14 @@ def test_a_duplicate_waits_for_the_result_backend(
         worker = start_worker(spec)
         echo = app.tasks["echo"]
         first = echo.apply_async(("value",), message_id="m")
-        assert first.get(timeout=PATIENCE) == "value"
+        assert first.get(timeout=TIMEOUT) == "value"
 
         def row() -> Row:
             found: Row | None = app.queue_log.store.find(MessageKey("m", "echo"))
             assert found is not None
             return found
 
-        wait_until(lambda: row().status is Status.DONE, timeout=PATIENCE, describe="the first run's end")
+        wait_until(lambda: row().status is Status.DONE, timeout=TIMEOUT, describe="the first run's end")
         backend.stop()
         echo.publish(
             ("value",),
@@ -48,13 +48,13 @@ def test_a_duplicate_waits_for_the_result_backend(
             headers={**Header("m", "echo", "copy").write({}), "ignore_result": False},
             ignore_result=True,
         )
-        worker.wait_for_log("the result backend gives no answer", timeout=PATIENCE)
+        worker.wait_for_log("the result backend gives no answer", timeout=TIMEOUT)
         backend.start()
 
         def answered() -> bool:
             return bool(AsyncResult("copy", app=app).successful())
 
-        wait_until(answered, timeout=PATIENCE, describe=worker.log_tail)
+        wait_until(answered, timeout=TIMEOUT, describe=worker.log_tail)
         assert AsyncResult("copy", app=app).result == "value"
         assert row().duplicates == 1
         assert len(ledger.starts("echo")) == 1

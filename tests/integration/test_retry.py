@@ -6,150 +6,150 @@ import pytest
 from celery.exceptions import MaxRetriesExceededError, Reject
 
 from celery_idempotent.core.records import ProcessedStatus, Status
-from tests.support.bench import PATIENCE, Bench
+from tests.support.shared_workers import TIMEOUT, SharedWorker
 from tests.support.versions import CELERY
 
 SUCCESS, FAILURE = ProcessedStatus.SUCCESS, ProcessedStatus.FAILURE
 
 
 @pytest.mark.parametrize("countdown", [0, 0.5])
-def test_two_retries_are_three_runs_and_one_row(bench: Bench, countdown: float) -> None:
-    m = bench.fresh()
+def test_two_retries_are_three_runs_and_one_row(shared_worker: SharedWorker, countdown: float) -> None:
+    m = shared_worker.fresh()
 
-    result = bench.task("retry_n").apply_async((2, countdown), message_id=m)
+    result = shared_worker.task("retry_n").apply_async((2, countdown), message_id=m)
 
-    assert result.get(timeout=PATIENCE) == 2
-    starts = bench.starts("retry_n", m)
+    assert result.get(timeout=TIMEOUT) == 2
+    starts = shared_worker.starts("retry_n", m)
     assert [(start.task_id, start.retries) for start in starts] == [(result.id, 0), (result.id, 1), (result.id, 2)]
     assert starts[2].at - starts[0].at >= 2 * countdown
-    row = bench.row("retry_n", m)
+    row = shared_worker.row("retry_n", m)
     assert (row.status, row.processed_status, row.attempt, row.token) == (Status.DONE, SUCCESS, 2, 3)
     assert (row.task_id, row.duplicates, row.message, row.error) == (result.id, 0, None, None)
     assert row.processed_timestamp is not None
 
 
-def test_a_retried_message_without_an_id_keeps_its_row(bench: Bench) -> None:
-    result = bench.task("retry_n").delay(1)
+def test_a_retried_message_without_an_id_keeps_its_row(shared_worker: SharedWorker) -> None:
+    result = shared_worker.task("retry_n").delay(1)
 
-    assert result.get(timeout=PATIENCE) == 1
-    assert [start.message_id for start in bench.ledger.starts(task_id=result.id)] == [result.id] * 2
-    row = bench.row("retry_n", result.id)
+    assert result.get(timeout=TIMEOUT) == 1
+    assert [start.message_id for start in shared_worker.ledger.starts(task_id=result.id)] == [result.id] * 2
+    row = shared_worker.row("retry_n", result.id)
     assert (row.processed_status, row.attempt, row.token) == (SUCCESS, 1, 2)
 
 
-def test_a_waiting_retry_is_pending_for_its_next_attempt(bench: Bench) -> None:
-    m = bench.fresh()
-    bench.task("retry_n").apply_async((1, 600), message_id=m)
+def test_a_waiting_retry_is_pending_for_its_next_attempt(shared_worker: SharedWorker) -> None:
+    m = shared_worker.fresh()
+    shared_worker.task("retry_n").apply_async((1, 600), message_id=m)
 
-    row = bench.wait_for_row("retry_n", m, lambda row: row.attempt == 1)
+    row = shared_worker.wait_for_row("retry_n", m, lambda row: row.attempt == 1)
 
     assert (row.status, row.processed_status, row.token, row.message is None) == (Status.PENDING, None, 1, False)
     assert row.available_at is not None
     assert 600 <= (row.available_at - row.created_timestamp).total_seconds() < 700
 
 
-def test_a_call_during_a_retry_is_a_duplicate(bench: Bench) -> None:
-    m = bench.fresh()
-    first = bench.task("retry_n").apply_async((1, 600), message_id=m)
-    bench.wait_for_row("retry_n", m, lambda row: row.attempt == 1)
+def test_a_call_during_a_retry_is_a_duplicate(shared_worker: SharedWorker) -> None:
+    m = shared_worker.fresh()
+    first = shared_worker.task("retry_n").apply_async((1, 600), message_id=m)
+    shared_worker.wait_for_row("retry_n", m, lambda row: row.attempt == 1)
 
-    second = bench.task("retry_n").apply_async((1, 600), message_id=m)
+    second = shared_worker.task("retry_n").apply_async((1, 600), message_id=m)
 
     assert (second.id, second.duplicate) == (first.id, True)
-    row = bench.row("retry_n", m)
+    row = shared_worker.row("retry_n", m)
     assert (row.status, row.attempt, row.token, row.duplicates) == (Status.PENDING, 1, 1, 1)
 
 
-def test_an_old_copy_of_a_retried_message_does_not_run(bench: Bench) -> None:
+def test_an_old_copy_of_a_retried_message_does_not_run(shared_worker: SharedWorker) -> None:
     """The delivery before a retry comes back, as after a visibility timeout: it has fewer retries than the row waits for."""
-    m = bench.fresh()
-    first = bench.task("retry_n").apply_async((1, 600), message_id=m)
-    bench.wait_for_row("retry_n", m, lambda row: row.attempt == 1)
+    m = shared_worker.fresh()
+    first = shared_worker.task("retry_n").apply_async((1, 600), message_id=m)
+    shared_worker.wait_for_row("retry_n", m, lambda row: row.attempt == 1)
 
-    bench.deliver("retry_n", (1, 600), message_id=m, task_id=first.id)
+    shared_worker.deliver("retry_n", (1, 600), message_id=m, task_id=first.id)
 
-    bench.wait_until_held("retry_n", m)
-    assert [start.retries for start in bench.starts("retry_n", m)] == [0]
-    row = bench.row("retry_n", m)
+    shared_worker.wait_until_held("retry_n", m)
+    assert [start.retries for start in shared_worker.starts("retry_n", m)] == [0]
+    row = shared_worker.row("retry_n", m)
     assert (row.status, row.attempt, row.token) == (Status.PENDING, 1, 1)
 
 
-def test_autoretry_for_retries_under_the_same_row(bench: Bench) -> None:
-    m = bench.fresh()
+def test_autoretry_for_retries_under_the_same_row(shared_worker: SharedWorker) -> None:
+    m = shared_worker.fresh()
 
-    result = bench.task("autoretry").apply_async((2,), message_id=m)
+    result = shared_worker.task("autoretry").apply_async((2,), message_id=m)
 
-    assert result.get(timeout=PATIENCE) == 2
-    assert [start.retries for start in bench.starts("autoretry", m)] == [0, 1, 2]
-    row = bench.row("autoretry", m)
+    assert result.get(timeout=TIMEOUT) == 2
+    assert [start.retries for start in shared_worker.starts("autoretry", m)] == [0, 1, 2]
+    row = shared_worker.row("autoretry", m)
     assert (row.processed_status, row.attempt, row.token) == (SUCCESS, 2, 3)
 
 
 @pytest.mark.parametrize(
     ("own", "error"), [(False, MaxRetriesExceededError), (True, ValueError)], ids=["by default", "its own error"]
 )
-def test_when_retries_are_used_up_the_row_fails(bench: Bench, own: bool, error: type[Exception]) -> None:
-    m = bench.fresh()
+def test_when_retries_are_used_up_the_row_fails(shared_worker: SharedWorker, own: bool, error: type[Exception]) -> None:
+    m = shared_worker.fresh()
 
-    result = bench.task("give_up").apply_async((own,), message_id=m)
+    result = shared_worker.task("give_up").apply_async((own,), message_id=m)
 
     with pytest.raises(error):
-        result.get(timeout=PATIENCE)
-    assert len(bench.starts("give_up", m)) == 3
-    row = bench.row("give_up", m)
+        result.get(timeout=TIMEOUT)
+    assert len(shared_worker.starts("give_up", m)) == 3
+    row = shared_worker.row("give_up", m)
     assert (row.status, row.processed_status, row.attempt, row.token) == (Status.DONE, FAILURE, 2, 3)
     assert row.error is not None
     assert error.__name__ in row.error
     assert row.message is not None, "a failed message is kept, so that it can be sent again"
 
 
-def test_a_retry_that_is_not_thrown_decides_all_the_same(bench: Bench) -> None:
+def test_a_retry_that_is_not_thrown_decides_all_the_same(shared_worker: SharedWorker) -> None:
     """After ``retry(throw=False)`` the body goes on to its end, whose value is not the message's."""
-    m = bench.fresh()
+    m = shared_worker.fresh()
 
-    result = bench.task("retry_quietly").apply_async((2,), message_id=m)
+    result = shared_worker.task("retry_quietly").apply_async((2,), message_id=m)
 
-    assert result.get(timeout=PATIENCE) == "after 2"
-    assert len(bench.starts("retry_quietly", m)) == 3
-    row = bench.row("retry_quietly", m)
+    assert result.get(timeout=TIMEOUT) == "after 2"
+    assert len(shared_worker.starts("retry_quietly", m)) == 3
+    row = shared_worker.row("retry_quietly", m)
     assert (row.processed_status, row.attempt, row.token) == (SUCCESS, 2, 3)
 
 
-def test_a_retry_with_other_arguments_is_the_same_message(bench: Bench) -> None:
-    m = bench.fresh()
+def test_a_retry_with_other_arguments_is_the_same_message(shared_worker: SharedWorker) -> None:
+    m = shared_worker.fresh()
 
-    result = bench.task("retry_changed").apply_async((["a", "b", "c"],), message_id=m)
+    result = shared_worker.task("retry_changed").apply_async((["a", "b", "c"],), message_id=m)
 
-    assert result.get(timeout=PATIENCE) == ["c"]
-    assert len(bench.starts("retry_changed", m)) == 3
-    row = bench.row("retry_changed", m)
+    assert result.get(timeout=TIMEOUT) == ["c"]
+    assert len(shared_worker.starts("retry_changed", m)) == 3
+    row = shared_worker.row("retry_changed", m)
     assert (row.processed_status, row.attempt, row.duplicates) == (SUCCESS, 2, 0)
     # The arguments that count for the id are the caller's.
-    again = bench.task("retry_changed").apply_async((["a", "b", "c"],), message_id=m)
+    again = shared_worker.task("retry_changed").apply_async((["a", "b", "c"],), message_id=m)
     assert (again.duplicate, again.id) == (True, result.id)
 
 
-def test_arguments_that_the_body_changes_are_the_same_message(bench: Bench) -> None:
-    m = bench.fresh()
+def test_arguments_that_the_body_changes_are_the_same_message(shared_worker: SharedWorker) -> None:
+    m = shared_worker.fresh()
 
-    result = bench.task("mutate").apply_async(([], 2), message_id=m)
+    result = shared_worker.task("mutate").apply_async(([], 2), message_id=m)
 
-    assert result.get(timeout=PATIENCE) == ["run 0", "run 1", "run 2"]
-    row = bench.row("mutate", m)
+    assert result.get(timeout=TIMEOUT) == ["run 0", "run 1", "run 2"]
+    row = shared_worker.row("mutate", m)
     assert (row.processed_status, row.attempt, row.duplicates) == (SUCCESS, 2, 0)
-    again = bench.task("mutate").apply_async(([], 2), message_id=m)
-    assert (again.duplicate, again.get(timeout=PATIENCE)) == (True, ["run 0", "run 1", "run 2"])
+    again = shared_worker.task("mutate").apply_async(([], 2), message_id=m)
+    assert (again.duplicate, again.get(timeout=TIMEOUT)) == (True, ["run 0", "run 1", "run 2"])
 
 
-def test_a_retry_that_cannot_be_published_fails_the_row(bench: Bench) -> None:
-    m = bench.fresh()
+def test_a_retry_that_cannot_be_published_fails_the_row(shared_worker: SharedWorker) -> None:
+    m = shared_worker.fresh()
 
-    result = bench.task("retry_nowhere").apply_async(message_id=m)
+    result = shared_worker.task("retry_nowhere").apply_async(message_id=m)
 
-    row = bench.done("retry_nowhere", m)
+    row = shared_worker.done("retry_nowhere", m)
     # Celery turns the error into a rejection; and that, since 5.7, into a failure.
     if CELERY >= (5, 7):
-        assert isinstance(result.get(timeout=PATIENCE, propagate=False), Reject)
+        assert isinstance(result.get(timeout=TIMEOUT, propagate=False), Reject)
     assert (row.processed_status, row.attempt) == (FAILURE, 0)
     assert row.error is not None
     assert "JSON" in row.error

@@ -9,7 +9,7 @@ from celery.exceptions import TimeLimitExceeded
 
 from celery_idempotent.core.records import ProcessedStatus, Status
 from tests.support.apps.subclasses import HOOKS
-from tests.support.bench import PATIENCE, Bench
+from tests.support.shared_workers import TIMEOUT, SharedWorker
 from tests.support.waiting import wait_until
 
 SUCCESS, FAILURE = ProcessedStatus.SUCCESS, ProcessedStatus.FAILURE
@@ -34,93 +34,93 @@ CALLED_ON_SUCCESS = {
 every_class = pytest.mark.parametrize("name", [*HOOKS, "request.first", "request.last", "class"])
 
 
-def called(bench: Bench, task_id: str) -> list[str]:
+def called(shared_worker: SharedWorker, task_id: str) -> list[str]:
     """Return the hooks that were called for a task, in order."""
-    lines = Path(f"{bench.ledger.path}.hooks").read_text().splitlines()
+    lines = Path(f"{shared_worker.ledger.path}.hooks").read_text().splitlines()
     return [line.split(maxsplit=2)[2] for line in lines if line.split()[1] == task_id]
 
 
 @every_class
-def test_a_message_and_its_copies_are_one_run(bench: Bench, name: str) -> None:
-    task, m = f"sub.{name}", bench.fresh()
+def test_a_message_and_its_copies_are_one_run(shared_worker: SharedWorker, name: str) -> None:
+    task, m = f"sub.{name}", shared_worker.fresh()
 
-    first = bench.task(task).apply_async(message_id=m)
-    again = bench.task(task).apply_async(message_id=m)
-    assert first.get(timeout=PATIENCE) == "success"
-    redelivered = bench.deliver(task, message_id=m, task_id=first.id)
-    other = bench.deliver(task, message_id=m)
+    first = shared_worker.task(task).apply_async(message_id=m)
+    again = shared_worker.task(task).apply_async(message_id=m)
+    assert first.get(timeout=TIMEOUT) == "success"
+    redelivered = shared_worker.deliver(task, message_id=m, task_id=first.id)
+    other = shared_worker.deliver(task, message_id=m)
 
     assert (again.id, again.duplicate) == (first.id, True)
-    assert other.get(timeout=PATIENCE) == "success"
-    assert redelivered.get(timeout=PATIENCE) == "success"
-    row = bench.wait_for_row(task, m, lambda row: row.duplicates == 3)
+    assert other.get(timeout=TIMEOUT) == "success"
+    assert redelivered.get(timeout=TIMEOUT) == "success"
+    row = shared_worker.wait_for_row(task, m, lambda row: row.duplicates == 3)
     assert (row.status, row.processed_status, row.token) == (Status.DONE, SUCCESS, 1)
-    assert len(bench.starts(task, m)) == 1
+    assert len(shared_worker.starts(task, m)) == 1
 
 
 @every_class
-def test_a_failure_is_recorded(bench: Bench, name: str) -> None:
-    task, m = f"sub.{name}", bench.fresh()
+def test_a_failure_is_recorded(shared_worker: SharedWorker, name: str) -> None:
+    task, m = f"sub.{name}", shared_worker.fresh()
 
-    result = bench.task(task).apply_async(("failure",), message_id=m)
+    result = shared_worker.task(task).apply_async(("failure",), message_id=m)
 
     with pytest.raises(ValueError, match="as told"):
-        result.get(timeout=PATIENCE)
-    row = bench.row(task, m)
+        result.get(timeout=TIMEOUT)
+    row = shared_worker.row(task, m)
     assert (row.status, row.processed_status, row.error) == (Status.DONE, FAILURE, "ValueError: as told")
 
 
 @every_class
-def test_a_retry_is_a_second_run_of_one_row(bench: Bench, name: str) -> None:
-    task, m = f"sub.{name}", bench.fresh()
+def test_a_retry_is_a_second_run_of_one_row(shared_worker: SharedWorker, name: str) -> None:
+    task, m = f"sub.{name}", shared_worker.fresh()
 
-    result = bench.task(task).apply_async(("retry", bench.path("flag")), message_id=m)
+    result = shared_worker.task(task).apply_async(("retry", shared_worker.path("flag")), message_id=m)
 
-    assert result.get(timeout=PATIENCE) == "retry"
-    assert [start.retries for start in bench.starts(task, m)] == [0, 1]
-    row = bench.row(task, m)
+    assert result.get(timeout=TIMEOUT) == "retry"
+    assert [start.retries for start in shared_worker.starts(task, m)] == [0, 1]
+    row = shared_worker.row(task, m)
     assert (row.processed_status, row.attempt, row.token) == (SUCCESS, 1, 2)
 
 
 @pytest.mark.parametrize("name", HOOKS)
-def test_the_hooks_are_called_as_celery_calls_them(bench: Bench, name: str) -> None:
-    result = bench.task(f"sub.{name}").delay()
-    assert result.get(timeout=PATIENCE) == "success"
+def test_the_hooks_are_called_as_celery_calls_them(shared_worker: SharedWorker, name: str) -> None:
+    result = shared_worker.task(f"sub.{name}").delay()
+    assert result.get(timeout=TIMEOUT) == "success"
 
     expected = CALLED_ON_SUCCESS[name]
-    wait_until(lambda: len(called(bench, result.id)) >= len(expected), describe=f"the hooks {expected}")
-    assert called(bench, result.id) == expected
+    wait_until(lambda: len(called(shared_worker, result.id)) >= len(expected), describe=f"the hooks {expected}")
+    assert called(shared_worker, result.id) == expected
 
 
 @pytest.mark.parametrize("name", ["call", "call.super", "flask", "everything", "flask.first", "mixin.last"])
-def test_a_replay_does_not_enter_the_users_call(bench: Bench, name: str) -> None:
-    task, m = f"sub.{name}", bench.fresh()
-    assert bench.task(task).apply_async(message_id=m).get(timeout=PATIENCE) == "success"
+def test_a_replay_does_not_enter_the_users_call(shared_worker: SharedWorker, name: str) -> None:
+    task, m = f"sub.{name}", shared_worker.fresh()
+    assert shared_worker.task(task).apply_async(message_id=m).get(timeout=TIMEOUT) == "success"
 
-    copy = bench.deliver(task, message_id=m)
+    copy = shared_worker.deliver(task, message_id=m)
 
-    assert copy.get(timeout=PATIENCE) == "success"
-    assert not {"__call__", "__call__ with its own", "push"} & set(called(bench, copy.id))
+    assert copy.get(timeout=TIMEOUT) == "success"
+    assert not {"__call__", "__call__ with its own", "push"} & set(called(shared_worker, copy.id))
 
 
 @pytest.mark.parametrize("name", ["request.first", "request.last"])
-def test_both_requests_learn_of_a_hard_limit(bench: Bench, name: str) -> None:
-    task, m = f"sub.{name}", bench.fresh()
+def test_both_requests_learn_of_a_hard_limit(shared_worker: SharedWorker, name: str) -> None:
+    task, m = f"sub.{name}", shared_worker.fresh()
 
-    result = bench.task(task).apply_async(("hang",), message_id=m)
+    result = shared_worker.task(task).apply_async(("hang",), message_id=m)
 
-    assert isinstance(result.get(timeout=PATIENCE, propagate=False), TimeLimitExceeded)
-    row = bench.done(task, m)
+    assert isinstance(result.get(timeout=TIMEOUT, propagate=False), TimeLimitExceeded)
+    row = shared_worker.done(task, m)
     assert (row.processed_status, row.token) == (FAILURE, 1)
-    wait_until(lambda: called(bench, result.id) == ["on_timeout"], describe="the user's on_timeout")
-    assert len(bench.starts(task, m)) == 1
+    wait_until(lambda: called(shared_worker, result.id) == ["on_timeout"], describe="the user's on_timeout")
+    assert len(shared_worker.starts(task, m)) == 1
 
 
-def test_a_direct_call_goes_through_the_users_call_once(bench: Bench) -> None:
+def test_a_direct_call_goes_through_the_users_call_once(shared_worker: SharedWorker) -> None:
     for name in ("call", "call.super"):
-        hooks = Path(f"{bench.ledger.path}.hooks")
+        hooks = Path(f"{shared_worker.ledger.path}.hooks")
         before = hooks.read_text().count("None __call__") if hooks.exists() else 0
 
-        assert bench.task(f"sub.{name}")() == "success"
+        assert shared_worker.task(f"sub.{name}")() == "success"
 
         assert hooks.read_text().count("None __call__") == before + 1

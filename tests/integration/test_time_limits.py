@@ -15,73 +15,73 @@ from celery.exceptions import SoftTimeLimitExceeded, TimeLimitExceeded
 from celery_idempotent.core.records import MessageKey, ProcessedStatus, Status
 from tests.conftest import StartWorker
 from tests.support.apps import AppSpec, OpenApp
-from tests.support.bench import PATIENCE, Bench
 from tests.support.effects import Effects
 from tests.support.ledger import Ledger
+from tests.support.shared_workers import TIMEOUT, SharedWorker
 from tests.support.waiting import wait_until
 from tests.support.worker import WorkerProcess
 
 SUCCESS, FAILURE = ProcessedStatus.SUCCESS, ProcessedStatus.FAILURE
 
 
-def test_the_soft_limit_is_a_failure(bench: Bench) -> None:
-    m = bench.fresh()
+def test_the_soft_limit_is_a_failure(shared_worker: SharedWorker) -> None:
+    m = shared_worker.fresh()
 
-    result = bench.task("soft").apply_async((bench.path("flag"),), message_id=m)
+    result = shared_worker.task("soft").apply_async((shared_worker.path("flag"),), message_id=m)
 
-    assert isinstance(result.get(timeout=PATIENCE, propagate=False), SoftTimeLimitExceeded)
-    row = bench.row("soft", m)
+    assert isinstance(result.get(timeout=TIMEOUT, propagate=False), SoftTimeLimitExceeded)
+    row = shared_worker.row("soft", m)
     assert (row.status, row.processed_status, row.token) == (Status.DONE, FAILURE, 1)
     assert row.error is not None
     assert "SoftTimeLimitExceeded" in row.error
-    assert len(bench.starts("soft", m)) == 1
+    assert len(shared_worker.starts("soft", m)) == 1
 
 
-def test_a_body_that_heeds_the_soft_limit_succeeds(bench: Bench) -> None:
-    m = bench.fresh()
+def test_a_body_that_heeds_the_soft_limit_succeeds(shared_worker: SharedWorker) -> None:
+    m = shared_worker.fresh()
 
-    result = bench.task("soft.tidy").apply_async(message_id=m)
+    result = shared_worker.task("soft.tidy").apply_async(message_id=m)
 
-    assert result.get(timeout=PATIENCE) == "cut short"
-    assert bench.row("soft.tidy", m).processed_status is SUCCESS
+    assert result.get(timeout=TIMEOUT) == "cut short"
+    assert shared_worker.row("soft.tidy", m).processed_status is SUCCESS
 
 
 @pytest.mark.parametrize("task", ["hard.early", "hard.early.unacknowledged", "hard.late"])
-def test_the_hard_limit_is_a_failure(bench: Bench, task: str) -> None:
-    m, flag = bench.fresh(), bench.path("flag")
+def test_the_hard_limit_is_a_failure(shared_worker: SharedWorker, task: str) -> None:
+    m, flag = shared_worker.fresh(), shared_worker.path("flag")
 
-    result = bench.task(task).apply_async((flag,), message_id=m)
+    result = shared_worker.task(task).apply_async((flag,), message_id=m)
 
-    assert isinstance(result.get(timeout=PATIENCE, propagate=False), TimeLimitExceeded)
-    row = bench.done(task, m)
+    assert isinstance(result.get(timeout=TIMEOUT, propagate=False), TimeLimitExceeded)
+    row = shared_worker.done(task, m)
     assert (row.processed_status, row.token, row.lease_expires_at) == (FAILURE, 1, None)
     assert row.error is not None
     assert "TimeLimitExceeded" in row.error
     # It is not left for a copy to be run again.
-    copy = bench.deliver(task, (flag,), message_id=m, task_id=result.id)
-    bench.wait_for_row(task, m, lambda row: row.duplicates == 1)
-    assert isinstance(copy.get(timeout=PATIENCE, propagate=False), TimeLimitExceeded)
-    assert len(bench.starts(task, m)) == 1
+    copy = shared_worker.deliver(task, (flag,), message_id=m, task_id=result.id)
+    shared_worker.wait_for_row(task, m, lambda row: row.duplicates == 1)
+    assert isinstance(copy.get(timeout=TIMEOUT, propagate=False), TimeLimitExceeded)
+    assert len(shared_worker.starts(task, m)) == 1
 
 
-def test_the_hard_limit_gives_a_message_back_that_is_not_acknowledged_on_timeout(bench: Bench) -> None:
-    m = bench.fresh()
+def test_the_hard_limit_gives_a_message_back_that_is_not_acknowledged_on_timeout(shared_worker: SharedWorker) -> None:
+    m = shared_worker.fresh()
 
-    result = bench.task("hard.late.unacknowledged").apply_async((bench.path("flag"),), message_id=m)
+    result = shared_worker.task("hard.late.unacknowledged").apply_async((shared_worker.path("flag"),), message_id=m)
 
-    starts = bench.wait_for_starts("hard.late.unacknowledged", m, 2)
+    starts = shared_worker.wait_for_starts("hard.late.unacknowledged", m, 2)
     assert [start.retries for start in starts] == [0, 0]
     assert starts[0].task_id == starts[1].task_id == result.id
-    row = bench.done("hard.late.unacknowledged", m)
+    row = shared_worker.done("hard.late.unacknowledged", m)
     assert (row.processed_status, row.token, row.attempt) == (SUCCESS, 2, 0)
     # Celery has stored a failure at the limit, in the place of which the second run stores its result.
     wait_until(
-        lambda: bench.app.AsyncResult(result.id).state == states.SUCCESS,
-        timeout=PATIENCE,
+        lambda: shared_worker.app.AsyncResult(result.id).state == states.SUCCESS,
+        timeout=TIMEOUT,
         describe="the result of the second run",
     )
-    assert bench.app.AsyncResult(result.id).result == "in time"
-    assert len(bench.starts("hard.late.unacknowledged", m)) == 2
+    assert shared_worker.app.AsyncResult(result.id).result == "in time"
+    assert len(shared_worker.starts("hard.late.unacknowledged", m)) == 2
 
 
 @contextmanager
@@ -92,7 +92,7 @@ def locked_until_the_limit_strikes(store_url: str, worker: WorkerProcess) -> Ite
         with engine.begin() as connection:
             connection.execute(sa.text("LOCK TABLE queue_log IN ACCESS EXCLUSIVE MODE"))
             yield
-            worker.wait_for_log("Soft time limit (3", timeout=PATIENCE)
+            worker.wait_for_log("Soft time limit (3", timeout=TIMEOUT)
     finally:
         engine.dispose()
 
@@ -111,7 +111,7 @@ def test_the_soft_limit_does_not_strike_a_message_that_waits_for_its_claim(
     with locked_until_the_limit_strikes(store_url, worker):
         pass
 
-    assert result.get(timeout=PATIENCE) == "value"
+    assert result.get(timeout=TIMEOUT) == "value"
     assert "still claimed" not in worker.log.read_text(), "what was given back is not lost"
     assert len(ledger.starts("echo")) == 1
     row = app.queue_log.store.find(MessageKey("m", "echo"))
@@ -136,13 +136,13 @@ def test_the_soft_limit_does_not_strike_a_body_that_has_ended(
     worker = start_worker(spec)
     args = (str(gate),) if task == "gated" else ("effect", str(gate))
     result = app.tasks[task].apply_async(args, message_id="m", soft_time_limit=3)
-    wait_until(lambda: ledger.starts(task), timeout=PATIENCE, describe="the start")
+    wait_until(lambda: ledger.starts(task), timeout=TIMEOUT, describe="the start")
 
     with locked_until_the_limit_strikes(store_url, worker):
         gate.touch()
-        wait_until(lambda: ledger.ends(task_id=result.id), timeout=PATIENCE, describe="the end of the body")
+        wait_until(lambda: ledger.ends(task_id=result.id), timeout=TIMEOUT, describe="the end of the body")
 
-    result.get(timeout=PATIENCE)
+    result.get(timeout=TIMEOUT)
     row = app.queue_log.store.find(MessageKey("m", task))
     assert (row.status, row.processed_status, row.token) == (Status.DONE, SUCCESS, 1)
     assert effects.names() == ([] if task == "gated" else ["effect"])

@@ -17,7 +17,7 @@ from tests.support.ledger import Ledger
 from tests.support.waiting import wait_until
 from tests.support.worker import StartWorker
 
-PATIENCE = 60.0
+TIMEOUT = 60.0
 
 on_redis = pytest.mark.parametrize("broker", ["redis"], indirect=True)
 on_sqlite = pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
@@ -34,12 +34,12 @@ def test_what_was_recorded_is_completed_and_new_calls_are_not_recorded(
     start_worker(off)
     app = open_app(off)
 
-    assert recorded.get(timeout=PATIENCE) == 1
+    assert recorded.get(timeout=TIMEOUT) == 1
     new = [app.tasks["echo"].apply_async((number,), message_id="new") for number in range(2)]
     copy = app.tasks["autoretry"].apply_async((1,), message_id="recorded")
 
-    assert [result.get(timeout=PATIENCE) for result in new] == [0, 1]
-    assert copy.get(timeout=PATIENCE) == 1
+    assert [result.get(timeout=TIMEOUT) for result in new] == [0, 1]
+    assert copy.get(timeout=TIMEOUT) == 1
     assert not any(result.duplicate for result in (*new, copy))
     store = on.queue_log.store
     row = wait_until(
@@ -59,7 +59,7 @@ def test_what_was_recorded_is_completed_and_new_calls_are_not_recorded(
         message_id="recorded",
         headers=Header("recorded", "autoretry", recorded.id).write({}),
     )
-    wait_until(lambda: store.find(row.key).duplicates == 1, timeout=PATIENCE, describe="the copy is skipped")
+    wait_until(lambda: store.find(row.key).duplicates == 1, timeout=TIMEOUT, describe="the copy is skipped")
     assert len(ledger.starts("autoretry", task_id=recorded.id)) == 2  # and its retry
 
 

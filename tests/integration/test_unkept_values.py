@@ -20,7 +20,7 @@ from tests.support.waiting import wait_until
 from tests.support.worker import StartWorker
 
 MB = 1_000_000
-PATIENCE = 100.0
+TIMEOUT = 100.0
 
 #: Whether the driver sends two bytes for each one. PyMySQL before 1.2 escapes what has to be escaped.
 HEXADECIMAL = pymysql.VERSION >= (1, 2)
@@ -33,7 +33,7 @@ def done(app: Celery, task: str, message_id: str) -> Row:
         row: Row | None = app.queue_log.store.find(MessageKey(message_id, task))
         return row if row is not None and row.status is Status.DONE else None
 
-    return wait_until(done, timeout=PATIENCE, describe=f"the end of {task}[{message_id}]")
+    return wait_until(done, timeout=TIMEOUT, describe=f"the end of {task}[{message_id}]")
 
 
 @pytest.mark.parametrize("store_url", ["mariadb"], indirect=True)
@@ -53,14 +53,14 @@ def test_a_result_beyond_the_largest_packet_is_not_kept(
     retried = app.tasks["large.retry"].delay(17 * MB)
 
     for (task, size), result in results.items():
-        assert len(result.get(timeout=PATIENCE)) == size
+        assert len(result.get(timeout=TIMEOUT)) == size
         row = done(app, task, result.id)
         kept = size == MB or (size == 9 * MB and not HEXADECIMAL)
         assert (row.processed_status, row.error) == (ProcessedStatus.SUCCESS, None if kept else NoResultReason.UNKEPT)
         assert (row.result is not None) is kept
         # A body whose transaction was lost with the connection is run again in a new one.
         assert len(ledger.starts(task, task_id=result.id)) <= (1 if task == "large" or kept else 3)
-    assert retried.get(timeout=PATIENCE) == 17 * MB
+    assert retried.get(timeout=TIMEOUT) == 17 * MB
     assert [start.retries for start in ledger.starts("large.retry", task_id=retried.id)] == [0, 1]
 
 
@@ -97,7 +97,7 @@ def test_an_error_outside_of_the_character_set_is_kept_in_ascii(
 
         result = app.tasks["wail"].delay("käse, 注文, \0")
 
-        assert "注文" in str(result.get(timeout=PATIENCE, propagate=False))
+        assert "注文" in str(result.get(timeout=TIMEOUT, propagate=False))
         row = done(app, "wail", result.id)
         assert (row.processed_status, row.error) == (
             ProcessedStatus.FAILURE,

@@ -15,7 +15,7 @@ from tests.support.apps import AppSpec, close_app
 __all__ = ["Callers", "Outcome", "start_callers"]
 
 #: Seconds for which a process waits for the others, and for each result.
-PATIENCE = 90.0
+TIMEOUT = 90.0
 
 #: Calls after which the processes meet again, lest they drift apart.
 TOGETHER = 10
@@ -57,7 +57,7 @@ class Callers:
         if self._meeting.broken:
             self._meeting.reset()
         jobs = [self._pool.submit(_call, spec, task, list(message_ids)) for _ in range(self._meeting.parties)]
-        return [job.result(timeout=PATIENCE * 2) for job in jobs]
+        return [job.result(timeout=TIMEOUT * 2) for job in jobs]
 
 
 @contextmanager
@@ -81,10 +81,10 @@ def _call(spec: AppSpec, task: str, message_ids: list[str]) -> list[Outcome]:
         results = []
         for number, message_id in enumerate(message_ids):
             if number % TOGETHER == 0:
-                _meeting.wait(PATIENCE)
+                _meeting.wait(TIMEOUT)
             results.append(app.tasks[task].apply_async((message_id,), message_id=message_id))
         return [
-            Outcome(message_id, result.id, getattr(result, "duplicate", False), result.get(timeout=PATIENCE))
+            Outcome(message_id, result.id, getattr(result, "duplicate", False), result.get(timeout=TIMEOUT))
             for message_id, result in zip(message_ids, results, strict=True)
         ]
     finally:

@@ -48,7 +48,7 @@ class TestTheSetting:
 
         assert outcomes.traceparent() is None
 
-    @pytest.mark.parametrize("path", ["tests.support.told.broken", "tests.support.told:broken"])
+    @pytest.mark.parametrize("path", ["tests.support.hook_recorder.broken", "tests.support.hook_recorder:broken"])
     def test_a_path_and_a_callable_are_told(self, path: str, caplog: pytest.LogCaptureFixture) -> None:
         told: list[Outcome] = []
         outcomes = Outcomes.of([path, told.append])

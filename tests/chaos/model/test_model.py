@@ -21,7 +21,7 @@ from celery_idempotent.core.store import Store
 from celery_idempotent.stores import open_store
 from celery_idempotent.stores.sql import SQLStore
 from tests.chaos.model.clock import Clock
-from tests.chaos.model.laws import BrokenLawError
+from tests.chaos.model.invariants import BrokenInvariantError
 from tests.chaos.model.machine import Model
 from tests.chaos.model.mutants import DECISIONS, RARE, RARE_DECISIONS, STORES
 from tests.chaos.model.world import build_app
@@ -74,7 +74,7 @@ def test_every_message_keeps_the_laws_and_ends(store_url: str) -> None:
 @pytest.mark.timeout(0 if ASKED else 120)
 @pytest.mark.parametrize("faulty", [*STORES, *(RARE if ASKED else ())], ids=lambda faulty: faulty.__name__)
 def test_a_fault_of_the_store_is_found(faulty: type[SQLStore]) -> None:
-    with models(faulty("sqlite://")) as begin, pytest.raises(BrokenLawError):
+    with models(faulty("sqlite://")) as begin, pytest.raises(BrokenInvariantError):
         run_state_machine_as_test(begin, settings=profile(ASKED or 300, explain=False))
 
 
@@ -82,5 +82,5 @@ def test_a_fault_of_the_store_is_found(faulty: type[SQLStore]) -> None:
 @pytest.mark.parametrize("fault", [*DECISIONS, *(RARE_DECISIONS if ASKED else ())])
 def test_a_fault_of_the_decision_is_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("celery_idempotent.worker.admission.decide_delivery", {**DECISIONS, **RARE_DECISIONS}[fault])
-    with models(open_store("sqlite://")) as begin, pytest.raises(BrokenLawError):
+    with models(open_store("sqlite://")) as begin, pytest.raises(BrokenInvariantError):
         run_state_machine_as_test(begin, settings=profile(ASKED or 300, explain=False))

@@ -49,8 +49,8 @@ from celery_idempotent.worker.run_state import Checkpointed, Claimed
 from celery_idempotent.worker.signals import _after_run, _revoked, _succeeded
 from tests.chaos.model.broker import Broker, Copy, Mood
 from tests.chaos.model.clock import Clock
-from tests.chaos.model.laws import Act, BrokenLawError, starts_anew
-from tests.chaos.model.watched import Watched
+from tests.chaos.model.invariants import BrokenInvariantError, VerbCall, starts_anew
+from tests.chaos.model.observed_store import ObservedStore
 
 __all__ = ["RETENTION", "Execution", "Interruption", "KilledError", "Outcome", "World", "build_app"]
 
@@ -252,7 +252,7 @@ class World:
         self.broker = Broker()
         self.executions: list[Execution] = []
         self.known: dict[MessageKey, Known] = defaultdict(Known)
-        self.watched = Watched(store, self.gate, self._saw)
+        self.watched = ObservedStore(store, self.gate, self._saw)
         self.queue_log = QueueLog(app, self.watched.as_store())
         self.renewals = _Renewals()
         renewed = self.queue_log.part(LeaseRenewer, lambda: cast("LeaseRenewer", self.renewals))
@@ -525,7 +525,7 @@ class World:
 
     # -- what the model holds --------------------------------------------------------------------------------------------
 
-    def _saw(self, act: Act, before: Row | None, after: Row | None) -> None:
+    def _saw(self, act: VerbCall, before: Row | None, after: Row | None) -> None:
         """Keep in mind what a verb has changed."""
         key = (after or before or act).key if (after or before) else None  # type: ignore[union-attr]
         if key is None:
@@ -556,7 +556,7 @@ class World:
             life.cancelled = life.cancelled or revoked
         _law("no more duplicates are counted than there are copies", after.duplicates <= known.copies, act)
 
-    def _saw_claim(self, act: Act, before: Row | None) -> None:
+    def _saw_claim(self, act: VerbCall, before: Row | None) -> None:
         arrival = self._arrivals[-1]
         if isinstance(act.answer, NotClaimed):
             arrival.taken = act.answer.row
@@ -602,7 +602,9 @@ class World:
                 break
         else:
             left = [str(row) for row in self.watched.rows.values() if row.status is not Status.DONE]
-            raise BrokenLawError(f"every message has a way forward; left after {_ROUNDS} rounds: {left or 'copies'}")
+            raise BrokenInvariantError(
+                f"every message has a way forward; left after {_ROUNDS} rounds: {left or 'copies'}"
+            )
         for key, known in self.known.items():
             if known.life.promised:
                 _law("what was sent has run", bool(known.life.begun or known.life.cancelled), key)
@@ -617,7 +619,7 @@ class World:
                 self.lose(execution)
             elif execution is not None:
                 self.finish(execution, Outcome.RETURN)
-        raise BrokenLawError("copies are delivered again and again, at once")
+        raise BrokenInvariantError("copies are delivered again and again, at once")
 
 
 #: Rounds in which everything comes to rest, each longer than the one before: more than one attempt may lose owners.
@@ -646,4 +648,4 @@ def _bodies(task: IdempotentTask) -> dict[Outcome, Callable[[], Any]]:
 
 def _law(name: str, holds: bool, by: object) -> None:
     if not holds:
-        raise BrokenLawError(f"{name}\n  by {by}")
+        raise BrokenInvariantError(f"{name}\n  by {by}")

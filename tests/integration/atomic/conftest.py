@@ -19,7 +19,7 @@ MESSAGE_ID = "m"
 
 
 @dataclass
-class Here:
+class EagerApp:
     """An app in this process, on the store of the test; messages are run by ``apply()``, as a worker would."""
 
     app: Celery
@@ -65,26 +65,26 @@ def effects(store_url: str) -> Iterator[Effects]:
 
 
 @pytest.fixture
-def open_here(effects: Effects) -> Iterator[Callable[..., Here]]:
+def open_eager_app(effects: Effects) -> Iterator[Callable[..., EagerApp]]:
     """Make an app on a store; its queue log's table is made. Keyword arguments are those of ``QueueLog``."""
     apps: list[Celery] = []
 
-    def open_here(store: SQLStore, **options: Any) -> Here:
+    def open_eager_app(store: SQLStore, **options: Any) -> EagerApp:
         app = Celery("here", set_as_current=False, broker="memory://", backend="cache+memory://")
         app.conf.task_always_eager = True
         QueueLog(app, store=store, **options).init()
         apps.append(app)
         app.finalize()
-        return Here(app, effects)
+        return EagerApp(app, effects)
 
-    yield open_here
+    yield open_eager_app
     for app in apps:
         close_app(app)
 
 
 @pytest.fixture
-def here(open_here: Callable[..., Here], store_url: str) -> Here:
-    return open_here(SQLStore(store_url))
+def eager_app(open_eager_app: Callable[..., EagerApp], store_url: str) -> EagerApp:
+    return open_eager_app(SQLStore(store_url))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from celery_idempotent import IdempotentTask, SQLStore
 from celery_idempotent.core.records import ProcessedStatus
 from celery_idempotent.stores.sql.dialects import dialect_named
-from tests.integration.atomic.conftest import Here
+from tests.integration.atomic.conftest import EagerApp
 from tests.support.effects import Effect
 
 on_postgresql = pytest.mark.parametrize("store_url", ["postgresql"], indirect=True)
@@ -42,7 +42,7 @@ def told(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 @on_postgresql
 @pytest.mark.parametrize("fail", [by_the_session, by_the_driver])
 def test_a_statement_that_fails_in_a_hook_before_the_commit_is_no_success(
-    open_here: Callable[..., Here], store_url: str, fail: Callable[[Session], None]
+    open_eager_app: Callable[..., EagerApp], store_url: str, fail: Callable[[Session], None]
 ) -> None:
     """The app's session may do more when it commits: the completion is written by then."""
     factory = sessionmaker()
@@ -52,36 +52,36 @@ def test_a_statement_that_fails_in_a_hook_before_the_commit_is_no_success(
     def audit(session: Session) -> None:
         failing[0](session)
 
-    here = open_here(SQLStore(store_url), session_factory=factory)
+    eager_app = open_eager_app(SQLStore(store_url), session_factory=factory)
 
     def body(self: IdempotentTask) -> str:
         self.session.add(Effect(name="paid"))
         return "paid"
 
-    done = here.run(body)
+    done = eager_app.run(body)
 
     assert "rolled it back" in str(done.result.result)
     assert done.row.processed_status is ProcessedStatus.FAILURE
-    assert here.effects.names() == []
+    assert eager_app.effects.names() == []
 
     failing[0] = lambda _: None
-    again = here.run(body, message_id="again")
+    again = eager_app.run(body, message_id="again")
     assert again.result.get() == "paid"
     assert again.row.processed_status is ProcessedStatus.SUCCESS
-    assert here.effects.names() == ["paid"]
+    assert eager_app.effects.names() == ["paid"]
 
 
 @pytest.mark.usefixtures("told")
 @on_postgresql
 def test_a_body_with_callbacks_whose_commit_is_a_rollback_has_no_recovery_point(
-    open_here: Callable[..., Here], store_url: str
+    open_eager_app: Callable[..., EagerApp], store_url: str
 ) -> None:
     factory = sessionmaker()
     sa.event.listen(factory, "before_commit", by_the_session)
-    here = open_here(SQLStore(store_url), session_factory=factory)
+    eager_app = open_eager_app(SQLStore(store_url), session_factory=factory)
     called: list[Any] = []
 
-    @here.app.task(name="linked", shared=False)
+    @eager_app.app.task(name="linked", shared=False)
     def linked(value: Any) -> None:
         called.append(value)
 
@@ -89,16 +89,16 @@ def test_a_body_with_callbacks_whose_commit_is_a_rollback_has_no_recovery_point(
         self.session.add(Effect(name="paid"))
         return "paid"
 
-    task = here.task(body)
+    task = eager_app.task(body)
     result = task.apply((), message_id="m", link=linked.s())
 
     assert result.state == "FAILURE"
-    assert here.row(task).processed_status is ProcessedStatus.FAILURE
-    assert (here.effects.names(), called) == ([], [])
+    assert eager_app.row(task).processed_status is ProcessedStatus.FAILURE
+    assert (eager_app.effects.names(), called) == ([], [])
 
 
 @pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
-def test_a_transaction_that_sqlite_has_ended_is_no_success(here: Here) -> None:
+def test_a_transaction_that_sqlite_has_ended_is_no_success(eager_app: EagerApp) -> None:
     """As it does for want of room, or with ON CONFLICT ROLLBACK; what comes behind would commit by itself."""
 
     def body(self: IdempotentTask) -> str:
@@ -110,7 +110,7 @@ def test_a_transaction_that_sqlite_has_ended_is_no_success(here: Here) -> None:
             )
         return "paid"
 
-    done = here.run(body)
+    done = eager_app.run(body)
 
     assert done.row.processed_status is ProcessedStatus.FAILURE
-    assert here.effects.names() == []
+    assert eager_app.effects.names() == []

@@ -27,9 +27,9 @@ from celery_idempotent.core.records import Claim, NewMessage, NoResultReason, Pr
 from celery_idempotent.message.serialization import decode_result
 from celery_idempotent.worker.bootsteps import CheckStep
 from celery_idempotent.worker.run import Run
-from tests.integration.atomic.conftest import Here
-from tests.integration.sql.wire import Wire
+from tests.integration.atomic.conftest import EagerApp
 from tests.support.effects import Effect
+from tests.support.wire_tap import WireTap
 
 SUCCESS, FAILURE = ProcessedStatus.SUCCESS, ProcessedStatus.FAILURE
 
@@ -46,34 +46,36 @@ def pay(task: IdempotentTask, name: str = "paid") -> str:
 # -- success -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_effect_and_the_completion_are_one_commit(here: Here, statements: list[str]) -> None:
+def test_the_effect_and_the_completion_are_one_commit(eager_app: EagerApp, statements: list[str]) -> None:
     seen: list[tuple[list[str], Status]] = []
 
     def body(self: IdempotentTask) -> str:
         self.session.add(Effect(name="paid"))
         self.session.flush()
         # Another connection sees neither.
-        seen.append((here.effects.names(), here.row(self).status))
+        seen.append((eager_app.effects.names(), eager_app.row(self).status))
         statements.clear()
         return "receipt"
 
-    done = here.run(body)
+    done = eager_app.run(body)
 
     assert seen == [([], Status.PROCESSING)]
     assert (done.result.get(), ending(done.row)) == ("receipt", (Status.DONE, SUCCESS))
     assert done.row.result is not None
-    assert decode_result(here.app, done.row.result) == "receipt"
-    assert here.effects.names() == ["paid"]
+    assert decode_result(eager_app.app, done.row.result) == "receipt"
+    assert eager_app.effects.names() == ["paid"]
     end = [statement.split()[0] for statement in statements]
     assert end[: end.index("COMMIT") + 1] == ["UPDATE", "COMMIT"]
     assert end.count("COMMIT") == 1
 
 
-def test_it_costs_one_statement_more_than_the_same_transaction_by_hand(here: Here, statements: list[str]) -> None:
-    task = here.task(pay)
+def test_it_costs_one_statement_more_than_the_same_transaction_by_hand(
+    eager_app: EagerApp, statements: list[str]
+) -> None:
+    task = eager_app.task(pay)
     task.apply(message_id="first")  # which looks at the table
     statements.clear()
-    with Session(here.store.engine) as session:
+    with Session(eager_app.store.engine) as session:
         session.add(Effect(name="by hand"))
         session.commit()
     unseen = {"ROLLBACK", "BEGIN"}  # of which SQLite's driver has made the latter without a word, at its own time
@@ -91,33 +93,33 @@ def test_it_costs_one_statement_more_than_the_same_transaction_by_hand(here: Her
 
 
 @pytest.mark.parametrize("store_url", ["postgresql", "mariadb"], indirect=True)
-def test_and_one_round_trip_more(open_here: Callable[..., Here], store_url: str) -> None:
-    with Wire(store_url) as wire:
-        here = open_here(SQLStore(wire.url))
+def test_and_one_round_trip_more(open_eager_app: Callable[..., EagerApp], store_url: str) -> None:
+    with WireTap(store_url) as wire_tap:
+        eager_app = open_eager_app(SQLStore(wire_tap.url))
 
         def body(self: IdempotentTask) -> None:
-            wire.listen()
+            wire_tap.listen()
             self.session.add(Effect(name="paid"))
 
         def by_hand() -> int:
-            wire.listen()
-            with Session(here.store.engine) as session:
+            wire_tap.listen()
+            with Session(eager_app.store.engine) as session:
                 session.add(Effect(name="by hand"))
                 session.commit()
-            return len(wire.asked)
+            return len(wire_tap.asked)
 
-        task = here.task(body)
+        task = eager_app.task(body)
         for _ in range(2):  # a connection's first transaction begins with more
             expected = by_hand()
             task.apply()
 
-        assert len(wire.asked) == expected + 1, wire.asked
-        assert sum(b"COMMIT" in asked.upper() for asked in wire.asked) == 1
-        here.store.close()
+        assert len(wire_tap.asked) == expected + 1, wire_tap.asked
+        assert sum(b"COMMIT" in asked.upper() for asked in wire_tap.asked) == 1
+        eager_app.store.close()
 
 
-def test_a_body_that_has_no_use_for_its_transaction_has_none(here: Here, statements: list[str]) -> None:
-    task = here.task(lambda self: 5)
+def test_a_body_that_has_no_use_for_its_transaction_has_none(eager_app: EagerApp, statements: list[str]) -> None:
+    task = eager_app.task(lambda self: 5)
     task.apply(message_id="first")
     statements.clear()
 
@@ -128,7 +130,7 @@ def test_a_body_that_has_no_use_for_its_transaction_has_none(here: Here, stateme
     assert verbs == ["SELECT", "UPDATE", "SELECT", "INSERT", "UPDATE"]
 
 
-def test_session_and_connection_are_one_transaction(here: Here) -> None:
+def test_session_and_connection_are_one_transaction(eager_app: EagerApp) -> None:
     def body(self: IdempotentTask) -> list[str]:
         self.connection.execute(sa.insert(Effect).values(name="by connection", value=0))
         assert self.session is self.session
@@ -136,38 +138,38 @@ def test_session_and_connection_are_one_transaction(here: Here) -> None:
         self.session.add(Effect(name="by session"))
         return list(self.connection.scalars(sa.select(Effect.name)))
 
-    done = here.run(body)
+    done = eager_app.run(body)
 
     assert done.result.get() == ["by connection"]  # the session has not flushed yet
-    assert here.effects.names() == ["by connection", "by session"]
+    assert eager_app.effects.names() == ["by connection", "by session"]
 
 
-def test_a_duplicate_has_no_effect(here: Here) -> None:
-    task = here.task(pay)
+def test_a_duplicate_has_no_effect(eager_app: EagerApp) -> None:
+    task = eager_app.task(pay)
 
     results = [task.apply(("once",), message_id="m") for _ in range(2)]
 
     assert [result.get() for result in results] == ["once", "once"]
-    assert here.effects.names() == ["once"]
+    assert eager_app.effects.names() == ["once"]
 
 
-def test_what_waits_on_the_result_finds_the_effect(here: Here) -> None:
+def test_what_waits_on_the_result_finds_the_effect(eager_app: EagerApp) -> None:
     found = []
 
-    @here.app.task(name="linked", shared=False)
+    @eager_app.app.task(name="linked", shared=False)
     def linked(value: str) -> None:
-        found.append((value, here.effects.names(), ending(here.row(task))))
+        found.append((value, eager_app.effects.names(), ending(eager_app.row(task))))
 
-    task = here.task(pay)
+    task = eager_app.task(pay)
 
-    task.apply(message_id="m", link=here.app.tasks["linked"].s())
+    task.apply(message_id="m", link=eager_app.app.tasks["linked"].s())
 
     # A recovery point, until it is known that the callback was sent.
     assert found == [("paid", ["paid"], (Status.PROCESSING, SUCCESS))]
-    assert ending(here.row(task)) == (Status.DONE, SUCCESS)
+    assert ending(eager_app.row(task)) == (Status.DONE, SUCCESS)
 
 
-def test_threads_have_a_transaction_each(here: Here) -> None:
+def test_threads_have_a_transaction_each(eager_app: EagerApp) -> None:
     """A task is one object for all threads of a worker."""
     barrier = threading.Barrier(2, timeout=30)
     connections = set()
@@ -179,54 +181,54 @@ def test_threads_have_a_transaction_each(here: Here) -> None:
             self.session.add(Effect(name=name))
 
     turn = threading.Lock()
-    task = here.task(body)
+    task = eager_app.task(body)
     threads = [threading.Thread(target=task.apply, args=((name,),)) for name in ("a", "b")]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
 
-    assert here.effects.names() == ["a", "b"]
+    assert eager_app.effects.names() == ["a", "b"]
     assert len(connections) == 2
 
 
 # -- other ends --------------------------------------------------------------------------------------------------------
 
 
-def test_an_error_rolls_back_and_is_recorded(here: Here) -> None:
+def test_an_error_rolls_back_and_is_recorded(eager_app: EagerApp) -> None:
     def body(self: IdempotentTask) -> None:
         self.session.add(Effect(name="paid"))
         self.session.flush()
         raise ValueError("no such card")
 
-    done = here.run(body)
+    done = eager_app.run(body)
 
     assert done.result.state == states.FAILURE
     assert (ending(done.row), done.row.error) == ((Status.DONE, FAILURE), "ValueError: no such card")
-    assert here.effects.names() == []
+    assert eager_app.effects.names() == []
 
 
-def test_an_error_of_the_last_flush_is_the_bodys(here: Here) -> None:
-    here.effects.put("there")
+def test_an_error_of_the_last_flush_is_the_bodys(eager_app: EagerApp) -> None:
+    eager_app.effects.put("there")
 
     def body(self: IdempotentTask) -> None:
         self.session.add(Effect(id=1, name="the same key"))
 
-    done = here.run(body)
+    done = eager_app.run(body)
 
     assert isinstance(done.result.result, IntegrityError)
     assert ending(done.row) == (Status.DONE, FAILURE)
-    assert here.effects.names() == ["there"]
+    assert eager_app.effects.names() == ["there"]
 
 
 @pytest.mark.parametrize("automatic", [False, True], ids=["retry()", "autoretry_for"])
-def test_a_retry_rolls_back(here: Here, automatic: bool) -> None:
+def test_a_retry_rolls_back(eager_app: EagerApp, automatic: bool) -> None:
     pending = []
 
     def body(self: IdempotentTask) -> int:
         attempt = self.request.retries
         if attempt:
-            pending.append(here.effects.names())
+            pending.append(eager_app.effects.names())
         self.session.add(Effect(name=f"attempt {attempt}"))
         self.session.flush()
         if attempt < 2:
@@ -236,43 +238,43 @@ def test_a_retry_rolls_back(here: Here, automatic: bool) -> None:
         return int(attempt)
 
     options: dict[str, Any] = {"autoretry_for": (ValueError,), "default_retry_delay": 0} if automatic else {}
-    done = here.run(body, **options)
+    done = eager_app.run(body, **options)
 
     assert done.result.get() == 2
     assert (ending(done.row), done.row.attempt) == ((Status.DONE, SUCCESS), 2)
     assert pending == [[], []]
-    assert here.effects.names() == ["attempt 2"]
+    assert eager_app.effects.names() == ["attempt 2"]
 
 
-def test_an_ignored_message_keeps_its_effects(here: Here) -> None:
+def test_an_ignored_message_keeps_its_effects(eager_app: EagerApp) -> None:
     """``Ignore`` is a success without a result."""
 
     def body(self: IdempotentTask) -> None:
         self.session.add(Effect(name="paid"))
         raise Ignore
 
-    done = here.run(body)
+    done = eager_app.run(body)
 
     assert (ending(done.row), done.row.error) == ((Status.DONE, SUCCESS), NoResultReason.IGNORED)
-    assert here.effects.names() == ["paid"]
+    assert eager_app.effects.names() == ["paid"]
 
 
 @pytest.mark.parametrize(
     ("requeue", "left"), [(False, (Status.DONE, FAILURE)), (True, (Status.PENDING, None))], ids=["dropped", "requeued"]
 )
-def test_a_rejected_message_has_no_effect(here: Here, requeue: bool, left: object) -> None:
+def test_a_rejected_message_has_no_effect(eager_app: EagerApp, requeue: bool, left: object) -> None:
     def body(self: IdempotentTask) -> None:
         self.session.add(Effect(name="paid"))
         self.session.flush()
         raise Reject("not me", requeue=requeue)
 
-    done = here.run(body)
+    done = eager_app.run(body)
 
     assert ending(done.row) == left
-    assert here.effects.names() == []
+    assert eager_app.effects.names() == []
 
 
-def test_a_soft_time_limit_rolls_back_and_the_connection_is_not_used_again(here: Here) -> None:
+def test_a_soft_time_limit_rolls_back_and_the_connection_is_not_used_again(eager_app: EagerApp) -> None:
     connections: list[Any] = []
 
     def body(self: IdempotentTask) -> None:
@@ -281,32 +283,32 @@ def test_a_soft_time_limit_rolls_back_and_the_connection_is_not_used_again(here:
         connections.append(self.connection.connection.dbapi_connection)
         raise SoftTimeLimitExceeded
 
-    done = here.run(body)
+    done = eager_app.run(body)
 
     assert isinstance(done.result.result, SoftTimeLimitExceeded)
     assert ending(done.row) == (Status.DONE, FAILURE)
-    assert here.effects.names() == []
-    with here.store.engine.connect() as connection:
+    assert eager_app.effects.names() == []
+    with eager_app.store.engine.connect() as connection:
         assert connection.connection.dbapi_connection is not connections[0]
 
 
 @pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
-def test_a_body_that_leaves_its_process_leaves_nothing_behind(here: Here, error: type[BaseException]) -> None:
+def test_a_body_that_leaves_its_process_leaves_nothing_behind(eager_app: EagerApp, error: type[BaseException]) -> None:
     def body(self: IdempotentTask) -> None:
         self.session.add(Effect(name="paid"))
         self.session.flush()
         raise error
 
-    task = here.task(body)
+    task = eager_app.task(body)
     with pytest.raises(error):
         task.apply(message_id="m")
 
-    assert here.row(task).status is Status.PROCESSING  # for whoever finds it abandoned
-    assert here.effects.names() == []
-    assert here.store.engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+    assert eager_app.row(task).status is Status.PROCESSING  # for whoever finds it abandoned
+    assert eager_app.effects.names() == []
+    assert eager_app.store.engine.pool.checkedout() == 0  # type: ignore[attr-defined]
 
 
-def test_a_body_that_replaces_itself_keeps_what_it_did(here: Here) -> None:
+def test_a_body_that_replaces_itself_keeps_what_it_did(eager_app: EagerApp) -> None:
     def pages(self: IdempotentTask, left: int) -> str:
         self.session.add(Effect(name=f"page {left}"))
         self.session.flush()
@@ -314,51 +316,51 @@ def test_a_body_that_replaces_itself_keeps_what_it_did(here: Here) -> None:
             return str(self.replace(self.s(left - 1).set(message_id="pages")))
         return "the last"
 
-    done = here.run(pages, 2, message_id="pages")
+    done = eager_app.run(pages, 2, message_id="pages")
 
     assert done.result.get() == "the last"
-    assert here.effects.names() == ["page 0", "page 1", "page 2"]
+    assert eager_app.effects.names() == ["page 0", "page 1", "page 2"]
 
 
-def test_a_body_that_is_replaced_keeps_what_it_did(here: Here) -> None:
-    @here.app.task(name="other", shared=False)
+def test_a_body_that_is_replaced_keeps_what_it_did(eager_app: EagerApp) -> None:
+    @eager_app.app.task(name="other", shared=False)
     def other() -> str:
         return "by the other"
 
     def body(self: IdempotentTask) -> Any:
         self.session.add(Effect(name="before"))
-        return self.replace(here.app.tasks["other"].s())
+        return self.replace(eager_app.app.tasks["other"].s())
 
-    done = here.run(body)
+    done = eager_app.run(body)
 
     assert done.result.get() == "by the other"
     assert ending(done.row) == (Status.DONE, SUCCESS)
-    assert here.effects.names() == ["before"]
+    assert eager_app.effects.names() == ["before"]
 
 
 # -- a claim that is lost ----------------------------------------------------------------------------------------------
 
 
-def lose(here: Here, task: IdempotentTask) -> None:
+def lose(eager_app: EagerApp, task: IdempotentTask) -> None:
     """Let somebody else take over the message that runs."""
-    row = here.row(task)
-    assert here.store.expire(Claim(row.key, row.token))
-    taken = here.store.take_over(here.row(task), task_id="other", worker="other", lease=60.0, attempt=0)
+    row = eager_app.row(task)
+    assert eager_app.store.expire(Claim(row.key, row.token))
+    taken = eager_app.store.take_over(eager_app.row(task), task_id="other", worker="other", lease=60.0, attempt=0)
     assert taken is not None
 
 
 @pytest.mark.parametrize("end", ["value", "error", "ignore"])
 def test_an_owner_that_lost_its_claim_rolls_back_and_says_so(
-    here: Here, end: str, caplog: pytest.LogCaptureFixture
+    eager_app: EagerApp, end: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     called = []
 
-    @here.app.task(name="linked", shared=False)
+    @eager_app.app.task(name="linked", shared=False)
     def linked(value: str) -> None:
         called.append(value)
 
     def body(self: IdempotentTask) -> None:
-        lose(here, self)
+        lose(eager_app, self)
         self.session.add(Effect(name="paid"))
         self.session.flush()
         if end == "error":
@@ -366,12 +368,12 @@ def test_an_owner_that_lost_its_claim_rolls_back_and_says_so(
         if end == "ignore":
             raise Ignore
 
-    task = here.task(body)
-    result = task.apply(message_id="m", link=here.app.tasks["linked"].s())
+    task = eager_app.task(body)
+    result = task.apply(message_id="m", link=eager_app.app.tasks["linked"].s())
 
     assert result.state == states.IGNORED
-    assert here.effects.names() == []
-    row = here.row(task)
+    assert eager_app.effects.names() == []
+    row = eager_app.row(task)
     assert (row.status, row.token, row.worker) == (Status.PROCESSING, 2, "other")
     assert called == []
     assert "its lease ran out before the body ended, and another delivery owns the message" in caplog.text
@@ -397,7 +399,9 @@ def begin_and_commit(task: IdempotentTask) -> None:
 
 @pytest.mark.parametrize("end", [commit_session, commit_connection, begin_and_commit])
 @pytest.mark.parametrize("caught", [False, True])
-def test_a_commit_of_the_bodys_own_is_an_error(here: Here, end: Callable[[IdempotentTask], None], caught: bool) -> None:
+def test_a_commit_of_the_bodys_own_is_an_error(
+    eager_app: EagerApp, end: Callable[[IdempotentTask], None], caught: bool
+) -> None:
     def body(self: IdempotentTask) -> None:
         self.session.add(Effect(name="paid"))
         self.session.flush()
@@ -407,12 +411,12 @@ def test_a_commit_of_the_bodys_own_is_an_error(here: Here, end: Callable[[Idempo
             if not caught:
                 raise
 
-    done = here.run(body)
+    done = eager_app.run(body)
 
     assert isinstance(done.result.result, IdempotentError)
     assert caught or "leave commit() out" in str(done.result.result)
     assert ending(done.row) == (Status.DONE, FAILURE)
-    assert here.effects.names() == []
+    assert eager_app.effects.names() == []
 
 
 def roll_back_session(task: IdempotentTask) -> None:
@@ -438,7 +442,7 @@ def catch_a_failed_flush(task: IdempotentTask) -> None:
 @pytest.mark.parametrize("end", [roll_back_session, roll_back_connection, close_session, catch_a_failed_flush])
 @pytest.mark.parametrize("goes_on", [False, True])
 def test_a_rollback_of_the_bodys_own_is_not_overlooked(
-    here: Here, end: Callable[[IdempotentTask], None], goes_on: bool
+    eager_app: EagerApp, end: Callable[[IdempotentTask], None], goes_on: bool
 ) -> None:
     def body(self: IdempotentTask) -> None:
         self.session.add(Effect(name="paid"))
@@ -447,15 +451,15 @@ def test_a_rollback_of_the_bodys_own_is_not_overlooked(
         if goes_on:
             self.connection.execute(sa.insert(Effect).values(name="and again", value=0))
 
-    done = here.run(body)
+    done = eager_app.run(body)
 
     assert isinstance(done.result.result, IdempotentError)
     assert "ended its transaction itself" in str(done.result.result)
     assert ending(done.row) == (Status.DONE, FAILURE)
-    assert here.effects.names() == []
+    assert eager_app.effects.names() == []
 
 
-def test_a_savepoint_undoes_a_part(here: Here) -> None:
+def test_a_savepoint_undoes_a_part(eager_app: EagerApp) -> None:
     def body(self: IdempotentTask) -> None:
         self.session.add(Effect(name="kept"))
         nested = self.session.begin_nested()
@@ -464,13 +468,13 @@ def test_a_savepoint_undoes_a_part(here: Here) -> None:
         with self.session.begin_nested():
             self.session.add(Effect(name="kept too"))
 
-    done = here.run(body)
+    done = eager_app.run(body)
 
     assert ending(done.row) == (Status.DONE, SUCCESS)
-    assert here.effects.names() == ["kept", "kept too"]
+    assert eager_app.effects.names() == ["kept", "kept too"]
 
 
-def test_after_a_retry_the_body_has_no_transaction(here: Here, caplog: pytest.LogCaptureFixture) -> None:
+def test_after_a_retry_the_body_has_no_transaction(eager_app: EagerApp, caplog: pytest.LogCaptureFixture) -> None:
     errors = []
 
     def body(self: IdempotentTask) -> None:
@@ -483,11 +487,11 @@ def test_after_a_retry_the_body_has_no_transaction(here: Here, caplog: pytest.Lo
             _ = self.session
         errors.append(caught)
 
-    done = here.run(body)
+    done = eager_app.run(body)
 
     assert errors
     assert (ending(done.row), done.row.attempt) == ((Status.PENDING, None), 1)
-    assert here.effects.names() == []
+    assert eager_app.effects.names() == []
 
 
 # -- elsewhere ---------------------------------------------------------------------------------------------------------
@@ -496,27 +500,27 @@ def test_after_a_retry_the_body_has_no_transaction(here: Here, caplog: pytest.Lo
 @pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
 class TestElsewhere:
     @pytest.mark.parametrize("name", ["session", "connection"])
-    def test_a_direct_call_has_no_transaction(self, here: Here, name: str) -> None:
-        task = here.task(lambda self: getattr(self, name))
+    def test_a_direct_call_has_no_transaction(self, eager_app: EagerApp, name: str) -> None:
+        task = eager_app.task(lambda self: getattr(self, name))
         with pytest.raises(IdempotentError, match=f"no {name} here: an atomic task has one while a worker, or apply"):
             task()
         with pytest.raises(IdempotentError, match=f"no {name} here"):
             getattr(task, name)
 
-    def test_nor_has_a_task_that_is_not_atomic(self, here: Here) -> None:
-        done = here.run(lambda self: self.session, atomic=False)
+    def test_nor_has_a_task_that_is_not_atomic(self, eager_app: EagerApp) -> None:
+        done = eager_app.run(lambda self: self.session, atomic=False)
         assert "it is not atomic; give it the option atomic=True" in str(done.result.result)
 
-    def test_a_task_may_have_its_own(self, here: Here) -> None:
+    def test_a_task_may_have_its_own(self, eager_app: EagerApp) -> None:
         class Ours(IdempotentTask):
             abstract = True
             connection = "of the class"  # type: ignore[assignment]
 
-        task: Any = here.task(lambda self: (self.connection, self.session), base=Ours, atomic=False)
+        task: Any = eager_app.task(lambda self: (self.connection, self.session), base=Ours, atomic=False)
         task.session = "of the instance"
         assert task.apply().get() == ("of the class", "of the instance")
 
-    def test_the_store_has_to_have_transactions(self, here: Here) -> None:
+    def test_the_store_has_to_have_transactions(self, eager_app: EagerApp) -> None:
         class Plain:
             """The port, without what is beyond it."""
 
@@ -528,23 +532,27 @@ class TestElsewhere:
                     raise AttributeError(name)
                 return getattr(self._store, name)
 
-        store = here.store
-        QueueLog(here.app, store=Plain(store))
+        store = eager_app.store
+        QueueLog(eager_app.app, store=Plain(store))
 
-        done = here.run(pay)
+        done = eager_app.run(pay)
 
         assert isinstance(done.result.result, ConfigurationError)
         assert "Plain has none" in str(done.result.result)
         assert ending(done.row) == (Status.DONE, FAILURE)
         store.close()
 
-    def test_an_in_memory_database_is_refused(self, here: Here, open_here: Callable[..., Here]) -> None:
-        done = open_here(SQLStore("sqlite://")).run(pay)
+    def test_an_in_memory_database_is_refused(
+        self, eager_app: EagerApp, open_eager_app: Callable[..., EagerApp]
+    ) -> None:
+        done = open_eager_app(SQLStore("sqlite://")).run(pay)
         assert isinstance(done.result.result, ConfigurationError)
         assert "an in-memory SQLite is one connection; use a file" in str(done.result.result)
 
-    def test_a_worker_with_such_a_store_does_not_start(self, here: Here, open_here: Callable[..., Here]) -> None:
-        mine = open_here(SQLStore("sqlite://"))
+    def test_a_worker_with_such_a_store_does_not_start(
+        self, eager_app: EagerApp, open_eager_app: Callable[..., EagerApp]
+    ) -> None:
+        mine = open_eager_app(SQLStore("sqlite://"))
         mine.task(pay)
         step = CheckStep.__new__(CheckStep)
         with pytest.raises(ConfigurationError, match="an in-memory SQLite is one connection"):
@@ -552,7 +560,7 @@ class TestElsewhere:
 
     @pytest.mark.parametrize("atomic", [False, True])
     def test_without_a_store_it_does_not_run(
-        self, open_here: Callable[..., Here], store_url: str, atomic: bool
+        self, open_eager_app: Callable[..., EagerApp], store_url: str, atomic: bool
     ) -> None:
         """Whatever the app says of tasks that are only guarded."""
 
@@ -560,28 +568,28 @@ class TestElsewhere:
             def claim(self, *args: Any, **kwargs: Any) -> Any:
                 raise StoreUnavailableError("gone")
 
-        here = open_here(Silent(store_url))
-        here.app.conf.idempotent_on_store_error = "run"
+        eager_app = open_eager_app(Silent(store_url))
+        eager_app.app.conf.idempotent_on_store_error = "run"
         runs: list[int] = []
 
-        result = here.task(lambda self: runs.append(1), atomic=atomic).apply(message_id="m")
+        result = eager_app.task(lambda self: runs.append(1), atomic=atomic).apply(message_id="m")
 
         assert runs == ([] if atomic else [1])
         assert result.state == (states.FAILURE if atomic else states.SUCCESS)
         assert not atomic or isinstance(result.result, StoreUnavailableError)
 
     def test_an_engine_in_autocommit_is_refused(
-        self, here: Here, open_here: Callable[..., Here], store_url: str
+        self, eager_app: EagerApp, open_eager_app: Callable[..., EagerApp], store_url: str
     ) -> None:
         for engine in (
             sa.create_engine(store_url, isolation_level="AUTOCOMMIT"),
             sa.create_engine(store_url).execution_options(isolation_level="AUTOCOMMIT"),
         ):
-            done = open_here(SQLStore(engine)).run(pay, message_id=str(id(engine)))
+            done = open_eager_app(SQLStore(engine)).run(pay, message_id=str(id(engine)))
             assert isinstance(done.result.result, ConfigurationError)
             assert "is in autocommit" in str(done.result.result)
             engine.dispose()
-        assert here.effects.names() == []
+        assert eager_app.effects.names() == []
 
 
 # -- the user's own ----------------------------------------------------------------------------------------------------
@@ -592,13 +600,13 @@ class OurSession(Session):
 
 
 @pytest.mark.parametrize("scoped", [False, True])
-def test_a_session_factory(open_here: Callable[..., Here], store_url: str, scoped: bool) -> None:
+def test_a_session_factory(open_eager_app: Callable[..., EagerApp], store_url: str, scoped: bool) -> None:
     engine = sa.create_engine("sqlite://")  # which is not used
     commits: list[Session] = []
     factory: Any = sessionmaker(engine, class_=OurSession, expire_on_commit=False, binds={Effect: engine})
     sa.event.listen(factory, "after_commit", commits.append)
     scope = scoped_session(factory)
-    here = open_here(SQLStore(store_url), session_factory=scope if scoped else factory)
+    eager_app = open_eager_app(SQLStore(store_url), session_factory=scope if scoped else factory)
     sessions: list[Session] = []
 
     def body(self: IdempotentTask) -> Effect:
@@ -607,66 +615,68 @@ def test_a_session_factory(open_here: Callable[..., Here], store_url: str, scope
         self.session.add(effect)
         return effect
 
-    done = here.run(body, keep_result=False)
+    done = eager_app.run(body, keep_result=False)
 
     assert isinstance(sessions[0], OurSession)
     assert done.result.get().name == "paid"  # it did not expire
-    assert here.effects.names() == ["paid"]
+    assert eager_app.effects.names() == ["paid"]
     assert commits == sessions
     assert not scope.registry.has()
     engine.dispose()
 
 
 @pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
-def test_a_session_factory_that_goes_its_own_way_is_refused(open_here: Callable[..., Here], store_url: str) -> None:
+def test_a_session_factory_that_goes_its_own_way_is_refused(
+    open_eager_app: Callable[..., EagerApp], store_url: str
+) -> None:
     other = sa.create_engine(store_url)
 
     class Elsewhere(Session):
         def get_bind(self, *args: Any, **kwargs: Any) -> sa.Engine:
             return other
 
-    here = open_here(SQLStore(store_url), session_factory=sessionmaker(class_=Elsewhere))
+    eager_app = open_eager_app(SQLStore(store_url), session_factory=sessionmaker(class_=Elsewhere))
 
-    done = here.run(pay)
+    done = eager_app.run(pay)
 
     assert isinstance(done.result.result, ConfigurationError)
     assert "do not keep to the connection they are given" in str(done.result.result)
-    assert here.effects.names() == []
+    assert eager_app.effects.names() == []
     other.dispose()
 
 
 @pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
-def test_what_cannot_be_called_is_no_session_factory(here: Here) -> None:
+def test_what_cannot_be_called_is_no_session_factory(eager_app: EagerApp) -> None:
     with pytest.raises(ConfigurationError, match="takes a sessionmaker, not Session"):
-        QueueLog(here.app, session_factory=Session())  # type: ignore[arg-type]
+        QueueLog(eager_app.app, session_factory=Session())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("store_url", ["postgresql", "mariadb"], indirect=True)
 @pytest.mark.parametrize("level", ["SERIALIZABLE", "READ COMMITTED"])
-def test_an_isolation_level(open_here: Callable[..., Here], store_url: str, level: str) -> None:
-    here = open_here(SQLStore(store_url), isolation_level=level)
+def test_an_isolation_level(open_eager_app: Callable[..., EagerApp], store_url: str, level: str) -> None:
+    eager_app = open_eager_app(SQLStore(store_url), isolation_level=level)
 
     def body(self: IdempotentTask) -> str:
         self.session.add(Effect(name="paid"))
         return self.connection.get_isolation_level()
 
-    assert here.run(body).result.get() == level
-    assert here.effects.names() == ["paid"]
-    with here.store.engine.connect() as connection:  # what the next one gets is the engine's own
+    assert eager_app.run(body).result.get() == level
+    assert eager_app.effects.names() == ["paid"]
+    with eager_app.store.engine.connect() as connection:  # what the next one gets is the engine's own
         assert connection.get_isolation_level() == connection.default_isolation_level
 
 
-def test_an_engine_shared_with_the_app(open_here: Callable[..., Here], store_url: str) -> None:
+def test_an_engine_shared_with_the_app(open_eager_app: Callable[..., EagerApp], store_url: str) -> None:
     engine = sa.create_engine(store_url)
-    here = open_here(SQLStore(engine))
+    eager_app = open_eager_app(SQLStore(engine))
 
     def body(self: IdempotentTask) -> bool:
         self.session.add(Effect(name="paid"))
         return self.connection.engine is engine
 
-    assert here.run(body).result.get() is True
+    assert eager_app.run(body).result.get() is True
     with Session(engine) as session:  # nothing of ours is in its way
         session.add(Effect(name="by hand"))
         session.commit()
-    assert here.effects.names() == ["by hand", "paid"]
+    assert eager_app.effects.names() == ["by hand", "paid"]
     engine.dispose()

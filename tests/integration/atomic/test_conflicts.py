@@ -17,10 +17,10 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 from celery_idempotent import IdempotentTask, SQLStore
 from celery_idempotent.core.records import Claim, ProcessedStatus, Status
 from celery_idempotent.worker.unit_of_work import RUNS
-from tests.integration.atomic.conftest import Here
-from tests.integration.sql.wire import Wire
+from tests.integration.atomic.conftest import EagerApp
 from tests.support.effects import Effect, Effects, add_to
 from tests.support.waiting import wait_until
+from tests.support.wire_tap import WireTap
 
 SUCCESS, FAILURE = ProcessedStatus.SUCCESS, ProcessedStatus.FAILURE
 
@@ -71,8 +71,8 @@ def session_of(task: IdempotentTask) -> int:
 
 @on_servers
 @pytest.mark.parametrize("caught", [False, True], ids=["raised", "caught by the body"])
-def test_a_deadlock_runs_the_body_again(here: Here, caught: bool, caplog: pytest.LogCaptureFixture) -> None:
-    here.effects.put("a", "b")
+def test_a_deadlock_runs_the_body_again(eager_app: EagerApp, caught: bool, caplog: pytest.LogCaptureFixture) -> None:
+    eager_app.effects.put("a", "b")
     opponents: list[Opponent] = []
     runs = []
 
@@ -82,7 +82,7 @@ def test_a_deadlock_runs_the_body_again(here: Here, caught: bool, caplog: pytest
         self.session.flush()
         self.connection.execute(add_to("a"))
         if not opponents:
-            opponents.append(Opponent(here.effects, session_of(self)))
+            opponents.append(Opponent(eager_app.effects, session_of(self)))
         try:
             self.connection.execute(add_to("b"))
         except OperationalError:
@@ -90,39 +90,39 @@ def test_a_deadlock_runs_the_body_again(here: Here, caught: bool, caplog: pytest
                 raise
         return len(runs)
 
-    done = here.run(body)
+    done = eager_app.run(body)
     opponents[0].thread.join()
 
     assert done.result.get() == 2
     assert runs == [0, 0]  # no retry of Celery's
     assert (done.row.processed_status, done.row.token) == (SUCCESS, 1)
-    assert here.effects.count("paid") == 1
-    assert (here.effects.value("a"), here.effects.value("b")) == (2, 2)
+    assert eager_app.effects.count("paid") == 1
+    assert (eager_app.effects.value("a"), eager_app.effects.value("b")) == (2, 2)
     assert f"is run again, as its transaction was not committed (run 1 of {RUNS})" in caplog.text
 
 
 # -- fixed snapshots ---------------------------------------------------------------------------------------------------
 
 
-OpenFixed = Callable[[str], Here]
+OpenRepeatableRead = Callable[[str], EagerApp]
 
 
 @pytest.fixture
-def open_fixed(open_here: Callable[..., Here]) -> Iterator[OpenFixed]:
+def open_repeatable_read(open_eager_app: Callable[..., EagerApp]) -> Iterator[OpenRepeatableRead]:
     """Atomic bodies whose transactions give way when what they write was written since they began to read."""
     with ExitStack() as stack:
 
-        def open_fixed(url: str) -> Here:
+        def open_repeatable_read(url: str) -> EagerApp:
             engine = fixing_snapshots(url)
             stack.callback(engine.dispose)
-            return open_here(SQLStore(engine), isolation_level="REPEATABLE READ")
+            return open_eager_app(SQLStore(engine), isolation_level="REPEATABLE READ")
 
-        yield open_fixed
+        yield open_repeatable_read
 
 
 @pytest.fixture
-def fixed(open_fixed: OpenFixed, store_url: str) -> Here:
-    return open_fixed(store_url)
+def repeatable_read_app(open_repeatable_read: OpenRepeatableRead, store_url: str) -> EagerApp:
+    return open_repeatable_read(store_url)
 
 
 def fixing_snapshots(url: str) -> sa.Engine:
@@ -140,48 +140,48 @@ def fixing_snapshots(url: str) -> sa.Engine:
 
 
 @on_servers
-def test_a_serialization_failure_runs_the_body_again(fixed: Here) -> None:
-    fixed.effects.put("account")
+def test_a_serialization_failure_runs_the_body_again(repeatable_read_app: EagerApp) -> None:
+    repeatable_read_app.effects.put("account")
     seen = []
 
     def body(self: IdempotentTask) -> None:
         seen.append(self.session.scalars(sa.select(Effect.value).where(Effect.name == "account")).one())
         if len(seen) == 1:
-            with fixed.effects.transaction() as other:
+            with repeatable_read_app.effects.transaction() as other:
                 other.execute(add_to("account"))
         self.session.add(Effect(name="paid"))
         self.connection.execute(add_to("account"))
 
-    done = fixed.run(body)
+    done = repeatable_read_app.run(body)
 
     assert done.row.processed_status is SUCCESS
     assert seen == [0, 1]
-    assert (fixed.effects.value("account"), fixed.effects.count("paid")) == (2, 1)
+    assert (repeatable_read_app.effects.value("account"), repeatable_read_app.effects.count("paid")) == (2, 1)
 
 
 @on_servers
-def test_a_body_that_always_gives_way_fails_in_the_end(fixed: Here) -> None:
-    fixed.effects.put("account")
+def test_a_body_that_always_gives_way_fails_in_the_end(repeatable_read_app: EagerApp) -> None:
+    repeatable_read_app.effects.put("account")
     runs = []
 
     def body(self: IdempotentTask) -> None:
         runs.append(self.session.scalars(sa.select(Effect.value).where(Effect.name == "account")).one())
         self.session.add(Effect(name="paid"))
-        with fixed.effects.transaction() as other:
+        with repeatable_read_app.effects.transaction() as other:
             other.execute(add_to("account"))
         self.connection.execute(add_to("account"))
 
-    done = fixed.run(body)
+    done = repeatable_read_app.run(body)
 
     assert isinstance(done.result.result, DBAPIError)
     assert runs == list(range(RUNS))
     assert (done.row.status, done.row.processed_status, done.row.token) == (Status.DONE, FAILURE, 1)
     assert "OperationalError" in (done.row.error or "")
-    assert fixed.effects.names() == ["account"]
+    assert repeatable_read_app.effects.names() == ["account"]
 
 
 @on_servers
-def test_a_body_whose_lease_was_renewed_completes_at_its_second_run(fixed: Here) -> None:
+def test_a_body_whose_lease_was_renewed_completes_at_its_second_run(repeatable_read_app: EagerApp) -> None:
     """Its own row is written beside it, so it is run again under a lease that needs no renewal."""
     leases: list[bool] = []
 
@@ -191,47 +191,51 @@ def test_a_body_whose_lease_was_renewed_completes_at_its_second_run(fixed: Here)
         self.session.add(Effect(name="paid"))
         if not leases:  # what the second run may take as well
             wait_until(lambda: time.monotonic() - began > 1.0)
-        before = fixed.row(self)
+        before = repeatable_read_app.row(self)
         claim = Claim(before.key, before.token)
-        assert fixed.store.renew([claim], lease=60.0) == []
-        leases.append(fixed.row(self).lease_expires_at != before.lease_expires_at)
+        assert repeatable_read_app.store.renew([claim], lease=60.0) == []
+        leases.append(repeatable_read_app.row(self).lease_expires_at != before.lease_expires_at)
         return len(leases)
 
-    done = fixed.run(body)
+    done = repeatable_read_app.run(body)
 
     assert done.result.get() == 2
     assert leases == [True, False]
     assert done.row.processed_status is SUCCESS
-    assert fixed.effects.names() == ["paid"]
+    assert repeatable_read_app.effects.names() == ["paid"]
 
 
 @on_servers
-def test_a_claim_that_was_lost_is_not_run_for_again(fixed: Here, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_claim_that_was_lost_is_not_run_for_again(
+    repeatable_read_app: EagerApp, caplog: pytest.LogCaptureFixture
+) -> None:
     runs = []
 
     def body(self: IdempotentTask) -> None:
         runs.append(self.session.scalars(sa.select(Effect.value)).all())
-        row = fixed.row(self)
-        assert fixed.store.expire(Claim(row.key, row.token))
-        assert fixed.store.take_over(fixed.row(self), task_id="x", worker="other", lease=60.0, attempt=0)
+        row = repeatable_read_app.row(self)
+        assert repeatable_read_app.store.expire(Claim(row.key, row.token))
+        assert repeatable_read_app.store.take_over(
+            repeatable_read_app.row(self), task_id="x", worker="other", lease=60.0, attempt=0
+        )
         self.session.add(Effect(name="paid"))
 
-    done = fixed.run(body)
+    done = repeatable_read_app.run(body)
 
     assert done.result.state == states.IGNORED
     assert len(runs) == 1
     assert (done.row.status, done.row.token, done.row.worker) == (Status.PROCESSING, 2, "other")
-    assert fixed.effects.names() == []
+    assert repeatable_read_app.effects.names() == []
     assert "what its body wrote in its transaction was rolled back" in caplog.text
 
 
 @on_servers
 @pytest.mark.parametrize("kind", ["default", "fixed"])
 def test_a_duplicate_that_is_newer_than_the_snapshot_is_one(
-    here: Here, open_fixed: OpenFixed, store_url: str, kind: str
+    eager_app: EagerApp, open_repeatable_read: OpenRepeatableRead, store_url: str, kind: str
 ) -> None:
     """Where what is newer cannot be seen at all, the body is run again, and sees it."""
-    at = here if kind == "default" else open_fixed(store_url)
+    at = eager_app if kind == "default" else open_repeatable_read(store_url)
     told = at.task(lambda self, order: order, name="told", atomic=False, message_id="{order}")
     seen: list[bool | None] = []
 
@@ -255,10 +259,10 @@ def test_a_duplicate_that_is_newer_than_the_snapshot_is_one(
 
 @pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
 def test_a_file_that_somebody_else_writes_to_is_waited_for(
-    here: Here, open_here: Callable[..., Here], store_url: str
+    eager_app: EagerApp, open_eager_app: Callable[..., EagerApp], store_url: str
 ) -> None:
-    impatient = open_here(SQLStore(f"{store_url}?timeout=0.01"))
-    other = here.effects.engine.connect()
+    impatient = open_eager_app(SQLStore(f"{store_url}?timeout=0.01"))
+    other = eager_app.effects.engine.connect()
     runs = []
 
     def body(self: IdempotentTask) -> int:
@@ -279,57 +283,57 @@ def test_a_file_that_somebody_else_writes_to_is_waited_for(
     other.close()
 
     assert done.result.get() == 2
-    assert here.effects.names() == ["paid"]
+    assert eager_app.effects.names() == ["paid"]
 
 
 # -- broken connections ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def wire(store_url: str) -> Iterator[Wire]:
-    with Wire(store_url) as wire:
-        yield wire
+def wire_tap(store_url: str) -> Iterator[WireTap]:
+    with WireTap(store_url) as wire_tap:
+        yield wire_tap
 
 
 @pytest.fixture
-def wired(open_here: Callable[..., Here], wire: Wire) -> Here:
-    return open_here(SQLStore(wire.url))
+def eager_app_behind_tap(open_eager_app: Callable[..., EagerApp], wire_tap: WireTap) -> EagerApp:
+    return open_eager_app(SQLStore(wire_tap.url))
 
 
 @on_servers
 class TestABrokenConnection:
-    def test_that_cannot_be_made_runs_the_body_again(self, wired: Here, wire: Wire) -> None:
+    def test_that_cannot_be_made_runs_the_body_again(self, eager_app_behind_tap: EagerApp, wire_tap: WireTap) -> None:
         runs = []
 
         def body(self: IdempotentTask) -> int:
             runs.append(1)
             if len(runs) == 1:
-                wire.cut()
+                wire_tap.cut()
             self.session.add(Effect(name="paid"))
             return len(runs)
 
-        done = wired.run(body)
+        done = eager_app_behind_tap.run(body)
 
         assert done.result.get() == 2
-        assert wired.effects.names() == ["paid"]
+        assert eager_app_behind_tap.effects.names() == ["paid"]
 
-    def test_in_the_body_runs_the_body_again(self, wired: Here, wire: Wire) -> None:
+    def test_in_the_body_runs_the_body_again(self, eager_app_behind_tap: EagerApp, wire_tap: WireTap) -> None:
         runs = []
 
         def body(self: IdempotentTask) -> int:
             runs.append(1)
             self.session.scalars(sa.select(Effect.id)).all()
             if len(runs) == 1:
-                wire.cut()
+                wire_tap.cut()
             self.session.add(Effect(name="paid"))
             return len(runs)
 
-        done = wired.run(body)
+        done = eager_app_behind_tap.run(body)
 
         assert done.result.get() == 2
-        assert wired.effects.names() == ["paid"]
+        assert eager_app_behind_tap.effects.names() == ["paid"]
 
-    def test_at_the_completion_runs_the_body_again(self, wired: Here, wire: Wire) -> None:
+    def test_at_the_completion_runs_the_body_again(self, eager_app_behind_tap: EagerApp, wire_tap: WireTap) -> None:
         runs = []
 
         def body(self: IdempotentTask) -> int:
@@ -337,15 +341,15 @@ class TestABrokenConnection:
             self.session.add(Effect(name="paid"))
             self.session.flush()
             if len(runs) == 1:
-                wire.cut()
+                wire_tap.cut()
             return len(runs)
 
-        done = wired.run(body)
+        done = eager_app_behind_tap.run(body)
 
         assert done.result.get() == 2
-        assert wired.effects.names() == ["paid"]
+        assert eager_app_behind_tap.effects.names() == ["paid"]
 
-    def test_leaves_the_lease_as_long_as_it_was(self, wired: Here, wire: Wire) -> None:
+    def test_leaves_the_lease_as_long_as_it_was(self, eager_app_behind_tap: EagerApp, wire_tap: WireTap) -> None:
         """A process that dies in the second run is not waited for any longer than one that dies in the first."""
         left: list[float] = []
 
@@ -353,12 +357,12 @@ class TestABrokenConnection:
             began = time.monotonic()
             self.session.add(Effect(name="paid"))
             self.session.flush()
-            left.append(wired.row(self).lease_left)
+            left.append(eager_app_behind_tap.row(self).lease_left)
             if len(left) == 1:
                 wait_until(lambda: time.monotonic() - began > 1.0)
-                wire.cut()
+                wire_tap.cut()
 
-        done = wired.run(body, lease=60.0)
+        done = eager_app_behind_tap.run(body, lease=60.0)
 
         assert done.row.processed_status is SUCCESS
         assert len(left) == 2
@@ -374,9 +378,9 @@ class TestABrokenConnection:
         ids=["before a renewal was in the way", "after one was"],
     )
     def test_and_renewals_together_do_not_keep_a_body_from_its_end(
-        self, open_fixed: OpenFixed, wire: Wire, ends: Sequence[str], expected: Sequence[str]
+        self, open_repeatable_read: OpenRepeatableRead, wire_tap: WireTap, ends: Sequence[str], expected: Sequence[str]
     ) -> None:
-        here = open_fixed(wire.url)
+        eager_app = open_repeatable_read(wire_tap.url)
         runs: list[str] = []
 
         def body(self: IdempotentTask) -> int:
@@ -385,23 +389,23 @@ class TestABrokenConnection:
             self.session.add(Effect(name="paid"))
             if ends[len(runs) : len(runs) + 1] == ["broken"]:
                 runs.append("broken")
-                wire.cut()
+                wire_tap.cut()
                 self.session.flush()
             wait_until(lambda: time.monotonic() - began > 0.5)
-            before = here.row(self)
-            assert here.store.renew([Claim(before.key, before.token)], lease=60.0) == []
-            moved = here.row(self).lease_expires_at != before.lease_expires_at
+            before = eager_app.row(self)
+            assert eager_app.store.renew([Claim(before.key, before.token)], lease=60.0) == []
+            moved = eager_app.row(self).lease_expires_at != before.lease_expires_at
             runs.append("renewed" if moved else "not renewed")
             return len(runs)
 
-        done = here.run(body, lease=60.0)
+        done = eager_app.run(body, lease=60.0)
 
         assert runs == expected
         assert done.row.processed_status is SUCCESS
-        assert here.effects.names() == ["paid"]
+        assert eager_app.effects.names() == ["paid"]
 
     def test_at_the_commit_is_found_out_about_and_nothing_is_done_again(
-        self, wired: Here, wire: Wire, caplog: pytest.LogCaptureFixture
+        self, eager_app_behind_tap: EagerApp, wire_tap: WireTap, caplog: pytest.LogCaptureFixture
     ) -> None:
         runs = []
 
@@ -409,20 +413,20 @@ class TestABrokenConnection:
             runs.append(1)
             self.session.add(Effect(name="paid"))
             self.session.flush()
-            wire.cut(after_answers=1)
+            wire_tap.cut(after_answers=1)
             return len(runs)
 
-        done = wired.run(body)
+        done = eager_app_behind_tap.run(body)
 
         assert done.result.get() == 1
-        assert wired.effects.names() == ["paid"]
+        assert eager_app_behind_tap.effects.names() == ["paid"]
         assert (done.row.status, done.row.processed_status, done.row.token) == (Status.DONE, SUCCESS, 1)
         assert "was committed, although the answer was lost" in caplog.text
 
-    def test_at_the_commit_of_a_recovery_point_too(self, wired: Here, wire: Wire) -> None:
+    def test_at_the_commit_of_a_recovery_point_too(self, eager_app_behind_tap: EagerApp, wire_tap: WireTap) -> None:
         runs, called = [], []
 
-        @wired.app.task(name="linked", shared=False)
+        @eager_app_behind_tap.app.task(name="linked", shared=False)
         def linked(value: int) -> None:
             called.append(value)
 
@@ -430,18 +434,18 @@ class TestABrokenConnection:
             runs.append(1)
             self.session.add(Effect(name="paid"))
             self.session.flush()
-            wire.cut(after_answers=1)
+            wire_tap.cut(after_answers=1)
             return len(runs)
 
-        task = wired.task(body)
-        result = task.apply(message_id="m", link=wired.app.tasks["linked"].s())
+        task = eager_app_behind_tap.task(body)
+        result = task.apply(message_id="m", link=eager_app_behind_tap.app.tasks["linked"].s())
 
         assert (result.get(), called) == (1, [1])
-        assert wired.effects.names() == ["paid"]
-        assert wired.row(task).status is Status.DONE
+        assert eager_app_behind_tap.effects.names() == ["paid"]
+        assert eager_app_behind_tap.row(task).status is Status.DONE
 
     def test_at_a_commit_that_did_not_take_place_runs_the_body_again(
-        self, wired: Here, wire: Wire, monkeypatch: pytest.MonkeyPatch
+        self, eager_app_behind_tap: EagerApp, wire_tap: WireTap, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The server is told to end the connection before it reads the commit."""
         runs: list[int] = []
@@ -449,7 +453,7 @@ class TestABrokenConnection:
 
         def cut_off(dialect: sa.engine.Dialect, connection: sa.engine.interfaces.DBAPIConnection) -> None:
             if len(runs) == 1:
-                kill(wired.effects, pids[0])
+                kill(eager_app_behind_tap.effects, pids[0])
             commit(dialect, connection)
 
         pids: list[int] = []
@@ -460,11 +464,15 @@ class TestABrokenConnection:
             self.session.add(Effect(name="paid"))
             return len(runs)
 
-        monkeypatch.setattr(wired.store.engine.dialect, "do_commit", cut_off.__get__(wired.store.engine.dialect))
-        done = wired.run(body)
+        monkeypatch.setattr(
+            eager_app_behind_tap.store.engine.dialect,
+            "do_commit",
+            cut_off.__get__(eager_app_behind_tap.store.engine.dialect),
+        )
+        done = eager_app_behind_tap.run(body)
 
         assert done.result.get() == 2
-        assert wired.effects.names() == ["paid"]
+        assert eager_app_behind_tap.effects.names() == ["paid"]
 
 
 def kill(effects: Effects, pid: int) -> None:

@@ -17,12 +17,12 @@ from celery_idempotent.core.records import RowFilter, Status
 from tests.support.apps import AppSpec, OpenApp
 from tests.support.brokers import Broker
 from tests.support.effects import Effects
+from tests.support.kill_points import Victim, work
 from tests.support.ledger import Ledger
-from tests.support.steps import Victim, work
 from tests.support.waiting import wait_until
 from tests.support.worker import StartWorker
 
-PATIENCE = 120.0
+TIMEOUT = 120.0
 
 #: Seconds.
 LEASE = 2.0
@@ -37,13 +37,13 @@ KillAtEveryStep = Callable[[str], tuple[list[str], list[str]]]
 
 
 @pytest.fixture
-def kill_at_every_step(
+def kill_at_every_point(
     spec: AppSpec, broker: Broker, open_app: OpenApp, start_worker: StartWorker, ledger: Ledger, tmp_path: Path
 ) -> KillAtEveryStep:
-    def kill_at_every_step(task: str) -> tuple[list[str], list[str]]:
+    def kill_at_every_point(task: str) -> tuple[list[str], list[str]]:
         return _kill_at_every_step(task, spec, broker, open_app, start_worker, ledger, tmp_path)
 
-    return kill_at_every_step
+    return kill_at_every_point
 
 
 def _kill_at_every_step(
@@ -81,7 +81,7 @@ def _kill_at_every_step(
             log=tmp_path / f"victim-{number}.log",
             environment=spec.environment(),
         )
-        survived = victim.survives(timeout=PATIENCE)
+        survived = victim.survives(timeout=TIMEOUT)
         steps.append(path.read_text().strip().partition(" ")[2])
         if not survived:
             last += 1
@@ -94,8 +94,8 @@ def _kill_at_every_step(
 
     rescuer = start_worker(spec, concurrency=3, queues=queues)
     for name, result in results.items():
-        assert result.get(timeout=PATIENCE) == name, rescuer.log_tail()
-        assert result.parent.get(timeout=PATIENCE) == name, rescuer.log_tail()
+        assert result.get(timeout=TIMEOUT) == name, rescuer.log_tail()
+        assert result.parent.get(timeout=TIMEOUT) == name, rescuer.log_tail()
     wanted = Counter([f"{name}{what}" for name in results for what in (": sent", ": chained")])
 
     def noted() -> Counter[str]:
@@ -107,7 +107,7 @@ def _kill_at_every_step(
 
     wait_until(
         lambda: noted() == wanted and not unfinished(),
-        timeout=PATIENCE,
+        timeout=TIMEOUT,
         describe=lambda: (
             f"{wanted - noted()} missing, {noted() - wanted} too many, {unfinished()}\n{rescuer.log_tail()}"
         ),
@@ -132,19 +132,19 @@ def assert_complete(steps: list[str], broker: Broker) -> None:
 
 
 def test_a_kill_at_any_step_loses_and_doubles_nothing(
-    kill_at_every_step: KillAtEveryStep, broker: Broker, effects: Effects
+    kill_at_every_point: KillAtEveryStep, broker: Broker, effects: Effects
 ) -> None:
-    steps, names = kill_at_every_step("atomic.order")
+    steps, names = kill_at_every_point("atomic.order")
     assert effects.names() == sorted(names)
     assert_complete(steps, broker)
 
 
 @pytest.mark.parametrize("store_url", ["postgresql"], indirect=True)
 def test_a_kill_doubles_the_effect_of_a_plain_task_between_that_and_its_row(
-    kill_at_every_step: KillAtEveryStep, broker: Broker, effects: Effects
+    kill_at_every_point: KillAtEveryStep, broker: Broker, effects: Effects
 ) -> None:
     """And what it sends, and what waits on it, is sent once all the same."""
-    steps, names = kill_at_every_step("plain.order")
+    steps, names = kill_at_every_point("plain.order")
     assert_complete(steps, broker)
     had_effect = steps.index("after COMMIT")
     was_noted = next(

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from celery_idempotent import IdempotentTask, SQLStore, outbox
 from celery_idempotent.core.records import MessageKey, ProcessedStatus, Status
-from tests.integration.atomic.conftest import Here
+from tests.integration.atomic.conftest import EagerApp
 from tests.support.effects import Effect, Effects
 
 pytestmark = pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
@@ -70,23 +70,23 @@ def target(request: pytest.FixtureRequest, store_url: str) -> Iterator[str | sa.
 
 
 @pytest.fixture
-def here_too(open_here: Callable[..., Here], target: str | sa.Engine) -> Here:
-    return open_here(SQLStore(target))
+def eager_app_on_target(open_eager_app: Callable[..., EagerApp], target: str | sa.Engine) -> EagerApp:
+    return open_eager_app(SQLStore(target))
 
 
-def test_a_body_whose_first_write_is_in_a_savepoint_is_atomic(here_too: Here) -> None:
+def test_a_body_whose_first_write_is_in_a_savepoint_is_atomic(eager_app_on_target: EagerApp) -> None:
     def body(self: IdempotentTask) -> None:
         with self.session.begin_nested():
             self.session.add(Effect(name="paid"))
         raise ZeroDivisionError
 
-    done = here_too.run(body)
+    done = eager_app_on_target.run(body)
 
     assert done.row.processed_status is ProcessedStatus.FAILURE
-    assert here_too.effects.names() == []
+    assert eager_app_on_target.effects.names() == []
 
 
-def test_what_is_released_and_what_follows_it_commit_together(here_too: Here) -> None:
+def test_what_is_released_and_what_follows_it_commit_together(eager_app_on_target: EagerApp) -> None:
     def body(self: IdempotentTask) -> None:
         with self.session.begin_nested():
             self.session.add(Effect(name="paid"))
@@ -94,21 +94,21 @@ def test_what_is_released_and_what_follows_it_commit_together(here_too: Here) ->
         self.session.add(Effect(name="undone"))
         self.session.flush()
         savepoint.rollback()
-        assert here_too.effects.names() == []
+        assert eager_app_on_target.effects.names() == []
         self.session.add(Effect(name="told"))
 
-    done = here_too.run(body)
+    done = eager_app_on_target.run(body)
 
     assert done.row.processed_status is ProcessedStatus.SUCCESS
-    assert here_too.effects.names() == ["paid", "told"]
+    assert eager_app_on_target.effects.names() == ["paid", "told"]
 
 
 @pytest.mark.parametrize("level", [None, "SERIALIZABLE"])
 def test_bodies_that_read_and_then_write_lose_no_update(
-    open_here: Callable[..., Here], target: str | sa.Engine, level: str | None
+    open_eager_app: Callable[..., EagerApp], target: str | sa.Engine, level: str | None
 ) -> None:
-    here = open_here(SQLStore(target), isolation_level=level)
-    here.effects.put("account")
+    eager_app = open_eager_app(SQLStore(target), isolation_level=level)
+    eager_app.effects.put("account")
     times = 5
     together = threading.Barrier(2)
 
@@ -123,7 +123,7 @@ def test_bodies_that_read_and_then_write_lose_no_update(
         except threading.BrokenBarrierError:
             together.reset()
 
-    task = here.task(body)
+    task = eager_app.task(body)
 
     def work(worker: int) -> None:
         for number in range(times):
@@ -135,11 +135,11 @@ def test_bodies_that_read_and_then_write_lose_no_update(
     for thread in threads:
         thread.join()
 
-    assert here.effects.value("account") == 2 * times
+    assert eager_app.effects.value("account") == 2 * times
 
 
-def test_verbs_on_an_engine_stand_for_themselves(here_too: Here, store_url: str) -> None:
-    charge = here_too.task(lambda self, order: order, name="charge", atomic=False, message_id="{order}")
+def test_verbs_on_an_engine_stand_for_themselves(eager_app_on_target: EagerApp, store_url: str) -> None:
+    charge = eager_app_on_target.task(lambda self, order: order, name="charge", atomic=False, message_id="{order}")
 
     assert charge.delay("o-1").get() == "o-1"
     assert charge.delay("o-1").duplicate
@@ -171,9 +171,9 @@ def test_an_engine_is_given_back_as_it_was(store_url: str, make: Callable[[str],
 @pytest.mark.parametrize("how", ["session", "session that has begun", "connection"])
 @pytest.mark.parametrize("end", ["commit", "rollback"])
 def test_an_outbox_whose_first_write_is_in_a_savepoint_is_atomic(
-    here: Here, store_url: str, make: Callable[[str], sa.Engine], how: str, end: str
+    eager_app: EagerApp, store_url: str, make: Callable[[str], sa.Engine], how: str, end: str
 ) -> None:
-    charge = here.task(lambda self, order: order, name="charge", atomic=False, message_id="{order}")
+    charge = eager_app.task(lambda self, order: order, name="charge", atomic=False, message_id="{order}")
     engine = make(store_url)
     with engine.connect() if how == "connection" else Session(engine) as owner:
         if how == "session that has begun":
@@ -182,19 +182,19 @@ def test_an_outbox_whose_first_write_is_in_a_savepoint_is_atomic(
             with owner.begin_nested():
                 owner.execute(sa.insert(Effect).values(name="paid", value=0))
                 charge.delay("o-1")
-            assert here.effects.names() == []
+            assert eager_app.effects.names() == []
             getattr(owner, end)()
     committed = end == "commit"
-    assert here.effects.names() == (["paid"] if committed else [])
-    assert (here.store.find(MessageKey("o-1", charge.name)) is not None) is committed
+    assert eager_app.effects.names() == (["paid"] if committed else [])
+    assert (eager_app.store.find(MessageKey("o-1", charge.name)) is not None) is committed
     engine.dispose()
 
 
 @pytest.mark.parametrize("end", ["commit", "rollback"])
 def test_an_asynchronous_session_whose_first_write_is_in_a_savepoint_is_atomic(
-    here: Here, effects: Effects, store_url: str, end: str
+    eager_app: EagerApp, effects: Effects, store_url: str, end: str
 ) -> None:
-    charge = here.task(lambda self, order: order, name="charge", atomic=False, message_id="{order}")
+    charge = eager_app.task(lambda self, order: order, name="charge", atomic=False, message_id="{order}")
 
     def record(session: Session) -> None:
         with outbox(session), session.begin_nested():
@@ -213,4 +213,4 @@ def test_an_asynchronous_session_whose_first_write_is_in_a_savepoint_is_atomic(
     asyncio.run(work())
     committed = end == "commit"
     assert effects.names() == (["paid"] if committed else [])
-    assert (here.store.find(MessageKey("o-1", charge.name)) is not None) is committed
+    assert (eager_app.store.find(MessageKey("o-1", charge.name)) is not None) is committed

@@ -26,13 +26,13 @@ SUCCESS, FAILURE = ProcessedStatus.SUCCESS, ProcessedStatus.FAILURE
 #: Seconds. Long enough for a busy machine to renew in time.
 LEASE = 2.0
 
-PATIENCE = 90.0
+TIMEOUT = 90.0
 
 pytestmark = [pytest.mark.parametrize("broker", ["redis"], indirect=True), pytest.mark.timeout(300)]
 
 
 @dataclass
-class Scene:
+class Deployment:
     """An app, and workers whose broker delivers again after a second what was not acknowledged."""
 
     spec: AppSpec
@@ -59,25 +59,25 @@ class Scene:
             row = self.row(task, result)
             return row if row.status is Status.DONE else None
 
-        return wait_until(done, timeout=PATIENCE, describe=lambda: self.row(task, result))
+        return wait_until(done, timeout=TIMEOUT, describe=lambda: self.row(task, result))
 
     def started(self, task: str, result: AsyncResult[Any], count: int = 1) -> list[Entry]:
         def starts() -> list[Entry] | None:
             found = self.ledger.starts(task, task_id=result.id)
             return found if len(found) >= count else None
 
-        return wait_until(starts, timeout=PATIENCE, describe=lambda: f"{count} starts: {self.ledger.entries()}")
+        return wait_until(starts, timeout=TIMEOUT, describe=lambda: f"{count} starts: {self.ledger.entries()}")
 
     def gate(self) -> Path:
         return self.directory / f"gate-{uuid4().hex[:8]}"
 
 
 @pytest.fixture
-def make_scene(
+def deploy(
     spec: AppSpec, open_app: OpenApp, ledger: Ledger, start_worker: StartWorker, effects: Effects, tmp_path: Path
-) -> Callable[..., Scene]:
-    def make_scene(**settings: Any) -> Scene:
-        scene_spec = replace(
+) -> Callable[..., Deployment]:
+    def deploy(**settings: Any) -> Deployment:
+        deployed_spec = replace(
             spec,
             tasks=("tests.support.apps.atomic",),
             transport_options={**spec.transport_options, "visibility_timeout": 1},
@@ -88,147 +88,147 @@ def make_scene(
                 **settings,
             },
         )
-        return Scene(scene_spec, open_app(scene_spec), effects, ledger, start_worker, tmp_path)
+        return Deployment(deployed_spec, open_app(deployed_spec), effects, ledger, start_worker, tmp_path)
 
-    return make_scene
+    return deploy
 
 
 @pytest.mark.parametrize("point", POINTS)
-def test_a_child_killed_around_its_commit_leaves_one_effect(make_scene: Callable[..., Scene], point: str) -> None:
-    scene = make_scene()
-    worker = scene.worker()
-    flag = Path(f"{scene.ledger.path}.die-{point}")
+def test_a_child_killed_around_its_commit_leaves_one_effect(deploy: Callable[..., Deployment], point: str) -> None:
+    deployment = deploy()
+    worker = deployment.worker()
+    flag = Path(f"{deployment.ledger.path}.die-{point}")
     flag.touch()
 
-    result = scene.send("atomic.put", "paid", link=scene.app.tasks["told"].s())
+    result = deployment.send("atomic.put", "paid", link=deployment.app.tasks["told"].s())
 
-    assert result.get(timeout=PATIENCE) == "paid"
-    row = scene.done("atomic.put", result)
+    assert result.get(timeout=TIMEOUT) == "paid"
+    row = deployment.done("atomic.put", result)
     assert not flag.exists(), "nobody was killed"
     assert (row.processed_status, row.token) == (SUCCESS, 2), worker.log_tail()
-    assert scene.effects.names() == ["paid"]
+    assert deployment.effects.names() == ["paid"]
     # What was committed is not run again: its callback is sent by whoever took it over.
-    assert len(scene.ledger.starts("atomic.put")) == (1 if point == "committed" else 2)
-    wait_until(lambda: scene.ledger.ends("told"), timeout=PATIENCE, describe=worker.log_tail)
+    assert len(deployment.ledger.starts("atomic.put")) == (1 if point == "committed" else 2)
+    wait_until(lambda: deployment.ledger.ends("told"), timeout=TIMEOUT, describe=worker.log_tail)
 
 
 def test_of_two_bodies_at_their_commit_one_commits_and_one_says_that_it_did_not(
-    make_scene: Callable[..., Scene],
+    deploy: Callable[..., Deployment],
 ) -> None:
-    scene = make_scene(idempotent_lease=600.0, idempotent_recovery_interval=0)
-    first = scene.worker()
-    gate = scene.gate()
+    deployment = deploy(idempotent_lease=600.0, idempotent_recovery_interval=0)
+    first = deployment.worker()
+    gate = deployment.gate()
     # SQLite has one writer: there the second body could not even have claimed the message while the first one has written.
-    write_first = not scene.spec.store.startswith("sqlite")
+    write_first = not deployment.spec.store.startswith("sqlite")
 
-    result = scene.send("atomic.gated", "paid", str(gate), write_first)
-    scene.started("atomic.gated", result)
-    second = scene.worker()
-    held = scene.row("atomic.gated", result)
-    assert scene.app.queue_log.store.expire(Claim(held.key, held.token))
-    starts = scene.started("atomic.gated", result, 2)
+    result = deployment.send("atomic.gated", "paid", str(gate), write_first)
+    deployment.started("atomic.gated", result)
+    second = deployment.worker()
+    held = deployment.row("atomic.gated", result)
+    assert deployment.app.queue_log.store.expire(Claim(held.key, held.token))
+    starts = deployment.started("atomic.gated", result, 2)
     assert [start.worker for start in starts] == [first.hostname, second.hostname]
     gate.touch()
 
-    assert result.get(timeout=PATIENCE) == "paid"
-    row = scene.done("atomic.gated", result)
+    assert result.get(timeout=TIMEOUT) == "paid"
+    row = deployment.done("atomic.gated", result)
     assert (row.processed_status, row.token) == (SUCCESS, 2)
-    first.wait_for_log("what its body wrote in its transaction was rolled back", timeout=PATIENCE)
+    first.wait_for_log("what its body wrote in its transaction was rolled back", timeout=TIMEOUT)
     assert "its lease ran out before the body ended" in first.log_tail()
     assert "was rolled back" not in second.log_tail()
-    assert scene.effects.names() == ["paid"]
+    assert deployment.effects.names() == ["paid"]
 
 
-def test_a_body_longer_than_its_lease_runs_once(make_scene: Callable[..., Scene]) -> None:
+def test_a_body_longer_than_its_lease_runs_once(deploy: Callable[..., Deployment]) -> None:
     """On SQLite its own write keeps others from renewing, and from taking over."""
-    scene = make_scene()
-    worker = scene.worker()
-    gate = scene.gate()
+    deployment = deploy()
+    worker = deployment.worker()
+    gate = deployment.gate()
 
-    result = scene.send("atomic.gated", "paid", str(gate))
-    scene.started("atomic.gated", result)
-    began = scene.row("atomic.gated", result).read_at
-    other = scene.worker()
+    result = deployment.send("atomic.gated", "paid", str(gate))
+    deployment.started("atomic.gated", result)
+    began = deployment.row("atomic.gated", result).read_at
+    other = deployment.worker()
     wait_until(
-        lambda: (scene.row("atomic.gated", result).read_at - began).total_seconds() > 3 * LEASE,
-        timeout=PATIENCE,
+        lambda: (deployment.row("atomic.gated", result).read_at - began).total_seconds() > 3 * LEASE,
+        timeout=TIMEOUT,
         describe="three leases",
     )
-    other.wait_for_log(f"{result.id}] received", timeout=PATIENCE)
+    other.wait_for_log(f"{result.id}] received", timeout=TIMEOUT)
     gate.touch()
 
-    assert result.get(timeout=PATIENCE) == "paid"
-    row = scene.done("atomic.gated", result)
+    assert result.get(timeout=TIMEOUT) == "paid"
+    row = deployment.done("atomic.gated", result)
     assert (row.processed_status, row.token) == (SUCCESS, 1), worker.log_tail()
-    assert scene.effects.names() == ["paid"]
-    assert len(scene.ledger.starts("atomic.gated")) == 1
+    assert deployment.effects.names() == ["paid"]
+    assert len(deployment.ledger.starts("atomic.gated")) == 1
 
 
 @pytest.mark.parametrize("store_url", ["postgresql"], indirect=True)
 @pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
 def test_where_snapshots_are_fixed_a_body_longer_than_a_third_of_its_lease_completes(
-    make_scene: Callable[..., Scene], level: str
+    deploy: Callable[..., Deployment], level: str
 ) -> None:
     """Its lease is renewed by its process and by that one's parent: not in its second run."""
-    scene = make_scene(**{LEVEL: level})
-    worker = scene.worker()
+    deployment = deploy(**{LEVEL: level})
+    worker = deployment.worker()
 
-    result = scene.send("atomic.lasting", "paid", LEASE)
+    result = deployment.send("atomic.lasting", "paid", LEASE)
 
-    assert result.get(timeout=PATIENCE) == "paid"
-    row = scene.done("atomic.lasting", result)
+    assert result.get(timeout=TIMEOUT) == "paid"
+    row = deployment.done("atomic.lasting", result)
     assert (row.processed_status, row.token) == (SUCCESS, 1), worker.log_tail()
-    assert scene.effects.names() == ["paid"]
-    assert len(scene.ledger.starts("atomic.lasting")) == 2, worker.log_tail()
+    assert deployment.effects.names() == ["paid"]
+    assert len(deployment.ledger.starts("atomic.lasting")) == 2, worker.log_tail()
 
 
 @pytest.mark.parametrize("throw", [True, False])
-def test_a_retry_rolls_back(make_scene: Callable[..., Scene], throw: bool) -> None:
-    scene = make_scene()
-    scene.worker()
+def test_a_retry_rolls_back(deploy: Callable[..., Deployment], throw: bool) -> None:
+    deployment = deploy()
+    deployment.worker()
 
-    result = scene.send("atomic.retry", "paid", 2, throw)
+    result = deployment.send("atomic.retry", "paid", 2, throw)
 
-    assert result.get(timeout=PATIENCE) == 2
-    row = scene.done("atomic.retry", result)
+    assert result.get(timeout=TIMEOUT) == 2
+    row = deployment.done("atomic.retry", result)
     assert (row.processed_status, row.attempt, row.token) == (SUCCESS, 2, 3)
-    assert scene.effects.names() == ["paid"]
+    assert deployment.effects.names() == ["paid"]
 
 
-def test_a_message_that_replaces_itself_keeps_what_each_run_did(make_scene: Callable[..., Scene]) -> None:
-    scene = make_scene()
-    scene.worker()
+def test_a_message_that_replaces_itself_keeps_what_each_run_did(deploy: Callable[..., Deployment]) -> None:
+    deployment = deploy()
+    deployment.worker()
 
-    result = scene.send("atomic.pages", "p", 2)
+    result = deployment.send("atomic.pages", "p", 2)
 
-    assert result.get(timeout=PATIENCE) == "the last"
-    assert (scene.done("atomic.pages", result).processed_status) is SUCCESS
-    assert scene.effects.names() == ["p:0", "p:1", "p:2"]
-
-
-def test_what_takes_its_place_is_sent_behind_its_commit(make_scene: Callable[..., Scene]) -> None:
-    scene = make_scene()
-    scene.worker()
-
-    result = scene.send("atomic.replaced", "paid")
-
-    assert result.get(timeout=PATIENCE) == "paid"
-    assert (scene.done("atomic.replaced", result).processed_status) is SUCCESS
-    assert scene.effects.names() == ["paid"]
-    assert sorted(entry.detail or "" for entry in scene.ledger.ends("told")) == ["paid", "paid and more"]
+    assert result.get(timeout=TIMEOUT) == "the last"
+    assert (deployment.done("atomic.pages", result).processed_status) is SUCCESS
+    assert deployment.effects.names() == ["p:0", "p:1", "p:2"]
 
 
-def test_a_soft_time_limit_rolls_back(make_scene: Callable[..., Scene]) -> None:
-    scene = make_scene()
-    worker = scene.worker()
+def test_what_takes_its_place_is_sent_behind_its_commit(deploy: Callable[..., Deployment]) -> None:
+    deployment = deploy()
+    deployment.worker()
 
-    result = scene.send("atomic.limited", "paid")
+    result = deployment.send("atomic.replaced", "paid")
 
-    assert isinstance(result.get(timeout=PATIENCE, propagate=False), SoftTimeLimitExceeded)
-    row = scene.done("atomic.limited", result)
+    assert result.get(timeout=TIMEOUT) == "paid"
+    assert (deployment.done("atomic.replaced", result).processed_status) is SUCCESS
+    assert deployment.effects.names() == ["paid"]
+    assert sorted(entry.detail or "" for entry in deployment.ledger.ends("told")) == ["paid", "paid and more"]
+
+
+def test_a_soft_time_limit_rolls_back(deploy: Callable[..., Deployment]) -> None:
+    deployment = deploy()
+    worker = deployment.worker()
+
+    result = deployment.send("atomic.limited", "paid")
+
+    assert isinstance(result.get(timeout=TIMEOUT, propagate=False), SoftTimeLimitExceeded)
+    row = deployment.done("atomic.limited", result)
     assert (row.processed_status, result.state) == (FAILURE, states.FAILURE)
-    assert scene.effects.names() == []
+    assert deployment.effects.names() == []
     # Its process goes on with another connection.
-    after = scene.send("atomic.put", "after")
-    assert after.get(timeout=PATIENCE) == "after", worker.log_tail()
-    assert scene.effects.names() == ["after"]
+    after = deployment.send("atomic.put", "after")
+    assert after.get(timeout=TIMEOUT) == "after", worker.log_tail()
+    assert deployment.effects.names() == ["after"]

@@ -23,11 +23,11 @@ from tests.support.waiting import wait_until
 from tests.support.worker import WorkerProcess
 
 #: Seconds for whatever happens soon on a machine that has nothing else to do.
-PATIENCE = 60.0
+TIMEOUT = 60.0
 
 
 @dataclass(frozen=True)
-class Site:
+class Deployment:
     """An app on a broker that is about to fail it.
 
     Attributes:
@@ -59,7 +59,7 @@ class Site:
         """Wait for so many, and return them."""
         return wait_until(
             lambda: starts if len(starts := self.starts(result)) >= count else None,
-            timeout=PATIENCE,
+            timeout=TIMEOUT,
             describe=lambda: f"{count} start(s) of {result.id}: {self.ledger.entries()}",
         )
 
@@ -76,34 +76,34 @@ class Site:
             row = self.row(result, task)
             return row if row.status is Status.DONE and row.duplicates >= duplicates else None
 
-        return wait_until(settled, timeout=PATIENCE, describe=lambda: self.row(result, task))
+        return wait_until(settled, timeout=TIMEOUT, describe=lambda: self.row(result, task))
 
     def assert_ran_once(self, task: str, values: Mapping[AsyncResult[Any], Any]) -> None:
         """Each has its value, by one run under one claim."""
         for result, value in values.items():
-            assert result.get(timeout=PATIENCE) == value
+            assert result.get(timeout=TIMEOUT) == value
             row = self.settled(result, task)
             assert (row.processed_status, row.token) == ("success", 1)
         counted = {result.id: (len(self.starts(result)), len(self.ledger.ends(task_id=result.id))) for result in values}
         assert counted == {result.id: (1, 1) for result in values}
 
 
-class MakeSite(Protocol):
+class Deploy(Protocol):
     """What the fixture ``make_site`` gives."""
 
     def __call__(
         self, broker: Broker, *, transport_options: Mapping[str, Any] | None = None, **settings: Any
-    ) -> Site: ...
+    ) -> Deployment: ...
 
 
 @pytest.fixture
-def make_site(open_app: OpenApp, private_redis: PrivateRedis, ledger: Ledger, tmp_path: Path) -> MakeSite:
+def deploy(open_app: OpenApp, private_redis: PrivateRedis, ledger: Ledger, tmp_path: Path) -> Deploy:
     """Return an app on a broker, its rows in SQLite and its results on a Redis that stays.
 
     Tasks acknowledge late; a worker that can run two at once takes no third.
     """
 
-    def make_site(broker: Broker, *, transport_options: Mapping[str, Any] | None = None, **settings: Any) -> Site:
+    def deploy(broker: Broker, *, transport_options: Mapping[str, Any] | None = None, **settings: Any) -> Deployment:
         spec = AppSpec(
             broker=broker.url,
             backend=private_redis.url,
@@ -122,9 +122,9 @@ def make_site(open_app: OpenApp, private_redis: PrivateRedis, ledger: Ledger, tm
                 **settings,
             },
         )
-        return Site(spec, open_app(spec), ledger, tmp_path)
+        return Deployment(spec, open_app(spec), ledger, tmp_path)
 
-    return make_site
+    return deploy
 
 
 def wait_until_redis_has_nothing_left(url: str, queue: str) -> None:
@@ -132,7 +132,7 @@ def wait_until_redis_has_nothing_left(url: str, queue: str) -> None:
     with redis.Redis.from_url(url) as client:
         wait_until(
             lambda: client.llen(queue) == client.hlen("unacked") == 0,
-            timeout=PATIENCE,
+            timeout=TIMEOUT,
             describe=lambda: f"{client.lrange(queue, 0, -1)!r} and unacknowledged {client.hgetall('unacked')!r}",
         )
 
@@ -146,7 +146,7 @@ def wait_until_logged(workers: list[WorkerProcess], text: str, count: int = 1) -
     """Wait until workers together have said something so often."""
     wait_until(
         lambda: sum(times_logged(worker, text) for worker in workers) >= count,
-        timeout=PATIENCE,
+        timeout=TIMEOUT,
         describe=lambda: f"{count} times {text!r}:\n" + "\n".join(worker.log_tail() for worker in workers),
     )
 

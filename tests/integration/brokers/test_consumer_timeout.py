@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import pytest
 
 from tests.conftest import StartWorker, missing
-from tests.integration.brokers.conftest import PATIENCE, MakeSite, wait_until_logged
+from tests.integration.brokers.conftest import TIMEOUT, Deploy, wait_until_logged
 from tests.support.brokers import rabbitmq_broker
 from tests.support.servers import NotInstalledError, PrivateRabbitMQ
 from tests.support.waiting import wait_until
@@ -16,13 +16,13 @@ from tests.support.waiting import wait_until
 pytestmark = pytest.mark.xdist_group("rabbitmq-consumer-timeout")
 
 #: Seconds.
-TIMEOUT = 6.0
+CONSUMER_TIMEOUT = 6.0
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[PrivateRabbitMQ]:
     try:
-        server = PrivateRabbitMQ(consumer_timeout=TIMEOUT).__enter__()
+        server = PrivateRabbitMQ(consumer_timeout=CONSUMER_TIMEOUT).__enter__()
     except NotInstalledError as error:
         missing("a private server", str(error))
     yield server
@@ -30,29 +30,29 @@ def server() -> Iterator[PrivateRabbitMQ]:
 
 
 def test_a_task_that_runs_for_longer_than_the_consumer_timeout(
-    make_site: MakeSite, start_worker: StartWorker, server: PrivateRabbitMQ
+    deploy: Deploy, start_worker: StartWorker, server: PrivateRabbitMQ
 ) -> None:
     """Its worker stops, as Celery's do, once the task has ended; meanwhile another worker has the message."""
     with ExitStack() as stack:
         brokers = [stack.enter_context(rabbitmq_broker(server.url, queue_type=kind)) for kind in ("classic", "quorum")]
         # A held copy waits for no longer than the lease, in the worker: not long enough to be timed out itself.
-        sites = [make_site(broker, idempotent_lease=TIMEOUT / 3) for broker in brokers]
-        owners = [start_worker(site.spec) for site in sites]
-        gate = sites[0].gate()
-        results = [site.send("gated", str(gate), "once") for site in sites]
-        for site, result in zip(sites, results, strict=True):
-            site.wait_for_starts(result)
-        others = [start_worker(site.spec, wait=False) for site in sites]
+        deployments = [deploy(broker, idempotent_lease=CONSUMER_TIMEOUT / 3) for broker in brokers]
+        owners = [start_worker(deployment.spec) for deployment in deployments]
+        gate = deployments[0].gate()
+        results = [deployment.send("gated", str(gate), "once") for deployment in deployments]
+        for deployment, result in zip(deployments, results, strict=True):
+            deployment.wait_for_starts(result)
+        others = [start_worker(deployment.spec, wait=False) for deployment in deployments]
 
         for owner, other, result in zip(owners, others, results, strict=True):
             wait_until_logged([owner], "delivery acknowledgement on channel 1 timed out")
             wait_until_logged([other], f"gated[{result.id}] is held for", 4)
         gate.touch()
 
-        for site, owner, other, result in zip(sites, owners, others, results, strict=True):
-            site.assert_ran_once("gated", {result: "once"})
-            site.settled(result, "gated", duplicates=1)
-            wait_until(lambda: not owner.is_alive, timeout=PATIENCE, describe=owner.log_tail)  # noqa: B023
-            site.assert_ran_once("echo", {site.send("echo", "after it"): "after it"})
-            assert len(site.starts(result)) == 1
+        for deployment, owner, other, result in zip(deployments, owners, others, results, strict=True):
+            deployment.assert_ran_once("gated", {result: "once"})
+            deployment.settled(result, "gated", duplicates=1)
+            wait_until(lambda: not owner.is_alive, timeout=TIMEOUT, describe=owner.log_tail)  # noqa: B023
+            deployment.assert_ran_once("echo", {deployment.send("echo", "after it"): "after it"})
+            assert len(deployment.starts(result)) == 1
             other.stop()

@@ -12,11 +12,11 @@ from kombu.connection import Connection
 from celery_idempotent import AlreadyFailedError
 from celery_idempotent.core.decision import MAX_TAKEOVERS
 from tests.conftest import StartWorker, missing
-from tests.integration.brokers.conftest import PATIENCE, MakeSite, wait_until_logged
+from tests.integration.brokers.conftest import TIMEOUT, Deploy, wait_until_logged
 from tests.support.brokers import Broker, rabbitmq_broker
 from tests.support.proxy import Proxy
 from tests.support.servers import NotInstalledError, PrivateRabbitMQ
-from tests.support.stand import capture, put
+from tests.support.side_by_side import capture, put
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.xdist_group("private-rabbitmq")
@@ -40,49 +40,49 @@ def server() -> Iterator[PrivateRabbitMQ]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_connection_is_cut_under_a_running_task(
-    make_site: MakeSite, start_worker: StartWorker, server: PrivateRabbitMQ, kind: str
+    deploy: Deploy, start_worker: StartWorker, server: PrivateRabbitMQ, kind: str
 ) -> None:
     """RabbitMQ delivers again at once; the worker that still runs it is handed the copy."""
     with rabbitmq_broker(server.url, queue_type=kind) as broker, Proxy(server.url) as proxy:
-        site = make_site(broker)
-        worker = start_worker(replace(site.spec, broker=proxy.url), concurrency=2)
-        gate = site.gate()
-        result = site.send("gated", str(gate), "once")
-        site.wait_for_starts(result)
+        deployment = deploy(broker)
+        worker = start_worker(replace(deployment.spec, broker=proxy.url), concurrency=2)
+        gate = deployment.gate()
+        result = deployment.send("gated", str(gate), "once")
+        deployment.wait_for_starts(result)
 
         proxy.close_for_now()
         wait_until_logged([worker], "Trying again in")
         proxy.reopen()
         wait_until_logged([worker], f"gated[{result.id}] is held for", 2)
-        assert len(site.starts(result)) == 1
+        assert len(deployment.starts(result)) == 1
         gate.touch()
 
-        site.assert_ran_once("gated", {result: "once"})
-        site.settled(result, "gated", duplicates=1)
-        site.assert_ran_once("echo", {site.send("echo", "after it"): "after it"})
-        assert len(site.starts(result)) == 1
+        deployment.assert_ran_once("gated", {result: "once"})
+        deployment.settled(result, "gated", duplicates=1)
+        deployment.assert_ran_once("echo", {deployment.send("echo", "after it"): "after it"})
+        assert len(deployment.starts(result)) == 1
         # Warmly: what was counted as skipped may not be acknowledged yet.
         worker.terminate()
         assert waiting(broker, 0) == 0
 
 
 def test_a_restart_under_running_tasks_while_others_wait(
-    make_site: MakeSite, start_worker: StartWorker, server: PrivateRabbitMQ
+    deploy: Deploy, start_worker: StartWorker, server: PrivateRabbitMQ
 ) -> None:
     """On queues of both kinds."""
     with ExitStack() as stack:
         brokers = [stack.enter_context(rabbitmq_broker(server.url, queue_type=kind)) for kind in KINDS]
         # Workers come back when it is all there: a consumer of a quorum queue without a leader yet may wait for ever.
         proxy = stack.enter_context(Proxy(server.url))
-        sites = [make_site(broker, transport_options=CONFIRMED) for broker in brokers]
-        workers = [start_worker(replace(site.spec, broker=proxy.url), wait=False) for site in sites]
+        deployments = [deploy(broker, transport_options=CONFIRMED) for broker in brokers]
+        workers = [start_worker(replace(deployment.spec, broker=proxy.url), wait=False) for deployment in deployments]
         for worker in workers:
             worker.wait_until_ready()
-        gate = sites[0].gate()
-        running = [site.send("gated", str(gate), "running") for site in sites]
-        for site, result in zip(sites, running, strict=True):
-            site.wait_for_starts(result)
-        values = [{site.send("echo", number): number for number in range(4)} for site in sites]
+        gate = deployments[0].gate()
+        running = [deployment.send("gated", str(gate), "running") for deployment in deployments]
+        for deployment, result in zip(deployments, running, strict=True):
+            deployment.wait_for_starts(result)
+        values = [{deployment.send("echo", number): number for number in range(4)} for deployment in deployments]
 
         wait_until_on_disk(server, brokers[KINDS.index("quorum")])
         server.kill()
@@ -92,19 +92,19 @@ def test_a_restart_under_running_tasks_while_others_wait(
         server.start()
         assert [waiting(broker, 5) for broker in brokers] == [5, 5]
         proxy.reopen()
-        for site, worker, result in zip(sites, workers, running, strict=True):
+        for deployment, worker, result in zip(deployments, workers, running, strict=True):
             # Delivered again: its one child is busy, so it waits there.
             wait_until_logged([worker], f"Task gated[{result.id}] received", 2)
-            assert len(site.starts(result)) == 1
+            assert len(deployment.starts(result)) == 1
         gate.touch()
 
-        for site, worker, result, echoed in zip(sites, workers, running, values, strict=True):
-            site.assert_ran_once("gated", {result: "running"})
-            site.assert_ran_once("echo", {**echoed, site.send("echo", "after it"): "after it"})
-            site.settled(result, "gated", duplicates=1)
+        for deployment, worker, result, echoed in zip(deployments, workers, running, values, strict=True):
+            deployment.assert_ran_once("gated", {result: "running"})
+            deployment.assert_ran_once("echo", {**echoed, deployment.send("echo", "after it"): "after it"})
+            deployment.settled(result, "gated", duplicates=1)
             # Warmly: what was counted as skipped may not be acknowledged yet.
             worker.terminate()
-        assert len(sites[0].ledger.starts()) == 2 * (1 + 4 + 1)
+        assert len(deployments[0].ledger.starts()) == 2 * (1 + 4 + 1)
         assert [waiting(broker, 0) for broker in brokers] == [0, 0]
 
 
@@ -132,51 +132,55 @@ class TestADeliveryLimitOfOne:
             yield replace(broker, settings={**broker.settings, "task_queues": {broker.queue: queue}})
 
     def test_two_workers_die_of_it_and_the_third_is_given_it_from_its_row(
-        self, make_site: MakeSite, start_worker: StartWorker, broker: Broker
+        self, deploy: Deploy, start_worker: StartWorker, broker: Broker
     ) -> None:
         dead = f"{broker.queue}-dead"
-        site = make_site(broker, transport_options=CONFIRMED, idempotent_lease=2)
-        without_recovery = replace(site.spec, settings={**site.spec.settings, "idempotent_recovery_interval": 0})
-        gate = site.gate()
+        deployment = deploy(broker, transport_options=CONFIRMED, idempotent_lease=2)
+        without_recovery = replace(
+            deployment.spec, settings={**deployment.spec.settings, "idempotent_recovery_interval": 0}
+        )
+        gate = deployment.gate()
 
         workers = [start_worker(without_recovery)]
-        result = site.send("gated", str(gate), "at last")
+        result = deployment.send("gated", str(gate), "at last")
         for death in (1, 2):
-            site.wait_for_starts(result, death)
+            deployment.wait_for_starts(result, death)
             workers.pop().kill()
-            wait_until(lambda: site.row(result, "gated").lease_left <= 0, timeout=PATIENCE, describe="the lease's end")
+            wait_until(
+                lambda: deployment.row(result, "gated").lease_left <= 0, timeout=TIMEOUT, describe="the lease's end"
+            )
             assert waiting(broker, 2 - death) == 2 - death
             if death == 1:
                 workers.append(start_worker(without_recovery))
-        worker = start_worker(site.spec)
-        site.wait_for_starts(result, 3)
+        worker = start_worker(deployment.spec)
+        deployment.wait_for_starts(result, 3)
         gate.touch()
 
-        assert result.get(timeout=PATIENCE) == "at last"
-        row = site.settled(result, "gated")
+        assert result.get(timeout=TIMEOUT) == "at last"
+        row = deployment.settled(result, "gated")
         assert (row.processed_status, row.token, row.takeovers) == ("success", 3, 2)
-        assert len(site.starts(result)) == 3
+        assert len(deployment.starts(result)) == 3
         # What the broker gave up is a copy like any other, for whoever moves it back.
-        (given_up,) = capture(site.app, dead)
-        put(site.app, broker.queue, [given_up])
-        site.settled(result, "gated", duplicates=1)
-        assert len(site.starts(result)) == 3
+        (given_up,) = capture(deployment.app, dead)
+        put(deployment.app, broker.queue, [given_up])
+        deployment.settled(result, "gated", duplicates=1)
+        assert len(deployment.starts(result)) == 3
         worker.stop()
 
     def test_a_message_that_kills_whoever_runs_it_is_given_up_as_often_as_elsewhere(
-        self, make_site: MakeSite, start_worker: StartWorker, broker: Broker
+        self, deploy: Deploy, start_worker: StartWorker, broker: Broker
     ) -> None:
-        site = make_site(broker)
-        start_worker(site.spec)
+        deployment = deploy(broker)
+        start_worker(deployment.spec)
 
-        result = site.send("poison")
+        result = deployment.send("poison")
 
         error = result.get(timeout=100, propagate=False)
         assert isinstance(error, AlreadyFailedError)
-        row = site.settled(result, "poison")
+        row = deployment.settled(result, "poison")
         assert (row.processed_status, row.takeovers) == ("failure", MAX_TAKEOVERS)
         assert str(row.error).startswith("abandoned")
-        assert len(site.starts(result)) == MAX_TAKEOVERS + 1
+        assert len(deployment.starts(result)) == MAX_TAKEOVERS + 1
 
 
 def wait_until_on_disk(server: PrivateRabbitMQ, broker: Broker) -> None:
@@ -187,7 +191,7 @@ def wait_until_on_disk(server: PrivateRabbitMQ, broker: Broker) -> None:
     """
     (names,) = server.directory.glob("mnesia/*/quorum/*/names.dets")
     wait_until(
-        lambda: broker.queue.encode() in names.read_bytes(), timeout=PATIENCE, describe=f"{broker.queue} in {names}"
+        lambda: broker.queue.encode() in names.read_bytes(), timeout=TIMEOUT, describe=f"{broker.queue} in {names}"
     )
 
 
@@ -199,5 +203,5 @@ def waiting(broker: Broker, expected: int) -> int:
             answer = connection.default_channel.queue_declare(broker.queue, passive=True)
             return answer.message_count, answer.consumer_count
 
-        wait_until(lambda: ask() == (expected, 0), timeout=PATIENCE, describe=lambda: f"({expected}, 0), not {ask()}")
+        wait_until(lambda: ask() == (expected, 0), timeout=TIMEOUT, describe=lambda: f"({expected}, 0), not {ask()}")
     return expected

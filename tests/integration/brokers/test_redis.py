@@ -12,8 +12,8 @@ from celery_idempotent.core.records import Status
 from celery_idempotent.maintenance.rescue import Rescue
 from tests.conftest import StartWorker
 from tests.integration.brokers.conftest import (
-    PATIENCE,
-    MakeSite,
+    TIMEOUT,
+    Deploy,
     times_logged,
     wait_until_logged,
     wait_until_redis_has_nothing_left,
@@ -36,34 +36,34 @@ def server(private_redis: PrivateRedis) -> Iterator[PrivateRedis]:
 @pytest.mark.parametrize("go_down", ["stop", "kill"])
 @pytest.mark.parametrize("ends", ["during the outage", "after it"])
 def test_a_restart_under_a_running_task_while_others_wait(
-    make_site: MakeSite, start_worker: StartWorker, server: PrivateRedis, go_down: str, ends: str
+    deploy: Deploy, start_worker: StartWorker, server: PrivateRedis, go_down: str, ends: str
 ) -> None:
     """It keeps its data. A body that ends while it is away cannot be acknowledged, and is delivered again."""
     broker = redis_broker(server.url)
-    site = make_site(broker, transport_options=VISIBILITY)
-    worker = start_worker(site.spec)
-    gate = site.gate()
-    running = site.send("gated", str(gate), "running")
-    site.wait_for_starts(running)
-    waiting = [site.send("echo", number) for number in range(5)]
+    deployment = deploy(broker, transport_options=VISIBILITY)
+    worker = start_worker(deployment.spec)
+    gate = deployment.gate()
+    running = deployment.send("gated", str(gate), "running")
+    deployment.wait_for_starts(running)
+    waiting = [deployment.send("echo", number) for number in range(5)]
 
     getattr(server, go_down)()
     wait_until_logged([worker], "Trying again in")
     if ends == "during the outage":
         gate.touch()
-        wait_until(lambda: site.ledger.ends("gated"), timeout=PATIENCE, describe="the end of the body")
+        wait_until(lambda: deployment.ledger.ends("gated"), timeout=TIMEOUT, describe="the end of the body")
     server.start()
-    late = site.send("echo", "late")
+    late = deployment.send("echo", "late")
     if ends == "after it":
         # Delivered again beside its own run: held, as often as it takes.
         wait_until_logged([worker], f"Task gated[{running.id}] received", 2)
         gate.touch()
 
-    site.assert_ran_once("gated", {running: "running"})
+    deployment.assert_ran_once("gated", {running: "running"})
     values = {result: number for number, result in enumerate(waiting)}
-    site.assert_ran_once("echo", {**values, late: "late"})
+    deployment.assert_ran_once("echo", {**values, late: "late"})
     wait_until_redis_has_nothing_left(server.url, broker.queue)
-    assert len(site.ledger.starts()) == 7
+    assert len(deployment.ledger.starts()) == 7
 
 
 def restart(server: PrivateRedis) -> None:
@@ -78,63 +78,63 @@ def flush(server: PrivateRedis) -> None:
 
 @pytest.mark.parametrize(("forget", "found"), [(restart, "by being overtaken"), (flush, "on demand")])
 def test_a_redis_that_forgets_everything(
-    make_site: MakeSite, start_worker: StartWorker, forget: Callable[[PrivateRedis], None], found: str
+    deploy: Deploy, start_worker: StartWorker, forget: Callable[[PrivateRedis], None], found: str
 ) -> None:
     with PrivateRedis(persistent=False) as server:
         broker = redis_broker(server.url)
         overtaken = found == "by being overtaken"
-        site = make_site(broker, idempotent_lost_after=1.0 if overtaken else 3600.0)
-        worker = start_worker(site.spec)
-        gate = site.gate()
-        running = site.send("gated", str(gate), "running")
-        site.wait_for_starts(running)
-        waiting = [site.send("echo", number) for number in range(5)]
-        due_later = site.send("echo", "due later", countdown=3)
+        deployment = deploy(broker, idempotent_lost_after=1.0 if overtaken else 3600.0)
+        worker = start_worker(deployment.spec)
+        gate = deployment.gate()
+        running = deployment.send("gated", str(gate), "running")
+        deployment.wait_for_starts(running)
+        waiting = [deployment.send("echo", number) for number in range(5)]
+        due_later = deployment.send("echo", "due later", countdown=3)
 
         forget(server)
         with redis.Redis.from_url(server.url) as client:
             assert (client.llen(broker.queue), client.hlen("unacked")) == (0, 0)
         gate.touch()
-        site.assert_ran_once("gated", {running: "running"})
+        deployment.assert_ran_once("gated", {running: "running"})
         values = {**{result: number for number, result in enumerate(waiting)}, due_later: "due later"}
-        assert {site.row(result, "echo").status for result in values} == {Status.PENDING}
+        assert {deployment.row(result, "echo").status for result in values} == {Status.PENDING}
 
         def is_overdue() -> bool:
-            row = site.row(due_later, "echo")
+            row = deployment.row(due_later, "echo")
             return row.available_at is not None and (row.read_at - row.available_at).total_seconds() > 1.5
 
-        rescue = Rescue.of(site.app.queue_log)
+        rescue = Rescue.of(deployment.app.queue_log)
         if not overtaken:
             assert rescue.publish_waiting(0.0) == len(waiting), "what is due later may still come by itself"
-            site.assert_ran_once("echo", {result: value for result, value in values.items() if result != due_later})
-        wait_until(is_overdue, timeout=PATIENCE, describe="its time is past")
+            deployment.assert_ran_once(
+                "echo", {result: value for result, value in values.items() if result != due_later}
+            )
+        wait_until(is_overdue, timeout=TIMEOUT, describe="its time is past")
         if overtaken:
-            values[site.send("echo", "later")] = "later"
+            values[deployment.send("echo", "later")] = "later"
         else:
             assert rescue.publish_waiting(0.0) == 1
 
-        site.assert_ran_once("echo", values)
+        deployment.assert_ran_once("echo", values)
         wait_until_redis_has_nothing_left(server.url, broker.queue)
-        assert len(site.ledger.starts()) == 1 + len(values)
+        assert len(deployment.ledger.starts()) == 1 + len(values)
         assert times_logged(worker, "is published again: it was pending") == (6 if overtaken else 0)
 
 
-def test_an_eta_beyond_the_visibility_timeout(
-    make_site: MakeSite, start_worker: StartWorker, server: PrivateRedis
-) -> None:
+def test_an_eta_beyond_the_visibility_timeout(deploy: Deploy, start_worker: StartWorker, server: PrivateRedis) -> None:
     """A worker keeps a message until its time, unacknowledged: others are handed copies, and all come due at once."""
     broker = redis_broker(server.url)
-    site = make_site(broker, transport_options=VISIBILITY, worker_prefetch_multiplier=4)
-    workers = [start_worker(site.spec, wait=False) for _ in range(2)]
+    deployment = deploy(broker, transport_options=VISIBILITY, worker_prefetch_multiplier=4)
+    workers = [start_worker(deployment.spec, wait=False) for _ in range(2)]
     for worker in workers:
         worker.wait_until_ready()
 
     sent_at = time.time()
-    result = site.send("slow", 3, "on time", countdown=6)
+    result = deployment.send("slow", 3, "on time", countdown=6)
 
-    (start,) = site.wait_for_starts(result)
-    site.assert_ran_once("slow", {result: "on time"})
+    (start,) = deployment.wait_for_starts(result)
+    deployment.assert_ran_once("slow", {result: "on time"})
     wait_until_redis_has_nothing_left(server.url, broker.queue)
-    assert len(site.starts(result)) == 1
+    assert len(deployment.starts(result)) == 1
     assert sent_at + 6 <= start.at < sent_at + 16
     assert sum(times_logged(worker, f"Task slow[{result.id}] received") for worker in workers) >= 3

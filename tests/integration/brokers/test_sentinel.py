@@ -14,8 +14,8 @@ from kombu.exceptions import OperationalError
 
 from tests.conftest import StartWorker
 from tests.integration.brokers.conftest import (
-    PATIENCE,
-    MakeSite,
+    TIMEOUT,
+    Deploy,
     times_logged,
     wait_until_redis_has_nothing_left,
 )
@@ -61,35 +61,33 @@ def pair(private_redis: PrivateRedis) -> Iterator[Pair]:
         with redis.Redis.from_url(pair.sentinel.url) as client:
             wait_until(
                 lambda: client.execute_command("SENTINEL", "REPLICAS", pair.sentinel.MASTER),
-                timeout=PATIENCE,
+                timeout=TIMEOUT,
                 describe=pair.sentinel.log_tail,
             )
-        wait_until(
-            lambda: pair.replication()["master_link_status"] == "up", timeout=PATIENCE, describe=pair.replication
-        )
+        wait_until(lambda: pair.replication()["master_link_status"] == "up", timeout=TIMEOUT, describe=pair.replication)
         yield pair
 
 
 def test_the_master_dies_before_its_replica_has_everything(
-    make_site: MakeSite, start_worker: StartWorker, pair: Pair
+    deploy: Deploy, start_worker: StartWorker, pair: Pair
 ) -> None:
     broker = replace(redis_broker(pair.sentinel.broker_url), name="sentinel")
-    site = make_site(
+    deployment = deploy(
         broker,
         transport_options={"master_name": pair.sentinel.MASTER, "visibility_timeout": 10},
         idempotent_lost_after=2.0,
     )
-    worker = start_worker(site.spec)
-    gate, other_gate = site.gate(), site.gate()
-    finished = site.send("gated", str(other_gate), "finished")
-    site.wait_for_starts(finished)
-    copied = [site.send("echo", number) for number in range(3)]
-    running = site.send("gated", str(gate), "running")
-    wait_until(pair.is_copied, timeout=PATIENCE, describe=pair.replication)
+    worker = start_worker(deployment.spec)
+    gate, other_gate = deployment.gate(), deployment.gate()
+    finished = deployment.send("gated", str(other_gate), "finished")
+    deployment.wait_for_starts(finished)
+    copied = [deployment.send("echo", number) for number in range(3)]
+    running = deployment.send("gated", str(gate), "running")
+    wait_until(pair.is_copied, timeout=TIMEOUT, describe=pair.replication)
 
     def call(task_id: str) -> AsyncResult[Any] | None:
         try:
-            return site.send("echo", task_id, task_id=task_id)
+            return deployment.send("echo", task_id, task_id=task_id)
         except OperationalError:
             return None
 
@@ -97,30 +95,30 @@ def test_the_master_dies_before_its_replica_has_everything(
     pair.stop_replication()
     other_gate.touch()
     echoed = {result: number for number, result in enumerate(copied)}
-    site.assert_ran_once("gated", {finished: "finished"})
-    site.assert_ran_once("echo", echoed)
-    site.wait_for_starts(running)
-    unknown = {site.send("echo", text): text for text in ("unknown", "unknown too")}
+    deployment.assert_ran_once("gated", {finished: "finished"})
+    deployment.assert_ran_once("echo", echoed)
+    deployment.wait_for_starts(running)
+    unknown = {deployment.send("echo", text): text for text in ("unknown", "unknown too")}
     with redis.Redis.from_url(pair.replica.url) as client:
         assert (client.llen(broker.queue), client.hlen("unacked")) == (4, 1)
     pair.master.kill()
     # Its caller is refused for as long as there is no master, and calls again.
-    meanwhile = wait_until(lambda: call("meanwhile"), timeout=PATIENCE, describe=pair.sentinel.log_tail)
-    wait_until(lambda: times_logged(worker, "Connected to sentinel") == 2, timeout=PATIENCE, describe=worker.log_tail)
+    meanwhile = wait_until(lambda: call("meanwhile"), timeout=TIMEOUT, describe=pair.sentinel.log_tail)
+    wait_until(lambda: times_logged(worker, "Connected to sentinel") == 2, timeout=TIMEOUT, describe=worker.log_tail)
     gate.touch()
 
-    site.assert_ran_once("gated", {running: "running", finished: "finished"})
-    site.assert_ran_once("echo", {meanwhile: "meanwhile"})
+    deployment.assert_ran_once("gated", {running: "running", finished: "finished"})
+    deployment.assert_ran_once("echo", {meanwhile: "meanwhile"})
 
     # They are overtaken by what is sent two seconds after them.
     def sent_before(seconds: float) -> bool:
-        rows = [site.row(result, "echo") for result in unknown]
+        rows = [deployment.row(result, "echo") for result in unknown]
         return all((row.read_at - row.created_timestamp).total_seconds() > seconds for row in rows)
 
-    wait_until(lambda: sent_before(3.0), timeout=PATIENCE, describe="they have waited")
-    later = site.send("echo", "later")
-    site.assert_ran_once("echo", {**echoed, **unknown, meanwhile: "meanwhile", later: "later"})
+    wait_until(lambda: sent_before(3.0), timeout=TIMEOUT, describe="they have waited")
+    later = deployment.send("echo", "later")
+    deployment.assert_ran_once("echo", {**echoed, **unknown, meanwhile: "meanwhile", later: "later"})
     for result in copied:
-        site.settled(result, "echo", duplicates=1)
+        deployment.settled(result, "echo", duplicates=1)
     wait_until_redis_has_nothing_left(pair.replica.url, broker.queue)
-    assert len(site.ledger.starts()) == 2 + 3 + 2 + 2
+    assert len(deployment.ledger.starts()) == 2 + 3 + 2 + 2

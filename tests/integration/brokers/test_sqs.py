@@ -17,7 +17,7 @@ from celery_idempotent.core.records import Claimed, MessageKey, NewMessage
 from celery_idempotent.message.header import Header
 from celery_idempotent.worker.admission import admit
 from tests.conftest import StartWorker
-from tests.integration.brokers.conftest import PATIENCE, MakeSite, Site, wait_until_logged
+from tests.integration.brokers.conftest import TIMEOUT, Deploy, Deployment, wait_until_logged
 from tests.integration.brokers.sqs import MAX_DELAY_SECONDS
 from tests.support.brokers import Broker, filesystem_broker
 from tests.support.waiting import wait_until
@@ -25,14 +25,14 @@ from tests.support.waiting import wait_until
 #: Seconds after which a message that was received and not deleted is received again.
 VISIBILITY = 2
 
-MakeSQS = Callable[..., Site]
+DeployOnSQS = Callable[..., Deployment]
 
 
 @pytest.fixture
-def make_sqs(make_site: MakeSite, tmp_path: Path) -> MakeSQS:
+def deploy_on_sqs(deploy: Deploy, tmp_path: Path) -> DeployOnSQS:
     """Return an app on such a broker, and whether an old receipt handle deletes."""
 
-    def make_sqs(stale_handles_delete: bool, **settings: Any) -> Site:
+    def deploy_on_sqs(stale_handles_delete: bool, **settings: Any) -> Deployment:
         files = filesystem_broker(tmp_path)
         broker = Broker(
             name="sqs",
@@ -45,18 +45,18 @@ def make_sqs(make_site: MakeSite, tmp_path: Path) -> MakeSQS:
             },
             settings={"broker_transport": "tests.integration.brokers.sqs:Transport"},
         )
-        return make_site(broker, **settings)
+        return deploy(broker, **settings)
 
-    return make_sqs
+    return deploy_on_sqs
 
 
-def messages(site: Site) -> list[Path]:
+def messages(deployment: Deployment) -> list[Path]:
     """Return what is in the queue, visible or not."""
-    return list(Path(site.spec.transport_options["data_folder_in"]).glob(f"*.{site.spec.queue}.msg"))
+    return list(Path(deployment.spec.transport_options["data_folder_in"]).glob(f"*.{deployment.spec.queue}.msg"))
 
 
-def wait_until_nothing_is_left(site: Site) -> None:
-    wait_until(lambda: not messages(site), timeout=PATIENCE, describe=lambda: messages(site))
+def wait_until_nothing_is_left(deployment: Deployment) -> None:
+    wait_until(lambda: not messages(deployment), timeout=TIMEOUT, describe=lambda: messages(deployment))
 
 
 either = pytest.mark.parametrize(
@@ -66,73 +66,73 @@ either = pytest.mark.parametrize(
 
 @either
 def test_a_task_that_runs_for_longer_than_the_visibility_timeout(
-    make_sqs: MakeSQS, start_worker: StartWorker, stale_handles_delete: bool
+    deploy_on_sqs: DeployOnSQS, start_worker: StartWorker, stale_handles_delete: bool
 ) -> None:
-    site = make_sqs(stale_handles_delete)
-    workers = [start_worker(site.spec, wait=False) for _ in range(2)]
+    deployment = deploy_on_sqs(stale_handles_delete)
+    workers = [start_worker(deployment.spec, wait=False) for _ in range(2)]
     for worker in workers:
         worker.wait_until_ready()
-    gate = site.gate()
-    result = site.send("gated", str(gate), "once")
+    gate = deployment.gate()
+    result = deployment.send("gated", str(gate), "once")
 
     wait_until_logged(workers, f"gated[{result.id}] is held for", 3)
     gate.touch()
 
-    site.assert_ran_once("gated", {result: "once"})
-    wait_until_nothing_is_left(site)
-    assert len(site.starts(result)) == 1
-    assert site.row(result, "gated").duplicates >= 1
+    deployment.assert_ran_once("gated", {result: "once"})
+    wait_until_nothing_is_left(deployment)
+    assert len(deployment.starts(result)) == 1
+    assert deployment.row(result, "gated").duplicates >= 1
 
 
 @either
 def test_the_owner_dies_after_its_copy_was_held(
-    make_sqs: MakeSQS, start_worker: StartWorker, stale_handles_delete: bool
+    deploy_on_sqs: DeployOnSQS, start_worker: StartWorker, stale_handles_delete: bool
 ) -> None:
     """The hold deletes the broker's only copy, by the latest handle: the delayed one is there by then."""
-    site = make_sqs(stale_handles_delete, idempotent_lease=4, idempotent_recovery_interval=0)
-    owner = start_worker(site.spec)
-    gate = site.gate()
-    result = site.send("gated", str(gate), "at last")
-    site.wait_for_starts(result)
-    other = start_worker(site.spec)
+    deployment = deploy_on_sqs(stale_handles_delete, idempotent_lease=4, idempotent_recovery_interval=0)
+    owner = start_worker(deployment.spec)
+    gate = deployment.gate()
+    result = deployment.send("gated", str(gate), "at last")
+    deployment.wait_for_starts(result)
+    other = start_worker(deployment.spec)
     wait_until_logged([other], f"gated[{result.id}] is held for")
 
     owner.kill()
     gate.touch()
 
-    assert result.get(timeout=PATIENCE) == "at last"
-    wait_until_nothing_is_left(site)
-    row = site.settled(result, "gated")
+    assert result.get(timeout=TIMEOUT) == "at last"
+    wait_until_nothing_is_left(deployment)
+    row = deployment.settled(result, "gated")
     assert (row.processed_status, row.token) == ("success", 2)
-    assert (len(site.starts(result)), len(site.ledger.ends(task_id=result.id))) == (2, 1)
+    assert (len(deployment.starts(result)), len(deployment.ledger.ends(task_id=result.id))) == (2, 1)
 
 
-def test_an_eta_beyond_the_visibility_timeout(make_sqs: MakeSQS, start_worker: StartWorker) -> None:
+def test_an_eta_beyond_the_visibility_timeout(deploy_on_sqs: DeployOnSQS, start_worker: StartWorker) -> None:
     """It is no delay of the broker's, which could not be as long: workers keep a copy each, and all come due at once."""
-    site = make_sqs(False)
-    workers = [start_worker(site.spec, wait=False) for _ in range(2)]
+    deployment = deploy_on_sqs(False)
+    workers = [start_worker(deployment.spec, wait=False) for _ in range(2)]
     for worker in workers:
         worker.wait_until_ready()
 
     sent_at = time.time()
-    result = site.send("slow", 3, "on time", countdown=5)
+    result = deployment.send("slow", 3, "on time", countdown=5)
 
-    (start,) = site.wait_for_starts(result)
+    (start,) = deployment.wait_for_starts(result)
     assert sent_at + 5 <= start.at < sent_at + 15
-    site.assert_ran_once("slow", {result: "on time"})
-    wait_until_nothing_is_left(site)
-    assert len(site.starts(result)) == 1
+    deployment.assert_ran_once("slow", {result: "on time"})
+    wait_until_nothing_is_left(deployment)
+    assert len(deployment.starts(result)) == 1
     wait_until_logged(workers, f"Task slow[{result.id}] received", 2)
 
 
-def test_a_countdown_beyond_what_the_broker_can_delay(make_sqs: MakeSQS) -> None:
-    site = make_sqs(False)
+def test_a_countdown_beyond_what_the_broker_can_delay(deploy_on_sqs: DeployOnSQS) -> None:
+    deployment = deploy_on_sqs(False)
 
-    site.send("echo", "tomorrow", countdown=MAX_DELAY_SECONDS * 96)
+    deployment.send("echo", "tomorrow", countdown=MAX_DELAY_SECONDS * 96)
     with pytest.raises(ValueError, match="DelaySeconds"):
-        site.send("echo", "delayed by the broker", delay_seconds=MAX_DELAY_SECONDS + 1)
+        deployment.send("echo", "delayed by the broker", delay_seconds=MAX_DELAY_SECONDS + 1)
 
-    assert len(messages(site)) == 1
+    assert len(messages(deployment)) == 1
 
 
 @pytest.mark.parametrize(

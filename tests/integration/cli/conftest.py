@@ -1,4 +1,4 @@
-"""Commands run in this process, on the bench's app."""
+"""Commands run in this process, on the shared worker's app."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import pytest
 from celery import Celery
 from celery.bin.celery import celery
 
-from tests.integration.conftest import bench, shared_bench
-from tests.support.bench import Bench
+from tests.integration.conftest import session_worker, shared_worker
+from tests.support.shared_workers import SharedWorker
 
-__all__ = ["Command", "bench", "shared_bench"]
+__all__ = ["Command", "session_worker", "shared_worker"]
 
 Command = Callable[..., tuple[int, Any]]
 
 
 @pytest.fixture
-def command(bench: Bench, capsys: pytest.CaptureFixture[str]) -> Command:
+def command(shared_worker: SharedWorker, capsys: pytest.CaptureFixture[str]) -> Command:
     """Run ``celery idempotent COMMAND --json``; its exit status, and what it printed."""
 
     def command(*arguments: str, app: Celery | None = None) -> tuple[int, Any]:
         capsys.readouterr()
         # As `app.start` does it, which keeps the status to itself.
-        celery.params[0].default = app or bench.app
+        celery.params[0].default = app or shared_worker.app
         try:
             status = celery.main(["idempotent", *arguments, "--json"], standalone_mode=False)
         finally:

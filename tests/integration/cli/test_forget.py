@@ -9,7 +9,7 @@ import pytest
 from celery_idempotent import MessageMismatchError
 from celery_idempotent.core.records import FORGOTTEN, MessageKey, NewMessage, ProcessedStatus, Status
 from tests.integration.cli.conftest import Command
-from tests.support.bench import PATIENCE, Bench
+from tests.support.shared_workers import TIMEOUT, SharedWorker
 
 
 def forgotten(command: Command, *arguments: str) -> list[str]:
@@ -18,60 +18,63 @@ def forgotten(command: Command, *arguments: str) -> list[str]:
     return [one["message_id"] for one in said["forgotten"]]
 
 
-def test_the_next_message_under_the_id_is_new(bench: Bench, command: Command) -> None:
-    m, echo = bench.fresh(), bench.task("echo")
+def test_the_next_message_under_the_id_is_new(shared_worker: SharedWorker, command: Command) -> None:
+    m, echo = shared_worker.fresh(), shared_worker.task("echo")
     first = echo.apply_async(("one",), message_id=m)
-    assert first.get(timeout=PATIENCE) == "one"
-    bench.done("echo", m)
+    assert first.get(timeout=TIMEOUT) == "one"
+    shared_worker.done("echo", m)
     with pytest.raises(MessageMismatchError):
         echo.apply_async(("two",), message_id=m)
 
     assert forgotten(command, m) == [m]
 
-    row = bench.row("echo", m)
+    row = shared_worker.row("echo", m)
     assert (row.message, row.result, row.fingerprint, row.error) == (None, None, None, FORGOTTEN)
     second = echo.apply_async(("two",), message_id=m)
     assert not second.duplicate
-    assert second.get(timeout=PATIENCE) == "two"
-    assert len(bench.starts("echo", m)) == 2
+    assert second.get(timeout=TIMEOUT) == "two"
+    assert len(shared_worker.starts("echo", m)) == 2
 
 
-def test_what_waits_or_runs_is_forgotten_by_force_only(bench: Bench, command: Command) -> None:
-    waits, runs, gate = bench.fresh("waits"), bench.fresh("runs"), bench.path("gate")
-    bench.task("echo").apply_async(("value",), message_id=waits, queue=bench.fresh("queue"))
-    bench.task("gated").apply_async((gate, "old"), message_id=runs)
-    bench.wait_for_starts("gated", runs)
+def test_what_waits_or_runs_is_forgotten_by_force_only(shared_worker: SharedWorker, command: Command) -> None:
+    waits, runs, gate = shared_worker.fresh("waits"), shared_worker.fresh("runs"), shared_worker.path("gate")
+    shared_worker.task("echo").apply_async(("value",), message_id=waits, queue=shared_worker.fresh("queue"))
+    shared_worker.task("gated").apply_async((gate, "old"), message_id=runs)
+    shared_worker.wait_for_starts("gated", runs)
 
     status, said = command("forget", waits, runs, "never", "--yes")
 
     assert (status, said["forgotten"], said["missing"]) == (1, [], ["no message 'never'"])
     reasons = {one["message_id"]: one["reason"] for one in said["refused"]}
     assert reasons == {waits: "it waits to run; see --force", runs: "it runs; see --force"}
-    assert (bench.row("echo", waits).status, bench.row("gated", runs).status) == (Status.PENDING, Status.PROCESSING)
+    assert (shared_worker.row("echo", waits).status, shared_worker.row("gated", runs).status) == (
+        Status.PENDING,
+        Status.PROCESSING,
+    )
 
     assert forgotten(command, waits, runs, "--force") == [waits, runs]
-    new = bench.task("gated").apply_async((gate, "new"), message_id=runs)
-    bench.wait_for_starts("gated", runs, 2)
+    new = shared_worker.task("gated").apply_async((gate, "new"), message_id=runs)
+    shared_worker.wait_for_starts("gated", runs, 2)
     Path(gate).touch()
 
-    assert new.get(timeout=PATIENCE) == "new"
-    assert bench.worker is not None
-    bench.worker.wait_for_log(f"the claim on message {runs!r} (token 1) was lost", timeout=PATIENCE)
-    row = bench.done("gated", runs)
+    assert new.get(timeout=TIMEOUT) == "new"
+    assert shared_worker.worker is not None
+    shared_worker.worker.wait_for_log(f"the claim on message {runs!r} (token 1) was lost", timeout=TIMEOUT)
+    row = shared_worker.done("gated", runs)
     assert (row.processed_status, row.task_id, row.token) == (ProcessedStatus.SUCCESS, new.id, 2)
 
 
-def test_many_are_chosen_once(bench: Bench, command: Command) -> None:
-    mark = bench.fresh("many")
+def test_many_are_chosen_once(shared_worker: SharedWorker, command: Command) -> None:
+    mark = shared_worker.fresh("many")
     ids = [f"{mark}:{number}" for number in range(3)]
     for m in ids:
-        bench.task("fail").apply_async((f"no {m}",), message_id=m)
-        bench.done("fail", m)
+        shared_worker.task("fail").apply_async((f"no {m}",), message_id=m)
+        shared_worker.done("fail", m)
     choice = ("--message-id", f"{mark}:*", "--error", "ValueError: no *", "--status", "done")
 
     status, would = command("forget", *choice, "--dry-run")
     assert (status, would["dry_run"], len(would["forgotten"])) == (0, True, 3)
-    assert bench.row("fail", ids[0]).error != FORGOTTEN
+    assert shared_worker.row("fail", ids[0]).error != FORGOTTEN
 
     assert forgotten(command, *choice, "--limit", "2") == ids[:2]
     assert forgotten(command, "--message-id", f"{mark}:*") == ids[2:]
@@ -80,8 +83,8 @@ def test_many_are_chosen_once(bench: Bench, command: Command) -> None:
     assert (status, said["requeued"], said["refused"]) == (0, [], [])
 
 
-def test_a_message_whose_worker_died_is_forgotten(bench: Bench, command: Command) -> None:
-    m, store = bench.fresh(), bench.app.queue_log.store
+def test_a_message_whose_worker_died_is_forgotten(shared_worker: SharedWorker, command: Command) -> None:
+    m, store = shared_worker.fresh(), shared_worker.app.queue_log.store
     lost = store.claim(NewMessage(MessageKey(m, "echo"), m), worker="w:1", lease=60.0, grace=0.0)
     store.expire(lost.claim)
 

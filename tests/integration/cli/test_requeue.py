@@ -15,7 +15,7 @@ from celery_idempotent.producer.relay import relay
 from tests.integration.cli.conftest import Command
 from tests.integration.test_copies import consumed
 from tests.integration.test_revoke_and_expiry import revoke
-from tests.support.bench import PATIENCE, Bench
+from tests.support.shared_workers import TIMEOUT, SharedWorker
 from tests.support.waiting import wait_until
 
 SUCCESS, FAILURE = ProcessedStatus.SUCCESS, ProcessedStatus.FAILURE
@@ -35,53 +35,55 @@ def again(result: AsyncResult) -> AsyncResult:
 
 def get(result: AsyncResult) -> object:
     """Wait for the value to replace the failure."""
-    wait_until(lambda: again(result).successful(), timeout=PATIENCE, describe=lambda: again(result).state)
-    return again(result).get(timeout=PATIENCE)
+    wait_until(lambda: again(result).successful(), timeout=TIMEOUT, describe=lambda: again(result).state)
+    return again(result).get(timeout=TIMEOUT)
 
 
-def failed(bench: Bench, task: str, message_id: str) -> Row:
-    row = bench.done(task, message_id)
+def failed(shared_worker: SharedWorker, task: str, message_id: str) -> Row:
+    row = shared_worker.done(task, message_id)
     assert row.processed_status is FAILURE
     return row
 
 
-def test_a_failed_message_runs_again_under_the_ids_that_it_had(bench: Bench, command: Command) -> None:
-    m = bench.fresh()
-    result = bench.task("flaky").apply_async((m, bench.path("flag")), message_id=m)
+def test_a_failed_message_runs_again_under_the_ids_that_it_had(shared_worker: SharedWorker, command: Command) -> None:
+    m = shared_worker.fresh()
+    result = shared_worker.task("flaky").apply_async((m, shared_worker.path("flag")), message_id=m)
     with pytest.raises(ValueError, match="the first time"):
-        result.get(timeout=PATIENCE)
-    before = failed(bench, "flaky", m)
+        result.get(timeout=TIMEOUT)
+    before = failed(shared_worker, "flaky", m)
 
     assert requeued(command, m) == [{"message_id": m, "task_name": "flaky", "task_id": result.id}]
 
     assert get(result) == m
-    after = bench.done("flaky", m)
+    after = shared_worker.done("flaky", m)
     assert (after.processed_status, after.task_id, after.token) == (SUCCESS, result.id, before.token + 1)
     assert (after.created_timestamp, after.error, after.duplicates) == (before.created_timestamp, None, 0)
-    assert len(bench.starts("flaky", m)) == 2
+    assert len(shared_worker.starts("flaky", m)) == 2
 
 
-def test_what_gave_up_starts_over_with_all_its_retries(bench: Bench, command: Command) -> None:
-    m = bench.fresh()
-    result = bench.task("give_up").apply_async((True,), message_id=m)
-    assert failed(bench, "give_up", m).attempt == 2
+def test_what_gave_up_starts_over_with_all_its_retries(shared_worker: SharedWorker, command: Command) -> None:
+    m = shared_worker.fresh()
+    result = shared_worker.task("give_up").apply_async((True,), message_id=m)
+    assert failed(shared_worker, "give_up", m).attempt == 2
     with pytest.raises(ValueError, match="no use"):
-        result.get(timeout=PATIENCE)
+        result.get(timeout=TIMEOUT)
 
     requeued(command, m)
 
-    bench.wait_for_starts("give_up", m, 6)
-    assert failed(bench, "give_up", m).attempt == 2
-    assert [start.retries for start in bench.starts("give_up", m)] == [0, 1, 2, 0, 1, 2]
+    shared_worker.wait_for_starts("give_up", m, 6)
+    assert failed(shared_worker, "give_up", m).attempt == 2
+    assert [start.retries for start in shared_worker.starts("give_up", m)] == [0, 1, 2, 0, 1, 2]
 
 
-def test_the_rest_of_a_chain_goes_on(bench: Bench, command: Command) -> None:
-    m = bench.fresh()
-    first = bench.task("flaky").s("value", bench.path("flag")).set(message_id=m)
-    last = chain(first, bench.task("echo").s(), bench.task("told").s("behind"), app=bench.app).apply_async()
+def test_the_rest_of_a_chain_goes_on(shared_worker: SharedWorker, command: Command) -> None:
+    m = shared_worker.fresh()
+    first = shared_worker.task("flaky").s("value", shared_worker.path("flag")).set(message_id=m)
+    last = chain(
+        first, shared_worker.task("echo").s(), shared_worker.task("told").s("behind"), app=shared_worker.app
+    ).apply_async()
     with pytest.raises(ValueError, match="the first time"):
-        last.get(timeout=PATIENCE)
-    failed(bench, "flaky", m)
+        last.get(timeout=TIMEOUT)
+    failed(shared_worker, "flaky", m)
 
     requeued(command, m)
 
@@ -89,174 +91,192 @@ def test_the_rest_of_a_chain_goes_on(bench: Bench, command: Command) -> None:
     assert get(last.parent) == "value"
 
 
-def test_links_are_sent_and_errbacks_are_not_sent_twice(bench: Bench, command: Command) -> None:
-    m = bench.fresh()
-    result = bench.task("flaky").apply_async(
-        (m, bench.path("flag")),
+def test_links_are_sent_and_errbacks_are_not_sent_twice(shared_worker: SharedWorker, command: Command) -> None:
+    m = shared_worker.fresh()
+    result = shared_worker.task("flaky").apply_async(
+        (m, shared_worker.path("flag")),
         message_id=m,
-        link=bench.task("told").s("linked"),
-        link_error=bench.task("errback").s(),
+        link=shared_worker.task("told").s("linked"),
+        link_error=shared_worker.task("errback").s(),
     )
-    bench.wait_for_note("errback", result.id)
+    shared_worker.wait_for_note("errback", result.id)
 
     requeued(command, m)
 
     assert get(result) == m
     wait_until(
-        lambda: any(note.task == "told" for note in bench.ledger.starts("told")), timeout=PATIENCE, describe="the link"
+        lambda: any(note.task == "told" for note in shared_worker.ledger.starts("told")),
+        timeout=TIMEOUT,
+        describe="the link",
     )
-    assert [note.detail for note in bench.ledger.entries(task="errback")].count(result.id) == 1
+    assert [note.detail for note in shared_worker.ledger.entries(task="errback")].count(result.id) == 1
 
 
-def test_calls_of_the_body_are_not_made_twice(bench: Bench, command: Command) -> None:
-    m = bench.fresh()
-    result = bench.task("flaky.parent").apply_async((m, bench.path("flag")), message_id=m)
-    failed(bench, "flaky.parent", m)
-    bench.wait_for_note("child", f"{m}:1")
+def test_calls_of_the_body_are_not_made_twice(shared_worker: SharedWorker, command: Command) -> None:
+    m = shared_worker.fresh()
+    result = shared_worker.task("flaky.parent").apply_async((m, shared_worker.path("flag")), message_id=m)
+    failed(shared_worker, "flaky.parent", m)
+    shared_worker.wait_for_note("child", f"{m}:1")
 
     requeued(command, m)
 
     children = get(result)
     assert isinstance(children, list)
-    assert [AsyncResult(child, app=bench.app).get(timeout=PATIENCE) for child in children] == [f"{m}:1", f"{m}:2"]
-    noted = [note.detail for note in bench.ledger.entries(task="child")]
+    assert [AsyncResult(child, app=shared_worker.app).get(timeout=TIMEOUT) for child in children] == [
+        f"{m}:1",
+        f"{m}:2",
+    ]
+    noted = [note.detail for note in shared_worker.ledger.entries(task="child")]
     assert [noted.count(f"{m}:{number}") for number in (1, 2)] == [1, 1]
 
 
-def test_calls_of_a_body_that_lost_a_worker_before_are_not_made_twice(bench: Bench, command: Command) -> None:
+def test_calls_of_a_body_that_lost_a_worker_before_are_not_made_twice(
+    shared_worker: SharedWorker, command: Command
+) -> None:
     """Its message says that a retry was for the loss; the requeued one is no retry."""
-    m = bench.fresh()
-    result = bench.task("flaky.lost").apply_async((m, bench.path("killed"), bench.path("flag")), message_id=m)
-    assert failed(bench, "flaky.lost", m).attempt == 1
+    m = shared_worker.fresh()
+    result = shared_worker.task("flaky.lost").apply_async(
+        (m, shared_worker.path("killed"), shared_worker.path("flag")), message_id=m
+    )
+    assert failed(shared_worker, "flaky.lost", m).attempt == 1
 
     requeued(command, m)
 
     assert get(result) == m
-    assert [note.detail for note in bench.ledger.entries(task="child")].count(f"{m}:lost") == 1
+    assert [note.detail for note in shared_worker.ledger.entries(task="child")].count(f"{m}:lost") == 1
 
 
 @pytest.mark.parametrize("dies_again", [False, True], ids=["once", "twice"])
 def test_calls_of_a_body_that_was_terminated_are_not_made_twice(
-    bench: Bench, command: Command, dies_again: bool
+    shared_worker: SharedWorker, command: Command, dies_again: bool
 ) -> None:
     """It goes on under a new task id, and is taken over under that when its worker dies as well."""
-    m, killed = bench.fresh(), bench.path("killed")
+    m, killed = shared_worker.fresh(), shared_worker.path("killed")
     if not dies_again:
         Path(killed).touch()
-    result = bench.task("flaky.stuck").apply_async((m, bench.path("flag"), killed), message_id=m)
-    bench.wait_for_note("child", f"{m}:stuck")
-    revoke(bench, result.id, terminate=True, signal="SIGKILL")
-    assert str(failed(bench, "flaky.stuck", m).error).startswith("revoked")
+    result = shared_worker.task("flaky.stuck").apply_async((m, shared_worker.path("flag"), killed), message_id=m)
+    shared_worker.wait_for_note("child", f"{m}:stuck")
+    revoke(shared_worker, result.id, terminate=True, signal="SIGKILL")
+    assert str(failed(shared_worker, "flaky.stuck", m).error).startswith("revoked")
 
     (one,) = requeued(command, m)
 
     assert one["task_id"] != result.id
-    assert AsyncResult(one["task_id"], app=bench.app).get(timeout=PATIENCE) == m
-    assert bench.done("flaky.stuck", m).token == (3 if dies_again else 2)
-    calls = [note.detail for note in bench.ledger.entries(task="flaky.stuck") if note.detail and note.message_id == m]
-    assert len(calls) == len(bench.starts("flaky.stuck", m)) == (3 if dies_again else 2)
+    assert AsyncResult(one["task_id"], app=shared_worker.app).get(timeout=TIMEOUT) == m
+    assert shared_worker.done("flaky.stuck", m).token == (3 if dies_again else 2)
+    calls = [
+        note.detail for note in shared_worker.ledger.entries(task="flaky.stuck") if note.detail and note.message_id == m
+    ]
+    assert len(calls) == len(shared_worker.starts("flaky.stuck", m)) == (3 if dies_again else 2)
     assert len(set(calls)) == 1, "each time it is one and the same call"
-    assert [note.detail for note in bench.ledger.entries(task="child")].count(f"{m}:stuck") == 1
+    assert [note.detail for note in shared_worker.ledger.entries(task="child")].count(f"{m}:stuck") == 1
 
 
-def test_an_abandoned_message_runs_again(bench: Bench, command: Command) -> None:
-    m = bench.fresh()
-    result = bench.task("die.early").apply_async((bench.path("flag"),), message_id=m)
-    assert str(failed(bench, "die.early", m).error).startswith("abandoned")
+def test_an_abandoned_message_runs_again(shared_worker: SharedWorker, command: Command) -> None:
+    m = shared_worker.fresh()
+    result = shared_worker.task("die.early").apply_async((shared_worker.path("flag"),), message_id=m)
+    assert str(failed(shared_worker, "die.early", m).error).startswith("abandoned")
 
     requeued(command, "--error", "abandoned*", "--message-id", m)
 
     assert get(result) == "survived"
-    assert bench.done("die.early", m).processed_status is SUCCESS
+    assert shared_worker.done("die.early", m).processed_status is SUCCESS
 
 
-def test_a_revoked_message_runs_under_a_new_task_id(bench: Bench, command: Command) -> None:
-    m = bench.fresh()
-    result = bench.task("echo").apply_async(("late",), message_id=m, countdown=3600)
-    bench.app.control.revoke(result.id)
-    bench.deliver("echo", ("late",), message_id=m, task_id=result.id)
-    assert failed(bench, "echo", m).error == "revoked"
+def test_a_revoked_message_runs_under_a_new_task_id(shared_worker: SharedWorker, command: Command) -> None:
+    m = shared_worker.fresh()
+    result = shared_worker.task("echo").apply_async(("late",), message_id=m, countdown=3600)
+    shared_worker.app.control.revoke(result.id)
+    shared_worker.deliver("echo", ("late",), message_id=m, task_id=result.id)
+    assert failed(shared_worker, "echo", m).error == "revoked"
 
     (one,) = requeued(command, m)
 
     assert one["task_id"] != result.id
-    assert AsyncResult(one["task_id"], app=bench.app).get(timeout=PATIENCE) == "late"
-    assert bench.done("echo", m).task_id == one["task_id"]
+    assert AsyncResult(one["task_id"], app=shared_worker.app).get(timeout=TIMEOUT) == "late"
+    assert shared_worker.done("echo", m).task_id == one["task_id"]
 
 
-def test_an_expired_message_runs_without_its_expiry_under_a_new_task_id(bench: Bench, command: Command) -> None:
-    m, queue = bench.fresh(), bench.fresh("queue")
-    result = bench.task("echo").apply_async(("stale",), message_id=m, expires=0.2, queue=queue)
+def test_an_expired_message_runs_without_its_expiry_under_a_new_task_id(
+    shared_worker: SharedWorker, command: Command
+) -> None:
+    m, queue = shared_worker.fresh(), shared_worker.fresh("queue")
+    result = shared_worker.task("echo").apply_async(("stale",), message_id=m, expires=0.2, queue=queue)
     wait_until(
-        lambda: (bench.row("echo", m).read_at - bench.row("echo", m).created_timestamp).total_seconds() > 0.5,
-        timeout=PATIENCE,
+        lambda: (
+            (shared_worker.row("echo", m).read_at - shared_worker.row("echo", m).created_timestamp).total_seconds()
+            > 0.5
+        ),
+        timeout=TIMEOUT,
         describe="its expiry",
     )
-    with consumed(bench, queue):
-        assert str(failed(bench, "echo", m).error).startswith("expired")
+    with consumed(shared_worker, queue):
+        assert str(failed(shared_worker, "echo", m).error).startswith("expired")
         (one,) = requeued(command, m)
         assert one["task_id"] != result.id
-        assert AsyncResult(one["task_id"], app=bench.app).get(timeout=PATIENCE) == "stale"
-    assert bench.done("echo", m).processed_status is SUCCESS
+        assert AsyncResult(one["task_id"], app=shared_worker.app).get(timeout=TIMEOUT) == "stale"
+    assert shared_worker.done("echo", m).processed_status is SUCCESS
 
 
-def test_many_are_chosen_by_what_they_failed_with(bench: Bench, command: Command) -> None:
-    mark = bench.fresh("outage")
+def test_many_are_chosen_by_what_they_failed_with(shared_worker: SharedWorker, command: Command) -> None:
+    mark = shared_worker.fresh("outage")
     ids = [f"{mark}:{number}" for number in range(3)]
-    results = [bench.task("flaky").apply_async((m, bench.path("flag")), message_id=m) for m in ids]
+    results = [shared_worker.task("flaky").apply_async((m, shared_worker.path("flag")), message_id=m) for m in ids]
     other = f"{mark}:other"
-    bench.task("fail").apply_async((mark,), message_id=other)
+    shared_worker.task("fail").apply_async((mark,), message_id=other)
     for m in ids:
-        failed(bench, "flaky", m)
-    failed(bench, "fail", other)
+        failed(shared_worker, "flaky", m)
+    failed(shared_worker, "fail", other)
     choice = ("--message-id", f"{mark}:*", "--error", "ValueError: the first time*", "--newer-than", "1h")
 
     status, would = command("requeue", *choice, "--dry-run")
     assert (status, would["dry_run"], [one["message_id"] for one in would["requeued"]]) == (0, True, ids)
-    assert failed(bench, "flaky", ids[0]).token == 1
+    assert failed(shared_worker, "flaky", ids[0]).token == 1
 
     assert [one["message_id"] for one in requeued(command, *choice, "--limit", "2")] == ids[:2]
     assert [one["message_id"] for one in requeued(command, *choice)] == ids[2:]
     assert [get(result) for result in results] == ids
-    assert failed(bench, "fail", other).token == 1
+    assert failed(shared_worker, "fail", other).token == 1
 
 
-def test_a_chord_that_has_failed_stays_so_and_one_that_is_sent_again_goes_on(bench: Bench, command: Command) -> None:
+def test_a_chord_that_has_failed_stays_so_and_one_that_is_sent_again_goes_on(
+    shared_worker: SharedWorker, command: Command
+) -> None:
     """Its body is not sent any more, whatever becomes of a member; members that are done are replayed for a chord that is."""
-    m, flag = bench.fresh(), bench.path("flag")
+    m, flag = shared_worker.fresh(), shared_worker.path("flag")
 
     def send() -> AsyncResult:
         header = [
-            bench.task("flaky").s("flaky", flag).set(message_id=m),
-            bench.task("echo").s("other").set(message_id=f"{m}:other"),
+            shared_worker.task("flaky").s("flaky", flag).set(message_id=m),
+            shared_worker.task("echo").s("other").set(message_id=f"{m}:other"),
         ]
-        return chord(header, bench.task("echo").s(), app=bench.app).apply_async()
+        return chord(header, shared_worker.task("echo").s(), app=shared_worker.app).apply_async()
 
     body = send()
     with pytest.raises(Exception, match="the first time"):
-        body.get(timeout=PATIENCE)
-    failed(bench, "flaky", m)
+        body.get(timeout=TIMEOUT)
+    failed(shared_worker, "flaky", m)
 
     requeued(command, m)
 
-    bench.wait_for_row("flaky", m, lambda row: row.processed_status is SUCCESS)
+    shared_worker.wait_for_row("flaky", m, lambda row: row.processed_status is SUCCESS)
     assert again(body).failed()
-    assert sorted(send().get(timeout=PATIENCE)) == ["flaky", "other"]
-    assert len(bench.starts("echo", f"{m}:other")) == 1
-    assert len(bench.starts("flaky", m)) == 2
+    assert sorted(send().get(timeout=TIMEOUT)) == ["flaky", "other"]
+    assert len(shared_worker.starts("echo", f"{m}:other")) == 1
+    assert len(shared_worker.starts("flaky", m)) == 2
 
 
 # -- what is refused -----------------------------------------------------------------------------------------------------------
 
 
-def test_what_has_not_failed_stays_as_it_is(bench: Bench, command: Command) -> None:
-    done, waits, runs, dead = (bench.fresh(what) for what in ("done", "waits", "runs", "dead"))
-    bench.task("echo").apply_async((1,), message_id=done).get(timeout=PATIENCE)
-    bench.task("echo").apply_async((1,), message_id=waits, queue=bench.fresh("queue"))
-    gate = bench.path("gate")
-    result = bench.task("gated").apply_async((gate,), message_id=runs)
-    bench.wait_for_starts("gated", runs)
-    store = bench.app.queue_log.store
+def test_what_has_not_failed_stays_as_it_is(shared_worker: SharedWorker, command: Command) -> None:
+    done, waits, runs, dead = (shared_worker.fresh(what) for what in ("done", "waits", "runs", "dead"))
+    shared_worker.task("echo").apply_async((1,), message_id=done).get(timeout=TIMEOUT)
+    shared_worker.task("echo").apply_async((1,), message_id=waits, queue=shared_worker.fresh("queue"))
+    gate = shared_worker.path("gate")
+    result = shared_worker.task("gated").apply_async((gate,), message_id=runs)
+    shared_worker.wait_for_starts("gated", runs)
+    store = shared_worker.app.queue_log.store
     lost = store.claim(NewMessage(MessageKey(dead, "echo"), dead), worker="w:1", lease=60.0, grace=0.0)
     store.expire(lost.claim)
 
@@ -268,14 +288,14 @@ def test_what_has_not_failed_stays_as_it_is(bench: Bench, command: Command) -> N
     assert reasons[waits].startswith("it waits already")
     assert reasons[runs].startswith("it runs, on ")
     assert reasons[dead] == "its row has no message any more"
-    assert [bench.row("echo", m).token for m in (done, waits, dead)] == [1, 0, 1]
-    bench.app.queue_log.store.fail(lost.claim, error="over")
+    assert [shared_worker.row("echo", m).token for m in (done, waits, dead)] == [1, 0, 1]
+    shared_worker.app.queue_log.store.fail(lost.claim, error="over")
     Path(gate).touch()
-    result.get(timeout=PATIENCE)
+    result.get(timeout=TIMEOUT)
 
 
-def test_a_message_whose_worker_died_runs_again(bench: Bench, command: Command) -> None:
-    m, store = bench.fresh(), bench.app.queue_log.store
+def test_a_message_whose_worker_died_runs_again(shared_worker: SharedWorker, command: Command) -> None:
+    m, store = shared_worker.fresh(), shared_worker.app.queue_log.store
     message = encode_message(("value",), {}, {}, serializer="json")
     lost = store.claim(NewMessage(MessageKey(m, "echo"), m, message=message), worker="w:1", lease=60.0, grace=0.0)
     assert command("requeue", m, "--yes")[0] == 1
@@ -283,13 +303,13 @@ def test_a_message_whose_worker_died_runs_again(bench: Bench, command: Command) 
 
     requeued(command, m)
 
-    row = bench.wait_for_row("echo", m, lambda row: row.status is Status.DONE)
+    row = shared_worker.wait_for_row("echo", m, lambda row: row.status is Status.DONE)
     assert (row.processed_status, row.token) == (SUCCESS, 2)
     assert not store.complete(lost.claim, result=b"late")
 
 
-def test_what_cannot_be_published_stays_as_it_is(bench: Bench, command: Command) -> None:
-    store, mark = bench.app.queue_log.store, bench.fresh()
+def test_what_cannot_be_published_stays_as_it_is(shared_worker: SharedWorker, command: Command) -> None:
+    store, mark = shared_worker.app.queue_log.store, shared_worker.fresh()
 
     def fail(name: str, task: str, message: bytes | None) -> None:
         new = NewMessage(MessageKey(f"{mark}:{name}", task), name, message=message)
@@ -313,12 +333,12 @@ def test_what_cannot_be_published_stays_as_it_is(bench: Bench, command: Command)
     assert all(row.token == 1 and row.status is Status.DONE for row in store.rows(RowFilter(message_id=f"{mark}:*")))
 
 
-def test_of_two_who_requeue_one_does(bench: Bench) -> None:
-    m = bench.fresh()
-    bench.task("fail").apply_async(message_id=m)
-    row = failed(bench, "fail", m)
-    first, second = (requeue(bench.app.queue_log, row) for _ in range(2))
+def test_of_two_who_requeue_one_does(shared_worker: SharedWorker) -> None:
+    m = shared_worker.fresh()
+    shared_worker.task("fail").apply_async(message_id=m)
+    row = failed(shared_worker, "fail", m)
+    first, second = (requeue(shared_worker.app.queue_log, row) for _ in range(2))
     assert not isinstance(first, NotRequeued)
     assert second == NotRequeued(row.key, "somebody else has changed it meanwhile")
-    relay(bench.app.queue_log)
-    bench.wait_for_starts("fail", m, 2)
+    relay(shared_worker.app.queue_log)
+    shared_worker.wait_for_starts("fail", m, 2)

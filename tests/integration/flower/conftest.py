@@ -1,4 +1,4 @@
-"""A Flower on a bench with real traffic, and a browser that looks at it: one of each for all tests of this folder."""
+"""A Flower on a shared worker with real traffic, and a browser that looks at it: one of each for all tests of this folder."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import pytest
 from selenium.webdriver import Chrome
 
 from tests.conftest import LOGS, missing
-from tests.support.bench import Bench, open_bench
 from tests.support.browser import open_browser
 from tests.support.flower import FlowerProcess
 from tests.support.servers import NotInstalledError
+from tests.support.shared_workers import SharedWorker, open_shared_worker
 from tests.support.waiting import wait_until
 
 #: Who may change things in the shared Flower.
@@ -29,43 +29,45 @@ TASKS = (
 
 
 @pytest.fixture(scope="session")
-def watched_bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    """Yield a bench whose worker sends events."""
+def worker_with_events(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedWorker]:
+    """Yield a shared worker whose worker sends events."""
     directory = Path(tmp_path_factory.mktemp("watched"))
     # Its tests make claims that ran out, and look at what is said of them.
     settings = {"idempotent_recovery_interval": 0, "worker_send_task_events": True}
     try:
-        opened = open_bench(directory, TASKS, settings=settings, concurrency=4)
-        bench = opened.__enter__()
+        opened = open_shared_worker(directory, TASKS, settings=settings, concurrency=4)
+        shared_worker = opened.__enter__()
     except NotInstalledError as error:
         missing("a private server", str(error))
     try:
-        yield bench
+        yield shared_worker
     finally:
         opened.__exit__(None, None, None)
 
 
 @pytest.fixture(scope="session")
-def shared_flower(watched_bench: Bench) -> Iterator[FlowerProcess]:
+def shared_flower(worker_with_events: SharedWorker) -> Iterator[FlowerProcess]:
     """Flower with basic authentication."""
-    with FlowerProcess(watched_bench.directory, watched_bench.spec, f"--basic_auth={OPERATOR}") as flower:
-        wait_until_it_hears(flower, watched_bench)
+    with FlowerProcess(worker_with_events.directory, worker_with_events.spec, f"--basic_auth={OPERATOR}") as flower:
+        wait_until_it_hears(flower, worker_with_events)
         yield flower
 
 
 @pytest.fixture
-def bench(watched_bench: Bench) -> Bench:
-    """Return the bench; a test uses message ids of its own."""
-    return watched_bench
+def shared_worker(worker_with_events: SharedWorker) -> SharedWorker:
+    """Return the shared worker; a test uses message ids of its own."""
+    return worker_with_events
 
 
 @pytest.fixture
-def flower(request: pytest.FixtureRequest, watched_bench: Bench, shared_flower: FlowerProcess) -> FlowerProcess:
+def flower(
+    request: pytest.FixtureRequest, worker_with_events: SharedWorker, shared_flower: FlowerProcess
+) -> FlowerProcess:
     """Return the Flower that all tests look at."""
     logs = request.node.stash.setdefault(LOGS, {})
     logs["Flower"] = shared_flower.log_tail
-    assert watched_bench.worker is not None
-    logs["the worker"] = watched_bench.worker.log_tail
+    assert worker_with_events.worker is not None
+    logs["the worker"] = worker_with_events.worker.log_tail
     return shared_flower
 
 
@@ -90,10 +92,10 @@ def browser(shared_browser: Chrome) -> Chrome:
     return shared_browser
 
 
-def wait_until_it_hears(flower: FlowerProcess, bench: Bench) -> None:
+def wait_until_it_hears(flower: FlowerProcess, shared_worker: SharedWorker) -> None:
     """Wait until Flower has heard of the worker, so that it misses no event; from its first request for ``/metrics`` it notes ours."""
-    assert bench.worker is not None
-    online = f'flower_worker_online{{worker="{bench.worker.hostname}"}} 1.0'
+    assert shared_worker.worker is not None
+    online = f'flower_worker_online{{worker="{shared_worker.worker.hostname}"}} 1.0'
     wait_until(lambda: online in flower.get("/metrics").text, timeout=60.0, describe=flower.log_tail)
 
 

@@ -19,8 +19,8 @@ from celery_idempotent.contrib.flower.snapshot import Figures
 from celery_idempotent.core.records import Claimed, MessageKey, NewMessage, Row, RowFilter, TaskCount
 from celery_idempotent.errors import StoreUnavailableError
 from tests.integration.flower.conftest import value_of
-from tests.support.bench import Bench
 from tests.support.flower import FlowerProcess
+from tests.support.shared_workers import SharedWorker
 from tests.support.stores import sqlite_store
 from tests.support.waiting import wait_until
 
@@ -201,10 +201,10 @@ def test_a_store_that_never_answers_is_asked_a_few_times_and_no_more() -> None:
     assert len(asked) == 2
 
 
-def test_each_series_is_there_and_tells_what_the_store_does(flower: FlowerProcess, bench: Bench) -> None:
-    message_id = bench.fresh("done")
-    bench.task("echo").apply_async((1,), message_id=message_id).get(timeout=30)
-    bench.task("echo").apply_async((1,), message_id=message_id)
+def test_each_series_is_there_and_tells_what_the_store_does(flower: FlowerProcess, shared_worker: SharedWorker) -> None:
+    message_id = shared_worker.fresh("done")
+    shared_worker.task("echo").apply_async((1,), message_id=message_id).get(timeout=30)
+    shared_worker.task("echo").apply_async((1,), message_id=message_id)
     text = flower.get("/metrics").text
 
     documented = Path(__file__).resolve().parents[3].joinpath("docs/how-to/flower.md").read_text()

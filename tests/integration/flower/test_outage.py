@@ -14,15 +14,15 @@ from celery_idempotent import RedisStore
 from celery_idempotent.core.records import Claimed, MessageKey, NewMessage
 from tests.integration.flower.conftest import value_of
 from tests.integration.flower.test_page import row_of, visit, wait_for_text
-from tests.support.bench import Bench
 from tests.support.flower import FlowerProcess
 from tests.support.servers import PrivateRedis
+from tests.support.shared_workers import SharedWorker
 
 pytestmark = pytest.mark.xdist_group("flower")
 
 
 @pytest.fixture
-def flower(bench: Bench, private_redis: PrivateRedis) -> Iterator[FlowerProcess]:
+def flower(shared_worker: SharedWorker, private_redis: PrivateRedis) -> Iterator[FlowerProcess]:
     """Yield a Flower whose queue log is in a Redis of the test's own, with one message that failed."""
     store = RedisStore(private_redis.url)
     message = NewMessage(MessageKey("order:1", "fail"), "id")
@@ -33,7 +33,7 @@ def flower(bench: Bench, private_redis: PrivateRedis) -> Iterator[FlowerProcess]
     store.close()
     environment = {"FLOWER_UNAUTHENTICATED_API": "true"}
     with FlowerProcess(
-        bench.directory, replace(bench.spec, store=private_redis.url), environment=environment
+        shared_worker.directory, replace(shared_worker.spec, store=private_redis.url), environment=environment
     ) as flower:
         yield flower
 

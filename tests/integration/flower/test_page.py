@@ -13,8 +13,8 @@ from selenium.webdriver.common.keys import Keys
 from celery_idempotent.core.records import Claimed, MessageKey, NewMessage, ProcessedStatus
 from celery_idempotent.message.serialization import encode_message
 from tests.integration.flower.conftest import OPERATOR, wait_for_state
-from tests.support.bench import Bench
 from tests.support.flower import FlowerProcess
+from tests.support.shared_workers import SharedWorker
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.xdist_group("flower")
@@ -58,41 +58,43 @@ def row_of(browser: Chrome, table: str, text: str) -> str:
     return next((str(row) for row in rows if text in row), "")
 
 
-def fail(bench: Bench, *, text: str = "no such card") -> str:
+def fail(shared_worker: SharedWorker, *, text: str = "no such card") -> str:
     """Return the id of a message that has failed."""
-    message_id = bench.fresh("failed")
-    bench.task("fail").apply_async((text,), message_id=message_id)
-    bench.done("fail", message_id)
+    message_id = shared_worker.fresh("failed")
+    shared_worker.task("fail").apply_async((text,), message_id=message_id)
+    shared_worker.done("fail", message_id)
     return message_id
 
 
 def test_it_shows_what_runs_what_failed_and_what_was_repeated(
-    flower: FlowerProcess, bench: Bench, browser: Chrome
+    flower: FlowerProcess, shared_worker: SharedWorker, browser: Chrome
 ) -> None:
-    failed, gate = fail(bench), bench.path("gate")
-    running, repeated = bench.fresh("running"), bench.fresh("repeated")
-    bench.task("once").apply_async((SECRET, gate), message_id=running)
-    bench.wait_for_starts("once", running)
-    result = bench.task("echo").apply_async((SECRET,), message_id=repeated)
+    failed, gate = fail(shared_worker), shared_worker.path("gate")
+    running, repeated = shared_worker.fresh("running"), shared_worker.fresh("repeated")
+    shared_worker.task("once").apply_async((SECRET, gate), message_id=running)
+    shared_worker.wait_for_starts("once", running)
+    result = shared_worker.task("echo").apply_async((SECRET,), message_id=repeated)
     result.get(timeout=30)
-    bench.task("echo").apply_async((SECRET,), message_id=repeated)
-    bench.deliver("echo", (SECRET,), message_id=repeated, task_id=result.id)
-    held = bench.deliver("once", (SECRET, gate), message_id=running)
+    shared_worker.task("echo").apply_async((SECRET,), message_id=repeated)
+    shared_worker.deliver("echo", (SECRET,), message_id=repeated, task_id=result.id)
+    held = shared_worker.deliver("once", (SECRET, gate), message_id=running)
 
     visit(browser, flower, "/queue-log")
 
-    assert bench.worker is not None
+    assert shared_worker.worker is not None
     wait_for_text(browser, "#alarms", "failed within the last hour", "ValueError")
     assert "ValueError: no such card" in row_of(browser, "#ql-failed-table", failed)
     assert "left" in row_of(browser, "#ql-running-table", running)
-    assert bench.worker.hostname in row_of(browser, "#ql-running-table", running)
+    assert shared_worker.worker.hostname in row_of(browser, "#ql-running-table", running)
     wait_for_text(browser, "#ql-held-table", running, held.id)
-    wait_for_text(browser, "#ql-duplicates-table", repeated, bench.worker.hostname)
+    wait_for_text(browser, "#ql-duplicates-table", repeated, shared_worker.worker.hostname)
     wait_until(
         lambda: "success" in (row := row_of(browser, "#ql-duplicates-table", repeated)) and "2" in row.split(),
         describe=lambda: row_of(browser, "#ql-duplicates-table", repeated),
     )
-    counts = {(count.task_name, count.processed_status): count.rows for count in bench.app.queue_log.store.counts()}
+    counts = {
+        (count.task_name, count.processed_status): count.rows for count in shared_worker.app.queue_log.store.counts()
+    }
     number = counts["fail", ProcessedStatus.FAILURE]
     wait_until(
         lambda: row_of(browser, "#ql-counts-table", "fail").split()[1:2] == [str(number)],
@@ -103,10 +105,10 @@ def test_it_shows_what_runs_what_failed_and_what_was_repeated(
 
 
 def test_it_is_in_the_navigation_and_leads_to_the_tasks_own_page(
-    flower: FlowerProcess, bench: Bench, browser: Chrome
+    flower: FlowerProcess, shared_worker: SharedWorker, browser: Chrome
 ) -> None:
-    message_id = bench.fresh("failed")
-    result = bench.task("fail").apply_async(("linked",), message_id=message_id)
+    message_id = shared_worker.fresh("failed")
+    result = shared_worker.task("fail").apply_async(("linked",), message_id=message_id)
     wait_for_state(flower, result.id, "FAILURE")
     visit(browser, flower, "/tasks")
 
@@ -120,26 +122,30 @@ def test_it_is_in_the_navigation_and_leads_to_the_tasks_own_page(
     wait_for_text(browser, "#task-page", "FAILURE")
 
 
-def test_a_message_is_found_by_its_id_whatever_that_is(flower: FlowerProcess, bench: Bench, browser: Chrome) -> None:
-    message_id = f"{bench.fresh('ключ')} <b>\"&' 订单%2B+"
-    bench.task("echo").apply_async((SECRET,), message_id=message_id).get(timeout=30)
+def test_a_message_is_found_by_its_id_whatever_that_is(
+    flower: FlowerProcess, shared_worker: SharedWorker, browser: Chrome
+) -> None:
+    message_id = f"{shared_worker.fresh('ключ')} <b>\"&' 订单%2B+"
+    shared_worker.task("echo").apply_async((SECRET,), message_id=message_id).get(timeout=30)
     visit(browser, flower, "/queue-log")
 
     browser.find_element(By.ID, "ql-search").send_keys(message_id, Keys.ENTER)
 
     wait_for_text(browser, "h1", message_id)
     sheet = text_of(browser, "#ql-row")
-    row = bench.row("echo", message_id)
+    row = shared_worker.row("echo", message_id)
     assert "done / success" in sheet
     assert row.created_timestamp.strftime("%Y-%m-%d %H:%M:%S") in sheet
     assert str(row.worker) in sheet
     assert SECRET not in browser.page_source
 
 
-def test_messages_are_found_by_a_pattern(flower: FlowerProcess, bench: Bench, browser: Chrome) -> None:
-    prefix = bench.fresh("order")
+def test_messages_are_found_by_a_pattern(flower: FlowerProcess, shared_worker: SharedWorker, browser: Chrome) -> None:
+    prefix = shared_worker.fresh("order")
     for task, number in (("echo", 1), ("add", 2)):
-        bench.task(task).apply_async((1, 2) if task == "add" else (1,), message_id=f"{prefix}:{number}").get(timeout=30)
+        shared_worker.task(task).apply_async((1, 2) if task == "add" else (1,), message_id=f"{prefix}:{number}").get(
+            timeout=30
+        )
 
     visit(browser, flower, f"/queue-log?q={prefix}:*")
 
@@ -159,10 +165,12 @@ def test_a_message_that_is_not_there_is_not_found(flower: FlowerProcess) -> None
     assert "The queue log has no message of this id and task." in answer.text
 
 
-def test_a_failed_message_is_requeued_with_a_button(flower: FlowerProcess, bench: Bench, browser: Chrome) -> None:
-    key = bench.fresh("again")
-    bench.task("flaky").apply_async((SECRET, bench.path("flag")), message_id=key)
-    bench.done("flaky", key)
+def test_a_failed_message_is_requeued_with_a_button(
+    flower: FlowerProcess, shared_worker: SharedWorker, browser: Chrome
+) -> None:
+    key = shared_worker.fresh("again")
+    shared_worker.task("flaky").apply_async((SECRET, shared_worker.path("flag")), message_id=key)
+    shared_worker.done("flaky", key)
     visit(browser, flower, "/queue-log")
     wait_for_text(browser, "#ql-failed-table", key)
     button = browser.find_element(By.CSS_SELECTOR, f"[data-requeue='{key}']")
@@ -173,30 +181,32 @@ def test_a_failed_message_is_requeued_with_a_button(flower: FlowerProcess, bench
     question.accept()
 
     wait_for_text(browser, "#ql-said", "It waits again.")
-    bench.wait_for_row("flaky", key, lambda row: row.processed_status is ProcessedStatus.SUCCESS)
+    shared_worker.wait_for_row("flaky", key, lambda row: row.processed_status is ProcessedStatus.SUCCESS)
     wait_until(lambda: not row_of(browser, "#ql-failed-table", key))
-    assert len(bench.starts("flaky", key)) == 2
+    assert len(shared_worker.starts("flaky", key)) == 2
 
 
-def test_nothing_is_requeued_by_who_thinks_better_of_it(flower: FlowerProcess, bench: Bench, browser: Chrome) -> None:
-    message_id = fail(bench)
+def test_nothing_is_requeued_by_who_thinks_better_of_it(
+    flower: FlowerProcess, shared_worker: SharedWorker, browser: Chrome
+) -> None:
+    message_id = fail(shared_worker)
     visit(browser, flower, f"/queue-log?q={message_id}")
 
     browser.find_element(By.CSS_SELECTOR, "[data-requeue]").click()
     browser.switch_to.alert.dismiss()
 
-    assert len(bench.starts("fail", message_id)) == 1
-    assert bench.row("fail", message_id).processed_status is ProcessedStatus.FAILURE
+    assert len(shared_worker.starts("fail", message_id)) == 1
+    assert shared_worker.row("fail", message_id).processed_status is ProcessedStatus.FAILURE
     assert "ValueError: no such card" in text_of(browser, "#ql-error")
 
 
 def test_a_claim_that_nobody_takes_over_is_what_one_sees_first(
-    flower: FlowerProcess, bench: Bench, browser: Chrome
+    flower: FlowerProcess, shared_worker: SharedWorker, browser: Chrome
 ) -> None:
-    message_id = bench.fresh("left")
+    message_id = shared_worker.fresh("left")
     message = encode_message((SECRET,), {}, {}, serializer="json")
-    new = NewMessage(MessageKey(message_id, "echo"), bench.fresh("task"), message=message)
-    claimed = bench.app.queue_log.store.claim(new, worker="gone@there:7", lease=0.001, grace=30.0)
+    new = NewMessage(MessageKey(message_id, "echo"), shared_worker.fresh("task"), message=message)
+    claimed = shared_worker.app.queue_log.store.claim(new, worker="gone@there:7", lease=0.001, grace=30.0)
     assert isinstance(claimed, Claimed)
 
     visit(browser, flower, "/queue-log")
@@ -209,4 +219,4 @@ def test_a_claim_that_nobody_takes_over_is_what_one_sees_first(
     browser.find_element(By.CSS_SELECTOR, f"[data-requeue='{message_id}']").click()
     browser.switch_to.alert.accept()
     wait_for_text(browser, "#ql-said", "It waits again.")
-    bench.wait_for_row("echo", message_id, lambda row: row.processed_status is ProcessedStatus.SUCCESS)
+    shared_worker.wait_for_row("echo", message_id, lambda row: row.processed_status is ProcessedStatus.SUCCESS)

@@ -1,4 +1,4 @@
-"""What the tests of the frameworks share: the office of the outbox's tests, and a Django project on PostgreSQL."""
+"""What the tests of the frameworks share: the outbox app, and a Django project on PostgreSQL."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from typing import Any
 import pytest
 
 from celery_idempotent import IdempotentTask
-from tests.integration.outbox.conftest import Office, effects, office
+from tests.integration.outbox.conftest import OutboxApp, effects, outbox_app
 from tests.support.apps import close_app
 from tests.support.brokers import filesystem_broker
 from tests.support.effects import Effects
 from tests.support.stores import postgresql_store
 from tests.support.worker import ROOT
 
-__all__ = ["Office", "Shop", "effects", "office", "shop"]
+__all__ = ["OutboxApp", "Shop", "effects", "outbox_app", "shop"]
 
 
 @dataclass
 class Shop:
     """The project of the folder ``shop``: what is in it can only be imported when Django has its settings."""
 
-    office: Office
+    outbox_app: OutboxApp
     Order: Any
     charge: IdempotentTask
     sweep: Callable[[float], int]
@@ -47,7 +47,7 @@ class Shop:
 
     def message(self, order: int) -> str | None:
         """Return the status of an order's message in the queue log; ``None`` when there is none."""
-        row = self.office.row("charge", f"order:{order}")
+        row = self.outbox_app.row("charge", f"order:{order}")
         return None if row is None else row.status.value
 
 
@@ -75,7 +75,7 @@ def opened_shop(postgresql_url: str, tmp_path_factory: pytest.TempPathFactory) -
         tasks.app.finalize()
         tasks.app.queue_log.init()
         effects = Effects(url)
-        yield Shop(Office(tasks.app, effects, "shop"), models.Order, tasks.charge, tasks.sweep, outbox.django_outbox)
+        yield Shop(OutboxApp(tasks.app, effects, "shop"), models.Order, tasks.charge, tasks.sweep, outbox.django_outbox)
         connections.close_all()
         effects.close()
         close_app(tasks.app)
@@ -85,5 +85,5 @@ def opened_shop(postgresql_url: str, tmp_path_factory: pytest.TempPathFactory) -
 def shop(opened_shop: Shop) -> Shop:
     """Return the project, with no orders and nothing on the broker."""
     opened_shop.Order.objects.all().delete()
-    opened_shop.office.messages()
+    opened_shop.outbox_app.messages()
     return opened_shop

@@ -22,31 +22,31 @@ WAYS = ("on-commit", "outbox")
 def test_a_view_that_commits_publishes(shop: Shop, way: str) -> None:
     for _ in range(2):
         order = int(Client().get(f"/{way}?amount=500").content)
-        assert shop.office.published() == [f"order:{order}"]
+        assert shop.outbox_app.published() == [f"order:{order}"]
         assert shop.message(order) == "pending"
         assert shop.Order.objects.filter(pk=order).exists()
-    assert shop.office.store.unsent(limit=9) == []
+    assert shop.outbox_app.store.unsent(limit=9) == []
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_view_that_fails_leaves_neither_order_nor_message(shop: Shop, way: str) -> None:
     response = Client(raise_request_exception=False).get(f"/{way}?amount=-1")
     assert response.status_code == 500
-    assert shop.office.published() == []
+    assert shop.outbox_app.published() == []
     assert not shop.Order.objects.exists()
-    assert shop.office.store.unsent(limit=9) == []
+    assert shop.outbox_app.store.unsent(limit=9) == []
     Client().get(f"/{way}?amount=500")
-    assert len(shop.office.published()) == 1
+    assert len(shop.outbox_app.published()) == 1
 
 
 def test_celerys_own_words_for_on_commit_are_there_with_its_class_among_the_bases(shop: Shop) -> None:
-    task = shop.office.app.tasks["charge_on_commit"]
+    task = shop.outbox_app.app.tasks["charge_on_commit"]
     with transaction.atomic():
         order = shop.Order.objects.create(amount=500)
         task.delay_on_commit(order.pk)
         task.delay_on_commit(order.pk)
-        assert shop.office.published() == []
-    assert shop.office.published() == [f"order:{order.pk}"], "the second one was a duplicate"
+        assert shop.outbox_app.published() == []
+    assert shop.outbox_app.published() == [f"order:{order.pk}"], "the second one was a duplicate"
 
 
 # -- the window of on_commit, and what closes it ------------------------------------------------------------------------------
@@ -55,32 +55,32 @@ def test_celerys_own_words_for_on_commit_are_there_with_its_class_among_the_base
 def test_a_process_that_dies_between_its_commit_and_on_commit_loses_the_call_until_it_is_swept(shop: Shop) -> None:
     known, ended = shop.process("on-commit", killed=False)
     assert (ended, shop.message(known)) == (0, "pending")
-    assert shop.office.published() == [f"order:{known}"]
+    assert shop.outbox_app.published() == [f"order:{known}"]
 
     order, ended = shop.process("on-commit", killed=True)
     assert ended == -signal.SIGKILL
     assert shop.Order.objects.filter(pk=order, charged=False).exists(), "it was committed"
     assert shop.message(order) is None
-    assert sum(step.relayed for step in Recovery(shop.office.app.queue_log).passes(in_flight=True)) == 0
-    assert shop.office.published() == []
+    assert sum(step.relayed for step in Recovery(shop.outbox_app.app.queue_log).passes(in_flight=True)) == 0
+    assert shop.outbox_app.published() == []
 
     assert shop.sweep(60.0) == 0, "orders that have just been placed are left alone"
     assert shop.sweep(0.0) == 1
-    assert shop.office.published() == [f"order:{order}"], "the other one is a duplicate"
+    assert shop.outbox_app.published() == [f"order:{order}"], "the other one is a duplicate"
     assert shop.sweep(0.0) == 0
-    assert shop.office.published() == []
+    assert shop.outbox_app.published() == []
     shop.charge.run(order)
     assert shop.Order.objects.filter(charged=False).values_list("pk", flat=True).get() == known
 
 
 def test_a_call_that_the_broker_did_not_take_is_swept_too(shop: Shop) -> None:
-    with shop.office.broken_broker() as offered:
+    with shop.outbox_app.broken_broker() as offered:
         response = Client().get("/on-commit?amount=500")
     order = int(response.content)
     assert offered == [f"order:{order}"]
     assert shop.message(order) is None, "its row was withdrawn, and the error logged by Django (robust=True)"
     assert shop.sweep(0.0) == 1
-    assert shop.office.published() == [f"order:{order}"]
+    assert shop.outbox_app.published() == [f"order:{order}"]
 
 
 # -- an outbox in Django's own transaction ------------------------------------------------------------------------------------
@@ -88,16 +88,16 @@ def test_a_call_that_the_broker_did_not_take_is_swept_too(shop: Shop) -> None:
 
 def test_a_process_that_dies_between_its_commit_and_the_publication_leaves_the_message_to_the_relay(shop: Shop) -> None:
     known, ended = shop.process("outbox", killed=False)
-    assert (ended, shop.office.published()) == (0, [f"order:{known}"])
+    assert (ended, shop.outbox_app.published()) == (0, [f"order:{known}"])
 
     order, ended = shop.process("outbox", killed=True)
     assert ended == -signal.SIGKILL
     assert shop.Order.objects.filter(pk=order).exists()
     assert shop.message(order) == "pending"
-    assert shop.office.published() == []
+    assert shop.outbox_app.published() == []
 
-    assert sum(step.relayed for step in Recovery(shop.office.app.queue_log).passes(in_flight=True)) == 1
-    assert shop.office.published() == [f"order:{order}"]
+    assert sum(step.relayed for step in Recovery(shop.outbox_app.app.queue_log).passes(in_flight=True)) == 1
+    assert shop.outbox_app.published() == [f"order:{order}"]
 
 
 def test_order_and_message_are_in_one_transaction_which_is_djangos(shop: Shop) -> None:
@@ -111,9 +111,9 @@ def test_order_and_message_are_in_one_transaction_which_is_djangos(shop: Shop) -
         again = shop.charge.delay(order.pk)
         assert (result.duplicate, again.duplicate, again.id) == (False, True, result.id)
         assert transaction_of() == (backend, began)
-        assert shop.office.published() == []
-    assert shop.office.published() == [f"order:{order.pk}"]
-    assert shop.office.there("charge", f"order:{order.pk}").duplicates == 1
+        assert shop.outbox_app.published() == []
+    assert shop.outbox_app.published() == [f"order:{order.pk}"]
+    assert shop.outbox_app.there("charge", f"order:{order.pk}").duplicates == 1
     assert connection.get_autocommit()
     assert transaction_of()[0] == backend, "the connection is as it was"
 
@@ -123,7 +123,7 @@ def test_what_django_rolls_back_without_an_error_never_was(shop: Shop) -> None:
         order = shop.Order.objects.create(amount=1)
         shop.charge.delay(order.pk)
         transaction.set_rollback(True)
-    assert (shop.message(order.pk), shop.office.published()) == (None, [])
+    assert (shop.message(order.pk), shop.outbox_app.published()) == (None, [])
 
 
 def test_an_error_of_the_database_that_was_caught_keeps_nothing(shop: Shop) -> None:
@@ -133,7 +133,7 @@ def test_an_error_of_the_database_that_was_caught_keeps_nothing(shop: Shop) -> N
         shop.charge.delay(order.pk)
         with pytest.raises(DatabaseError), connection.cursor() as cursor:
             cursor.execute("SELECT 1 / 0")
-    assert (shop.message(order.pk), shop.office.published()) == (None, [])
+    assert (shop.message(order.pk), shop.outbox_app.published()) == (None, [])
 
 
 def test_after_a_savepoint_that_was_rolled_back_the_relay_publishes_what_is_left(shop: Shop) -> None:
@@ -147,20 +147,20 @@ def test_after_a_savepoint_that_was_rolled_back_the_relay_publishes_what_is_left
             undone = shop.Order.objects.create(amount=3)
             shop.charge.delay(undone.pk)
             raise ZeroDivisionError
-    assert shop.office.published() == []
+    assert shop.outbox_app.published() == []
     assert shop.message(undone.pk) is None
-    list(Recovery(shop.office.app.queue_log).passes(in_flight=True))
+    list(Recovery(shop.outbox_app.app.queue_log).passes(in_flight=True))
     # In no order that this broker keeps: its files are named by the millisecond.
-    assert set(shop.office.published()) == {f"order:{kept.pk}", f"order:{released.pk}"}
+    assert set(shop.outbox_app.published()) == {f"order:{kept.pk}", f"order:{released.pk}"}
 
 
 def test_a_broker_that_takes_nothing_fails_no_view(shop: Shop) -> None:
-    with shop.office.broken_broker():
+    with shop.outbox_app.broken_broker():
         order = int(Client().get("/outbox?amount=500").content)
     assert shop.message(order) == "pending"
     # The pause after a failure is the publisher's; the relay has none.
-    assert Recovery(shop.office.app.queue_log).run_pass().relayed == 1
-    assert shop.office.published() == [f"order:{order}"]
+    assert Recovery(shop.outbox_app.app.queue_log).run_pass().relayed == 1
+    assert shop.outbox_app.published() == [f"order:{order}"]
     wait_until(partial(next_is_published, shop), describe="the end of the pause")
 
 
@@ -173,7 +173,7 @@ def test_a_callback_that_fails_behind_the_commit_leaves_the_message_to_the_relay
         shop.charge.delay(order.pk)
         transaction.on_commit(fail)
     assert shop.message(order.pk) == "pending"
-    shop.office.published()
+    shop.outbox_app.published()
 
 
 def test_the_outbox_is_around_the_whole_transaction_or_refuses(shop: Shop) -> None:
@@ -190,23 +190,23 @@ def test_in_a_testcase_of_djangos_it_is_recorded_and_never_published(shop: Shop)
             with self.captureOnCommitCallbacks(execute=True), shop.django_outbox():
                 assert not shop.charge.delay(-1).duplicate
             assert seen_inside(-1) == "pending"
-            assert shop.office.published() == []
+            assert shop.outbox_app.published() == []
 
     result = unittest.TestResult()
     unittest.TestSuite([InATransaction()]).run(result)
     assert (result.testsRun, result.errors, result.failures) == (1, [], [])
-    assert (shop.message(-1), shop.office.published()) == (None, [])
+    assert (shop.message(-1), shop.outbox_app.published()) == (None, [])
 
 
 def test_a_connection_that_broke_is_replaced_by_django(shop: Shop) -> None:
-    with shop.office.effects.engine.connect() as other, pytest.raises(DatabaseError), shop.django_outbox():  # noqa: PT012
+    with shop.outbox_app.effects.engine.connect() as other, pytest.raises(DatabaseError), shop.django_outbox():  # noqa: PT012
         shop.charge.delay(0)
         other.exec_driver_sql(f"SELECT pg_terminate_backend({transaction_of()[0]})")
         shop.Order.objects.create(amount=1)
     connection.close_if_unusable_or_obsolete()
     assert shop.message(0) is None
     order = int(Client().get("/outbox?amount=500").content)
-    assert shop.office.published() == [f"order:{order}"]
+    assert shop.outbox_app.published() == [f"order:{order}"]
 
 
 def test_the_page_shows_this_outbox() -> None:
@@ -232,4 +232,4 @@ def seen_inside(order: int) -> object:
 
 def next_is_published(shop: Shop) -> bool:
     order = int(Client().get("/outbox?amount=500").content)
-    return f"order:{order}" in shop.office.published()
+    return f"order:{order}" in shop.outbox_app.published()

@@ -23,7 +23,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
 from celery_idempotent import ConfigurationError, outbox
-from tests.integration.frameworks.conftest import Office
+from tests.integration.frameworks.conftest import OutboxApp
 from tests.support.effects import Effect
 
 #: Of those whose asynchronous drivers are installed.
@@ -42,13 +42,13 @@ def post(site: FastAPI, path: str) -> httpx.Response:
 
 
 @pytest.fixture
-def visible(office: Office) -> Iterator[list[tuple[str, bool]]]:
+def visible(outbox_app: OutboxApp) -> Iterator[list[tuple[str, bool]]]:
     """Each message that was published, and whether others saw its row and its effect then."""
     seen: list[tuple[str, bool]] = []
 
     def look(*, body: Any, **_: Any) -> None:
         order = body[0][0]
-        seen.append((order, office.row("charge", order) is not None and order in office.effects.names()))
+        seen.append((order, outbox_app.row("charge", order) is not None and order in outbox_app.effects.names()))
 
     after_task_publish.connect(look, weak=False)
     yield seen
@@ -59,8 +59,8 @@ def visible(office: Office) -> Iterator[list[tuple[str, bool]]]:
 
 
 @pytest.fixture
-def plain_site(store_url: str, office: Office) -> Iterator[FastAPI]:
-    charge = office.app.tasks["charge"]
+def plain_site(store_url: str, outbox_app: OutboxApp) -> Iterator[FastAPI]:
+    charge = outbox_app.app.tasks["charge"]
     engine = sa.create_engine(store_url)
 
     def open_session() -> Iterator[Session]:
@@ -78,7 +78,7 @@ def plain_site(store_url: str, office: Office) -> Iterator[FastAPI]:
         with outbox(session):
             session.add(Effect(name=order))
             charge.delay(order)
-            assert office.messages() == []
+            assert outbox_app.messages() == []
             if fail:
                 raise ValueError("no such order")
             session.commit()
@@ -90,7 +90,7 @@ def plain_site(store_url: str, office: Office) -> Iterator[FastAPI]:
         with outbox(session):
             session.add(Effect(name=order))
             charge.delay(order)
-        assert office.messages() == []
+        assert outbox_app.messages() == []
         if fail:
             raise ValueError("no such order")
 
@@ -100,28 +100,28 @@ def plain_site(store_url: str, office: Office) -> Iterator[FastAPI]:
 
 @pytest.mark.parametrize("path", ["orders", "committed-by-dependency"])
 def test_an_endpoint_publishes_when_its_session_commits(
-    plain_site: FastAPI, office: Office, visible: list[tuple[str, bool]], path: str
+    plain_site: FastAPI, outbox_app: OutboxApp, visible: list[tuple[str, bool]], path: str
 ) -> None:
     for order in ("o-1", "o-2"):
         assert post(plain_site, f"/{path}/{order}").status_code == 200
-        assert office.published() == [order]
+        assert outbox_app.published() == [order]
     assert visible == [("o-1", True), ("o-2", True)]
 
 
 @pytest.mark.parametrize("path", ["orders", "committed-by-dependency"])
 def test_an_endpoint_that_fails_leaves_neither_effect_nor_message(
-    plain_site: FastAPI, office: Office, path: str
+    plain_site: FastAPI, outbox_app: OutboxApp, path: str
 ) -> None:
     assert post(plain_site, f"/{path}/o-1?fail=true").status_code == 500
-    assert (office.published(), office.row("charge", "o-1"), office.effects.names()) == ([], None, [])
+    assert (outbox_app.published(), outbox_app.row("charge", "o-1"), outbox_app.effects.names()) == ([], None, [])
     assert post(plain_site, f"/{path}/o-1").status_code == 200
-    assert office.published() == ["o-1"]
+    assert outbox_app.published() == ["o-1"]
 
 
 @pytest.mark.parametrize("path", ["orders", "in-a-function"])
-def test_a_block_in_a_dependency_without_async_is_refused(store_url: str, office: Office, path: str) -> None:
+def test_a_block_in_a_dependency_without_async_is_refused(store_url: str, outbox_app: OutboxApp, path: str) -> None:
     """FastAPI runs it in a copy of the context: the endpoint would not be in the block, and its calls be published at once."""
-    charge = office.app.tasks["charge"]
+    charge = outbox_app.app.tasks["charge"]
     engine = sa.create_engine(store_url)
 
     def open_session() -> Iterator[Session]:
@@ -145,20 +145,22 @@ def test_a_block_in_a_dependency_without_async_is_refused(store_url: str, office
     def record(order: str) -> None:
         with contextmanager(open_session)() as session:
             charge.delay(order)
-            assert office.published() == []
+            assert outbox_app.published() == []
             session.commit()
 
     answer = post(site, f"/{path}/o-1")
     refused = path == "orders"
     assert answer.status_code == (500 if refused else 200)
     assert ["async def" in text for text in told] == [True] * refused
-    assert office.published() == ([] if refused else ["o-1"])
+    assert outbox_app.published() == ([] if refused else ["o-1"])
     engine.dispose()
 
 
 @pytest.mark.parametrize("end", ["commit", "rollback"])
-def test_a_block_in_a_dependency_with_async_is_around_the_endpoint(store_url: str, office: Office, end: str) -> None:
-    charge = office.app.tasks["charge"]
+def test_a_block_in_a_dependency_with_async_is_around_the_endpoint(
+    store_url: str, outbox_app: OutboxApp, end: str
+) -> None:
+    charge = outbox_app.app.tasks["charge"]
     engine = sa.create_engine(store_url)
 
     async def open_session() -> AsyncIterator[Session]:
@@ -171,11 +173,11 @@ def test_a_block_in_a_dependency_with_async_is_around_the_endpoint(store_url: st
     def place(order: str, session: Annotated[Session, Depends(open_session)]) -> None:
         session.add(Effect(name=order))
         charge.delay(order)
-        assert office.published() == []
+        assert outbox_app.published() == []
         getattr(session, end)()
 
     assert post(site, "/orders/o-1").status_code == 200
-    assert office.published() == (["o-1"] if end == "commit" else [])
+    assert outbox_app.published() == (["o-1"] if end == "commit" else [])
     engine.dispose()
 
 
@@ -192,8 +194,8 @@ def engine(store_url: str) -> AsyncEngine:
 
 
 @pytest.fixture
-def async_site(engine: AsyncEngine, office: Office) -> FastAPI:
-    charge = office.app.tasks["charge"]
+def async_site(engine: AsyncEngine, outbox_app: OutboxApp) -> FastAPI:
+    charge = outbox_app.app.tasks["charge"]
 
     async def open_session() -> AsyncIterator[AsyncSession]:
         async with AsyncSession(engine) as session:
@@ -209,7 +211,7 @@ def async_site(engine: AsyncEngine, office: Office) -> FastAPI:
                 charge.delay(order)
 
         await session.run_sync(record)
-        assert office.messages() == []
+        assert outbox_app.messages() == []
         if fail:
             raise ValueError("no such order")
         await session.commit()
@@ -219,30 +221,30 @@ def async_site(engine: AsyncEngine, office: Office) -> FastAPI:
 
 @asynchronous
 def test_an_asynchronous_endpoint_publishes_behind_its_commit(
-    async_site: FastAPI, office: Office, visible: list[tuple[str, bool]]
+    async_site: FastAPI, outbox_app: OutboxApp, visible: list[tuple[str, bool]]
 ) -> None:
     for order in ("o-1", "o-2"):
         assert post(async_site, f"/orders/{order}").status_code == 200
-        assert office.published() == [order]
+        assert outbox_app.published() == [order]
     assert visible == [("o-1", True), ("o-2", True)]
-    assert office.store.unsent(limit=9) == []
+    assert outbox_app.store.unsent(limit=9) == []
 
 
 @asynchronous
 def test_an_asynchronous_endpoint_that_fails_leaves_neither_effect_nor_message(
-    async_site: FastAPI, office: Office
+    async_site: FastAPI, outbox_app: OutboxApp
 ) -> None:
     assert post(async_site, "/orders/o-1?fail=true").status_code == 500
-    assert (office.published(), office.row("charge", "o-1"), office.effects.names()) == ([], None, [])
+    assert (outbox_app.published(), outbox_app.row("charge", "o-1"), outbox_app.effects.names()) == ([], None, [])
     assert post(async_site, "/orders/o-1").status_code == 200
-    assert office.published() == ["o-1"]
+    assert outbox_app.published() == ["o-1"]
 
 
 @asynchronous
 def test_duplicates_savepoints_and_batches_are_what_they_are_in_a_plain_session(
-    engine: AsyncEngine, office: Office
+    engine: AsyncEngine, outbox_app: OutboxApp
 ) -> None:
-    charge = office.app.tasks["charge"]
+    charge = outbox_app.app.tasks["charge"]
 
     def record(session: Session) -> list[bool]:
         with outbox(session):
@@ -257,18 +259,18 @@ def test_duplicates_savepoints_and_batches_are_what_they_are_in_a_plain_session(
     async def work() -> None:
         async with AsyncSession(engine) as session, session.begin():
             assert await session.run_sync(record) == [False, True, False, False]
-            assert office.published() == []
+            assert outbox_app.published() == []
 
     asyncio.run(work())
-    assert office.published() == ["o-1", "o-2", "o-3"]
-    assert office.row("charge", "undone") is None
+    assert outbox_app.published() == ["o-1", "o-2", "o-3"]
+    assert outbox_app.row("charge", "undone") is None
 
 
 @asynchronous
 def test_a_block_that_waits_does_not_take_the_calls_of_other_tasks_of_the_loop(
-    engine: AsyncEngine, office: Office
+    engine: AsyncEngine, outbox_app: OutboxApp
 ) -> None:
-    charge = office.app.tasks["charge"]
+    charge = outbox_app.app.tasks["charge"]
 
     async def work() -> None:
         inside, called = asyncio.Event(), asyncio.Event()
@@ -282,19 +284,19 @@ def test_a_block_that_waits_does_not_take_the_calls_of_other_tasks_of_the_loop(
         async def block() -> None:
             async with AsyncSession(engine) as session:
                 await session.run_sync(record)
-                assert office.published() == []
+                assert outbox_app.published() == []
                 await session.rollback()
 
         blocked = asyncio.create_task(block())
         await inside.wait()
         charge.delay("sent")
-        assert office.published() == ["sent"]
+        assert outbox_app.published() == ["sent"]
         called.set()
         await blocked
 
     asyncio.run(work())
-    assert office.published() == []
-    assert office.row("charge", "recorded") is None
+    assert outbox_app.published() == []
+    assert outbox_app.row("charge", "recorded") is None
 
 
 @pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)

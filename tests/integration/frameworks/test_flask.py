@@ -12,7 +12,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from celery_idempotent import QueueLog, SQLStore, outbox
-from tests.integration.frameworks.conftest import Office
+from tests.integration.frameworks.conftest import OutboxApp
 
 
 class Base(DeclarativeBase):
@@ -28,9 +28,9 @@ class Order(db.Model):  # type: ignore[name-defined, misc] # a class that is mad
 
 
 @pytest.fixture
-def site(store_url: str, office: Office) -> Iterator[Flask]:
+def site(store_url: str, outbox_app: OutboxApp) -> Iterator[Flask]:
     """Yield a site whose database is the queue log's."""
-    charge = office.app.tasks["charge"]
+    charge = outbox_app.app.tasks["charge"]
     site = Flask(__name__)
     site.config["SQLALCHEMY_DATABASE_URI"] = store_url
     db.init_app(site)
@@ -42,7 +42,7 @@ def site(store_url: str, office: Office) -> Iterator[Flask]:
             db.session.add(order)
             db.session.flush()
             charge.delay(str(order.id), amount)
-            assert office.messages() == []
+            assert outbox_app.messages() == []
             if amount == 0:
                 raise ValueError("no such amount")
             db.session.commit()
@@ -83,44 +83,46 @@ def amounts(site: Flask) -> list[int]:
 
 
 def test_a_view_that_commits_publishes_and_so_does_the_next_one(
-    site: Flask, client: FlaskClient, office: Office
+    site: Flask, client: FlaskClient, outbox_app: OutboxApp
 ) -> None:
     for amount in (500, 700):
         order = client.post(f"/orders/{amount}").text
-        assert office.published() == [order]
-        row = office.there("charge", order)
+        assert outbox_app.published() == [order]
+        row = outbox_app.there("charge", order)
         assert row.published_at is not None
     assert amounts(site) == [500, 700]
-    assert office.store.unsent(limit=9) == []
+    assert outbox_app.store.unsent(limit=9) == []
 
 
-def test_a_view_that_fails_leaves_neither_order_nor_message(site: Flask, client: FlaskClient, office: Office) -> None:
+def test_a_view_that_fails_leaves_neither_order_nor_message(
+    site: Flask, client: FlaskClient, outbox_app: OutboxApp
+) -> None:
     assert client.post("/orders/0").status_code == 500
     assert amounts(site) == []
     order = client.post("/orders/500").text
-    assert office.published() == [order], "and nothing of the request before"
+    assert outbox_app.published() == [order], "and nothing of the request before"
     assert amounts(site) == [500]
 
 
 def test_what_is_not_committed_when_the_request_ends_never_was(
-    site: Flask, client: FlaskClient, office: Office
+    site: Flask, client: FlaskClient, outbox_app: OutboxApp
 ) -> None:
     client.post("/forgotten/500")
-    assert (amounts(site), office.published(), office.row("charge", "forgotten")) == ([], [], None)
+    assert (amounts(site), outbox_app.published(), outbox_app.row("charge", "forgotten")) == ([], [], None)
     client.post("/orders/700")
-    assert len(office.published()) == 1
+    assert len(outbox_app.published()) == 1
 
 
-def test_the_commit_may_come_later_in_the_request(client: FlaskClient, office: Office) -> None:
+def test_the_commit_may_come_later_in_the_request(client: FlaskClient, outbox_app: OutboxApp) -> None:
     client.post("/two-steps/500")
-    assert office.published() == ["two-steps"]
+    assert outbox_app.published() == ["two-steps"]
 
 
-def test_the_store_may_be_on_the_sites_own_engine(site: Flask, client: FlaskClient, office: Office) -> None:
-    office.app.queue_log.close()
+def test_the_store_may_be_on_the_sites_own_engine(site: Flask, client: FlaskClient, outbox_app: OutboxApp) -> None:
+    outbox_app.app.queue_log.close()
     with site.app_context():
-        QueueLog(office.app, store=SQLStore(db.engine))
+        QueueLog(outbox_app.app, store=SQLStore(db.engine))
     order = client.post("/orders/500").text
-    assert office.published() == [order]
+    assert outbox_app.published() == [order]
     assert client.post("/orders/0").status_code == 500
-    assert (amounts(site), office.published()) == ([500], [])
+    assert (amounts(site), outbox_app.published()) == ([500], [])

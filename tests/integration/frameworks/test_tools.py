@@ -10,8 +10,8 @@ import pytest
 from celery_idempotent.core.records import ProcessedStatus, Status
 from tests.conftest import LOGS, missing
 from tests.support.apps.tools import NAMES, VARIABLE
-from tests.support.bench import PATIENCE, Bench, open_bench
 from tests.support.servers import NotInstalledError
+from tests.support.shared_workers import TIMEOUT, SharedWorker, open_shared_worker
 from tests.support.waiting import wait_until
 
 every_task = pytest.mark.parametrize("task", [f"tools.{name}" for name in NAMES])
@@ -24,61 +24,61 @@ def notes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def opened(notes: Path) -> Iterator[Bench]:
+def opened(notes: Path) -> Iterator[SharedWorker]:
     try:
-        with open_bench(
+        with open_shared_worker(
             notes.parent,
             ["tests.support.apps.tools"],
             settings={"idempotent_recovery_interval": 0},
             environment={VARIABLE: str(notes)},
-        ) as bench:
-            yield bench
+        ) as shared_worker:
+            yield shared_worker
     except NotInstalledError as error:
         missing("a private server", str(error))
 
 
 @pytest.fixture
-def bench(request: pytest.FixtureRequest, opened: Bench) -> Bench:
+def shared_worker(request: pytest.FixtureRequest, opened: SharedWorker) -> SharedWorker:
     assert opened.worker is not None
     request.node.stash.setdefault(LOGS, {})["the worker"] = opened.worker.log_tail
     return opened
 
 
 @every_task
-def test_a_message_and_its_duplicates_are_one_run(bench: Bench, task: str) -> None:
-    m = bench.fresh()
+def test_a_message_and_its_duplicates_are_one_run(shared_worker: SharedWorker, task: str) -> None:
+    m = shared_worker.fresh()
 
-    first = bench.task(task).apply_async(message_id=m)
-    assert first.get(timeout=PATIENCE) == ["PROGRESS", False]
-    again = bench.task(task).apply_async(message_id=m)
-    redelivered = bench.deliver(task, message_id=m, task_id=first.id)
-    other = bench.deliver(task, message_id=m)
+    first = shared_worker.task(task).apply_async(message_id=m)
+    assert first.get(timeout=TIMEOUT) == ["PROGRESS", False]
+    again = shared_worker.task(task).apply_async(message_id=m)
+    redelivered = shared_worker.deliver(task, message_id=m, task_id=first.id)
+    other = shared_worker.deliver(task, message_id=m)
 
     assert (again.id, again.duplicate) == (first.id, True)
     assert hasattr(again, "abort") is task.startswith("tools.abortable"), "the class of results is the mixin's"
-    assert other.get(timeout=PATIENCE) == redelivered.get(timeout=PATIENCE) == ["PROGRESS", False]
-    row = bench.wait_for_row(task, m, lambda row: row.duplicates == 3)
+    assert other.get(timeout=TIMEOUT) == redelivered.get(timeout=TIMEOUT) == ["PROGRESS", False]
+    row = shared_worker.wait_for_row(task, m, lambda row: row.duplicates == 3)
     assert (row.status, row.processed_status, row.token) == (Status.DONE, ProcessedStatus.SUCCESS, 1)
-    assert len(bench.starts(task, m)) == 1
+    assert len(shared_worker.starts(task, m)) == 1
 
 
 @every_task
-def test_a_retry_is_a_second_run_of_one_row(bench: Bench, task: str) -> None:
-    m = bench.fresh()
+def test_a_retry_is_a_second_run_of_one_row(shared_worker: SharedWorker, task: str) -> None:
+    m = shared_worker.fresh()
 
-    result = bench.task(task).apply_async((bench.path("flag"),), message_id=m)
+    result = shared_worker.task(task).apply_async((shared_worker.path("flag"),), message_id=m)
 
     # Celery publishes a retry before it stores that state, which may come after the progress that the retry reports.
-    assert result.get(timeout=PATIENCE)[0] in {"PROGRESS", "RETRY"}
-    row = bench.done(task, m)
+    assert result.get(timeout=TIMEOUT)[0] in {"PROGRESS", "RETRY"}
+    row = shared_worker.done(task, m)
     assert (row.processed_status, row.attempt, row.token) == (ProcessedStatus.SUCCESS, 1, 2)
-    assert [start.retries for start in bench.starts(task, m)] == [0, 1]
+    assert [start.retries for start in shared_worker.starts(task, m)] == [0, 1]
 
 
 @every_task
-def test_each_tool_sees_a_run_once(bench: Bench, notes: Path, task: str) -> None:
-    result = bench.task(task).delay()
-    result.get(timeout=PATIENCE)
+def test_each_tool_sees_a_run_once(shared_worker: SharedWorker, notes: Path, task: str) -> None:
+    result = shared_worker.task(task).delay()
+    result.get(timeout=TIMEOUT)
 
     expected = sorted(
         [
@@ -92,5 +92,5 @@ def test_each_tool_sees_a_run_once(bench: Bench, notes: Path, task: str) -> None
     def seen() -> list[str]:
         return sorted(line for line in notes.read_text().splitlines() if line.endswith(result.id))
 
-    wait_until(lambda: len(seen()) >= len(expected), timeout=PATIENCE, describe=lambda: f"{expected}: {seen()}")
+    wait_until(lambda: len(seen()) >= len(expected), timeout=TIMEOUT, describe=lambda: f"{expected}: {seen()}")
     assert seen() == expected

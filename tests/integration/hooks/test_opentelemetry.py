@@ -23,16 +23,16 @@ from celery_idempotent.contrib.opentelemetry import OpenTelemetryHook
 from celery_idempotent.maintenance.rescue import Rescue
 from tests.conftest import LOGS, missing
 from tests.support.apps import traced
-from tests.support.bench import PATIENCE, Bench, open_bench
 from tests.support.servers import NotInstalledError
+from tests.support.shared_workers import TIMEOUT, SharedWorker, open_shared_worker
 from tests.support.waiting import wait_until
 
 
 @dataclass
 class Traced:
-    """A bench whose spans are kept: those of this process in memory, those of the worker in a file."""
+    """A shared worker whose spans are kept: those of this process in memory, those of the worker in a file."""
 
-    bench: Bench
+    shared_worker: SharedWorker
     app: Celery
     provider: TracerProvider
     memory: InMemorySpanExporter
@@ -60,7 +60,7 @@ class Traced:
             lambda: next(
                 (s for s in self.spans() if s["name"] == name and s["attributes"].get(key) == message_id), None
             ),
-            timeout=PATIENCE,
+            timeout=TIMEOUT,
             describe=lambda: f"a span {name!r} of {message_id}: {[s['name'] for s in self.spans()]}",
         )
 
@@ -68,7 +68,7 @@ class Traced:
         """Return the span of the worker that a span is within, once that has ended."""
         return wait_until(
             lambda: next((s for s in self.spans() if s["context"]["span_id"] == span["parent_id"]), None),
-            timeout=PATIENCE,
+            timeout=TIMEOUT,
             describe=lambda: f"the parent of {span}",
         )
 
@@ -91,22 +91,22 @@ def _traced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Traced]:
     tasks = ("tests.support.apps.generic", "tests.support.apps.traced")
     path = directory / "spans.jsonl"
     try:
-        opened = open_bench(directory, tasks, settings=settings, environment={traced.VARIABLE: str(path)})
-        bench = opened.__enter__()
+        opened = open_shared_worker(directory, tasks, settings=settings, environment={traced.VARIABLE: str(path)})
+        shared_worker = opened.__enter__()
     except NotInstalledError as error:
         missing("a private server", str(error))
         raise
     try:
-        app = bench.producer(idempotent_hooks=[OpenTelemetryHook(provider)])
-        yield Traced(bench, app, provider, memory, path)
+        app = shared_worker.producer(idempotent_hooks=[OpenTelemetryHook(provider)])
+        yield Traced(shared_worker, app, provider, memory, path)
     finally:
         opened.__exit__(None, None, None)
 
 
 @pytest.fixture
 def site(request: pytest.FixtureRequest, _traced: Traced) -> Traced:
-    assert _traced.bench.worker is not None
-    request.node.stash.setdefault(LOGS, {})["the worker"] = _traced.bench.worker.log_tail
+    assert _traced.shared_worker.worker is not None
+    request.node.stash.setdefault(LOGS, {})["the worker"] = _traced.shared_worker.worker.log_tail
     return _traced
 
 
@@ -138,7 +138,7 @@ def links_of(span: dict[str, Any]) -> list[tuple[str, str]]:
 
 def test_a_duplicate_is_a_span_of_its_caller_and_linked_to_the_originals(site: Traced) -> None:
     """While the original waits or runs, and when it has ended, in either way."""
-    m, failed, gate = site.bench.fresh(), site.bench.fresh(), site.bench.path("gate")
+    m, failed, gate = site.shared_worker.fresh(), site.shared_worker.fresh(), site.shared_worker.path("gate")
     gated, fail = site.app.tasks["gated"], site.app.tasks["fail"]
     with site.span("first") as first:
         gated.apply_async((gate,), message_id=m)
@@ -149,8 +149,8 @@ def test_a_duplicate_is_a_span_of_its_caller_and_linked_to_the_originals(site: T
     site.memory.clear()
 
     Path(gate).touch()
-    site.bench.done("gated", m)
-    site.bench.done("fail", failed)
+    site.shared_worker.done("gated", m)
+    site.shared_worker.done("fail", failed)
     with site.span("when it is done") as second:
         gated.apply_async((gate,), message_id=m)
         fail.apply_async(message_id=failed)
@@ -165,11 +165,11 @@ def test_a_duplicate_is_a_span_of_its_caller_and_linked_to_the_originals(site: T
 
 
 def test_a_copy_in_the_worker_is_linked_too_and_is_within_celerys_span(site: Traced, instrumented: None) -> None:
-    m, gate = site.bench.fresh(), site.bench.path("gate")
+    m, gate = site.shared_worker.fresh(), site.shared_worker.path("gate")
     with site.span("first") as first:
         result = site.app.tasks["gated"].apply_async((gate,), message_id=m)
-    site.bench.wait_for_starts("gated", m)
-    site.bench.deliver("gated", (gate,), message_id=m, task_id=result.id)
+    site.shared_worker.wait_for_starts("gated", m)
+    site.shared_worker.deliver("gated", (gate,), message_id=m, task_id=result.id)
     held = site.in_worker("held gated", m)
     Path(gate).touch()
     skipped = site.in_worker("skipped gated", m)
@@ -181,10 +181,10 @@ def test_a_copy_in_the_worker_is_linked_too_and_is_within_celerys_span(site: Tra
 
 
 def test_what_else_becomes_of_a_message_are_events_of_celerys_spans(site: Traced, instrumented: None) -> None:
-    m = site.bench.fresh()
+    m = site.shared_worker.fresh()
     with site.span("first") as first:
         site.app.tasks["echo"].apply_async(("a secret",), message_id=m)
-    site.bench.done("echo", m)
+    site.shared_worker.done("echo", m)
 
     def run() -> dict[str, Any] | None:
         return next((s for s in site.spans() if s["attributes"].get("celery.task_name") == "echo" and has(s)), None)
@@ -192,7 +192,7 @@ def test_what_else_becomes_of_a_message_are_events_of_celerys_spans(site: Traced
     def has(span: dict[str, Any]) -> bool:
         return any(event["attributes"].get("celery_idempotent.message_id") == m for event in span["events"])
 
-    span = wait_until(run, timeout=PATIENCE, describe="the span of the run")
+    span = wait_until(run, timeout=TIMEOUT, describe="the span of the run")
     assert span["context"]["trace_id"] == "0x" + format_trace_id(first.trace_id)
     assert [event["name"] for event in span["events"]] == ["celery_idempotent.claimed", "celery_idempotent.completed"]
     assert span["events"][1]["attributes"]["celery_idempotent.ran_seconds"] > 0
@@ -204,9 +204,9 @@ def test_what_else_becomes_of_a_message_are_events_of_celerys_spans(site: Traced
 def test_without_a_span_around_the_call_it_is_linked_to_that_of_the_publication(
     site: Traced, instrumented: None
 ) -> None:
-    m = site.bench.fresh()
+    m = site.shared_worker.fresh()
     first = site.app.tasks["echo"].apply_async(message_id=m)
-    site.bench.done("echo", m)
+    site.shared_worker.done("echo", m)
     site.app.tasks["echo"].apply_async(message_id=m)
 
     (published,) = (
@@ -219,11 +219,11 @@ def test_without_a_span_around_the_call_it_is_linked_to_that_of_the_publication(
 
 
 def test_what_keeps_no_result_has_no_link_once_it_is_done_but_says_the_first_id(site: Traced) -> None:
-    m = site.bench.fresh()
+    m = site.shared_worker.fresh()
     unkept = site.app.tasks["traced.unkept"]
     with site.span("first"):
         first = unkept.apply_async(message_id=m)
-    site.bench.done("traced.unkept", m)
+    site.shared_worker.done("traced.unkept", m)
     unkept.apply_async(message_id=m)
 
     span = site.here("duplicate traced.unkept", m)
@@ -254,7 +254,7 @@ print([span.name for span in memory.get_finished_spans()])
 
 
 def test_a_retry_and_what_is_published_from_its_row_keep_the_span(site: Traced) -> None:
-    m, queue = site.bench.fresh(), site.bench.fresh("queue")
+    m, queue = site.shared_worker.fresh(), site.shared_worker.fresh("queue")
     with site.span("first") as first:
         site.app.tasks["retry_n"].apply_async((1,), message_id=m, queue=queue)
     with site.app.connection_for_write() as connection:
@@ -262,9 +262,9 @@ def test_a_retry_and_what_is_published_from_its_row_keep_the_span(site: Traced) 
     Rescue.of(site.app.queue_log).publish_waiting(0.0)
     assert linked(site.here("recovered retry_n", m)) == [ids(first)]
 
-    control = site.bench.app.control
-    control.add_consumer(queue, reply=True, timeout=PATIENCE, limit=1)
-    assert site.bench.done("retry_n", m).attempt == 1
-    control.cancel_consumer(queue, reply=True, timeout=PATIENCE, limit=1)
+    control = site.shared_worker.app.control
+    control.add_consumer(queue, reply=True, timeout=TIMEOUT, limit=1)
+    assert site.shared_worker.done("retry_n", m).attempt == 1
+    control.cancel_consumer(queue, reply=True, timeout=TIMEOUT, limit=1)
     site.app.tasks["retry_n"].apply_async((1,), message_id=m)
     assert linked(site.here("duplicate retry_n", m)) == [ids(first)]

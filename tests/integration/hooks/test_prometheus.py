@@ -19,7 +19,7 @@ from celery_idempotent.contrib import prometheus
 from celery_idempotent.contrib.prometheus import PrometheusHook
 from celery_idempotent.hooks import Outcome, OutcomeKind
 from tests.support.apps import AppSpec, OpenApp
-from tests.support.bench import PATIENCE
+from tests.support.shared_workers import TIMEOUT
 from tests.support.waiting import wait_until
 from tests.support.worker import Pool, StartWorker, WorkerProcess
 
@@ -80,7 +80,7 @@ def multiprocess(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def scrape(worker: WorkerProcess) -> Series:
     worker.wait_for_log("metrics are at http://")
     (address,) = re.findall(r"metrics are at (http://\S+)", worker.log.read_text())
-    with urlopen(address, timeout=PATIENCE) as answer:  # of ours
+    with urlopen(address, timeout=TIMEOUT) as answer:  # of ours
         return parsed(answer.read().decode())
 
 
@@ -101,16 +101,16 @@ class TestAWorker:
         app = open_app(replace(spec, tasks=(*spec.tasks, "tests.support.apps.outcomes")))
         worker = start_worker(measured(spec), concurrency=2)
         for number in range(6):
-            app.tasks["add"].delay(number, 1).get(timeout=PATIENCE)
-        app.tasks["die.early"].apply_async((str(tmp_path / "flag"),)).get(timeout=PATIENCE, propagate=False)
-        app.tasks["fail"].apply_async().get(timeout=PATIENCE, propagate=False)
+            app.tasks["add"].delay(number, 1).get(timeout=TIMEOUT)
+        app.tasks["die.early"].apply_async((str(tmp_path / "flag"),)).get(timeout=TIMEOUT, propagate=False)
+        app.tasks["fail"].apply_async().get(timeout=TIMEOUT, propagate=False)
 
         def counted() -> Series | None:
             series = scrape(worker)
             enough = series.get(("celery_idempotent_outcomes_total", "add", "completed")) == 6
             return series if enough and ("celery_idempotent_outcomes_total", "fail", "failed") in series else None
 
-        series = wait_until(counted, timeout=PATIENCE, describe=lambda: f"all series: {scrape(worker)}")
+        series = wait_until(counted, timeout=TIMEOUT, describe=lambda: f"all series: {scrape(worker)}")
         assert series["celery_idempotent_outcomes_total", "add", "claimed"] == 6
         assert series["celery_idempotent_run_seconds_count", "add", "completed"] == 6
         assert series["celery_idempotent_store_seconds_count", "", "claimed"] == 8
@@ -126,10 +126,10 @@ class TestAWorker:
     ) -> None:
         app = open_app(spec)
         worker = start_worker(measured(spec), pool=pool)
-        app.tasks["add"].delay(1, 1).get(timeout=PATIENCE)
+        app.tasks["add"].delay(1, 1).get(timeout=TIMEOUT)
         wait_until(
             lambda: scrape(worker).get(("celery_idempotent_outcomes_total", "add", "completed")) == 1,
-            timeout=PATIENCE,
+            timeout=TIMEOUT,
             describe=lambda: f"the completion: {scrape(worker)}",
         )
 
@@ -138,7 +138,7 @@ class TestAWorker:
     ) -> None:
         app = open_app(spec)
         worker = start_worker(measured(spec))
-        app.tasks["add"].delay(1, 1).get(timeout=PATIENCE)
+        app.tasks["add"].delay(1, 1).get(timeout=TIMEOUT)
         worker.wait_for_log("are counted where nobody asks for them")
         worker.wait_for_log("needs PROMETHEUS_MULTIPROC_DIR in its environment")
 

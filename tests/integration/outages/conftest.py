@@ -12,11 +12,11 @@ from celery import Celery
 
 from tests.conftest import StartWorker, missing
 from tests.support.apps import AppSpec, OpenApp
-from tests.support.apps.impatient import be_impatient
-from tests.support.bench import close
+from tests.support.apps.short_waits import shorten_waits
 from tests.support.brokers import redis_broker
 from tests.support.ledger import Ledger
 from tests.support.servers import NotInstalledError, PrivatePostgreSQL, PrivateRedis
+from tests.support.shared_workers import close
 from tests.support.worker import WorkerProcess
 
 #: A producer's patience: half a second or so, or a server that comes back within twenty.
@@ -25,9 +25,9 @@ LONG = {"max_retries": 200, "interval_start": 0.1, "interval_step": 0.0, "interv
 
 
 @pytest.fixture(autouse=True)
-def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process; workers have it from their app's module."""
-    be_impatient(monkeypatch.setattr)
+    shorten_waits(monkeypatch.setattr)
 
 
 @pytest.fixture(scope="session")
@@ -96,11 +96,11 @@ def app(spec: AppSpec, open_app: OpenApp) -> Celery:
 
 
 @pytest.fixture
-def start_impatient(spec: AppSpec, start_worker: StartWorker) -> Callable[..., WorkerProcess]:
+def start_worker_with_short_waits(spec: AppSpec, start_worker: StartWorker) -> Callable[..., WorkerProcess]:
     """Start a worker of the test's app, with other settings if need be."""
 
     def start(*, settings: dict[str, Any] | None = None, **options: Any) -> WorkerProcess:
         changed = replace(spec, settings={**spec.settings, **(settings or {})})
-        return start_worker(changed, app="tests.support.apps.impatient", **options)
+        return start_worker(changed, app="tests.support.apps.short_waits", **options)
 
     return start

@@ -113,7 +113,7 @@ class Caller:
 def test_two_hundred_messages_run_once_each_while_the_server_goes_and_comes(
     spec: AppSpec,
     open_app: OpenApp,
-    start_impatient: StartImpatient,
+    start_worker_with_short_waits: StartImpatient,
     ledger: Ledger,
     postgresql: PrivatePostgreSQL,
     task: str,
@@ -122,7 +122,7 @@ def test_two_hundred_messages_run_once_each_while_the_server_goes_and_comes(
     app = open_app(replace(spec, settings={**spec.settings, "idempotent_lost_after": 2}))
     caller = Caller(app, task)
     message_ids = [f"m-{number}" for number in range(200)]
-    worker = start_impatient(pool="prefork", concurrency=2)
+    worker = start_worker_with_short_waits(pool="prefork", concurrency=2)
 
     # A worker that keeps up has nothing left at the moment the server goes: these come due while it is away.
     due_ids = [f"due-{number}" for number in range(4)]
@@ -142,9 +142,9 @@ def test_two_hundred_messages_run_once_each_while_the_server_goes_and_comes(
 
 @early_and_late
 def test_what_arrives_during_the_outage_is_put_back_and_runs_after_it(
-    app: Celery, start_impatient: StartImpatient, ledger: Ledger, postgresql: PrivatePostgreSQL, task: str
+    app: Celery, start_worker_with_short_waits: StartImpatient, ledger: Ledger, postgresql: PrivatePostgreSQL, task: str
 ) -> None:
-    worker = start_impatient(pool="prefork", concurrency=2)
+    worker = start_worker_with_short_waits(pool="prefork", concurrency=2)
     app.tasks[task].apply_async(("warm",), message_id="warm").get(timeout=60)
     message_ids = [f"m-{number}" for number in range(8)]
     results = [app.tasks[task].apply_async((number,), message_id=number, countdown=2) for number in message_ids]
@@ -182,13 +182,13 @@ def table_renamed(server: PrivatePostgreSQL, table: str) -> Iterator[None]:
 @pytest.mark.parametrize("outage", [server_stopped, table_renamed])
 def test_bodies_that_end_during_the_outage_are_kept_until_it_is_over(
     app: Celery,
-    start_impatient: StartImpatient,
+    start_worker_with_short_waits: StartImpatient,
     ledger: Ledger,
     postgresql: PrivatePostgreSQL,
     tmp_path: Any,
     outage: Callable[[PrivatePostgreSQL, str], AbstractContextManager[None]],
 ) -> None:
-    worker = start_impatient(pool="prefork", concurrency=4)
+    worker = start_worker_with_short_waits(pool="prefork", concurrency=4)
     gate = tmp_path / "gate"
     ends = app.tasks["ends"]
     succeeded = ends.apply_async((str(gate), "succeed"), message_id="succeed")
@@ -218,10 +218,14 @@ def test_bodies_that_end_during_the_outage_are_kept_until_it_is_over(
 
 
 def test_what_the_store_forgets_while_its_body_runs_ends_all_the_same(
-    app: Celery, start_impatient: StartImpatient, ledger: Ledger, postgresql: PrivatePostgreSQL, tmp_path: Any
+    app: Celery,
+    start_worker_with_short_waits: StartImpatient,
+    ledger: Ledger,
+    postgresql: PrivatePostgreSQL,
+    tmp_path: Any,
 ) -> None:
     """A Redis that keeps nothing was restarted, or a database restored: nobody has taken over what has no row."""
-    worker = start_impatient(pool="prefork", concurrency=5)
+    worker = start_worker_with_short_waits(pool="prefork", concurrency=5)
     gate = tmp_path / "gate"
     ends = app.tasks["ends"]
     succeeded = ends.apply_async((str(gate), "succeed"), message_id="succeed")
@@ -259,7 +263,7 @@ def test_what_the_store_forgets_while_its_body_runs_ends_all_the_same(
 def test_an_answer_that_was_lost_on_its_way(
     spec: AppSpec,
     app: Celery,
-    start_impatient: StartImpatient,
+    start_worker_with_short_waits: StartImpatient,
     ledger: Ledger,
     tmp_path: Any,
     how: str,
@@ -268,7 +272,7 @@ def test_an_answer_that_was_lost_on_its_way(
 ) -> None:
     gate = tmp_path / "gate"
     with Proxy(spec.store) as proxy:
-        worker = start_impatient(settings={"idempotent_store": proxy.url}, pool="prefork")
+        worker = start_worker_with_short_waits(settings={"idempotent_store": proxy.url}, pool="prefork")
         app.tasks["ends"].apply_async((__file__, "succeed"), message_id="warm").get(timeout=60)
         if moment == "claim":
             proxy.swallow_answer_to(b"UPDATE")
@@ -298,7 +302,7 @@ def test_an_answer_that_was_lost_on_its_way(
 def test_a_frozen_server_hangs_nobody_and_loses_nothing(
     spec: AppSpec,
     open_app: OpenApp,
-    start_impatient: StartImpatient,
+    start_worker_with_short_waits: StartImpatient,
     ledger: Ledger,
     postgresql: PrivatePostgreSQL,
     tmp_path: Any,
@@ -308,7 +312,7 @@ def test_a_frozen_server_hangs_nobody_and_loses_nothing(
     caller = Caller(app, task)
     before, meanwhile = [[f"{when}-{number}" for number in range(30)] for when in ("before", "meanwhile")]
     # Two children are in a body when it freezes, and the third is free to claim: it has run, so its connection is there.
-    worker = start_impatient(pool="prefork", concurrency=3, settings={"task_acks_late": task == "late"})
+    worker = start_worker_with_short_waits(pool="prefork", concurrency=3, settings={"task_acks_late": task == "late"})
     gate = tmp_path / "gate"
     running = {name: app.tasks["ends"].apply_async((str(gate), "succeed"), message_id=name) for name in ("one", "two")}
     wait_until(lambda: len(ledger.starts("ends")) == 2, describe="both starts")
@@ -333,9 +337,9 @@ def test_a_frozen_server_hangs_nobody_and_loses_nothing(
 
 
 def test_a_frozen_server_does_not_stop_the_main_process(
-    spec: AppSpec, app: Celery, start_impatient: StartImpatient, postgresql: PrivatePostgreSQL
+    spec: AppSpec, app: Celery, start_worker_with_short_waits: StartImpatient, postgresql: PrivatePostgreSQL
 ) -> None:
-    worker = start_impatient(pool="prefork")
+    worker = start_worker_with_short_waits(pool="prefork")
     app.tasks["echo"].apply_async((1,), message_id="warm").get(timeout=60)
     revoked = app.tasks["echo"].apply_async((1,), message_id="m", countdown=3)
     app.control.revoke(revoked.id)
@@ -353,13 +357,13 @@ def test_a_frozen_server_does_not_stop_the_main_process(
 def test_run_goes_on_unguarded_and_loudly(
     spec: AppSpec,
     open_app: OpenApp,
-    start_impatient: StartImpatient,
+    start_worker_with_short_waits: StartImpatient,
     ledger: Ledger,
     postgresql: PrivatePostgreSQL,
     tmp_path: Any,
 ) -> None:
     app = open_app(replace(spec, settings={**spec.settings, "idempotent_on_store_error": "run"}))
-    worker = start_impatient(settings={"idempotent_on_store_error": "run"}, pool="threads")
+    worker = start_worker_with_short_waits(settings={"idempotent_on_store_error": "run"}, pool="threads")
     gate = tmp_path / "gate"
     running = app.tasks["ends"].apply_async((str(gate), "succeed"), message_id="running")
     wait_until(lambda: ledger.starts("ends"), describe="the start")
@@ -381,13 +385,13 @@ def test_run_goes_on_unguarded_and_loudly(
 def test_raise_tells_the_caller(
     spec: AppSpec,
     open_app: OpenApp,
-    start_impatient: StartImpatient,
+    start_worker_with_short_waits: StartImpatient,
     ledger: Ledger,
     postgresql: PrivatePostgreSQL,
     tmp_path: Any,
 ) -> None:
     app = open_app(spec)
-    start_impatient(settings={"idempotent_on_store_error": "raise"}, pool="threads", concurrency=2)
+    start_worker_with_short_waits(settings={"idempotent_on_store_error": "raise"}, pool="threads", concurrency=2)
     gate = tmp_path / "gate"
     running = app.tasks["ends"].apply_async((str(gate), "succeed"), message_id="running")
     arriving = app.tasks["echo"].apply_async((1,), message_id="arriving", countdown=2)

@@ -21,7 +21,7 @@ from tests.support.effects import Effects
 
 
 @dataclass
-class Office:
+class OutboxApp:
     """An app, the store's database as its user knows it, and what the broker has got."""
 
     app: Celery
@@ -88,19 +88,19 @@ def effects(store_url: str) -> Iterator[Effects]:
 
 
 @pytest.fixture
-def office(store_url: str, effects: Effects) -> Iterator[Office]:
-    queue = f"office-{uuid4().hex[:8]}"
-    app = Celery("office", set_as_current=False, broker="memory://", backend="cache+memory://")
+def outbox_app(store_url: str, effects: Effects) -> Iterator[OutboxApp]:
+    queue = f"outbox-{uuid4().hex[:8]}"
+    app = Celery("outbox_app", set_as_current=False, broker="memory://", backend="cache+memory://")
     app.conf.update(task_default_queue=queue, idempotent_lease=60.0)
     QueueLog(app, store=SQLStore(store_url)).init()
-    office = Office(app, effects, queue)
+    outbox_app = OutboxApp(app, effects, queue)
 
     def charge(order: str, amount: Any = 0) -> str:
         return order
 
-    office.task(charge, message_id="{order}")
-    office.task(charge, name="strict", message_id="{order}", on_duplicate="raise")
-    office.task(charge, name="plain")
+    outbox_app.task(charge, message_id="{order}")
+    outbox_app.task(charge, name="strict", message_id="{order}", on_duplicate="raise")
+    outbox_app.task(charge, name="plain")
     app.finalize()
-    yield office
+    yield outbox_app
     close_app(app)

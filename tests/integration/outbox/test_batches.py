@@ -20,7 +20,7 @@ from celery_idempotent.core.records import Duplicate, Inserted, NewMessage, RowF
 from celery_idempotent.core.store import Store
 from celery_idempotent.producer.box import current_outbox
 from celery_idempotent.producer.relay import relay
-from tests.integration.outbox.conftest import Office
+from tests.integration.outbox.conftest import OutboxApp
 from tests.support.effects import Effect
 
 
@@ -38,56 +38,58 @@ def inserts() -> Iterator[list[str]]:
     sa.event.remove(sa.Engine, "before_cursor_execute", note)
 
 
-def test_a_thousand_calls_are_recorded_by_few_statements(office: Office, inserts: list[str]) -> None:
-    charge = office.app.tasks["charge"]
+def test_a_thousand_calls_are_recorded_by_few_statements(outbox_app: OutboxApp, inserts: list[str]) -> None:
+    charge = outbox_app.app.tasks["charge"]
     names = [f"o-{number}" for number in range(1000)]
     with outbox():
         results = [charge.delay(name) for name in names]
-        assert office.published() == []
+        assert outbox_app.published() == []
         assert {result.duplicate for result in results} == {None}
 
-    assert office.published() == names
+    assert outbox_app.published() == names
     assert inserts == ["INSERT", "UPDATE"] * 2, "of 500 each"
     assert not any(result.duplicate for result in results)
-    assert [office.there("charge", name).task_id for name in names[::100]] == [result.id for result in results[::100]]
-    assert office.store.unsent(limit=9) == []
+    assert [outbox_app.there("charge", name).task_id for name in names[::100]] == [
+        result.id for result in results[::100]
+    ]
+    assert outbox_app.store.unsent(limit=9) == []
 
 
-def test_results_know_which_were_duplicates_and_lead_to_the_first(office: Office) -> None:
-    charge = office.app.tasks["charge"]
+def test_results_know_which_were_duplicates_and_lead_to_the_first(outbox_app: OutboxApp) -> None:
+    charge = outbox_app.app.tasks["charge"]
     before = charge.delay("o-2")
-    office.messages()
+    outbox_app.messages()
     with outbox():
         results = [charge.delay(name) for name in ("o-1", "o-2", "o-3", "o-3")]
 
-    assert office.published() == ["o-1", "o-3"]
+    assert outbox_app.published() == ["o-1", "o-3"]
     assert [result.duplicate for result in results] == [False, True, False, True]
     assert results[1].id == before.id
     assert results[3].id == results[2].id
-    assert [office.there("charge", name).duplicates for name in ("o-1", "o-2", "o-3")] == [0, 1, 1]
+    assert [outbox_app.there("charge", name).duplicates for name in ("o-1", "o-2", "o-3")] == [0, 1, 1]
 
 
-def test_what_is_refused_is_raised_at_the_end_and_keeps_nothing_back(office: Office) -> None:
-    office.app.tasks["strict"].delay("o-1", 1)
-    office.app.tasks["charge"].delay("o-1", 1)
-    office.messages()
+def test_what_is_refused_is_raised_at_the_end_and_keeps_nothing_back(outbox_app: OutboxApp) -> None:
+    outbox_app.app.tasks["strict"].delay("o-1", 1)
+    outbox_app.app.tasks["charge"].delay("o-1", 1)
+    outbox_app.messages()
     with pytest.raises(ExceptionGroup) as raised, outbox():  # noqa: PT012
-        refused = office.app.tasks["strict"].delay("o-1", 1)
-        office.app.tasks["charge"].delay("o-1", 2)
-        sent = office.app.tasks["charge"].delay("o-2", 1)
+        refused = outbox_app.app.tasks["strict"].delay("o-1", 1)
+        outbox_app.app.tasks["charge"].delay("o-1", 2)
+        sent = outbox_app.app.tasks["charge"].delay("o-2", 1)
 
     assert [type(error) for error in raised.value.exceptions] == [DuplicateMessageError, MessageMismatchError]
     assert "2 of 3 calls" in str(raised.value)
     assert (refused.duplicate, sent.duplicate) == (True, False)
-    assert office.published() == ["o-2"]
+    assert outbox_app.published() == ["o-2"]
 
 
-def test_an_error_in_the_block_leaves_nothing(office: Office) -> None:
+def test_an_error_in_the_block_leaves_nothing(outbox_app: OutboxApp) -> None:
     with pytest.raises(ZeroDivisionError), outbox():  # noqa: PT012
-        office.app.tasks["charge"].delay("o-1")
+        outbox_app.app.tasks["charge"].delay("o-1")
         raise ZeroDivisionError
-    assert office.row("charge", "o-1") is None
-    assert office.published() == []
+    assert outbox_app.row("charge", "o-1") is None
+    assert outbox_app.published() == []
 
 
 class Refusing:
@@ -120,7 +122,7 @@ class Refusing:
     ],
 )
 def test_of_a_batch_that_is_refused_midway_the_truth_is_told(
-    office: Office,
+    outbox_app: OutboxApp,
     monkeypatch: pytest.MonkeyPatch,
     count: int,
     after: int,
@@ -128,67 +130,67 @@ def test_of_a_batch_that_is_refused_midway_the_truth_is_told(
     told: str,
     left: int,
 ) -> None:
-    office.app.conf.task_publish_retry = False
-    charge = office.app.tasks["charge"]
+    outbox_app.app.conf.task_publish_retry = False
+    charge = outbox_app.app.tasks["charge"]
     first = charge.delay("o-0")
-    office.messages()
+    outbox_app.messages()
     with monkeypatch.context() as patch:
-        Refusing(office.store, patch, after=after, for_good=for_good)
+        Refusing(outbox_app.store, patch, after=after, for_good=for_good)
         with pytest.raises(StoreUnavailableError, match=told), outbox():
             results = [charge.delay(f"o-{number}") for number in range(count)]
 
-    assert office.there("charge", "o-0").task_id == first.id
-    assert len(list(office.store.rows(RowFilter(limit=1000)))) == max(left, 1)
-    sent = office.published()
+    assert outbox_app.there("charge", "o-0").task_id == first.id
+    assert len(list(outbox_app.store.rows(RowFilter(limit=1000)))) == max(left, 1)
+    sent = outbox_app.published()
     assert len(sent) == (left - 1 if after > 500 else 0)
     assert [result.duplicate for result in results[len(sent) + 1 :]] == [None] * (count - len(sent) - 1)
 
 
 @pytest.mark.parametrize("fail", [False, True])
-def test_a_batch_inside_of_a_batch_is_part_of_it(office: Office, fail: bool) -> None:
-    charge = office.app.tasks["charge"]
+def test_a_batch_inside_of_a_batch_is_part_of_it(outbox_app: OutboxApp, fail: bool) -> None:
+    charge = outbox_app.app.tasks["charge"]
     with suppress(ZeroDivisionError), outbox():
         charge.delay("o-1")
         with outbox():
             inner = charge.delay("o-2")
-        assert (office.published(), inner.duplicate) == ([], None)
+        assert (outbox_app.published(), inner.duplicate) == ([], None)
         if fail:
             raise ZeroDivisionError
-    assert office.published() == ([] if fail else ["o-1", "o-2"])
+    assert outbox_app.published() == ([] if fail else ["o-1", "o-2"])
     assert inner.duplicate is (None if fail else False)
-    assert (office.row("charge", "o-2") is None) is fail
+    assert (outbox_app.row("charge", "o-2") is None) is fail
 
 
-def test_a_batch_inside_of_an_outbox_joins_its_transaction(office: Office, inserts: list[str]) -> None:
-    charge = office.app.tasks["charge"]
+def test_a_batch_inside_of_an_outbox_joins_its_transaction(outbox_app: OutboxApp, inserts: list[str]) -> None:
+    charge = outbox_app.app.tasks["charge"]
     for end, published in (("rollback", []), ("commit", ["o-1", "o-2", "o-3", "o-4"])):
-        with office.session() as session, outbox(session):
+        with outbox_app.session() as session, outbox(session):
             session.add(Effect(name=end))
             charge.delay("o-1")
             with outbox():
                 results = [charge.delay("o-2"), charge.delay("o-3")]
             assert [result.duplicate for result in results] == [False, False]
             charge.delay("o-4")
-            assert office.published() == []
+            assert outbox_app.published() == []
             getattr(session, end)()
-        assert office.published() == published
+        assert outbox_app.published() == published
     assert inserts == ["INSERT"] * 6 + ["UPDATE"]
 
 
-def test_nothing_is_lost_when_the_broker_takes_nothing(office: Office) -> None:
-    with office.broken_broker(), outbox():
-        results = [office.app.tasks["charge"].delay(f"o-{number}") for number in range(3)]
+def test_nothing_is_lost_when_the_broker_takes_nothing(outbox_app: OutboxApp) -> None:
+    with outbox_app.broken_broker(), outbox():
+        results = [outbox_app.app.tasks["charge"].delay(f"o-{number}") for number in range(3)]
     assert [result.duplicate for result in results] == [False] * 3
-    assert relay(office.app.queue_log).published == 3
-    assert office.published() == ["o-0", "o-1", "o-2"]
+    assert relay(outbox_app.app.queue_log).published == 3
+    assert outbox_app.published() == ["o-0", "o-1", "o-2"]
 
 
 @pytest.mark.parametrize("policy", ["retry", "raise", "run"])
 @pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
 def test_a_store_that_gives_no_answer_is_the_callers_to_know(
-    office: Office, monkeypatch: pytest.MonkeyPatch, policy: str
+    outbox_app: OutboxApp, monkeypatch: pytest.MonkeyPatch, policy: str
 ) -> None:
-    office.app.conf.update(
+    outbox_app.app.conf.update(
         idempotent_on_store_error=policy, task_publish_retry_policy={"max_retries": 1, "interval_start": 0}
     )
 
@@ -199,20 +201,20 @@ def test_a_store_that_gives_no_answer_is_the_callers_to_know(
 
     for verb in ("record_all", "relayed"):
         assert hasattr(Store, verb)
-        monkeypatch.setattr(office.store, verb, silent)
+        monkeypatch.setattr(outbox_app.store, verb, silent)
     if policy == "run":
         with outbox():
-            office.app.tasks["charge"].delay("o-1")
-        assert office.published() == ["o-1"]
+            outbox_app.app.tasks["charge"].delay("o-1")
+        assert outbox_app.published() == ["o-1"]
     else:
         with pytest.raises(StoreUnavailableError), outbox():
-            office.app.tasks["charge"].delay("o-1")
-        assert office.published() == []
-    assert office.row("charge", "o-1") is None
+            outbox_app.app.tasks["charge"].delay("o-1")
+        assert outbox_app.published() == []
+    assert outbox_app.row("charge", "o-1") is None
 
 
-def test_an_empty_batch_is_nothing(office: Office, inserts: list[str]) -> None:
+def test_an_empty_batch_is_nothing(outbox_app: OutboxApp, inserts: list[str]) -> None:
     with outbox():
         pass
     assert inserts == []
-    assert current_outbox(office.app.queue_log) is None
+    assert current_outbox(outbox_app.app.queue_log) is None

@@ -19,12 +19,12 @@ from tests.support.apps import AppSpec, OpenApp
 from tests.support.apps.atomic import sell
 from tests.support.brokers import Broker
 from tests.support.effects import Effect, Effects
+from tests.support.kill_points import Victim
 from tests.support.ledger import Ledger
-from tests.support.steps import Victim
 from tests.support.waiting import wait_until
 from tests.support.worker import ROOT, StartWorker
 
-PATIENCE = 120.0
+TIMEOUT = 120.0
 
 pytestmark = [
     pytest.mark.timeout(400),
@@ -49,7 +49,7 @@ def recover(spec: AppSpec, directory: Path, *options: str) -> str:
     command = [sys.executable, "-m", "celery", "-A", "tests.support.apps.worker", "idempotent", "recover", *options]
     environment = {**os.environ, **spec.environment(), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        command, check=False, cwd=directory, env=environment, capture_output=True, text=True, timeout=PATIENCE
+        command, check=False, cwd=directory, env=environment, capture_output=True, text=True, timeout=TIMEOUT
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -68,7 +68,7 @@ def wait_for(wanted: Counter[str], ledger: Ledger, app: Celery, log: Sequence[ob
 
     wait_until(
         lambda: ran(ledger) == wanted and not unfinished(),
-        timeout=PATIENCE,
+        timeout=TIMEOUT,
         describe=lambda: f"{wanted - ran(ledger)} missing, {ran(ledger) - wanted} too many, {unfinished()} not done",
     )
 
@@ -82,7 +82,7 @@ def test_a_producer_that_is_killed_at_any_step(
         victim = Victim(
             sell, names[-1], last=number, path=path, log=tmp_path / "victims.log", environment=selling.environment()
         )
-        if victim.survives(timeout=PATIENCE):
+        if victim.survives(timeout=TIMEOUT):
             break
     else:
         pytest.fail("there is no end to it")
@@ -125,7 +125,7 @@ def test_a_broker_that_is_emptied(
                 app.tasks["told"].delay(name)
         session.commit()
     worker = start_worker(selling, concurrency=2)
-    wait_until(lambda: len(ran(ledger)) >= 100, timeout=PATIENCE, describe=worker.log_tail)
+    wait_until(lambda: len(ran(ledger)) >= 100, timeout=TIMEOUT, describe=worker.log_tail)
     worker.terminate()
     before = len(ran(ledger))
     assert before < len(names)
@@ -138,7 +138,7 @@ def test_a_broker_that_is_emptied(
             # What the worker had taken is given back first.
             wait_until(
                 lambda: channel.queue_declare(broker.queue, passive=True).message_count == len(names) - before,
-                timeout=PATIENCE,
+                timeout=TIMEOUT,
                 describe="its messages",
             )
             channel.queue_purge(broker.queue)

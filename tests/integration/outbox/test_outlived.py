@@ -16,7 +16,7 @@ from celery_idempotent import outbox
 from celery_idempotent.core.records import Status
 from celery_idempotent.errors import ConfigurationError
 from celery_idempotent.producer.box import within
-from tests.integration.outbox.conftest import Office
+from tests.integration.outbox.conftest import OutboxApp
 from tests.support.effects import Effect
 
 #: What runs a function that was handed over inside of a block, behind the block.
@@ -65,60 +65,60 @@ blocks = pytest.mark.parametrize("block", [outbox, batch], ids=["of a session", 
 
 @laters
 @blocks
-def test_a_call_behind_the_block_is_sent_at_once(office: Office, later: Later, block: Any) -> None:
-    charge = office.app.tasks["charge"]
-    with office.session() as session:
+def test_a_call_behind_the_block_is_sent_at_once(outbox_app: OutboxApp, later: Later, block: Any) -> None:
+    charge = outbox_app.app.tasks["charge"]
+    with outbox_app.session() as session:
         with block(session):
             finish = later(lambda: charge.delay("late"))
         session.rollback()
         result = finish()
-        assert office.published() == ["late"]
+        assert outbox_app.published() == ["late"]
         assert not session.in_transaction(), "its session was left alone"
 
-    row = office.there("charge", "late")
+    row = outbox_app.there("charge", "late")
     assert (row.task_id, row.status, result.duplicate) == (result.id, Status.PENDING, False)
     assert row.published_at is not None
     assert charge.delay("late").duplicate is True
 
 
 @laters
-def test_a_call_inside_of_the_block_is_of_the_batch(office: Office, later: Later) -> None:
-    charge = office.app.tasks["charge"]
+def test_a_call_inside_of_the_block_is_of_the_batch(outbox_app: OutboxApp, later: Later) -> None:
+    charge = outbox_app.app.tasks["charge"]
     with outbox():
         result = later(lambda: charge.delay("o-1"))()
-        assert (office.published(), result.duplicate) == ([], None)
-    assert office.published() == ["o-1"]
+        assert (outbox_app.published(), result.duplicate) == ([], None)
+    assert outbox_app.published() == ["o-1"]
 
 
 @laters
-def test_behind_an_inner_block_the_outer_one_takes_the_call(office: Office, later: Later) -> None:
-    charge = office.app.tasks["charge"]
-    with office.session() as session, outbox(session):
+def test_behind_an_inner_block_the_outer_one_takes_the_call(outbox_app: OutboxApp, later: Later) -> None:
+    charge = outbox_app.app.tasks["charge"]
+    with outbox_app.session() as session, outbox(session):
         session.add(Effect(name="o-1"))
         with outbox():
             finish = later(lambda: charge.delay("late"))
         finish()
-        assert office.published() == []
+        assert outbox_app.published() == []
         session.commit()
-    assert office.published() == ["late"]
+    assert outbox_app.published() == ["late"]
 
 
 @laters
-def test_behind_an_atomic_body_a_call_is_sent_at_once(office: Office, later: Later) -> None:
-    charge = office.app.tasks["charge"]
+def test_behind_an_atomic_body_a_call_is_sent_at_once(outbox_app: OutboxApp, later: Later) -> None:
+    charge = outbox_app.app.tasks["charge"]
     finishes = []
 
     def body() -> None:
         finishes.append(later(lambda: charge.delay("late")))
 
-    office.task(body, atomic=True).apply()
+    outbox_app.task(body, atomic=True).apply()
     finishes.pop()()
-    assert office.published() == ["late"]
+    assert outbox_app.published() == ["late"]
 
 
-def test_a_thread_that_calls_while_the_batch_ends_is_not_lost(office: Office) -> None:
+def test_a_thread_that_calls_while_the_batch_ends_is_not_lost(outbox_app: OutboxApp) -> None:
     """It has seen the open block, and comes to its call when that is being sent."""
-    charge = office.app.tasks["charge"]
+    charge = outbox_app.app.tasks["charge"]
     between = threading.Event()
     ended = threading.Event()
 
@@ -138,24 +138,24 @@ def test_a_thread_that_calls_while_the_batch_ends_is_not_lost(office: Office) ->
         charge.delay("quick")
     ended.set()
     thread.join()
-    assert sorted(office.published()) == ["quick", "slow"]
+    assert sorted(outbox_app.published()) == ["quick", "slow"]
 
 
 @pytest.mark.parametrize("error", [None, ZeroDivisionError])
-def test_a_block_that_is_left_in_another_context_says_so(office: Office, error: type[Exception] | None) -> None:
+def test_a_block_that_is_left_in_another_context_says_so(outbox_app: OutboxApp, error: type[Exception] | None) -> None:
     """As by a fixture, or a dependency, whose two halves are run in copies of a context that end with them."""
-    with office.session() as session:
+    with outbox_app.session() as session:
         block = outbox(session)
         contextvars.copy_context().run(block.__enter__)
-        office.app.tasks["charge"].delay("o-1")
+        outbox_app.app.tasks["charge"].delay("o-1")
         ends = (None, None, None) if error is None else (error, error(), None)
         with pytest.raises(ConfigurationError, match="in another context"):
             block.__exit__(*ends)
 
 
-def test_blocks_may_end_crosswise(office: Office) -> None:
+def test_blocks_may_end_crosswise(outbox_app: OutboxApp) -> None:
     """Two generators, one begun in the other's block and ended after it."""
-    charge = office.app.tasks["charge"]
+    charge = outbox_app.app.tasks["charge"]
     first, second = outbox(), outbox()
     first.__enter__()
     second.__enter__()
@@ -163,7 +163,7 @@ def test_blocks_may_end_crosswise(office: Office) -> None:
     charge.delay("o-1")
     second.__exit__(None, None, None)
     charge.delay("o-2")
-    assert office.published() == ["o-1", "o-2"]
+    assert outbox_app.published() == ["o-1", "o-2"]
     with within(None), nullcontext():
         charge.delay("o-3")
-    assert office.published() == ["o-3"]
+    assert outbox_app.published() == ["o-3"]

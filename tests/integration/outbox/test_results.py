@@ -15,7 +15,7 @@ from tests.support.apps import AppSpec, OpenApp
 from tests.support.effects import Effects
 from tests.support.worker import StartWorker
 
-PATIENCE = 60.0
+TIMEOUT = 60.0
 
 pytestmark = [
     pytest.mark.parametrize("store_url", ["postgresql"], indirect=True),
@@ -46,9 +46,9 @@ def test_a_worker_answers(
     with outbox():
         batch = [echo.delay(number) for number in range(3)]
 
-    assert result.get(timeout=PATIENCE) == "committed"
+    assert result.get(timeout=TIMEOUT) == "committed"
     assert (again.id, again.duplicate) == (result.id, True)
-    assert [one.get(timeout=PATIENCE) for one in batch] == [0, 1, 2]
+    assert [one.get(timeout=TIMEOUT) for one in batch] == [0, 1, 2]
 
 
 def test_a_chord_is_as_good_as_any(
@@ -60,4 +60,4 @@ def test_a_chord_is_as_good_as_any(
     with Session(effects.engine) as session, outbox(session):
         result: AsyncResult[object] = chord([echo.s(1), echo.s(2)], echo.s(), app=app).delay()
         session.commit()
-    assert result.get(timeout=PATIENCE) == [1, 2]
+    assert result.get(timeout=TIMEOUT) == [1, 2]

@@ -50,7 +50,7 @@ def effects(private_postgresql: PrivatePostgreSQL) -> Iterator[Effects]:
 
 
 @pytest.fixture
-def eyes(private_postgresql: PrivatePostgreSQL) -> Iterator[SQLStore]:
+def direct_store(private_postgresql: PrivatePostgreSQL) -> Iterator[SQLStore]:
     """Yield the same log, without the pooler."""
     store = SQLStore(private_postgresql.url)
     yield store
@@ -160,7 +160,12 @@ def rows(store: SQLStore) -> list[Row]:
 
 @pytest.mark.timeout(400)
 def test_two_thousand_tasks_run_once_behind_a_pooler(
-    spec: AppSpec, effects: Effects, eyes: SQLStore, ledger: Ledger, open_app: OpenApp, start_worker: StartWorker
+    spec: AppSpec,
+    effects: Effects,
+    direct_store: SQLStore,
+    ledger: Ledger,
+    open_app: OpenApp,
+    start_worker: StartWorker,
 ) -> None:
     app = open_app(spec)
     for pool in ("threads", "prefork"):
@@ -175,13 +180,13 @@ def test_two_thousand_tasks_run_once_behind_a_pooler(
     with ThreadPoolExecutor(8) as callers:
         list(callers.map(call, names))
     wait_until(
-        lambda: not any(row.status is not Status.DONE for row in rows(eyes)),
+        lambda: not any(row.status is not Status.DONE for row in rows(direct_store)),
         timeout=300,
         interval=1.0,
-        describe=lambda: Counter((row.status, row.processed_status) for row in rows(eyes)),
+        describe=lambda: Counter((row.status, row.processed_status) for row in rows(direct_store)),
     )
 
-    found = rows(eyes)
+    found = rows(direct_store)
     assert Counter(row.processed_status for row in found) == {ProcessedStatus.SUCCESS: TASKS}
     assert {(row.token, row.takeovers) for row in found} == {(1, 0)}
     assert len(ledger.starts()) == TASKS

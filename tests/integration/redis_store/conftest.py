@@ -1,4 +1,4 @@
-"""What the tests of the Redis store share: a Redis of the test's own, and a wire to it."""
+"""What the tests of the Redis store share: a Redis of the test's own, and a wire tap to it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 from redis import Redis
 
 from celery_idempotent import RedisStore
-from tests.integration.sql.wire import Wire
 from tests.support.servers import PrivateRedis
+from tests.support.wire_tap import WireTap
 
 
 @pytest.fixture
@@ -29,16 +29,16 @@ def client(private_redis: PrivateRedis) -> Iterator[Redis]:
 
 
 @pytest.fixture
-def wire(private_redis: PrivateRedis) -> Iterator[Wire]:
-    """Yield a wire to the server."""
-    with Wire(private_redis.url) as wire:
-        yield wire
+def wire_tap(private_redis: PrivateRedis) -> Iterator[WireTap]:
+    """Yield a wire tap to the server."""
+    with WireTap(private_redis.url) as wire_tap:
+        yield wire_tap
 
 
 @pytest.fixture
-def wired(store: RedisStore, wire: Wire) -> Iterator[RedisStore]:
-    """Yield a store at the other end of the wire, which has already been used, so that its connection is kept."""
-    wired = RedisStore(wire.url)
-    wired.check()
-    yield wired
-    wired.close()
+def tapped_store(store: RedisStore, wire_tap: WireTap) -> Iterator[RedisStore]:
+    """Yield a store at the other end of the wire tap, which has already been used, so that its connection is kept."""
+    tapped_store = RedisStore(wire_tap.url)
+    tapped_store.check()
+    yield tapped_store
+    tapped_store.close()

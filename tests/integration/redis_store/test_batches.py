@@ -17,8 +17,8 @@ from tests.support.apps import close_app
 
 @pytest.fixture
 def app(store: RedisStore) -> Iterator[Celery]:
-    app = Celery("office", set_as_current=False, broker="memory://", backend="cache+memory://")
-    app.conf.update(task_default_queue=f"office-{uuid4().hex[:8]}", task_publish_retry=False)
+    app = Celery("outbox", set_as_current=False, broker="memory://", backend="cache+memory://")
+    app.conf.update(task_default_queue=f"outbox-{uuid4().hex[:8]}", task_publish_retry=False)
     QueueLog(app, store=store)
     yield app
     close_app(app)

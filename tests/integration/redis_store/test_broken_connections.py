@@ -41,11 +41,11 @@ from celery_idempotent.testing.examples import (
     read,
     try_claim,
 )
-from tests.integration.redis_store.anything import act
+from tests.integration.redis_store.random_verbs import call_random_verb
 from tests.integration.sql.test_broken_connections import ENDINGS, InterruptedByTestError, interrupted_when
-from tests.integration.sql.wire import Wire
 from tests.support.servers import PrivateRedis
 from tests.support.waiting import wait_until
+from tests.support.wire_tap import WireTap
 
 # -- stale connections ------------------------------------------------------------------------------------------------------
 
@@ -71,76 +71,78 @@ def test_a_server_that_was_restarted_is_found_again(private_redis: PrivateRedis,
 # -- an answer that is lost ---------------------------------------------------------------------------------------------------
 
 
-def test_a_record_whose_answer_was_lost_is_recorded(wired: RedisStore, wire: Wire) -> None:
-    wire.cut()
-    assert wired.record(new_message()) == Inserted()
-    assert read(wired).task_id == "task-1"
-    assert wire.connections == 2
+def test_a_record_whose_answer_was_lost_is_recorded(tapped_store: RedisStore, wire_tap: WireTap) -> None:
+    wire_tap.cut()
+    assert tapped_store.record(new_message()) == Inserted()
+    assert read(tapped_store).task_id == "task-1"
+    assert wire_tap.connections == 2
 
 
-def test_many_records_whose_answers_were_lost_are_recorded(wired: RedisStore, wire: Wire) -> None:
-    pending(wired, key=MessageKey("there", "t"), task_id="task-0")
+def test_many_records_whose_answers_were_lost_are_recorded(tapped_store: RedisStore, wire_tap: WireTap) -> None:
+    pending(tapped_store, key=MessageKey("there", "t"), task_id="task-0")
     names = ("there", "new", "newer", "new")
     messages = [new_message(MessageKey(name, "t")) for name in names]
-    wire.cut()
-    assert [type(answer) for answer in wired.record_all(messages)] == [Duplicate, Inserted, Inserted, Duplicate]
+    wire_tap.cut()
+    assert [type(answer) for answer in tapped_store.record_all(messages)] == [Duplicate, Inserted, Inserted, Duplicate]
 
 
-def test_a_record_that_found_another_task_is_not_mistaken(wired: RedisStore, wire: Wire) -> None:
-    pending(wired, task_id="task-0")
-    wire.cut()
-    assert wired.record(new_message()) != Inserted()
+def test_a_record_that_found_another_task_is_not_mistaken(tapped_store: RedisStore, wire_tap: WireTap) -> None:
+    pending(tapped_store, task_id="task-0")
+    wire_tap.cut()
+    assert tapped_store.record(new_message()) != Inserted()
 
 
-def test_an_expired_id_recorded_with_its_answer_lost_is_recorded(wired: RedisStore, wire: Wire) -> None:
-    old = expired_id(wired)
-    wire.cut()
-    assert wired.record(new_message(task_id="task-2")) == Inserted()
-    assert read(wired).token == old.token
+def test_an_expired_id_recorded_with_its_answer_lost_is_recorded(tapped_store: RedisStore, wire_tap: WireTap) -> None:
+    old = expired_id(tapped_store)
+    wire_tap.cut()
+    assert tapped_store.record(new_message(task_id="task-2")) == Inserted()
+    assert read(tapped_store).token == old.token
 
 
-def test_a_claim_whose_answer_was_lost_is_claimed_once(wired: RedisStore, wire: Wire) -> None:
-    pending(wired)
-    wire.cut()
-    assert try_claim(wired) == Claimed(Claim(KEY, 1))
-    assert read(wired).token == 1
+def test_a_claim_whose_answer_was_lost_is_claimed_once(tapped_store: RedisStore, wire_tap: WireTap) -> None:
+    pending(tapped_store)
+    wire_tap.cut()
+    assert try_claim(tapped_store) == Claimed(Claim(KEY, 1))
+    assert read(tapped_store).token == 1
 
 
-def test_a_claim_that_found_another_owner_is_not_mistaken(wired: RedisStore, wire: Wire) -> None:
-    processing(wired)
-    wire.cut()
-    assert isinstance(try_claim(wired, worker="host-b:202"), NotClaimed)
+def test_a_claim_that_found_another_owner_is_not_mistaken(tapped_store: RedisStore, wire_tap: WireTap) -> None:
+    processing(tapped_store)
+    wire_tap.cut()
+    assert isinstance(try_claim(tapped_store, worker="host-b:202"), NotClaimed)
 
 
 @pytest.mark.parametrize("answers", [0, 1])
-def test_an_absent_message_is_claimed_whichever_answer_was_lost(wired: RedisStore, wire: Wire, answers: int) -> None:
-    try_claim(wired, new_message(MessageKey("load the scripts", "t")))
-    wire.cut(after_answers=answers)
-    assert try_claim(wired) == Claimed(Claim(KEY, 1))
-    assert read(wired).token == 1
+def test_an_absent_message_is_claimed_whichever_answer_was_lost(
+    tapped_store: RedisStore, wire_tap: WireTap, answers: int
+) -> None:
+    try_claim(tapped_store, new_message(MessageKey("load the scripts", "t")))
+    wire_tap.cut(after_answers=answers)
+    assert try_claim(tapped_store) == Claimed(Claim(KEY, 1))
+    assert read(tapped_store).token == 1
 
 
-def test_a_takeover_whose_answer_was_lost_is_taken_over_once(wired: RedisStore, wire: Wire) -> None:
-    wired.expire(processing(wired))
-    row = read(wired)
-    wire.cut()
-    answer = wired.take_over(row, task_id="task-2", worker="host-b:202", lease=LEASE, attempt=0)
+def test_a_takeover_whose_answer_was_lost_is_taken_over_once(tapped_store: RedisStore, wire_tap: WireTap) -> None:
+    tapped_store.expire(processing(tapped_store))
+    row = read(tapped_store)
+    wire_tap.cut()
+    answer = tapped_store.take_over(row, task_id="task-2", worker="host-b:202", lease=LEASE, attempt=0)
     assert answer == Claimed(Claim(KEY, 2))
-    assert (read(wired).token, read(wired).takeovers) == (2, 1)
+    assert (read(tapped_store).token, read(tapped_store).takeovers) == (2, 1)
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_an_ending_whose_answer_was_lost_was_written(wired: RedisStore, wire: Wire, ending: str) -> None:
+def test_an_ending_whose_answer_was_lost_was_written(tapped_store: RedisStore, wire_tap: WireTap, ending: str) -> None:
     # Once before, so that the server knows the script.
-    ENDINGS[ending](wired, processing(wired))
-    wired.cancel(KEY, task_id="task-1", error="revoked", unique_for=0.0)
-    if read(wired).status is Status.PROCESSING:
-        wired.complete(Claim(KEY, 1), result=None, unique_for=0.0)
-    client_free(wired)
-    held = processing(wired)
-    wire.cut()
-    assert ENDINGS[ending](wired, held)
-    assert read(wired).token == held.token
+    ENDINGS[ending](tapped_store, processing(tapped_store))
+    tapped_store.cancel(KEY, task_id="task-1", error="revoked", unique_for=0.0)
+    if read(tapped_store).status is Status.PROCESSING:
+        tapped_store.complete(Claim(KEY, 1), result=None, unique_for=0.0)
+    client_free(tapped_store)
+    held = processing(tapped_store)
+    wire_tap.cut()
+    assert ENDINGS[ending](tapped_store, held)
+    assert read(tapped_store).token == held.token
 
 
 def client_free(store: RedisStore) -> None:
@@ -148,32 +150,32 @@ def client_free(store: RedisStore) -> None:
     wait_until(lambda: store.purge(older_than=0.0, limit=10) == 1)
 
 
-def test_compare_and_set_whose_answer_was_lost_was_written(wired: RedisStore, wire: Wire) -> None:
-    row = pending(wired)
-    wire.cut()
-    assert wired.republish(row)
-    wire.cut()
-    assert wired.cancel(KEY, task_id="task-1", error="revoked")
-    wire.cut()
-    assert wired.resubmit(read(wired), new_message(task_id="task-2"))
-    wire.cut()
-    assert wired.withdraw(KEY, task_id="task-2")
-    assert wired.find(KEY) is None
-    wired.expire(processing(wired))
-    row = read(wired)
-    wire.cut()
-    assert wired.abandon(row, error="abandoned")
+def test_compare_and_set_whose_answer_was_lost_was_written(tapped_store: RedisStore, wire_tap: WireTap) -> None:
+    row = pending(tapped_store)
+    wire_tap.cut()
+    assert tapped_store.republish(row)
+    wire_tap.cut()
+    assert tapped_store.cancel(KEY, task_id="task-1", error="revoked")
+    wire_tap.cut()
+    assert tapped_store.resubmit(read(tapped_store), new_message(task_id="task-2"))
+    wire_tap.cut()
+    assert tapped_store.withdraw(KEY, task_id="task-2")
+    assert tapped_store.find(KEY) is None
+    tapped_store.expire(processing(tapped_store))
+    row = read(tapped_store)
+    wire_tap.cut()
+    assert tapped_store.abandon(row, error="abandoned")
 
 
 # -- no answer at all ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_connection_that_breaks_twice_is_unavailable(wired: RedisStore, wire: Wire) -> None:
-    pending(wired)
-    claim(wired, new_message(MessageKey("load the script", "t")))
-    wire.cut(times=20)  # a greeting is an answer too
+def test_a_connection_that_breaks_twice_is_unavailable(tapped_store: RedisStore, wire_tap: WireTap) -> None:
+    pending(tapped_store)
+    claim(tapped_store, new_message(MessageKey("load the script", "t")))
+    wire_tap.cut(times=20)  # a greeting is an answer too
     with pytest.raises(StoreUnavailableError) as caught:
-        wired.claim(new_message(), worker=WORKER, lease=LEASE, grace=GRACE)
+        tapped_store.claim(new_message(), worker=WORKER, lease=LEASE, grace=GRACE)
     assert not caught.value.unsent
 
 
@@ -356,7 +358,7 @@ def test_an_account_needs_no_other_rights_than_the_page_tells(private_redis: Pri
         for seed in range(3):
             chance, claims = random.Random(seed), dict[MessageKey, Claim]()
             for _ in range(150):
-                act(store, chance, claims)
+                call_random_verb(store, chance, claims)
         store.counts()
         store.newest(limit=9)
         store.lapsed(again_after=0.0, limit=9)

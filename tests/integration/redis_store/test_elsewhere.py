@@ -19,7 +19,7 @@ from tests.support.servers import NotInstalledError, PrivateRedis, PrivateSentin
 from tests.support.servers.redis_cluster import PrivateRedisCluster
 from tests.support.waiting import wait_until
 
-PATIENCE = 60.0
+TIMEOUT = 60.0
 
 
 # -- Sentinel ------------------------------------------------------------------------------------------------------------------
@@ -37,14 +37,14 @@ def watched() -> Iterator[tuple[PrivateRedis, PrivateRedis, PrivateSentinel]]:
         replica = stack.enter_context(PrivateRedis(replica_of=master))
         sentinel = stack.enter_context(PrivateSentinel(master))
         with Redis.from_url(replica.url) as client:
-            wait_until(lambda: client.info("replication")["master_link_status"] == "up", timeout=PATIENCE)
+            wait_until(lambda: client.info("replication")["master_link_status"] == "up", timeout=TIMEOUT)
         with Redis.from_url(sentinel.url) as client:
             # As the Sentinel knows it, which asks every ten seconds: until then it takes no replica for a master.
             wait_until(
                 lambda: [
                     each for each in client.sentinel_slaves(sentinel.MASTER) if each["master-link-status"] == "ok"
                 ],
-                timeout=PATIENCE,
+                timeout=TIMEOUT,
                 describe=sentinel.log_tail,
             )
         yield master, replica, sentinel
@@ -67,7 +67,7 @@ def test_the_log_goes_where_the_master_goes(watched: tuple[PrivateRedis, Private
                 refused.append(error)
                 return False
 
-        wait_until(completed, timeout=PATIENCE, describe=lambda: f"{refused}\n{sentinel.log_tail()}")
+        wait_until(completed, timeout=TIMEOUT, describe=lambda: f"{refused}\n{sentinel.log_tail()}")
         assert _role(replica) == "master"
         assert read(store).result == b"1"
         # As long as nobody was the master, nothing was sent.
@@ -75,7 +75,7 @@ def test_the_log_goes_where_the_master_goes(watched: tuple[PrivateRedis, Private
 
         # The old one comes back as a replica of the new one.
         master.start()
-        wait_until(lambda: _role(master) == "slave", timeout=PATIENCE)
+        wait_until(lambda: _role(master) == "slave", timeout=TIMEOUT)
         assert store.record(new_message(MessageKey("later", "t"))) == Inserted()
 
 
@@ -92,7 +92,7 @@ def test_a_master_that_was_made_a_replica_is_left(watched: tuple[PrivateRedis, P
                 client.sentinel_failover(sentinel.MASTER)
             return bool(client.sentinel_get_master_addr_by_name(sentinel.MASTER) != before)
 
-        wait_until(moved, timeout=PATIENCE, interval=0.5, describe=sentinel.log_tail)
+        wait_until(moved, timeout=TIMEOUT, interval=0.5, describe=sentinel.log_tail)
 
         def recorded() -> bool:
             try:
@@ -100,7 +100,7 @@ def test_a_master_that_was_made_a_replica_is_left(watched: tuple[PrivateRedis, P
             except StoreUnavailableError:
                 return False
 
-        wait_until(recorded, timeout=PATIENCE, describe=sentinel.log_tail)
+        wait_until(recorded, timeout=TIMEOUT, describe=sentinel.log_tail)
 
 
 def _role(server: PrivateRedis) -> str | None:
@@ -202,7 +202,7 @@ def test_a_node_that_is_gone_takes_its_part_along_until_it_is_back(cluster: Priv
             except StoreUnavailableError:
                 return False  # it has yet to be found by the others
 
-        wait_until(claimed, timeout=PATIENCE)
+        wait_until(claimed, timeout=TIMEOUT)
 
 
 def _text(value: object) -> object:

@@ -12,7 +12,7 @@ from celery_idempotent import RedisStore
 from celery_idempotent.core.records import Claim, Inserted, MessageKey, RowFilter
 from celery_idempotent.stores.redis.layout import SHARDS, Layout, identity, key_of, slot
 from celery_idempotent.testing.examples import done, new_message, pending, processing, read, wait_until
-from tests.integration.redis_store.anything import act
+from tests.integration.redis_store.random_verbs import call_random_verb
 
 QUEUES = (None, "a", "b")
 VERBS = (
@@ -86,7 +86,7 @@ def queues(client: Redis) -> set[bytes]:
 def test_whatever_is_done_rows_and_indexes_agree(store: RedisStore, client: Redis, seed: int) -> None:
     chance, claims = random.Random(seed), dict[MessageKey, Claim]()
     for _ in range(150):
-        act(store, chance, claims)
+        call_random_verb(store, chance, claims)
         assert indexed(client) == expected(client)
     waiting = {kind for kind in indexed(client) if kind.startswith("waiting")}
     assert {queue.decode().removeprefix(":") for queue in queues(client)} == waiting

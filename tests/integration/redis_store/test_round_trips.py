@@ -14,8 +14,8 @@ from celery_idempotent.core.records import Claimed, Inserted, MessageKey, NewMes
 from celery_idempotent.stores.redis import pool
 from celery_idempotent.testing.examples import GRACE, LEASE, WORKER, new_message, pending, processing
 from tests.integration.sql.test_round_trips import VERBS, Measured, succeeded
-from tests.integration.sql.wire import Wire
 from tests.support.servers import PrivateRedis
+from tests.support.wire_tap import WireTap
 
 #: Scripts of one round trip: of many messages a hundred each.
 SCRIPTS = {"record_all": 3}
@@ -46,24 +46,24 @@ def loaded(store: RedisStore, client: Redis, verb: Measured) -> Callable[[], obj
 
 @every_verb
 def test_a_verb_is_one_script_and_one_round_trip(
-    wired: RedisStore, wire: Wire, client: Redis, asked: list[list[Any]], verb: Measured
+    tapped_store: RedisStore, wire_tap: WireTap, client: Redis, asked: list[list[Any]], verb: Measured
 ) -> None:
-    call = loaded(wired, client, verb)
-    wire.listen()
+    call = loaded(tapped_store, client, verb)
+    wire_tap.listen()
     asked.clear()
 
     assert succeeded(call())
 
     assert asked == [[b"EVALSHA"] * SCRIPTS.get(verb.__name__, 1)]
     if verb.__name__ not in SCRIPTS:  # of those the first are answered while the last are sent
-        assert len(wire.asked) == 1, wire.asked
+        assert len(wire_tap.asked) == 1, wire_tap.asked
 
 
-def test_the_server_counts_the_same(wired: RedisStore, client: Redis) -> None:
+def test_the_server_counts_the_same(tapped_store: RedisStore, client: Redis) -> None:
     def run(number: int) -> None:
-        held = processing(wired, key=MessageKey(f"m{number}", "t"))
-        wired.renew([held], lease=LEASE)
-        wired.complete(held, result=b"1")
+        held = processing(tapped_store, key=MessageKey(f"m{number}", "t"))
+        tapped_store.renew([held], lease=LEASE)
+        tapped_store.complete(held, result=b"1")
 
     run(0)
     client.config_resetstat()
@@ -76,22 +76,22 @@ def test_the_server_counts_the_same(wired: RedisStore, client: Redis) -> None:
     assert ours.isdisjoint(calls), calls
 
 
-def test_an_absent_message_is_claimed_by_two(wired: RedisStore, wire: Wire) -> None:
+def test_an_absent_message_is_claimed_by_two(tapped_store: RedisStore, wire_tap: WireTap) -> None:
     def claim(name: str) -> object:
         message = new_message(MessageKey(name, "t"))
-        return wired.claim(message, worker=WORKER, lease=LEASE, grace=GRACE, adopt=lambda: message)
+        return tapped_store.claim(message, worker=WORKER, lease=LEASE, grace=GRACE, adopt=lambda: message)
 
     claim("first")
-    wire.listen()
+    wire_tap.listen()
     assert isinstance(claim("second"), Claimed)
-    assert len(wire.asked) == 2
+    assert len(wire_tap.asked) == 2
 
 
 def test_a_script_is_loaded_when_the_server_does_not_know_it(
-    wired: RedisStore, wire: Wire, client: Redis, asked: list[list[Any]]
+    tapped_store: RedisStore, wire_tap: WireTap, client: Redis, asked: list[list[Any]]
 ) -> None:
     def record_all(name: str) -> list[Any]:
-        return wired.record_all([new_message(MessageKey(f"{name} {number}", "t")) for number in range(150)])
+        return tapped_store.record_all([new_message(MessageKey(f"{name} {number}", "t")) for number in range(150)])
 
     record_all("before")
     client.script_flush()
@@ -114,28 +114,28 @@ def test_a_server_without_its_scripts_and_its_data_is_begun_anew(
     pending(store)
 
 
-def test_a_thousand_messages_are_two_round_trips(wired: RedisStore, asked: list[list[Any]]) -> None:
-    wired.record(new_message())
+def test_a_thousand_messages_are_two_round_trips(tapped_store: RedisStore, asked: list[list[Any]]) -> None:
+    tapped_store.record(new_message())
     messages: list[NewMessage] = [new_message(MessageKey(f"m{number}", "t"), published=False) for number in range(1000)]
     asked.clear()
-    wired.record_all(messages)
+    tapped_store.record_all(messages)
     assert [len(trip) for trip in asked] == [5, 5]
-    wired.unsent(limit=1)
+    tapped_store.unsent(limit=1)
     asked.clear()
-    assert [row.key for row in wired.unsent(limit=1000)] == [message.key for message in messages]
+    assert [row.key for row in tapped_store.unsent(limit=1000)] == [message.key for message in messages]
     # Where they are, at one moment in all shards; and then what they are.
     assert [len(trip) for trip in asked] == [16 + 2, 5, 5]
     asked.clear()
-    wired.relayed([message.key for message in messages], published=True)
+    tapped_store.relayed([message.key for message in messages], published=True)
     assert sum(trip.count(b"EVALSHA") for trip in asked if b"SCRIPT" not in trip) <= 20
 
 
-def test_a_step_of_recovery_at_rest_is_a_few_round_trips(wired: RedisStore, asked: list[list[Any]]) -> None:
+def test_a_step_of_recovery_at_rest_is_a_few_round_trips(tapped_store: RedisStore, asked: list[list[Any]]) -> None:
     def step() -> None:
-        assert wired.lapsed(again_after=1.0, limit=200) == []
-        assert wired.unsent(limit=200) == []
-        assert wired.purge(older_than=0.0, limit=200) == 0
-        assert wired.waiting(older_than=0.0, limit=200, before={"celery": datetime.now(UTC)}) == []
+        assert tapped_store.lapsed(again_after=1.0, limit=200) == []
+        assert tapped_store.unsent(limit=200) == []
+        assert tapped_store.purge(older_than=0.0, limit=200) == 0
+        assert tapped_store.waiting(older_than=0.0, limit=200, before={"celery": datetime.now(UTC)}) == []
 
     step()
     asked.clear()

@@ -24,7 +24,7 @@ from celery_idempotent.core.records import (
 )
 from celery_idempotent.core.store import Store
 from celery_idempotent.testing.examples import wait_until
-from tests.integration.redis_store.anything import KEYS, act
+from tests.integration.redis_store.random_verbs import KEYS, call_random_verb
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_rows_are_the_same(store: RedisStore, sql: SQLStore, seed: int) -> None:
     chances = random.Random(seed), random.Random(seed)
     claims: tuple[dict[MessageKey, Claim], dict[MessageKey, Claim]] = {}, {}
     for _ in range(150):
-        ours, theirs = act(store, chances[0], claims[0]), act(sql, chances[1], claims[1])
+        ours, theirs = call_random_verb(store, chances[0], claims[0]), call_random_verb(sql, chances[1], claims[1])
         assert comparable(ours) == comparable(theirs)
         assert [told(store.find(key)) for key in KEYS] == [told(sql.find(key)) for key in KEYS]
     # A moment of SQLite's is a millisecond.

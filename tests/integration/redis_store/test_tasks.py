@@ -30,7 +30,7 @@ from tests.support.servers import NotInstalledError, PrivateRedis
 from tests.support.waiting import wait_until
 from tests.support.worker import ROOT, StartWorker
 
-PATIENCE = 60.0
+TIMEOUT = 60.0
 
 TASKS = ("tests.support.apps.generic", "tests.support.apps.lasting", "tests.support.apps.scenarios")
 
@@ -55,7 +55,7 @@ def store_url(store_server: PrivateRedis) -> str:
 
 
 @dataclass
-class Shop:
+class Deployment:
     """An app, and what its messages came to."""
 
     spec: AppSpec
@@ -76,27 +76,27 @@ class Shop:
             row = self.row(task, message_id)
             return row if row is not None and condition(row) else None
 
-        return wait_until(found, timeout=PATIENCE, describe=lambda: self.row(task, message_id))
+        return wait_until(found, timeout=TIMEOUT, describe=lambda: self.row(task, message_id))
 
     def wait_until_done(self, task: str, message_id: str) -> Row:
         return self.wait_for_row(task, message_id, lambda row: row.status is Status.DONE)
 
 
 @pytest.fixture
-def make_shop(spec: AppSpec, open_app: OpenApp, ledger: Ledger, tmp_path: Path) -> Callable[..., Shop]:
-    def make_shop(**settings: Any) -> Shop:
+def deploy(spec: AppSpec, open_app: OpenApp, ledger: Ledger, tmp_path: Path) -> Callable[..., Deployment]:
+    def deploy(**settings: Any) -> Deployment:
         given = {**spec.settings, "idempotent_lease": 2.0, "idempotent_recovery_interval": 1.0, **settings}
-        spec_of_shop = replace(spec, tasks=TASKS, settings=given)
-        return Shop(spec_of_shop, open_app(spec_of_shop), ledger, tmp_path)
+        deployed_spec = replace(spec, tasks=TASKS, settings=given)
+        return Deployment(deployed_spec, open_app(deployed_spec), ledger, tmp_path)
 
-    return make_shop
+    return deploy
 
 
 def test_a_duplicate_call_is_skipped_and_a_duplicate_delivery_too(
-    make_shop: Callable[..., Shop], start_worker: StartWorker, broker: Broker
+    deploy: Callable[..., Deployment], start_worker: StartWorker, broker: Broker
 ) -> None:
-    shop = make_shop()
-    order = shop.app.tasks["order"]
+    deployment = deploy()
+    order = deployment.app.tasks["order"]
     first = order.delay("o-1")
     with Redis.from_url(broker.url) as client:
         (message,) = client.lrange(broker.queue, 0, -1)
@@ -104,123 +104,127 @@ def test_a_duplicate_call_is_skipped_and_a_duplicate_delivery_too(
     again = order.delay("o-1")
     assert (again.id, again.duplicate) == (first.id, True)
 
-    start_worker(shop.spec)
-    assert first.get(timeout=PATIENCE).startswith("o-1 by ")
-    row = shop.wait_for_row("order", "order:o-1", lambda row: row.duplicates == 2)
+    start_worker(deployment.spec)
+    assert first.get(timeout=TIMEOUT).startswith("o-1 by ")
+    row = deployment.wait_for_row("order", "order:o-1", lambda row: row.duplicates == 2)
     assert (row.status, row.processed_status, row.token) == (Status.DONE, ProcessedStatus.SUCCESS, 1)
-    assert len(shop.ledger.starts("order")) == 1
+    assert len(deployment.ledger.starts("order")) == 1
 
 
 def test_a_worker_that_is_killed_in_the_midst_is_taken_over_from(
-    make_shop: Callable[..., Shop], start_worker: StartWorker
+    deploy: Callable[..., Deployment], start_worker: StartWorker
 ) -> None:
     task = "last.late"
-    shop = make_shop()
-    worker = start_worker(shop.spec)
-    gate = shop.directory / f"gate-{uuid4().hex[:8]}"
-    result = shop.send(task, str(gate), "back")
-    wait_until(lambda: shop.ledger.starts(task, task_id=result.id), timeout=PATIENCE)
+    deployment = deploy()
+    worker = start_worker(deployment.spec)
+    gate = deployment.directory / f"gate-{uuid4().hex[:8]}"
+    result = deployment.send(task, str(gate), "back")
+    wait_until(lambda: deployment.ledger.starts(task, task_id=result.id), timeout=TIMEOUT)
     worker.kill()
-    start_worker(shop.spec)
-    wait_until(lambda: len(shop.ledger.starts(task, task_id=result.id)) == 2, timeout=PATIENCE)
+    start_worker(deployment.spec)
+    wait_until(lambda: len(deployment.ledger.starts(task, task_id=result.id)) == 2, timeout=TIMEOUT)
     gate.touch()
 
-    assert result.get(timeout=PATIENCE) == "back"
-    row = shop.wait_until_done(task, result.id)
+    assert result.get(timeout=TIMEOUT) == "back"
+    row = deployment.wait_until_done(task, result.id)
     assert (row.processed_status, row.token, row.takeovers) == (ProcessedStatus.SUCCESS, 2, 1)
-    assert len(shop.ledger.ends(task, task_id=result.id)) == 1
+    assert len(deployment.ledger.ends(task, task_id=result.id)) == 1
 
 
 def test_a_lease_is_renewed_for_as_long_as_the_body_runs(
-    make_shop: Callable[..., Shop], start_worker: StartWorker
+    deploy: Callable[..., Deployment], start_worker: StartWorker
 ) -> None:
-    shop = make_shop()
-    start_worker(shop.spec)
-    result = shop.send("slow", 5.0, "slept")
-    claimed = shop.wait_for_row("slow", result.id, lambda row: row.status is Status.PROCESSING)
+    deployment = deploy()
+    start_worker(deployment.spec)
+    result = deployment.send("slow", 5.0, "slept")
+    claimed = deployment.wait_for_row("slow", result.id, lambda row: row.status is Status.PROCESSING)
     assert claimed.lease_expires_at is not None
     until = claimed.lease_expires_at
-    shop.wait_for_row("slow", result.id, lambda row: row.lease_expires_at is not None and row.lease_expires_at > until)
-    assert result.get(timeout=PATIENCE) == "slept"
-    assert shop.wait_until_done("slow", result.id).token == 1
+    deployment.wait_for_row(
+        "slow", result.id, lambda row: row.lease_expires_at is not None and row.lease_expires_at > until
+    )
+    assert result.get(timeout=TIMEOUT) == "slept"
+    assert deployment.wait_until_done("slow", result.id).token == 1
 
 
 def test_a_task_is_retried_and_fails_and_goes_on_in_a_chain(
-    make_shop: Callable[..., Shop], start_worker: StartWorker
+    deploy: Callable[..., Deployment], start_worker: StartWorker
 ) -> None:
-    shop = make_shop()
-    start_worker(shop.spec, concurrency=2)
-    retried, failed = shop.send("retry_n", 2), shop.send("fail", "as told")
-    add = shop.app.tasks["add"]
-    chained = chain(add.s(1, 2), add.s(3), add.s(4), app=shop.app).delay()
+    deployment = deploy()
+    start_worker(deployment.spec, concurrency=2)
+    retried, failed = deployment.send("retry_n", 2), deployment.send("fail", "as told")
+    add = deployment.app.tasks["add"]
+    chained = chain(add.s(1, 2), add.s(3), add.s(4), app=deployment.app).delay()
 
-    assert retried.get(timeout=PATIENCE) == 2
-    assert chained.get(timeout=PATIENCE) == 10
-    assert isinstance(failed.get(timeout=PATIENCE, propagate=False), ValueError)
-    row = shop.wait_until_done("retry_n", retried.id)
+    assert retried.get(timeout=TIMEOUT) == 2
+    assert chained.get(timeout=TIMEOUT) == 10
+    assert isinstance(failed.get(timeout=TIMEOUT, propagate=False), ValueError)
+    row = deployment.wait_until_done("retry_n", retried.id)
     assert (row.attempt, row.token) == (2, 3)
-    row = shop.wait_until_done("fail", failed.id)
+    row = deployment.wait_until_done("fail", failed.id)
     assert (row.processed_status, row.error) == (ProcessedStatus.FAILURE, "ValueError: as told")
     assert row.message is not None
-    assert len(shop.ledger.starts("add")) == 3
+    assert len(deployment.ledger.starts("add")) == 3
 
 
 def test_what_a_broker_forgot_is_brought_back(
-    make_shop: Callable[..., Shop], start_worker: StartWorker, broker: Broker
+    deploy: Callable[..., Deployment], start_worker: StartWorker, broker: Broker
 ) -> None:
-    shop = make_shop(idempotent_lost_after=1.0)
-    lost = [shop.send("echo", number) for number in range(20)]
+    deployment = deploy(idempotent_lost_after=1.0)
+    lost = [deployment.send("echo", number) for number in range(20)]
     with Redis.from_url(broker.url) as client:
         client.flushall()
-    start_worker(shop.spec)
-    rows = [shop.row("echo", result.id) for result in lost]
+    start_worker(deployment.spec)
+    rows = [deployment.row("echo", result.id) for result in lost]
     latest = max(row.created_timestamp for row in rows if row is not None)
     wait_until(
-        lambda: (shop.row("echo", lost[0].id) or pytest.fail("gone")).read_at.timestamp() - latest.timestamp() > 1.5
+        lambda: (
+            (deployment.row("echo", lost[0].id) or pytest.fail("gone")).read_at.timestamp() - latest.timestamp() > 1.5
+        )
     )
     # Recorded more than a second after them, and claimed.
-    assert shop.send("echo", "later").get(timeout=PATIENCE) == "later"
-    assert [result.get(timeout=PATIENCE) for result in lost] == list(range(20))
-    assert len(shop.ledger.starts("echo")) == 21
+    assert deployment.send("echo", "later").get(timeout=TIMEOUT) == "later"
+    assert [result.get(timeout=TIMEOUT) for result in lost] == list(range(20))
+    assert len(deployment.ledger.starts("echo")) == 21
 
 
-def test_recover_says_so_at_once(make_shop: Callable[..., Shop], start_worker: StartWorker, broker: Broker) -> None:
-    shop = make_shop(idempotent_recovery_interval=0)
-    lost = [shop.send("echo", number) for number in range(500)]
+def test_recover_says_so_at_once(deploy: Callable[..., Deployment], start_worker: StartWorker, broker: Broker) -> None:
+    deployment = deploy(idempotent_recovery_interval=0)
+    lost = [deployment.send("echo", number) for number in range(500)]
     with Redis.from_url(broker.url) as client:
         client.flushall()
-    assert Rescue.of(shop.app.queue_log).publish_waiting(0.0) == 500
+    assert Rescue.of(deployment.app.queue_log).publish_waiting(0.0) == 500
     with Redis.from_url(broker.url) as client:
         assert client.llen(broker.queue) == 500
-    start_worker(shop.spec, concurrency=2)
-    assert [result.get(timeout=PATIENCE) for result in lost] == list(range(500))
+    start_worker(deployment.spec, concurrency=2)
+    assert [result.get(timeout=TIMEOUT) for result in lost] == list(range(500))
 
 
 def test_the_log_may_be_away_for_a_while(
-    make_shop: Callable[..., Shop], start_worker: StartWorker, store_server: PrivateRedis
+    deploy: Callable[..., Deployment], start_worker: StartWorker, store_server: PrivateRedis
 ) -> None:
-    shop = make_shop()
-    start_worker(shop.spec)
-    gate = shop.directory / "gate"
-    result = shop.send("gated", str(gate), "kept")
-    wait_until(lambda: shop.ledger.starts("gated"), timeout=PATIENCE)
-    waiting = shop.send("echo", "waits")
+    deployment = deploy()
+    start_worker(deployment.spec)
+    gate = deployment.directory / "gate"
+    result = deployment.send("gated", str(gate), "kept")
+    wait_until(lambda: deployment.ledger.starts("gated"), timeout=TIMEOUT)
+    waiting = deployment.send("echo", "waits")
     store_server.kill()
     gate.touch()
-    wait_until(lambda: shop.ledger.ends("gated"), timeout=PATIENCE)
+    wait_until(lambda: deployment.ledger.ends("gated"), timeout=TIMEOUT)
     store_server.start()
 
-    assert result.get(timeout=PATIENCE) == "kept"
-    assert waiting.get(timeout=PATIENCE) == "waits"
-    assert shop.wait_until_done("gated", result.id).token == 1
-    assert len(shop.ledger.starts("gated")) == 1
+    assert result.get(timeout=TIMEOUT) == "kept"
+    assert waiting.get(timeout=TIMEOUT) == "waits"
+    assert deployment.wait_until_done("gated", result.id).token == 1
+    assert len(deployment.ledger.starts("gated")) == 1
 
 
 def test_a_batch_is_recorded_and_published(
-    make_shop: Callable[..., Shop], start_worker: StartWorker, broker: Broker
+    deploy: Callable[..., Deployment], start_worker: StartWorker, broker: Broker
 ) -> None:
-    shop = make_shop()
-    echo, order = shop.app.tasks["echo"], shop.app.tasks["order"]
+    deployment = deploy()
+    echo, order = deployment.app.tasks["echo"], deployment.app.tasks["order"]
     first = order.delay("o-1")
     with outbox():
         results = [echo.delay(number) for number in range(700)]
@@ -229,24 +233,24 @@ def test_a_batch_is_recorded_and_published(
         assert client.llen(broker.queue) == 701
     assert (again.id, again.duplicate) == (first.id, True)
     assert not any(result.duplicate for result in results)
-    assert shop.app.queue_log.store.unsent(limit=10) == []
-    start_worker(shop.spec, concurrency=2)
-    assert [result.get(timeout=PATIENCE) for result in results] == list(range(700))
-    assert len(shop.ledger.starts("echo")) == 700
+    assert deployment.app.queue_log.store.unsent(limit=10) == []
+    start_worker(deployment.spec, concurrency=2)
+    assert [result.get(timeout=TIMEOUT) for result in results] == list(range(700))
+    assert len(deployment.ledger.starts("echo")) == 700
 
 
-def test_what_needs_a_transaction_says_that_there_is_none(make_shop: Callable[..., Shop], tmp_path: Path) -> None:
-    shop = make_shop()
+def test_what_needs_a_transaction_says_that_there_is_none(deploy: Callable[..., Deployment], tmp_path: Path) -> None:
+    deployment = deploy()
     text = "needs a store with transactions, such as SQLStore; RedisStore has none"
 
-    @shop.app.task(base=IdempotentTask, name="atomic", atomic=True, shared=False)
+    @deployment.app.task(base=IdempotentTask, name="atomic", atomic=True, shared=False)
     def atomic() -> None:
         """Fail: it must not come to this."""
 
-    shop.app.conf.task_always_eager = True
+    deployment.app.conf.task_always_eager = True
     with pytest.raises(ConfigurationError, match=f"atomic=True {text}"):
         atomic.apply(throw=True)
-    shop.app.conf.task_always_eager = False
+    deployment.app.conf.task_always_eager = False
 
     engine = sa.create_engine(f"sqlite:///{tmp_path / 'shop.db'}")
     with (
@@ -255,28 +259,30 @@ def test_what_needs_a_transaction_says_that_there_is_none(make_shop: Callable[..
         outbox(connection),
         pytest.raises(ConfigurationError, match=rf"outbox\(session\) {text}"),
     ):
-        shop.app.tasks["echo"].delay(1)
+        deployment.app.tasks["echo"].delay(1)
     engine.dispose()
 
 
 def test_the_command_line_works_as_with_any_store(
-    make_shop: Callable[..., Shop], start_worker: StartWorker, store_server: PrivateRedis
+    deploy: Callable[..., Deployment], start_worker: StartWorker, store_server: PrivateRedis
 ) -> None:
-    shop = make_shop()
-    order = shop.app.tasks["order"]
+    deployment = deploy()
+    order = deployment.app.tasks["order"]
     results = [order.delay(f"o-{number}") for number in range(3)]
     order.delay("o-1")
-    start_worker(shop.spec)
+    start_worker(deployment.spec)
     for result in results:
-        result.get(timeout=PATIENCE)
-    failed = shop.send("fail", "no")
-    failed.get(timeout=PATIENCE, propagate=False)
-    shop.wait_until_done("fail", failed.id)
+        result.get(timeout=TIMEOUT)
+    failed = deployment.send("fail", "no")
+    failed.get(timeout=TIMEOUT, propagate=False)
+    deployment.wait_until_done("fail", failed.id)
 
     def run(*arguments: str) -> str:
         command = [sys.executable, "-m", "celery", "-A", "tests.support.apps.worker", "idempotent", *arguments]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), **shop.spec.environment()}
-        done = subprocess.run(command, cwd=shop.directory, env=environment, capture_output=True, text=True, check=False)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), **deployment.spec.environment()}
+        done = subprocess.run(
+            command, cwd=deployment.directory, env=environment, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 

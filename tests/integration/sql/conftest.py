@@ -8,7 +8,7 @@ import pytest
 import sqlalchemy as sa
 
 from celery_idempotent.stores.sql import SQLStore
-from tests.integration.sql.wire import Wire
+from tests.support.wire_tap import WireTap
 
 
 @pytest.fixture
@@ -22,19 +22,19 @@ def store(store_url: str) -> Iterator[SQLStore]:
 
 
 @pytest.fixture
-def wire(store_url: str) -> Iterator[Wire]:
-    """Yield a wire to the database of ``store_url``, which has to be a server's."""
-    with Wire(store_url) as wire:
-        yield wire
+def wire_tap(store_url: str) -> Iterator[WireTap]:
+    """Yield a wire tap to the database of ``store_url``, which has to be a server's."""
+    with WireTap(store_url) as wire_tap:
+        yield wire_tap
 
 
 @pytest.fixture
-def wired(store: SQLStore, wire: Wire) -> Iterator[SQLStore]:
-    """Yield a store at the other end of the wire, which has already been used, so that its connection is in the pool."""
-    wired = SQLStore(wire.url)
-    wired.counts()
-    yield wired
-    wired.close()
+def tapped_store(store: SQLStore, wire_tap: WireTap) -> Iterator[SQLStore]:
+    """Yield a store at the other end of the wire tap, which has already been used, so that its connection is in the pool."""
+    tapped_store = SQLStore(wire_tap.url)
+    tapped_store.counts()
+    yield tapped_store
+    tapped_store.close()
 
 
 @pytest.fixture

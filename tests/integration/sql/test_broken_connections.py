@@ -40,8 +40,8 @@ from celery_idempotent.testing.examples import (
     read,
     try_claim,
 )
-from tests.integration.sql.wire import Wire
 from tests.support.waiting import wait_until
+from tests.support.wire_tap import WireTap
 
 pytestmark = pytest.mark.parametrize("store_url", ["postgresql", "mariadb"], indirect=True)
 
@@ -115,54 +115,56 @@ def test_every_connection_of_the_pool_may_be_stale(store: SQLStore, store_url: s
 # -- an answer that is lost ---------------------------------------------------------------------------------------------------
 
 
-def test_a_record_whose_answer_was_lost_is_recorded(wired: SQLStore, wire: Wire) -> None:
-    wire.cut()
-    assert wired.record(new_message()) == Inserted()
-    assert read(wired).task_id == "task-1"
-    assert wire.connections == 2
+def test_a_record_whose_answer_was_lost_is_recorded(tapped_store: SQLStore, wire_tap: WireTap) -> None:
+    wire_tap.cut()
+    assert tapped_store.record(new_message()) == Inserted()
+    assert read(tapped_store).task_id == "task-1"
+    assert wire_tap.connections == 2
 
 
-def test_a_record_that_found_another_task_is_not_mistaken(wired: SQLStore, wire: Wire) -> None:
-    pending(wired, task_id="task-0")
-    wire.cut()
-    assert wired.record(new_message()) != Inserted()
+def test_a_record_that_found_another_task_is_not_mistaken(tapped_store: SQLStore, wire_tap: WireTap) -> None:
+    pending(tapped_store, task_id="task-0")
+    wire_tap.cut()
+    assert tapped_store.record(new_message()) != Inserted()
 
 
-def test_an_expired_id_recorded_with_its_answer_lost_is_recorded(wired: SQLStore, wire: Wire) -> None:
-    old = expired_id(wired)
+def test_an_expired_id_recorded_with_its_answer_lost_is_recorded(tapped_store: SQLStore, wire_tap: WireTap) -> None:
+    old = expired_id(tapped_store)
     # MariaDB takes three steps here: the insert that yields, the row, the update.
-    wire.cut(after_answers=0 if wired.engine.dialect.name == "postgresql" else 2)
-    assert wired.record(new_message(task_id="task-2")) == Inserted()
-    assert read(wired).token == old.token
+    wire_tap.cut(after_answers=0 if tapped_store.engine.dialect.name == "postgresql" else 2)
+    assert tapped_store.record(new_message(task_id="task-2")) == Inserted()
+    assert read(tapped_store).token == old.token
 
 
-def test_a_claim_whose_answer_was_lost_is_claimed_once(wired: SQLStore, wire: Wire) -> None:
-    pending(wired)
-    wire.cut()
-    assert try_claim(wired) == Claimed(Claim(KEY, 1))
-    assert read(wired).token == 1
+def test_a_claim_whose_answer_was_lost_is_claimed_once(tapped_store: SQLStore, wire_tap: WireTap) -> None:
+    pending(tapped_store)
+    wire_tap.cut()
+    assert try_claim(tapped_store) == Claimed(Claim(KEY, 1))
+    assert read(tapped_store).token == 1
 
 
-def test_a_claim_that_found_another_owner_is_not_mistaken(wired: SQLStore, wire: Wire) -> None:
-    processing(wired)
-    wire.cut()
-    assert isinstance(try_claim(wired, worker="host-b:202"), NotClaimed)
+def test_a_claim_that_found_another_owner_is_not_mistaken(tapped_store: SQLStore, wire_tap: WireTap) -> None:
+    processing(tapped_store)
+    wire_tap.cut()
+    assert isinstance(try_claim(tapped_store, worker="host-b:202"), NotClaimed)
 
 
 @pytest.mark.parametrize("answers", [0, 1, 2])
-def test_an_absent_message_is_claimed_whichever_answer_was_lost(wired: SQLStore, wire: Wire, answers: int) -> None:
-    wire.cut(after_answers=answers)
-    assert try_claim(wired) == Claimed(Claim(KEY, 1))
-    assert read(wired).token == 1
+def test_an_absent_message_is_claimed_whichever_answer_was_lost(
+    tapped_store: SQLStore, wire_tap: WireTap, answers: int
+) -> None:
+    wire_tap.cut(after_answers=answers)
+    assert try_claim(tapped_store) == Claimed(Claim(KEY, 1))
+    assert read(tapped_store).token == 1
 
 
-def test_a_takeover_whose_answer_was_lost_is_taken_over_once(wired: SQLStore, wire: Wire) -> None:
-    wired.expire(processing(wired))
-    row = read(wired)
-    wire.cut()
-    answer = wired.take_over(row, task_id="task-2", worker="host-b:202", lease=LEASE, attempt=0)
+def test_a_takeover_whose_answer_was_lost_is_taken_over_once(tapped_store: SQLStore, wire_tap: WireTap) -> None:
+    tapped_store.expire(processing(tapped_store))
+    row = read(tapped_store)
+    wire_tap.cut()
+    answer = tapped_store.take_over(row, task_id="task-2", worker="host-b:202", lease=LEASE, attempt=0)
     assert answer == Claimed(Claim(KEY, 2))
-    assert (read(wired).token, read(wired).takeovers) == (2, 1)
+    assert (read(tapped_store).token, read(tapped_store).takeovers) == (2, 1)
 
 
 ENDINGS: dict[str, Callable[[Store, Claim], bool]] = {
@@ -180,47 +182,47 @@ ENDINGS: dict[str, Callable[[Store, Claim], bool]] = {
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_an_ending_whose_answer_was_lost_was_written(wired: SQLStore, wire: Wire, ending: str) -> None:
-    held = processing(wired)
-    wire.cut()
-    assert ENDINGS[ending](wired, held)
-    assert read(wired).token == held.token
+def test_an_ending_whose_answer_was_lost_was_written(tapped_store: SQLStore, wire_tap: WireTap, ending: str) -> None:
+    held = processing(tapped_store)
+    wire_tap.cut()
+    assert ENDINGS[ending](tapped_store, held)
+    assert read(tapped_store).token == held.token
 
 
-def test_a_withdrawal_whose_answer_was_lost_is_withdrawn(wired: SQLStore, wire: Wire) -> None:
-    pending(wired)
-    wire.cut()
-    assert wired.withdraw(KEY, task_id="task-1")
-    assert wired.find(KEY) is None
+def test_a_withdrawal_whose_answer_was_lost_is_withdrawn(tapped_store: SQLStore, wire_tap: WireTap) -> None:
+    pending(tapped_store)
+    wire_tap.cut()
+    assert tapped_store.withdraw(KEY, task_id="task-1")
+    assert tapped_store.find(KEY) is None
 
 
-def test_compare_and_set_whose_answer_was_lost_was_written(wired: SQLStore, wire: Wire) -> None:
-    row = pending(wired)
-    wire.cut()
-    assert wired.republish(row)
+def test_compare_and_set_whose_answer_was_lost_was_written(tapped_store: SQLStore, wire_tap: WireTap) -> None:
+    row = pending(tapped_store)
+    wire_tap.cut()
+    assert tapped_store.republish(row)
 
-    wire.cut()
-    assert wired.cancel(KEY, task_id="task-1", error="revoked")
+    wire_tap.cut()
+    assert tapped_store.cancel(KEY, task_id="task-1", error="revoked")
 
-    wire.cut()
-    assert wired.resubmit(read(wired), new_message(task_id="task-2"))
+    wire_tap.cut()
+    assert tapped_store.resubmit(read(tapped_store), new_message(task_id="task-2"))
 
-    wired.expire(claim(wired))
-    row = read(wired)
-    wire.cut()
-    assert wired.abandon(row, error="abandoned")
-    assert read(wired).processed_status is ProcessedStatus.FAILURE
+    tapped_store.expire(claim(tapped_store))
+    row = read(tapped_store)
+    wire_tap.cut()
+    assert tapped_store.abandon(row, error="abandoned")
+    assert read(tapped_store).processed_status is ProcessedStatus.FAILURE
 
 
 # -- no answer at all ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_connection_that_breaks_twice_is_unavailable(wired: SQLStore, wire: Wire) -> None:
-    pending(wired)
-    wire.cut(times=2)
+def test_a_connection_that_breaks_twice_is_unavailable(tapped_store: SQLStore, wire_tap: WireTap) -> None:
+    pending(tapped_store)
+    wire_tap.cut(times=2)
     with pytest.raises(StoreUnavailableError):
-        wired.claim(new_message(), worker=WORKER, lease=LEASE, grace=GRACE)
-    assert read(wired).status in {Status.PENDING, Status.PROCESSING}
+        tapped_store.claim(new_message(), worker=WORKER, lease=LEASE, grace=GRACE)
+    assert read(tapped_store).status in {Status.PENDING, Status.PROCESSING}
 
 
 def test_a_server_that_is_not_there_is_unavailable_and_its_password_is_not_told(store_url: str) -> None:
@@ -275,9 +277,9 @@ def waiting_for(holder: sa.Connection) -> sa.TextClause:
 
 
 def test_a_time_limit_in_the_middle_of_a_statement_leaves_no_broken_connection(
-    store: SQLStore, wired: SQLStore
+    store: SQLStore, tapped_store: SQLStore
 ) -> None:
-    held = processing(wired)
+    held = processing(tapped_store)
     eyes = store.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
     with eyes, store.engine.begin() as other:
         other.execute(sa.text("UPDATE queue_log SET duplicates = 7"))  # and holds the row's lock
@@ -286,18 +288,18 @@ def test_a_time_limit_in_the_middle_of_a_statement_leaves_no_broken_connection(
             interrupted_when(lambda: bool(eyes.execute(waiting).scalar())),
             pytest.raises(InterruptedByTestError),
         ):
-            wired.complete(held, result=b"first")
-    assert read(wired).duplicates == 7
-    assert wired.complete(held, result=b"1")
-    assert read(wired).key == KEY
+            tapped_store.complete(held, result=b"first")
+    assert read(tapped_store).duplicates == 7
+    assert tapped_store.complete(held, result=b"1")
+    assert read(tapped_store).key == KEY
 
 
-def test_an_adopt_that_fails_leaves_the_store_usable(wired: SQLStore) -> None:
+def test_an_adopt_that_fails_leaves_the_store_usable(tapped_store: SQLStore) -> None:
     with pytest.raises(InterruptedByTestError):
-        wired.claim(
+        tapped_store.claim(
             new_message(), worker=WORKER, lease=LEASE, grace=GRACE, adopt=partial(_raise, InterruptedByTestError())
         )
-    assert wired.find(KEY) is None
+    assert tapped_store.find(KEY) is None
 
 
 def _raise(error: Exception) -> NewMessage:

@@ -21,7 +21,7 @@ from celery_idempotent.testing.examples import (
     processing,
     read,
 )
-from tests.integration.sql.wire import Wire
+from tests.support.wire_tap import WireTap
 
 #: A verb, by how it is prepared: the preparation answers with the call to be measured.
 Measured = Callable[[Store], Callable[[], object]]
@@ -157,31 +157,31 @@ def test_a_verb_is_one_statement(store: SQLStore, statements: list[str], verb: M
 
 @on_servers
 @every_verb
-def test_a_verb_is_one_round_trip(wired: SQLStore, wire: Wire, verb: Measured) -> None:
-    call = verb(wired)
-    wire.listen()
+def test_a_verb_is_one_round_trip(tapped_store: SQLStore, wire_tap: WireTap, verb: Measured) -> None:
+    call = verb(tapped_store)
+    wire_tap.listen()
 
     assert succeeded(call())
 
-    assert len(wire.asked) == 1, wire.asked
+    assert len(wire_tap.asked) == 1, wire_tap.asked
 
 
 @on_servers
-def test_no_transaction_is_begun_or_ended(wired: SQLStore, wire: Wire) -> None:
-    wire.listen()
+def test_no_transaction_is_begun_or_ended(tapped_store: SQLStore, wire_tap: WireTap) -> None:
+    wire_tap.listen()
 
     for number in range(8):  # often enough for the driver to prepare the statements
-        held = processing(wired, task_id=f"task-{number}")
-        wired.renew([held], lease=LEASE)
-        wired.complete(held, result=b"1", unique_for=0.0)
+        held = processing(tapped_store, task_id=f"task-{number}")
+        tapped_store.renew([held], lease=LEASE)
+        tapped_store.complete(held, result=b"1", unique_for=0.0)
         # Its id is free again, so that the next round is the same.
 
-    said = b"".join(wire.asked).upper()
+    said = b"".join(wire_tap.asked).upper()
     assert b"UPDATE" in said
     for word in (b"BEGIN", b"COMMIT", b"ROLLBACK", b"START TRANSACTION", b"AUTOCOMMIT"):
         assert word not in said
     assert b"SELECT 1" not in said  # nor is the connection asked whether it still lives
-    assert wire.connections == 1
+    assert wire_tap.connections == 1
 
 
 @on_servers

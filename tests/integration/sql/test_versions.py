@@ -26,7 +26,7 @@ from tests.support.waiting import wait_until
 from tests.support.worker import StartWorker
 
 WRITTEN = Path(__file__).with_name("versions")
-PATIENCE = 60.0
+TIMEOUT = 60.0
 
 _KEY = f"message_id = '{KEY.message_id}' AND task_name = '{KEY.task_name}'"
 
@@ -208,7 +208,7 @@ def test_it_waits_for_a_body_and_nobody_waits_behind_it(store_url: str, engine: 
                 connection.execute(sa.text(f"DROP INDEX queue_log_open{on}"))
         body.execute(sa.text(f"UPDATE queue_log SET duplicates = 1 WHERE {_KEY}"))
         init = threads.submit(store.init) if what == "an index" else threads.submit(next_init, store_url)
-        wait_until(lambda: init.done() or blocked(engine), timeout=PATIENCE, describe="init at the table")
+        wait_until(lambda: init.done() or blocked(engine), timeout=TIMEOUT, describe="init at the table")
         slowest = 0.0
         for number in range(8):
             began = time.monotonic()
@@ -217,7 +217,7 @@ def test_it_waits_for_a_body_and_nobody_waits_behind_it(store_url: str, engine: 
             slowest = max(slowest, time.monotonic() - began)
         assert slowest < 5.0
         body.commit()
-        assert init.result(PATIENCE)
+        assert init.result(TIMEOUT)
         columns, indexes = shape(engine)
         assert "queue_log_open" in indexes if what == "an index" else "tenant" in columns
 
@@ -259,7 +259,7 @@ def test_a_build_does_not_wait_for_those_who_wait_for_it(store_url: str, engine:
             assert not waiting.done()
             connection.execute(sa.text("SET statement_timeout = '15s'"))
             connection.execute(sa.text("CREATE INDEX CONCURRENTLY another ON queue_log (queue)"))
-        assert waiting.result(PATIENCE)
+        assert waiting.result(TIMEOUT)
 
 
 @on_postgresql
@@ -273,7 +273,7 @@ def test_a_table_of_the_same_name_in_another_schema_is_not_waited_for(store_url:
             with engine.connect() as connection:
                 connection.execution_options(isolation_level="AUTOCOMMIT")
                 with alone(connection, queue_log_table(sa.MetaData())):
-                    assert threads.submit(other.init).result(PATIENCE)
+                    assert threads.submit(other.init).result(TIMEOUT)
     finally:
         with engine.begin() as connection:
             connection.execute(sa.text("DROP SCHEMA beside_ns CASCADE"))
@@ -337,17 +337,17 @@ def test_workers_of_both_versions(spec: AppSpec, open_app: OpenApp, start_worker
     """An older worker works on while the table is taken to the next version, and a newer one does not start before."""
     app = open_app(spec)
     older = start_worker(spec)
-    assert app.tasks["echo"].delay("before").get(timeout=PATIENCE) == "before"
+    assert app.tasks["echo"].delay("before").get(timeout=TIMEOUT) == "before"
     newer_spec = replace(spec, queue=f"{spec.queue}-newer", tasks=("tests.support.apps.newer",))
     refused = start_worker(newer_spec, wait=False)
     refused.wait_for_log("lacks tenant, weight: it is of an older version; run `celery -A proj idempotent init`")
-    wait_until(lambda: not refused.is_alive, timeout=PATIENCE, describe="the end of the worker")
+    wait_until(lambda: not refused.is_alive, timeout=TIMEOUT, describe="the end of the worker")
 
     assert next_init(store_url)
 
-    assert app.tasks["echo"].delay("behind").get(timeout=PATIENCE) == "behind"
+    assert app.tasks["echo"].delay("behind").get(timeout=TIMEOUT) == "behind"
     start_worker(newer_spec)
-    assert app.tasks["echo"].apply_async(("new",), queue=newer_spec.queue).get(timeout=PATIENCE) == "new"
+    assert app.tasks["echo"].apply_async(("new",), queue=newer_spec.queue).get(timeout=TIMEOUT) == "new"
     assert older.is_alive
 
 
@@ -367,13 +367,13 @@ def test_a_message_waits_for_a_table_that_falls_behind_under_a_worker(
     worker = start_worker(spec, concurrency=1)
     runs = app.tasks["gated"].delay(str(gate))
     waits = app.tasks["echo"].delay("waits")
-    wait_until(lambda: app.queue_log.store.find(MessageKey(runs.id, "gated")).token, timeout=PATIENCE, describe="it")
+    wait_until(lambda: app.queue_log.store.find(MessageKey(runs.id, "gated")).token, timeout=TIMEOUT, describe="it")
     rename("takeovers", "taken")
     with pytest.raises(SchemaError, match="takeovers"):
         app.tasks["echo"].delay("refused")
     gate.touch()
-    assert runs.get(timeout=PATIENCE) is None
+    assert runs.get(timeout=TIMEOUT) is None
     worker.wait_for_log("is delivered again in 10 s, the store gives no answer: the table queue_log lacks takeovers")
     rename("taken", "takeovers")
-    assert waits.get(timeout=PATIENCE) == "waits"
+    assert waits.get(timeout=TIMEOUT) == "waits"
     assert app.queue_log.store.find(MessageKey(waits.id, "echo")).status is Status.DONE

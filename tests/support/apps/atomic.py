@@ -22,8 +22,8 @@ from celery_idempotent.core.store import Store
 from celery_idempotent.worker.unit_of_work import UnitOfWork
 from tests.support.apps.spec import AppSpec
 from tests.support.effects import Effect
+from tests.support.kill_points import KillPoints
 from tests.support.ledger import Ledger
-from tests.support.steps import Steps
 from tests.support.waiting import wait_until
 
 __all__ = ["POINTS", "register", "sell"]
@@ -187,7 +187,7 @@ class _Deaths:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def sell(steps: Steps, name: str) -> None:
+def sell(steps: KillPoints, name: str) -> None:
     """Be a producer: have an effect and send messages, in one transaction of a session. Its steps are those of all that."""
     spec = AppSpec.from_environment(os.environ)
     app = spec.build()

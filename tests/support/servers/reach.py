@@ -15,7 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 __all__ = ["why_unreachable"]
 
 #: Seconds for one try.
-PATIENCE = 3.0
+TIMEOUT = 3.0
 
 
 def why_unreachable(url: str) -> str | None:
@@ -31,19 +31,19 @@ def why_unreachable(url: str) -> str | None:
 def _connect_database(url: str) -> None:
     # PyMySQL's `connect_timeout` ends with TCP's handshake; a server that accepts and says nothing is `read_timeout`'s.
     timeouts = ("connect_timeout",) if url.startswith("postgresql") else ("connect_timeout", "read_timeout")
-    with create_engine(url, poolclass=NullPool, connect_args=dict.fromkeys(timeouts, int(PATIENCE))).connect():
+    with create_engine(url, poolclass=NullPool, connect_args=dict.fromkeys(timeouts, int(TIMEOUT))).connect():
         pass
 
 
 def _connect_redis(url: str) -> None:
     once = Retry(NoBackoff(), 0)
-    with redis.Redis.from_url(url, socket_timeout=PATIENCE, socket_connect_timeout=PATIENCE, retry=once) as client:
+    with redis.Redis.from_url(url, socket_timeout=TIMEOUT, socket_connect_timeout=TIMEOUT, retry=once) as client:
         client.ping()
 
 
 def _connect_rabbitmq(url: str) -> None:
-    with Connection(url, connect_timeout=PATIENCE) as connection:
-        connection.ensure_connection(max_retries=1, interval_start=0, timeout=PATIENCE)
+    with Connection(url, connect_timeout=TIMEOUT) as connection:
+        connection.ensure_connection(max_retries=1, interval_start=0, timeout=TIMEOUT)
 
 
 _CONNECT: dict[str, Callable[[str], None]] = {

@@ -162,70 +162,70 @@ def event(type_: str, uuid: str = "id", **fields: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def heard() -> Heard:
+def event_log() -> Heard:
     return Heard()
 
 
-def test_a_copy_that_is_held_again_and_again_is_one(heard: Heard) -> None:
+def test_a_copy_that_is_held_again_and_again_is_one(event_log: Heard) -> None:
     now = time.time()
     for number in range(3):
-        heard.note(event("idempotent-held", timestamp=now - 10 + number, countdown=2.0 * number))
+        event_log.note(event("idempotent-held", timestamp=now - 10 + number, countdown=2.0 * number))
 
-    (copy,) = heard.held()
+    (copy,) = event_log.held()
 
     assert (copy.key, copy.times, copy.since, copy.at, copy.countdown) == (KEY, 3, now - 10, now - 8, 4.0)
 
 
 @pytest.mark.parametrize("end", ["task-succeeded", "task-failed", "task-revoked", "task-skipped"])
-def test_it_is_held_until_it_ends(heard: Heard, end: str) -> None:
-    heard.note(event("task-held", "copy", countdown=5.0))
-    heard.note(event("task-started", "copy"))
-    assert [copy.task_id for copy in heard.held()] == ["copy"]
+def test_it_is_held_until_it_ends(event_log: Heard, end: str) -> None:
+    event_log.note(event("task-held", "copy", countdown=5.0))
+    event_log.note(event("task-started", "copy"))
+    assert [copy.task_id for copy in event_log.held()] == ["copy"]
 
-    heard.note(event(end, "copy"))
+    event_log.note(event(end, "copy"))
 
-    assert heard.held() == []
-
-
-def test_one_that_did_not_come_again_is_not_held_for_ever(heard: Heard) -> None:
-    heard.note(event("task-held", timestamp=time.time() - 70, countdown=5.0))
-
-    assert heard.held() == []
+    assert event_log.held() == []
 
 
-def test_only_so_many_are_kept(heard: Heard) -> None:
+def test_one_that_did_not_come_again_is_not_held_for_ever(event_log: Heard) -> None:
+    event_log.note(event("task-held", timestamp=time.time() - 70, countdown=5.0))
+
+    assert event_log.held() == []
+
+
+def test_only_so_many_are_kept(event_log: Heard) -> None:
     for number in range(1500):
-        heard.note(event("task-skipped", f"id {number}"))
+        event_log.note(event("task-skipped", f"id {number}"))
 
-    skipped = heard.skipped()
+    skipped = event_log.skipped()
 
     assert len(skipped) == 1000
     assert skipped[0].task_id == "id 1499"
 
 
-def test_it_listens_to_a_state_once_and_passes_everything_on(heard: Heard) -> None:
+def test_it_listens_to_a_state_once_and_passes_everything_on(event_log: Heard) -> None:
     passed_on: list[Any] = []
     state = SimpleNamespace(event=passed_on.append)
 
-    heard.listen(state)
-    heard.listen(state)
+    event_log.listen(state)
+    event_log.listen(state)
     skipped = event("task-skipped")
     state.event(skipped)
 
     assert passed_on == [skipped]
-    assert len(heard.of(KEY)) == 1
+    assert len(event_log.of(KEY)) == 1
 
 
-def test_duplicates_are_known_by_their_rows_and_by_what_was_heard_the_latest_first(heard: Heard) -> None:
+def test_duplicates_are_known_by_their_rows_and_by_what_was_heard_the_latest_first(event_log: Heard) -> None:
     rows = (
         replace(ROW, duplicates=2, processed_timestamp=before(days=1)),
         replace(ROW, key=MessageKey("order:2", "charge"), duplicates=1, processed_timestamp=before(days=2)),
         replace(ROW, key=MessageKey("order:3", "charge"), duplicates=0),
     )
-    heard.note(event("task-skipped", message_id="order:2", timestamp=NOW.timestamp()))
-    heard.note(event("task-skipped", "other", message_id="order:9", timestamp=before(hours=30).timestamp()))
+    event_log.note(event("task-skipped", message_id="order:2", timestamp=NOW.timestamp()))
+    event_log.note(event("task-skipped", "other", message_id="order:9", timestamp=before(hours=30).timestamp()))
 
-    found = latest_duplicates(Glance(LogHealth(NOW), latest=rows), heard)
+    found = latest_duplicates(Glance(LogHealth(NOW), latest=rows), event_log)
 
     assert [(each.key.message_id, each.row is not None, each.copy is not None) for each in found] == [
         ("order:2", True, True),
@@ -255,9 +255,9 @@ def test_duplicates_are_known_by_their_rows_and_by_what_was_heard_the_latest_fir
     ],
     ids=str,
 )
-def test_an_event_that_no_worker_sends_is_passed_over(heard: Heard, fields: dict[str, Any]) -> None:
-    heard.note({**event("task-held"), **fields})
-    assert (heard.held(), heard.skipped()) == ([], [])
+def test_an_event_that_no_worker_sends_is_passed_over(event_log: Heard, fields: dict[str, Any]) -> None:
+    event_log.note({**event("task-held"), **fields})
+    assert (event_log.held(), event_log.skipped()) == ([], [])
 
 
 def test_a_row_is_shown_whatever_its_ids_are() -> None:

@@ -18,7 +18,7 @@ from celery_idempotent.worker.run_state import Claimed, Replayed
 KEY, OWN = MessageKey("m", "task"), MessageKey("first", "task")
 
 
-class Reticent(SQLStore):
+class SilentStore(SQLStore):
     """A store in memory that gives no answer to the next so many records or reads."""
 
     records = reads = 0
@@ -42,15 +42,15 @@ class Reticent(SQLStore):
 
 
 @pytest.fixture
-def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Reticent]:
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[SilentStore]:
     monkeypatch.setattr("celery_idempotent.core.store_retry.time.sleep", lambda _: None)
-    store = Reticent("sqlite://")
+    store = SilentStore("sqlite://")
     yield store
     store.close()
 
 
 @pytest.fixture
-def task(store: Reticent) -> IdempotentTask:
+def task(store: SilentStore) -> IdempotentTask:
     app = Celery("admission", set_as_current=False, broker="memory://", backend="disabled://")
     QueueLog(app, store=store)
 
@@ -70,7 +70,7 @@ def copy_of_the_first(store: SQLStore) -> Context:
 
 @pytest.mark.parametrize("silent", ["reads", "records"])
 def test_a_copy_whose_store_goes_silent_behind_its_claim_goes_on_with_that(
-    task: IdempotentTask, store: Reticent, silent: str
+    task: IdempotentTask, store: SilentStore, silent: str
 ) -> None:
     """The claim stands: taken for somebody else's, it would hold its own message until its lease runs out."""
     request = copy_of_the_first(store)
@@ -89,7 +89,7 @@ def test_a_copy_whose_store_goes_silent_behind_its_claim_goes_on_with_that(
 
 
 def test_a_first_message_that_cannot_be_read_does_not_keep_its_copy_from_running(
-    task: IdempotentTask, store: Reticent, caplog: pytest.LogCaptureFixture
+    task: IdempotentTask, store: SilentStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     request = copy_of_the_first(store)
     store.withdraw(KEY, task_id="first")
@@ -104,7 +104,7 @@ def test_a_first_message_that_cannot_be_read_does_not_keep_its_copy_from_running
 
 
 def test_a_claim_that_was_lost_while_the_store_was_silent_is_not_kept(
-    task: IdempotentTask, store: Reticent, monkeypatch: pytest.MonkeyPatch
+    task: IdempotentTask, store: SilentStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another worker has taken the message over and ended it by the time that the store answers again."""
     request = copy_of_the_first(store)

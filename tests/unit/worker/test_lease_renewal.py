@@ -22,7 +22,7 @@ LEASE = 0.3
 KEY = MessageKey("order:1", "shop.charge")
 
 
-class Listener:
+class RecordingStore:
     """The part of a store that renewals speak to."""
 
     def __init__(self) -> None:
@@ -48,12 +48,12 @@ class Listener:
 
 
 @pytest.fixture
-def store() -> Listener:
-    return Listener()
+def store() -> RecordingStore:
+    return RecordingStore()
 
 
 @pytest.fixture
-def renewals(store: Listener) -> LeaseRenewer:
+def renewals(store: RecordingStore) -> LeaseRenewer:
     return LeaseRenewer(lambda: store)  # type: ignore[arg-type, return-value]
 
 
@@ -65,7 +65,7 @@ def wait_for(condition: Callable[[], object]) -> None:
     wait_until(condition, timeout=10.0, interval=0.005)
 
 
-def test_a_claim_is_renewed_at_each_third_of_its_lease(store: Listener, renewals: LeaseRenewer) -> None:
+def test_a_claim_is_renewed_at_each_third_of_its_lease(store: RecordingStore, renewals: LeaseRenewer) -> None:
     began = time.monotonic()
     renewals.hold(claim(), LEASE)
     wait_for(lambda: len(store.times(claim())) >= 3)
@@ -77,7 +77,7 @@ def test_a_claim_is_renewed_at_each_third_of_its_lease(store: Listener, renewals
     assert {lease for _, _, lease in store.renewed} == {LEASE}
 
 
-def test_what_ends_within_a_third_of_its_lease_is_not_renewed(store: Listener, renewals: LeaseRenewer) -> None:
+def test_what_ends_within_a_third_of_its_lease_is_not_renewed(store: RecordingStore, renewals: LeaseRenewer) -> None:
     witness = claim("witness")
     for number in range(5):
         renewals.hold(claim(str(number)), LEASE)
@@ -88,7 +88,7 @@ def test_what_ends_within_a_third_of_its_lease_is_not_renewed(store: Listener, r
     assert all(holders == [witness] for _, holders, _ in store.renewed)
 
 
-def test_a_claim_let_go_is_renewed_no_more(store: Listener, renewals: LeaseRenewer) -> None:
+def test_a_claim_let_go_is_renewed_no_more(store: RecordingStore, renewals: LeaseRenewer) -> None:
     witness = claim("witness")
     renewals.hold(claim(), LEASE)
     renewals.hold(witness, LEASE)
@@ -101,7 +101,7 @@ def test_a_claim_let_go_is_renewed_no_more(store: Listener, renewals: LeaseRenew
     assert len(store.times(claim())) <= count + 1
 
 
-def test_a_short_lease_does_not_wait_for_a_long_one(store: Listener, renewals: LeaseRenewer) -> None:
+def test_a_short_lease_does_not_wait_for_a_long_one(store: RecordingStore, renewals: LeaseRenewer) -> None:
     renewals.hold(claim("long"), 3600.0)
     renewals.hold(claim("short"), LEASE)
     wait_for(lambda: store.times(claim("short")))
@@ -111,7 +111,7 @@ def test_a_short_lease_does_not_wait_for_a_long_one(store: Listener, renewals: L
 
 @pytest.mark.parametrize("error", [StoreUnavailableError("away"), RuntimeError("a bug")], ids=["outage", "bug"])
 def test_a_renewal_that_fails_is_repeated(
-    store: Listener, renewals: LeaseRenewer, error: Exception, caplog: pytest.LogCaptureFixture
+    store: RecordingStore, renewals: LeaseRenewer, error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
     store.errors = [error, error]
     with caplog.at_level(logging.CRITICAL, logger="celery_idempotent"):
@@ -121,7 +121,7 @@ def test_a_renewal_that_fails_is_repeated(
 
 
 def test_an_outage_is_answered_by_asking_more_often(
-    store: Listener, renewals: LeaseRenewer, caplog: pytest.LogCaptureFixture
+    store: RecordingStore, renewals: LeaseRenewer, caplog: pytest.LogCaptureFixture
 ) -> None:
     lease = 1.8
     store.errors = [StoreUnavailableError("away")]
@@ -135,7 +135,7 @@ def test_an_outage_is_answered_by_asking_more_often(
 
 
 def test_a_claim_that_was_lost_is_let_go(
-    store: Listener, renewals: LeaseRenewer, caplog: pytest.LogCaptureFixture
+    store: RecordingStore, renewals: LeaseRenewer, caplog: pytest.LogCaptureFixture
 ) -> None:
     kept = claim("kept")
     store.lost = [claim()]
@@ -150,7 +150,7 @@ def test_a_claim_that_was_lost_is_let_go(
 
 
 def test_a_run_that_ends_while_it_is_renewed_has_not_lost_its_claim(
-    store: Listener, renewals: LeaseRenewer, caplog: pytest.LogCaptureFixture
+    store: RecordingStore, renewals: LeaseRenewer, caplog: pytest.LogCaptureFixture
 ) -> None:
     kept = claim("kept")
     store.lost = [claim()]
@@ -164,7 +164,7 @@ def test_a_run_that_ends_while_it_is_renewed_has_not_lost_its_claim(
     assert caplog.records == []
 
 
-def test_one_thread_renews_however_many_begin_at_once(store: Listener, renewals: LeaseRenewer) -> None:
+def test_one_thread_renews_however_many_begin_at_once(store: RecordingStore, renewals: LeaseRenewer) -> None:
     before = set(threading.enumerate())
     barrier = threading.Barrier(8)
 
@@ -186,7 +186,7 @@ class TestForAChild:
 
     OWNER = Owner(KEY, "host:1")
 
-    def test_a_childs_lease_is_renewed_while_it_runs(self, store: Listener, renewals: LeaseRenewer) -> None:
+    def test_a_childs_lease_is_renewed_while_it_runs(self, store: RecordingStore, renewals: LeaseRenewer) -> None:
         running = [RenewedLease(self.OWNER, LEASE, os.getpid())]
         renewals.hold_for_child(running[0], lambda: list(running))
         wait_for(lambda: len(store.times(self.OWNER)) >= 2)
@@ -198,7 +198,7 @@ class TestForAChild:
         renewals.let_go(witness)
         assert len(store.times(self.OWNER)) <= count + 1
 
-    def test_an_owner_that_holds_nothing_yet_is_not_let_go(self, store: Listener, renewals: LeaseRenewer) -> None:
+    def test_an_owner_that_holds_nothing_yet_is_not_let_go(self, store: RecordingStore, renewals: LeaseRenewer) -> None:
         store.lost = [self.OWNER]
         running = [RenewedLease(self.OWNER, LEASE, os.getpid())]
         renewals.hold_for_child(running[0], lambda: list(running))
@@ -206,7 +206,7 @@ class TestForAChild:
         running.clear()
 
     def test_a_lease_that_ended_while_it_was_renewed_is_ended_again(
-        self, store: Listener, renewals: LeaseRenewer
+        self, store: RecordingStore, renewals: LeaseRenewer
     ) -> None:
         """Its child dies between the look at who runs and the statement: the lease must not live on without an owner."""
         held = RenewedLease(self.OWNER, LEASE, os.getpid())
@@ -226,7 +226,7 @@ class TestForAChild:
 
 
 class TestProcesses:
-    def test_a_forked_child_renews_what_is_its_own(self, store: Listener, renewals: LeaseRenewer) -> None:
+    def test_a_forked_child_renews_what_is_its_own(self, store: RecordingStore, renewals: LeaseRenewer) -> None:
         renewals.hold(claim("parent"), LEASE)
         reader, writer = os.pipe()
         pid = os.fork()
@@ -282,7 +282,7 @@ print("ends", flush=True)
         assert done.stderr == ""
 
     @pytest.mark.timeout(20)
-    def test_it_is_collected_though_its_lock_is_never_released(self, store: Listener) -> None:
+    def test_it_is_collected_though_its_lock_is_never_released(self, store: RecordingStore) -> None:
         """As an interpreter ends, its daemon threads stand still with what they hold."""
         renewals = LeaseRenewer(lambda: store)  # type: ignore[arg-type, return-value]
         # Not let go: with nothing to renew the thread looks again after half a minute only.

@@ -38,7 +38,7 @@ from celery_idempotent.worker.run import Run
 KEY = MessageKey("m", "task")
 
 
-class Unreachable(SQLStore):
+class SilentStore(SQLStore):
     """A store in memory that gives no answer to the next so many questions."""
 
     silent = 0
@@ -51,14 +51,14 @@ class Unreachable(SQLStore):
 
 
 @pytest.fixture
-def store() -> Iterator[Unreachable]:
-    store = Unreachable("sqlite://")
+def store() -> Iterator[SilentStore]:
+    store = SilentStore("sqlite://")
     yield store
     store.close()
 
 
 @pytest.fixture
-def task(store: Unreachable) -> IdempotentTask:
+def task(store: SilentStore) -> IdempotentTask:
     app = Celery("run", set_as_current=False, broker="memory://", backend="disabled://")
     QueueLog(app, store=store)
 
@@ -70,7 +70,7 @@ def task(store: Unreachable) -> IdempotentTask:
 
 
 @pytest.fixture
-def run(task: IdempotentTask, store: Unreachable) -> Run:
+def run(task: IdempotentTask, store: SilentStore) -> Run:
     """Return a run that has claimed its message."""
     return claimed(task, store)
 
@@ -234,13 +234,13 @@ class TestWithoutABody:
 
 
 class TestWhileTheStoreIsSilent:
-    def test_the_outcome_waits_for_it(self, run: Run, store: Unreachable, caplog: pytest.LogCaptureFixture) -> None:
+    def test_the_outcome_waits_for_it(self, run: Run, store: SilentStore, caplog: pytest.LogCaptureFixture) -> None:
         store.silent = 2
         assert perform(run, lambda: 5) == 5
         assert row(store).processed_status is ProcessedStatus.SUCCESS
         assert "cannot record a success for task[m], asking again until the store answers: gone" in caplog.text
 
-    def test_run_goes_on(self, task: IdempotentTask, store: Unreachable, caplog: pytest.LogCaptureFixture) -> None:
+    def test_run_goes_on(self, task: IdempotentTask, store: SilentStore, caplog: pytest.LogCaptureFixture) -> None:
         task.app.conf.idempotent_on_store_error = "run"
         run = claimed(task, store)
         store.silent = 1
@@ -248,14 +248,14 @@ class TestWhileTheStoreIsSilent:
         assert row(store).status is Status.PROCESSING
         assert "could not record a success for task[m], so a copy of it may run again: gone" in caplog.text
 
-    def test_raise_raises(self, task: IdempotentTask, store: Unreachable) -> None:
+    def test_raise_raises(self, task: IdempotentTask, store: SilentStore) -> None:
         task.app.conf.idempotent_on_store_error = "raise"
         run = claimed(task, store)
         store.silent = 1
         with pytest.raises(StoreUnavailableError, match="gone"):
             perform(run, lambda: 5)
 
-    def test_an_eager_caller_is_told(self, task: IdempotentTask, store: Unreachable) -> None:
+    def test_an_eager_caller_is_told(self, task: IdempotentTask, store: SilentStore) -> None:
         run = claimed(task, store, is_eager=True)
         store.silent = 1
         with pytest.raises(StoreUnavailableError, match="gone"):
@@ -263,7 +263,7 @@ class TestWhileTheStoreIsSilent:
 
 
 def test_a_soft_time_limit_that_strikes_after_the_body_changes_nothing(
-    run: Run, store: Unreachable, monkeypatch: pytest.MonkeyPatch
+    run: Run, store: SilentStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     complete, strikes = store.complete, iter([SoftTimeLimitExceeded()])
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from tests.support.waiting import wait_until
 
-__all__ = ["Steps", "Victim"]
+__all__ = ["KillPoints", "Victim"]
 
 #: What the AMQP methods of a producer and a consumer are called.
 _AMQP = {(60, 40): "publish", (60, 80): "ack", (60, 90): "reject"}
@@ -40,7 +40,7 @@ _PRELOADED = (
         "celery_idempotent.maintenance.recovery",
         "celery_idempotent.producer.publisher",
         "tests.support.apps.atomic",
-        "tests.support.steps",
+        "tests.support.kill_points",
     ),
 )
 
@@ -48,7 +48,7 @@ _CONTEXT = get_context("forkserver")
 _CONTEXT.set_forkserver_preload(list(_PRELOADED))
 
 
-class Steps:
+class KillPoints:
     """Counts the steps of this process's main thread, and kills it at one of them.
 
     Args:
@@ -87,7 +87,7 @@ class Steps:
             file.write(f"{self._last} {what}\n")
 
 
-def _instrument(step: Steps) -> None:
+def _instrument(step: KillPoints) -> None:
     import sqlalchemy as sa
     from amqp.abstract_channel import AbstractChannel
     from kombu.message import Message
@@ -184,10 +184,10 @@ def _run(
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     for standard in (1, 2):
         os.dup2(descriptor, standard)
-    target(Steps(last, path), *arguments)
+    target(KillPoints(last, path), *arguments)
 
 
-def work(steps: Steps, task: str, queue: str, hostname: str) -> None:
+def work(steps: KillPoints, task: str, queue: str, hostname: str) -> None:
     """Be a worker in one process; its steps are those from when it has received a task to its acknowledgement."""
     from celery import signals
     from kombu.message import Message

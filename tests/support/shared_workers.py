@@ -1,4 +1,4 @@
-"""A bench: one app, one worker and one store that many tests share, each under message ids of its own."""
+"""A shared worker: one app, one worker and one store that many tests share, each under message ids of its own."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from tests.support.stores import sqlite_store
 from tests.support.waiting import wait_until
 from tests.support.worker import Pool, WorkerProcess
 
-__all__ = ["PATIENCE", "Bench", "close", "open_bench"]
+__all__ = ["TIMEOUT", "SharedWorker", "close", "open_shared_worker"]
 
 #: Seconds for whatever happens at once on a machine that has nothing else to do.
-PATIENCE = 60.0
+TIMEOUT = 60.0
 
 
 @dataclass
-class Bench:
+class SharedWorker:
     """What a test works at.
 
     Attributes:
@@ -61,12 +61,12 @@ class Bench:
     # -- other producers ---------------------------------------------------------------------------------------------------
 
     def producer(self, *, base: str = "idempotent", broker: str | None = None, **settings: Any) -> Celery:
-        """Another app for the same worker and store, with settings of its own; closed with the bench.
+        """Another app for the same worker and store, with settings of its own; closed with the shared worker.
 
         Args:
             base: ``plain`` for a producer that does not have this library.
             broker: Another broker's URL.
-            settings: Over those of the bench.
+            settings: Over those of the shared worker.
         """
         kept = {name: value for name, value in self.spec.settings.items() if not name.startswith("idempotent_")}
         app = replace(
@@ -114,7 +114,7 @@ class Bench:
         return row
 
     def wait_for_row(
-        self, task: str, message_id: str, condition: Callable[[Row], bool], *, timeout: float = PATIENCE
+        self, task: str, message_id: str, condition: Callable[[Row], bool], *, timeout: float = TIMEOUT
     ) -> Row:
         """Wait for the row of a message to be as wanted."""
 
@@ -124,7 +124,7 @@ class Bench:
 
         return wait_until(as_wanted, timeout=timeout, describe=lambda: f"the row {self.find(task, message_id)}")
 
-    def done(self, task: str, message_id: str, *, timeout: float = PATIENCE) -> Row:
+    def done(self, task: str, message_id: str, *, timeout: float = TIMEOUT) -> Row:
         """Wait for the row of a message to be done."""
         return self.wait_for_row(task, message_id, lambda row: row.status is Status.DONE, timeout=timeout)
 
@@ -136,14 +136,14 @@ class Bench:
         """Wait for so many, and return them."""
         return wait_until(
             lambda: starts if len(starts := self.starts(task, message_id)) >= count else None,
-            timeout=PATIENCE,
+            timeout=TIMEOUT,
             describe=lambda: f"{count} start(s) of {task}[{message_id}]; there are {self.starts(task, message_id)}",
         )
 
     def wait_until_held(self, task: str, message_id: str, seconds: str = "") -> None:
         """Wait until the worker says that it holds a copy of a message, for so many seconds."""
         assert self.worker is not None
-        self.worker.wait_for_log(f"{task}[{message_id}] is held for {seconds}", timeout=PATIENCE)
+        self.worker.wait_for_log(f"{task}[{message_id}] is held for {seconds}", timeout=TIMEOUT)
 
     def wait_for_note(self, task: str, detail: str) -> Entry:
         """Wait for the note that a task made with a text of its own."""
@@ -151,11 +151,11 @@ class Bench:
         def noted() -> Entry | None:
             return next((note for note in self.ledger.entries(task=task) if note.detail == detail), None)
 
-        return wait_until(noted, timeout=PATIENCE, describe=f"a note of {task} with {detail!r}")
+        return wait_until(noted, timeout=TIMEOUT, describe=f"a note of {task} with {detail!r}")
 
 
 @contextmanager
-def open_bench(
+def open_shared_worker(
     directory: Path,
     tasks: Sequence[str],
     *,
@@ -163,8 +163,8 @@ def open_bench(
     pool: Pool = "prefork",
     concurrency: int = 3,
     environment: Mapping[str, str] | None = None,
-) -> Iterator[Bench]:
-    """Yield a bench on a Redis and an SQLite file of its own, with a worker that is ready.
+) -> Iterator[SharedWorker]:
+    """Yield a shared worker on a Redis and an SQLite file of its own, with a worker that is ready.
 
     Args:
         directory: For the files.
@@ -195,11 +195,11 @@ def open_bench(
         app.queue_log.init()
         given = {**spec.environment(), **(environment or {})}
         worker = WorkerProcess(directory, given, pool=pool, concurrency=concurrency)
-        bench = Bench(spec, app, ledger, worker, directory)
+        shared_worker = SharedWorker(spec, app, ledger, worker, directory)
         try:
             worker.start()
-            yield bench
+            yield shared_worker
         finally:
             worker.stop()
-            for opened in (app, *bench._apps):
+            for opened in (app, *shared_worker._apps):
                 close(opened)

@@ -1,6 +1,6 @@
 """What the transactions of a run of chaos write: rows in the store's database, which nothing keeps from being there twice.
 
-The ledger says which bodies ran; the books say what was committed. In each row is the Celery id of the message that its transaction
+The ledger says which bodies ran; this database says what was committed. In each row is the Celery id of the message that its transaction
 sent, so that a caller who had no answer can look up whom to ask.
 """
 
@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy import make_url
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-__all__ = ["Books", "Effect", "Order", "Written"]
+__all__ = ["Effect", "EffectsDB", "Order", "Written"]
 
 
 class _Base(DeclarativeBase):
@@ -51,7 +51,7 @@ class Written:
     sent: str | None
 
 
-class Books:
+class EffectsDB:
     """The tables, for whoever is no atomic body.
 
     Args:

@@ -24,7 +24,7 @@ from tests.support.ledger import Entry, Ledger
 from tests.support.waiting import wait_until
 from tests.support.worker import WorkerProcess
 
-__all__ = ["Captured", "SideBySide", "Stand", "capture", "open_stands", "put", "unique"]
+__all__ = ["Captured", "GuardedAndPlain", "SharedWorker", "capture", "open_both_workers", "put", "unique"]
 
 #: Seconds: longer than any body of the shared workers takes to run, and how long a copy may be held behind it.
 LEASE = 5.0
@@ -85,7 +85,7 @@ def put(app: Celery, queue: str, messages: Sequence[Captured], *, times: int = 1
 
 
 @dataclass(frozen=True)
-class Stand:
+class SharedWorker:
     """One app with its running worker.
 
     Attributes:
@@ -102,10 +102,10 @@ class Stand:
     worker: WorkerProcess
     ledger: Ledger
     queue: str
-    aside: str
+    spare_queue: str
 
     @classmethod
-    def of(cls, spec: AppSpec, app: Celery, worker: WorkerProcess) -> Stand:
+    def of(cls, spec: AppSpec, app: Celery, worker: WorkerProcess) -> SharedWorker:
         """Return what a test has started itself."""
         return cls(spec, app, worker, Ledger(spec.ledger), spec.queue, f"{spec.queue}-aside")
 
@@ -158,8 +158,8 @@ class Stand:
 
     def copies(self, send: Callable[[str], AsyncResult[Any]], *, count: int = 1) -> tuple[Any, list[Captured]]:
         """Send something to the queue aside, and take it from there: what was returned, and ``count`` messages."""
-        result = send(self.aside)
-        return result, capture(self.app, self.aside, count)
+        result = send(self.spare_queue)
+        return result, capture(self.app, self.spare_queue, count)
 
     def put(self, messages: Sequence[Captured], *, times: int = 1) -> None:
         """Put messages where the worker looks, each so many times."""
@@ -182,15 +182,17 @@ class Stand:
 
 
 @dataclass(frozen=True)
-class SideBySide:
+class GuardedAndPlain:
     """The same tasks, guarded and plain, on brokers of one kind."""
 
-    guarded: Stand
-    plain: Stand
+    guarded: SharedWorker
+    plain: SharedWorker
 
 
 @contextmanager
-def open_stands(directory: Path, *, backend: str, store: str, guarded: Broker, plain: Broker) -> Iterator[SideBySide]:
+def open_both_workers(
+    directory: Path, *, backend: str, store: str, guarded: Broker, plain: Broker
+) -> Iterator[GuardedAndPlain]:
     """Start both workers; everything is stopped and closed in the end."""
     with ExitStack() as stack:
         spec = AppSpec(
@@ -203,16 +205,16 @@ def open_stands(directory: Path, *, backend: str, store: str, guarded: Broker, p
             # The workers' children, and so what they were doing, are lost to no one here: no claim has to be waited for.
             settings={"task_acks_late": True, "task_reject_on_worker_lost": True},
         )
-        stands = [
+        both_workers = [
             _open(stack, directory, replace(spec, base=base), broker)  # type: ignore[arg-type]
             for base, broker in (("idempotent", guarded), ("plain", plain))
         ]
-        for stand in stands:
-            stand.worker.wait_until_ready()
-        yield SideBySide(*stands)
+        for shared_worker in both_workers:
+            shared_worker.worker.wait_until_ready()
+        yield GuardedAndPlain(*both_workers)
 
 
-def _open(stack: ExitStack, directory: Path, spec: AppSpec, broker: Broker) -> Stand:
+def _open(stack: ExitStack, directory: Path, spec: AppSpec, broker: Broker) -> SharedWorker:
     ledger = Ledger(directory / f"{spec.base}.jsonl")
     spec = replace(
         spec,
@@ -233,4 +235,4 @@ def _open(stack: ExitStack, directory: Path, spec: AppSpec, broker: Broker) -> S
     worker = WorkerProcess(directory, spec.environment(), concurrency=2, hostname=f"{spec.base}-{uuid4().hex[:8]}@test")
     stack.callback(worker.stop)
     worker.start(wait=False)
-    return Stand(spec, app, worker, ledger, broker.queue, broker.other_queue("aside"))
+    return SharedWorker(spec, app, worker, ledger, broker.queue, broker.other_queue("aside"))

@@ -23,7 +23,7 @@ from celery_idempotent.core.records import (
     Status,
 )
 
-__all__ = ["Act", "BrokenLawError", "judge", "same", "starts_anew"]
+__all__ = ["BrokenInvariantError", "VerbCall", "check_invariants", "same", "starts_anew"]
 
 _SUCCESS, _FAILURE = ProcessedStatus.SUCCESS, ProcessedStatus.FAILURE
 
@@ -38,12 +38,12 @@ _LEAVES = {
 _FENCED = {*_LEAVES, "expire", "renew"}
 
 
-class BrokenLawError(AssertionError):
+class BrokenInvariantError(AssertionError):
     """A verb did to a row what no verb may, or not what it answered."""
 
 
 @dataclass(frozen=True)
-class Act:
+class VerbCall:
     """A verb that was asked: its name, what it was given by parameter, and its answer."""
 
     verb: str
@@ -67,7 +67,7 @@ class Act:
         return f"{self.verb}({', '.join(f'{name}={value}' for name, value in self.given.items() if name != 'self')})"
 
 
-def judge(act: Act, key: MessageKey, before: Row | None, after: Row | None) -> None:
+def check_invariants(act: VerbCall, key: MessageKey, before: Row | None, after: Row | None) -> None:
     """Hold one row's change to the laws.
 
     Raises:
@@ -76,7 +76,9 @@ def judge(act: Act, key: MessageKey, before: Row | None, after: Row | None) -> N
 
     def law(name: str, holds: bool) -> None:
         if not holds:
-            raise BrokenLawError(f"{name}\n  by {act}\n  answered {act.answer}\n  before {before}\n  after {after}")
+            raise BrokenInvariantError(
+                f"{name}\n  by {act}\n  answered {act.answer}\n  before {before}\n  after {after}"
+            )
 
     if not same(before, after):
         law("a verb writes to the rows it is about, and to no other", key in act.keys or act.verb == "purge")
@@ -122,14 +124,14 @@ def _lapsed(before: Row, after: Row) -> bool:
     return before.lease_expires_at is not None and before.lease_expires_at <= after.read_at
 
 
-def _appears(act: Act, after: Row | None, law: Any) -> None:
+def _appears(act: VerbCall, after: Row | None, law: Any) -> None:
     assert after is not None
     law("a row is inserted by a record or a claim", act.verb in ("record", "record_all", "claim"))
     stands = (Status.PROCESSING, 1) if act.verb == "claim" else (Status.PENDING, 0)
     law("a new row is pending and unclaimed, or claimed once", (after.status, after.token) == stands)
 
 
-def _vanishes(act: Act, before: Row, law: Any) -> None:
+def _vanishes(act: VerbCall, before: Row, law: Any) -> None:
     if act.verb == "purge":
         law("nothing but what is done is purged", before.status is Status.DONE)
     else:
@@ -139,7 +141,7 @@ def _vanishes(act: Act, before: Row, law: Any) -> None:
         law("a message is withdrawn by who recorded it", before.task_id == act.given["task_id"])
 
 
-def _changes(act: Act, before: Row, after: Row, law: Any) -> None:
+def _changes(act: VerbCall, before: Row, after: Row, law: Any) -> None:
     law("a token never falls", after.token >= before.token)
     if after.token > before.token:
         law("a token rises with a claim only", act.verb in ("claim", "take_over"))
@@ -159,7 +161,7 @@ def _changes(act: Act, before: Row, after: Row, law: Any) -> None:
             _leaves_done(act, before, after, law)
 
 
-def _leaves_pending(act: Act, before: Row, after: Row, law: Any) -> None:
+def _leaves_pending(act: VerbCall, before: Row, after: Row, law: Any) -> None:
     verbs = ("claim", "cancel", "republish", "not_published", "withdraw", "relay", "relayed")
     law("a pending message is claimed, cancelled, withdrawn or published", act.verb in verbs)
     if act.verb == "claim":
@@ -182,7 +184,7 @@ def _leaves_pending(act: Act, before: Row, after: Row, law: Any) -> None:
         law("a withdrawn id is free", _free(after, None))
 
 
-def _leaves_processing(act: Act, before: Row, after: Row, law: Any) -> None:
+def _leaves_processing(act: VerbCall, before: Row, after: Row, law: Any) -> None:
     point = before.processed_status is _SUCCESS
     if act.verb == "take_over":
         law("a live owner is not taken over from", _lapsed(before, after))
@@ -205,7 +207,7 @@ def _leaves_processing(act: Act, before: Row, after: Row, law: Any) -> None:
         law("a recovery point is not undone", after.processed_status is _SUCCESS)
 
 
-def _leaves_done(act: Act, before: Row, after: Row, law: Any) -> None:
+def _leaves_done(act: VerbCall, before: Row, after: Row, law: Any) -> None:
     if act.verb == "resubmit":
         law("what has failed may be sent again", before.processed_status is _FAILURE)
         law("what is sent again waits", after.status is Status.PENDING)
@@ -218,7 +220,7 @@ def _leaves_done(act: Act, before: Row, after: Row, law: Any) -> None:
             law("a copy of what ended never runs", not sent & {before.task_id, before.ran_task_id})
 
 
-def _is_fenced(act: Act, before: Row, after: Row | None, law: Any) -> None:
+def _is_fenced(act: VerbCall, before: Row, after: Row | None, law: Any) -> None:
     for holder in act.holders:
         if holder.key != before.key:
             continue

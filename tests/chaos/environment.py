@@ -16,10 +16,10 @@ from typing import Any
 import redis
 from celery import Celery
 
-from tests.chaos.books import Books
+from tests.chaos.effects_db import EffectsDB
 from tests.chaos.plan import LEASE, Plan
 from tests.chaos.sender import Orders, Sent, journal
-from tests.chaos.tasks import ASIDE, BOOKS, GEVENT
+from tests.chaos.tasks import ASIDE, EFFECTS_DB, GEVENT
 from tests.chaos.variants import Variant
 from tests.support.apps import AppSpec, close_app
 from tests.support.ledger import Ledger
@@ -34,7 +34,7 @@ from tests.support.servers import (
 )
 from tests.support.worker import ROOT, Pool, WorkerProcess
 
-__all__ = ["BROKERS", "GEVENT_NAME", "QUEUE", "STORES", "WORKERS", "Done", "Site", "open_site"]
+__all__ = ["BROKERS", "GEVENT_NAME", "QUEUE", "STORES", "WORKERS", "Done", "Environment", "open_environment"]
 
 
 class _LogRedis(PrivateRedis):
@@ -125,7 +125,7 @@ class Done:
     keys: tuple[str, ...] = ()
 
 
-class Site:
+class Environment:
     """Servers, workers and a sender.
 
     Attributes:
@@ -133,7 +133,7 @@ class Site:
         app: The same app, in this process.
         store, broker, backend: The servers. The backend is left alone.
         transactions: Whether the store has any that are its users' too.
-        books: What they wrote.
+        effects_db: What they wrote.
         workers: Those that are to run.
         gave_up: Workers that have ended by themselves, and were replaced.
         directory: Logs and journals.
@@ -147,7 +147,7 @@ class Site:
         on_redis = isinstance(broker, PrivateRedis)
         self.transactions = not isinstance(store, PrivateRedis)
         # Empty ones are as good as any where nobody writes.
-        books = store.url if self.transactions else f"sqlite:///{directory / 'books'}"
+        effects_db = store.url if self.transactions else f"sqlite:///{directory / 'effects'}"
         guarded = {
             "idempotent_lease": LEASE,
             "idempotent_recovery_interval": 0.5,
@@ -173,7 +173,7 @@ class Site:
             settings={
                 **(guarded if variant.guarded else {}),
                 **variant.app_settings(backend.url),
-                BOOKS: books,
+                EFFECTS_DB: effects_db,
                 "broker_connection_max_retries": None,
                 "broker_connection_timeout": 2,
                 # As for any app with long tasks: what is reserved by a worker that is busy waits although others are idle.
@@ -182,7 +182,7 @@ class Site:
             },
         )
         self.ledger = Ledger(self.spec.ledger)
-        self.books = Books(books)
+        self.effects_db = EffectsDB(effects_db)
         self.app: Celery = self.spec.build()
         self.app.finalize()
         self.workers: list[WorkerProcess] = []
@@ -339,7 +339,7 @@ class Site:
 
 
 @contextmanager
-def open_site(directory: Path, *, variant: Variant, store: str, broker: str) -> Iterator[Site]:
+def open_environment(directory: Path, *, variant: Variant, store: str, broker: str) -> Iterator[Environment]:
     """Start the servers and make the table; everything is ended, and the servers' data removed, on the way out.
 
     Raises:
@@ -347,14 +347,14 @@ def open_site(directory: Path, *, variant: Variant, store: str, broker: str) -> 
     """
     with ExitStack() as stack:
         opened: list[Any] = [stack.enter_context(make()) for make in (STORES[store], BROKERS[broker], PrivateRedis)]
-        site = Site(directory, variant, *opened)
-        stack.callback(site.close)
+        environment = Environment(directory, variant, *opened)
+        stack.callback(environment.close)
         if variant.guarded:
-            site.app.queue_log.init()
-        site.books.create()
+            environment.app.queue_log.init()
+        environment.effects_db.create()
         for _ in range(WORKERS):
-            site.hire()
-        site.hire("gevent")
-        for worker in site.workers:
+            environment.hire()
+        environment.hire("gevent")
+        for worker in environment.workers:
             worker.wait_until_ready()
-        yield site
+        yield environment

@@ -1,4 +1,4 @@
-"""A worker to which an outage of two seconds is a long one: ``celery -A tests.support.apps.impatient worker``."""
+"""A worker to which an outage of two seconds is a long one: ``celery -A tests.support.apps.short_waits worker``."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from celery_idempotent.core.backoff import Backoff
 from celery_idempotent.stores.sql import connection
 from celery_idempotent.stores.sql.dialects import mysql, postgresql
 
-__all__ = ["be_impatient"]
+__all__ = ["shorten_waits"]
 
 
-def be_impatient(set_attribute: Callable[[Any, str, Any], object]) -> None:
+def shorten_waits(set_attribute: Callable[[Any, str, Any], object]) -> None:
     """Shorten every time for which the store is waited for, in this process.
 
     Args:
@@ -30,7 +30,7 @@ def be_impatient(set_attribute: Callable[[Any, str, Any], object]) -> None:
 def __getattr__(name: str) -> Any:
     # Celery asks for `app`; whoever only wants the function has none.
     if name == "app":
-        be_impatient(setattr)
+        shorten_waits(setattr)
         from tests.support.apps.worker import app
 
         return app

@@ -18,11 +18,11 @@ import pytest
 from celery_idempotent.hooks import Outcome
 from tests.support.waiting import wait_until
 
-__all__ = ["HOOK", "Told", "broken", "note", "telling"]
+__all__ = ["HOOK", "HookRecorder", "broken", "note", "recording_hooks"]
 
-HOOK = "tests.support.told.note"
+HOOK = "tests.support.hook_recorder.note"
 
-_VARIABLE = "CELERY_IDEMPOTENT_TEST_TOLD"
+_VARIABLE = "CELERY_IDEMPOTENT_TEST_RECORDED_HOOKS"
 
 
 def note(outcome: Outcome) -> None:
@@ -40,7 +40,7 @@ def broken(outcome: Outcome) -> None:
     raise RuntimeError(f"no {outcome.kind}, thank you")
 
 
-class Told:
+class HookRecorder:
     """Reads what was noted."""
 
     def __init__(self, path: Path) -> None:
@@ -72,9 +72,9 @@ class Told:
 
 
 @contextmanager
-def telling(directory: Path) -> Iterator[Told]:
+def recording_hooks(directory: Path) -> Iterator[HookRecorder]:
     """Have this process, and those that it starts meanwhile, note in a file of this folder."""
     with pytest.MonkeyPatch.context() as patch:
         path = directory / "told.jsonl"
         patch.setenv(_VARIABLE, str(path))
-        yield Told(path)
+        yield HookRecorder(path)

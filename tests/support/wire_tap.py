@@ -1,4 +1,4 @@
-"""A wire between a client and its database that is listened to, and that can be cut at a chosen moment."""
+"""A wire tap between a client and its database that is listened to, and that can be cut at a chosen moment."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Self
 
 import sqlalchemy as sa
 
-__all__ = ["Wire"]
+__all__ = ["WireTap"]
 
 
-class Wire:
+class WireTap:
     """A TCP relay to the server of ``url``; ``self.url`` leads through it.
 
     Attributes:

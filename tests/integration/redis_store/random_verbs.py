@@ -9,7 +9,7 @@ from celery_idempotent.core.records import Claim, Claimed, MessageKey, NewMessag
 from celery_idempotent.core.store import Store
 from celery_idempotent.testing.examples import GRACE, LEASE
 
-__all__ = ["KEYS", "act"]
+__all__ = ["KEYS", "call_random_verb"]
 
 KEYS = [MessageKey(f"m{number}", "t") for number in range(6)]
 QUEUES = (None, "a", "b")
@@ -32,7 +32,7 @@ VERBS = (
 )
 
 
-def act(store: Store, chance: random.Random, claims: dict[MessageKey, Claim]) -> object:
+def call_random_verb(store: Store, chance: random.Random, claims: dict[MessageKey, Claim]) -> object:
     """Something, to some message; the answer. Nothing of it depends on how long it takes."""
     key = chance.choice(KEYS)
     row, claim = store.find(key), claims.get(key, Claim(key, 1))

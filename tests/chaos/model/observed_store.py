@@ -8,14 +8,14 @@ from typing import Any, cast
 
 from celery_idempotent.core.records import MessageKey, Row, RowFilter
 from celery_idempotent.core.store import Store
-from tests.chaos.model.laws import Act, judge
+from tests.chaos.model.invariants import VerbCall, check_invariants
 
-__all__ = ["Watched"]
+__all__ = ["ObservedStore"]
 
 _READS = {"find", "rows", "counts", "lapsed", "waiting", "unsent", "check", "init", "close"}
 
 
-class Watched:
+class ObservedStore:
     """A store as its users see it.
 
     Args:
@@ -25,7 +25,7 @@ class Watched:
     """
 
     def __init__(
-        self, store: Store, gate: Callable[[], None], saw: Callable[[Act, Row | None, Row | None], None]
+        self, store: Store, gate: Callable[[], None], saw: Callable[[VerbCall, Row | None, Row | None], None]
     ) -> None:
         self._store = store
         self._gate = gate
@@ -45,7 +45,7 @@ class Watched:
             answer = verb(*args, **kwargs)
             if name not in _READS:
                 given = inspect.signature(getattr(Store, name)).bind(self, *args, **kwargs).arguments
-                self._witness(Act(name, given, answer))
+                self._witness(VerbCall(name, given, answer))
             self._gate()
             return answer
 
@@ -54,8 +54,8 @@ class Watched:
     def _read(self) -> dict[MessageKey, Row]:
         return {row.key: row for row in self._store.rows(RowFilter(limit=1000))}
 
-    def _witness(self, act: Act) -> None:
+    def _witness(self, act: VerbCall) -> None:
         before, self.rows = self.rows, self._read()
         for key in sorted({*before, *self.rows, *act.keys}, key=str):
-            judge(act, key, before.get(key), self.rows.get(key))
+            check_invariants(act, key, before.get(key), self.rows.get(key))
             self._saw(act, before.get(key), self.rows.get(key))
