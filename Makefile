@@ -53,8 +53,8 @@ test: .venv/installed  ## every test, on real servers: uses those that run, star
 
 # What a process measures is in a file of its own, those of workers and their children included, unless they were killed.
 COVERAGE = $(DEV)/coverage
-MEASURED = tests/unit tests/contract $(addprefix tests/integration/,cli doctor hooks test_calls.py test_canvas.py \
-	test_command_line.py test_recovery.py test_retry.py)
+MEASURED = tests/unit tests/contract $(addprefix tests/integration/,cli doctor maintenance \
+	test_hooks.py contrib/test_opentelemetry.py contrib/test_prometheus.py producer/test_calls.py worker/test_canvas.py worker/test_retry.py)
 
 coverage: .venv/installed  ## what unit tests, the contract and a part of tests/integration cover; a report in build/coverage/html
 	@$(COVERAGE) erase

@@ -9,7 +9,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from celery_idempotent.stores.sql import SQLStore
-from tests.integration.sql import long_log, plans, verbs
+from tests.integration.stores.sql import long_log, plans, verbs
 
 __all__ = ["planning"]
 

@@ -14,7 +14,7 @@ from celery_idempotent.testing.transactions import TransactionContract
 from tests.support.servers import missing
 from tests.support.versions import CELERY, ROOT, Cell, NotToBeHadError
 
-LIMITS = "tests/integration/test_time_limits.py"
+LIMITS = "tests/integration/worker/test_time_limits.py"
 
 
 def contracts(store: str, *contracts: type) -> list[str]:
@@ -28,12 +28,12 @@ PART = (
     *contracts("tests/contract/test_redis_store.py::TestRedis", ClaimContract, EndingContract),
     *contracts("tests/contract/test_sql_store.py::TestPostgreSQL", ClaimContract, TransactionContract),
     *contracts("tests/contract/test_sql_store.py::TestMariaDB", ClaimContract, TransactionContract),
-    "tests/integration/test_by_name.py",
+    "tests/integration/producer/test_by_name.py",
     f"{LIMITS}::test_the_soft_limit_is_a_failure",
     f"{LIMITS}::test_a_body_that_heeds_the_soft_limit_succeeds",
     f"{LIMITS}::test_the_hard_limit_is_a_failure",
     f"{LIMITS}::test_the_hard_limit_gives_a_message_back_that_is_not_acknowledged_on_timeout",
-    "tests/integration/test_worker_lost.py",
+    "tests/integration/worker/test_worker_lost.py",
 )
 
 HERE = f"{sys.version_info.major}.{sys.version_info.minor}"

@@ -1,4 +1,4 @@
-"""What the page "Past one server" says to type, typed; its partitions are in ``tests/integration/sql/test_partitions.py``."""
+"""What the page "Past one server" says to type, typed; its partitions are in ``tests/integration/stores/sql/test_partitions.py``."""
 
 from __future__ import annotations
 

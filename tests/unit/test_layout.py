@@ -20,6 +20,9 @@ AT_THE_DOOR = 12
 LONG = 350
 WHY = re.compile(r"^# Longer than most: .+\.$", re.MULTILINE)
 
+#: Folders of tests that the package has no folder for: of what several of its parts do together, and of ``tests/support``.
+OF_NO_SINGLE_PART = {"brokers", "frameworks", "outages", "poolers", "support"}
+
 
 def test_the_root_has_few_modules() -> None:
     assert len([path for path in MODULES if len(path.parts) == 1]) <= AT_THE_DOOR
@@ -29,6 +32,12 @@ def test_the_root_has_few_modules() -> None:
 def test_a_long_module_says_why(module: Path) -> None:
     text = (PACKAGE / module).read_text()
     assert (text.count("\n") > LONG) == bool(WHY.search(text))
+
+
+@pytest.mark.parametrize("layer", ["unit", "integration"])
+def test_tests_have_the_packages_folders(layer: str) -> None:
+    folders = {path.name for path in (ROOT / "tests" / layer).iterdir() if path.is_dir()} - {"__pycache__"}
+    assert folders <= {path.name for path in PACKAGE.iterdir()} | OF_NO_SINGLE_PART
 
 
 def test_the_map_names_places_that_are_there() -> None:

@@ -10,10 +10,9 @@ import pytest
 from celery import Celery
 from celery.bin.celery import celery
 
-from tests.integration.conftest import session_worker, shared_worker
 from tests.support.shared_workers import SharedWorker
 
-__all__ = ["Command", "session_worker", "shared_worker"]
+__all__ = ["Command"]
 
 Command = Callable[..., tuple[int, Any]]
 

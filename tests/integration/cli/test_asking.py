@@ -14,7 +14,7 @@ import pytest
 from celery_idempotent import SQLStore
 from celery_idempotent.core.records import Claimed, MessageKey, NewMessage, Row, Status
 from celery_idempotent.message.serialization import encode_message
-from tests.integration.test_command_line import PROJECT, command
+from tests.integration.cli.test_command_line import PROJECT, command
 
 NAMES = ("a", "b")
 

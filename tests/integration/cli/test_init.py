@@ -13,9 +13,9 @@ import sqlalchemy as sa
 
 from celery_idempotent import SQLStore
 from tests.integration.cli.test_asking import at_a_terminal
-from tests.integration.test_command_line import PROJECT, command
+from tests.integration.cli.test_command_line import PROJECT, command
 
-WRITTEN = Path(__file__).parents[1] / "sql" / "versions"
+WRITTEN = Path(__file__).parents[1] / "stores" / "sql" / "versions"
 
 Init = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -13,8 +13,8 @@ from celery_idempotent.maintenance.requeue import NotRequeued, requeue
 from celery_idempotent.message.serialization import encode_message
 from celery_idempotent.producer.relay import relay
 from tests.integration.cli.conftest import Command
-from tests.integration.test_copies import consumed
-from tests.integration.test_revoke_and_expiry import revoke
+from tests.integration.worker.test_copies import consumed
+from tests.integration.worker.test_revoke_and_expiry import revoke
 from tests.support.shared_workers import TIMEOUT, SharedWorker
 from tests.support.waiting import wait_until
 

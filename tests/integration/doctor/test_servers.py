@@ -17,8 +17,8 @@ from redis import Redis
 from celery_idempotent import QueueLog, SQLStore
 from celery_idempotent.core.records import Claimed, MessageKey, NewMessage
 from celery_idempotent.stores import open_store
+from tests.integration.cli.test_command_line import PROJECT, command
 from tests.integration.doctor.conftest import MakeApp, codes, doctor_says, examine
-from tests.integration.test_command_line import PROJECT, command
 from tests.support.servers import PrivatePgBouncer, PrivatePostgreSQL, PrivateRabbitMQ, PrivateRedis
 from tests.support.servers.mariadb import PrivateMariaDB
 

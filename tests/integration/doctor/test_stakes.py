@@ -5,11 +5,8 @@ from __future__ import annotations
 import pytest
 
 from celery_idempotent import AlreadyFailedError
-from tests.integration.conftest import session_worker, shared_worker
 from tests.support.shared_workers import TIMEOUT, SharedWorker
 from tests.support.waiting import wait_until
-
-__all__ = ["session_worker", "shared_worker"]
 
 
 @pytest.mark.parametrize(

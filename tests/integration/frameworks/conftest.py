@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from celery_idempotent import IdempotentTask
-from tests.integration.outbox.conftest import OutboxApp, effects, outbox_app
+from tests.integration.producer.outbox.conftest import OutboxApp, effects, outbox_app
 from tests.support.apps import close_app
 from tests.support.brokers import filesystem_broker
 from tests.support.effects import Effects

@@ -15,7 +15,7 @@ from celery_idempotent.stores.sql.migrations import newest, present_in, steps_ba
 from celery_idempotent.stores.sql.table import VERSIONS, queue_log_table, table_of_version
 
 #: What each version was made of, by each database's own words. A file that is here is never changed.
-WRITTEN = Path(__file__).resolve().parents[3] / "integration" / "sql" / "versions"
+WRITTEN = Path(__file__).resolve().parents[3] / "integration" / "stores" / "sql" / "versions"
 
 NUMBERS = [version.number for version in VERSIONS]
 
