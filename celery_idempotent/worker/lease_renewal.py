@@ -2,8 +2,8 @@
 
 A claim is renewed at a third of its lease for as long as its owner is known to live, so a body that ends sooner costs nothing.
 Two processes renew in a prefork pool: the child that runs the body, which is what counts when its parent is killed, and the
-parent, which is what counts when the body holds the child's GIL. In the other pools there is one process, and a body that holds
-its GIL for longer than the lease stops the renewal with everything else.
+parent, which is what counts when the body holds the child's GIL. The parent ends the lease of a child that is gone. In the other
+pools there is one process, and a body that holds its GIL for longer than the lease stops the renewal with everything else.
 
 The thread outlives a worker's steps: during a warm shutdown they stop before the pool has drained. It does not outlive its app, which it
 refers to only while it renews.
@@ -12,6 +12,7 @@ refers to only while it renews.
 from __future__ import annotations
 
 import atexit
+import errno
 import logging
 import os
 import threading
@@ -41,7 +42,8 @@ _NEVER = float("inf")
 #: Seconds for which the thread waits for another claim when there is none.
 _IDLE = 30.0
 
-#: Seconds after which a claim that could not be renewed is asked for again, before it is called lost.
+#: Seconds after which a claim that could not be renewed is asked for again, before it is called lost; and between two looks at a child
+#: that was told to end.
 _LOOK_AGAIN = 1.0
 
 
@@ -56,6 +58,7 @@ class RenewedLease:
         asked: When the lease was asked for, by the monotonic clock.
         ended: Whether the owner is known to be dead. Set it before the lease is ended in the store: a renewal that is under
             way then ends the lease again.
+        pause: Seconds between two renewals.
     """
 
     holder: Holder
@@ -65,10 +68,12 @@ class RenewedLease:
     asked: float = field(default_factory=time.monotonic)
     #: Whether the last renewal did not find it.
     missed: bool = field(default=False, init=False)
+    pause: float = field(init=False)
     due: float = field(init=False)
 
     def __post_init__(self) -> None:
-        self.due = time.monotonic() + self.lease / _PER_LEASE
+        self.pause = self.lease / _PER_LEASE
+        self.due = time.monotonic() + self.pause
 
 
 class LeaseRenewer:
@@ -123,6 +128,16 @@ class LeaseRenewer:
             children: Gives what all children hold at the time it is called; one function for the whole process.
         """
         self._here().hold_for_child(held, children)
+
+    def hold_until_gone(self, held: RenewedLease) -> None:
+        """Keep a child's lease alive until the child, which was told to end, is gone; then end it at once.
+
+        Args:
+            held: The child's, which nobody may report the end of.
+        """
+        held.pause = min(held.pause, _LOOK_AGAIN)
+        held.due = time.monotonic() + held.pause
+        self._here().hold(held)
 
     def rest(self) -> None:
         """End this process's thread, if it has nothing to keep alive; another claim begins one anew."""
@@ -208,32 +223,35 @@ class _Renewer:
         return due, self._wakes_at - now
 
     def renew(self, due: list[RenewedLease]) -> None:
+        for held in due:
+            held.ended = held.ended or _is_gone(held.pid)
         for lease in {held.lease for held in due}:
             with no_fork():
                 self._renew([held for held in due if held.lease == lease], lease)
 
     def _renew(self, due: list[RenewedLease], lease: float) -> None:
-        pause = lease / _PER_LEASE
+        hurry = 1
         lost: list[Holder] = []
         asked = time.monotonic()
         renewed = False
         try:
-            lost = self._store().renew([held.holder for held in due], lease=lease)
+            lost = self._store().renew([held.holder for held in due if not held.ended], lease=lease)
             renewed = True
         except StoreError as error:
             logger.warning("could not renew %d leases, asking again: %s", len(due), error)
-            pause /= _PER_LEASE
+            hurry = _PER_LEASE
         except Exception:
             # The thread must outlive whatever it meets: without it every lease of this process runs out.
             logger.exception("could not renew %d leases", len(due))
         for held in due:
-            held.due = time.monotonic() + pause
+            held.due = time.monotonic() + held.pause / hurry
             if renewed and held.holder not in lost:
                 held.asked = asked
-            if held.ended:  # meanwhile, and perhaps before it was renewed
+            if held.ended:  # perhaps meanwhile, and before it was renewed
+                self.let_go(held.holder)
                 self._expire(held)
-            # An owner that is not found has not claimed yet, or has finished; it is its request that ends it.
-            if isinstance(held.holder, Claim):
+            # The owner of a body that runs is not let go if it is not found: it has not claimed yet, or has finished.
+            elif held.holder in self._held:
                 self._note_loss(held, lost=held.holder in lost)
 
     def _note_loss(self, held: RenewedLease, *, lost: bool) -> None:
@@ -243,9 +261,10 @@ class _Renewer:
         elif not held.missed:
             held.missed = True
             held.due = min(held.due, time.monotonic() + _LOOK_AGAIN)
-        elif held.holder in self._held:
+        else:
             self.let_go(held.holder)
-            logger.error("the claim on %s was lost while its body runs", held.holder.key.message_id)
+            if isinstance(held.holder, Claim):
+                logger.error("the claim on %s was lost while its body runs", held.holder.key.message_id)
 
     def _expire(self, held: RenewedLease) -> None:
         try:
@@ -266,6 +285,17 @@ class _Renewer:
             if not _lives(held.pid):
                 held.ended = True
                 self._expire(held)
+
+
+def _is_gone(pid: int | None) -> bool:
+    """Return whether a child has certainly ended: there is no process of its pid, not even one that took it over."""
+    if pid is None:
+        return False
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return error.errno == errno.ESRCH
+    return False
 
 
 def _lives(pid: int | None) -> bool:

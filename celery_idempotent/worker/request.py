@@ -142,16 +142,26 @@ class IdempotentRequest(Request):  # type: ignore[misc]
         return super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
 
     def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
-        """End the claim of a body that was terminated in this process: it says nothing when it ends."""
+        """End the claim of a body that was terminated: in this process, it says nothing when it ends."""
         super()._announce_revoked(reason, terminated, signum, expired)
-        if terminated and self.owner is not None and self.held is None:
+        if terminated and self.owner is not None and not self._held_until_gone():
             self._end_terminated()
 
     def _announce_cancelled(self, **options: Any) -> None:
         """End the claim of a body that was stopped because the connection to the broker broke: it runs again."""
         super()._announce_cancelled(**options)
-        if self.held is None:
+        if not self._held_until_gone():
             self._end("expire", self.task.queue_log.store.expire)
+
+    def _held_until_gone(self) -> bool:
+        """Have the claim of a child that was told to end follow the child; whether there is one.
+
+        Celery 5.5's pool forgets what it runs when the connection breaks: then nobody calls :meth:`on_failure`.
+        """
+        if self.held is None:
+            return False
+        LeaseRenewer.of(self.task.queue_log).hold_until_gone(self.held)
+        return True
 
     def _end_terminated(self) -> None:
         if not self._fail(TERMINATED, OutcomeKind.CANCELLED):
@@ -248,6 +258,7 @@ class IdempotentRequest(Request):  # type: ignore[misc]
             return False  # never accepted, so never claimed
         if self.held is not None:
             self.held.ended = True
+            LeaseRenewer.of(self.task.queue_log).let_go(self.held.holder)
         try:
             # A body that had ended has left a recovery point: what waits on it is still to be sent.
             if write(self.owner):

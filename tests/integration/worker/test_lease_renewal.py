@@ -101,6 +101,18 @@ class Deployment:
 
         wait_until(renewed, timeout=TIMEOUT, describe=lambda: f"renewals: {self.row(task, result)}")
 
+    def break_connections(self, worker: WorkerProcess) -> None:
+        """Cut everybody off from Redis, and wait until the worker is connected again."""
+
+        def connected() -> int:
+            return worker.log.read_bytes().count(b"Connected to ")
+
+        before = connected()
+        with redis.Redis.from_url(self.spec.broker) as broker:
+            broker.client_kill_filter(_type="normal", skipme=True)
+        worker.wait_for_log("Connection to broker lost", timeout=TIMEOUT)
+        wait_until(lambda: connected() > before, timeout=TIMEOUT, describe=worker.log_tail)
+
     def gate(self) -> Path:
         return self.directory / f"gate-{uuid4().hex[:8]}"
 
@@ -306,9 +318,7 @@ class TestWhenTheOwnerEnds:
 
         result = deployment.send("last.late.long", str(gate), "again")
         deployment.started("last.late.long", result)
-        with redis.Redis.from_url(deployment.spec.broker) as broker:
-            broker.client_kill_filter(_type="normal", skipme=True)
-        worker.wait_for_log("Connection to broker lost", timeout=TIMEOUT)
+        deployment.break_connections(worker)
         deployment.started("last.late.long", result, 2)
         gate.touch()
 
@@ -316,6 +326,35 @@ class TestWhenTheOwnerEnds:
             lambda: deployment.app.AsyncResult(result.id).successful(), timeout=TIMEOUT, describe=worker.log_tail
         )
         assert deployment.row("last.late.long", result).token == 2
+
+    def test_a_child_killed_after_a_reconnect_ends_its_claim(self, deploy: Callable[..., Deployment]) -> None:
+        """Celery 5.5's pool forgets what it runs when the connection breaks, and never tells the end of it."""
+        deployment = deploy()
+        worker = deployment.worker()
+        worker.wait_until_ready()
+
+        result = deployment.send("last.early", str(deployment.gate()))
+        deployment.started("last.early", result)
+        deployment.break_connections(worker)
+        worker.kill_children()
+
+        row = deployment.wait_until_done("last.early", result)
+        assert row.processed_status is FAILURE
+        assert str(row.error).startswith("abandoned")
+        assert len(deployment.starts("last.early", result)) == 1
+
+    def test_a_body_terminated_after_a_reconnect_ends_at_once(self, deploy: Callable[..., Deployment]) -> None:
+        deployment = deploy()
+        worker = deployment.worker()
+        worker.wait_until_ready()
+
+        result = deployment.send("last.early.long", str(deployment.gate()))
+        deployment.started("last.early.long", result)
+        deployment.break_connections(worker)
+        deployment.app.control.revoke(result.id, terminate=True)
+
+        assert deployment.wait_until_done("last.early.long", result).processed_status is FAILURE
+        assert len(deployment.starts("last.early.long", result)) == 1
 
     @pytest.mark.parametrize("all_of_it", [True, False], ids=["all of it", "its main process"])
     def test_a_message_whose_worker_was_killed_runs_again_after_its_lease(

@@ -224,6 +224,37 @@ class TestForAChild:
         assert store.expired == [self.OWNER]
         assert len(store.times(self.OWNER)) == 1
 
+    def test_the_lease_of_a_child_that_is_gone_is_ended(self, store: RecordingStore, renewals: LeaseRenewer) -> None:
+        held = RenewedLease(self.OWNER, LEASE, ended_child())
+        renewals.hold_for_child(held, lambda: [held])
+        wait_for(lambda: store.expired)
+        assert (store.expired, store.times(self.OWNER)) == ([self.OWNER], [])
+
+    def test_a_child_that_was_told_to_end_keeps_its_lease_until_it_is_gone(
+        self, store: RecordingStore, renewals: LeaseRenewer
+    ) -> None:
+        """Nobody counts it among the running ones, and its long lease is not due for a while."""
+        with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as child:
+            renewals.hold_until_gone(RenewedLease(self.OWNER, 3600.0, child.pid))
+            wait_for(lambda: store.times(self.OWNER))
+            assert store.expired == []
+        wait_for(lambda: store.expired)
+        assert (store.expired, renewals.held()) == ([self.OWNER], [])
+
+    def test_a_child_that_ends_its_run_instead_is_let_go(
+        self, store: RecordingStore, renewals: LeaseRenewer, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        store.lost = [self.OWNER]
+        renewals.hold_until_gone(RenewedLease(self.OWNER, LEASE, os.getpid()))
+        wait_for(lambda: renewals.held() == [])
+        assert (len(store.times(self.OWNER)), store.expired, caplog.records) == (2, [], [])
+
+
+def ended_child() -> int:
+    """Return the pid of a process that has ended and was waited for."""
+    with subprocess.Popen(["true"]) as child:
+        return child.pid
+
 
 class TestProcesses:
     def test_a_forked_child_renews_what_is_its_own(self, store: RecordingStore, renewals: LeaseRenewer) -> None:
