@@ -30,13 +30,12 @@ from tests.support.brokers import BROKERS, Broker, filesystem_broker, rabbitmq_b
 from tests.support.ledger import Ledger
 from tests.support.servers import (
     KINDS,
-    NotInstalledError,
     PrivatePgBouncer,
     PrivatePostgreSQL,
     PrivateRabbitMQ,
     PrivateRedis,
     PrivateServer,
-    missing,
+    skip_if_not_installed,
 )
 from tests.support.stores import STORES, mariadb_store, postgresql_store, sqlite_store
 from tests.support.worker import StartWorker, WorkerProcess
@@ -91,15 +90,9 @@ def rabbitmq_url() -> str:
 
 
 def _private(request: pytest.FixtureRequest, make: Callable[[], Server]) -> Iterator[Server]:
-    try:
-        server = make().__enter__()
-    except NotInstalledError as error:
-        missing("a private server", str(error))
-    try:
-        _attach_log(request, f"{server.name} at {server.port}", server.log_tail)
+    with skip_if_not_installed(), make() as server:
+        attach_log(request, f"{server.name} at {server.port}", server.log_tail)
         yield server
-    finally:
-        server.close()
 
 
 @pytest.fixture
@@ -218,7 +211,7 @@ def start_worker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Sta
     def start_worker(spec: AppSpec, *, wait: bool = True, **options: Any) -> WorkerProcess:
         worker = WorkerProcess(tmp_path, spec.environment(), **options)
         workers.append(worker)
-        _attach_log(request, f"worker {worker.hostname}", worker.log_tail)
+        attach_log(request, f"worker {worker.hostname}", worker.log_tail)
         return worker.start(wait=wait)
 
     yield cast("StartWorker", start_worker)
@@ -229,7 +222,8 @@ def start_worker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Sta
 # -- reports ----------------------------------------------------------------------------------------------------------------
 
 
-def _attach_log(request: pytest.FixtureRequest, name: str, tail: Callable[[], str]) -> None:
+def attach_log(request: pytest.FixtureRequest, name: str, tail: Callable[[], str]) -> None:
+    """Put the end of a log into the report of the test that runs, if that fails."""
     request.node.stash.setdefault(LOGS, {})[name] = tail
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import _attach_log, missing
+from tests.conftest import attach_log
 from tests.support.brokers import Broker, filesystem_broker, rabbitmq_broker, redis_broker
-from tests.support.servers import NotInstalledError, PrivateRedis
-from tests.support.side_by_side import GuardedAndPlain, SharedWorker, open_both_workers
+from tests.support.servers import PrivateRedis, skip_if_not_installed
+from tests.support.shared_workers import GuardedAndPlain, SharedWorker, open_both_workers
 from tests.support.stores import mariadb_store, postgresql_store, sqlite_store
 
 #: Each broker beside another store, so that every store is under real workers too.
@@ -33,13 +33,8 @@ STORE_BESIDE = {
 @pytest.fixture(scope="session")
 def shared_redis() -> Iterator[PrivateRedis]:
     """Yield a Redis for the workers of this session: results in database 0, messages in 1 (guarded) and 2 (plain)."""
-    try:
-        server = PrivateRedis().__enter__()
-    except NotInstalledError as error:
-        missing("a private Redis", str(error))
-        raise
-    yield server
-    server.close()
+    with skip_if_not_installed("a private Redis"), PrivateRedis() as server:
+        yield server
 
 
 @pytest.fixture(
@@ -101,5 +96,5 @@ def plain(both_workers: GuardedAndPlain, request: pytest.FixtureRequest) -> Shar
 
 
 def _with_log(shared_worker: SharedWorker, request: pytest.FixtureRequest) -> SharedWorker:
-    _attach_log(request, f"worker {shared_worker.worker.hostname}", shared_worker.worker.log_tail)
+    attach_log(request, f"worker {shared_worker.worker.hostname}", shared_worker.worker.log_tail)
     return shared_worker

@@ -24,8 +24,7 @@ from benchmarks.targets import TARGETS, verdicts
 from celery_idempotent.core.records import MessageKey
 from celery_idempotent.stores import open_store
 from celery_idempotent.testing.examples import new_message
-from tests.conftest import missing
-from tests.support.servers import NotInstalledError, PrivateRedis
+from tests.support.servers import PrivateRedis, skip_if_not_installed
 
 # -- arithmetic ---------------------------------------------------------------------------------------------------------------
 
@@ -207,10 +206,8 @@ def test_rows_are_counted_measured_and_removed(store_url: str) -> None:
 def test_a_short_run() -> None:
     subjects = [PLAIN, STORES["sqlite"], STORES["redis"]]
     measures = [name for name in MEASURES if not name.startswith("own-code")]
-    try:
+    with skip_if_not_installed():
         found = run(subjects, only=measures, rounds=1, seed=7, share=0.02)
-    except NotInstalledError as error:
-        missing("a private server", str(error))
 
     taken = found["measures"]
     assert {name: measure.get("failed") for name, measure in taken.items()} == dict.fromkeys(measures)
@@ -228,13 +225,10 @@ def test_a_short_run() -> None:
 
 @pytest.mark.xdist_group("chaos")
 def test_whoever_does_not_do_its_work_is_told() -> None:
-    try:
-        with open_site([PLAIN]) as site:
-            stand = site.stands[PLAIN.name]
-            stand.publish(10)
-            with pytest.raises(AssertionError, match="plain was to publish 11 messages; 10 are in its queue"):
-                stand.discard(11)
-            with pytest.raises(AssertionError, match=r"(?s)a producer ended:.*no_such_task"):
-                stand.publish(1, task="no_such_task")
-    except NotInstalledError as error:
-        missing("a private server", str(error))
+    with skip_if_not_installed(), open_site([PLAIN]) as site:
+        stand = site.stands[PLAIN.name]
+        stand.publish(10)
+        with pytest.raises(AssertionError, match="plain was to publish 11 messages; 10 are in its queue"):
+            stand.discard(11)
+        with pytest.raises(AssertionError, match=r"(?s)a producer ended:.*no_such_task"):
+            stand.publish(1, task="no_such_task")

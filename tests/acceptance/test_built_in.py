@@ -11,7 +11,8 @@ import pytest
 
 from tests.conftest import StartWorker
 from tests.support.apps import OpenApp
-from tests.support.side_by_side import SharedWorker, unique
+from tests.support.deployment import unique
+from tests.support.shared_workers import SharedWorker
 
 pytestmark = pytest.mark.parametrize("both_workers", ["redis"], indirect=True)
 
@@ -20,11 +21,11 @@ pytestmark = pytest.mark.parametrize("both_workers", ["redis"], indirect=True)
 def built_in(plain: SharedWorker, open_app: OpenApp, start_worker: StartWorker, tmp_path: Path) -> SharedWorker:
     spec = replace(
         plain.spec,
-        queue=f"{plain.queue}-built-in",
+        queue=f"{plain.spec.queue}-built-in",
         ledger=str(tmp_path / "ledger.jsonl"),
         settings={**plain.spec.settings, "worker_deduplicate_successful_tasks": True},
     )
-    return SharedWorker.of(spec, open_app(spec), start_worker(spec))
+    return SharedWorker(spec, open_app(spec), start_worker(spec))
 
 
 def put_as_redelivered(shared_worker: SharedWorker, task: str, *args: Any) -> str:
@@ -40,9 +41,9 @@ def put_as_redelivered(shared_worker: SharedWorker, task: str, *args: Any) -> st
         message = json.loads(raw)
         message["properties"]["delivery_info"]["redelivered"] = True
         message["headers"]["redelivered"] = True
-        redis.lpush(shared_worker.queue, raw)
+        redis.lpush(shared_worker.spec.queue, raw)
         shared_worker.wait_until_idle()
-        redis.lpush(shared_worker.queue, json.dumps(message))
+        redis.lpush(shared_worker.spec.queue, json.dumps(message))
         shared_worker.wait_until_idle()
     return str(result.id)
 
@@ -64,7 +65,7 @@ def test_built_in_deduplication_with_ignore_result(guarded: SharedWorker, built_
         shared_worker.wait_until_idle()
 
     def runs(shared_worker: SharedWorker) -> list[int]:
-        return [len(shared_worker.starts(key)) for key in (kept, quiet, sent_twice)]
+        return [len(shared_worker.starts_under(key)) for key in (kept, quiet, sent_twice)]
 
     # The built-in needs a result to look at, and a broker that says "redelivered".
     assert runs(built_in) == [1, 2, 2]

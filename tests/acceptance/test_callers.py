@@ -13,8 +13,8 @@ from celery_idempotent.queue_log import QueueLog
 from tests.conftest import StartWorker
 from tests.support.apps import AppSpec, OpenApp
 from tests.support.callers import Callers, start_callers
+from tests.support.deployment import unique
 from tests.support.ledger import Ledger
-from tests.support.side_by_side import unique
 
 PROCESSES = 8
 

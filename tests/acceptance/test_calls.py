@@ -12,8 +12,9 @@ from kombu.exceptions import EncodeError, OperationalError
 
 from celery_idempotent import AlreadyFailedError
 from tests.support.apps import OpenApp
+from tests.support.deployment import unique
 from tests.support.servers.private import free_port
-from tests.support.side_by_side import SharedWorker, unique
+from tests.support.shared_workers import SharedWorker
 from tests.support.waiting import wait_until
 
 
@@ -36,12 +37,12 @@ def test_publish_fails_after_the_id_was_taken(guarded: SharedWorker, open_app: O
     with pytest.raises(EncodeError):
         guarded.task("once").apply_async((key, Unsent()), message_id=key)
 
-    assert guarded.row(f"order:{key}", "order") is None
-    assert guarded.row(key, "once") is None
+    assert guarded.row("order", f"order:{key}") is None
+    assert guarded.row("once", key) is None
     first, second = guarded.task("order").delay(key), guarded.task("once").apply_async((key,), message_id=key)
     assert (first.duplicate, second.duplicate) == (False, False)
     assert all(result.get(timeout=60) for result in (first, second))
-    assert len(guarded.starts(key)) == 2
+    assert len(guarded.starts_under(key)) == 2
 
 
 def test_keyword_or_positional_and_defaults_are_one_call(guarded: SharedWorker, plain: SharedWorker) -> None:
@@ -54,7 +55,7 @@ def test_keyword_or_positional_and_defaults_are_one_call(guarded: SharedWorker, 
     assert len({result.get(timeout=60) for result in results}) == 1
     assert [result.duplicate for result in results] == [False, True, True, True]
     guarded.wait_until_idle()
-    assert len(guarded.starts(key)) == 1
+    assert len(guarded.starts_under(key)) == 1
     assert len({double.get(timeout=60) for double in doubles}) == 4
 
 
@@ -77,13 +78,13 @@ def test_revoked_before_start(guarded: SharedWorker) -> None:
     revoked = order.apply_async((key,), task_id=task_id)
     with pytest.raises(TaskRevokedError):
         revoked.get(timeout=60)
-    row = guarded.settled(f"order:{key}", "order_again")
+    row = guarded.wait_until_done("order_again", f"order:{key}")
 
     assert (row.processed_status, row.error, row.token) == ("failure", "revoked", 0)
     again = order.delay(key)
     assert not again.duplicate
     assert again.get(timeout=60).startswith(key)
-    assert len(guarded.starts(key)) == 1
+    assert len(guarded.starts_under(key)) == 1
 
 
 def test_expired_before_start(guarded: SharedWorker) -> None:
@@ -96,13 +97,13 @@ def test_expired_before_start(guarded: SharedWorker) -> None:
 
     with pytest.raises(TaskRevokedError):
         expired.get(timeout=60)
-    row = guarded.settled(f"order:{key}", "order_again")
+    row = guarded.wait_until_done("order_again", f"order:{key}")
     assert (row.processed_status, row.token) == ("failure", 0)
     assert "expired" in (row.error or "")
     again = order.delay(key)
     assert not again.duplicate
     assert again.get(timeout=60).startswith(key)
-    assert len(guarded.starts(key)) == 1
+    assert len(guarded.starts_under(key)) == 1
 
 
 def test_purged_before_start(guarded: SharedWorker, open_app: OpenApp) -> None:
@@ -113,12 +114,12 @@ def test_purged_before_start(guarded: SharedWorker, open_app: OpenApp) -> None:
     ]
     purged, _ = guarded.copies(lambda queue: doubtful.apply_async((key,), queue=queue))
 
-    wait_until(lambda: doubtful.delay(key) and guarded.starts(key), describe="a run", interval=0.2, timeout=60)
+    wait_until(lambda: doubtful.delay(key) and guarded.starts_under(key), describe="a run", interval=0.2, timeout=60)
 
     assert purged.get(timeout=60).startswith(key)
-    guarded.settled(f"order:{key}", "order")
+    guarded.wait_until_done("order", f"order:{key}")
     guarded.wait_until_idle()
-    assert len(guarded.starts(key)) == 1
+    assert len(guarded.starts_under(key)) == 1
 
 
 def test_an_exception_that_cannot_be_rebuilt(guarded: SharedWorker) -> None:
@@ -128,7 +129,7 @@ def test_an_exception_that_cannot_be_rebuilt(guarded: SharedWorker) -> None:
     error = failed.get(timeout=60, propagate=False)
 
     assert "7: cannot be rebuilt" in str(error)
-    row = guarded.settled(f"brittle:{key}", "brittle")
+    row = guarded.wait_until_done("brittle", f"brittle:{key}")
     assert row.processed_status == "failure"
     assert row.error is not None
     assert row.error.endswith("UnbuildableError: 7: cannot be rebuilt")
@@ -137,4 +138,4 @@ def test_an_exception_that_cannot_be_rebuilt(guarded: SharedWorker) -> None:
     with pytest.raises(AlreadyFailedError, match="7: cannot be rebuilt"):
         other.get(timeout=60)
     guarded.wait_until_idle()
-    assert len(guarded.starts(key)) == 1
+    assert len(guarded.starts_under(key)) == 1

@@ -15,7 +15,8 @@ from celery import chain, chord
 from celery_idempotent.core.records import Claimed, MessageKey, NewMessage
 from celery_idempotent.queue_log import QueueLog
 from tests.support.apps import OpenApp
-from tests.support.side_by_side import SharedWorker, unique
+from tests.support.deployment import unique
+from tests.support.shared_workers import SharedWorker
 from tests.support.waiting import wait_until
 
 
@@ -29,12 +30,12 @@ def test_the_same_message_put_on_the_broker_by_hand(guarded: SharedWorker, plain
     guarded.put(message, times=times)
 
     value = result.get(timeout=60)
-    row = guarded.settled(result.id, "once", duplicates=times - 1)
+    row = guarded.wait_until_done("once", result.id, duplicates=times - 1)
     guarded.wait_until_idle()
-    assert len(guarded.starts(key)) == 1
+    assert len(guarded.starts_under(key)) == 1
     assert (row.processed_status, row.duplicates, row.token) == ("success", times - 1, 1)
     assert guarded.app.AsyncResult(result.id).get(timeout=60) == value
-    plain.wait_for_starts(key, times)
+    plain.wait_for_starts_under(key, times)
 
 
 def test_copies_that_arrive_while_it_runs(guarded: SharedWorker, plain: SharedWorker, tmp_path: Path) -> None:
@@ -44,17 +45,17 @@ def test_copies_that_arrive_while_it_runs(guarded: SharedWorker, plain: SharedWo
 
     plain.put(again, times=3)
     guarded.put(message, times=3)
-    plain.wait_for_starts(key, 2)
+    plain.wait_for_starts_under(key, 2)
     # Held: acknowledged as ignored by the worker's other process, and published anew.
     guarded.worker.wait_for_log(f"Task once[{result.id}] ignored", timeout=60)
-    assert len(guarded.starts(key)) == 1
+    assert len(guarded.starts_under(key)) == 1
     gate.touch()
 
     assert result.get(timeout=60).startswith(key)
-    guarded.settled(result.id, "once", duplicates=2)
+    guarded.wait_until_done("once", result.id, duplicates=2)
     guarded.wait_until_idle()
-    assert len(guarded.starts(key)) == 1
-    plain.wait_for_starts(key, 3)
+    assert len(guarded.starts_under(key)) == 1
+    plain.wait_for_starts_under(key, 3)
 
 
 def test_send_task_by_name_with_another_task_id_but_the_same_message_id(
@@ -70,8 +71,8 @@ def test_send_task_by_name_with_another_task_id_but_the_same_message_id(
 
     assert len({result.id for result in results}) == 4
     assert len({result.get(timeout=60) for result in results}) == 1
-    row = guarded.settled(message_id, "once", duplicates=3)
-    assert (len(guarded.starts(key)), row.processed_status) == (1, "success")
+    row = guarded.wait_until_done("once", message_id, duplicates=3)
+    assert (len(guarded.starts_under(key)), row.processed_status) == (1, "success")
     assert row.task_id in {result.id for result in results}
     assert len({double.get(timeout=60) for double in doubles}) == 4
 
@@ -88,12 +89,12 @@ def test_the_callback_of_a_message_put_on_the_broker_three_times(guarded: Shared
     guarded.put(message, times=3)
 
     value = result.get(timeout=60)
-    guarded.settled(result.id, "once", duplicates=2)
+    guarded.wait_until_done("once", result.id, duplicates=2)
     guarded.wait_until_idle()
     (callback,) = guarded.app.AsyncResult(result.id).children
     assert callback.get(timeout=60) == value
-    assert (len(guarded.starts(key)), len(guarded.starts(after))) == (1, 1)
-    plain.wait_for_starts(after, 3)
+    assert (len(guarded.starts_under(key)), len(guarded.starts_under(after))) == (1, 1)
+    plain.wait_for_starts_under(after, 3)
 
 
 def test_a_duplicate_with_a_callback_of_its_own(guarded: SharedWorker, plain: SharedWorker) -> None:
@@ -109,7 +110,11 @@ def test_a_duplicate_with_a_callback_of_its_own(guarded: SharedWorker, plain: Sh
     received = [guarded.app.AsyncResult(result.id).children[0].get(timeout=60) for result in results]
     assert received == [result.get(timeout=60) for result in results]
     guarded.wait_until_idle()
-    assert [len(guarded.starts(key)), len(guarded.starts(first)), len(guarded.starts(second))] == [1, 1, 1]
+    assert [len(guarded.starts_under(key)), len(guarded.starts_under(first)), len(guarded.starts_under(second))] == [
+        1,
+        1,
+        1,
+    ]
     assert len({double.get(timeout=60) for double in doubles}) == 2
 
 
@@ -128,10 +133,10 @@ def test_the_first_step_of_a_chain_put_on_the_broker_three_times(guarded: Shared
 
     value = result.get(timeout=60)
     assert value == result.parent.get(timeout=60)
-    guarded.settled(result.parent.id, "once", duplicates=2)
+    guarded.wait_until_done("once", result.parent.id, duplicates=2)
     guarded.wait_until_idle()
-    assert (len(guarded.starts(key)), len(guarded.starts(after))) == (1, 1)
-    plain.wait_for_starts(after, 3)
+    assert (len(guarded.starts_under(key)), len(guarded.starts_under(after))) == (1, 1)
+    plain.wait_for_starts_under(after, 3)
 
 
 def test_a_duplicate_in_a_chain(guarded: SharedWorker, plain: SharedWorker) -> None:
@@ -146,8 +151,8 @@ def test_a_duplicate_in_a_chain(guarded: SharedWorker, plain: SharedWorker) -> N
     assert len({result.get(timeout=60) for result in results}) == 1
     assert [result.parent.state for result in results] == ["SUCCESS", "SUCCESS"]
     guarded.wait_until_idle()
-    assert len(guarded.starts(key)) == 1
-    assert [len(guarded.starts(tail)) for tail in tails] == [1, 1]
+    assert len(guarded.starts_under(key)) == 1
+    assert [len(guarded.starts_under(tail)) for tail in tails] == [1, 1]
     assert len({double.get(timeout=60) for double in doubles}) == 2
 
 
@@ -167,10 +172,10 @@ def test_the_header_of_a_chord_put_on_the_broker_twice(guarded: SharedWorker, pl
     values = result.get(timeout=60)
     assert [value.split(" by ")[0] for value in values] == keys
     for message in messages:
-        guarded.settled(message.properties["message_id"], "once", duplicates=1)
+        guarded.wait_until_done("once", message.properties["message_id"], duplicates=1)
     guarded.wait_until_idle()
-    assert [len(guarded.starts(key)) for key in (*keys, after)] == [1, 1, 1]
-    wait_until(lambda: [len(plain.starts(key)) for key in keys] == [2, 2], describe="plain Celery's doubles")
+    assert [len(guarded.starts_under(key)) for key in (*keys, after)] == [1, 1, 1]
+    wait_until(lambda: [len(plain.starts_under(key)) for key in keys] == [2, 2], describe="plain Celery's doubles")
 
 
 def test_a_duplicate_in_a_chord(guarded: SharedWorker, plain: SharedWorker) -> None:
@@ -185,7 +190,11 @@ def test_a_duplicate_in_a_chord(guarded: SharedWorker, plain: SharedWorker) -> N
     first, second, third = result.get(timeout=60)
     assert first == second != third
     guarded.wait_until_idle()
-    assert [len(guarded.starts(key)), len(guarded.starts(other)), len(guarded.starts(after))] == [1, 1, 1]
+    assert [len(guarded.starts_under(key)), len(guarded.starts_under(other)), len(guarded.starts_under(after))] == [
+        1,
+        1,
+        1,
+    ]
     first, second, _ = double.get(timeout=60)
     assert first != second
 
@@ -207,9 +216,13 @@ def test_a_duplicate_overtakes_the_message_it_repeats(guarded: SharedWorker, pla
     assert earlier.get(timeout=60) == later.get(timeout=60)
     assert guarded.app.AsyncResult(earlier.id).children[0].get(timeout=60) == later.get(timeout=60)
     guarded.wait_until_idle()
-    assert [len(guarded.starts(key)), len(guarded.starts(first)), len(guarded.starts(second))] == [1, 1, 1]
+    assert [len(guarded.starts_under(key)), len(guarded.starts_under(first)), len(guarded.starts_under(second))] == [
+        1,
+        1,
+        1,
+    ]
     assert plain_later.get(timeout=60)
-    plain.wait_for_starts(key, 2)
+    plain.wait_for_starts_under(key, 2)
 
 
 def test_a_copy_arrives_when_a_dead_workers_lease_has_half_a_second_to_go(guarded: SharedWorker) -> None:
@@ -223,5 +236,5 @@ def test_a_copy_arrives_when_a_dead_workers_lease_has_half_a_second_to_go(guarde
     guarded.put(message)
 
     assert result.get(timeout=60).startswith(key)
-    row = guarded.settled(result.id, "once")
-    assert (len(guarded.starts(key)), row.processed_status, row.token) == (1, "success", 2)
+    row = guarded.wait_until_done("once", result.id)
+    assert (len(guarded.starts_under(key)), row.processed_status, row.token) == (1, "success", 2)

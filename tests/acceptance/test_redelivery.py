@@ -15,7 +15,8 @@ import pytest
 
 from tests.conftest import StartWorker
 from tests.support.apps import AppSpec, OpenApp
-from tests.support.side_by_side import SharedWorker, unique
+from tests.support.deployment import unique
+from tests.support.shared_workers import SharedWorker
 from tests.support.waiting import wait_until
 
 Base = Literal["idempotent", "plain"]
@@ -60,25 +61,25 @@ def test_visibility_timeout_2_s_a_6_s_task_acks_late_one_delay(
 ) -> None:
     key, gate = unique(), tmp_path / "gate"
     guarded, plain = (
-        SharedWorker.of(spec, open_app(spec), start_worker(spec, concurrency=2, wait=False))
+        SharedWorker(spec, open_app(spec), start_worker(spec, concurrency=2, wait=False))
         for spec in (impatient(spec, "idempotent"), impatient(spec, "plain"))
     )
     for shared_worker in (guarded, plain):
         shared_worker.worker.wait_until_ready()
 
     result, double = (shared_worker.task("once").delay(key, str(gate)) for shared_worker in (guarded, plain))
-    guarded.wait_for_starts(key, 1)
-    plain.wait_for_starts(key, 2)
+    guarded.wait_for_starts_under(key, 1)
+    plain.wait_for_starts_under(key, 2)
     # The copy comes back every second, and is held anew while the owner lives.
     wait_until(lambda: times_ignored(guarded, result.id) >= 2, timeout=60, describe="the copy is held twice")
-    (start,) = guarded.starts(key)
+    (start,) = guarded.starts_under(key)
     wait_until(lambda: time.time() >= start.at + 6, describe="a run of 6 s")
     gate.touch()
 
     assert result.get(timeout=60).startswith(key)
-    row = guarded.settled(result.id, "once", duplicates=1)
+    row = guarded.wait_until_done("once", result.id, duplicates=1)
     guarded.wait_until_idle()
-    assert (len(guarded.starts(key)), len(guarded.ends(key))) == (1, 1)
+    assert (len(guarded.starts_under(key)), len(guarded.ends_under(key))) == (1, 1)
     assert (row.processed_status, row.token) == ("success", 1)
     assert guarded.app.backend.client.hlen("unacked") == 0
     assert double.get(timeout=60)
@@ -93,12 +94,12 @@ def test_the_redelivered_copy_of_a_running_task_is_held_then_the_owner_is_killed
     spec = impatient(spec, "idempotent")
     app = open_app(spec)
     owner = start_worker(spec, concurrency=2 if by == "the-same-worker" else 1)
-    shared_worker = SharedWorker.of(spec, app, owner)
+    shared_worker = SharedWorker(spec, app, owner)
     result = shared_worker.task("once").delay(key, str(gate))
-    shared_worker.wait_for_starts(key, 1)
+    shared_worker.wait_for_starts_under(key, 1)
     holder = owner if by == "the-same-worker" else start_worker(spec)
     holder.wait_for_log(f"Task once[{result.id}] ignored", timeout=60)
-    assert len(shared_worker.starts(key)) == 1
+    assert len(shared_worker.starts_under(key)) == 1
 
     owner.kill()
     gate.touch()
@@ -107,10 +108,10 @@ def test_the_redelivered_copy_of_a_running_task_is_held_then_the_owner_is_killed
 
     assert result.get(timeout=90).startswith(key)
     replace(shared_worker, worker=holder).wait_until_idle()
-    first, second = shared_worker.starts(key)
-    (end,) = shared_worker.ends(key)
+    first, second = shared_worker.starts_under(key)
+    (end,) = shared_worker.ends_under(key)
     assert (first.pid != second.pid, end.pid) == (True, second.pid)
-    row = shared_worker.settled(result.id, "once")
+    row = shared_worker.wait_until_done("once", result.id)
     assert (row.processed_status, row.token) == ("success", 2)
 
 
@@ -121,16 +122,16 @@ def test_the_redelivered_copy_of_a_running_task_is_ignored_then_the_owner_is_kil
     """What lock packages do, on plain Celery: nobody has the message any more."""
     key, gate = unique(), tmp_path / "gate"
     spec = impatient(spec, "plain")
-    shared_worker = SharedWorker.of(spec, open_app(spec), start_worker(spec, concurrency=2))
+    shared_worker = SharedWorker(spec, open_app(spec), start_worker(spec, concurrency=2))
     result = shared_worker.task("ignoring").delay(key, str(gate))
-    shared_worker.wait_for_starts(key, 1)
+    shared_worker.wait_for_starts_under(key, 1)
     shared_worker.worker.wait_for_log(f"Task ignoring[{result.id}] ignored", timeout=60)
     broker = shared_worker.app.backend.client
     wait_until(lambda: broker.hlen("unacked") == 0, describe="the acknowledgement of the only copy")
 
     shared_worker.worker.kill()
 
-    assert (broker.hlen("unacked"), broker.llen(shared_worker.queue), shared_worker.ends(key)) == (0, 0, [])
+    assert (broker.hlen("unacked"), broker.llen(shared_worker.spec.queue), shared_worker.ends_under(key)) == (0, 0, [])
 
 
 @pytest.mark.parametrize(
@@ -152,10 +153,10 @@ def test_a_worker_is_killed_mid_task_then_the_same_call_again(
     workers = [start_worker(spec, wait=False) for _ in range(2)]
     for worker in workers:
         worker.wait_until_ready()
-    shared_worker = SharedWorker.of(spec, app, workers[0])
+    shared_worker = SharedWorker(spec, app, workers[0])
     first = shared_worker.task("order").delay(key, str(gate))
-    shared_worker.wait_for_starts(key, 1)
-    (start,) = shared_worker.starts(key)
+    shared_worker.wait_for_starts_under(key, 1)
+    (start,) = shared_worker.starts_under(key)
     owner, other = sorted(workers, key=lambda worker: worker.hostname != start.worker)
 
     owner.kill()
@@ -164,13 +165,13 @@ def test_a_worker_is_killed_mid_task_then_the_same_call_again(
 
     values = {result.get(timeout=90) for result in (first, again)}
     replace(shared_worker, worker=other).wait_until_idle()
-    starts, ends = len(shared_worker.starts(key)), len(shared_worker.ends(key))
+    starts, ends = len(shared_worker.starts_under(key)), len(shared_worker.ends_under(key))
     if base == "plain":
         assert (again.id == first.id, len(values), starts, ends) == (False, 2, 3, 2)
     else:
         assert (again.id == first.id, len(values), starts, ends) == (True, 1, 2, 1)
         assert again.duplicate
-        assert shared_worker.settled(f"order:{key}", "order").token == 2
+        assert shared_worker.wait_until_done("order", f"order:{key}").token == 2
 
 
 @on_redis
@@ -181,21 +182,21 @@ def test_a_worker_that_acknowledges_early_is_killed_mid_task(
     key, gate = unique(), tmp_path / "gate"
     recovery = {"idempotent_on_abandoned": "rerun", "idempotent_recovery_interval": 1} if base == "idempotent" else {}
     spec = impatient(spec, base, lease=3.0, task_acks_late=False, **recovery)
-    shared_worker = SharedWorker.of(spec, open_app(spec), start_worker(spec))
+    shared_worker = SharedWorker(spec, open_app(spec), start_worker(spec))
     result = shared_worker.task("order").delay(key, str(gate))
-    shared_worker.wait_for_starts(key, 1)
+    shared_worker.wait_for_starts_under(key, 1)
 
     shared_worker.worker.kill()
     gate.touch()
 
     broker = shared_worker.app.backend.client
-    assert (broker.hlen("unacked"), broker.llen(shared_worker.queue)) == (0, 0)
+    assert (broker.hlen("unacked"), broker.llen(shared_worker.spec.queue)) == (0, 0)
     if base == "idempotent":
         shared_worker.worker.start()
         assert result.get(timeout=90).startswith(key)
         shared_worker.wait_until_idle()
-        assert (len(shared_worker.starts(key)), len(shared_worker.ends(key))) == (2, 1)
-        assert shared_worker.settled(f"order:{key}", "order").processed_status == "success"
+        assert (len(shared_worker.starts_under(key)), len(shared_worker.ends_under(key))) == (2, 1)
+        assert shared_worker.wait_until_done("order", f"order:{key}").processed_status == "success"
 
 
 @on_redis
@@ -205,9 +206,9 @@ def test_a_child_is_killed_mid_task_with_reject_on_worker_lost(
     key, gate = unique(), tmp_path / "gate"
     # Nobody waits for this lease: the worker knows that its child died.
     spec = impatient(spec, "idempotent", lease=3600.0, task_reject_on_worker_lost=True)
-    shared_worker = SharedWorker.of(spec, open_app(spec), start_worker(spec))
+    shared_worker = SharedWorker(spec, open_app(spec), start_worker(spec))
     first = shared_worker.task("order").delay(key, str(gate))
-    shared_worker.wait_for_starts(key, 1)
+    shared_worker.wait_for_starts_under(key, 1)
 
     shared_worker.worker.kill_children()
     again = shared_worker.task("order").delay(key, str(gate))
@@ -216,8 +217,8 @@ def test_a_child_is_killed_mid_task_with_reject_on_worker_lost(
     assert again.duplicate
     assert again.get(timeout=90) == first.get(timeout=90)
     shared_worker.wait_until_idle()
-    assert (len(shared_worker.starts(key)), len(shared_worker.ends(key))) == (2, 1)
-    assert shared_worker.settled(f"order:{key}", "order").token == 2
+    assert (len(shared_worker.starts_under(key)), len(shared_worker.ends_under(key))) == (2, 1)
+    assert shared_worker.wait_until_done("order", f"order:{key}").token == 2
 
 
 @on_redis
@@ -226,10 +227,10 @@ def test_a_lease_shorter_than_the_run_while_the_owner_lives(
 ) -> None:
     key, gate = unique(), tmp_path / "gate"
     spec = impatient(spec, "idempotent", lease=3.0)
-    shared_worker = SharedWorker.of(spec, open_app(spec), start_worker(spec, concurrency=2))
+    shared_worker = SharedWorker(spec, open_app(spec), start_worker(spec, concurrency=2))
     result = shared_worker.task("once").delay(key, str(gate))
-    shared_worker.wait_for_starts(key, 1)
-    (start,) = shared_worker.starts(key)
+    shared_worker.wait_for_starts_under(key, 1)
+    (start,) = shared_worker.starts_under(key)
 
     # Two leases and more, with a copy at the door every second.
     wait_until(lambda: time.time() >= start.at + 7, describe="a run of more than two leases")
@@ -238,8 +239,8 @@ def test_a_lease_shorter_than_the_run_while_the_owner_lives(
 
     assert result.get(timeout=60).startswith(key)
     shared_worker.wait_until_idle()
-    assert (len(shared_worker.starts(key)), len(shared_worker.ends(key))) == (1, 1)
-    assert shared_worker.settled(result.id, "once").token == 1
+    assert (len(shared_worker.starts_under(key)), len(shared_worker.ends_under(key))) == (1, 1)
+    assert shared_worker.wait_until_done("once", result.id).token == 1
 
 
 @on_redis
@@ -252,27 +253,27 @@ def test_a_lease_shorter_than_the_run_of_an_owner_that_hangs(
     spec = impatient(spec, base, lease=3.0)
     app = open_app(spec)
     owner = start_worker(spec)
-    shared_worker = SharedWorker.of(spec, app, owner)
+    shared_worker = SharedWorker(spec, app, owner)
     result = shared_worker.task("once").apply_async((key, str(gate)), link=shared_worker.task("receive").s(after))
-    shared_worker.wait_for_starts(key, 1)
+    shared_worker.wait_for_starts_under(key, 1)
 
     owner.pause()
     gate.touch()
     successor = start_worker(spec)
     value = result.get(timeout=90)
     assert successor.hostname in value
-    shared_worker.wait_for_starts(after, 1)
+    shared_worker.wait_for_starts_under(after, 1)
     owner.resume()
-    wait_until(lambda: len(shared_worker.ends(key)) == 2, timeout=60, describe=owner.log_tail)
+    wait_until(lambda: len(shared_worker.ends_under(key)) == 2, timeout=60, describe=owner.log_tail)
     owner.wait_for_log(f"Task once[{result.id}] {'succeeded' if base == 'plain' else 'ignored'}", timeout=60)
 
     shared_worker.wait_until_idle(successor)
-    assert len(shared_worker.starts(key)) == 2
+    assert len(shared_worker.starts_under(key)) == 2
     # A result that is there already is not overwritten by Redis's backend; what waits on it is sent again all the same.
     assert app.AsyncResult(result.id).get(timeout=60) == value
     if base == "plain":
-        assert len(shared_worker.starts(after)) == 2
+        assert len(shared_worker.starts_under(after)) == 2
     else:
-        assert len(shared_worker.starts(after)) == 1
-        assert shared_worker.settled(result.id, "once").token == 2
+        assert len(shared_worker.starts_under(after)) == 1
+        assert shared_worker.wait_until_done("once", result.id).token == 2
         assert f"the claim on message '{result.id}' (token 1) was lost" in owner.log.read_text()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from celery_idempotent import AlreadyFailedError
-from tests.support.side_by_side import SharedWorker, unique
+from tests.support.deployment import unique
+from tests.support.shared_workers import SharedWorker
 
 
 @pytest.mark.parametrize("countdown", [0, 1], ids=["countdown-0", "with-a-countdown"])
@@ -17,9 +18,9 @@ def test_self_retry_twice_then_success_in_a_unique_task(guarded: SharedWorker, c
 
     assert (again.id, again.duplicate) == (result.id, True)
     assert result.get(timeout=60) == f"{key} after 2 retries"
-    row = guarded.settled(f"retried:{key}", "retried")
+    row = guarded.wait_until_done("retried", f"retried:{key}")
     guarded.wait_until_idle()
-    starts = guarded.starts(key)
+    starts = guarded.starts_under(key)
     assert [start.retries for start in starts] == [0, 1, 2]
     assert {start.message_id for start in starts} == {f"retried:{key}"}
     assert (row.status, row.processed_status, row.attempt, row.token) == ("done", "success", 2, 3)
@@ -36,7 +37,7 @@ def test_a_retry_that_ends_before_its_predecessor_has_stored_that_it_retries(
     result, hidden = (shared_worker.task("hurried").delay(key) for shared_worker in (guarded, plain))
 
     for shared_worker in (guarded, plain):
-        shared_worker.wait_for_starts(key, 2)
+        shared_worker.wait_for_starts_under(key, 2)
         shared_worker.wait_until_idle()
     # What whoever asks the backend now is told.
     stored, stored_by_plain = (
@@ -45,7 +46,7 @@ def test_a_retry_that_ends_before_its_predecessor_has_stored_that_it_retries(
     )
     assert (stored["status"], type(stored["result"])) == ("FAILURE", AlreadyFailedError)
     assert f"{key} failed at last" in str(stored["result"])
-    assert len(guarded.starts(key)) == 2
+    assert len(guarded.starts_under(key)) == 2
     assert stored_by_plain["status"] == "RETRY"
 
 
@@ -58,10 +59,10 @@ def test_args_mutated_by_the_body_and_self_retry_with_other_args(guarded: Shared
     # The id and the fingerprint are those of the call, whatever the body makes of its arguments.
     assert result.get(timeout=60) == [0, 100, 1, 100, 2]
     guarded.wait_until_idle()
-    starts = guarded.starts(key)
+    starts = guarded.starts_under(key)
     assert [start.retries for start in starts] == [0, 1, 2]
     (message_id,) = {start.message_id for start in starts}
-    row = guarded.settled(message_id or "", "changing")
+    row = guarded.wait_until_done("changing", message_id or "")
     assert (row.status, row.processed_status, row.task_id) == ("done", "success", result.id)
     assert guarded.task("changing").delay(key, [0, 100]).get(timeout=60) == [0, 100, 0, 100, 1, 100, 2]
     # Nothing leaks: the id is free again when its time is up (`unique_for`), and the same call runs once more.

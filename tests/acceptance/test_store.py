@@ -13,10 +13,11 @@ from redis import Redis
 
 from celery_idempotent import StoreUnavailableError
 from celery_idempotent.queue_log import QueueLog
-from tests.conftest import _attach_log, missing
+from tests.conftest import attach_log
 from tests.support.apps import AppSpec, close_app
-from tests.support.servers import NotInstalledError, PrivatePostgreSQL, PrivateRedis
-from tests.support.side_by_side import SharedWorker, unique
+from tests.support.deployment import unique
+from tests.support.servers import PrivatePostgreSQL, PrivateRedis, skip_if_not_installed
+from tests.support.shared_workers import SharedWorker
 from tests.support.waiting import wait_until
 from tests.support.worker import WorkerProcess
 
@@ -30,17 +31,12 @@ POLLING = {"brpop", "multi", "exec", "watch", "unwatch", "set", "del", "zrevrang
 @pytest.fixture(scope="module")
 def database() -> Iterator[PrivatePostgreSQL]:
     """Yield a PostgreSQL that logs every statement."""
-    try:
-        server = PrivatePostgreSQL().__enter__()
-    except NotInstalledError as error:
-        missing("a private PostgreSQL", str(error))
-        raise
-    engine = sa.create_engine(server.url, isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
-    with engine.connect() as connection:
-        connection.execute(sa.text("ALTER SYSTEM SET log_statement = 'all'"))
-        connection.execute(sa.text("SELECT pg_reload_conf()"))
-    yield server
-    server.close()
+    with skip_if_not_installed("a private PostgreSQL"), PrivatePostgreSQL() as server:
+        engine = sa.create_engine(server.url, isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
+        with engine.connect() as connection:
+            connection.execute(sa.text("ALTER SYSTEM SET log_statement = 'all'"))
+            connection.execute(sa.text("SELECT pg_reload_conf()"))
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +60,12 @@ def shared(
         QueueLog.of(app).init()
         worker = WorkerProcess(directory, spec.environment())
         stack.callback(worker.stop)
-        yield SharedWorker.of(spec, app, worker.start())
+        yield SharedWorker(spec, app, worker.start())
 
 
 @pytest.fixture
 def shared_worker(shared: SharedWorker, request: pytest.FixtureRequest) -> SharedWorker:
-    _attach_log(request, f"worker {shared.worker.hostname}", shared.worker.log_tail)
+    attach_log(request, f"worker {shared.worker.hostname}", shared.worker.log_tail)
     return shared
 
 
@@ -128,13 +124,13 @@ def test_the_store_is_down(shared_worker: SharedWorker, database: PrivatePostgre
     shared_worker.worker.wait_for_log(f"Task order[{result.id}] received")
     # The worker asks and gets no answer; it neither runs the task nor drops it.
     shared_worker.worker.wait_for_log("Connection refused", timeout=60)
-    assert shared_worker.starts(sent_before) == []
+    assert shared_worker.starts_under(sent_before) == []
     database.start()
 
     assert result.get(timeout=90).startswith(sent_before)
     shared_worker.wait_until_idle()
-    assert (len(shared_worker.starts(sent_before)), len(shared_worker.starts(refused))) == (1, 0)
-    assert shared_worker.settled(f"order:{sent_before}", "order").processed_status == "success"
+    assert (len(shared_worker.starts_under(sent_before)), len(shared_worker.starts_under(refused))) == (1, 0)
+    assert shared_worker.wait_until_done("order", f"order:{sent_before}").processed_status == "success"
     again = order.delay(refused)
     assert not again.duplicate
     assert again.get(timeout=60).startswith(refused)

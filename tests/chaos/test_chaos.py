@@ -9,18 +9,15 @@ import pytest
 from tests.chaos.plan import FAULTS, KILLS
 from tests.chaos.report import plot, table, write
 from tests.chaos.runner import run
-from tests.conftest import missing
-from tests.support.servers import NotInstalledError
+from tests.support.servers import skip_if_not_installed
 
 
 @pytest.mark.timeout(500)
 @pytest.mark.xdist_group("chaos")
 @pytest.mark.parametrize("store", ["postgresql", "redis"])
 def test_a_short_run(tmp_path: Path, store: str) -> None:
-    try:
+    with skip_if_not_installed():
         chaos = run(tmp_path, seed=20, tasks=400, kills=10, store=store, broker="redis")
-    except NotInstalledError as error:
-        missing("a private server", str(error))
 
     assert chaos.audit.violations() == [], f"{table([chaos])}\n{[done for done in chaos.done if done.kind in KILLS]}"
     # It has seen what it is there for.

@@ -12,7 +12,7 @@ from redis import Redis
 from celery_idempotent.core.store import Store
 from celery_idempotent.stores import open_store
 from celery_idempotent.testing import StoreContract
-from tests.support.servers import NotInstalledError, PrivateRedis, missing
+from tests.support.servers import PrivateRedis, skip_if_not_installed
 from tests.support.servers.redis import redis_6
 from tests.support.servers.redis_cluster import PrivateRedisCluster
 
@@ -29,13 +29,8 @@ class TestRedis(StoreContract):
 
 @pytest.fixture(scope="module")
 def redis_6_2() -> Iterator[PrivateRedis]:
-    try:
-        server = PrivateRedis(program=redis_6()).__enter__()
-    except NotInstalledError as error:
-        missing("a Redis 6.2", str(error))
-        raise
-    yield server
-    server.close()
+    with skip_if_not_installed("a Redis 6.2"), PrivateRedis(program=redis_6()) as server:
+        yield server
 
 
 class TestRedis6(StoreContract):
@@ -46,13 +41,8 @@ class TestRedis6(StoreContract):
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[PrivateRedisCluster]:
-    try:
-        cluster = PrivateRedisCluster().__enter__()
-    except NotInstalledError as error:
-        missing("a private server", str(error))
-        raise
-    yield cluster
-    cluster.__exit__()
+    with skip_if_not_installed(), PrivateRedisCluster() as cluster:
+        yield cluster
 
 
 class TestRedisCluster(StoreContract):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import LOGS, missing
-from tests.support.servers import NotInstalledError
+from tests.conftest import attach_log
+from tests.support.servers import skip_if_not_installed
 from tests.support.shared_workers import SharedWorker, open_shared_worker
 
 #: Modules of the tasks that the shared worker runs.
@@ -27,27 +27,21 @@ TASKS = (
 @pytest.fixture(scope="session")
 def session_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedWorker]:
     """Yield the shared worker of this test process, with a prefork worker on Redis and SQLite; tests ask for ``shared_worker``."""
-    try:
-        opened = open_shared_worker(
+    with (
+        skip_if_not_installed(),
+        open_shared_worker(
             Path(tmp_path_factory.mktemp("shared_worker")),
             TASKS,
             # Its tests make claims that ran out, and look at what deliveries make of them.
             settings={"idempotent_recovery_interval": 0},
-        )
-        shared_worker = opened.__enter__()
-    except NotInstalledError as error:
-        missing("a private server", str(error))
-        raise
-    try:
+        ) as shared_worker,
+    ):
         yield shared_worker
-    finally:
-        opened.__exit__(None, None, None)
 
 
 @pytest.fixture
 def shared_worker(request: pytest.FixtureRequest, session_worker: SharedWorker) -> SharedWorker:
     """Return the shared worker, shared with other tests: a test uses message ids of its own, and leaves nothing waiting in the worker."""
-    assert session_worker.worker is not None
     assert session_worker.worker.is_alive, f"an earlier test broke the worker:\n{session_worker.worker.log_tail()}"
-    request.node.stash.setdefault(LOGS, {})["the shared worker"] = session_worker.worker.log_tail
+    attach_log(request, "the shared worker", session_worker.worker.log_tail)
     return session_worker

@@ -21,9 +21,8 @@ from celery_idempotent import (
 from celery_idempotent.core.records import MessageKey, ProcessedStatus, Row, Status
 from celery_idempotent.worker.lease_renewal import LeaseRenewer
 from tests.integration.conftest import TASKS
-from tests.support.apps import AppSpec
+from tests.support.apps import AppSpec, close_app
 from tests.support.ledger import Ledger
-from tests.support.shared_workers import close
 from tests.support.stores import sqlite_store
 
 SUCCESS, FAILURE = ProcessedStatus.SUCCESS, ProcessedStatus.FAILURE
@@ -44,7 +43,7 @@ def app(tmp_path: Path, ledger: Ledger) -> Iterator[Celery]:
     app = spec.build()
     app.finalize()
     yield app
-    close(app)
+    close_app(app)
 
 
 def row(app: Celery, task: str, message_id: str) -> Row:
@@ -103,7 +102,7 @@ def test_an_app_whose_tasks_are_all_guarded(tmp_path: Path) -> None:
     assert [double.delay(1).get(), double.delay(n=1).get()] == [2, 2]
     assert chord([double.s(1), double.s(2)], total.s(), app=app).apply_async().get() == 6
     assert runs == [1, 2]
-    close(app)
+    close_app(app)
 
 
 def test_without_an_id_each_call_runs(app: Celery, ledger: Ledger) -> None:

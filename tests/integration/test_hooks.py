@@ -17,11 +17,12 @@ from celery_idempotent.maintenance.purge import purge
 from celery_idempotent.maintenance.recovery import Recovery
 from celery_idempotent.maintenance.rescue import Rescue
 from celery_idempotent.message.serialization import encode_message, encode_result
-from tests.conftest import LOGS, missing
+from tests.conftest import attach_log
+from tests.support.deployment import unique
 from tests.support.hook_recorder import HOOK, HookRecorder, recording_hooks
-from tests.support.servers import NotInstalledError
-from tests.support.shared_workers import TIMEOUT, SharedWorker, open_shared_worker
-from tests.support.waiting import wait_until
+from tests.support.servers import skip_if_not_installed
+from tests.support.shared_workers import SharedWorker, open_shared_worker
+from tests.support.waiting import TIMEOUT, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +36,9 @@ def hook_recorder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HookReco
 def worker_with_hooks(hook_recorder: HookRecorder, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedWorker]:
     """Yield a shared worker with a hook that records, behind one that raises."""
     tasks = tuple(f"tests.support.apps.{name}" for name in ("generic", "identified", "lasting", "outcomes"))
-    try:
-        opened = open_shared_worker(
+    with (
+        skip_if_not_installed(),
+        open_shared_worker(
             Path(tmp_path_factory.mktemp("worker")),
             tasks,
             settings={
@@ -44,28 +46,21 @@ def worker_with_hooks(hook_recorder: HookRecorder, tmp_path_factory: pytest.Temp
                 "idempotent_recovery_interval": 0,
                 "idempotent_lease": 5.0,
             },
-        )
-        shared_worker = opened.__enter__()
-    except NotInstalledError as error:
-        missing("a private server", str(error))
-        raise
-    try:
+        ) as shared_worker,
+    ):
         yield shared_worker
-    finally:
-        opened.__exit__(None, None, None)
 
 
 @pytest.fixture
 def shared_worker(request: pytest.FixtureRequest, worker_with_hooks: SharedWorker) -> SharedWorker:
     """Return that worker; a test uses message ids of its own."""
-    assert worker_with_hooks.worker is not None
-    request.node.stash.setdefault(LOGS, {})["the worker"] = worker_with_hooks.worker.log_tail
+    attach_log(request, "the worker", worker_with_hooks.worker.log_tail)
     return worker_with_hooks
 
 
 def leave_behind(shared_worker: SharedWorker, task: str, message_id: str, *args: Any, **options: Any) -> str:
     """Leave a message as a worker that died does: claimed, its lease over. Return its task id."""
-    task_id = shared_worker.fresh("task")
+    task_id = unique("task")
     message = encode_message(args, {}, {"task_id": task_id, **options}, serializer="json")
     new = NewMessage(MessageKey(message_id, task), task_id, queue=shared_worker.spec.queue, message=message)
     claimed = shared_worker.app.queue_log.store.claim(new, worker="gone@test:1", lease=0.01, grace=0.0)
@@ -83,10 +78,10 @@ class TestTheProducer:
     def test_a_call_is_recorded_and_its_duplicate_is_told_with_the_first_id(
         self, shared_worker: SharedWorker, hook_recorder: HookRecorder
     ) -> None:
-        m = shared_worker.fresh()
+        m = unique()
         first = shared_worker.task("echo").apply_async(("secret",), message_id=m)
         assert first.get(timeout=TIMEOUT) == "secret"
-        shared_worker.done("echo", m)
+        shared_worker.wait_until_done("echo", m)
         shared_worker.task("echo").apply_async(("secret",), message_id=m)
 
         recorded, claimed, completed, duplicate = (
@@ -101,7 +96,7 @@ class TestTheProducer:
         )
         assert recorded["store"] > 0
         assert (claimed["token"], claimed["attempt"], claimed["task_id"]) == (1, 0, first.id)
-        assert claimed["worker"].startswith(f"{shared_worker.worker.hostname}:")  # type: ignore[union-attr]
+        assert claimed["worker"].startswith(f"{shared_worker.worker.hostname}:")
         assert claimed["store"] > 0
         assert completed["store"] > 0
         assert completed["ran"] > 0
@@ -113,7 +108,7 @@ class TestTheProducer:
         assert "secret" not in str(hook_recorder(m))
 
     def test_what_is_raised_is_told(self, shared_worker: SharedWorker, hook_recorder: HookRecorder) -> None:
-        order = shared_worker.fresh("order")
+        order = unique("order")
         shared_worker.task("order.raise").delay(order).get(timeout=TIMEOUT)
         with pytest.raises(DuplicateMessageError):
             shared_worker.task("order.raise").delay(order)
@@ -126,7 +121,7 @@ class TestTheProducer:
     def test_a_publication_that_fails_is_withdrawn(
         self, shared_worker: SharedWorker, hook_recorder: HookRecorder
     ) -> None:
-        m = shared_worker.fresh()
+        m = unique()
         app = shared_worker.producer(
             broker="redis://127.0.0.1:9/0", task_publish_retry=False, broker_connection_timeout=1
         )
@@ -138,10 +133,10 @@ class TestTheProducer:
     def test_a_copy_in_a_canvas_is_a_duplicate_and_is_replayed(
         self, shared_worker: SharedWorker, hook_recorder: HookRecorder
     ) -> None:
-        m = shared_worker.fresh()
+        m = unique()
         first = shared_worker.task("echo").apply_async(("v",), message_id=m)
         first.get(timeout=TIMEOUT)
-        shared_worker.done("echo", m)
+        shared_worker.wait_until_done("echo", m)
         result = chain(
             shared_worker.task("echo").si("v").set(message_id=m), shared_worker.task("echo").s(), app=shared_worker.app
         ).apply_async()
@@ -154,9 +149,9 @@ class TestTheProducer:
     def test_a_message_sent_again_after_a_failure_is_recorded_once_more(
         self, shared_worker: SharedWorker, hook_recorder: HookRecorder
     ) -> None:
-        order, flag = shared_worker.fresh("order"), shared_worker.path("flag")
+        order, flag = unique("order"), shared_worker.path("flag")
         shared_worker.task("order.again").delay(order, flag).get(timeout=TIMEOUT, propagate=False)
-        shared_worker.done("order.again", f"order:{order}")
+        shared_worker.wait_until_done("order.again", f"order:{order}")
         Path(flag).touch()
         shared_worker.task("order.again").delay(order, flag).get(timeout=TIMEOUT)
 
@@ -164,10 +159,10 @@ class TestTheProducer:
         assert hook_recorder.wait(f"order:{order}", "failed")["reason"] == "ValueError"
 
     def test_calls_by_name_are_told_too(self, shared_worker: SharedWorker, hook_recorder: HookRecorder) -> None:
-        m = shared_worker.fresh()
+        m = unique()
         first = shared_worker.app.send_task("echo", ("v",), message_id=m)
         first.get(timeout=TIMEOUT)
-        shared_worker.done("echo", m)
+        shared_worker.wait_until_done("echo", m)
         shared_worker.app.send_task("echo", ("v",), message_id=m).get(timeout=TIMEOUT)
 
         assert hook_recorder.wait(m, "recorded")["task_id"] == first.id
@@ -176,7 +171,7 @@ class TestTheProducer:
     def test_a_batch_is_told_for_each_of_its_calls(
         self, shared_worker: SharedWorker, hook_recorder: HookRecorder
     ) -> None:
-        ids = [shared_worker.fresh() for _ in range(3)]
+        ids = [unique() for _ in range(3)]
         with outbox():
             results = [shared_worker.task("echo").apply_async((m,), message_id=m) for m in ids]
             assert all(hook_recorder(m) == [] for m in ids)
@@ -188,7 +183,7 @@ class TestTheProducer:
     def test_in_a_transaction_it_is_told_behind_the_commit_and_not_after_a_rollback(
         self, shared_worker: SharedWorker, hook_recorder: HookRecorder
     ) -> None:
-        m = shared_worker.fresh()
+        m = unique()
         with Session(shared_worker.app.queue_log.store.engine) as session, outbox(session):
             shared_worker.task("echo").apply_async(message_id=m)
             session.rollback()
@@ -206,7 +201,7 @@ class TestTheWorker:
     def test_a_failure_says_its_type_and_not_its_text(
         self, shared_worker: SharedWorker, hook_recorder: HookRecorder
     ) -> None:
-        m = shared_worker.fresh()
+        m = unique()
         shared_worker.task("fail").apply_async(("with a card number",), message_id=m).get(
             timeout=TIMEOUT, propagate=False
         )
@@ -220,7 +215,7 @@ class TestTheWorker:
     def test_a_retry_is_told_with_its_next_attempt(
         self, shared_worker: SharedWorker, hook_recorder: HookRecorder
     ) -> None:
-        m = shared_worker.fresh()
+        m = unique()
         shared_worker.task("retry_n").apply_async((1,), message_id=m).get(timeout=TIMEOUT)
 
         hook_recorder.wait(m, "completed")
@@ -235,7 +230,7 @@ class TestTheWorker:
     def test_a_copy_of_a_running_message_is_held_and_then_skipped(
         self, shared_worker: SharedWorker, hook_recorder: HookRecorder
     ) -> None:
-        m, gate = shared_worker.fresh(), shared_worker.path("gate")
+        m, gate = unique(), shared_worker.path("gate")
         first = shared_worker.task("gated").apply_async((gate,), message_id=m)
         shared_worker.wait_for_starts("gated", m)
         shared_worker.deliver("gated", (gate,), message_id=m, task_id=first.id)
@@ -251,7 +246,7 @@ class TestTheWorker:
     def test_a_copy_with_other_arguments_is_mismatched(
         self, shared_worker: SharedWorker, hook_recorder: HookRecorder
     ) -> None:
-        m = shared_worker.fresh()
+        m = unique()
         shared_worker.task("echo").apply_async((1,), message_id=m).get(timeout=TIMEOUT)
         shared_worker.deliver("echo", (2,), message_id=m)
 
@@ -260,15 +255,15 @@ class TestTheWorker:
     def test_a_copy_of_a_failed_message_is_replayed_as_a_failure(
         self, shared_worker: SharedWorker, hook_recorder: HookRecorder
     ) -> None:
-        m = shared_worker.fresh()
+        m = unique()
         shared_worker.task("fail").apply_async(message_id=m).get(timeout=TIMEOUT, propagate=False)
-        shared_worker.done("fail", m)
+        shared_worker.wait_until_done("fail", m)
         shared_worker.deliver("fail", message_id=m)
 
         assert hook_recorder.wait(m, "replayed")["reason"] == "failure"
 
     def test_a_message_is_taken_over(self, shared_worker: SharedWorker, hook_recorder: HookRecorder) -> None:
-        m, gate = shared_worker.fresh(), shared_worker.path("gate")
+        m, gate = unique(), shared_worker.path("gate")
         Path(gate).touch()
         task_id = leave_behind(shared_worker, "last.late", m, gate, "v")
         shared_worker.deliver("last.late", (gate, "v"), message_id=m, task_id=task_id).get(timeout=TIMEOUT)
@@ -279,8 +274,8 @@ class TestTheWorker:
     def test_a_recovery_point_is_taken_over_and_replayed(
         self, shared_worker: SharedWorker, hook_recorder: HookRecorder
     ) -> None:
-        m = shared_worker.fresh()
-        task_id = shared_worker.fresh("task")
+        m = unique()
+        task_id = unique("task")
         new = NewMessage(MessageKey(m, "echo"), task_id, message=encode_message((), {}, {}, serializer="json"))
         store = shared_worker.app.queue_log.store
         claimed = store.claim(new, worker="gone@test:1", lease=0.01, grace=0.0)
@@ -295,7 +290,7 @@ class TestTheWorker:
     def test_a_message_that_must_not_run_again_is_abandoned(
         self, shared_worker: SharedWorker, hook_recorder: HookRecorder
     ) -> None:
-        m = shared_worker.fresh()
+        m = unique()
         task_id = leave_behind(shared_worker, "last.early", m, "no gate")
         shared_worker.deliver("last.early", ("no gate",), message_id=m, task_id=task_id).get(
             timeout=TIMEOUT, propagate=False
@@ -306,23 +301,23 @@ class TestTheWorker:
     def test_a_worker_that_loses_a_child_tells_in_its_place(
         self, shared_worker: SharedWorker, hook_recorder: HookRecorder
     ) -> None:
-        m = shared_worker.fresh()
+        m = unique()
         shared_worker.task("die.early").apply_async((shared_worker.path("flag"),), message_id=m).get(
             timeout=TIMEOUT, propagate=False
         )
 
         abandoned = hook_recorder.wait(m, "abandoned")
-        assert abandoned["pid"] == shared_worker.worker.pid  # type: ignore[union-attr]
+        assert abandoned["pid"] == shared_worker.worker.pid
         assert abandoned["worker"] == hook_recorder.wait(m, "claimed")["worker"]
 
     def test_a_revoked_message_is_cancelled(self, shared_worker: SharedWorker, hook_recorder: HookRecorder) -> None:
-        m = shared_worker.fresh()
-        shared_worker.task("echo").apply_async(message_id=m, task_id=revoke(shared_worker, shared_worker.fresh("task")))
+        m = unique()
+        shared_worker.task("echo").apply_async(message_id=m, task_id=revoke(shared_worker, unique("task")))
 
         assert hook_recorder.wait(m, "cancelled")["reason"] == "revoked"
 
     def test_an_expired_message_is_cancelled(self, shared_worker: SharedWorker, hook_recorder: HookRecorder) -> None:
-        m = shared_worker.fresh()
+        m = unique()
         shared_worker.task("echo").apply_async(message_id=m, expires=-1.0)
 
         assert hook_recorder.wait(m, "cancelled")["reason"] == "expired"
@@ -330,7 +325,7 @@ class TestTheWorker:
     def test_a_claim_that_was_lost_is_told_in_the_end(
         self, shared_worker: SharedWorker, hook_recorder: HookRecorder
     ) -> None:
-        m, gate = shared_worker.fresh(), shared_worker.path("gate")
+        m, gate = unique(), shared_worker.path("gate")
         shared_worker.task("gated").apply_async((gate,), message_id=m)
         shared_worker.wait_for_starts("gated", m)
         with shared_worker.app.queue_log.store.engine.begin() as connection:
@@ -345,10 +340,9 @@ class TestTheWorker:
     def test_what_a_hook_raises_is_logged_once_in_each_process(
         self, shared_worker: SharedWorker, hook_recorder: HookRecorder
     ) -> None:
-        m = shared_worker.fresh()
+        m = unique()
         shared_worker.task("echo").apply_async(message_id=m).get(timeout=TIMEOUT)
         hook_recorder.wait(m, "completed")
-        assert shared_worker.worker is not None
         log = shared_worker.worker.log.read_text()
 
         # The main process and its children: those of the pool, and those that took their places.
@@ -365,9 +359,9 @@ class TestRecovery:
         self, shared_worker: SharedWorker, hook_recorder: HookRecorder
     ) -> None:
         taken_back, relayed, lost, gate = (
-            shared_worker.fresh(),
-            shared_worker.fresh(),
-            shared_worker.fresh(),
+            unique(),
+            unique(),
+            unique(),
             shared_worker.path("gate"),
         )
         Path(gate).touch()
@@ -376,9 +370,7 @@ class TestRecovery:
         def record(m: str, *, published: bool) -> None:
             key = MessageKey(m, "echo")
             store.record(
-                NewMessage(
-                    key, shared_worker.fresh("task"), shared_worker.spec.queue, published=published, message=message
-                )
+                NewMessage(key, unique("task"), shared_worker.spec.queue, published=published, message=message)
             )
 
         leave_behind(shared_worker, "last.late", taken_back, gate)
@@ -395,11 +387,11 @@ class TestRecovery:
         assert (recovered["reason"], recovered["status"]) == ("lost", "pending")
 
     def test_a_purge_tells_how_many(self, shared_worker: SharedWorker, hook_recorder: HookRecorder) -> None:
-        ids = [shared_worker.fresh() for _ in range(3)]
+        ids = [unique() for _ in range(3)]
         for m in ids:
             shared_worker.task("echo").apply_async(message_id=m)
         for m in ids:
-            shared_worker.done("echo", m)
+            shared_worker.wait_until_done("echo", m)
         purged = wait_until(lambda: purge(shared_worker.app.queue_log, older_than=0.0), describe="something to purge")
 
         note = hook_recorder.wait(None, "purged")
@@ -410,14 +402,14 @@ class TestRecovery:
 def test_a_store_that_gives_no_answer_is_told_where_the_app_says_run(
     shared_worker: SharedWorker, hook_recorder: HookRecorder
 ) -> None:
-    m = shared_worker.fresh()
+    m = unique()
     app = shared_worker.producer(
         idempotent_store="postgresql+psycopg://nobody@127.0.0.1:1/none", idempotent_on_store_error="run"
     )
     result = app.tasks["echo"].apply_async(("v",), message_id=m)
 
     assert hook_recorder.wait(m, "unguarded")["worker"] is None
-    batched = [shared_worker.fresh() for _ in range(2)]
+    batched = [unique() for _ in range(2)]
     with outbox():
         for name in batched:
             app.tasks["echo"].apply_async(("v",), message_id=name)

@@ -9,8 +9,9 @@ from celery.exceptions import TimeLimitExceeded
 
 from celery_idempotent.core.records import ProcessedStatus, Status
 from tests.support.apps.subclasses import HOOKS
-from tests.support.shared_workers import TIMEOUT, SharedWorker
-from tests.support.waiting import wait_until
+from tests.support.deployment import unique
+from tests.support.shared_workers import SharedWorker
+from tests.support.waiting import TIMEOUT, wait_until
 
 SUCCESS, FAILURE = ProcessedStatus.SUCCESS, ProcessedStatus.FAILURE
 
@@ -42,7 +43,7 @@ def called(shared_worker: SharedWorker, task_id: str) -> list[str]:
 
 @every_class
 def test_a_message_and_its_copies_are_one_run(shared_worker: SharedWorker, name: str) -> None:
-    task, m = f"sub.{name}", shared_worker.fresh()
+    task, m = f"sub.{name}", unique()
 
     first = shared_worker.task(task).apply_async(message_id=m)
     again = shared_worker.task(task).apply_async(message_id=m)
@@ -60,7 +61,7 @@ def test_a_message_and_its_copies_are_one_run(shared_worker: SharedWorker, name:
 
 @every_class
 def test_a_failure_is_recorded(shared_worker: SharedWorker, name: str) -> None:
-    task, m = f"sub.{name}", shared_worker.fresh()
+    task, m = f"sub.{name}", unique()
 
     result = shared_worker.task(task).apply_async(("failure",), message_id=m)
 
@@ -72,7 +73,7 @@ def test_a_failure_is_recorded(shared_worker: SharedWorker, name: str) -> None:
 
 @every_class
 def test_a_retry_is_a_second_run_of_one_row(shared_worker: SharedWorker, name: str) -> None:
-    task, m = f"sub.{name}", shared_worker.fresh()
+    task, m = f"sub.{name}", unique()
 
     result = shared_worker.task(task).apply_async(("retry", shared_worker.path("flag")), message_id=m)
 
@@ -94,7 +95,7 @@ def test_the_hooks_are_called_as_celery_calls_them(shared_worker: SharedWorker, 
 
 @pytest.mark.parametrize("name", ["call", "call.super", "flask", "everything", "flask.first", "mixin.last"])
 def test_a_replay_does_not_enter_the_users_call(shared_worker: SharedWorker, name: str) -> None:
-    task, m = f"sub.{name}", shared_worker.fresh()
+    task, m = f"sub.{name}", unique()
     assert shared_worker.task(task).apply_async(message_id=m).get(timeout=TIMEOUT) == "success"
 
     copy = shared_worker.deliver(task, message_id=m)
@@ -105,12 +106,12 @@ def test_a_replay_does_not_enter_the_users_call(shared_worker: SharedWorker, nam
 
 @pytest.mark.parametrize("name", ["request.first", "request.last"])
 def test_both_requests_learn_of_a_hard_limit(shared_worker: SharedWorker, name: str) -> None:
-    task, m = f"sub.{name}", shared_worker.fresh()
+    task, m = f"sub.{name}", unique()
 
     result = shared_worker.task(task).apply_async(("hang",), message_id=m)
 
     assert isinstance(result.get(timeout=TIMEOUT, propagate=False), TimeLimitExceeded)
-    row = shared_worker.done(task, m)
+    row = shared_worker.wait_until_done(task, m)
     assert (row.processed_status, row.token) == (FAILURE, 1)
     wait_until(lambda: called(shared_worker, result.id) == ["on_timeout"], describe="the user's on_timeout")
     assert len(shared_worker.starts(task, m)) == 1

@@ -1,72 +1,67 @@
-"""A shared worker: one app, one worker and one store that many tests share, each under message ids of its own."""
+"""Workers that many tests share, each test under message ids of its own: a worker takes seconds of a processor to start.
+
+``open_shared_worker`` starts one on a Redis and an SQLite file; ``open_both_workers`` starts a guarded and a plain one side by side.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from celery import Celery
+from celery.result import AsyncResult
 
-from celery_idempotent.core.records import MessageKey, Row, Status
-from tests.support.apps import AppSpec
-from tests.support.apps import close_app as close
-from tests.support.brokers import redis_broker
-from tests.support.ledger import Entry, Ledger
+from celery_idempotent.queue_log import QueueLog
+from tests.support.apps import AppSpec, close_app
+from tests.support.brokers import Broker, redis_broker
+from tests.support.captured import Captured, capture, put
+from tests.support.deployment import Deployment, unique
+from tests.support.ledger import Entry
 from tests.support.servers import PrivateRedis
 from tests.support.stores import sqlite_store
 from tests.support.waiting import wait_until
 from tests.support.worker import Pool, WorkerProcess
 
-__all__ = ["TIMEOUT", "SharedWorker", "close", "open_shared_worker"]
+__all__ = ["GuardedAndPlain", "SharedWorker", "open_both_workers", "open_shared_worker"]
 
-#: Seconds for whatever happens at once on a machine that has nothing else to do.
-TIMEOUT = 60.0
+#: Seconds: longer than any body of a guarded and a plain worker takes to run, and how long a copy may be held behind it.
+LEASE = 5.0
 
 
 @dataclass
-class SharedWorker:
-    """What a test works at.
+class SharedWorker(Deployment):
+    """An app with its running worker.
 
     Attributes:
-        spec: The app's description; its worker is built from the same.
-        app: The app, on the test's side.
-        ledger: Where the tasks note what they do.
-        worker: The worker that runs them; ``None`` where the test starts its own.
-        directory: A folder that outlives the test.
+        worker: The worker.
     """
 
-    spec: AppSpec
-    app: Celery
-    ledger: Ledger
-    worker: WorkerProcess | None
-    directory: Path
+    worker: WorkerProcess
     _apps: list[Celery] = field(default_factory=list)
 
-    def task(self, name: str) -> Any:
-        """Return a task of the app."""
-        return self.app.tasks[name]
+    @property
+    def spare_queue(self) -> str:
+        """A queue without a worker, to look at messages and to repeat them."""
+        return f"{self.spec.queue}-aside"
 
-    def fresh(self, what: str = "m") -> str:
-        """Return a message id, or any other name, that nobody else uses."""
-        return f"{what}-{uuid4().hex[:12]}"
+    def close(self) -> None:
+        """Close the app and its producers."""
+        for app in (self.app, *self._apps):
+            close_app(app)
 
-    def path(self, what: str = "file") -> str:
-        """Return the path of a file that is not there yet: a gate, a flag."""
-        return str(self.directory / self.fresh(what))
-
-    # -- other producers ---------------------------------------------------------------------------------------------------
+    # -- sending -----------------------------------------------------------------------------------------------------------
 
     def producer(self, *, base: str = "idempotent", broker: str | None = None, **settings: Any) -> Celery:
-        """Another app for the same worker and store, with settings of its own; closed with the shared worker.
+        """Return another app for the same worker and store, with settings of its own; it is closed with the worker.
 
         Args:
             base: ``plain`` for a producer that does not have this library.
             broker: Another broker's URL.
-            settings: Over those of the shared worker.
+            settings: Over those of the worker's app.
         """
         kept = {name: value for name, value in self.spec.settings.items() if not name.startswith("idempotent_")}
         app = replace(
@@ -100,50 +95,40 @@ class SharedWorker:
         properties = {} if message_id is None else {"message_id": message_id}
         return foreign.tasks[task].apply_async(args, dict(kwargs or {}), task_id=task_id, **properties, **options)
 
+    def copies(self, send: Callable[[str], AsyncResult[Any]], *, count: int = 1) -> tuple[Any, list[Captured]]:
+        """Send something to the spare queue, and take it from there: what was returned, and ``count`` messages."""
+        result = send(self.spare_queue)
+        return result, capture(self.app, self.spare_queue, count)
+
+    def put(self, messages: Sequence[Captured], *, times: int = 1) -> None:
+        """Put messages where the worker looks, each so many times."""
+        put(self.app, self.spec.queue, messages, times=times)
+
+    def calls_until_it_runs(self, task: str, *args: Any) -> AsyncResult[Any]:
+        """Call a task until the call is not a duplicate any more, and return that call's result."""
+
+        def call() -> AsyncResult[Any] | None:
+            result: Any = self.task(task).delay(*args)
+            return None if result.duplicate else result
+
+        return wait_until(call, interval=0.2, describe=f"a call of {task} that is no duplicate")
+
     # -- looking -----------------------------------------------------------------------------------------------------------
 
-    def find(self, task: str, message_id: str) -> Row | None:
-        """Return the row of a message, if there is one."""
-        row: Row | None = self.app.queue_log.store.find(MessageKey(message_id, task))
-        return row
+    def starts_under(self, key: str) -> list[Entry]:
+        """Return the bodies that were started under a key, whatever their task and message."""
+        return [entry for entry in self.ledger.starts() if entry.detail == key]
 
-    def row(self, task: str, message_id: str) -> Row:
-        """Return the row of a message."""
-        row = self.find(task, message_id)
-        assert row is not None, f"no row for {task}[{message_id}]"
-        return row
+    def ends_under(self, key: str) -> list[Entry]:
+        """Return the bodies that returned under a key."""
+        return [entry for entry in self.ledger.ends() if entry.detail == key]
 
-    def wait_for_row(
-        self, task: str, message_id: str, condition: Callable[[Row], bool], *, timeout: float = TIMEOUT
-    ) -> Row:
-        """Wait for the row of a message to be as wanted."""
-
-        def as_wanted() -> Row | None:
-            row = self.find(task, message_id)
-            return row if row is not None and condition(row) else None
-
-        return wait_until(as_wanted, timeout=timeout, describe=lambda: f"the row {self.find(task, message_id)}")
-
-    def done(self, task: str, message_id: str, *, timeout: float = TIMEOUT) -> Row:
-        """Wait for the row of a message to be done."""
-        return self.wait_for_row(task, message_id, lambda row: row.status is Status.DONE, timeout=timeout)
-
-    def starts(self, task: str, message_id: str) -> list[Entry]:
-        """Each time that a task's body was entered for a message."""
-        return [note for note in self.ledger.starts(task) if note.message_id == message_id]
-
-    def wait_for_starts(self, task: str, message_id: str, count: int = 1) -> list[Entry]:
-        """Wait for so many, and return them."""
-        return wait_until(
-            lambda: starts if len(starts := self.starts(task, message_id)) >= count else None,
-            timeout=TIMEOUT,
-            describe=lambda: f"{count} start(s) of {task}[{message_id}]; there are {self.starts(task, message_id)}",
+    def wait_for_starts_under(self, key: str, count: int) -> None:
+        """Wait until a body was started so many times."""
+        wait_until(
+            lambda: len(self.starts_under(key)) >= count,
+            describe=lambda: f"{count} starts under {key}: {self.starts_under(key)}\n{self.worker.log_tail()}",
         )
-
-    def wait_until_held(self, task: str, message_id: str, seconds: str = "") -> None:
-        """Wait until the worker says that it holds a copy of a message, for so many seconds."""
-        assert self.worker is not None
-        self.worker.wait_for_log(f"{task}[{message_id}] is held for {seconds}", timeout=TIMEOUT)
 
     def wait_for_note(self, task: str, detail: str) -> Entry:
         """Wait for the note that a task made with a text of its own."""
@@ -151,7 +136,26 @@ class SharedWorker:
         def noted() -> Entry | None:
             return next((note for note in self.ledger.entries(task=task) if note.detail == detail), None)
 
-        return wait_until(noted, timeout=TIMEOUT, describe=f"a note of {task} with {detail!r}")
+        return wait_until(noted, describe=f"a note of {task} with {detail!r}")
+
+    def wait_until_held(self, task: str, message_id: str, seconds: str = "") -> None:
+        """Wait until the worker says that it holds a copy of a message, for so many seconds."""
+        self.worker.wait_for_log(f"{task}[{message_id}] is held for {seconds}")
+
+    def wait_until_idle(self, *others: WorkerProcess) -> None:
+        """Wait until the worker (and others on its queue) took all that was sent, and has nothing to run now or later.
+
+        What is counted after that stays as it is.
+        """
+        assert self.task("once").delay(unique("last")).get(timeout=60.0)
+        nodes = [worker.hostname for worker in (self.worker, *others)]
+        inspect = self.app.control.inspect(destination=nodes, limit=len(nodes), timeout=10.0)
+
+        def idle() -> bool:
+            answers = [ask() for ask in (inspect.scheduled, inspect.reserved, inspect.active)]
+            return all(answer == {node: [] for node in nodes} for answer in answers)
+
+        wait_until(idle, describe=lambda: f"nothing left to do:\n{self.worker.log_tail()}")
 
 
 @contextmanager
@@ -164,7 +168,7 @@ def open_shared_worker(
     concurrency: int = 3,
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[SharedWorker]:
-    """Yield a shared worker on a Redis and an SQLite file of its own, with a worker that is ready.
+    """Yield a worker that is ready, on a Redis and an SQLite file of its own.
 
     Args:
         directory: For the files.
@@ -177,29 +181,80 @@ def open_shared_worker(
     Raises:
         NotInstalledError: There is no Redis on this machine.
     """
-    with PrivateRedis() as redis:
-        broker = redis_broker(redis.url)
-        ledger = Ledger(directory / "ledger.jsonl")
+    with ExitStack() as stack:
+        redis = stack.enter_context(PrivateRedis())
         spec = AppSpec(
-            broker=broker.url,
+            broker="",
             backend=redis.url,
             store=sqlite_store(directory),
-            queue=broker.queue,
-            ledger=str(ledger.path),
+            queue="",
+            ledger=str(directory / "ledger.jsonl"),
             tasks=tuple(tasks),
-            transport_options=broker.transport_options,
-            settings={**broker.settings, **(settings or {})},
+            settings=dict(settings or {}),
         )
-        app = spec.build()
-        app.finalize()
-        app.queue_log.init()
-        given = {**spec.environment(), **(environment or {})}
-        worker = WorkerProcess(directory, given, pool=pool, concurrency=concurrency)
-        shared_worker = SharedWorker(spec, app, ledger, worker, directory)
-        try:
-            worker.start()
-            yield shared_worker
-        finally:
-            worker.stop()
-            for opened in (app, *shared_worker._apps):
-                close(opened)
+        options = {"pool": pool, "concurrency": concurrency}
+        worker = _start(stack, spec, redis_broker(redis.url), environment or {}, **options)
+        worker.worker.wait_until_ready()
+        yield worker
+
+
+@dataclass(frozen=True)
+class GuardedAndPlain:
+    """The same tasks, guarded and plain, on brokers of one kind."""
+
+    guarded: SharedWorker
+    plain: SharedWorker
+
+
+@contextmanager
+def open_both_workers(
+    directory: Path, *, backend: str, store: str, guarded: Broker, plain: Broker
+) -> Iterator[GuardedAndPlain]:
+    """Start both workers; everything is stopped and closed in the end."""
+    with ExitStack() as stack:
+        both = []
+        for base, broker in (("idempotent", guarded), ("plain", plain)):
+            spec = AppSpec(
+                broker="",
+                backend=backend,
+                store=store,
+                queue="",
+                ledger=str(directory / f"{base}.jsonl"),
+                base=base,  # type: ignore[arg-type]
+                tasks=("tests.support.apps.scenarios", "tests.support.apps.retrying"),
+                settings={
+                    # The workers' children, and so what they were doing, are lost to no one here: no claim has to be waited for.
+                    "task_acks_late": True,
+                    "task_reject_on_worker_lost": True,
+                    **({"idempotent_lease": LEASE} if base == "idempotent" else {}),
+                },
+            )
+            hostname = f"{base}-{uuid4().hex[:8]}@test"
+            both.append(_start(stack, spec, broker, {}, concurrency=2, hostname=hostname))
+            broker.other_queue("aside")
+        for shared_worker in both:
+            shared_worker.worker.wait_until_ready()
+        yield GuardedAndPlain(*both)
+
+
+def _start(
+    stack: ExitStack, spec: AppSpec, broker: Broker, environment: Mapping[str, str], **options: Any
+) -> SharedWorker:
+    """Start a worker on a broker, and do not wait for it."""
+    spec = replace(
+        spec,
+        broker=broker.url,
+        queue=broker.queue,
+        transport_options=broker.transport_options,
+        settings={**broker.settings, **spec.settings},
+    )
+    app = spec.build()
+    app.finalize()
+    if spec.base == "idempotent":
+        QueueLog.of(app).init()
+    worker = WorkerProcess(Path(spec.ledger).parent, {**spec.environment(), **environment}, **options)
+    shared_worker = SharedWorker(spec, app, worker)
+    stack.callback(shared_worker.close)
+    stack.callback(worker.stop)
+    worker.start(wait=False)
+    return shared_worker

@@ -6,7 +6,10 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-__all__ = ["wait_until"]
+__all__ = ["TIMEOUT", "wait_until"]
+
+#: Seconds for whatever happens at once on a machine that has nothing else to do.
+TIMEOUT = 60.0
 
 T = TypeVar("T")
 
@@ -14,7 +17,7 @@ T = TypeVar("T")
 def wait_until(
     predicate: Callable[[], T | None],
     *,
-    timeout: float = 30.0,
+    timeout: float = TIMEOUT,
     describe: str | Callable[[], object] = "",
     interval: float = 0.05,
 ) -> T:

@@ -15,7 +15,7 @@ import psutil
 
 from tests.support.apps.spec import AppSpec
 from tests.support.processes import kill_tree, process_tree, signal_all
-from tests.support.waiting import wait_until
+from tests.support.waiting import TIMEOUT, wait_until
 
 __all__ = ["Pool", "StartWorker", "WorkerProcess"]
 
@@ -107,7 +107,7 @@ class WorkerProcess:
         """Wait until it consumes."""
         self.wait_for_log(f"{self.hostname} ready.", timeout=self.patience)
 
-    def wait_for_log(self, text: str, *, timeout: float = 30.0) -> None:
+    def wait_for_log(self, text: str, *, timeout: float = TIMEOUT) -> None:
         """Wait until its log since the last start has a text."""
 
         def written() -> bool:

@@ -14,7 +14,7 @@ from zipfile import ZipFile
 import pytest
 
 import celery_idempotent
-from tests.conftest import missing
+from tests.support.servers import missing
 
 ROOT = Path(__file__).resolve().parents[2]
 

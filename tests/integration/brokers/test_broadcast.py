@@ -13,7 +13,6 @@ from celery import Celery
 from celery_idempotent.core.records import MessageKey, ProcessedStatus, RowFilter, Status
 from tests.support.apps import AppSpec, OpenApp
 from tests.support.ledger import Ledger
-from tests.support.shared_workers import TIMEOUT
 from tests.support.waiting import wait_until
 from tests.support.worker import StartWorker
 
@@ -47,16 +46,16 @@ def test_each_worker_runs_a_broadcast_once(
     gate = str(tmp_path / "gate")
 
     SENDS[how](app, news, gate, "m-1")
-    wait_until(lambda: len(ledger.starts("gated")) >= 2, timeout=TIMEOUT)
+    wait_until(lambda: len(ledger.starts("gated")) >= 2)
     row = app.queue_log.store.find(MessageKey("m-1", "gated"))
     assert row is not None
     assert (row.status, row.processed_status, row.error) == (Status.DONE, ProcessedStatus.SUCCESS, "broadcast")
     # The broker delivers it once more to each.
     app.tasks["gated"].publish((gate,), {}, task_id=row.task_id, message_id="m-1", queue=news)
-    wait_until(lambda: sum(r.duplicates for r in rows(app)) >= 2, timeout=TIMEOUT, describe=lambda: f"{rows(app)}")
+    wait_until(lambda: sum(r.duplicates for r in rows(app)) >= 2, describe=lambda: f"{rows(app)}")
     Path(gate).touch()
 
-    wait_until(lambda: all(r.status is Status.DONE for r in rows(app)), timeout=TIMEOUT)
+    wait_until(lambda: all(r.status is Status.DONE for r in rows(app)))
     assert len(ledger.starts("gated")) == 2
     assert len(rows(app)) == 3
     assert app.tasks["gated"].apply_async((gate,), queue=news, message_id="m-1").duplicate

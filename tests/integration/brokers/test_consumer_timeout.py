@@ -7,10 +7,10 @@ from contextlib import ExitStack
 
 import pytest
 
-from tests.conftest import StartWorker, missing
-from tests.integration.brokers.conftest import TIMEOUT, Deploy, wait_until_logged
+from tests.conftest import StartWorker
+from tests.integration.brokers.conftest import Deploy, wait_until_logged
 from tests.support.brokers import rabbitmq_broker
-from tests.support.servers import NotInstalledError, PrivateRabbitMQ
+from tests.support.servers import PrivateRabbitMQ, skip_if_not_installed
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.xdist_group("rabbitmq-consumer-timeout")
@@ -21,12 +21,8 @@ CONSUMER_TIMEOUT = 6.0
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[PrivateRabbitMQ]:
-    try:
-        server = PrivateRabbitMQ(consumer_timeout=CONSUMER_TIMEOUT).__enter__()
-    except NotInstalledError as error:
-        missing("a private server", str(error))
-    yield server
-    server.close()
+    with skip_if_not_installed(), PrivateRabbitMQ(consumer_timeout=CONSUMER_TIMEOUT) as server:
+        yield server
 
 
 def test_a_task_that_runs_for_longer_than_the_consumer_timeout(
@@ -41,7 +37,7 @@ def test_a_task_that_runs_for_longer_than_the_consumer_timeout(
         gate = deployments[0].gate()
         results = [deployment.send("gated", str(gate), "once") for deployment in deployments]
         for deployment, result in zip(deployments, results, strict=True):
-            deployment.wait_for_starts(result)
+            deployment.wait_for_starts("gated", result)
         others = [start_worker(deployment.spec, wait=False) for deployment in deployments]
 
         for owner, other, result in zip(owners, others, results, strict=True):
@@ -51,8 +47,8 @@ def test_a_task_that_runs_for_longer_than_the_consumer_timeout(
 
         for deployment, owner, other, result in zip(deployments, owners, others, results, strict=True):
             deployment.assert_ran_once("gated", {result: "once"})
-            deployment.settled(result, "gated", duplicates=1)
-            wait_until(lambda: not owner.is_alive, timeout=TIMEOUT, describe=owner.log_tail)  # noqa: B023
+            deployment.wait_until_done("gated", result, duplicates=1)
+            wait_until(lambda: not owner.is_alive, describe=owner.log_tail)  # noqa: B023
             deployment.assert_ran_once("echo", {deployment.send("echo", "after it"): "after it"})
-            assert len(deployment.starts(result)) == 1
+            assert len(deployment.starts("gated", result)) == 1
             other.stop()

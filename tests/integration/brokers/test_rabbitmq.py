@@ -11,13 +11,13 @@ from kombu.connection import Connection
 
 from celery_idempotent import AlreadyFailedError
 from celery_idempotent.core.decision import MAX_TAKEOVERS
-from tests.conftest import StartWorker, missing
-from tests.integration.brokers.conftest import TIMEOUT, Deploy, wait_until_logged
+from tests.conftest import StartWorker
+from tests.integration.brokers.conftest import Deploy, wait_until_logged
 from tests.support.brokers import Broker, rabbitmq_broker
+from tests.support.captured import capture, put
 from tests.support.proxy import Proxy
-from tests.support.servers import NotInstalledError, PrivateRabbitMQ
-from tests.support.side_by_side import capture, put
-from tests.support.waiting import wait_until
+from tests.support.servers import PrivateRabbitMQ, skip_if_not_installed
+from tests.support.waiting import TIMEOUT, wait_until
 
 pytestmark = pytest.mark.xdist_group("private-rabbitmq")
 
@@ -30,12 +30,8 @@ CONFIRMED = {"confirm_publish": True}
 @pytest.fixture(scope="module")
 def server() -> Iterator[PrivateRabbitMQ]:
     """One for this module: it takes more time to start than most of these tests."""
-    try:
-        server = PrivateRabbitMQ().__enter__()
-    except NotInstalledError as error:
-        missing("a private server", str(error))
-    yield server
-    server.close()
+    with skip_if_not_installed(), PrivateRabbitMQ() as server:
+        yield server
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -48,19 +44,19 @@ def test_a_connection_is_cut_under_a_running_task(
         worker = start_worker(replace(deployment.spec, broker=proxy.url), concurrency=2)
         gate = deployment.gate()
         result = deployment.send("gated", str(gate), "once")
-        deployment.wait_for_starts(result)
+        deployment.wait_for_starts("gated", result)
 
         proxy.close_for_now()
         wait_until_logged([worker], "Trying again in")
         proxy.reopen()
         wait_until_logged([worker], f"gated[{result.id}] is held for", 2)
-        assert len(deployment.starts(result)) == 1
+        assert len(deployment.starts("gated", result)) == 1
         gate.touch()
 
         deployment.assert_ran_once("gated", {result: "once"})
-        deployment.settled(result, "gated", duplicates=1)
+        deployment.wait_until_done("gated", result, duplicates=1)
         deployment.assert_ran_once("echo", {deployment.send("echo", "after it"): "after it"})
-        assert len(deployment.starts(result)) == 1
+        assert len(deployment.starts("gated", result)) == 1
         # Warmly: what was counted as skipped may not be acknowledged yet.
         worker.terminate()
         assert waiting(broker, 0) == 0
@@ -81,7 +77,7 @@ def test_a_restart_under_running_tasks_while_others_wait(
         gate = deployments[0].gate()
         running = [deployment.send("gated", str(gate), "running") for deployment in deployments]
         for deployment, result in zip(deployments, running, strict=True):
-            deployment.wait_for_starts(result)
+            deployment.wait_for_starts("gated", result)
         values = [{deployment.send("echo", number): number for number in range(4)} for deployment in deployments]
 
         wait_until_on_disk(server, brokers[KINDS.index("quorum")])
@@ -95,13 +91,13 @@ def test_a_restart_under_running_tasks_while_others_wait(
         for deployment, worker, result in zip(deployments, workers, running, strict=True):
             # Delivered again: its one child is busy, so it waits there.
             wait_until_logged([worker], f"Task gated[{result.id}] received", 2)
-            assert len(deployment.starts(result)) == 1
+            assert len(deployment.starts("gated", result)) == 1
         gate.touch()
 
         for deployment, worker, result, echoed in zip(deployments, workers, running, values, strict=True):
             deployment.assert_ran_once("gated", {result: "running"})
             deployment.assert_ran_once("echo", {**echoed, deployment.send("echo", "after it"): "after it"})
-            deployment.settled(result, "gated", duplicates=1)
+            deployment.wait_until_done("gated", result, duplicates=1)
             # Warmly: what was counted as skipped may not be acknowledged yet.
             worker.terminate()
         assert len(deployments[0].ledger.starts()) == 2 * (1 + 4 + 1)
@@ -144,27 +140,25 @@ class TestADeliveryLimitOfOne:
         workers = [start_worker(without_recovery)]
         result = deployment.send("gated", str(gate), "at last")
         for death in (1, 2):
-            deployment.wait_for_starts(result, death)
+            deployment.wait_for_starts("gated", result, death)
             workers.pop().kill()
-            wait_until(
-                lambda: deployment.row(result, "gated").lease_left <= 0, timeout=TIMEOUT, describe="the lease's end"
-            )
+            wait_until(lambda: deployment.row("gated", result).lease_left <= 0, describe="the lease's end")
             assert waiting(broker, 2 - death) == 2 - death
             if death == 1:
                 workers.append(start_worker(without_recovery))
         worker = start_worker(deployment.spec)
-        deployment.wait_for_starts(result, 3)
+        deployment.wait_for_starts("gated", result, 3)
         gate.touch()
 
         assert result.get(timeout=TIMEOUT) == "at last"
-        row = deployment.settled(result, "gated")
+        row = deployment.wait_until_done("gated", result)
         assert (row.processed_status, row.token, row.takeovers) == ("success", 3, 2)
-        assert len(deployment.starts(result)) == 3
+        assert len(deployment.starts("gated", result)) == 3
         # What the broker gave up is a copy like any other, for whoever moves it back.
         (given_up,) = capture(deployment.app, dead)
         put(deployment.app, broker.queue, [given_up])
-        deployment.settled(result, "gated", duplicates=1)
-        assert len(deployment.starts(result)) == 3
+        deployment.wait_until_done("gated", result, duplicates=1)
+        assert len(deployment.starts("gated", result)) == 3
         worker.stop()
 
     def test_a_message_that_kills_whoever_runs_it_is_given_up_as_often_as_elsewhere(
@@ -177,10 +171,10 @@ class TestADeliveryLimitOfOne:
 
         error = result.get(timeout=100, propagate=False)
         assert isinstance(error, AlreadyFailedError)
-        row = deployment.settled(result, "poison")
+        row = deployment.wait_until_done("poison", result)
         assert (row.processed_status, row.takeovers) == ("failure", MAX_TAKEOVERS)
         assert str(row.error).startswith("abandoned")
-        assert len(deployment.starts(result)) == MAX_TAKEOVERS + 1
+        assert len(deployment.starts("poison", result)) == MAX_TAKEOVERS + 1
 
 
 def wait_until_on_disk(server: PrivateRabbitMQ, broker: Broker) -> None:
@@ -190,9 +184,7 @@ def wait_until_on_disk(server: PrivateRabbitMQ, broker: Broker) -> None:
     killed before that starts the queue anew, empty and without a leader (``name_not_registered``, rabbitmq-server issue 15725).
     """
     (names,) = server.directory.glob("mnesia/*/quorum/*/names.dets")
-    wait_until(
-        lambda: broker.queue.encode() in names.read_bytes(), timeout=TIMEOUT, describe=f"{broker.queue} in {names}"
-    )
+    wait_until(lambda: broker.queue.encode() in names.read_bytes(), describe=f"{broker.queue} in {names}")
 
 
 def waiting(broker: Broker, expected: int) -> int:
@@ -203,5 +195,5 @@ def waiting(broker: Broker, expected: int) -> int:
             answer = connection.default_channel.queue_declare(broker.queue, passive=True)
             return answer.message_count, answer.consumer_count
 
-        wait_until(lambda: ask() == (expected, 0), timeout=TIMEOUT, describe=lambda: f"({expected}, 0), not {ask()}")
+        wait_until(lambda: ask() == (expected, 0), describe=lambda: f"({expected}, 0), not {ask()}")
     return expected

@@ -12,7 +12,6 @@ from celery_idempotent.core.records import Status
 from celery_idempotent.maintenance.rescue import Rescue
 from tests.conftest import StartWorker
 from tests.integration.brokers.conftest import (
-    TIMEOUT,
     Deploy,
     times_logged,
     wait_until_logged,
@@ -44,14 +43,14 @@ def test_a_restart_under_a_running_task_while_others_wait(
     worker = start_worker(deployment.spec)
     gate = deployment.gate()
     running = deployment.send("gated", str(gate), "running")
-    deployment.wait_for_starts(running)
+    deployment.wait_for_starts("gated", running)
     waiting = [deployment.send("echo", number) for number in range(5)]
 
     getattr(server, go_down)()
     wait_until_logged([worker], "Trying again in")
     if ends == "during the outage":
         gate.touch()
-        wait_until(lambda: deployment.ledger.ends("gated"), timeout=TIMEOUT, describe="the end of the body")
+        wait_until(lambda: deployment.ledger.ends("gated"), describe="the end of the body")
     server.start()
     late = deployment.send("echo", "late")
     if ends == "after it":
@@ -87,7 +86,7 @@ def test_a_redis_that_forgets_everything(
         worker = start_worker(deployment.spec)
         gate = deployment.gate()
         running = deployment.send("gated", str(gate), "running")
-        deployment.wait_for_starts(running)
+        deployment.wait_for_starts("gated", running)
         waiting = [deployment.send("echo", number) for number in range(5)]
         due_later = deployment.send("echo", "due later", countdown=3)
 
@@ -97,10 +96,10 @@ def test_a_redis_that_forgets_everything(
         gate.touch()
         deployment.assert_ran_once("gated", {running: "running"})
         values = {**{result: number for number, result in enumerate(waiting)}, due_later: "due later"}
-        assert {deployment.row(result, "echo").status for result in values} == {Status.PENDING}
+        assert {deployment.row("echo", result).status for result in values} == {Status.PENDING}
 
         def is_overdue() -> bool:
-            row = deployment.row(due_later, "echo")
+            row = deployment.row("echo", due_later)
             return row.available_at is not None and (row.read_at - row.available_at).total_seconds() > 1.5
 
         rescue = Rescue.of(deployment.app.queue_log)
@@ -109,7 +108,7 @@ def test_a_redis_that_forgets_everything(
             deployment.assert_ran_once(
                 "echo", {result: value for result, value in values.items() if result != due_later}
             )
-        wait_until(is_overdue, timeout=TIMEOUT, describe="its time is past")
+        wait_until(is_overdue, describe="its time is past")
         if overtaken:
             values[deployment.send("echo", "later")] = "later"
         else:
@@ -132,9 +131,9 @@ def test_an_eta_beyond_the_visibility_timeout(deploy: Deploy, start_worker: Star
     sent_at = time.time()
     result = deployment.send("slow", 3, "on time", countdown=6)
 
-    (start,) = deployment.wait_for_starts(result)
+    (start,) = deployment.wait_for_starts("slow", result)
     deployment.assert_ran_once("slow", {result: "on time"})
     wait_until_redis_has_nothing_left(server.url, broker.queue)
-    assert len(deployment.starts(result)) == 1
+    assert len(deployment.starts("slow", result)) == 1
     assert sent_at + 6 <= start.at < sent_at + 16
     assert sum(times_logged(worker, f"Task slow[{result.id}] received") for worker in workers) >= 3

@@ -12,8 +12,7 @@ from celery_idempotent.core.records import Claimed, MessageKey, NewMessage, Proc
 from celery_idempotent.maintenance.rescue import Rescue
 from tests.support.apps import AppSpec, OpenApp
 from tests.support.ledger import Ledger
-from tests.support.shared_workers import TIMEOUT
-from tests.support.waiting import wait_until
+from tests.support.waiting import TIMEOUT, wait_until
 from tests.support.worker import StartWorker
 
 TASKS = ("tests.support.apps.generic", "tests.support.apps.routing")
@@ -44,14 +43,14 @@ def test_a_copy_is_held_where_routes_name_no_queue(
         return found
 
     first = app.tasks["gated"].apply_async((gate, "value"), message_id="m-1")
-    wait_until(lambda: ledger.starts("gated"), timeout=TIMEOUT)
+    wait_until(lambda: ledger.starts("gated"))
     assert row().queue == f"{spec.queue}.work.now"
     app.tasks["gated"].publish((gate, "value"), {}, task_id=first.id, message_id="m-1")
-    worker.wait_for_log("gated[m-1] is held for", timeout=TIMEOUT)
+    worker.wait_for_log("gated[m-1] is held for")
     Path(gate).touch()
 
     assert first.get(timeout=TIMEOUT) == "value"
-    wait_until(lambda: row().duplicates == 1, timeout=TIMEOUT, describe=lambda: str(row()))
+    wait_until(lambda: row().duplicates == 1, describe=lambda: str(row()))
     assert len(ledger.starts("gated")) == 1
     assert "KeyError" not in worker.log.read_text()
 
@@ -74,7 +73,7 @@ def test_a_rejected_message_that_comes_back_runs_again(
         row = app.queue_log.store.find(MessageKey("m-1", "rejects"))
         return row if row is not None and row.processed_status is ProcessedStatus.SUCCESS else None
 
-    row: Row = wait_until(ended, timeout=TIMEOUT)
+    row: Row = wait_until(ended)
     assert (row.status, row.token) == (Status.DONE, 3)
     assert len(ledger.starts("rejects", task_id=result.id)) == 3
 
@@ -96,7 +95,6 @@ def test_a_message_that_the_broker_dropped_as_expired_ends(
             store.expire(claimed.claim)
         wait_until(
             lambda: queue.queue_declare(passive=True).message_count == 0,
-            timeout=TIMEOUT,
             describe="the end of its time",
         )
 
@@ -108,7 +106,7 @@ def test_a_message_that_the_broker_dropped_as_expired_ends(
         row = store.find(key)
         return row if row is not None and row.status is Status.DONE else None
 
-    row: Row = wait_until(ended, timeout=TIMEOUT, describe=lambda: str(store.find(key)))
+    row: Row = wait_until(ended, describe=lambda: str(store.find(key)))
     assert row.processed_status is ProcessedStatus.FAILURE
     assert str(row.error).startswith("expired")
     assert ledger.starts("echo") == []

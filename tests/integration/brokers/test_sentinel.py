@@ -14,7 +14,6 @@ from kombu.exceptions import OperationalError
 
 from tests.conftest import StartWorker
 from tests.integration.brokers.conftest import (
-    TIMEOUT,
     Deploy,
     times_logged,
     wait_until_redis_has_nothing_left,
@@ -61,10 +60,9 @@ def pair(private_redis: PrivateRedis) -> Iterator[Pair]:
         with redis.Redis.from_url(pair.sentinel.url) as client:
             wait_until(
                 lambda: client.execute_command("SENTINEL", "REPLICAS", pair.sentinel.MASTER),
-                timeout=TIMEOUT,
                 describe=pair.sentinel.log_tail,
             )
-        wait_until(lambda: pair.replication()["master_link_status"] == "up", timeout=TIMEOUT, describe=pair.replication)
+        wait_until(lambda: pair.replication()["master_link_status"] == "up", describe=pair.replication)
         yield pair
 
 
@@ -80,10 +78,10 @@ def test_the_master_dies_before_its_replica_has_everything(
     worker = start_worker(deployment.spec)
     gate, other_gate = deployment.gate(), deployment.gate()
     finished = deployment.send("gated", str(other_gate), "finished")
-    deployment.wait_for_starts(finished)
+    deployment.wait_for_starts("gated", finished)
     copied = [deployment.send("echo", number) for number in range(3)]
     running = deployment.send("gated", str(gate), "running")
-    wait_until(pair.is_copied, timeout=TIMEOUT, describe=pair.replication)
+    wait_until(pair.is_copied, describe=pair.replication)
 
     def call(task_id: str) -> AsyncResult[Any] | None:
         try:
@@ -97,14 +95,14 @@ def test_the_master_dies_before_its_replica_has_everything(
     echoed = {result: number for number, result in enumerate(copied)}
     deployment.assert_ran_once("gated", {finished: "finished"})
     deployment.assert_ran_once("echo", echoed)
-    deployment.wait_for_starts(running)
+    deployment.wait_for_starts("gated", running)
     unknown = {deployment.send("echo", text): text for text in ("unknown", "unknown too")}
     with redis.Redis.from_url(pair.replica.url) as client:
         assert (client.llen(broker.queue), client.hlen("unacked")) == (4, 1)
     pair.master.kill()
     # Its caller is refused for as long as there is no master, and calls again.
-    meanwhile = wait_until(lambda: call("meanwhile"), timeout=TIMEOUT, describe=pair.sentinel.log_tail)
-    wait_until(lambda: times_logged(worker, "Connected to sentinel") == 2, timeout=TIMEOUT, describe=worker.log_tail)
+    meanwhile = wait_until(lambda: call("meanwhile"), describe=pair.sentinel.log_tail)
+    wait_until(lambda: times_logged(worker, "Connected to sentinel") == 2, describe=worker.log_tail)
     gate.touch()
 
     deployment.assert_ran_once("gated", {running: "running", finished: "finished"})
@@ -112,13 +110,13 @@ def test_the_master_dies_before_its_replica_has_everything(
 
     # They are overtaken by what is sent two seconds after them.
     def sent_before(seconds: float) -> bool:
-        rows = [deployment.row(result, "echo") for result in unknown]
+        rows = [deployment.row("echo", result) for result in unknown]
         return all((row.read_at - row.created_timestamp).total_seconds() > seconds for row in rows)
 
-    wait_until(lambda: sent_before(3.0), timeout=TIMEOUT, describe="they have waited")
+    wait_until(lambda: sent_before(3.0), describe="they have waited")
     later = deployment.send("echo", "later")
     deployment.assert_ran_once("echo", {**echoed, **unknown, meanwhile: "meanwhile", later: "later"})
     for result in copied:
-        deployment.settled(result, "echo", duplicates=1)
+        deployment.wait_until_done("echo", result, duplicates=1)
     wait_until_redis_has_nothing_left(pair.replica.url, broker.queue)
     assert len(deployment.ledger.starts()) == 2 + 3 + 2 + 2

@@ -17,22 +17,22 @@ from celery_idempotent.core.records import Claimed, MessageKey, NewMessage
 from celery_idempotent.message.header import Header
 from celery_idempotent.worker.admission import admit
 from tests.conftest import StartWorker
-from tests.integration.brokers.conftest import TIMEOUT, Deploy, Deployment, wait_until_logged
+from tests.integration.brokers.conftest import BrokerDeployment, Deploy, wait_until_logged
 from tests.integration.brokers.sqs import MAX_DELAY_SECONDS
 from tests.support.brokers import Broker, filesystem_broker
-from tests.support.waiting import wait_until
+from tests.support.waiting import TIMEOUT, wait_until
 
 #: Seconds after which a message that was received and not deleted is received again.
 VISIBILITY = 2
 
-DeployOnSQS = Callable[..., Deployment]
+DeployOnSQS = Callable[..., BrokerDeployment]
 
 
 @pytest.fixture
 def deploy_on_sqs(deploy: Deploy, tmp_path: Path) -> DeployOnSQS:
     """Return an app on such a broker, and whether an old receipt handle deletes."""
 
-    def deploy_on_sqs(stale_handles_delete: bool, **settings: Any) -> Deployment:
+    def deploy_on_sqs(stale_handles_delete: bool, **settings: Any) -> BrokerDeployment:
         files = filesystem_broker(tmp_path)
         broker = Broker(
             name="sqs",
@@ -50,13 +50,13 @@ def deploy_on_sqs(deploy: Deploy, tmp_path: Path) -> DeployOnSQS:
     return deploy_on_sqs
 
 
-def messages(deployment: Deployment) -> list[Path]:
+def messages(deployment: BrokerDeployment) -> list[Path]:
     """Return what is in the queue, visible or not."""
     return list(Path(deployment.spec.transport_options["data_folder_in"]).glob(f"*.{deployment.spec.queue}.msg"))
 
 
-def wait_until_nothing_is_left(deployment: Deployment) -> None:
-    wait_until(lambda: not messages(deployment), timeout=TIMEOUT, describe=lambda: messages(deployment))
+def wait_until_nothing_is_left(deployment: BrokerDeployment) -> None:
+    wait_until(lambda: not messages(deployment), describe=lambda: messages(deployment))
 
 
 either = pytest.mark.parametrize(
@@ -80,8 +80,8 @@ def test_a_task_that_runs_for_longer_than_the_visibility_timeout(
 
     deployment.assert_ran_once("gated", {result: "once"})
     wait_until_nothing_is_left(deployment)
-    assert len(deployment.starts(result)) == 1
-    assert deployment.row(result, "gated").duplicates >= 1
+    assert len(deployment.starts("gated", result)) == 1
+    assert deployment.row("gated", result).duplicates >= 1
 
 
 @either
@@ -93,7 +93,7 @@ def test_the_owner_dies_after_its_copy_was_held(
     owner = start_worker(deployment.spec)
     gate = deployment.gate()
     result = deployment.send("gated", str(gate), "at last")
-    deployment.wait_for_starts(result)
+    deployment.wait_for_starts("gated", result)
     other = start_worker(deployment.spec)
     wait_until_logged([other], f"gated[{result.id}] is held for")
 
@@ -102,9 +102,9 @@ def test_the_owner_dies_after_its_copy_was_held(
 
     assert result.get(timeout=TIMEOUT) == "at last"
     wait_until_nothing_is_left(deployment)
-    row = deployment.settled(result, "gated")
+    row = deployment.wait_until_done("gated", result)
     assert (row.processed_status, row.token) == ("success", 2)
-    assert (len(deployment.starts(result)), len(deployment.ledger.ends(task_id=result.id))) == (2, 1)
+    assert (len(deployment.starts("gated", result)), len(deployment.ledger.ends(task_id=result.id))) == (2, 1)
 
 
 def test_an_eta_beyond_the_visibility_timeout(deploy_on_sqs: DeployOnSQS, start_worker: StartWorker) -> None:
@@ -117,11 +117,11 @@ def test_an_eta_beyond_the_visibility_timeout(deploy_on_sqs: DeployOnSQS, start_
     sent_at = time.time()
     result = deployment.send("slow", 3, "on time", countdown=5)
 
-    (start,) = deployment.wait_for_starts(result)
+    (start,) = deployment.wait_for_starts("slow", result)
     assert sent_at + 5 <= start.at < sent_at + 15
     deployment.assert_ran_once("slow", {result: "on time"})
     wait_until_nothing_is_left(deployment)
-    assert len(deployment.starts(result)) == 1
+    assert len(deployment.starts("slow", result)) == 1
     wait_until_logged(workers, f"Task slow[{result.id}] received", 2)
 
 

@@ -26,7 +26,7 @@ from celery_idempotent.core.records import Claimed, MessageKey, NewMessage, RowF
 from celery_idempotent.message.serialization import encode_message, encode_result
 from tests.support.processes import kill_tree
 from tests.support.servers import PrivatePostgreSQL, PrivateRedis
-from tests.support.waiting import wait_until
+from tests.support.waiting import TIMEOUT, wait_until
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -60,7 +60,7 @@ SETTINGS = {
     "broker_transport_options": {"socket_connect_timeout": 2},
 }
 
-DAY, TIMEOUT = 86400.0, 60.0
+DAY = 86400.0
 
 Run = subprocess.CompletedProcess[str]
 RunCelery = Callable[..., Run]
@@ -731,7 +731,7 @@ class Watch:
             assert self.process.poll() is None, self.log
             return bool(condition())
 
-        wait_until(holds, timeout=TIMEOUT, describe=lambda: f"{self.lines}\n{self.log}")
+        wait_until(holds, describe=lambda: f"{self.lines}\n{self.log}")
 
     def stop(self, signum: signal.Signals) -> int:
         self.process.send_signal(signum)

@@ -9,7 +9,9 @@ import pytest
 from celery_idempotent import MessageMismatchError
 from celery_idempotent.core.records import FORGOTTEN, MessageKey, NewMessage, ProcessedStatus, Status
 from tests.integration.cli.conftest import Command
-from tests.support.shared_workers import TIMEOUT, SharedWorker
+from tests.support.deployment import unique
+from tests.support.shared_workers import SharedWorker
+from tests.support.waiting import TIMEOUT
 
 
 def forgotten(command: Command, *arguments: str) -> list[str]:
@@ -19,10 +21,10 @@ def forgotten(command: Command, *arguments: str) -> list[str]:
 
 
 def test_the_next_message_under_the_id_is_new(shared_worker: SharedWorker, command: Command) -> None:
-    m, echo = shared_worker.fresh(), shared_worker.task("echo")
+    m, echo = unique(), shared_worker.task("echo")
     first = echo.apply_async(("one",), message_id=m)
     assert first.get(timeout=TIMEOUT) == "one"
-    shared_worker.done("echo", m)
+    shared_worker.wait_until_done("echo", m)
     with pytest.raises(MessageMismatchError):
         echo.apply_async(("two",), message_id=m)
 
@@ -37,8 +39,8 @@ def test_the_next_message_under_the_id_is_new(shared_worker: SharedWorker, comma
 
 
 def test_what_waits_or_runs_is_forgotten_by_force_only(shared_worker: SharedWorker, command: Command) -> None:
-    waits, runs, gate = shared_worker.fresh("waits"), shared_worker.fresh("runs"), shared_worker.path("gate")
-    shared_worker.task("echo").apply_async(("value",), message_id=waits, queue=shared_worker.fresh("queue"))
+    waits, runs, gate = unique("waits"), unique("runs"), shared_worker.path("gate")
+    shared_worker.task("echo").apply_async(("value",), message_id=waits, queue=unique("queue"))
     shared_worker.task("gated").apply_async((gate, "old"), message_id=runs)
     shared_worker.wait_for_starts("gated", runs)
 
@@ -58,18 +60,17 @@ def test_what_waits_or_runs_is_forgotten_by_force_only(shared_worker: SharedWork
     Path(gate).touch()
 
     assert new.get(timeout=TIMEOUT) == "new"
-    assert shared_worker.worker is not None
-    shared_worker.worker.wait_for_log(f"the claim on message {runs!r} (token 1) was lost", timeout=TIMEOUT)
-    row = shared_worker.done("gated", runs)
+    shared_worker.worker.wait_for_log(f"the claim on message {runs!r} (token 1) was lost")
+    row = shared_worker.wait_until_done("gated", runs)
     assert (row.processed_status, row.task_id, row.token) == (ProcessedStatus.SUCCESS, new.id, 2)
 
 
 def test_many_are_chosen_once(shared_worker: SharedWorker, command: Command) -> None:
-    mark = shared_worker.fresh("many")
+    mark = unique("many")
     ids = [f"{mark}:{number}" for number in range(3)]
     for m in ids:
         shared_worker.task("fail").apply_async((f"no {m}",), message_id=m)
-        shared_worker.done("fail", m)
+        shared_worker.wait_until_done("fail", m)
     choice = ("--message-id", f"{mark}:*", "--error", "ValueError: no *", "--status", "done")
 
     status, would = command("forget", *choice, "--dry-run")
@@ -84,7 +85,7 @@ def test_many_are_chosen_once(shared_worker: SharedWorker, command: Command) -> 
 
 
 def test_a_message_whose_worker_died_is_forgotten(shared_worker: SharedWorker, command: Command) -> None:
-    m, store = shared_worker.fresh(), shared_worker.app.queue_log.store
+    m, store = unique(), shared_worker.app.queue_log.store
     lost = store.claim(NewMessage(MessageKey(m, "echo"), m), worker="w:1", lease=60.0, grace=0.0)
     store.expire(lost.claim)
 

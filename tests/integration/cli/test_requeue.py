@@ -15,8 +15,9 @@ from celery_idempotent.producer.relay import relay
 from tests.integration.cli.conftest import Command
 from tests.integration.worker.test_copies import consumed
 from tests.integration.worker.test_revoke_and_expiry import revoke
-from tests.support.shared_workers import TIMEOUT, SharedWorker
-from tests.support.waiting import wait_until
+from tests.support.deployment import unique
+from tests.support.shared_workers import SharedWorker
+from tests.support.waiting import TIMEOUT, wait_until
 
 SUCCESS, FAILURE = ProcessedStatus.SUCCESS, ProcessedStatus.FAILURE
 
@@ -35,18 +36,18 @@ def again(result: AsyncResult) -> AsyncResult:
 
 def get(result: AsyncResult) -> object:
     """Wait for the value to replace the failure."""
-    wait_until(lambda: again(result).successful(), timeout=TIMEOUT, describe=lambda: again(result).state)
+    wait_until(lambda: again(result).successful(), describe=lambda: again(result).state)
     return again(result).get(timeout=TIMEOUT)
 
 
 def failed(shared_worker: SharedWorker, task: str, message_id: str) -> Row:
-    row = shared_worker.done(task, message_id)
+    row = shared_worker.wait_until_done(task, message_id)
     assert row.processed_status is FAILURE
     return row
 
 
 def test_a_failed_message_runs_again_under_the_ids_that_it_had(shared_worker: SharedWorker, command: Command) -> None:
-    m = shared_worker.fresh()
+    m = unique()
     result = shared_worker.task("flaky").apply_async((m, shared_worker.path("flag")), message_id=m)
     with pytest.raises(ValueError, match="the first time"):
         result.get(timeout=TIMEOUT)
@@ -55,14 +56,14 @@ def test_a_failed_message_runs_again_under_the_ids_that_it_had(shared_worker: Sh
     assert requeued(command, m) == [{"message_id": m, "task_name": "flaky", "task_id": result.id}]
 
     assert get(result) == m
-    after = shared_worker.done("flaky", m)
+    after = shared_worker.wait_until_done("flaky", m)
     assert (after.processed_status, after.task_id, after.token) == (SUCCESS, result.id, before.token + 1)
     assert (after.created_timestamp, after.error, after.duplicates) == (before.created_timestamp, None, 0)
     assert len(shared_worker.starts("flaky", m)) == 2
 
 
 def test_what_gave_up_starts_over_with_all_its_retries(shared_worker: SharedWorker, command: Command) -> None:
-    m = shared_worker.fresh()
+    m = unique()
     result = shared_worker.task("give_up").apply_async((True,), message_id=m)
     assert failed(shared_worker, "give_up", m).attempt == 2
     with pytest.raises(ValueError, match="no use"):
@@ -76,7 +77,7 @@ def test_what_gave_up_starts_over_with_all_its_retries(shared_worker: SharedWork
 
 
 def test_the_rest_of_a_chain_goes_on(shared_worker: SharedWorker, command: Command) -> None:
-    m = shared_worker.fresh()
+    m = unique()
     first = shared_worker.task("flaky").s("value", shared_worker.path("flag")).set(message_id=m)
     last = chain(
         first, shared_worker.task("echo").s(), shared_worker.task("told").s("behind"), app=shared_worker.app
@@ -92,7 +93,7 @@ def test_the_rest_of_a_chain_goes_on(shared_worker: SharedWorker, command: Comma
 
 
 def test_links_are_sent_and_errbacks_are_not_sent_twice(shared_worker: SharedWorker, command: Command) -> None:
-    m = shared_worker.fresh()
+    m = unique()
     result = shared_worker.task("flaky").apply_async(
         (m, shared_worker.path("flag")),
         message_id=m,
@@ -106,14 +107,13 @@ def test_links_are_sent_and_errbacks_are_not_sent_twice(shared_worker: SharedWor
     assert get(result) == m
     wait_until(
         lambda: any(note.task == "told" for note in shared_worker.ledger.starts("told")),
-        timeout=TIMEOUT,
         describe="the link",
     )
     assert [note.detail for note in shared_worker.ledger.entries(task="errback")].count(result.id) == 1
 
 
 def test_calls_of_the_body_are_not_made_twice(shared_worker: SharedWorker, command: Command) -> None:
-    m = shared_worker.fresh()
+    m = unique()
     result = shared_worker.task("flaky.parent").apply_async((m, shared_worker.path("flag")), message_id=m)
     failed(shared_worker, "flaky.parent", m)
     shared_worker.wait_for_note("child", f"{m}:1")
@@ -134,7 +134,7 @@ def test_calls_of_a_body_that_lost_a_worker_before_are_not_made_twice(
     shared_worker: SharedWorker, command: Command
 ) -> None:
     """Its message says that a retry was for the loss; the requeued one is no retry."""
-    m = shared_worker.fresh()
+    m = unique()
     result = shared_worker.task("flaky.lost").apply_async(
         (m, shared_worker.path("killed"), shared_worker.path("flag")), message_id=m
     )
@@ -151,7 +151,7 @@ def test_calls_of_a_body_that_was_terminated_are_not_made_twice(
     shared_worker: SharedWorker, command: Command, dies_again: bool
 ) -> None:
     """It goes on under a new task id, and is taken over under that when its worker dies as well."""
-    m, killed = shared_worker.fresh(), shared_worker.path("killed")
+    m, killed = unique(), shared_worker.path("killed")
     if not dies_again:
         Path(killed).touch()
     result = shared_worker.task("flaky.stuck").apply_async((m, shared_worker.path("flag"), killed), message_id=m)
@@ -163,7 +163,7 @@ def test_calls_of_a_body_that_was_terminated_are_not_made_twice(
 
     assert one["task_id"] != result.id
     assert AsyncResult(one["task_id"], app=shared_worker.app).get(timeout=TIMEOUT) == m
-    assert shared_worker.done("flaky.stuck", m).token == (3 if dies_again else 2)
+    assert shared_worker.wait_until_done("flaky.stuck", m).token == (3 if dies_again else 2)
     calls = [
         note.detail for note in shared_worker.ledger.entries(task="flaky.stuck") if note.detail and note.message_id == m
     ]
@@ -173,18 +173,18 @@ def test_calls_of_a_body_that_was_terminated_are_not_made_twice(
 
 
 def test_an_abandoned_message_runs_again(shared_worker: SharedWorker, command: Command) -> None:
-    m = shared_worker.fresh()
+    m = unique()
     result = shared_worker.task("die.early").apply_async((shared_worker.path("flag"),), message_id=m)
     assert str(failed(shared_worker, "die.early", m).error).startswith("abandoned")
 
     requeued(command, "--error", "abandoned*", "--message-id", m)
 
     assert get(result) == "survived"
-    assert shared_worker.done("die.early", m).processed_status is SUCCESS
+    assert shared_worker.wait_until_done("die.early", m).processed_status is SUCCESS
 
 
 def test_a_revoked_message_runs_under_a_new_task_id(shared_worker: SharedWorker, command: Command) -> None:
-    m = shared_worker.fresh()
+    m = unique()
     result = shared_worker.task("echo").apply_async(("late",), message_id=m, countdown=3600)
     shared_worker.app.control.revoke(result.id)
     shared_worker.deliver("echo", ("late",), message_id=m, task_id=result.id)
@@ -194,20 +194,19 @@ def test_a_revoked_message_runs_under_a_new_task_id(shared_worker: SharedWorker,
 
     assert one["task_id"] != result.id
     assert AsyncResult(one["task_id"], app=shared_worker.app).get(timeout=TIMEOUT) == "late"
-    assert shared_worker.done("echo", m).task_id == one["task_id"]
+    assert shared_worker.wait_until_done("echo", m).task_id == one["task_id"]
 
 
 def test_an_expired_message_runs_without_its_expiry_under_a_new_task_id(
     shared_worker: SharedWorker, command: Command
 ) -> None:
-    m, queue = shared_worker.fresh(), shared_worker.fresh("queue")
+    m, queue = unique(), unique("queue")
     result = shared_worker.task("echo").apply_async(("stale",), message_id=m, expires=0.2, queue=queue)
     wait_until(
         lambda: (
             (shared_worker.row("echo", m).read_at - shared_worker.row("echo", m).created_timestamp).total_seconds()
             > 0.5
         ),
-        timeout=TIMEOUT,
         describe="its expiry",
     )
     with consumed(shared_worker, queue):
@@ -215,11 +214,11 @@ def test_an_expired_message_runs_without_its_expiry_under_a_new_task_id(
         (one,) = requeued(command, m)
         assert one["task_id"] != result.id
         assert AsyncResult(one["task_id"], app=shared_worker.app).get(timeout=TIMEOUT) == "stale"
-    assert shared_worker.done("echo", m).processed_status is SUCCESS
+    assert shared_worker.wait_until_done("echo", m).processed_status is SUCCESS
 
 
 def test_many_are_chosen_by_what_they_failed_with(shared_worker: SharedWorker, command: Command) -> None:
-    mark = shared_worker.fresh("outage")
+    mark = unique("outage")
     ids = [f"{mark}:{number}" for number in range(3)]
     results = [shared_worker.task("flaky").apply_async((m, shared_worker.path("flag")), message_id=m) for m in ids]
     other = f"{mark}:other"
@@ -243,7 +242,7 @@ def test_a_chord_that_has_failed_stays_so_and_one_that_is_sent_again_goes_on(
     shared_worker: SharedWorker, command: Command
 ) -> None:
     """Its body is not sent any more, whatever becomes of a member; members that are done are replayed for a chord that is."""
-    m, flag = shared_worker.fresh(), shared_worker.path("flag")
+    m, flag = unique(), shared_worker.path("flag")
 
     def send() -> AsyncResult:
         header = [
@@ -270,9 +269,9 @@ def test_a_chord_that_has_failed_stays_so_and_one_that_is_sent_again_goes_on(
 
 
 def test_what_has_not_failed_stays_as_it_is(shared_worker: SharedWorker, command: Command) -> None:
-    done, waits, runs, dead = (shared_worker.fresh(what) for what in ("done", "waits", "runs", "dead"))
+    done, waits, runs, dead = (unique(what) for what in ("done", "waits", "runs", "dead"))
     shared_worker.task("echo").apply_async((1,), message_id=done).get(timeout=TIMEOUT)
-    shared_worker.task("echo").apply_async((1,), message_id=waits, queue=shared_worker.fresh("queue"))
+    shared_worker.task("echo").apply_async((1,), message_id=waits, queue=unique("queue"))
     gate = shared_worker.path("gate")
     result = shared_worker.task("gated").apply_async((gate,), message_id=runs)
     shared_worker.wait_for_starts("gated", runs)
@@ -295,7 +294,7 @@ def test_what_has_not_failed_stays_as_it_is(shared_worker: SharedWorker, command
 
 
 def test_a_message_whose_worker_died_runs_again(shared_worker: SharedWorker, command: Command) -> None:
-    m, store = shared_worker.fresh(), shared_worker.app.queue_log.store
+    m, store = unique(), shared_worker.app.queue_log.store
     message = encode_message(("value",), {}, {}, serializer="json")
     lost = store.claim(NewMessage(MessageKey(m, "echo"), m, message=message), worker="w:1", lease=60.0, grace=0.0)
     assert command("requeue", m, "--yes")[0] == 1
@@ -309,7 +308,7 @@ def test_a_message_whose_worker_died_runs_again(shared_worker: SharedWorker, com
 
 
 def test_what_cannot_be_published_stays_as_it_is(shared_worker: SharedWorker, command: Command) -> None:
-    store, mark = shared_worker.app.queue_log.store, shared_worker.fresh()
+    store, mark = shared_worker.app.queue_log.store, unique()
 
     def fail(name: str, task: str, message: bytes | None) -> None:
         new = NewMessage(MessageKey(f"{mark}:{name}", task), name, message=message)
@@ -334,7 +333,7 @@ def test_what_cannot_be_published_stays_as_it_is(shared_worker: SharedWorker, co
 
 
 def test_of_two_who_requeue_one_does(shared_worker: SharedWorker) -> None:
-    m = shared_worker.fresh()
+    m = unique()
     shared_worker.task("fail").apply_async(message_id=m)
     row = failed(shared_worker, "fail", m)
     first, second = (requeue(shared_worker.app.queue_log, row) for _ in range(2))

@@ -21,11 +21,12 @@ from opentelemetry.trace import SpanContext, format_span_id, format_trace_id
 
 from celery_idempotent.contrib.opentelemetry import OpenTelemetryHook
 from celery_idempotent.maintenance.rescue import Rescue
-from tests.conftest import LOGS, missing
+from tests.conftest import attach_log
 from tests.support.apps import traced
-from tests.support.servers import NotInstalledError
-from tests.support.shared_workers import TIMEOUT, SharedWorker, open_shared_worker
-from tests.support.waiting import wait_until
+from tests.support.deployment import unique
+from tests.support.servers import skip_if_not_installed
+from tests.support.shared_workers import SharedWorker, open_shared_worker
+from tests.support.waiting import TIMEOUT, wait_until
 
 
 @dataclass
@@ -60,7 +61,6 @@ class Traced:
             lambda: next(
                 (s for s in self.spans() if s["name"] == name and s["attributes"].get(key) == message_id), None
             ),
-            timeout=TIMEOUT,
             describe=lambda: f"a span {name!r} of {message_id}: {[s['name'] for s in self.spans()]}",
         )
 
@@ -68,7 +68,6 @@ class Traced:
         """Return the span of the worker that a span is within, once that has ended."""
         return wait_until(
             lambda: next((s for s in self.spans() if s["context"]["span_id"] == span["parent_id"]), None),
-            timeout=TIMEOUT,
             describe=lambda: f"the parent of {span}",
         )
 
@@ -90,23 +89,18 @@ def _traced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Traced]:
     }
     tasks = ("tests.support.apps.generic", "tests.support.apps.traced")
     path = directory / "spans.jsonl"
-    try:
-        opened = open_shared_worker(directory, tasks, settings=settings, environment={traced.VARIABLE: str(path)})
-        shared_worker = opened.__enter__()
-    except NotInstalledError as error:
-        missing("a private server", str(error))
-        raise
-    try:
+    environment = {traced.VARIABLE: str(path)}
+    with (
+        skip_if_not_installed(),
+        open_shared_worker(directory, tasks, settings=settings, environment=environment) as shared_worker,
+    ):
         app = shared_worker.producer(idempotent_hooks=[OpenTelemetryHook(provider)])
         yield Traced(shared_worker, app, provider, memory, path)
-    finally:
-        opened.__exit__(None, None, None)
 
 
 @pytest.fixture
 def site(request: pytest.FixtureRequest, _traced: Traced) -> Traced:
-    assert _traced.shared_worker.worker is not None
-    request.node.stash.setdefault(LOGS, {})["the worker"] = _traced.shared_worker.worker.log_tail
+    attach_log(request, "the worker", _traced.shared_worker.worker.log_tail)
     return _traced
 
 
@@ -138,7 +132,7 @@ def links_of(span: dict[str, Any]) -> list[tuple[str, str]]:
 
 def test_a_duplicate_is_a_span_of_its_caller_and_linked_to_the_originals(site: Traced) -> None:
     """While the original waits or runs, and when it has ended, in either way."""
-    m, failed, gate = site.shared_worker.fresh(), site.shared_worker.fresh(), site.shared_worker.path("gate")
+    m, failed, gate = unique(), unique(), site.shared_worker.path("gate")
     gated, fail = site.app.tasks["gated"], site.app.tasks["fail"]
     with site.span("first") as first:
         gated.apply_async((gate,), message_id=m)
@@ -149,8 +143,8 @@ def test_a_duplicate_is_a_span_of_its_caller_and_linked_to_the_originals(site: T
     site.memory.clear()
 
     Path(gate).touch()
-    site.shared_worker.done("gated", m)
-    site.shared_worker.done("fail", failed)
+    site.shared_worker.wait_until_done("gated", m)
+    site.shared_worker.wait_until_done("fail", failed)
     with site.span("when it is done") as second:
         gated.apply_async((gate,), message_id=m)
         fail.apply_async(message_id=failed)
@@ -165,7 +159,7 @@ def test_a_duplicate_is_a_span_of_its_caller_and_linked_to_the_originals(site: T
 
 
 def test_a_copy_in_the_worker_is_linked_too_and_is_within_celerys_span(site: Traced, instrumented: None) -> None:
-    m, gate = site.shared_worker.fresh(), site.shared_worker.path("gate")
+    m, gate = unique(), site.shared_worker.path("gate")
     with site.span("first") as first:
         result = site.app.tasks["gated"].apply_async((gate,), message_id=m)
     site.shared_worker.wait_for_starts("gated", m)
@@ -181,10 +175,10 @@ def test_a_copy_in_the_worker_is_linked_too_and_is_within_celerys_span(site: Tra
 
 
 def test_what_else_becomes_of_a_message_are_events_of_celerys_spans(site: Traced, instrumented: None) -> None:
-    m = site.shared_worker.fresh()
+    m = unique()
     with site.span("first") as first:
         site.app.tasks["echo"].apply_async(("a secret",), message_id=m)
-    site.shared_worker.done("echo", m)
+    site.shared_worker.wait_until_done("echo", m)
 
     def run() -> dict[str, Any] | None:
         return next((s for s in site.spans() if s["attributes"].get("celery.task_name") == "echo" and has(s)), None)
@@ -192,7 +186,7 @@ def test_what_else_becomes_of_a_message_are_events_of_celerys_spans(site: Traced
     def has(span: dict[str, Any]) -> bool:
         return any(event["attributes"].get("celery_idempotent.message_id") == m for event in span["events"])
 
-    span = wait_until(run, timeout=TIMEOUT, describe="the span of the run")
+    span = wait_until(run, describe="the span of the run")
     assert span["context"]["trace_id"] == "0x" + format_trace_id(first.trace_id)
     assert [event["name"] for event in span["events"]] == ["celery_idempotent.claimed", "celery_idempotent.completed"]
     assert span["events"][1]["attributes"]["celery_idempotent.ran_seconds"] > 0
@@ -204,9 +198,9 @@ def test_what_else_becomes_of_a_message_are_events_of_celerys_spans(site: Traced
 def test_without_a_span_around_the_call_it_is_linked_to_that_of_the_publication(
     site: Traced, instrumented: None
 ) -> None:
-    m = site.shared_worker.fresh()
+    m = unique()
     first = site.app.tasks["echo"].apply_async(message_id=m)
-    site.shared_worker.done("echo", m)
+    site.shared_worker.wait_until_done("echo", m)
     site.app.tasks["echo"].apply_async(message_id=m)
 
     (published,) = (
@@ -219,11 +213,11 @@ def test_without_a_span_around_the_call_it_is_linked_to_that_of_the_publication(
 
 
 def test_what_keeps_no_result_has_no_link_once_it_is_done_but_says_the_first_id(site: Traced) -> None:
-    m = site.shared_worker.fresh()
+    m = unique()
     unkept = site.app.tasks["traced.unkept"]
     with site.span("first"):
         first = unkept.apply_async(message_id=m)
-    site.shared_worker.done("traced.unkept", m)
+    site.shared_worker.wait_until_done("traced.unkept", m)
     unkept.apply_async(message_id=m)
 
     span = site.here("duplicate traced.unkept", m)
@@ -254,7 +248,7 @@ print([span.name for span in memory.get_finished_spans()])
 
 
 def test_a_retry_and_what_is_published_from_its_row_keep_the_span(site: Traced) -> None:
-    m, queue = site.shared_worker.fresh(), site.shared_worker.fresh("queue")
+    m, queue = unique(), unique("queue")
     with site.span("first") as first:
         site.app.tasks["retry_n"].apply_async((1,), message_id=m, queue=queue)
     with site.app.connection_for_write() as connection:
@@ -264,7 +258,7 @@ def test_a_retry_and_what_is_published_from_its_row_keep_the_span(site: Traced) 
 
     control = site.shared_worker.app.control
     control.add_consumer(queue, reply=True, timeout=TIMEOUT, limit=1)
-    assert site.shared_worker.done("retry_n", m).attempt == 1
+    assert site.shared_worker.wait_until_done("retry_n", m).attempt == 1
     control.cancel_consumer(queue, reply=True, timeout=TIMEOUT, limit=1)
     site.app.tasks["retry_n"].apply_async((1,), message_id=m)
     assert linked(site.here("duplicate retry_n", m)) == [ids(first)]

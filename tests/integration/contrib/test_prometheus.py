@@ -19,8 +19,7 @@ from celery_idempotent.contrib import prometheus
 from celery_idempotent.contrib.prometheus import PrometheusHook
 from celery_idempotent.hooks import Outcome, OutcomeKind
 from tests.support.apps import AppSpec, OpenApp
-from tests.support.shared_workers import TIMEOUT
-from tests.support.waiting import wait_until
+from tests.support.waiting import TIMEOUT, wait_until
 from tests.support.worker import Pool, StartWorker, WorkerProcess
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -110,7 +109,7 @@ class TestAWorker:
             enough = series.get(("celery_idempotent_outcomes_total", "add", "completed")) == 6
             return series if enough and ("celery_idempotent_outcomes_total", "fail", "failed") in series else None
 
-        series = wait_until(counted, timeout=TIMEOUT, describe=lambda: f"all series: {scrape(worker)}")
+        series = wait_until(counted, describe=lambda: f"all series: {scrape(worker)}")
         assert series["celery_idempotent_outcomes_total", "add", "claimed"] == 6
         assert series["celery_idempotent_run_seconds_count", "add", "completed"] == 6
         assert series["celery_idempotent_store_seconds_count", "", "claimed"] == 8
@@ -129,7 +128,6 @@ class TestAWorker:
         app.tasks["add"].delay(1, 1).get(timeout=TIMEOUT)
         wait_until(
             lambda: scrape(worker).get(("celery_idempotent_outcomes_total", "add", "completed")) == 1,
-            timeout=TIMEOUT,
             describe=lambda: f"the completion: {scrape(worker)}",
         )
 

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from celery_idempotent.core.records import ProcessedStatus, Status
-from tests.conftest import LOGS, missing
+from tests.conftest import attach_log
 from tests.support.apps.tools import NAMES, VARIABLE
-from tests.support.servers import NotInstalledError
-from tests.support.shared_workers import TIMEOUT, SharedWorker, open_shared_worker
-from tests.support.waiting import wait_until
+from tests.support.deployment import unique
+from tests.support.servers import skip_if_not_installed
+from tests.support.shared_workers import SharedWorker, open_shared_worker
+from tests.support.waiting import TIMEOUT, wait_until
 
 every_task = pytest.mark.parametrize("task", [f"tools.{name}" for name in NAMES])
 
@@ -25,28 +26,27 @@ def notes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def opened(notes: Path) -> Iterator[SharedWorker]:
-    try:
-        with open_shared_worker(
+    with (
+        skip_if_not_installed(),
+        open_shared_worker(
             notes.parent,
             ["tests.support.apps.tools"],
             settings={"idempotent_recovery_interval": 0},
             environment={VARIABLE: str(notes)},
-        ) as shared_worker:
-            yield shared_worker
-    except NotInstalledError as error:
-        missing("a private server", str(error))
+        ) as shared_worker,
+    ):
+        yield shared_worker
 
 
 @pytest.fixture
 def shared_worker(request: pytest.FixtureRequest, opened: SharedWorker) -> SharedWorker:
-    assert opened.worker is not None
-    request.node.stash.setdefault(LOGS, {})["the worker"] = opened.worker.log_tail
+    attach_log(request, "the worker", opened.worker.log_tail)
     return opened
 
 
 @every_task
 def test_a_message_and_its_duplicates_are_one_run(shared_worker: SharedWorker, task: str) -> None:
-    m = shared_worker.fresh()
+    m = unique()
 
     first = shared_worker.task(task).apply_async(message_id=m)
     assert first.get(timeout=TIMEOUT) == ["PROGRESS", False]
@@ -64,13 +64,13 @@ def test_a_message_and_its_duplicates_are_one_run(shared_worker: SharedWorker, t
 
 @every_task
 def test_a_retry_is_a_second_run_of_one_row(shared_worker: SharedWorker, task: str) -> None:
-    m = shared_worker.fresh()
+    m = unique()
 
     result = shared_worker.task(task).apply_async((shared_worker.path("flag"),), message_id=m)
 
     # Celery publishes a retry before it stores that state, which may come after the progress that the retry reports.
     assert result.get(timeout=TIMEOUT)[0] in {"PROGRESS", "RETRY"}
-    row = shared_worker.done(task, m)
+    row = shared_worker.wait_until_done(task, m)
     assert (row.processed_status, row.attempt, row.token) == (ProcessedStatus.SUCCESS, 1, 2)
     assert [start.retries for start in shared_worker.starts(task, m)] == [0, 1]
 
@@ -92,5 +92,5 @@ def test_each_tool_sees_a_run_once(shared_worker: SharedWorker, notes: Path, tas
     def seen() -> list[str]:
         return sorted(line for line in notes.read_text().splitlines() if line.endswith(result.id))
 
-    wait_until(lambda: len(seen()) >= len(expected), timeout=TIMEOUT, describe=lambda: f"{expected}: {seen()}")
+    wait_until(lambda: len(seen()) >= len(expected), describe=lambda: f"{expected}: {seen()}")
     assert seen() == expected

@@ -19,22 +19,20 @@ from kombu.exceptions import OperationalError
 
 from celery_idempotent import AlreadyFailedError, IdempotentTask, QueueLog
 from celery_idempotent.core.decision import MAX_TAKEOVERS
-from celery_idempotent.core.records import Claimed, MessageKey, NewMessage, ProcessedStatus, Row, Status
+from celery_idempotent.core.records import Claimed, MessageKey, NewMessage, ProcessedStatus, Status
 from celery_idempotent.maintenance.recovery import Recovered, Recovery
 from celery_idempotent.maintenance.rescue import Rescue
 from celery_idempotent.message.serialization import encode_message
 from celery_idempotent.stores.sql import SQLStore
 from tests.support.apps import AppSpec, OpenApp
-from tests.support.ledger import Entry, Ledger
+from tests.support.deployment import Deployment
 from tests.support.servers import PrivateRedis
-from tests.support.waiting import wait_until
+from tests.support.waiting import TIMEOUT, wait_until
 from tests.support.worker import StartWorker
 
 SUCCESS, FAILURE = ProcessedStatus.SUCCESS, ProcessedStatus.FAILURE
 
 LEASE = 2.0
-TIMEOUT = 60.0
-
 TASKS = ("tests.support.apps.generic", "tests.support.apps.lasting", "tests.support.apps.outcomes")
 
 on_redis = pytest.mark.parametrize("broker", ["redis"], indirect=True)
@@ -43,36 +41,8 @@ on_sqlite = pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
 
 
 @dataclass
-class Deployment:
-    """An app whose workers recover every second."""
-
-    spec: AppSpec
-    app: Celery
-    ledger: Ledger
-    directory: Path
-
-    def send(self, task: str, *args: Any, **options: Any) -> AsyncResult[Any]:
-        result: AsyncResult[Any] = self.app.tasks[task].apply_async(args, **options)
-        return result
-
-    def wait_for_starts(self, task: str, result: AsyncResult[Any], count: int = 1) -> list[Entry]:
-        def starts() -> list[Entry] | None:
-            found = self.ledger.starts(task, task_id=result.id)
-            return found if len(found) >= count else None
-
-        return wait_until(starts, timeout=TIMEOUT, describe=lambda: f"{count} starts: {self.ledger.entries()}")
-
-    def row(self, task: str, result: AsyncResult[Any]) -> Row:
-        row: Row | None = self.app.queue_log.store.find(MessageKey(result.id, task))
-        assert row is not None
-        return row
-
-    def wait_for_row(self, task: str, result: AsyncResult[Any], condition: Callable[[Row], bool]) -> Row:
-        wait_until(lambda: condition(self.row(task, result)), timeout=TIMEOUT, describe=lambda: self.row(task, result))
-        return self.row(task, result)
-
-    def gate(self) -> Path:
-        return self.directory / f"gate-{uuid4().hex[:8]}"
+class FileDeployment(Deployment):
+    """An app whose workers recover every second, and whose messages can be looked at on the filesystem broker."""
 
     def files(self) -> dict[str, Path]:
         """Return the messages that wait on the filesystem broker, by task id."""
@@ -86,13 +56,13 @@ class Deployment:
 
 
 @pytest.fixture
-def deploy(spec: AppSpec, open_app: OpenApp, ledger: Ledger, tmp_path: Path) -> Callable[..., Deployment]:
-    def deploy(**settings: Any) -> Deployment:
+def deploy(spec: AppSpec, open_app: OpenApp) -> Callable[..., FileDeployment]:
+    def deploy(**settings: Any) -> FileDeployment:
         given = {**spec.settings, "idempotent_lease": LEASE, "idempotent_recovery_interval": 1.0, **settings}
         deployed_spec = replace(spec, tasks=TASKS, settings=given)
         app = open_app(deployed_spec)
         app.finalize()
-        return Deployment(deployed_spec, app, ledger, tmp_path)
+        return FileDeployment(deployed_spec, app)
 
     return deploy
 
@@ -101,7 +71,7 @@ def deploy(spec: AppSpec, open_app: OpenApp, ledger: Ledger, tmp_path: Path) -> 
 @on_sqlite
 class TestABrokerThatKeepsNoCopy:
     def test_a_message_comes_back_from_its_row(
-        self, deploy: Callable[..., Deployment], start_worker: StartWorker
+        self, deploy: Callable[..., FileDeployment], start_worker: StartWorker
     ) -> None:
         deployment = deploy()
         worker = start_worker(deployment.spec)
@@ -122,7 +92,7 @@ class TestABrokerThatKeepsNoCopy:
         assert len(deployment.ledger.starts("last.late", task_id=result.id)) == 2
 
     def test_an_early_acknowledged_message_fails_and_its_caller_is_told(
-        self, deploy: Callable[..., Deployment], start_worker: StartWorker
+        self, deploy: Callable[..., FileDeployment], start_worker: StartWorker
     ) -> None:
         """It may have had its effect, and only ``on_abandoned="rerun"`` says that it may have it again."""
         deployment = deploy()
@@ -145,11 +115,11 @@ class TestABrokerThatKeepsNoCopy:
         def told() -> bool:
             return any(note.detail == result.id for note in deployment.ledger.ends("errback"))
 
-        wait_until(told, timeout=TIMEOUT, describe="the errback")
+        wait_until(told, describe="the errback")
         assert len(deployment.ledger.starts("last.early", task_id=result.id)) == 1
 
     def test_a_message_that_was_lost_is_found_when_it_is_overtaken(
-        self, deploy: Callable[..., Deployment], start_worker: StartWorker
+        self, deploy: Callable[..., FileDeployment], start_worker: StartWorker
     ) -> None:
         """And a backlog on a queue that nobody consumes is left alone until somebody asks."""
         deployment = deploy(idempotent_lost_after=1.0)
@@ -199,7 +169,7 @@ def test_a_retry_that_the_broker_does_not_take_goes_on_later(
     with PrivateRedis() as broker:
         settings = {"task_publish_retry": False, "idempotent_lease": LEASE, "idempotent_recovery_interval": 1.0}
         spec = replace(spec, broker=broker.url, tasks=TASKS, settings=settings)
-        deployment = Deployment(spec, open_app(spec), Ledger(spec.ledger), Path(spec.ledger).parent)
+        deployment = FileDeployment(spec, open_app(spec))
         start_worker(spec)
 
         gate = deployment.gate()
@@ -222,7 +192,7 @@ def test_a_retry_that_the_broker_does_not_take_goes_on_later(
 class TestOneWorkerThatDies:
     @pytest.mark.timeout(240)
     def test_a_message_that_kills_whoever_runs_it_is_given_up(
-        self, deploy: Callable[..., Deployment], start_worker: StartWorker
+        self, deploy: Callable[..., FileDeployment], start_worker: StartWorker
     ) -> None:
         deployment = deploy()
         start_worker(deployment.spec)
@@ -240,7 +210,7 @@ class TestOneWorkerThatDies:
         assert deployment.send("echo", "alive").get(timeout=TIMEOUT) == "alive"
 
     def test_an_unacknowledged_message_that_celery_gave_up_runs_again(
-        self, deploy: Callable[..., Deployment], start_worker: StartWorker
+        self, deploy: Callable[..., FileDeployment], start_worker: StartWorker
     ) -> None:
         """``acks_late`` alone: Celery acknowledges the message of a child that was killed. Its lease is an hour."""
         deployment = deploy()
@@ -253,7 +223,6 @@ class TestOneWorkerThatDies:
         assert (row.processed_status, row.token) == (SUCCESS, 2)
         wait_until(
             lambda: deployment.app.AsyncResult(result.id).successful(),
-            timeout=TIMEOUT,
             describe="the second run's result",
         )
         assert len(deployment.ledger.starts("die.late", task_id=result.id)) == 2
@@ -262,7 +231,7 @@ class TestOneWorkerThatDies:
 @on_redis
 @on_sqlite
 def test_what_a_broker_that_is_down_did_not_take_is_left_to_the_next_step(
-    deploy: Callable[..., Deployment], private_redis: PrivateRedis
+    deploy: Callable[..., FileDeployment], private_redis: PrivateRedis
 ) -> None:
     deployment = deploy()
     store = deployment.app.queue_log.store

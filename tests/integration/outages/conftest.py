@@ -10,13 +10,12 @@ from uuid import uuid4
 import pytest
 from celery import Celery
 
-from tests.conftest import StartWorker, missing
-from tests.support.apps import AppSpec, OpenApp
+from tests.conftest import StartWorker
+from tests.support.apps import AppSpec, OpenApp, close_app
 from tests.support.apps.short_waits import shorten_waits
 from tests.support.brokers import redis_broker
 from tests.support.ledger import Ledger
-from tests.support.servers import NotInstalledError, PrivatePostgreSQL, PrivateRedis
-from tests.support.shared_workers import close
+from tests.support.servers import PrivatePostgreSQL, PrivateRedis, skip_if_not_installed
 from tests.support.worker import WorkerProcess
 
 #: A producer's patience: half a second or so, or a server that comes back within twenty.
@@ -33,13 +32,8 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def outage_server() -> Iterator[PrivatePostgreSQL]:
     """Yield a PostgreSQL of this test process: making one takes longer than most of these tests."""
-    try:
-        server = PrivatePostgreSQL().__enter__()
-    except NotInstalledError as error:
-        missing("a private server", str(error))
-        raise
-    yield server
-    server.close()
+    with skip_if_not_installed(), PrivatePostgreSQL() as server:
+        yield server
 
 
 @pytest.fixture
@@ -87,7 +81,7 @@ def open_app() -> Iterator[OpenApp]:
         # A result that nobody got would look for its Redis when it is collected, long after that is gone.
         app.backend.result_consumer.stop()
         app.backend.result_consumer._pubsub = None
-        close(app)
+        close_app(app)
 
 
 @pytest.fixture

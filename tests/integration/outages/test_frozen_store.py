@@ -14,8 +14,7 @@ import sqlalchemy as sa
 from celery_idempotent import SQLStore, StoreUnavailableError
 from celery_idempotent.core.records import Duplicate, Inserted, MessageKey, NewMessage, RowFilter
 from celery_idempotent.stores.sql import connection
-from tests.conftest import missing
-from tests.support.servers import NotInstalledError, PrivateMariaDB, PrivateServer
+from tests.support.servers import PrivateMariaDB, PrivateServer, skip_if_not_installed
 from tests.support.waiting import wait_until
 
 
@@ -24,13 +23,8 @@ def server(request: pytest.FixtureRequest) -> Iterator[PrivateServer]:
     if request.param == "postgresql":
         yield request.getfixturevalue("postgresql")
         return
-    try:
-        server = PrivateMariaDB().__enter__()
-    except NotInstalledError as error:
-        missing("a private server", str(error))
-        raise
-    yield server
-    server.close()
+    with skip_if_not_installed(), PrivateMariaDB() as server:
+        yield server
 
 
 def message(message_id: str) -> NewMessage:

@@ -16,7 +16,6 @@ from kombu import Exchange, Queue
 from celery_idempotent.maintenance.rescue import Rescue
 from celery_idempotent.message.header import HEADER
 from tests.support.apps import AppSpec, OpenApp
-from tests.support.shared_workers import TIMEOUT
 from tests.support.waiting import wait_until
 
 pytestmark = [
@@ -71,7 +70,7 @@ def taken(app: Celery, queue: str) -> Sent:
     """Return the message that waits in a queue."""
     with app.connection_for_read() as connection, connection.channel() as channel:
         bound = app.amqp.queues[queue](channel)
-        message = wait_until(bound.get, timeout=TIMEOUT, describe=f"a message in {queue}")
+        message = wait_until(bound.get, describe=f"a message in {queue}")
         message.ack()
         message.accept = {"application/json", "application/x-python-serialize"}
         # What is told of the process that sends, and of our own.

@@ -18,10 +18,11 @@ from celery import Celery
 from celery.beat import ScheduleEntry, Scheduler
 
 from celery_idempotent.core.records import ProcessedStatus
-from tests.support.apps import AppSpec
+from tests.support.apps import AppSpec, close_app
+from tests.support.deployment import unique
 from tests.support.processes import kill_tree
-from tests.support.shared_workers import TIMEOUT, SharedWorker, close
-from tests.support.waiting import wait_until
+from tests.support.shared_workers import SharedWorker
+from tests.support.waiting import TIMEOUT, wait_until
 from tests.support.worker import ROOT
 
 SUCCESS = ProcessedStatus.SUCCESS
@@ -52,7 +53,7 @@ def beat(spec: AppSpec, schedule: dict[str, Any], directory: Path, log: Path) ->
 
 def test_two_beats_send_each_entry_once(shared_worker: SharedWorker, tmp_path: Path) -> None:
     """Two ``celery beat`` processes; the entries' ids are fixed, so all that they ever send of one is one message."""
-    by_id, order = shared_worker.fresh(), shared_worker.fresh("order")
+    by_id, order = unique(), unique("order")
     schedule = {
         "by id": {"task": "echo", "schedule": 0.5, "args": ["tick"], "options": {"message_id": by_id}},
         "by format": {"task": "order.raise", "schedule": 0.5, "args": [order]},
@@ -77,7 +78,10 @@ def test_two_beats_send_each_entry_once(shared_worker: SharedWorker, tmp_path: P
             process.send_signal(signal.SIGTERM)
             assert process.wait(timeout=TIMEOUT) == 0
 
-    rows = [shared_worker.done("echo", by_id), shared_worker.done("order.raise", f"order:{order}")]
+    rows = [
+        shared_worker.wait_until_done("echo", by_id),
+        shared_worker.wait_until_done("order.raise", f"order:{order}"),
+    ]
     assert [(row.processed_status, row.token) for row in rows] == [(SUCCESS, 1), (SUCCESS, 1)]
     assert [row.duplicates >= 3 for row in rows] == [True, True]
     assert (len(shared_worker.starts("echo", by_id)), len(shared_worker.starts("order.raise", f"order:{order}"))) == (
@@ -95,13 +99,13 @@ def schedulers(shared_worker: SharedWorker) -> Iterator[list[Scheduler]]:
     apps[1].conf.update(task_default_queue=shared_worker.spec.queue, result_backend=shared_worker.spec.backend)
     yield [Scheduler(app, lazy=True) for app in apps]
     for app in apps:
-        close(app)
+        close_app(app)
 
 
 def test_a_beat_without_the_tasks_is_guarded_by_the_consumer(
     shared_worker: SharedWorker, schedulers: list[Scheduler]
 ) -> None:
-    m = shared_worker.fresh()
+    m = unique()
 
     def apply(scheduler: Scheduler) -> Any:
         entry = ScheduleEntry(

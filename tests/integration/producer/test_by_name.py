@@ -9,13 +9,16 @@ from celery import signature
 
 from celery_idempotent import MessageMismatchError
 from celery_idempotent.core.records import ProcessedStatus, Status
-from tests.support.shared_workers import TIMEOUT, SharedWorker, close
+from tests.support.apps import close_app
+from tests.support.deployment import unique
+from tests.support.shared_workers import SharedWorker
+from tests.support.waiting import TIMEOUT
 
 SUCCESS = ProcessedStatus.SUCCESS
 
 
 def test_a_call_by_name_is_recorded_before_it_is_published(shared_worker: SharedWorker) -> None:
-    m = shared_worker.fresh()
+    m = unique()
 
     result = shared_worker.app.send_task("echo", ("value",), message_id=m, countdown=600)
 
@@ -28,7 +31,7 @@ def test_a_call_by_name_is_recorded_before_it_is_published(shared_worker: Shared
 
 @pytest.mark.parametrize("given", ["an id with the call", "the task's format", "the task's callable"])
 def test_however_often_it_is_sent_by_name_it_is_one_run(shared_worker: SharedWorker, given: str) -> None:
-    order = shared_worker.fresh("order")
+    order = unique("order")
     task, args, options, m = {
         "an id with the call": ("echo", ("value",), {"message_id": order}, order),
         "the task's format": ("order", (order,), {}, f"order:{order}"),
@@ -46,7 +49,7 @@ def test_however_often_it_is_sent_by_name_it_is_one_run(shared_worker: SharedWor
 
 
 def test_keywords_and_defaults_are_bound_by_name_too(shared_worker: SharedWorker) -> None:
-    order = shared_worker.fresh("order")
+    order = unique("order")
 
     results = [
         shared_worker.app.send_task("order.arguments", (order,)),
@@ -62,7 +65,7 @@ def test_keywords_and_defaults_are_bound_by_name_too(shared_worker: SharedWorker
 
 
 def test_a_call_and_a_call_by_name_are_one_message(shared_worker: SharedWorker) -> None:
-    m = shared_worker.fresh()
+    m = unique()
 
     called = shared_worker.task("echo").apply_async(("value",), message_id=m)
     assert called.get(timeout=TIMEOUT) == "value"
@@ -84,7 +87,7 @@ def test_without_an_id_each_call_by_name_is_a_message(shared_worker: SharedWorke
 
 
 def test_the_same_task_id_by_name_is_the_same_message(shared_worker: SharedWorker) -> None:
-    chosen = shared_worker.fresh("task")
+    chosen = unique("task")
     first = shared_worker.app.send_task("add", (1, 2), task_id=chosen)
     assert first.get(timeout=TIMEOUT) == 3
 
@@ -96,7 +99,7 @@ def test_the_same_task_id_by_name_is_the_same_message(shared_worker: SharedWorke
 
 
 def test_other_arguments_by_name_fail_that_call_alone(shared_worker: SharedWorker) -> None:
-    m = shared_worker.fresh()
+    m = unique()
     first = shared_worker.app.send_task("echo", (1,), message_id=m)
     assert first.get(timeout=TIMEOUT) == 1
 
@@ -110,7 +113,7 @@ def test_other_arguments_by_name_fail_that_call_alone(shared_worker: SharedWorke
 
 
 def test_signatures_by_name_are_guarded(shared_worker: SharedWorker) -> None:
-    m = shared_worker.fresh()
+    m = unique()
 
     results = [
         signature("echo", args=("value",), app=shared_worker.app).set(message_id=m).apply_async(),
@@ -119,13 +122,13 @@ def test_signatures_by_name_are_guarded(shared_worker: SharedWorker) -> None:
 
     assert results[0].get(timeout=TIMEOUT) == "value"
     assert len(shared_worker.starts("echo", m)) == 1
-    row = shared_worker.done("echo", m)
+    row = shared_worker.wait_until_done("echo", m)
     assert (row.processed_status, row.token) == (SUCCESS, 1)
 
 
 def test_a_process_that_has_not_touched_its_tasks_yet_is_guarded(shared_worker: SharedWorker) -> None:
     """Tasks are bound to their app at its first use, which may be this very call."""
-    order = shared_worker.fresh("order")
+    order = unique("order")
     # One module: another registers a class, which touches all tasks.
     app = replace(shared_worker.spec, tasks=("tests.support.apps.identified",)).build()
     assert not app.finalized
@@ -134,18 +137,18 @@ def test_a_process_that_has_not_touched_its_tasks_yet_is_guarded(shared_worker: 
 
     try:
         assert result.get(timeout=TIMEOUT) == {"order": order, "amount": 1}
-        row = shared_worker.done("order", f"order:{order}")
+        row = shared_worker.wait_until_done("order", f"order:{order}")
         assert (row.task_id, row.duplicates) == (result.id, 0)
         assert shared_worker.task("order").delay(order).duplicate
     finally:
-        close(app)
+        close_app(app)
 
 
 def test_each_app_of_a_process_records_its_own(shared_worker: SharedWorker) -> None:
     first, second = shared_worker.producer(), shared_worker.producer()
     for app in (first, second):
         app.finalize()
-    ids = [shared_worker.fresh() for _ in range(3)]
+    ids = [unique() for _ in range(3)]
 
     for app, m in zip((second, first, shared_worker.app), ids, strict=True):
         app.send_task("echo", ("value",), message_id=m, countdown=600)
@@ -155,7 +158,7 @@ def test_each_app_of_a_process_records_its_own(shared_worker: SharedWorker) -> N
 
 def test_another_apps_messages_are_left_alone(shared_worker: SharedWorker) -> None:
     """Celery's signals are one for all apps of a process."""
-    m = shared_worker.fresh()
+    m = unique()
 
     result = shared_worker.deliver("echo", ("value",), message_id=m, countdown=600)
 
@@ -164,7 +167,7 @@ def test_another_apps_messages_are_left_alone(shared_worker: SharedWorker) -> No
 
 
 def test_a_call_by_name_of_the_first_protocol_is_recorded(shared_worker: SharedWorker) -> None:
-    order = shared_worker.fresh("order")
+    order = unique("order")
     first_protocol = shared_worker.producer(task_protocol=1)
     first_protocol.set_current()
     try:

@@ -12,8 +12,9 @@ import pytest
 from celery_idempotent import ConfigurationError, DuplicateMessageError, MessageMismatchError, by_arguments
 from celery_idempotent.core.records import ProcessedStatus, Status
 from tests.support.apps.modelled import Order
-from tests.support.shared_workers import TIMEOUT, SharedWorker
-from tests.support.waiting import wait_until
+from tests.support.deployment import unique
+from tests.support.shared_workers import SharedWorker
+from tests.support.waiting import TIMEOUT, wait_until
 
 
 def call_delay(task: Any, order_id: str) -> Any:
@@ -62,7 +63,7 @@ WAYS = [
 
 @pytest.mark.parametrize("task", ["order", "order.arguments"])
 def test_however_a_call_is_written_it_is_one_message(shared_worker: SharedWorker, task: str) -> None:
-    order = shared_worker.fresh("order")
+    order = unique("order")
 
     results = [way(shared_worker.task(task), order) for way in WAYS]
 
@@ -76,7 +77,7 @@ def test_however_a_call_is_written_it_is_one_message(shared_worker: SharedWorker
 
 
 def test_an_id_given_with_the_call_works_on_a_task_without_the_option(shared_worker: SharedWorker) -> None:
-    m, add = shared_worker.fresh(), shared_worker.task("add")
+    m, add = unique(), shared_worker.task("add")
 
     first = add.apply_async((1, 2), message_id=m)
     again = add.s(1, 2).set(message_id=m).apply_async()
@@ -90,7 +91,7 @@ def test_an_id_given_with_the_call_works_on_a_task_without_the_option(shared_wor
 
 
 def test_an_id_given_with_the_call_comes_before_the_option(shared_worker: SharedWorker) -> None:
-    m, order = shared_worker.fresh(), shared_worker.fresh("order")
+    m, order = unique(), unique("order")
 
     given = shared_worker.task("order").apply_async((order,), message_id=m)
     usual = shared_worker.task("order").delay(order)
@@ -102,7 +103,7 @@ def test_an_id_given_with_the_call_comes_before_the_option(shared_worker: Shared
 
 
 def test_one_id_of_two_tasks_is_two_messages(shared_worker: SharedWorker) -> None:
-    m = shared_worker.fresh()
+    m = unique()
 
     added = shared_worker.task("add").apply_async((1, 2), message_id=m)
     echoed = shared_worker.task("echo").apply_async((3,), message_id=m)
@@ -121,7 +122,7 @@ def test_calls_without_an_id_are_messages_of_their_own(shared_worker: SharedWork
 
 def test_a_task_id_given_twice_is_a_duplicate(shared_worker: SharedWorker) -> None:
     """Without an id the task id is the message id, and a caller may choose it."""
-    chosen = shared_worker.fresh("task")
+    chosen = unique("task")
 
     first = shared_worker.task("add").apply_async((1, 2), task_id=chosen)
     second = shared_worker.task("add").apply_async((1, 2), task_id=chosen)
@@ -132,7 +133,7 @@ def test_a_task_id_given_twice_is_a_duplicate(shared_worker: SharedWorker) -> No
 
 
 def test_a_duplicate_is_raised_where_the_task_says_so(shared_worker: SharedWorker) -> None:
-    order = shared_worker.fresh("order")
+    order = unique("order")
     first = shared_worker.task("order.raise").delay(order)
     assert first.get(timeout=TIMEOUT)
 
@@ -147,7 +148,7 @@ def test_a_duplicate_is_raised_where_the_task_says_so(shared_worker: SharedWorke
 
 @pytest.mark.parametrize("task", ["order", "order.raise"])
 def test_other_arguments_under_one_id_are_refused(shared_worker: SharedWorker, task: str) -> None:
-    order = shared_worker.fresh("order")
+    order = unique("order")
     first = shared_worker.task(task).delay(order, 500)
 
     with pytest.raises(MessageMismatchError) as caught:
@@ -159,7 +160,7 @@ def test_other_arguments_under_one_id_are_refused(shared_worker: SharedWorker, t
 
 
 def test_other_arguments_are_refused_for_an_id_given_with_the_call(shared_worker: SharedWorker) -> None:
-    m = shared_worker.fresh()
+    m = unique()
     shared_worker.task("add").apply_async((1, 2), message_id=m)
 
     with pytest.raises(MessageMismatchError):
@@ -167,7 +168,7 @@ def test_other_arguments_are_refused_for_an_id_given_with_the_call(shared_worker
 
 
 def test_without_a_fingerprint_the_first_arguments_stand(shared_worker: SharedWorker) -> None:
-    order = shared_worker.fresh("order")
+    order = unique("order")
     shared_worker.task("order.loose").delay(order, 500)
 
     second = shared_worker.task("order.loose").delay(order, 900)
@@ -177,7 +178,7 @@ def test_without_a_fingerprint_the_first_arguments_stand(shared_worker: SharedWo
 
 
 def test_a_callable_makes_the_id(shared_worker: SharedWorker) -> None:
-    order = shared_worker.fresh("order")
+    order = unique("order")
 
     monday = shared_worker.task("order.daily").delay(order, day="monday")
     again = shared_worker.task("order.daily").delay(order_id=order, day="monday")
@@ -190,10 +191,10 @@ def test_a_callable_makes_the_id(shared_worker: SharedWorker) -> None:
 
 
 def test_an_id_is_free_again_when_its_time_is_over(shared_worker: SharedWorker) -> None:
-    order = shared_worker.fresh("order")
+    order = unique("order")
     task, m = shared_worker.task("order.window"), f"order:{order}"
     first = task.delay(order)
-    before = shared_worker.done("order.window", m)
+    before = shared_worker.wait_until_done("order.window", m)
     assert before.expires_at is not None
     assert before.processed_timestamp is not None
     assert (before.expires_at - before.processed_timestamp).total_seconds() == pytest.approx(1.0, abs=0.1)
@@ -209,7 +210,7 @@ def test_an_id_is_free_again_when_its_time_is_over(shared_worker: SharedWorker) 
 
 
 def test_a_failed_message_stays_taken(shared_worker: SharedWorker) -> None:
-    m = shared_worker.fresh()
+    m = unique()
     first = shared_worker.task("fail").apply_async(message_id=m)
     assert isinstance(first.get(timeout=TIMEOUT, propagate=False), ValueError)
 
@@ -222,7 +223,7 @@ def test_a_failed_message_stays_taken(shared_worker: SharedWorker) -> None:
 
 
 def test_a_failed_message_is_sent_again_where_the_task_says_so(shared_worker: SharedWorker) -> None:
-    order, flag = shared_worker.fresh("order"), shared_worker.path("flag")
+    order, flag = unique("order"), shared_worker.path("flag")
     task, m = shared_worker.task("order.again"), f"order:{order}"
     first = task.delay(order, flag)
     assert isinstance(first.get(timeout=TIMEOUT, propagate=False), ValueError)
@@ -242,7 +243,7 @@ def test_a_failed_message_is_sent_again_where_the_task_says_so(shared_worker: Sh
 
 
 def test_a_call_that_cannot_be_identified_leaves_nothing(shared_worker: SharedWorker) -> None:
-    m = shared_worker.fresh()
+    m = unique()
     with pytest.raises(ConfigurationError, match="canonical"):
         shared_worker.task("echo").apply_async((object(),), message_id=m)
     assert shared_worker.find("echo", m) is None
@@ -253,7 +254,7 @@ def test_a_call_that_cannot_be_identified_leaves_nothing(shared_worker: SharedWo
 
 
 def test_a_call_that_the_body_does_not_take_leaves_nothing(shared_worker: SharedWorker) -> None:
-    m = shared_worker.fresh()
+    m = unique()
 
     with pytest.raises(TypeError):
         shared_worker.task("add").apply_async((1, 2, 3, 4), message_id=m)
@@ -274,9 +275,9 @@ def test_a_model_is_taken_as_celery_takes_it(shared_worker: SharedWorker) -> Non
 
 
 def test_a_call_that_does_not_fit_an_untyped_task_fails_in_its_worker(shared_worker: SharedWorker) -> None:
-    m = shared_worker.fresh()
+    m = unique()
 
     result = shared_worker.task("untyped").apply_async(("o-1", 2, 3), message_id=m)
 
     assert isinstance(result.get(timeout=TIMEOUT, propagate=False), TypeError)
-    assert shared_worker.done("untyped", m).processed_status is ProcessedStatus.FAILURE
+    assert shared_worker.wait_until_done("untyped", m).processed_status is ProcessedStatus.FAILURE

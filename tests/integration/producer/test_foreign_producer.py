@@ -15,8 +15,9 @@ from kombu.messaging import Producer
 from celery_idempotent import MessageMismatchError
 from celery_idempotent.core.records import Claimed, Inserted, MessageKey, NewMessage, ProcessedStatus, Status
 from celery_idempotent.message.serialization import encode_message, encode_result
-from tests.support.shared_workers import TIMEOUT, SharedWorker
-from tests.support.waiting import wait_until
+from tests.support.deployment import unique
+from tests.support.shared_workers import SharedWorker
+from tests.support.waiting import TIMEOUT, wait_until
 
 SUCCESS, FAILURE = ProcessedStatus.SUCCESS, ProcessedStatus.FAILURE
 
@@ -37,7 +38,7 @@ def publish(
 
 
 def test_a_message_with_nothing_but_the_property_is_known_by_it(shared_worker: SharedWorker) -> None:
-    m, first, second = shared_worker.fresh(), str(uuid4()), str(uuid4())
+    m, first, second = unique(), str(uuid4()), str(uuid4())
 
     publish(shared_worker, "echo", "value", task_id=first, message_id=m)
     assert shared_worker.app.AsyncResult(first).get(timeout=TIMEOUT) == "value"
@@ -64,7 +65,7 @@ def test_a_message_without_it_is_known_by_its_task_id(shared_worker: SharedWorke
 
 
 def test_a_message_of_the_first_protocol_is_guarded(shared_worker: SharedWorker) -> None:
-    m, first, second = shared_worker.fresh(), str(uuid4()), str(uuid4())
+    m, first, second = unique(), str(uuid4()), str(uuid4())
 
     for task_id in (first, second):
         publish(shared_worker, "add", 1, 2, task_id=task_id, protocol=1, message_id=m)
@@ -75,7 +76,7 @@ def test_a_message_of_the_first_protocol_is_guarded(shared_worker: SharedWorker)
 
 def test_a_message_written_by_hand_is_guarded(shared_worker: SharedWorker) -> None:
     """As a shell script would put it on the broker's list: the envelope of kombu's Redis transport, and no more."""
-    m, task_id = shared_worker.fresh(), str(uuid4())
+    m, task_id = unique(), str(uuid4())
     body = base64.b64encode(json.dumps([["value"], {}, {}]).encode()).decode()
     envelope = {
         "body": body,
@@ -107,7 +108,7 @@ def test_a_message_without_an_id_is_known_by_the_tasks_option(
     shared_worker: SharedWorker, task: str, protocol: int
 ) -> None:
     """The broker's copy has no header: a redelivery computes the id again."""
-    order, ids = shared_worker.fresh("order"), [str(uuid4()), str(uuid4())]
+    order, ids = unique("order"), [str(uuid4()), str(uuid4())]
     args = (order, "monday") if task == "order.daily" else (order,)
 
     for task_id in (ids[0], ids[1], ids[0]):
@@ -124,7 +125,7 @@ def test_a_message_without_an_id_is_known_by_the_tasks_option(
 
 def test_a_row_under_the_task_id_goes_before_a_computed_one(shared_worker: SharedWorker) -> None:
     """A worker of an earlier version has claimed the message by its task id."""
-    order, task_id = shared_worker.fresh("order"), str(uuid4())
+    order, task_id = unique("order"), str(uuid4())
     store, key = shared_worker.app.queue_log.store, MessageKey(task_id, "order")
     answer = store.claim(NewMessage(key, task_id), worker="older", lease=60.0, grace=30.0)
     assert isinstance(answer, Claimed)
@@ -140,7 +141,7 @@ def test_a_row_under_the_task_id_goes_before_a_computed_one(shared_worker: Share
 
 def test_a_first_message_whose_copy_ran_is_not_taken_for_another(shared_worker: SharedWorker) -> None:
     """What keeps it in the meantime is a row under its task id."""
-    order, first, copy = shared_worker.fresh("order"), str(uuid4()), str(uuid4())
+    order, first, copy = unique("order"), str(uuid4()), str(uuid4())
     store, m = shared_worker.app.queue_log.store, f"order:{order}"
     message = encode_message([order], {}, {"task_id": first, "message_id": m}, serializer="json")
     assert store.record(NewMessage(MessageKey(m, "order"), first, message=message)) == Inserted()
@@ -151,12 +152,12 @@ def test_a_first_message_whose_copy_ran_is_not_taken_for_another(shared_worker: 
     publish(shared_worker, "order", order, task_id=first)
 
     assert shared_worker.app.AsyncResult(first).get(timeout=TIMEOUT) == {"order": order, "amount": 1}
-    wait_until(lambda: shared_worker.find("order", first) is None, timeout=TIMEOUT)
+    wait_until(lambda: shared_worker.find("order", first) is None)
     assert [len(shared_worker.ledger.starts("order", task_id=task_id)) for task_id in (first, copy)] == [0, 1]
 
 
 def test_other_arguments_under_the_same_property_are_refused(shared_worker: SharedWorker) -> None:
-    m, first, second = shared_worker.fresh(), str(uuid4()), str(uuid4())
+    m, first, second = unique(), str(uuid4()), str(uuid4())
     publish(shared_worker, "echo", 1, task_id=first, message_id=m)
     assert shared_worker.app.AsyncResult(first).get(timeout=TIMEOUT) == 1
 
@@ -168,7 +169,7 @@ def test_other_arguments_under_the_same_property_are_refused(shared_worker: Shar
 
 
 def test_retries_and_failures_of_a_foreign_message_are_recorded(shared_worker: SharedWorker) -> None:
-    retried, failed = shared_worker.fresh(), shared_worker.fresh()
+    retried, failed = unique(), unique()
 
     first = shared_worker.deliver("retry_n", (2,), message_id=retried)
     second = shared_worker.deliver("fail", message_id=failed)
@@ -184,7 +185,7 @@ def test_retries_and_failures_of_a_foreign_message_are_recorded(shared_worker: S
 
 def test_a_foreign_message_can_be_published_again_from_its_row(shared_worker: SharedWorker) -> None:
     """Its row is made by the consumer, with the whole message, which a crash would leave behind."""
-    m, gate = shared_worker.fresh(), shared_worker.path("gate")
+    m, gate = unique(), shared_worker.path("gate")
     result = shared_worker.deliver("gated", (gate, "value"), message_id=m)
     shared_worker.wait_for_starts("gated", m)
 
@@ -200,7 +201,7 @@ def test_a_foreign_message_can_be_published_again_from_its_row(shared_worker: Sh
 
 
 def test_a_call_after_a_foreign_message_is_a_duplicate(shared_worker: SharedWorker) -> None:
-    m = shared_worker.fresh()
+    m = unique()
     foreign = shared_worker.deliver("echo", ("value",), message_id=m)
     assert foreign.get(timeout=TIMEOUT) == "value"
 

@@ -11,8 +11,9 @@ from celery import chain, chord, group
 from celery_idempotent.core.records import Row, RowFilter
 from celery_idempotent.maintenance.rescue import Rescue
 from tests.integration.worker.test_copies import consumed, purge
-from tests.support.shared_workers import TIMEOUT, SharedWorker
-from tests.support.waiting import wait_until
+from tests.support.deployment import unique
+from tests.support.shared_workers import SharedWorker
+from tests.support.waiting import TIMEOUT, wait_until
 
 
 def frozen(shared_worker: SharedWorker, value: str = "value") -> Any:
@@ -32,14 +33,12 @@ def test_a_frozen_signature_in_two_chains_goes_on_in_both(shared_worker: SharedW
 
     assert [result.get(timeout=TIMEOUT) for result in results] == [["value", "one"], ["value", "two"]]
     assert len(shared_worker.starts("echo", first.id)) == 1
-    wait_until(
-        lambda: not later_rows(shared_worker, "echo"), timeout=TIMEOUT, describe="the end of the later call's row"
-    )
+    wait_until(lambda: not later_rows(shared_worker, "echo"), describe="the end of the later call's row")
 
 
 def test_a_given_task_id_and_a_message_id_in_two_chains_go_on_in_both(shared_worker: SharedWorker) -> None:
-    m, told = shared_worker.fresh(), shared_worker.task("told")
-    first = shared_worker.task("echo").si("value").set(task_id=shared_worker.fresh("id"), message_id=m)
+    m, told = unique(), shared_worker.task("told")
+    first = shared_worker.task("echo").si("value").set(task_id=unique("id"), message_id=m)
 
     results = [chain(first, told.s(n), app=shared_worker.app).apply_async() for n in range(2)]
 
@@ -49,7 +48,7 @@ def test_a_given_task_id_and_a_message_id_in_two_chains_go_on_in_both(shared_wor
 
 def test_every_step_frozen_in_two_chains_goes_on_in_both(shared_worker: SharedWorker) -> None:
     first, second, told = frozen(shared_worker), shared_worker.task("told").s("second"), shared_worker.task("told")
-    second.set(task_id=shared_worker.fresh("id"))
+    second.set(task_id=unique("id"))
 
     results = [chain(first, second, told.s(n), app=shared_worker.app).apply_async() for n in range(2)]
 
@@ -60,7 +59,7 @@ def test_every_step_frozen_goes_on_in_the_chain_whose_first_step_was_held(shared
     gate, told = shared_worker.path("gate"), shared_worker.task("told")
     first, second = shared_worker.task("gated").si(gate, "value"), told.s("second")
     first.freeze()
-    second.set(task_id=shared_worker.fresh("id"))
+    second.set(task_id=unique("id"))
 
     results = [chain(first, second, told.s(n), app=shared_worker.app).apply_async() for n in range(2)]
     shared_worker.wait_until_held("gated", first.id)
@@ -82,13 +81,13 @@ def test_a_frozen_signature_in_a_header_and_as_a_body_goes_on_in_both(shared_wor
 
 def test_a_failed_signature_in_a_second_chain_tells_its_errback(shared_worker: SharedWorker) -> None:
     first, told = (
-        shared_worker.task("fail").si("refused").set(task_id=shared_worker.fresh("id")),
+        shared_worker.task("fail").si("refused").set(task_id=unique("id")),
         shared_worker.task("told"),
     )
     with pytest.raises(Exception, match="refused"):
         chain(first, told.s(), app=shared_worker.app).apply_async().get(timeout=TIMEOUT)
 
-    flag = shared_worker.fresh("errback")
+    flag = unique("errback")
     second = chain(first, told.s(), app=shared_worker.app)
     second.link_error(told.si().set(message_id=flag))
     second.apply_async()
@@ -104,7 +103,7 @@ def test_a_failed_signature_without_more_steps_tells_its_errback(
 ) -> None:
     """Celery sends an errback of one parameter as a message, and calls one of three where the task failed."""
     first, told = (
-        shared_worker.task("fail").si("refused").set(task_id=shared_worker.fresh("id")),
+        shared_worker.task("fail").si("refused").set(task_id=unique("id")),
         shared_worker.task("told"),
     )
     with pytest.raises(Exception, match="refused"):
@@ -122,16 +121,14 @@ def test_a_failed_signature_without_more_steps_tells_its_errback(
 
     shared_worker.wait_for_note(errback.name, first.id)
     assert len(shared_worker.starts("fail", first.id)) == 1
-    wait_until(
-        lambda: not later_rows(shared_worker, "fail"), timeout=TIMEOUT, describe="the end of the later call's row"
-    )
+    wait_until(lambda: not later_rows(shared_worker, "fail"), describe="the end of the later call's row")
 
 
 def test_a_later_call_by_name_goes_on(shared_worker: SharedWorker) -> None:
-    task_id, told = shared_worker.fresh("id"), shared_worker.task("told")
+    task_id, told = unique("id"), shared_worker.task("told")
     assert shared_worker.task("echo").apply_async(("value",), task_id=task_id).get(timeout=TIMEOUT) == "value"
 
-    flag = shared_worker.fresh("link")
+    flag = unique("link")
     shared_worker.app.send_task("echo", ("value",), task_id=task_id, link=told.si().set(message_id=flag))
 
     shared_worker.wait_for_starts("told", flag)
@@ -139,7 +136,7 @@ def test_a_later_call_by_name_goes_on(shared_worker: SharedWorker) -> None:
 
 
 def test_a_later_call_that_the_broker_lost_comes_back(shared_worker: SharedWorker) -> None:
-    first, told, queue = frozen(shared_worker), shared_worker.task("told"), shared_worker.fresh("queue")
+    first, told, queue = frozen(shared_worker), shared_worker.task("told"), unique("queue")
     assert chain(first, told.s("one"), app=shared_worker.app).apply_async().get(timeout=TIMEOUT) == ["value", "one"]
 
     second = chain(first.clone().set(queue=queue), told.s("two"), app=shared_worker.app).apply_async()
@@ -148,9 +145,7 @@ def test_a_later_call_that_the_broker_lost_comes_back(shared_worker: SharedWorke
     assert Rescue.of(shared_worker.app.queue_log).publish_waiting(0.0) >= 1
     with consumed(shared_worker, queue):
         assert second.get(timeout=TIMEOUT) == ["value", "two"]
-        wait_until(
-            lambda: not later_rows(shared_worker, "echo"), timeout=TIMEOUT, describe="the end of the later call's row"
-        )
+        wait_until(lambda: not later_rows(shared_worker, "echo"), describe="the end of the later call's row")
     assert len(shared_worker.starts("echo", first.id)) == 1
 
 

@@ -12,8 +12,9 @@ from kombu.exceptions import EncodeError, OperationalError
 
 from celery_idempotent import DuplicateMessageError
 from celery_idempotent.core.records import ProcessedStatus, Status
-from tests.support.shared_workers import TIMEOUT, SharedWorker
-from tests.support.waiting import wait_until
+from tests.support.deployment import unique
+from tests.support.shared_workers import SharedWorker
+from tests.support.waiting import TIMEOUT, wait_until
 
 #: Nobody listens on the discard port.
 NOWHERE = "redis://127.0.0.1:9/0"
@@ -45,7 +46,7 @@ def count(shared_worker: SharedWorker, task: str) -> int:
 def test_a_call_that_the_broker_did_not_take_is_withdrawn(
     shared_worker: SharedWorker, producer_without_broker: Celery, task: str
 ) -> None:
-    order = shared_worker.fresh("order")
+    order = unique("order")
 
     with pytest.raises(OperationalError):
         producer_without_broker.tasks[task].delay(order)
@@ -58,7 +59,7 @@ def test_a_call_that_the_broker_did_not_take_is_withdrawn(
 
 
 def test_publications_are_retried_before_that(shared_worker: SharedWorker) -> None:
-    order = shared_worker.fresh("order")
+    order = unique("order")
     policy = {"max_retries": 2, "interval_start": 0, "interval_step": 0.05, "interval_max": 0.05}
     patient = shared_worker.producer(broker=NOWHERE, task_publish_retry_policy=policy, broker_connection_timeout=1)
 
@@ -70,7 +71,7 @@ def test_publications_are_retried_before_that(shared_worker: SharedWorker) -> No
 
 def test_a_call_without_an_id_is_withdrawn_too(shared_worker: SharedWorker, producer_without_broker: Celery) -> None:
     with pytest.raises(OperationalError):
-        producer_without_broker.tasks["add"].apply_async((1, 2), task_id=(task_id := shared_worker.fresh("task")))
+        producer_without_broker.tasks["add"].apply_async((1, 2), task_id=(task_id := unique("task")))
 
     assert shared_worker.find("add", task_id) is None
 
@@ -78,7 +79,7 @@ def test_a_call_without_an_id_is_withdrawn_too(shared_worker: SharedWorker, prod
 def test_a_chain_whose_first_step_was_not_taken_leaves_nothing(
     shared_worker: SharedWorker, producer_without_broker: Celery
 ) -> None:
-    m, add = shared_worker.fresh(), producer_without_broker.tasks["add"]
+    m, add = unique(), producer_without_broker.tasks["add"]
 
     with pytest.raises(OperationalError):
         chain(add.s(1, 2).set(message_id=m), add.s(3), app=producer_without_broker).apply_async()
@@ -90,7 +91,7 @@ def test_a_failed_publication_leaves_what_was_there_before(
     shared_worker: SharedWorker, producer_without_broker: Celery
 ) -> None:
     """A duplicate that waits on a canvas of its own is published as a copy; the row is not its to withdraw."""
-    m = shared_worker.fresh()
+    m = unique()
     assert shared_worker.task("add").apply_async((1, 2), message_id=m).get(timeout=TIMEOUT) == 3
 
     with pytest.raises(OperationalError):
@@ -102,7 +103,7 @@ def test_a_failed_publication_leaves_what_was_there_before(
 
 
 def test_a_failed_resubmission_leaves_the_failure(shared_worker: SharedWorker, producer_without_broker: Celery) -> None:
-    order, flag = shared_worker.fresh("order"), shared_worker.path("flag")
+    order, flag = unique("order"), shared_worker.path("flag")
     m = f"order:{order}"
     first = shared_worker.task("order.again").delay(order, flag)
     assert isinstance(first.get(timeout=TIMEOUT, propagate=False), ValueError)
@@ -124,7 +125,7 @@ def test_a_call_that_is_sent_by_name_may_be_sent_again(
     shared_worker: SharedWorker, producer_without_broker: Celery
 ) -> None:
     """No signal tells of a publication that failed, so the row stays; the next call by name is published all the same."""
-    order = shared_worker.fresh("order")
+    order = unique("order")
     with pytest.raises(OperationalError):
         producer_without_broker.send_task("order", (order,))
     assert shared_worker.row("order", f"order:{order}").status is Status.PENDING
@@ -144,14 +145,14 @@ def test_arguments_that_cannot_be_encoded_leave_nothing(shared_worker: SharedWor
     with pytest.raises(EncodeError):
         shared_worker.task("echo").delay(object())
     with pytest.raises(EncodeError):
-        shared_worker.task("echo").apply_async((1,), message_id=(m := shared_worker.fresh()), headers={"x": object()})
+        shared_worker.task("echo").apply_async((1,), message_id=(m := unique()), headers={"x": object()})
 
     assert shared_worker.find("echo", m) is None
     assert count(shared_worker, "echo") == before
 
 
 def test_an_unknown_serializer_leaves_nothing(shared_worker: SharedWorker) -> None:
-    m = shared_worker.fresh()
+    m = unique()
 
     with pytest.raises(Exception, match="no-such-serializer"):
         shared_worker.task("echo").apply_async((1,), message_id=m, serializer="no-such-serializer")
@@ -166,7 +167,7 @@ def test_an_unknown_serializer_leaves_nothing(shared_worker: SharedWorker) -> No
 def test_a_message_that_was_never_published_is_published_by_a_later_call(
     shared_worker: SharedWorker, producer_to_nowhere: Celery
 ) -> None:
-    m = shared_worker.fresh()
+    m = unique()
     lost = producer_to_nowhere.tasks["echo"].apply_async(("value",), message_id=m)
     first = shared_worker.row("echo", m)
 
@@ -178,7 +179,7 @@ def test_a_message_that_was_never_published_is_published_by_a_later_call(
 
     assert not published_again(shared_worker.app), "five minutes have not passed yet"
     impatient = shared_worker.producer(idempotent_lost_after=0.5)
-    wait_until(lambda: published_again(impatient), timeout=TIMEOUT, interval=0.2, describe="another publication")
+    wait_until(lambda: published_again(impatient), interval=0.2, describe="another publication")
 
     assert shared_worker.app.AsyncResult(lost.id).get(timeout=TIMEOUT) == "value"
     assert [start.task_id for start in shared_worker.starts("echo", m)] == [lost.id]
@@ -189,7 +190,7 @@ def test_a_message_that_was_never_published_is_published_by_a_later_call(
 def test_a_later_call_that_raises_on_duplicates_publishes_a_lost_message(
     shared_worker: SharedWorker, producer_to_nowhere: Celery
 ) -> None:
-    order = shared_worker.fresh("order")
+    order = unique("order")
     lost = producer_to_nowhere.tasks["order.raise"].delay(order)
     impatient = shared_worker.producer(idempotent_lost_after=0.5)
 
@@ -197,7 +198,7 @@ def test_a_later_call_that_raises_on_duplicates_publishes_a_lost_message(
         with suppress(DuplicateMessageError):
             return impatient.tasks["order.raise"].delay(order)
 
-    result = wait_until(sent, timeout=TIMEOUT, interval=0.2, describe="another publication")
+    result = wait_until(sent, interval=0.2, describe="another publication")
 
     assert result.id == lost.id
     assert shared_worker.app.AsyncResult(lost.id).get(timeout=TIMEOUT) == {"order": order, "amount": 1}
@@ -206,7 +207,7 @@ def test_a_later_call_that_raises_on_duplicates_publishes_a_lost_message(
 
 def test_of_two_publications_of_one_message_one_runs(shared_worker: SharedWorker) -> None:
     """It was not lost, only late: both copies are there, and the claim absorbs one."""
-    m = shared_worker.fresh()
+    m = unique()
     first = shared_worker.task("echo").apply_async(("value",), message_id=m, countdown=1)
     shared_worker.deliver("echo", ("value",), message_id=m, task_id=first.id, countdown=1)
 

@@ -12,7 +12,9 @@ from celery.exceptions import ChordError
 
 from celery_idempotent import AlreadyFailedError, MessageMismatchError
 from celery_idempotent.core.records import ProcessedStatus, Status
-from tests.support.shared_workers import TIMEOUT, SharedWorker
+from tests.support.deployment import unique
+from tests.support.shared_workers import SharedWorker
+from tests.support.waiting import TIMEOUT
 
 #: Makes a canvas with one identified message in it.
 Canvas = Callable[[SharedWorker, str], Any]
@@ -69,7 +71,7 @@ CANVASES: dict[str, tuple[Canvas, str, Any]] = {
 def test_a_duplicate_is_replayed_and_the_canvas_goes_on(
     shared_worker: SharedWorker, canvas: Canvas, task: str, value: Any
 ) -> None:
-    m = shared_worker.fresh()
+    m = unique()
 
     results = [canvas(shared_worker, m).apply_async() for _ in range(3)]
 
@@ -81,7 +83,7 @@ def test_a_duplicate_is_replayed_and_the_canvas_goes_on(
 
 
 def test_every_member_of_a_canvas_resolves(shared_worker: SharedWorker) -> None:
-    m = shared_worker.fresh()
+    m = unique()
     in_chain(1)(shared_worker, m).apply_async().get(timeout=TIMEOUT)
 
     last = in_chain(1)(shared_worker, m).apply_async()
@@ -91,7 +93,7 @@ def test_every_member_of_a_canvas_resolves(shared_worker: SharedWorker) -> None:
 
 
 def test_two_members_of_one_chord_with_one_id_are_one_run(shared_worker: SharedWorker) -> None:
-    m, told = shared_worker.fresh(), shared_worker.task("told")
+    m, told = unique(), shared_worker.task("told")
     member = told.s("here").set(message_id=m)
 
     result = chord([member, member.clone()], told.s(), app=shared_worker.app).apply_async()
@@ -102,7 +104,7 @@ def test_two_members_of_one_chord_with_one_id_are_one_run(shared_worker: SharedW
 
 @pytest.mark.parametrize("position", ["middle of a chain", "member of a header"])
 def test_a_duplicate_of_a_running_message_is_held_with_its_canvas(shared_worker: SharedWorker, position: str) -> None:
-    m, gate, told = shared_worker.fresh(), shared_worker.path("gate"), shared_worker.task("told")
+    m, gate, told = unique(), shared_worker.path("gate"), shared_worker.task("told")
     busy = shared_worker.task("busy.hold")
     shared_worker.deliver("busy.hold", (gate, "value"), message_id=m)
     shared_worker.wait_for_starts("busy.hold", m)
@@ -124,7 +126,7 @@ def test_a_duplicate_of_a_running_message_is_held_with_its_canvas(shared_worker:
 
 
 def test_a_task_that_raises_on_duplicates_does_not_stop_a_canvas(shared_worker: SharedWorker) -> None:
-    order = shared_worker.fresh("order")
+    order = unique("order")
     value = {"order": order, "amount": 1}
 
     results = [
@@ -139,7 +141,7 @@ def test_a_task_that_raises_on_duplicates_does_not_stop_a_canvas(shared_worker: 
 
 
 def test_retries_in_a_chain_go_on_to_the_next_step(shared_worker: SharedWorker) -> None:
-    m = shared_worker.fresh()
+    m = unique()
 
     results = [
         chain(
@@ -157,7 +159,7 @@ def test_retries_in_a_chain_go_on_to_the_next_step(shared_worker: SharedWorker) 
 
 @pytest.mark.parametrize(("kind", "value"), [("guarded", 13), ("plain", 13), ("chain", 16)])
 def test_a_replaced_step_goes_on_to_the_next(shared_worker: SharedWorker, kind: str, value: int) -> None:
-    m = shared_worker.fresh()
+    m = unique()
 
     result = chain(
         shared_worker.task("replace_by").s(kind).set(message_id=m),
@@ -173,7 +175,7 @@ def test_a_replaced_step_goes_on_to_the_next(shared_worker: SharedWorker, kind: 
 
 
 def test_a_failed_duplicate_fails_its_chain(shared_worker: SharedWorker) -> None:
-    m = shared_worker.fresh()
+    m = unique()
 
     def canvas() -> Any:
         fail = shared_worker.task("fail").si("the reason").set(message_id=m)
@@ -192,7 +194,7 @@ def test_a_failed_duplicate_fails_its_chain(shared_worker: SharedWorker) -> None
 
 
 def test_a_failed_duplicate_fails_its_chord(shared_worker: SharedWorker) -> None:
-    m = shared_worker.fresh()
+    m = unique()
 
     def canvas() -> Any:
         members = [shared_worker.task("add").s(1, 2), shared_worker.task("fail").s("the reason").set(message_id=m)]
@@ -209,7 +211,7 @@ def test_a_failed_duplicate_fails_its_chord(shared_worker: SharedWorker) -> None
 
 def test_other_arguments_inside_of_a_canvas_fail_that_step_alone(shared_worker: SharedWorker) -> None:
     """Whoever dispatches the step has run well, so it is the step that learns of the mismatch."""
-    m = shared_worker.fresh()
+    m = unique()
     assert shared_worker.task("echo").apply_async((1,), message_id=m).get(timeout=TIMEOUT) == 1
 
     result = chain(
@@ -219,13 +221,13 @@ def test_other_arguments_inside_of_a_canvas_fail_that_step_alone(shared_worker: 
     with pytest.raises(MessageMismatchError):
         result.get(timeout=TIMEOUT)
     assert result.parent.get(timeout=TIMEOUT) == 2
-    parent = shared_worker.done("add", result.parent.id)
+    parent = shared_worker.wait_until_done("add", result.parent.id)
     assert parent.processed_status is ProcessedStatus.SUCCESS
     assert len(shared_worker.starts("echo", m)) == 1
 
 
 def test_other_arguments_of_a_chords_body_fail_the_body_alone(shared_worker: SharedWorker) -> None:
-    m, add, told = shared_worker.fresh(), shared_worker.task("add"), shared_worker.task("told")
+    m, add, told = unique(), shared_worker.task("add"), shared_worker.task("told")
     assert told.apply_async((1,), message_id=m).get(timeout=TIMEOUT) == [1]
 
     result = chord([add.s(1, 2), add.s(3, 4)], told.s().set(message_id=m), app=shared_worker.app).apply_async()
@@ -241,7 +243,7 @@ def test_other_arguments_of_a_chords_body_fail_the_body_alone(shared_worker: Sha
 
 def test_a_link_is_sent_for_each_caller(shared_worker: SharedWorker) -> None:
     """The callback of a duplicate is the duplicate's own: it gets the value that the first run made."""
-    m, told = shared_worker.fresh(), shared_worker.task("told")
+    m, told = unique(), shared_worker.task("told")
 
     first = shared_worker.task("echo").apply_async(("value",), message_id=m, link=told.s("first"))
     second = shared_worker.task("echo").apply_async(("value",), message_id=m, link=told.s("second"))
@@ -253,7 +255,7 @@ def test_a_link_is_sent_for_each_caller(shared_worker: SharedWorker) -> None:
 
 
 def test_a_link_with_an_id_runs_once(shared_worker: SharedWorker) -> None:
-    m, told, echo = shared_worker.fresh(), shared_worker.task("told"), shared_worker.task("echo")
+    m, told, echo = unique(), shared_worker.task("told"), shared_worker.task("echo")
 
     results = [echo.apply_async(("value",), link=told.s().set(message_id=m)) for _ in range(2)]
 
@@ -263,19 +265,19 @@ def test_a_link_with_an_id_runs_once(shared_worker: SharedWorker) -> None:
 
 
 def test_a_copy_of_a_finished_message_does_not_send_its_link_again(shared_worker: SharedWorker) -> None:
-    m, told = shared_worker.fresh(), shared_worker.task("told")
-    heard = shared_worker.fresh("heard")
+    m, told = unique(), shared_worker.task("told")
+    heard = unique("heard")
     result = shared_worker.task("echo").apply_async(("value",), message_id=m, link=told.s().set(message_id=heard))
     assert result.get(timeout=TIMEOUT) == "value"
-    shared_worker.done("told", heard)
-    shared_worker.done("echo", m)
+    shared_worker.wait_until_done("told", heard)
+    shared_worker.wait_until_done("echo", m)
 
     shared_worker.deliver("echo", ("value",), message_id=m, task_id=result.id, link=told.s().set(message_id=heard))
 
     shared_worker.wait_for_row("echo", m, lambda row: row.duplicates == 1)
     # One that is sent behind it comes after whatever it might have sent.
     shared_worker.task("told").apply_async(("behind",), message_id=f"{heard}:behind")
-    shared_worker.done("told", f"{heard}:behind")
+    shared_worker.wait_until_done("told", f"{heard}:behind")
     assert shared_worker.row("told", heard).duplicates == 0
     assert len(shared_worker.starts("told", heard)) == 1
 
@@ -283,7 +285,7 @@ def test_a_copy_of_a_finished_message_does_not_send_its_link_again(shared_worker
 @pytest.mark.parametrize("style", ["message", "call"])
 def test_an_errback_is_told_of_a_failed_duplicate(shared_worker: SharedWorker, style: str) -> None:
     """Celery sends an errback of one parameter as a message, and calls one of three where the task failed."""
-    m = shared_worker.fresh()
+    m = unique()
     fail, errback = shared_worker.task("fail"), shared_worker.task("errback" if style == "message" else "errback.call")
 
     results = [fail.apply_async(message_id=m, link_error=errback.s()) for _ in range(2)]
@@ -296,7 +298,7 @@ def test_an_errback_is_told_of_a_failed_duplicate(shared_worker: SharedWorker, s
 
 
 def test_a_link_that_raises_on_duplicates_does_not_fail_its_parent(shared_worker: SharedWorker) -> None:
-    order, echo, link = shared_worker.fresh("order"), shared_worker.task("echo"), shared_worker.task("order.raise")
+    order, echo, link = unique("order"), shared_worker.task("echo"), shared_worker.task("order.raise")
 
     results = [echo.apply_async(("value",), link=link.si(order)) for _ in range(2)]
 
@@ -307,7 +309,7 @@ def test_a_link_that_raises_on_duplicates_does_not_fail_its_parent(shared_worker
 
 
 def test_a_link_with_other_arguments_does_not_fail_its_parent(shared_worker: SharedWorker) -> None:
-    m, echo, told = shared_worker.fresh(), shared_worker.task("echo"), shared_worker.task("told")
+    m, echo, told = unique(), shared_worker.task("echo"), shared_worker.task("told")
 
     results = [echo.apply_async((value,), link=told.s().set(message_id=m)) for value in ("one", "two")]
 
@@ -321,7 +323,7 @@ def test_a_link_with_other_arguments_does_not_fail_its_parent(shared_worker: Sha
 
 
 def test_an_errback_with_an_id_runs_once(shared_worker: SharedWorker) -> None:
-    m, fail, told = shared_worker.fresh(), shared_worker.task("fail"), shared_worker.task("told")
+    m, fail, told = unique(), shared_worker.task("fail"), shared_worker.task("told")
 
     results = [fail.apply_async(link_error=told.si("it failed").set(message_id=m)) for _ in range(2)]
 

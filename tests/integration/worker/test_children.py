@@ -14,8 +14,9 @@ from celery.result import AsyncResult
 from celery_idempotent.core.records import Row, Status
 from celery_idempotent.maintenance.recovery import Recovery
 from tests.support.apps.children import Moment, deadly
-from tests.support.shared_workers import TIMEOUT, SharedWorker
-from tests.support.waiting import wait_until
+from tests.support.deployment import unique
+from tests.support.shared_workers import SharedWorker
+from tests.support.waiting import TIMEOUT, wait_until
 
 #: How the tasks that these tests call are named. Others of the shared worker leave theirs waiting in the worker.
 OURS = ("child", "parent", "hard.", "die.")
@@ -43,7 +44,7 @@ def settle(shared_worker: SharedWorker) -> None:
                 return False
         return not queued()
 
-    wait_until(idle, timeout=TIMEOUT, describe="an idle worker")
+    wait_until(idle, describe="an idle worker")
 
 
 def ran(shared_worker: SharedWorker, name: str) -> dict[str, int]:
@@ -78,7 +79,7 @@ CALLS: dict[str, tuple[dict[str, int], list[str]]] = {
 
 @pytest.mark.parametrize("kind", CALLS)
 def test_a_body_that_runs_again_makes_the_same_calls(shared_worker: SharedWorker, kind: str) -> None:
-    name = shared_worker.fresh()
+    name = unique()
     children, values = CALLS[kind]
 
     result = shared_worker.task("parent").apply_async((kind, name, shared_worker.path("flag")))
@@ -95,7 +96,7 @@ def test_a_body_that_runs_again_makes_the_same_calls(shared_worker: SharedWorker
 
 def test_a_child_that_failed_is_not_sent_again(shared_worker: SharedWorker) -> None:
     """Although it may be sent again under its id: the body has called it once."""
-    name = shared_worker.fresh()
+    name = unique()
 
     result = shared_worker.task("parent").apply_async(("failing", name, shared_worker.path("flag")))
 
@@ -108,7 +109,7 @@ def test_a_child_that_failed_is_not_sent_again(shared_worker: SharedWorker) -> N
 @pytest.mark.parametrize("killed", [False, True])
 def test_a_retry_makes_calls_of_its_own(shared_worker: SharedWorker, killed: bool) -> None:
     """A body that retries calls its children again, as with Celery's own tasks; one that is run again does not."""
-    name = shared_worker.fresh()
+    name = unique()
 
     result = shared_worker.task("parent").apply_async(("one", name, shared_worker.path("flag") if killed else "", 2))
 
@@ -120,7 +121,7 @@ def test_a_retry_makes_calls_of_its_own(shared_worker: SharedWorker, killed: boo
 
 @pytest.mark.parametrize("retries", [0, 1])
 def test_a_retry_in_place_of_a_lost_worker_makes_the_same_calls(shared_worker: SharedWorker, retries: int) -> None:
-    name = shared_worker.fresh()
+    name = unique()
 
     # It counts the lost run as one of its retries.
     result = shared_worker.task("parent.retried").apply_async(("one", name, shared_worker.path("flag"), 2 * retries))
@@ -134,7 +135,7 @@ def test_a_retry_in_place_of_a_lost_worker_makes_the_same_calls(shared_worker: S
 
 
 def test_two_messages_make_calls_of_their_own(shared_worker: SharedWorker) -> None:
-    name = shared_worker.fresh()
+    name = unique()
 
     results = [shared_worker.task("parent").apply_async(("one", name)) for _ in range(2)]
 
@@ -145,7 +146,7 @@ def test_two_messages_make_calls_of_their_own(shared_worker: SharedWorker) -> No
 
 
 def test_a_task_that_is_called_as_a_function_calls_for_its_caller(shared_worker: SharedWorker) -> None:
-    name = shared_worker.fresh()
+    name = unique()
 
     children = shared_worker.task("parent.helped").delay(name).get(timeout=TIMEOUT)
 
@@ -157,13 +158,13 @@ def test_a_task_that_is_called_as_a_function_calls_for_its_caller(shared_worker:
 
 def test_a_copy_whose_claim_comes_first_makes_the_calls_of_the_first(shared_worker: SharedWorker) -> None:
     """Two callers' chains share a message, and the first one's waits elsewhere: who takes over goes by the row, which is the first's."""
-    name, flag, m = shared_worker.fresh(), shared_worker.path("flag"), shared_worker.fresh()
+    name, flag, m = unique(), shared_worker.path("flag"), unique()
 
     def send(queue: str) -> AsyncResult[Any]:
         parent = shared_worker.task("parent").si("one", name, flag).set(message_id=m, queue=queue)
         return chain(parent, shared_worker.task("child").si(f"{name}:behind"), app=shared_worker.app).apply_async()
 
-    first, second = send(shared_worker.fresh("queue")), send(shared_worker.spec.queue)
+    first, second = send(unique("queue")), send(shared_worker.spec.queue)
 
     assert second.get(timeout=TIMEOUT) == f"{name}:behind"
     settle(shared_worker)
@@ -262,7 +263,7 @@ def test_a_dispatch_that_was_cut_off_is_made_whole(
     shared_worker: SharedWorker, behind: str, deadly_one: str, moment: Moment
 ) -> None:
     """The worker dies just before it publishes the one or the other, or just after that."""
-    name, flag = shared_worker.fresh(), shared_worker.path("flag")
+    name, flag = unique(), shared_worker.path("flag")
     send, _, children = BEHIND[behind]
 
     def child_name(number: str) -> str:
@@ -274,7 +275,6 @@ def test_a_dispatch_that_was_cut_off_is_made_whole(
     expected = once(*(f":{number}" for number in children))
     wait_until(
         lambda: ran(shared_worker, name).keys() >= expected.keys(),
-        timeout=TIMEOUT,
         describe=lambda: ran(shared_worker, name),
     )
     settle(shared_worker)
@@ -289,13 +289,11 @@ def _family(result: AsyncResult[Any] | None) -> list[str]:
 
 
 def test_what_failed_stays_the_first_failure_when_its_errbacks_are_sent_later(shared_worker: SharedWorker) -> None:
-    name, flag = shared_worker.fresh(), shared_worker.path("flag")
+    name, flag = unique(), shared_worker.path("flag")
 
     result = _with_errbacks(shared_worker, name, lambda number: deadly(f"{name}:{number}", "before", flag))
 
-    wait_until(
-        lambda: ran(shared_worker, name) == once(":1", ":2"), timeout=TIMEOUT, describe=lambda: ran(shared_worker, name)
-    )
+    wait_until(lambda: ran(shared_worker, name) == once(":1", ":2"), describe=lambda: ran(shared_worker, name))
     settle(shared_worker)
     error = result.get(timeout=TIMEOUT, propagate=False)
     assert (type(error).__name__, str(error)) == ("ValueError", name)
@@ -305,7 +303,7 @@ def test_what_failed_stays_the_first_failure_when_its_errbacks_are_sent_later(sh
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_a_chords_body_is_sent_once(shared_worker: SharedWorker, moment: Moment) -> None:
     """Celery stores the result of a part before it sends the body, and takes it for done: recovery takes it up from its row."""
-    name, flag = shared_worker.fresh(), shared_worker.path("flag")
+    name, flag = unique(), shared_worker.path("flag")
 
     result = _in_a_header(shared_worker, name, lambda number: deadly(f"{name}:{number}", moment, flag))
     parts = [part.id for part in result.parent.results]
@@ -316,17 +314,17 @@ def test_a_chords_body_is_sent_once(shared_worker: SharedWorker, moment: Moment)
     def left() -> bool:
         return any(row.processed_status and row.status is Status.PROCESSING and row.lease_left <= 0 for row in rows())
 
-    wait_until(left, timeout=TIMEOUT, describe=rows)
+    wait_until(left, describe=rows)
     Recovery(shared_worker.app.queue_log).run_pass()
     # Celery remembers for a while that the dead one was about to send the body.
-    wait_until(lambda: {row.status for row in rows()} == {Status.DONE}, timeout=TIMEOUT, describe=rows)
+    wait_until(lambda: {row.status for row in rows()} == {Status.DONE}, describe=rows)
     assert result.get(timeout=TIMEOUT).startswith(name)
     settle(shared_worker)
     assert ran(shared_worker, name) == once(":1")
 
 
 def test_two_links_alike_are_two_messages(shared_worker: SharedWorker) -> None:
-    name, flag = shared_worker.fresh(), shared_worker.path("flag")
+    name, flag = unique(), shared_worker.path("flag")
     link = shared_worker.task("child").s(deadly(f"{name}:1", "after", flag))
 
     result = shared_worker.task("parent.value").apply_async((name,), link=[link, link.clone()])
@@ -338,7 +336,7 @@ def test_two_links_alike_are_two_messages(shared_worker: SharedWorker) -> None:
 
 def test_each_callers_link_is_its_own(shared_worker: SharedWorker) -> None:
     """Also where both callers hang the very same on one message."""
-    name, m = shared_worker.fresh(), shared_worker.fresh()
+    name, m = unique(), unique()
 
     results = [
         shared_worker.task("parent.value").apply_async(
@@ -355,34 +353,32 @@ def test_each_callers_link_is_its_own(shared_worker: SharedWorker) -> None:
 
 def test_an_errback_of_a_lost_worker_is_sent_once(shared_worker: SharedWorker) -> None:
     """The main process sends it, which knows nothing of the run."""
-    name = shared_worker.fresh()
+    name = unique()
     errback = shared_worker.task("child").si(f"{name}:1")
 
     result = shared_worker.task("die.early").apply_async((shared_worker.path("flag"),), link_error=errback)
 
     assert isinstance(result.get(timeout=TIMEOUT, propagate=False), WorkerLostError)
-    wait_until(
-        lambda: ran(shared_worker, name) == once(":1"), timeout=TIMEOUT, describe=lambda: ran(shared_worker, name)
-    )
+    wait_until(lambda: ran(shared_worker, name) == once(":1"), describe=lambda: ran(shared_worker, name))
     settle(shared_worker)
     assert ran(shared_worker, name) == once(":1")
 
 
 def test_an_errback_of_a_hard_time_limit_is_sent_once(shared_worker: SharedWorker) -> None:
     """Celery reports that failure twice."""
-    name = shared_worker.fresh()
+    name = unique()
     errback = shared_worker.task("child").si(f"{name}:1")
 
     shared_worker.task("hard.early").apply_async((shared_worker.path("flag"),), link_error=errback)
 
-    wait_until(lambda: ran(shared_worker, name), timeout=TIMEOUT, describe="the errback")
+    wait_until(lambda: ran(shared_worker, name), describe="the errback")
     settle(shared_worker)
     assert ran(shared_worker, name) == once(":1")
 
 
 def test_the_rows_of_callbacks_are_those_of_their_results(shared_worker: SharedWorker) -> None:
     """A callback has its Celery id fixed, as a step of a chain has, and is known by it."""
-    name = shared_worker.fresh()
+    name = unique()
 
     result = _with_one_link(shared_worker, name, lambda number: f"{name}:{number}")
 

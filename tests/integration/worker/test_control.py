@@ -19,16 +19,15 @@ from tests.support.apps import AppSpec, OpenApp
 from tests.support.brokers import Broker, redis_broker
 from tests.support.ledger import Ledger
 from tests.support.servers import PrivatePostgreSQL, PrivateRedis
-from tests.support.shared_workers import TIMEOUT
 from tests.support.stores import sqlite_store
-from tests.support.waiting import wait_until
+from tests.support.waiting import TIMEOUT, wait_until
 from tests.support.worker import ROOT, Pool, StartWorker, WorkerProcess
 
 
 def ask(app: Celery, worker: WorkerProcess) -> list[dict[str, Any]]:
     """Return what the worker answers."""
     inspect = app.control.inspect(destination=[worker.hostname], timeout=TIMEOUT, limit=1)
-    answers = wait_until(lambda: inspect._request("idempotency"), timeout=TIMEOUT, describe="an answer")
+    answers = wait_until(lambda: inspect._request("idempotency"), describe="an answer")
     found: list[dict[str, Any]] = answers[worker.hostname]
     return found
 
@@ -70,7 +69,7 @@ def run(spec: AppSpec, open_app: OpenApp, ledger: Ledger, gate: Path) -> Callabl
     def run() -> tuple[Celery, list[Any]]:
         app = open_app(spec)
         results = [app.tasks["gated"].apply_async((str(gate), "secret"), message_id=name) for name in ("m-1", "m-2")]
-        wait_until(lambda: len(ledger.starts("gated")) == 2, timeout=TIMEOUT, describe="two that run")
+        wait_until(lambda: len(ledger.starts("gated")) == 2, describe="two that run")
         return app, results
 
     return run
@@ -104,7 +103,7 @@ def test_a_worker_tells_what_it_has_claimed(
     assert "secret" not in json.dumps(claims)
 
     gate.touch()
-    wait_until(lambda: ask(app, worker) == [], timeout=TIMEOUT, describe=lambda: f"no claims: {ask(app, worker)}")
+    wait_until(lambda: ask(app, worker) == [], describe=lambda: f"no claims: {ask(app, worker)}")
 
 
 def test_a_copy_that_is_held_is_no_claim(
@@ -153,7 +152,7 @@ def test_while_the_store_gives_no_answer_children_are_told_without_their_tokens(
     app = open_app(spec)
     worker = start_worker(spec)
     app.tasks["gated"].apply_async((str(gate),), message_id="m-1")
-    wait_until(lambda: ledger.starts("gated"), timeout=TIMEOUT, describe="a body that runs")
+    wait_until(lambda: ledger.starts("gated"), describe="a body that runs")
     private_postgresql.kill()
 
     (claim,) = ask(app, worker)

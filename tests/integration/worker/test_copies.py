@@ -15,8 +15,9 @@ from celery_idempotent.core.records import ABANDONED, Claim, Claimed, MessageKey
 from celery_idempotent.maintenance.recovery import Recovery
 from celery_idempotent.maintenance.rescue import Rescue
 from celery_idempotent.message.serialization import decode_message, encode_result
-from tests.support.shared_workers import TIMEOUT, SharedWorker
-from tests.support.waiting import wait_until
+from tests.support.deployment import unique
+from tests.support.shared_workers import SharedWorker
+from tests.support.waiting import TIMEOUT, wait_until
 
 Send = Callable[[SharedWorker, str, str], AsyncResult[Any]]
 
@@ -65,7 +66,7 @@ def consumed(shared_worker: SharedWorker, queue: str) -> Iterator[None]:
 
 @SENDS
 def test_a_copy_that_the_broker_lost_comes_back(shared_worker: SharedWorker, send: Send) -> None:
-    m, queue = shared_worker.fresh(), shared_worker.fresh("queue")
+    m, queue = unique(), unique("queue")
     assert shared_worker.task("echo").apply_async(("value",), message_id=m).get(timeout=TIMEOUT) == "value"
 
     result = send(shared_worker, m, queue)
@@ -76,9 +77,7 @@ def test_a_copy_that_the_broker_lost_comes_back(shared_worker: SharedWorker, sen
     assert Rescue.of(shared_worker.app.queue_log).publish_waiting(0.0) >= 1
     with consumed(shared_worker, queue):
         assert result.get(timeout=TIMEOUT) == (["value", "behind"] if send is in_a_chain else "value")
-        wait_until(
-            lambda: own_row(shared_worker, result) is None, timeout=TIMEOUT, describe="the end of the copy's row"
-        )
+        wait_until(lambda: own_row(shared_worker, result) is None, describe="the end of the copy's row")
     if send is with_a_link:
         assert result.children[0].get(timeout=TIMEOUT) == ["value", "behind"]
     assert len(shared_worker.starts("echo", m)) == 1
@@ -86,20 +85,20 @@ def test_a_copy_that_the_broker_lost_comes_back(shared_worker: SharedWorker, sen
 
 @SENDS
 def test_a_copy_that_arrives_leaves_no_row_behind(shared_worker: SharedWorker, send: Send) -> None:
-    m = shared_worker.fresh()
+    m = unique()
     assert shared_worker.task("echo").apply_async(("value",), message_id=m).get(timeout=TIMEOUT) == "value"
 
     result = send(shared_worker, m, shared_worker.spec.queue)
 
     assert result.get(timeout=TIMEOUT) == (["value", "behind"] if send is in_a_chain else "value")
-    wait_until(lambda: own_row(shared_worker, result) is None, timeout=TIMEOUT, describe="the end of the copy's row")
+    wait_until(lambda: own_row(shared_worker, result) is None, describe="the end of the copy's row")
 
 
 @SENDS
 def test_a_first_message_that_the_broker_lost_comes_back_although_its_copy_ran(
     shared_worker: SharedWorker, send: Send
 ) -> None:
-    m, queue = shared_worker.fresh(), shared_worker.fresh("queue")
+    m, queue = unique(), unique("queue")
     result = send(shared_worker, m, queue)
     purge(shared_worker, queue)
     copy = shared_worker.task("echo").apply_async(("value",), message_id=m, link=shared_worker.task("told").s("copy"))
@@ -112,7 +111,7 @@ def test_a_first_message_that_the_broker_lost_comes_back_although_its_copy_ran(
     assert Rescue.of(shared_worker.app.queue_log).publish_waiting(0.0) >= 1
     with consumed(shared_worker, queue):
         assert result.get(timeout=TIMEOUT) == (["value", "behind"] if send is in_a_chain else "value")
-        wait_until(lambda: own_row(shared_worker, result) is None, timeout=TIMEOUT, describe="the end of its row")
+        wait_until(lambda: own_row(shared_worker, result) is None, describe="the end of its row")
     if send is with_a_link:
         assert result.children[0].get(timeout=TIMEOUT) == ["value", "behind"]
     assert len(shared_worker.starts("echo", m)) == 1
@@ -122,7 +121,7 @@ def test_a_first_message_that_the_broker_lost_comes_back_although_its_copy_ran(
 def test_a_first_message_that_arrives_behind_its_copy_leaves_no_row_behind(
     shared_worker: SharedWorker, send: Send
 ) -> None:
-    m, queue = shared_worker.fresh(), shared_worker.fresh("queue")
+    m, queue = unique(), unique("queue")
     result = send(shared_worker, m, queue)
     copy = shared_worker.task("echo").apply_async(("value",), message_id=m, link=shared_worker.task("told").s("copy"))
     assert copy.get(timeout=TIMEOUT) == "value"
@@ -130,13 +129,13 @@ def test_a_first_message_that_arrives_behind_its_copy_leaves_no_row_behind(
 
     with consumed(shared_worker, queue):
         assert result.get(timeout=TIMEOUT) == (["value", "behind"] if send is in_a_chain else "value")
-        wait_until(lambda: own_row(shared_worker, result) is None, timeout=TIMEOUT, describe="the end of its row")
+        wait_until(lambda: own_row(shared_worker, result) is None, describe="the end of its row")
     assert len(shared_worker.starts("echo", m)) == 1
 
 
 def test_a_first_message_comes_back_although_its_copy_retried(shared_worker: SharedWorker) -> None:
     """A retry of the copy's puts its own message into the row: that is not taken for the first one."""
-    m, queue, told = shared_worker.fresh(), shared_worker.fresh("queue"), shared_worker.task("told")
+    m, queue, told = unique(), unique("queue"), shared_worker.task("told")
     first = shared_worker.task("retry_n").apply_async((1,), message_id=m, queue=queue, link=told.s("first"))
     purge(shared_worker, queue)
     copy = shared_worker.task("retry_n").apply_async((1,), message_id=m, link=told.s("copy"))
@@ -148,15 +147,11 @@ def test_a_first_message_comes_back_although_its_copy_retried(shared_worker: Sha
     assert Rescue.of(shared_worker.app.queue_log).publish_waiting(0.0) >= 1
     with consumed(shared_worker, queue):
         assert first.get(timeout=TIMEOUT) == 1
-        wait_until(
-            lambda: shared_worker.find("retry_n", first.id) is None, timeout=TIMEOUT, describe="the end of its row"
-        )
+        wait_until(lambda: shared_worker.find("retry_n", first.id) is None, describe="the end of its row")
     assert first.children[0].get(timeout=TIMEOUT) == [1, "first"]
     assert copy.children[0].get(timeout=TIMEOUT) == [1, "copy"]
     # What was published again may have come while the copy's callbacks were being sent, and is held for a second then.
-    wait_until(
-        lambda: shared_worker.find("retry_n", copy.id) is None, timeout=TIMEOUT, describe="the end of the copy's row"
-    )
+    wait_until(lambda: shared_worker.find("retry_n", copy.id) is None, describe="the end of the copy's row")
 
 
 def lose_the_next_attempt(shared_worker: SharedWorker, key: MessageKey, task_id: str, attempt: int) -> None:
@@ -170,7 +165,7 @@ def lose_the_next_attempt(shared_worker: SharedWorker, key: MessageKey, task_id:
 
 
 def test_a_chain_goes_on_although_a_copy_of_its_first_message_retried_and_died(shared_worker: SharedWorker) -> None:
-    m, queue, told = shared_worker.fresh(), shared_worker.fresh("queue"), shared_worker.task("told")
+    m, queue, told = unique(), unique("queue"), shared_worker.task("told")
     step = shared_worker.task("left.retry").si(1, 20.0).set(message_id=m, queue=queue)
     behind = chain(step, told.s("behind"), app=shared_worker.app).apply_async()
     copy = shared_worker.app.send_task("left.retry", (1, 20.0), message_id=m)
@@ -185,7 +180,7 @@ def test_a_chain_goes_on_although_a_copy_of_its_first_message_retried_and_died(s
 
 
 def test_a_first_message_that_takes_over_goes_on_with_the_attempt(shared_worker: SharedWorker) -> None:
-    m, queue = shared_worker.fresh(), shared_worker.fresh("queue")
+    m, queue = unique(), unique("queue")
     first = shared_worker.task("left.retry").apply_async((9, 20.0), message_id=m, queue=queue)
     copy = shared_worker.app.send_task("left.retry", (9, 20.0), message_id=m)
     lose_the_next_attempt(shared_worker, MessageKey(m, "left.retry"), copy.id, 1)
@@ -201,7 +196,7 @@ def test_a_first_message_that_takes_over_goes_on_with_the_attempt(shared_worker:
 
 @pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")  # Celery's own
 def test_a_first_message_that_died_between_its_result_and_what_waits_on_it_goes_on(shared_worker: SharedWorker) -> None:
-    m, queue = shared_worker.fresh(), shared_worker.fresh("queue")
+    m, queue = unique(), unique("queue")
     result = in_a_chain(shared_worker, m, queue)
     copy = shared_worker.task("echo").apply_async(("value",), message_id=m, link=shared_worker.task("told").s("copy"))
     assert copy.get(timeout=TIMEOUT) == "value"
@@ -210,15 +205,15 @@ def test_a_first_message_that_died_between_its_result_and_what_waits_on_it_goes_
     with consumed(shared_worker, queue):
         assert result.get(timeout=TIMEOUT) == ["value", "behind"]
 
-    wait_until(lambda: own_row(shared_worker, result) is None, timeout=TIMEOUT, describe="the end of its row")
+    wait_until(lambda: own_row(shared_worker, result) is None, describe="the end of its row")
 
 
 @pytest.mark.parametrize("task", ["left.fail", "left.rerun"], ids=["abandoned", "taken over"])
 def test_a_copy_that_meets_a_dead_owner_keeps_the_first_message(shared_worker: SharedWorker, task: str) -> None:
     """The first message was acknowledged, or is lost; a copy ends it as its task has it: by a failure, or by a run of its own."""
     m, queue, told, store = (
-        shared_worker.fresh(),
-        shared_worker.fresh("queue"),
+        unique(),
+        unique("queue"),
         shared_worker.task("told"),
         shared_worker.app.queue_log.store,
     )
@@ -236,7 +231,7 @@ def test_a_copy_that_meets_a_dead_owner_keeps_the_first_message(shared_worker: S
     assert Rescue.of(shared_worker.app.queue_log).publish_waiting(0.0) >= 1
     with consumed(shared_worker, queue):
         first.get(timeout=TIMEOUT, propagate=False)
-        wait_until(lambda: shared_worker.find(task, first.id) is None, timeout=TIMEOUT, describe="the end of its row")
+        wait_until(lambda: shared_worker.find(task, first.id) is None, describe="the end of its row")
 
     if task == "left.fail":
         assert [str(result.result).partition(";")[0] for result in (first, copy)] == [
@@ -252,22 +247,21 @@ def test_a_copy_that_meets_a_dead_owner_keeps_the_first_message(shared_worker: S
 @pytest.mark.parametrize("task", ["left.fail", "left.rerun"], ids=["abandoned", "taken over"])
 def test_an_owner_that_lost_its_claim_to_a_copy_is_answered(shared_worker: SharedWorker, task: str) -> None:
     """It slept past its lease: the copy answers its own caller only, and nothing else may ever come on a queue that is quiet."""
-    m, told, store = shared_worker.fresh(), shared_worker.task("told"), shared_worker.app.queue_log.store
+    m, told, store = unique(), shared_worker.task("told"), shared_worker.app.queue_log.store
     gate = Path(shared_worker.path("gate"))
     first = shared_worker.task(task).apply_async((str(gate), "value"), message_id=m, link=told.s("first"))
-    wait_until(lambda: shared_worker.starts(task, m), timeout=TIMEOUT, describe="the start")
+    wait_until(lambda: shared_worker.starts(task, m), describe="the start")
     store.expire(Claim(shared_worker.row(task, m).key, shared_worker.row(task, m).token))
 
     copy = shared_worker.task(task).apply_async((str(gate), "value"), message_id=m, link=told.s("copy"))
     wait_until(
         lambda: shared_worker.row(task, m).token == 2 or shared_worker.row(task, m).status is Status.DONE,
-        timeout=TIMEOUT,
         describe="the copy in its place",
     )
     gate.touch()
 
     outcomes = [result.get(timeout=TIMEOUT, propagate=False) for result in (first, copy)]
-    wait_until(lambda: shared_worker.find(task, first.id) is None, timeout=TIMEOUT, describe="the end of its row")
+    wait_until(lambda: shared_worker.find(task, first.id) is None, describe="the end of its row")
     if task == "left.fail":
         assert [str(outcome).partition(";")[0] for outcome in outcomes] == [
             f"message {m!r} already failed: {ABANDONED}"
@@ -279,7 +273,7 @@ def test_an_owner_that_lost_its_claim_to_a_copy_is_answered(shared_worker: Share
 
 
 def test_a_foreign_copy_keeps_a_first_message_that_is_lost(shared_worker: SharedWorker) -> None:
-    m, queue = shared_worker.fresh(), shared_worker.fresh("queue")
+    m, queue = unique(), unique("queue")
     first = in_a_chain(shared_worker, m, queue)
     purge(shared_worker, queue)
 
@@ -289,24 +283,22 @@ def test_a_foreign_copy_keeps_a_first_message_that_is_lost(shared_worker: Shared
     assert Rescue.of(shared_worker.app.queue_log).publish_waiting(0.0) >= 1
     with consumed(shared_worker, queue):
         assert first.get(timeout=TIMEOUT) == ["value", "behind"]
-        wait_until(lambda: own_row(shared_worker, first) is None, timeout=TIMEOUT, describe="the end of its row")
+        wait_until(lambda: own_row(shared_worker, first) is None, describe="the end of its row")
 
 
 def test_the_copy_of_a_failed_message_leaves_no_row_behind(shared_worker: SharedWorker) -> None:
-    m = shared_worker.fresh()
+    m = unique()
     first = shared_worker.task("fail").apply_async(message_id=m)
     assert isinstance(first.get(timeout=TIMEOUT, propagate=False), ValueError)
 
     copy = shared_worker.task("fail").apply_async(message_id=m, link=shared_worker.task("told").s())
 
     assert "as told" in str(copy.get(timeout=TIMEOUT, propagate=False))
-    wait_until(
-        lambda: shared_worker.find("fail", copy.id) is None, timeout=TIMEOUT, describe="the end of the copy's row"
-    )
+    wait_until(lambda: shared_worker.find("fail", copy.id) is None, describe="the end of the copy's row")
 
 
 def test_a_copy_that_is_held_keeps_its_row_until_it_is_answered(shared_worker: SharedWorker) -> None:
-    m, gate, told = shared_worker.fresh(), shared_worker.path("gate"), shared_worker.task("told")
+    m, gate, told = unique(), shared_worker.path("gate"), shared_worker.task("told")
     shared_worker.task("busy.hold").apply_async((gate, "value"), message_id=m)
     shared_worker.wait_for_starts("busy.hold", m)
 
@@ -318,19 +310,17 @@ def test_a_copy_that_is_held_keeps_its_row_until_it_is_answered(shared_worker: S
     assert row.status is Status.PENDING
     Path(gate).touch()
     assert copy.get(timeout=TIMEOUT) == "value"
-    wait_until(
-        lambda: shared_worker.find("busy.hold", copy.id) is None, timeout=TIMEOUT, describe="the end of the copy's row"
-    )
+    wait_until(lambda: shared_worker.find("busy.hold", copy.id) is None, describe="the end of the copy's row")
 
 
 def test_a_copy_that_could_not_be_published_leaves_no_row_behind(shared_worker: SharedWorker) -> None:
-    m = shared_worker.fresh()
+    m = unique()
     assert shared_worker.task("echo").apply_async(("value",), message_id=m).get(timeout=TIMEOUT) == "value"
     unreachable = shared_worker.producer(broker="redis://127.0.0.1:1/0", task_publish_retry=False)
 
     with pytest.raises(Exception, match="refused"):
         unreachable.tasks["echo"].apply_async(
-            ("value",), message_id=m, task_id=(copy := shared_worker.fresh()), link=unreachable.tasks["told"].s()
+            ("value",), message_id=m, task_id=(copy := unique()), link=unreachable.tasks["told"].s()
         )
 
     assert shared_worker.find("echo", copy) is None
@@ -338,7 +328,7 @@ def test_a_copy_that_could_not_be_published_leaves_no_row_behind(shared_worker: 
 
 @pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")  # Celery's own
 def test_a_copy_that_died_between_its_result_and_what_waits_on_it_goes_on(shared_worker: SharedWorker) -> None:
-    m, queue = shared_worker.fresh(), shared_worker.fresh("queue")
+    m, queue = unique(), unique("queue")
     assert shared_worker.task("echo").apply_async(("value",), message_id=m).get(timeout=TIMEOUT) == "value"
     result = in_a_chain(shared_worker, m, queue)
     shared_worker.app.backend.store_result(copys_id(result), "value", "SUCCESS")
@@ -346,12 +336,12 @@ def test_a_copy_that_died_between_its_result_and_what_waits_on_it_goes_on(shared
     with consumed(shared_worker, queue):
         assert result.get(timeout=TIMEOUT) == ["value", "behind"]
 
-    wait_until(lambda: own_row(shared_worker, result) is None, timeout=TIMEOUT, describe="the end of the copy's row")
+    wait_until(lambda: own_row(shared_worker, result) is None, describe="the end of the copy's row")
 
 
 def test_a_part_of_a_chord_waits_for_the_claim_of_an_owner_that_died(shared_worker: SharedWorker) -> None:
     """Celery's Redis backend lets one worker at a time send a chord's body, and forgets a dead one's claim after a while."""
-    m, queue, echo = shared_worker.fresh(), shared_worker.fresh("queue"), shared_worker.task("echo")
+    m, queue, echo = unique(), unique("queue"), shared_worker.task("echo")
     last = echo.s("last").set(message_id=m, queue=queue)
     result = chord([echo.s("first"), last], shared_worker.task("told").s(), app=shared_worker.app).apply_async()
     assert result.parent.results[0].get(timeout=TIMEOUT) == "first"
@@ -368,4 +358,4 @@ def test_a_part_of_a_chord_waits_for_the_claim_of_an_owner_that_died(shared_work
         assert result.get(timeout=TIMEOUT) == [["first", "last"]]
 
     assert shared_worker.starts("echo", m) == []
-    assert shared_worker.done("echo", m).processed_status == "success"
+    assert shared_worker.wait_until_done("echo", m).processed_status == "success"

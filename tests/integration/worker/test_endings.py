@@ -9,9 +9,10 @@ from celery import states
 from celery.exceptions import Reject
 
 from celery_idempotent.core.records import ProcessedStatus, Row, Status
-from tests.support.shared_workers import TIMEOUT, SharedWorker
+from tests.support.deployment import unique
+from tests.support.shared_workers import SharedWorker
 from tests.support.versions import CELERY
-from tests.support.waiting import wait_until
+from tests.support.waiting import TIMEOUT, wait_until
 
 SUCCESS, FAILURE = ProcessedStatus.SUCCESS, ProcessedStatus.FAILURE
 
@@ -21,7 +22,7 @@ def ending(row: Row) -> tuple[Status, ProcessedStatus | None, int, int]:
 
 
 def test_a_success(shared_worker: SharedWorker) -> None:
-    m = shared_worker.fresh()
+    m = unique()
 
     result = shared_worker.task("echo").apply_async(("there",), message_id=m)
 
@@ -38,7 +39,7 @@ def test_a_success(shared_worker: SharedWorker) -> None:
 
 
 def test_a_failure(shared_worker: SharedWorker) -> None:
-    m = shared_worker.fresh()
+    m = unique()
 
     result = shared_worker.task("fail").apply_async(("a reason",), message_id=m)
 
@@ -50,7 +51,7 @@ def test_a_failure(shared_worker: SharedWorker) -> None:
 
 
 def test_an_error_that_celery_cannot_rebuild_is_a_failure(shared_worker: SharedWorker) -> None:
-    m = shared_worker.fresh()
+    m = unique()
 
     result = shared_worker.task("fail_oddly").apply_async(message_id=m)
 
@@ -62,10 +63,10 @@ def test_an_error_that_celery_cannot_rebuild_is_a_failure(shared_worker: SharedW
 
 
 def test_an_ignored_message_is_done_without_a_result(shared_worker: SharedWorker) -> None:
-    m = shared_worker.fresh()
+    m = unique()
     result = shared_worker.task("ignored").apply_async(message_id=m)
 
-    row = shared_worker.done("ignored", m)
+    row = shared_worker.wait_until_done("ignored", m)
 
     assert ending(row) == (Status.DONE, SUCCESS, 1, 0)
     assert (row.error, row.result, row.message) == ("ignored", None, None)
@@ -77,11 +78,11 @@ def test_an_ignored_message_is_done_without_a_result(shared_worker: SharedWorker
 
 
 def test_a_rejected_message_is_a_failure(shared_worker: SharedWorker) -> None:
-    m = shared_worker.fresh()
+    m = unique()
 
     result = shared_worker.task("rejected").apply_async(message_id=m)
 
-    row = shared_worker.done("rejected", m)
+    row = shared_worker.wait_until_done("rejected", m)
     if CELERY >= (5, 7):
         assert isinstance(result.get(timeout=TIMEOUT, propagate=False), Reject)
     else:  # Celery stores nothing for a rejected message
@@ -92,7 +93,7 @@ def test_a_rejected_message_is_a_failure(shared_worker: SharedWorker) -> None:
 
 
 def test_a_requeued_message_comes_back_and_runs(shared_worker: SharedWorker) -> None:
-    m = shared_worker.fresh()
+    m = unique()
 
     result = shared_worker.task("requeued").apply_async((shared_worker.path("flag"),), message_id=m)
 
@@ -107,12 +108,12 @@ def test_a_requeued_message_comes_back_and_runs(shared_worker: SharedWorker) -> 
     ("kind", "value"), [("guarded", 3), ("identified", 3), ("plain", 3), ("chain", 6), ("group", [3, 7])]
 )
 def test_a_replaced_message_is_done_and_its_task_id_goes_on(shared_worker: SharedWorker, kind: str, value: Any) -> None:
-    m = shared_worker.fresh()
+    m = unique()
 
     result = shared_worker.task("replace_by").apply_async((kind,), message_id=m)
 
     assert result.get(timeout=TIMEOUT) == value
-    row = shared_worker.done("replace_by", m)
+    row = shared_worker.wait_until_done("replace_by", m)
     assert ending(row) == (Status.DONE, SUCCESS, 1, 0)
     assert (row.error, row.result, row.message) == ("replaced", None, None)
     if kind in ("guarded", "identified"):
@@ -127,7 +128,7 @@ def test_a_replaced_message_is_done_and_its_task_id_goes_on(shared_worker: Share
 
 
 def test_a_caller_of_a_replaced_message_gets_the_first_result(shared_worker: SharedWorker) -> None:
-    m = shared_worker.fresh()
+    m = unique()
     first = shared_worker.task("replace_by").apply_async(("chain",), message_id=m)
 
     second = shared_worker.task("replace_by").apply_async(("chain",), message_id=m)
@@ -145,7 +146,7 @@ def test_a_message_may_replace_itself_with_other_arguments(shared_worker: Shared
 
 
 def test_a_message_may_replace_itself_under_its_own_id(shared_worker: SharedWorker) -> None:
-    name = shared_worker.fresh("name")
+    name = unique("name")
 
     result = shared_worker.task("countdown_by_name").delay(name, 2)
 
@@ -156,12 +157,12 @@ def test_a_message_may_replace_itself_under_its_own_id(shared_worker: SharedWork
 
 
 def test_a_replacement_that_cannot_be_published_is_a_failure(shared_worker: SharedWorker) -> None:
-    m = shared_worker.fresh()
+    m = unique()
 
     result = shared_worker.task("replace_by").apply_async(("unpublishable",), message_id=m)
 
     assert "JSON" in str(result.get(timeout=TIMEOUT, propagate=False))
-    row = shared_worker.done("replace_by", m)
+    row = shared_worker.wait_until_done("replace_by", m)
     assert ending(row) == (Status.DONE, FAILURE, 1, 0)
     assert row.error is not None
     assert "JSON" in row.error
@@ -169,11 +170,11 @@ def test_a_replacement_that_cannot_be_published_is_a_failure(shared_worker: Shar
 
 def test_a_body_that_leaves_its_process_does_not_run_again(shared_worker: SharedWorker) -> None:
     """``SystemExit`` in a body ends the pool's process; with an early acknowledgement that is the message's end."""
-    m = shared_worker.fresh()
+    m = unique()
 
     result = shared_worker.task("exit_body").apply_async(message_id=m)
 
-    row = shared_worker.done("exit_body", m)
+    row = shared_worker.wait_until_done("exit_body", m)
     assert ending(row) == (Status.DONE, FAILURE, 1, 0)
     if CELERY >= (5, 7):
         wait_until(lambda: result.state == states.FAILURE, describe="the failure in the backend")

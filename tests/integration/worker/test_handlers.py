@@ -7,8 +7,9 @@ from celery import chord
 
 from celery_idempotent.maintenance.recovery import Recovery
 from tests.support.apps.handlers import CLASSES
-from tests.support.shared_workers import TIMEOUT, SharedWorker
-from tests.support.waiting import wait_until
+from tests.support.deployment import unique
+from tests.support.shared_workers import SharedWorker
+from tests.support.waiting import TIMEOUT, wait_until
 
 every_class = pytest.mark.parametrize("name", CLASSES)
 
@@ -24,12 +25,12 @@ def called(shared_worker: SharedWorker, task: str, m: str) -> list[str]:
 def test_copies_do_not_call_the_handlers_again(
     shared_worker: SharedWorker, name: str, outcome: str, handler: str
 ) -> None:
-    task, m = f"handled.{name}", shared_worker.fresh()
+    task, m = f"handled.{name}", unique()
 
     first = shared_worker.task(task).apply_async((outcome,), message_id=m)
     first.get(timeout=TIMEOUT, propagate=False)
-    wait_until(lambda: "after_return" in called(shared_worker, task, m), timeout=TIMEOUT, describe="after_return")
-    shared_worker.done(task, m)
+    wait_until(lambda: "after_return" in called(shared_worker, task, m), describe="after_return")
+    shared_worker.wait_until_done(task, m)
     copies = [
         shared_worker.deliver(task, (outcome,), message_id=m, task_id=task_id) for task_id in (first.id, None, None)
     ]
@@ -43,7 +44,7 @@ def test_copies_do_not_call_the_handlers_again(
 
 
 def test_a_worker_that_is_killed_in_on_success_calls_it_once_more(shared_worker: SharedWorker) -> None:
-    task, m = "handled.first", shared_worker.fresh()
+    task, m = "handled.first", unique()
     shared_worker.task(task).apply_async(("killed", shared_worker.path("flag")), message_id=m)
     shared_worker.wait_for_starts(task, m, 2)
 
@@ -51,11 +52,11 @@ def test_a_worker_that_is_killed_in_on_success_calls_it_once_more(shared_worker:
         Recovery(shared_worker.app.queue_log).run_pass()
         return "after_return" in called(shared_worker, task, m)
 
-    wait_until(recovered, timeout=TIMEOUT, describe="the second call of on_success")
+    wait_until(recovered, describe="the second call of on_success")
 
     assert called(shared_worker, task, m) == ["on_success", "after_return"]
     assert [start.detail for start in shared_worker.starts(task, m)] == [None, "on_success", "on_success"]
-    shared_worker.done(task, m)
+    shared_worker.wait_until_done(task, m)
 
 
 def test_a_header_task_that_runs_again_adds_to_its_chord_once(shared_worker: SharedWorker) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import pytest
-from celery import Celery
 from redis import Redis
 
 from celery_idempotent.core.records import MessageKey, RowFilter
@@ -21,11 +20,10 @@ from tests.support.apps import AppSpec, OpenApp
 from tests.support.brokers import redis_broker
 from tests.support.ledger import Ledger
 from tests.support.servers import PrivateRedis
+from tests.support.shared_workers import SharedWorker
 from tests.support.stores import mariadb_store, postgresql_store, sqlite_store
-from tests.support.waiting import wait_until
-from tests.support.worker import StartWorker, WorkerProcess
-
-TIMEOUT = 60.0
+from tests.support.waiting import TIMEOUT, wait_until
+from tests.support.worker import StartWorker
 
 #: What some database, or all of them, cannot keep as the text of an id.
 TEXTS = {"nul": "a\0b", "long": "x" * 3000, "surrogate": "a\udcffb", "blank and long": " " * 300}
@@ -34,15 +32,13 @@ NO_TEXTS: dict[str, Any] = {"mapping": {"a": 1}, "list": ["a"], "number": 7, "fl
 
 
 @dataclass
-class Deployment:
+class OpenBroker(SharedWorker):
     """A worker on a store, and a broker that takes anything."""
 
-    spec: AppSpec
-    app: Celery
+    _: KW_ONLY
     client: Redis
-    worker: WorkerProcess
 
-    def put(
+    def put_raw(
         self,
         headers: dict[str, Any] | None = None,
         *,
@@ -77,10 +73,9 @@ class Deployment:
 
     def goes_on(self) -> None:
         """Check that the worker serves the next, and nothing is left that waits to come again."""
-        assert self.app.AsyncResult(self.put()).get(timeout=TIMEOUT) == "value"
+        assert self.app.AsyncResult(self.put_raw()).get(timeout=TIMEOUT) == "value"
         wait_until(
             lambda: not self.client.llen(self.spec.queue) and not self.client.hlen("unacked"),
-            timeout=TIMEOUT,
             describe="an empty broker",
         )
         log = self.worker.log.read_text(errors="replace")
@@ -89,12 +84,11 @@ class Deployment:
 
     def recovers(self) -> None:
         """Wait for the end of a recovery step that began after this: it purges what is old."""
-        message_id = self.put()
+        message_id = self.put_raw()
         assert self.app.AsyncResult(message_id).get(timeout=TIMEOUT) == "value"
         key = MessageKey(message_id, "echo")
         wait_until(
             lambda: self.app.queue_log.store.find(key) is None,
-            timeout=TIMEOUT,
             describe=lambda: f"no row of {key}; {self.worker.log_tail()}",
         )
         assert "could not finish its step" not in self.worker.log.read_text(errors="replace")
@@ -108,7 +102,7 @@ def deployment(
     open_app: OpenApp,
     start_worker: StartWorker,
     tmp_path: Path,
-) -> Iterator[Deployment]:
+) -> Iterator[OpenBroker]:
 
     broker = redis_broker(private_redis.url)
     spec = AppSpec(
@@ -122,12 +116,12 @@ def deployment(
         settings={**broker.settings, "idempotent_recovery_interval": 0.5, "idempotent_retention": 2.0},
     )
 
-    def deployment(store: str) -> Iterator[Deployment]:
+    def deployment(store: str) -> Iterator[OpenBroker]:
         made = replace(spec, store=store)
         app = open_app(made)
         app.queue_log.init()
         with Redis.from_url(private_redis.url) as client:
-            yield Deployment(made, app, client, start_worker(made, concurrency=2))
+            yield OpenBroker(made, app, start_worker(made, concurrency=2), client=client)
 
     match request.param:
         case "sqlite":
@@ -146,15 +140,15 @@ def header(**marker: Any) -> dict[str, Any]:
     return {HEADER: marker}
 
 
-def test_ids_are_refused_once(deployment: Deployment) -> None:
+def test_ids_are_refused_once(deployment: OpenBroker) -> None:
     given: dict[str, Any] = {**TEXTS, **NO_TEXTS}
-    by_property = {name: deployment.put(message_id=value) for name, value in given.items()}
+    by_property = {name: deployment.put_raw(message_id=value) for name, value in given.items()}
     marked = header(message_id="good", task="echo", task_id="good")
-    by_property |= {f"{name}, marked": deployment.put(marked, message_id=value) for name, value in given.items()}
+    by_property |= {f"{name}, marked": deployment.put_raw(marked, message_id=value) for name, value in given.items()}
     for value in given.values():
-        deployment.put({"id": value})  # some of them have no caller who could be answered
-        deployment.put({"id": value}, message_id=str(uuid4()))
-        deployment.put({"id": value, **header(message_id=value, task="echo", task_id=value)})
+        deployment.put_raw({"id": value})  # some of them have no caller who could be answered
+        deployment.put_raw({"id": value}, message_id=str(uuid4()))
+        deployment.put_raw({"id": value, **header(message_id=value, task="echo", task_id=value)})
 
     ended = {name: deployment.ends(task_id) for name, task_id in by_property.items()}
 
@@ -163,7 +157,7 @@ def test_ids_are_refused_once(deployment: Deployment) -> None:
     deployment.recovers()
 
 
-def test_a_header_that_is_no_marker_counts_for_nothing(deployment: Deployment) -> None:
+def test_a_header_that_is_no_marker_counts_for_nothing(deployment: OpenBroker) -> None:
     messages: dict[str, str] = {}
     for name, value in {**TEXTS, **NO_TEXTS}.items():
         for field in ("message_id", "task", "task_id", "fingerprint", "first", "trace", "holds", "lost", "copied"):
@@ -171,7 +165,7 @@ def test_a_header_that_is_no_marker_counts_for_nothing(deployment: Deployment) -
             task_id = str(uuid4())
             if field not in ("message_id", "task_id"):
                 marker.update(message_id=task_id, task_id=task_id)
-            messages[f"{field}: {name}"] = deployment.put({"id": task_id, **header(**marker)}) and task_id
+            messages[f"{field}: {name}"] = deployment.put_raw({"id": task_id, **header(**marker)}) and task_id
 
     ended = {name: deployment.ends(task_id) for name, task_id in messages.items()}
 
@@ -180,9 +174,9 @@ def test_a_header_that_is_no_marker_counts_for_nothing(deployment: Deployment) -
     deployment.recovers()
 
 
-def test_numbers_are_refused_once(deployment: Deployment) -> None:
+def test_numbers_are_refused_once(deployment: OpenBroker) -> None:
     messages = {
-        repr(value): deployment.put({"retries": value})
+        repr(value): deployment.put_raw({"retries": value})
         for value in (2**70, 2**31, -1, 1.5, "3", "a\0", {"a": 1}, [1], True)
     }
 
@@ -190,14 +184,16 @@ def test_numbers_are_refused_once(deployment: Deployment) -> None:
 
     assert ended == dict.fromkeys(messages, "ConfigurationError")
     assert (
-        deployment.ends(deployment.put({"retries": 3})) == deployment.ends(deployment.put({"retries": None})) == "str"
+        deployment.ends(deployment.put_raw({"retries": 3}))
+        == deployment.ends(deployment.put_raw({"retries": None}))
+        == "str"
     )
     deployment.goes_on()
     deployment.recovers()
 
 
-def test_routing_keys_are_refused_once(deployment: Deployment) -> None:
-    messages = {name: deployment.put(routing_key=value) for name, value in {**TEXTS, **NO_TEXTS}.items()}
+def test_routing_keys_are_refused_once(deployment: OpenBroker) -> None:
+    messages = {name: deployment.put_raw(routing_key=value) for name, value in {**TEXTS, **NO_TEXTS}.items()}
 
     ended = {name: deployment.ends(task_id) for name, task_id in messages.items()}
 
@@ -206,15 +202,15 @@ def test_routing_keys_are_refused_once(deployment: Deployment) -> None:
     deployment.recovers()
 
 
-def test_what_never_ran_is_refused_too(deployment: Deployment) -> None:
+def test_what_never_ran_is_refused_too(deployment: OpenBroker) -> None:
     past = (datetime.now(UTC) - timedelta(hours=1)).isoformat()
     for value in {**TEXTS, **NO_TEXTS}.values():
-        deployment.put({"expires": past}, message_id=value)
-        deployment.put({"expires": past, "id": value})
+        deployment.put_raw({"expires": past}, message_id=value)
+        deployment.put_raw({"expires": past, "id": value})
     messages = [
-        deployment.put({"eta": "0001-01-01T00:00:01"}),
-        deployment.put({"expires": "9999-12-31T23:59:59"}),
-        deployment.put({"expires": "9999-12-31T23:59:59+00:00"}),
+        deployment.put_raw({"eta": "0001-01-01T00:00:01"}),
+        deployment.put_raw({"expires": "9999-12-31T23:59:59"}),
+        deployment.put_raw({"expires": "9999-12-31T23:59:59+00:00"}),
     ]
 
     assert [deployment.ends(task_id) for task_id in messages] == ["str"] * 3
@@ -222,13 +218,13 @@ def test_what_never_ran_is_refused_too(deployment: Deployment) -> None:
     deployment.recovers()
 
 
-def test_an_errback_with_such_an_id_is_no_reason_to_come_again(deployment: Deployment) -> None:
+def test_an_errback_with_such_an_id_is_no_reason_to_come_again(deployment: OpenBroker) -> None:
     messages = {}
     for name, value in {**TEXTS, **NO_TEXTS}.items():
         errback = {"task": "echo", "args": [], "kwargs": {}, "options": {"task_id": value}, "immutable": True}
         task_id = str(uuid4())
         for _ in range(2):
-            deployment.put({"id": task_id}, task="fail", embed={"errbacks": [errback]})
+            deployment.put_raw({"id": task_id}, task="fail", embed={"errbacks": [errback]})
         messages[name] = task_id
 
     ended = {name: deployment.ends(task_id) for name, task_id in messages.items()}
@@ -238,10 +234,10 @@ def test_an_errback_with_such_an_id_is_no_reason_to_come_again(deployment: Deplo
     deployment.recovers()
 
 
-def test_the_store_keeps_what_other_alphabets_say(deployment: Deployment) -> None:
+def test_the_store_keeps_what_other_alphabets_say(deployment: OpenBroker) -> None:
     message_id = "zażółć 🐇 中文"
 
-    task_id = deployment.put(message_id=message_id)
+    task_id = deployment.put_raw(message_id=message_id)
 
     assert deployment.ends(task_id) == "str"
     assert [row.key.message_id for row in deployment.app.queue_log.store.rows(RowFilter(message_id="zaż*"))] == [

@@ -11,19 +11,17 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import psutil
 import pytest
 import redis
-from celery import Celery
 from celery.result import AsyncResult
 
-from celery_idempotent.core.records import MessageKey, ProcessedStatus, Row, Status
+from celery_idempotent.core.records import ProcessedStatus, Status
 from tests.support.apps import AppSpec, OpenApp
-from tests.support.ledger import Entry, Ledger
+from tests.support.deployment import Deployment
 from tests.support.servers import PrivatePostgreSQL
-from tests.support.waiting import wait_until
+from tests.support.waiting import TIMEOUT, wait_until
 from tests.support.worker import Pool, StartWorker, WorkerProcess
 
 SUCCESS, FAILURE = ProcessedStatus.SUCCESS, ProcessedStatus.FAILURE
@@ -31,25 +29,19 @@ SUCCESS, FAILURE = ProcessedStatus.SUCCESS, ProcessedStatus.FAILURE
 #: Seconds. Long enough for a busy machine to renew in time, short enough to see many of them.
 LEASE = 2.0
 
-TIMEOUT = 60.0
-
 TASKS = ("tests.support.apps.generic", "tests.support.apps.lasting")
 
 on_redis = pytest.mark.parametrize("broker", ["redis"], indirect=True)
 
 
 @dataclass
-class Deployment:
+class TwoWorkers(Deployment):
     """A worker that has a message, and another one that waits for it to die.
 
     The broker's patience is a second, so that what runs for longer is delivered to the other one, again and again.
     """
 
-    spec: AppSpec
-    app: Celery
-    ledger: Ledger
     start_worker: StartWorker
-    directory: Path
 
     def worker(self, *, waiting: bool = False, **options: Any) -> WorkerProcess:
         """Start a worker; one that waits consumes only once :meth:`let_wait` says so."""
@@ -61,33 +53,7 @@ class Deployment:
         """Have the other worker look for messages where the first one does, and wait until it was given this one."""
         worker.wait_until_ready()
         self.app.control.add_consumer(queue, destination=[worker.hostname])
-        worker.wait_for_log(f"{result.id}] received", timeout=TIMEOUT)
-
-    def send(self, task: str, *args: Any) -> AsyncResult[Any]:
-        result: AsyncResult[Any] = self.app.tasks[task].delay(*args)
-        return result
-
-    def started(self, task: str, result: AsyncResult[Any], count: int = 1) -> list[Entry]:
-        """Wait for so many starts of the body."""
-
-        def starts() -> list[Entry] | None:
-            found = self.ledger.starts(task, task_id=result.id)
-            return found if len(found) >= count else None
-
-        return wait_until(starts, timeout=TIMEOUT, describe=lambda: f"{count} starts: {self.ledger.entries()}")
-
-    def row(self, task: str, result: AsyncResult[Any]) -> Row:
-        row: Row | None = self.app.queue_log.store.find(MessageKey(result.id, task))
-        assert row is not None
-        return row
-
-    def wait_until_done(self, task: str, result: AsyncResult[Any]) -> Row:
-        wait_until(
-            lambda: self.row(task, result).status is Status.DONE,
-            timeout=TIMEOUT,
-            describe=lambda: self.row(task, result),
-        )
-        return self.row(task, result)
+        worker.wait_for_log(f"{result.id}] received")
 
     def wait_for_renewals(self, task: str, result: AsyncResult[Any], *, since: datetime, seconds: float) -> None:
         """Wait until the lease has been renewed, without a break, for so long."""
@@ -99,7 +65,7 @@ class Deployment:
             assert row.lease_expires_at is not None
             return (row.lease_expires_at - since).total_seconds() > seconds + LEASE
 
-        wait_until(renewed, timeout=TIMEOUT, describe=lambda: f"renewals: {self.row(task, result)}")
+        wait_until(renewed, describe=lambda: f"renewals: {self.row(task, result)}")
 
     def break_connections(self, worker: WorkerProcess) -> None:
         """Cut everybody off from Redis, and wait until the worker is connected again."""
@@ -110,21 +76,13 @@ class Deployment:
         before = connected()
         with redis.Redis.from_url(self.spec.broker) as broker:
             broker.client_kill_filter(_type="normal", skipme=True)
-        worker.wait_for_log("Connection to broker lost", timeout=TIMEOUT)
-        wait_until(lambda: connected() > before, timeout=TIMEOUT, describe=worker.log_tail)
-
-    def gate(self) -> Path:
-        return self.directory / f"gate-{uuid4().hex[:8]}"
-
-    def starts(self, task: str, result: AsyncResult[Any]) -> list[Entry]:
-        return self.ledger.starts(task, task_id=result.id)
+        worker.wait_for_log("Connection to broker lost")
+        wait_until(lambda: connected() > before, describe=worker.log_tail)
 
 
 @pytest.fixture
-def deploy(
-    spec: AppSpec, open_app: OpenApp, ledger: Ledger, start_worker: StartWorker, tmp_path: Path
-) -> Callable[..., Deployment]:
-    def deploy(**settings: Any) -> Deployment:
+def deploy(spec: AppSpec, open_app: OpenApp, start_worker: StartWorker) -> Callable[..., TwoWorkers]:
+    def deploy(**settings: Any) -> TwoWorkers:
         deployed_spec = replace(
             spec,
             tasks=TASKS,
@@ -138,14 +96,14 @@ def deploy(
         )
         app = open_app(deployed_spec)
         app.finalize()
-        return Deployment(deployed_spec, app, ledger, start_worker, tmp_path)
+        return TwoWorkers(deployed_spec, app, start_worker)
 
     return deploy
 
 
 @on_redis
 class TestWhileTheOwnerLives:
-    def test_a_body_that_holds_the_gil_runs_once(self, deploy: Callable[..., Deployment]) -> None:
+    def test_a_body_that_holds_the_gil_runs_once(self, deploy: Callable[..., TwoWorkers]) -> None:
         """No thread of the child can renew: its parent does."""
         deployment = deploy()
         worker, other = deployment.worker(), deployment.worker(waiting=True)
@@ -153,7 +111,7 @@ class TestWhileTheOwnerLives:
         other.wait_until_ready()
 
         result = deployment.send("last.gil", 3 * LEASE)
-        deployment.started("last.gil", result)
+        deployment.wait_for_starts("last.gil", result)
         deployment.let_wait(other, deployment.spec.queue, result)
 
         assert result.get(timeout=TIMEOUT) == "awake"
@@ -164,7 +122,7 @@ class TestWhileTheOwnerLives:
         row = deployment.row("last.gil", result)
         assert (row.processed_status, row.token, row.takeovers) == (SUCCESS, 1, 0)
 
-    def test_a_body_longer_than_its_lease_runs_once_on_every_pool(self, deploy: Callable[..., Deployment]) -> None:
+    def test_a_body_longer_than_its_lease_runs_once_on_every_pool(self, deploy: Callable[..., TwoWorkers]) -> None:
         """One worker of each kind, on a queue of its own, and another one that waits on all of these."""
         deployment = deploy()
         pools: tuple[Pool, ...] = ("prefork", "threads", "solo", "gevent")
@@ -178,7 +136,7 @@ class TestWhileTheOwnerLives:
         task = deployment.app.tasks["last.late"]
         results = {pool: task.apply_async((str(gate), pool), queue=queues[pool]) for pool in pools}
         for result in results.values():
-            deployment.started("last.late", result)
+            deployment.wait_for_starts("last.late", result)
         began = deployment.row("last.late", result).read_at
         for pool in pools:
             deployment.let_wait(other, queues[pool], results[pool])
@@ -201,7 +159,7 @@ class TestWhileTheOwnerLives:
         ids=["warm", "soft"],
     )
     def test_a_shutdown_longer_than_the_lease_is_waited_for(
-        self, deploy: Callable[..., Deployment], signum: signal.Signals, said: str, settings: dict[str, Any]
+        self, deploy: Callable[..., TwoWorkers], signum: signal.Signals, said: str, settings: dict[str, Any]
     ) -> None:
         deployment = deploy(**settings)
         worker, other = deployment.worker(), deployment.worker(waiting=True)
@@ -209,21 +167,21 @@ class TestWhileTheOwnerLives:
         gate = deployment.gate()
 
         result = deployment.send("last.late", str(gate), "drained")
-        deployment.started("last.late", result)
+        deployment.wait_for_starts("last.late", result)
         worker.signal(signum)
-        worker.wait_for_log(said, timeout=TIMEOUT)
+        worker.wait_for_log(said)
         stopping = deployment.row("last.late", result).read_at
         deployment.let_wait(other, deployment.spec.queue, result)
         deployment.wait_for_renewals("last.late", result, since=stopping, seconds=3 * LEASE)
         gate.touch()
 
         assert result.get(timeout=TIMEOUT) == "drained"
-        wait_until(lambda: not worker.is_alive, timeout=TIMEOUT, describe=worker.log_tail)
+        wait_until(lambda: not worker.is_alive, describe=worker.log_tail)
         assert worker.exit_status == 0
         assert len(deployment.starts("last.late", result)) == 1
 
     @pytest.mark.parametrize("pool", ["prefork", "threads"])
-    def test_short_tasks_cost_no_renewal(self, deploy: Callable[..., Deployment], store_url: str, pool: Pool) -> None:
+    def test_short_tasks_cost_no_renewal(self, deploy: Callable[..., TwoWorkers], store_url: str, pool: Pool) -> None:
         deployment = deploy(idempotent_lease=6.0)
         count = count_renewals(store_url)
         worker = deployment.worker(pool=pool)
@@ -235,7 +193,7 @@ class TestWhileTheOwnerLives:
         assert count(first.id) == 0
         gate = deployment.gate()
         long = deployment.send("gated", str(gate))
-        wait_until(lambda: count(long.id), timeout=TIMEOUT, describe="a renewal of the long one")
+        wait_until(lambda: count(long.id), describe="a renewal of the long one")
         gate.touch()
         long.get(timeout=TIMEOUT)
 
@@ -246,7 +204,7 @@ class TestWhileTheOwnerLives:
 
 @on_redis
 class TestWhenTheOwnerEnds:
-    def test_a_killed_child_is_replaced_at_once(self, deploy: Callable[..., Deployment]) -> None:
+    def test_a_killed_child_is_replaced_at_once(self, deploy: Callable[..., TwoWorkers]) -> None:
         """Its lease of ten minutes ends with it."""
         deployment = deploy()
         worker = deployment.worker()
@@ -254,9 +212,9 @@ class TestWhenTheOwnerEnds:
         gate = deployment.gate()
 
         result = deployment.send("last.late.long", str(gate), "again")
-        deployment.started("last.late.long", result)
+        deployment.wait_for_starts("last.late.long", result)
         worker.kill_children()
-        deployment.started("last.late.long", result, 2)
+        deployment.wait_for_starts("last.late.long", result, 2)
         gate.touch()
 
         assert result.get(timeout=TIMEOUT) == "again"
@@ -268,7 +226,7 @@ class TestWhenTheOwnerEnds:
         "signals", [(signal.SIGQUIT,), (signal.SIGINT, signal.SIGINT)], ids=["SIGQUIT", "SIGINT twice"]
     )
     def test_a_cold_shutdown_gives_up_its_leases(
-        self, deploy: Callable[..., Deployment], signals: tuple[signal.Signals, ...]
+        self, deploy: Callable[..., TwoWorkers], signals: tuple[signal.Signals, ...]
     ) -> None:
         deployment = deploy()
         worker, other = deployment.worker(), deployment.worker(waiting=True)
@@ -276,27 +234,27 @@ class TestWhenTheOwnerEnds:
         gate = deployment.gate()
 
         result = deployment.send("last.late.long", str(gate), "by the other")
-        deployment.started("last.late.long", result)
+        deployment.wait_for_starts("last.late.long", result)
         deployment.let_wait(other, deployment.spec.queue, result)
         for number, signum in enumerate(signals):
             if number:
-                worker.wait_for_log("initiate cold shutdown", timeout=TIMEOUT)
+                worker.wait_for_log("initiate cold shutdown")
             worker.signal(signum)
-        starts = deployment.started("last.late.long", result, 2)
+        starts = deployment.wait_for_starts("last.late.long", result, 2)
         gate.touch()
 
         assert result.get(timeout=TIMEOUT) == "by the other"
         assert [start.worker for start in starts] == [worker.hostname, other.hostname]
-        wait_until(lambda: not worker.is_alive, timeout=TIMEOUT, describe=worker.log_tail)
+        wait_until(lambda: not worker.is_alive, describe=worker.log_tail)
         assert deployment.row("last.late.long", result).token == 2
 
-    def test_a_cold_shutdown_ends_what_was_acknowledged_early(self, deploy: Callable[..., Deployment]) -> None:
+    def test_a_cold_shutdown_ends_what_was_acknowledged_early(self, deploy: Callable[..., TwoWorkers]) -> None:
         deployment = deploy()
         worker, other = deployment.worker(), deployment.worker(waiting=True)
         worker.wait_until_ready()
 
         result = deployment.send("last.early.long", str(deployment.gate()))
-        deployment.started("last.early.long", result)
+        deployment.wait_for_starts("last.early.long", result)
         worker.signal(signal.SIGQUIT)
         other.wait_until_ready()
         deployment.app.control.add_consumer(deployment.spec.queue, destination=[other.hostname])
@@ -309,7 +267,7 @@ class TestWhenTheOwnerEnds:
 
     @pytest.mark.parametrize("pool", ["prefork", "gevent"])
     def test_a_body_that_celery_cancels_because_its_connection_broke_runs_again_at_once(
-        self, deploy: Callable[..., Deployment], pool: Pool
+        self, deploy: Callable[..., TwoWorkers], pool: Pool
     ) -> None:
         deployment = deploy(worker_cancel_long_running_tasks_on_connection_loss=True)
         worker = deployment.worker(pool=pool)
@@ -317,24 +275,22 @@ class TestWhenTheOwnerEnds:
         gate = deployment.gate()
 
         result = deployment.send("last.late.long", str(gate), "again")
-        deployment.started("last.late.long", result)
+        deployment.wait_for_starts("last.late.long", result)
         deployment.break_connections(worker)
-        deployment.started("last.late.long", result, 2)
+        deployment.wait_for_starts("last.late.long", result, 2)
         gate.touch()
 
-        wait_until(
-            lambda: deployment.app.AsyncResult(result.id).successful(), timeout=TIMEOUT, describe=worker.log_tail
-        )
+        wait_until(lambda: deployment.app.AsyncResult(result.id).successful(), describe=worker.log_tail)
         assert deployment.row("last.late.long", result).token == 2
 
-    def test_a_child_killed_after_a_reconnect_ends_its_claim(self, deploy: Callable[..., Deployment]) -> None:
+    def test_a_child_killed_after_a_reconnect_ends_its_claim(self, deploy: Callable[..., TwoWorkers]) -> None:
         """Celery 5.5's pool forgets what it runs when the connection breaks, and never tells the end of it."""
         deployment = deploy()
         worker = deployment.worker()
         worker.wait_until_ready()
 
         result = deployment.send("last.early", str(deployment.gate()))
-        deployment.started("last.early", result)
+        deployment.wait_for_starts("last.early", result)
         deployment.break_connections(worker)
         worker.kill_children()
 
@@ -343,13 +299,13 @@ class TestWhenTheOwnerEnds:
         assert str(row.error).startswith("abandoned")
         assert len(deployment.starts("last.early", result)) == 1
 
-    def test_a_body_terminated_after_a_reconnect_ends_at_once(self, deploy: Callable[..., Deployment]) -> None:
+    def test_a_body_terminated_after_a_reconnect_ends_at_once(self, deploy: Callable[..., TwoWorkers]) -> None:
         deployment = deploy()
         worker = deployment.worker()
         worker.wait_until_ready()
 
         result = deployment.send("last.early.long", str(deployment.gate()))
-        deployment.started("last.early.long", result)
+        deployment.wait_for_starts("last.early.long", result)
         deployment.break_connections(worker)
         deployment.app.control.revoke(result.id, terminate=True)
 
@@ -358,7 +314,7 @@ class TestWhenTheOwnerEnds:
 
     @pytest.mark.parametrize("all_of_it", [True, False], ids=["all of it", "its main process"])
     def test_a_message_whose_worker_was_killed_runs_again_after_its_lease(
-        self, deploy: Callable[..., Deployment], all_of_it: bool
+        self, deploy: Callable[..., TwoWorkers], all_of_it: bool
     ) -> None:
         """Celery has the kernel kill a child whose parent died, so that there are no orphans."""
         deployment = deploy()
@@ -367,18 +323,18 @@ class TestWhenTheOwnerEnds:
         gate = deployment.gate()
 
         result = deployment.send("last.late", str(gate), "by the other")
-        deployment.started("last.late", result)
+        deployment.wait_for_starts("last.late", result)
         (child,) = worker.children()
         if all_of_it:
             worker.kill()
         else:
             os.kill(worker.pid, signal.SIGKILL)
-        wait_until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, timeout=TIMEOUT)
+        wait_until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
         left = deployment.row("last.late", result)
         assert left.lease_expires_at is not None
         assert 0 < left.lease_left <= LEASE
         deployment.let_wait(other, deployment.spec.queue, result)
-        starts = deployment.started("last.late", result, 2)
+        starts = deployment.wait_for_starts("last.late", result, 2)
         gate.touch()
 
         assert result.get(timeout=TIMEOUT) == "by the other"
@@ -389,7 +345,7 @@ class TestWhenTheOwnerEnds:
 
 @on_redis
 def test_a_database_that_is_away_for_less_than_a_lease_costs_nothing(
-    deploy: Callable[..., Deployment], private_postgresql: PrivatePostgreSQL, spec: AppSpec
+    deploy: Callable[..., TwoWorkers], private_postgresql: PrivatePostgreSQL, spec: AppSpec
 ) -> None:
     lease = 12.0
     deployment = deploy(idempotent_lease=lease)
@@ -398,10 +354,10 @@ def test_a_database_that_is_away_for_less_than_a_lease_costs_nothing(
     gate = deployment.gate()
 
     result = deployment.send("last.late", str(gate), "after the blink")
-    deployment.started("last.late", result)
+    deployment.wait_for_starts("last.late", result)
     private_postgresql.stop()
     # A renewal is due after a third of the lease, and is asked for in vain.
-    worker.wait_for_log("could not renew", timeout=TIMEOUT)
+    worker.wait_for_log("could not renew")
     private_postgresql.start()
     back = deployment.row("last.late", result)
     assert back.lease_left > 0, "the machine is too slow to tell"

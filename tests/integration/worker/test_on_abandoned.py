@@ -11,7 +11,9 @@ import pytest
 from celery_idempotent import AlreadyFailedError
 from celery_idempotent.core.records import Claim, Claimed, MessageKey, NewMessage, Owner, ProcessedStatus, Status
 from celery_idempotent.message.serialization import encode_message, encode_result
-from tests.support.shared_workers import TIMEOUT, SharedWorker
+from tests.support.deployment import unique
+from tests.support.shared_workers import SharedWorker
+from tests.support.waiting import TIMEOUT
 
 SUCCESS, FAILURE = ProcessedStatus.SUCCESS, ProcessedStatus.FAILURE
 
@@ -38,7 +40,7 @@ def run_out(shared_worker: SharedWorker, task: str, message_id: str) -> None:
 @pytest.mark.parametrize("task", ["left.rerun", "left.late"])
 def test_it_is_run_again(shared_worker: SharedWorker, task: str) -> None:
     """Where the task says so, and by default where it is acknowledged late."""
-    m, gate = shared_worker.fresh(), shared_worker.path("gate")
+    m, gate = unique(), shared_worker.path("gate")
     Path(gate).touch()
     task_id, _ = leave_behind(shared_worker, task, m, gate, "value")
     run_out(shared_worker, task, m)
@@ -54,7 +56,7 @@ def test_it_is_run_again(shared_worker: SharedWorker, task: str) -> None:
 @pytest.mark.parametrize("task", ["left.fail", "left.early"])
 def test_it_is_failed(shared_worker: SharedWorker, task: str) -> None:
     """Where the task says so, and by default where it is acknowledged early."""
-    m, gate = shared_worker.fresh(), shared_worker.path("gate")
+    m, gate = unique(), shared_worker.path("gate")
     task_id, _ = leave_behind(shared_worker, task, m, gate, "value")
     run_out(shared_worker, task, m)
 
@@ -72,7 +74,7 @@ def test_it_is_failed(shared_worker: SharedWorker, task: str) -> None:
 @pytest.mark.parametrize("task", ["left.rerun", "left.fail"])
 def test_a_recovery_point_is_replayed_whatever_the_task_says(shared_worker: SharedWorker, task: str) -> None:
     """The body ran; what was to be sent behind it is sent by whoever takes over."""
-    m, heard = shared_worker.fresh(), shared_worker.fresh("heard")
+    m, heard = unique(), unique("heard")
     link = shared_worker.task("told").s().set(message_id=heard)
     task_id, claim = leave_behind(shared_worker, task, m, "no gate", "value")
     assert shared_worker.app.queue_log.store.checkpoint(claim, result=encode_result(shared_worker.app, "value"))
@@ -81,14 +83,14 @@ def test_a_recovery_point_is_replayed_whatever_the_task_says(shared_worker: Shar
     copy = shared_worker.deliver(task, ("no gate", "value"), message_id=m, task_id=task_id, link=link)
 
     assert copy.get(timeout=TIMEOUT) == "value"
-    row = shared_worker.done(task, m)
+    row = shared_worker.wait_until_done(task, m)
     assert (row.processed_status, row.token, row.message) == (SUCCESS, 2, None)
-    assert shared_worker.done("told", heard).processed_status is SUCCESS
+    assert shared_worker.wait_until_done("told", heard).processed_status is SUCCESS
     assert shared_worker.starts(task, m) == []
 
 
 def test_a_recovery_point_without_a_result_cannot_be_replayed(shared_worker: SharedWorker) -> None:
-    m, heard = shared_worker.fresh(), shared_worker.fresh("heard")
+    m, heard = unique(), unique("heard")
     task_id, claim = leave_behind(shared_worker, "left.rerun", m, "no gate", "value")
     assert shared_worker.app.queue_log.store.checkpoint(claim, result=None)
     run_out(shared_worker, "left.rerun", m)
@@ -103,14 +105,14 @@ def test_a_recovery_point_without_a_result_cannot_be_replayed(shared_worker: Sha
 
     with pytest.raises(AlreadyFailedError, match="result could not be kept"):
         copy.get(timeout=TIMEOUT)
-    row = shared_worker.done("left.rerun", m)
+    row = shared_worker.wait_until_done("left.rerun", m)
     assert (row.processed_status, row.token) == (FAILURE, 2)
     assert (shared_worker.starts("left.rerun", m), shared_worker.find("told", heard)) == ([], None)
 
 
 def test_an_owner_that_lost_its_claim_is_not_heard(shared_worker: SharedWorker) -> None:
     """Its body goes on, which nothing can prevent; its result, its callbacks and its outcome are refused."""
-    m, gate, heard = shared_worker.fresh(), shared_worker.path("gate"), shared_worker.fresh("heard")
+    m, gate, heard = unique(), shared_worker.path("gate"), unique("heard")
     store = shared_worker.app.queue_log.store
     first = shared_worker.task("gated").apply_async(
         (gate, "too late"), message_id=m, link=shared_worker.task("told").s().set(message_id=heard)
@@ -127,8 +129,7 @@ def test_an_owner_that_lost_its_claim_is_not_heard(shared_worker: SharedWorker) 
 
     Path(gate).touch()
 
-    assert shared_worker.worker is not None
-    shared_worker.worker.wait_for_log(f"gated[{m}]: the claim on message", timeout=TIMEOUT)
+    shared_worker.worker.wait_for_log(f"gated[{m}]: the claim on message")
     row = shared_worker.row("gated", m)
     assert (row.status, row.processed_status, row.token) == (Status.DONE, SUCCESS, 2)
     # The caller is served by a copy, as it will be: with the new owner's result.
@@ -139,7 +140,7 @@ def test_an_owner_that_lost_its_claim_is_not_heard(shared_worker: SharedWorker) 
 
 
 def test_an_owner_that_lost_its_claim_does_not_retry(shared_worker: SharedWorker) -> None:
-    m, gate = shared_worker.fresh(), shared_worker.path("gate")
+    m, gate = unique(), shared_worker.path("gate")
     store = shared_worker.app.queue_log.store
     shared_worker.task("gated_retry").apply_async((gate,), message_id=m)
     shared_worker.wait_for_starts("gated_retry", m)
@@ -153,8 +154,7 @@ def test_an_owner_that_lost_its_claim_does_not_retry(shared_worker: SharedWorker
 
     Path(gate).touch()
 
-    assert shared_worker.worker is not None
-    shared_worker.worker.wait_for_log(f"gated_retry[{m}]: the claim on message", timeout=TIMEOUT)
+    shared_worker.worker.wait_for_log(f"gated_retry[{m}]: the claim on message")
     row = shared_worker.row("gated_retry", m)
     assert (row.status, row.attempt, row.token) == (Status.PROCESSING, 0, 2)
     assert store.fail(taken.claim, error="the end of the test")

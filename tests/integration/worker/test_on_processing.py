@@ -9,14 +9,16 @@ from celery import states
 
 from celery_idempotent import AlreadyProcessingError
 from celery_idempotent.core.records import ProcessedStatus, Status
-from tests.support.shared_workers import TIMEOUT, SharedWorker
+from tests.support.deployment import unique
+from tests.support.shared_workers import SharedWorker
+from tests.support.waiting import TIMEOUT
 
 SUCCESS = ProcessedStatus.SUCCESS
 
 
 @pytest.mark.parametrize("same_task_id", [True, False], ids=["redelivered", "another task id"])
 def test_a_copy_is_held_until_its_message_has_ended(shared_worker: SharedWorker, same_task_id: bool) -> None:
-    m, gate = shared_worker.fresh(), shared_worker.path("gate")
+    m, gate = unique(), shared_worker.path("gate")
     first = shared_worker.task("busy.hold").apply_async((gate, "value"), message_id=m)
     shared_worker.wait_for_starts("busy.hold", m)
 
@@ -35,7 +37,7 @@ def test_a_copy_is_held_until_its_message_has_ended(shared_worker: SharedWorker,
 
 def test_a_copy_is_held_as_often_as_it_takes(shared_worker: SharedWorker) -> None:
     """Each hold is longer than the one before."""
-    m, gate = shared_worker.fresh(), shared_worker.path("gate")
+    m, gate = unique(), shared_worker.path("gate")
     first = shared_worker.task("busy.hold").apply_async((gate, "value"), message_id=m)
     shared_worker.wait_for_starts("busy.hold", m)
 
@@ -51,7 +53,7 @@ def test_a_copy_is_held_as_often_as_it_takes(shared_worker: SharedWorker) -> Non
 @pytest.mark.parametrize("how", ["redelivered", "another task id", "by name"])
 def test_a_held_copy_does_not_run_when_its_id_is_free(shared_worker: SharedWorker, how: str) -> None:
     """The id is free for calls long before the copy comes back."""
-    m, gate = shared_worker.fresh(), shared_worker.path("gate")
+    m, gate = unique(), shared_worker.path("gate")
     first = shared_worker.task("busy.window").apply_async((gate, "value"), message_id=m)
     shared_worker.wait_for_starts("busy.window", m)
 
@@ -78,7 +80,7 @@ def test_a_held_copy_does_not_run_when_its_id_is_free(shared_worker: SharedWorke
 
 
 def test_a_copy_is_skipped_where_the_task_says_so(shared_worker: SharedWorker) -> None:
-    m, gate = shared_worker.fresh(), shared_worker.path("gate")
+    m, gate = unique(), shared_worker.path("gate")
     first = shared_worker.task("busy.skip").apply_async((gate, "value"), message_id=m)
     shared_worker.wait_for_starts("busy.skip", m)
 
@@ -93,7 +95,7 @@ def test_a_copy_is_skipped_where_the_task_says_so(shared_worker: SharedWorker) -
 
 
 def test_a_copy_is_refused_where_the_task_says_so(shared_worker: SharedWorker) -> None:
-    m, gate = shared_worker.fresh(), shared_worker.path("gate")
+    m, gate = unique(), shared_worker.path("gate")
     first = shared_worker.task("busy.raise").apply_async((gate, "value"), message_id=m)
     shared_worker.wait_for_starts("busy.raise", m)
 
@@ -111,7 +113,7 @@ def test_a_copy_is_refused_where_the_task_says_so(shared_worker: SharedWorker) -
 
 
 def test_a_call_while_a_message_runs_is_a_duplicate(shared_worker: SharedWorker) -> None:
-    m, gate = shared_worker.fresh(), shared_worker.path("gate")
+    m, gate = unique(), shared_worker.path("gate")
     first = shared_worker.task("gated").apply_async((gate, "value"), message_id=m)
     shared_worker.wait_for_starts("gated", m)
 
@@ -129,7 +131,7 @@ def test_a_call_while_a_message_runs_is_a_duplicate(shared_worker: SharedWorker)
 
 
 def test_one_id_of_two_tasks_does_not_wait_for_each_other(shared_worker: SharedWorker) -> None:
-    m, gate = shared_worker.fresh(), shared_worker.path("gate")
+    m, gate = unique(), shared_worker.path("gate")
     running = shared_worker.task("gated").apply_async((gate, "value"), message_id=m)
     shared_worker.wait_for_starts("gated", m)
 

@@ -14,14 +14,16 @@ from kombu.exceptions import EncodeError
 
 from celery_idempotent import AlreadyFailedError, queue_log_table
 from celery_idempotent.core.records import ProcessedStatus, Status
-from tests.support.shared_workers import TIMEOUT, SharedWorker
+from tests.support.deployment import unique
+from tests.support.shared_workers import SharedWorker
+from tests.support.waiting import TIMEOUT
 
 SUCCESS = ProcessedStatus.SUCCESS
 
 
 @pytest.mark.parametrize("value", [None, 0, [], False, "", {}, 0.0, "text", [None], {"a": [1]}], ids=repr)
 def test_a_result_is_replayed_as_itself(shared_worker: SharedWorker, value: Any) -> None:
-    m = shared_worker.fresh()
+    m = unique()
     first = shared_worker.task("echo").apply_async((value,), message_id=m)
     assert first.get(timeout=TIMEOUT) == value
 
@@ -35,7 +37,7 @@ def test_a_result_is_replayed_as_itself(shared_worker: SharedWorker, value: Any)
 
 def test_a_result_that_never_reached_the_backend_is_replayed_to_its_own_task(shared_worker: SharedWorker) -> None:
     """A worker that dies between the row's end and the backend's: the redelivered copy has the first one's task id."""
-    m = shared_worker.fresh()
+    m = unique()
     first = shared_worker.task("echo").apply_async(("value",), message_id=m)
     assert first.get(timeout=TIMEOUT) == "value"
     shared_worker.app.backend.delete(shared_worker.app.backend.get_key_for_task(first.id))
@@ -49,9 +51,9 @@ def test_a_result_that_never_reached_the_backend_is_replayed_to_its_own_task(sha
 @pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")  # Celery's own
 @pytest.mark.parametrize("outcome", ["success", "failure"])
 def test_a_duplicate_of_an_expired_result_is_answered_from_the_row(shared_worker: SharedWorker, outcome: str) -> None:
-    m, task = shared_worker.fresh(), "echo" if outcome == "success" else "fail"
+    m, task = unique(), "echo" if outcome == "success" else "fail"
     shared_worker.task(task).apply_async(("value",), message_id=m).get(timeout=TIMEOUT, propagate=False)
-    row = shared_worker.done(task, m)
+    row = shared_worker.wait_until_done(task, m)
     assert row.processed_timestamp is not None
     shared_worker.app.backend.delete(shared_worker.app.backend.get_key_for_task(row.task_id))
     table, engine = queue_log_table(sa.MetaData()), sa.create_engine(shared_worker.spec.store)
@@ -70,7 +72,7 @@ def test_a_duplicate_of_an_expired_result_is_answered_from_the_row(shared_worker
 
 
 def test_a_duplicate_does_not_store_a_result_that_is_there(shared_worker: SharedWorker) -> None:
-    m, backend = shared_worker.fresh(), shared_worker.app.backend
+    m, backend = unique(), shared_worker.app.backend
     first = shared_worker.task("echo").apply_async(("value",), message_id=m)
     assert first.get(timeout=TIMEOUT) == "value"
     backend.delete(backend.get_key_for_task(first.id))
@@ -81,7 +83,7 @@ def test_a_duplicate_does_not_store_a_result_that_is_there(shared_worker: Shared
 
 
 def test_a_result_that_is_not_kept_is_replayed_from_the_backend(shared_worker: SharedWorker) -> None:
-    m = shared_worker.fresh()
+    m = unique()
     first = shared_worker.task("unkept").apply_async(("value",), message_id=m)
     assert first.get(timeout=TIMEOUT) == "value"
     row = shared_worker.row("unkept", m)
@@ -95,7 +97,7 @@ def test_a_result_that_is_not_kept_is_replayed_from_the_backend(shared_worker: S
 
 def test_a_result_that_is_not_kept_serves_a_canvas_all_the_same(shared_worker: SharedWorker) -> None:
     """What waits on it may have to be sent again after a crash, so it is kept until then."""
-    m = shared_worker.fresh()
+    m = unique()
     told = shared_worker.task("told")
 
     results = [(shared_worker.task("unkept").s("value").set(message_id=m) | told.s()).apply_async() for _ in range(2)]
@@ -106,12 +108,12 @@ def test_a_result_that_is_not_kept_serves_a_canvas_all_the_same(shared_worker: S
 
 @pytest.mark.parametrize("task", ["unserializable", "unserializable_unkept"])
 def test_a_result_that_celery_cannot_store_is_a_failure_in_both_places(shared_worker: SharedWorker, task: str) -> None:
-    m = shared_worker.fresh()
+    m = unique()
 
     result = shared_worker.task(task).apply_async(message_id=m)
 
     assert isinstance(result.get(timeout=TIMEOUT, propagate=False), EncodeError)
-    row = shared_worker.done(task, m)
+    row = shared_worker.wait_until_done(task, m)
     assert (row.processed_status, row.result, row.token) == (ProcessedStatus.FAILURE, None, 1)
     assert str(row.error).startswith("kombu.exceptions.EncodeError: ")
     assert row.message is not None  # to be requeued
@@ -121,11 +123,11 @@ def test_a_result_that_celery_cannot_store_is_a_failure_in_both_places(shared_wo
 
 
 def test_an_unserializable_result_that_is_ignored_is_nobodys_affair(shared_worker: SharedWorker) -> None:
-    m = shared_worker.fresh()
+    m = unique()
 
     result = shared_worker.task("unserializable_forgotten").apply_async(message_id=m)
 
-    row = shared_worker.done("unserializable_forgotten", m)
+    row = shared_worker.wait_until_done("unserializable_forgotten", m)
     assert (row.processed_status, row.result, row.error) == (SUCCESS, None, None)
     shared_worker.deliver("unserializable_forgotten", message_id=m, task_id=result.id)
     shared_worker.wait_for_row("unserializable_forgotten", m, lambda row: row.duplicates == 1)
@@ -134,9 +136,9 @@ def test_an_unserializable_result_that_is_ignored_is_nobodys_affair(shared_worke
 
 @pytest.mark.parametrize("same_task_id", [True, False], ids=["redelivered", "another task id"])
 def test_a_copy_of_an_ignored_result_is_skipped(shared_worker: SharedWorker, same_task_id: bool) -> None:
-    m = shared_worker.fresh()
+    m = unique()
     result = shared_worker.task("forgotten").apply_async(("value",), message_id=m)
-    assert shared_worker.done("forgotten", m).processed_status is SUCCESS
+    assert shared_worker.wait_until_done("forgotten", m).processed_status is SUCCESS
 
     shared_worker.deliver("forgotten", ("value",), message_id=m, task_id=result.id if same_task_id else None)
 
@@ -145,7 +147,7 @@ def test_a_copy_of_an_ignored_result_is_skipped(shared_worker: SharedWorker, sam
 
 
 def test_an_ignored_result_still_serves_a_canvas(shared_worker: SharedWorker) -> None:
-    m, told = shared_worker.fresh(), shared_worker.task("told")
+    m, told = unique(), shared_worker.task("told")
 
     results = [
         (shared_worker.task("forgotten").s("value").set(message_id=m) | told.s()).apply_async() for _ in range(2)
@@ -156,11 +158,11 @@ def test_an_ignored_result_still_serves_a_canvas(shared_worker: SharedWorker) ->
 
 
 def test_results_ignored_for_one_call_only(shared_worker: SharedWorker) -> None:
-    m = shared_worker.fresh()
+    m = unique()
 
     result = shared_worker.task("echo").apply_async(("value",), message_id=m, ignore_result=True)
 
-    row = shared_worker.done("echo", m)
+    row = shared_worker.wait_until_done("echo", m)
     assert row.processed_status is SUCCESS
     assert result.state == states.PENDING
     # One that waits for the result is served from the row.
@@ -192,7 +194,7 @@ def put_result(shared_worker: SharedWorker, task: str, message_id: str, result: 
 
 @pytest.mark.parametrize("head", [b"application/x-python-serialize;binary\n", b"no/such-type;binary\n", b""])
 def test_a_row_is_not_unpickled_unless_the_app_accepts_pickle(shared_worker: SharedWorker, head: bytes) -> None:
-    m, sprung = shared_worker.fresh(), shared_worker.path("sprung")
+    m, sprung = unique(), shared_worker.path("sprung")
     assert shared_worker.task("echo").apply_async(("value",), message_id=m).get(timeout=TIMEOUT) == "value"
     put_result(shared_worker, "echo", m, head + pickle.dumps(Trap(sprung)))
 
@@ -207,7 +209,7 @@ def test_a_row_is_not_unpickled_unless_the_app_accepts_pickle(shared_worker: Sha
 
 @pytest.mark.parametrize("damaged", [b"application/json;utf-8\n{", b"\xff\n1", b"", b"\n1"])
 def test_a_damaged_result_does_not_run_the_body_again(shared_worker: SharedWorker, damaged: bytes) -> None:
-    m = shared_worker.fresh()
+    m = unique()
     assert shared_worker.task("echo").apply_async(("value",), message_id=m).get(timeout=TIMEOUT) == "value"
     put_result(shared_worker, "echo", m, damaged)
 

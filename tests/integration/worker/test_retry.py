@@ -6,15 +6,17 @@ import pytest
 from celery.exceptions import MaxRetriesExceededError, Reject
 
 from celery_idempotent.core.records import ProcessedStatus, Status
-from tests.support.shared_workers import TIMEOUT, SharedWorker
+from tests.support.deployment import unique
+from tests.support.shared_workers import SharedWorker
 from tests.support.versions import CELERY
+from tests.support.waiting import TIMEOUT
 
 SUCCESS, FAILURE = ProcessedStatus.SUCCESS, ProcessedStatus.FAILURE
 
 
 @pytest.mark.parametrize("countdown", [0, 0.5])
 def test_two_retries_are_three_runs_and_one_row(shared_worker: SharedWorker, countdown: float) -> None:
-    m = shared_worker.fresh()
+    m = unique()
 
     result = shared_worker.task("retry_n").apply_async((2, countdown), message_id=m)
 
@@ -38,7 +40,7 @@ def test_a_retried_message_without_an_id_keeps_its_row(shared_worker: SharedWork
 
 
 def test_a_waiting_retry_is_pending_for_its_next_attempt(shared_worker: SharedWorker) -> None:
-    m = shared_worker.fresh()
+    m = unique()
     shared_worker.task("retry_n").apply_async((1, 600), message_id=m)
 
     row = shared_worker.wait_for_row("retry_n", m, lambda row: row.attempt == 1)
@@ -49,7 +51,7 @@ def test_a_waiting_retry_is_pending_for_its_next_attempt(shared_worker: SharedWo
 
 
 def test_a_call_during_a_retry_is_a_duplicate(shared_worker: SharedWorker) -> None:
-    m = shared_worker.fresh()
+    m = unique()
     first = shared_worker.task("retry_n").apply_async((1, 600), message_id=m)
     shared_worker.wait_for_row("retry_n", m, lambda row: row.attempt == 1)
 
@@ -62,7 +64,7 @@ def test_a_call_during_a_retry_is_a_duplicate(shared_worker: SharedWorker) -> No
 
 def test_an_old_copy_of_a_retried_message_does_not_run(shared_worker: SharedWorker) -> None:
     """The delivery before a retry comes back, as after a visibility timeout: it has fewer retries than the row waits for."""
-    m = shared_worker.fresh()
+    m = unique()
     first = shared_worker.task("retry_n").apply_async((1, 600), message_id=m)
     shared_worker.wait_for_row("retry_n", m, lambda row: row.attempt == 1)
 
@@ -75,7 +77,7 @@ def test_an_old_copy_of_a_retried_message_does_not_run(shared_worker: SharedWork
 
 
 def test_autoretry_for_retries_under_the_same_row(shared_worker: SharedWorker) -> None:
-    m = shared_worker.fresh()
+    m = unique()
 
     result = shared_worker.task("autoretry").apply_async((2,), message_id=m)
 
@@ -89,7 +91,7 @@ def test_autoretry_for_retries_under_the_same_row(shared_worker: SharedWorker) -
     ("own", "error"), [(False, MaxRetriesExceededError), (True, ValueError)], ids=["by default", "its own error"]
 )
 def test_when_retries_are_used_up_the_row_fails(shared_worker: SharedWorker, own: bool, error: type[Exception]) -> None:
-    m = shared_worker.fresh()
+    m = unique()
 
     result = shared_worker.task("give_up").apply_async((own,), message_id=m)
 
@@ -105,7 +107,7 @@ def test_when_retries_are_used_up_the_row_fails(shared_worker: SharedWorker, own
 
 def test_a_retry_that_is_not_thrown_decides_all_the_same(shared_worker: SharedWorker) -> None:
     """After ``retry(throw=False)`` the body goes on to its end, whose value is not the message's."""
-    m = shared_worker.fresh()
+    m = unique()
 
     result = shared_worker.task("retry_quietly").apply_async((2,), message_id=m)
 
@@ -116,7 +118,7 @@ def test_a_retry_that_is_not_thrown_decides_all_the_same(shared_worker: SharedWo
 
 
 def test_a_retry_with_other_arguments_is_the_same_message(shared_worker: SharedWorker) -> None:
-    m = shared_worker.fresh()
+    m = unique()
 
     result = shared_worker.task("retry_changed").apply_async((["a", "b", "c"],), message_id=m)
 
@@ -130,7 +132,7 @@ def test_a_retry_with_other_arguments_is_the_same_message(shared_worker: SharedW
 
 
 def test_arguments_that_the_body_changes_are_the_same_message(shared_worker: SharedWorker) -> None:
-    m = shared_worker.fresh()
+    m = unique()
 
     result = shared_worker.task("mutate").apply_async(([], 2), message_id=m)
 
@@ -142,11 +144,11 @@ def test_arguments_that_the_body_changes_are_the_same_message(shared_worker: Sha
 
 
 def test_a_retry_that_cannot_be_published_fails_the_row(shared_worker: SharedWorker) -> None:
-    m = shared_worker.fresh()
+    m = unique()
 
     result = shared_worker.task("retry_nowhere").apply_async(message_id=m)
 
-    row = shared_worker.done("retry_nowhere", m)
+    row = shared_worker.wait_until_done("retry_nowhere", m)
     # Celery turns the error into a rejection; and that, since 5.7, into a failure.
     if CELERY >= (5, 7):
         assert isinstance(result.get(timeout=TIMEOUT, propagate=False), Reject)

@@ -11,8 +11,9 @@ from celery import states
 from celery.exceptions import TaskRevokedError
 
 from celery_idempotent.core.records import Claimed, MessageKey, NewMessage, ProcessedStatus, Status
-from tests.support.shared_workers import TIMEOUT, SharedWorker
-from tests.support.waiting import wait_until
+from tests.support.deployment import unique
+from tests.support.shared_workers import SharedWorker
+from tests.support.waiting import TIMEOUT, wait_until
 
 FAILURE = ProcessedStatus.FAILURE
 
@@ -28,25 +29,23 @@ def revoke(shared_worker: SharedWorker, task_id: str, **options: Any) -> str:
 
 
 def test_a_message_revoked_before_it_starts_is_a_failure(shared_worker: SharedWorker) -> None:
-    m = shared_worker.fresh()
-    task_id = revoke(shared_worker, shared_worker.fresh("task"))
+    m = unique()
+    task_id = revoke(shared_worker, unique("task"))
 
     result = shared_worker.task("echo").apply_async((1,), message_id=m, task_id=task_id)
 
     with pytest.raises(TaskRevokedError):
         result.get(timeout=TIMEOUT)
-    row = shared_worker.done("echo", m)
+    row = shared_worker.wait_until_done("echo", m)
     assert (row.processed_status, row.error, row.token) == (FAILURE, "revoked", 0)
     assert row.message is not None
     assert shared_worker.starts("echo", m) == []
 
 
 def test_a_copy_of_a_revoked_message_does_not_run(shared_worker: SharedWorker) -> None:
-    m = shared_worker.fresh()
-    shared_worker.task("echo").apply_async(
-        (1,), message_id=m, task_id=revoke(shared_worker, shared_worker.fresh("task"))
-    )
-    shared_worker.done("echo", m)
+    m = unique()
+    shared_worker.task("echo").apply_async((1,), message_id=m, task_id=revoke(shared_worker, unique("task")))
+    shared_worker.wait_until_done("echo", m)
 
     copy = shared_worker.deliver("echo", (1,), message_id=m)
 
@@ -56,12 +55,10 @@ def test_a_copy_of_a_revoked_message_does_not_run(shared_worker: SharedWorker) -
 
 
 def test_a_revoked_message_may_be_sent_again_where_the_task_says_so(shared_worker: SharedWorker) -> None:
-    order, flag = shared_worker.fresh("order"), shared_worker.path("flag")
+    order, flag = unique("order"), shared_worker.path("flag")
     Path(flag).touch()
-    first = shared_worker.task("order.again").apply_async(
-        (order, flag), task_id=revoke(shared_worker, shared_worker.fresh("task"))
-    )
-    shared_worker.done("order.again", f"order:{order}")
+    first = shared_worker.task("order.again").apply_async((order, flag), task_id=revoke(shared_worker, unique("task")))
+    shared_worker.wait_until_done("order.again", f"order:{order}")
 
     second = shared_worker.task("order.again").delay(order, flag)
 
@@ -70,7 +67,7 @@ def test_a_revoked_message_may_be_sent_again_where_the_task_says_so(shared_worke
 
 
 def test_a_message_that_is_terminated_while_it_runs_is_a_failure(shared_worker: SharedWorker) -> None:
-    m, gate = shared_worker.fresh(), shared_worker.path("gate")
+    m, gate = unique(), shared_worker.path("gate")
     result = shared_worker.task("gated").apply_async((gate,), message_id=m)
     (start,) = shared_worker.wait_for_starts("gated", m)
 
@@ -78,7 +75,7 @@ def test_a_message_that_is_terminated_while_it_runs_is_a_failure(shared_worker: 
 
     with pytest.raises(TaskRevokedError):
         result.get(timeout=TIMEOUT)
-    row = shared_worker.done("gated", m)
+    row = shared_worker.wait_until_done("gated", m)
     assert (row.processed_status, row.error) == (FAILURE, "revoked: it was terminated while it ran")
     assert (row.token, row.lease_expires_at) == (1, None)
     assert shared_worker.starts("gated", m) == [start]
@@ -87,7 +84,7 @@ def test_a_message_that_is_terminated_while_it_runs_is_a_failure(shared_worker: 
 
 @pytest.mark.parametrize("how", ["seconds", "date"])
 def test_a_message_that_expired_before_it_started_is_a_failure(shared_worker: SharedWorker, how: str) -> None:
-    m = shared_worker.fresh()
+    m = unique()
     due = datetime.now(UTC) + timedelta(seconds=0.2)
 
     # It is not looked at before its countdown is over.
@@ -97,7 +94,7 @@ def test_a_message_that_expired_before_it_started_is_a_failure(shared_worker: Sh
 
     with pytest.raises(TaskRevokedError):
         result.get(timeout=TIMEOUT)
-    row = shared_worker.done("echo", m)
+    row = shared_worker.wait_until_done("echo", m)
     assert (row.processed_status, row.token) == (FAILURE, 0)
     assert row.error is not None
     assert row.error.startswith("expired")
@@ -106,7 +103,7 @@ def test_a_message_that_expired_before_it_started_is_a_failure(shared_worker: Sh
 
 
 def test_a_message_that_is_in_time_runs(shared_worker: SharedWorker) -> None:
-    m = shared_worker.fresh()
+    m = unique()
 
     result = shared_worker.task("echo").apply_async((1,), message_id=m, expires=600)
 
@@ -115,10 +112,10 @@ def test_a_message_that_is_in_time_runs(shared_worker: SharedWorker) -> None:
 
 
 def test_a_revoked_copy_leaves_the_row_of_the_first_message_alone(shared_worker: SharedWorker) -> None:
-    m = shared_worker.fresh()
+    m = unique()
     first = shared_worker.task("echo").apply_async((1,), message_id=m, countdown=600)
 
-    copy = shared_worker.deliver("echo", (1,), message_id=m, task_id=revoke(shared_worker, shared_worker.fresh("task")))
+    copy = shared_worker.deliver("echo", (1,), message_id=m, task_id=revoke(shared_worker, unique("task")))
 
     with pytest.raises(TaskRevokedError):
         copy.get(timeout=TIMEOUT)
@@ -127,11 +124,9 @@ def test_a_revoked_copy_leaves_the_row_of_the_first_message_alone(shared_worker:
 
 
 def test_an_id_is_free_after_its_message_was_revoked_unbegun(shared_worker: SharedWorker) -> None:
-    m = shared_worker.fresh()
-    shared_worker.task("echo").apply_async(
-        (1,), message_id=m, task_id=revoke(shared_worker, shared_worker.fresh("task"))
-    )
-    shared_worker.done("echo", m)
+    m = unique()
+    shared_worker.task("echo").apply_async((1,), message_id=m, task_id=revoke(shared_worker, unique("task")))
+    shared_worker.wait_until_done("echo", m)
 
     second = shared_worker.task("echo").apply_async((2,), message_id=m)
 
@@ -140,18 +135,16 @@ def test_an_id_is_free_after_its_message_was_revoked_unbegun(shared_worker: Shar
 
 
 def test_an_id_is_free_for_a_call_by_name_too(shared_worker: SharedWorker) -> None:
-    m = shared_worker.fresh()
-    shared_worker.task("echo").apply_async(
-        (1,), message_id=m, task_id=revoke(shared_worker, shared_worker.fresh("task"))
-    )
-    shared_worker.done("echo", m)
+    m = unique()
+    shared_worker.task("echo").apply_async((1,), message_id=m, task_id=revoke(shared_worker, unique("task")))
+    shared_worker.wait_until_done("echo", m)
 
     assert shared_worker.app.send_task("echo", (2,), message_id=m).get(timeout=TIMEOUT) == 2
 
 
 @pytest.mark.parametrize("how", ["revoked", "expired"])
 def test_a_discarded_message_whose_owner_died_has_failed(shared_worker: SharedWorker, how: str) -> None:
-    m, task_id = shared_worker.fresh(), shared_worker.fresh("task")
+    m, task_id = unique(), unique("task")
     key, store = MessageKey(m, "echo"), shared_worker.app.queue_log.store
     claimed = store.claim(NewMessage(key, task_id, message=b""), worker="dead:1", lease=60.0, grace=0.0)
     assert isinstance(claimed, Claimed)
@@ -162,33 +155,33 @@ def test_a_discarded_message_whose_owner_died_has_failed(shared_worker: SharedWo
     late: dict[str, Any] = {} if how == "revoked" else {"countdown": 0.6, "expires": 0.2}
     shared_worker.deliver("echo", (1,), message_id=m, task_id=task_id, **late)
 
-    row = shared_worker.done("echo", m)
+    row = shared_worker.wait_until_done("echo", m)
     assert (row.processed_status, str(row.error).partition(":")[0], row.token) == (FAILURE, how, 1)
     assert shared_worker.starts("echo", m) == []
 
 
 def test_a_row_knows_of_a_revoke_that_a_new_worker_does_not(shared_worker: SharedWorker) -> None:
     """It was discarded while the owner's lease lived; then the owner is dead, and a worker that knows nothing gets it."""
-    m, task_id = shared_worker.fresh(), shared_worker.fresh("task")
+    m, task_id = unique(), unique("task")
     key, store = MessageKey(m, "echo"), shared_worker.app.queue_log.store
     claimed = store.claim(NewMessage(key, task_id, message=b""), worker="dead:1", lease=3600.0, grace=0.0)
     assert isinstance(claimed, Claimed)
     revoke(shared_worker, task_id)
     shared_worker.deliver("echo", (1,), message_id=m, task_id=task_id)
-    wait_until(lambda: shared_worker.row("echo", m).error == "revoked", timeout=TIMEOUT, describe="the note")
+    wait_until(lambda: shared_worker.row("echo", m).error == "revoked", describe="the note")
 
     store.expire(claimed.claim)
     stranger = shared_worker.deliver("echo", (1,), message_id=m)  # the worker does not know this task id
 
     error = stranger.get(timeout=TIMEOUT, propagate=False)
     assert (type(error).__name__, error.args) == ("AlreadyFailedError", (m, "revoked"))
-    row = shared_worker.done("echo", m)
+    row = shared_worker.wait_until_done("echo", m)
     assert (row.processed_status, row.error) == (FAILURE, "revoked")
     assert shared_worker.starts("echo", m) == []
 
 
 def test_a_discarded_recovery_point_has_succeeded(shared_worker: SharedWorker) -> None:
-    m, task_id = shared_worker.fresh(), shared_worker.fresh("task")
+    m, task_id = unique(), unique("task")
     key, store = MessageKey(m, "echo"), shared_worker.app.queue_log.store
     claimed = store.claim(NewMessage(key, task_id, message=b""), worker="dead:1", lease=60.0, grace=0.0)
     assert isinstance(claimed, Claimed)
@@ -198,5 +191,5 @@ def test_a_discarded_recovery_point_has_succeeded(shared_worker: SharedWorker) -
 
     shared_worker.deliver("echo", (1,), message_id=m, task_id=task_id)
 
-    row = shared_worker.done("echo", m)
+    row = shared_worker.wait_until_done("echo", m)
     assert (row.processed_status, row.token) == (ProcessedStatus.SUCCESS, 2)

@@ -15,17 +15,18 @@ from celery.exceptions import SoftTimeLimitExceeded, TimeLimitExceeded
 from celery_idempotent.core.records import MessageKey, ProcessedStatus, Status
 from tests.conftest import StartWorker
 from tests.support.apps import AppSpec, OpenApp
+from tests.support.deployment import unique
 from tests.support.effects import Effects
 from tests.support.ledger import Ledger
-from tests.support.shared_workers import TIMEOUT, SharedWorker
-from tests.support.waiting import wait_until
+from tests.support.shared_workers import SharedWorker
+from tests.support.waiting import TIMEOUT, wait_until
 from tests.support.worker import WorkerProcess
 
 SUCCESS, FAILURE = ProcessedStatus.SUCCESS, ProcessedStatus.FAILURE
 
 
 def test_the_soft_limit_is_a_failure(shared_worker: SharedWorker) -> None:
-    m = shared_worker.fresh()
+    m = unique()
 
     result = shared_worker.task("soft").apply_async((shared_worker.path("flag"),), message_id=m)
 
@@ -38,7 +39,7 @@ def test_the_soft_limit_is_a_failure(shared_worker: SharedWorker) -> None:
 
 
 def test_a_body_that_heeds_the_soft_limit_succeeds(shared_worker: SharedWorker) -> None:
-    m = shared_worker.fresh()
+    m = unique()
 
     result = shared_worker.task("soft.tidy").apply_async(message_id=m)
 
@@ -48,12 +49,12 @@ def test_a_body_that_heeds_the_soft_limit_succeeds(shared_worker: SharedWorker) 
 
 @pytest.mark.parametrize("task", ["hard.early", "hard.early.unacknowledged", "hard.late"])
 def test_the_hard_limit_is_a_failure(shared_worker: SharedWorker, task: str) -> None:
-    m, flag = shared_worker.fresh(), shared_worker.path("flag")
+    m, flag = unique(), shared_worker.path("flag")
 
     result = shared_worker.task(task).apply_async((flag,), message_id=m)
 
     assert isinstance(result.get(timeout=TIMEOUT, propagate=False), TimeLimitExceeded)
-    row = shared_worker.done(task, m)
+    row = shared_worker.wait_until_done(task, m)
     assert (row.processed_status, row.token, row.lease_expires_at) == (FAILURE, 1, None)
     assert row.error is not None
     assert "TimeLimitExceeded" in row.error
@@ -65,19 +66,18 @@ def test_the_hard_limit_is_a_failure(shared_worker: SharedWorker, task: str) -> 
 
 
 def test_the_hard_limit_gives_a_message_back_that_is_not_acknowledged_on_timeout(shared_worker: SharedWorker) -> None:
-    m = shared_worker.fresh()
+    m = unique()
 
     result = shared_worker.task("hard.late.unacknowledged").apply_async((shared_worker.path("flag"),), message_id=m)
 
     starts = shared_worker.wait_for_starts("hard.late.unacknowledged", m, 2)
     assert [start.retries for start in starts] == [0, 0]
     assert starts[0].task_id == starts[1].task_id == result.id
-    row = shared_worker.done("hard.late.unacknowledged", m)
+    row = shared_worker.wait_until_done("hard.late.unacknowledged", m)
     assert (row.processed_status, row.token, row.attempt) == (SUCCESS, 2, 0)
     # Celery has stored a failure at the limit, in the place of which the second run stores its result.
     wait_until(
         lambda: shared_worker.app.AsyncResult(result.id).state == states.SUCCESS,
-        timeout=TIMEOUT,
         describe="the result of the second run",
     )
     assert shared_worker.app.AsyncResult(result.id).result == "in time"
@@ -92,7 +92,7 @@ def locked_until_the_limit_strikes(store_url: str, worker: WorkerProcess) -> Ite
         with engine.begin() as connection:
             connection.execute(sa.text("LOCK TABLE queue_log IN ACCESS EXCLUSIVE MODE"))
             yield
-            worker.wait_for_log("Soft time limit (3", timeout=TIMEOUT)
+            worker.wait_for_log("Soft time limit (3")
     finally:
         engine.dispose()
 
@@ -136,11 +136,11 @@ def test_the_soft_limit_does_not_strike_a_body_that_has_ended(
     worker = start_worker(spec)
     args = (str(gate),) if task == "gated" else ("effect", str(gate))
     result = app.tasks[task].apply_async(args, message_id="m", soft_time_limit=3)
-    wait_until(lambda: ledger.starts(task), timeout=TIMEOUT, describe="the start")
+    wait_until(lambda: ledger.starts(task), describe="the start")
 
     with locked_until_the_limit_strikes(store_url, worker):
         gate.touch()
-        wait_until(lambda: ledger.ends(task_id=result.id), timeout=TIMEOUT, describe="the end of the body")
+        wait_until(lambda: ledger.ends(task_id=result.id), describe="the end of the body")
 
     result.get(timeout=TIMEOUT)
     row = app.queue_log.store.find(MessageKey("m", task))

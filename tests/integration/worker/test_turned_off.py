@@ -14,10 +14,8 @@ from celery_idempotent.message.header import Header
 from celery_idempotent.message.serialization import encode_message
 from tests.support.apps import AppSpec, OpenApp
 from tests.support.ledger import Ledger
-from tests.support.waiting import wait_until
+from tests.support.waiting import TIMEOUT, wait_until
 from tests.support.worker import StartWorker
-
-TIMEOUT = 60.0
 
 on_redis = pytest.mark.parametrize("broker", ["redis"], indirect=True)
 on_sqlite = pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
@@ -59,7 +57,7 @@ def test_what_was_recorded_is_completed_and_new_calls_are_not_recorded(
         message_id="recorded",
         headers=Header("recorded", "autoretry", recorded.id).write({}),
     )
-    wait_until(lambda: store.find(row.key).duplicates == 1, timeout=TIMEOUT, describe="the copy is skipped")
+    wait_until(lambda: store.find(row.key).duplicates == 1, describe="the copy is skipped")
     assert len(ledger.starts("autoretry", task_id=recorded.id)) == 2  # and its retry
 
 

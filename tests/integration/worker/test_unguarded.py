@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from tests.support.shared_workers import TIMEOUT, SharedWorker
+from tests.support.deployment import unique
+from tests.support.shared_workers import SharedWorker
+from tests.support.waiting import TIMEOUT
 
 
 def test_a_direct_call_runs_each_time(shared_worker: SharedWorker) -> None:
-    task, order = shared_worker.task("order"), shared_worker.fresh("order")
+    task, order = shared_worker.task("order"), unique("order")
 
     assert [task(order), task(order), task.run(order)] == [{"order": order, "amount": 1}] * 3
 
@@ -25,7 +27,7 @@ def test_a_direct_call_of_a_failing_task_raises_its_error(shared_worker: SharedW
 
 
 def test_map_starmap_and_chunks_run_each_of_their_items(shared_worker: SharedWorker) -> None:
-    add, echo, value = shared_worker.task("add"), shared_worker.task("echo"), shared_worker.fresh("value")
+    add, echo, value = shared_worker.task("add"), shared_worker.task("echo"), unique("value")
 
     mapped = echo.map([value, value]).delay()
     starred = add.starmap([(1, 2), (1, 2)]).delay()
@@ -39,7 +41,7 @@ def test_map_starmap_and_chunks_run_each_of_their_items(shared_worker: SharedWor
 
 
 def test_a_task_that_another_one_calls_as_a_function_has_a_request_of_its_own(shared_worker: SharedWorker) -> None:
-    m = shared_worker.fresh()
+    m = unique()
 
     result = shared_worker.task("calls_another").apply_async((m,), message_id=m)
 
@@ -51,7 +53,7 @@ def test_a_task_that_another_one_calls_as_a_function_has_a_request_of_its_own(sh
 
 
 def test_a_body_that_calls_its_own_task_as_a_function_is_one_run(shared_worker: SharedWorker) -> None:
-    m = shared_worker.fresh()
+    m = unique()
 
     result = shared_worker.task("factorial").apply_async((5,), message_id=m)
 

@@ -6,19 +6,20 @@ import pytest
 from billiard.exceptions import WorkerLostError
 
 from celery_idempotent.core.records import ProcessedStatus, Status
-from tests.support.shared_workers import TIMEOUT, SharedWorker
+from tests.support.deployment import unique
+from tests.support.shared_workers import SharedWorker
 from tests.support.versions import CELERY
-from tests.support.waiting import wait_until
+from tests.support.waiting import TIMEOUT, wait_until
 
 SUCCESS, FAILURE = ProcessedStatus.SUCCESS, ProcessedStatus.FAILURE
 
 
 def test_an_early_acknowledged_message_fails(shared_worker: SharedWorker) -> None:
-    m = shared_worker.fresh()
+    m = unique()
 
     result = shared_worker.task("die.early").apply_async((shared_worker.path("flag"),), message_id=m)
 
-    row = shared_worker.done("die.early", m)
+    row = shared_worker.wait_until_done("die.early", m)
     assert (row.processed_status, row.token, row.lease_expires_at) == (FAILURE, 1, None)
     assert row.error is not None
     assert row.error.startswith("abandoned")
@@ -27,7 +28,7 @@ def test_an_early_acknowledged_message_fails(shared_worker: SharedWorker) -> Non
 
 
 def test_a_result_that_a_lost_process_could_not_store_any_more_is_stored_for_it(shared_worker: SharedWorker) -> None:
-    m = shared_worker.fresh()
+    m = unique()
 
     result = shared_worker.task("die.unstored").apply_async(message_id=m)
 
@@ -39,7 +40,7 @@ def test_a_result_that_a_lost_process_could_not_store_any_more_is_stored_for_it(
 
 def test_a_rejected_message_runs_again_at_once(shared_worker: SharedWorker) -> None:
     """``acks_late`` with ``reject_on_worker_lost``: its lease of an hour is not waited for."""
-    m = shared_worker.fresh()
+    m = unique()
 
     result = shared_worker.task("die.late.rejected").apply_async((shared_worker.path("flag"),), message_id=m)
 
@@ -51,11 +52,11 @@ def test_a_rejected_message_runs_again_at_once(shared_worker: SharedWorker) -> N
 
 
 def test_a_rejected_message_that_must_not_run_twice_fails(shared_worker: SharedWorker) -> None:
-    m = shared_worker.fresh()
+    m = unique()
 
     result = shared_worker.task("die.late.rejected.fail").apply_async((shared_worker.path("flag"),), message_id=m)
 
-    row = shared_worker.done("die.late.rejected.fail", m)
+    row = shared_worker.wait_until_done("die.late.rejected.fail", m)
     assert (row.processed_status, row.token) == (FAILURE, 1)
     assert row.error is not None
     assert row.error.startswith("abandoned")
@@ -66,20 +67,20 @@ def test_a_rejected_message_that_must_not_run_twice_fails(shared_worker: SharedW
 @pytest.mark.skipif(CELERY < (5, 7), reason="Celery has retry_on_worker_lost since 5.7")
 @pytest.mark.parametrize("task", ["die.retried", "die.late.retried"])
 def test_a_message_that_is_retried_runs_again_as_its_next_attempt(shared_worker: SharedWorker, task: str) -> None:
-    m = shared_worker.fresh()
+    m = unique()
 
     result = shared_worker.task(task).apply_async((shared_worker.path("flag"),), message_id=m)
 
     assert result.get(timeout=TIMEOUT) == "survived"
     starts = shared_worker.starts(task, m)
     assert [(start.task_id, start.retries) for start in starts] == [(result.id, 0), (result.id, 1)]
-    row = shared_worker.done(task, m)
+    row = shared_worker.wait_until_done(task, m)
     assert (row.processed_status, row.token, row.attempt, row.duplicates) == (SUCCESS, 2, 1, 0)
 
 
 def test_an_unacknowledged_message_is_open_to_a_takeover(shared_worker: SharedWorker) -> None:
     """``acks_late`` alone: Celery stores a failure and acknowledges, so that only the row still knows of the message."""
-    m, flag = shared_worker.fresh(), shared_worker.path("flag")
+    m, flag = unique(), shared_worker.path("flag")
 
     result = shared_worker.task("die.late").apply_async((flag,), message_id=m)
 
@@ -88,7 +89,7 @@ def test_an_unacknowledged_message_is_open_to_a_takeover(shared_worker: SharedWo
     assert (row.status, row.token) == (Status.PROCESSING, 1)
     # A copy takes it over, now and not in an hour.
     shared_worker.deliver("die.late", (flag,), message_id=m, task_id=result.id)
-    row = shared_worker.done("die.late", m)
+    row = shared_worker.wait_until_done("die.late", m)
     assert (row.processed_status, row.token) == (SUCCESS, 2)
     assert len(shared_worker.starts("die.late", m)) == 2
 

@@ -3,7 +3,7 @@
 ``python -m tests.support.servers COMMAND ...`` runs a command with all of them at hand; see :mod:`.__main__`.
 """
 
-from tests.support.servers.kinds import KINDS, Kind, missing
+from tests.support.servers.kinds import KINDS, Kind, missing, skip_if_not_installed
 from tests.support.servers.mariadb import PrivateMariaDB
 from tests.support.servers.pgbouncer import PrivatePgBouncer
 from tests.support.servers.postgresql import PrivatePostgreSQL
@@ -25,4 +25,5 @@ __all__ = [
     "PrivateServer",
     "free_port",
     "missing",
+    "skip_if_not_installed",
 ]

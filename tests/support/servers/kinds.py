@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -10,12 +12,12 @@ import pytest
 
 from tests.support.servers.mariadb import PrivateMariaDB
 from tests.support.servers.postgresql import PrivatePostgreSQL
-from tests.support.servers.private import PrivateServer
+from tests.support.servers.private import NotInstalledError, PrivateServer
 from tests.support.servers.rabbitmq import PrivateRabbitMQ
 from tests.support.servers.reach import why_unreachable
 from tests.support.servers.redis import PrivateRedis
 
-__all__ = ["KINDS", "Kind", "missing"]
+__all__ = ["KINDS", "Kind", "missing", "skip_if_not_installed"]
 
 
 def missing(what: str, why: str) -> NoReturn:
@@ -24,6 +26,15 @@ def missing(what: str, why: str) -> NoReturn:
     if os.environ.get("CI") == "true":
         pytest.fail(text, pytrace=False)
     pytest.skip(text)
+
+
+@contextmanager
+def skip_if_not_installed(what: str = "a private server") -> Iterator[None]:
+    """Skip the test that runs, or fail it under ``CI=true``, if what it starts within this block is not installed."""
+    try:
+        yield
+    except NotInstalledError as error:
+        missing(what, str(error))
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from selenium.webdriver import Chrome
 
-from tests.conftest import LOGS, missing
+from tests.conftest import attach_log
 from tests.support.browser import open_browser
 from tests.support.flower import FlowerProcess
-from tests.support.servers import NotInstalledError
+from tests.support.servers import skip_if_not_installed
 from tests.support.shared_workers import SharedWorker, open_shared_worker
 from tests.support.waiting import wait_until
 
@@ -34,21 +34,19 @@ def worker_with_events(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sha
     directory = Path(tmp_path_factory.mktemp("watched"))
     # Its tests make claims that ran out, and look at what is said of them.
     settings = {"idempotent_recovery_interval": 0, "worker_send_task_events": True}
-    try:
-        opened = open_shared_worker(directory, TASKS, settings=settings, concurrency=4)
-        shared_worker = opened.__enter__()
-    except NotInstalledError as error:
-        missing("a private server", str(error))
-    try:
+    with (
+        skip_if_not_installed(),
+        open_shared_worker(directory, TASKS, settings=settings, concurrency=4) as shared_worker,
+    ):
         yield shared_worker
-    finally:
-        opened.__exit__(None, None, None)
 
 
 @pytest.fixture(scope="session")
 def shared_flower(worker_with_events: SharedWorker) -> Iterator[FlowerProcess]:
     """Flower with basic authentication."""
-    with FlowerProcess(worker_with_events.directory, worker_with_events.spec, f"--basic_auth={OPERATOR}") as flower:
+    with FlowerProcess(
+        worker_with_events.ledger.path.parent, worker_with_events.spec, f"--basic_auth={OPERATOR}"
+    ) as flower:
         wait_until_it_hears(flower, worker_with_events)
         yield flower
 
@@ -64,25 +62,16 @@ def flower(
     request: pytest.FixtureRequest, worker_with_events: SharedWorker, shared_flower: FlowerProcess
 ) -> FlowerProcess:
     """Return the Flower that all tests look at."""
-    logs = request.node.stash.setdefault(LOGS, {})
-    logs["Flower"] = shared_flower.log_tail
-    assert worker_with_events.worker is not None
-    logs["the worker"] = worker_with_events.worker.log_tail
+    attach_log(request, "Flower", shared_flower.log_tail)
+    attach_log(request, "the worker", worker_with_events.worker.log_tail)
     return shared_flower
 
 
 @pytest.fixture(scope="session")
 def shared_browser() -> Iterator[Chrome]:
     """Yield a Chromium."""
-    try:
-        opened = open_browser()
-        browser = opened.__enter__()
-    except NotInstalledError as error:
-        missing("a browser", str(error))
-    try:
+    with skip_if_not_installed("a browser"), open_browser() as browser:
         yield browser
-    finally:
-        opened.__exit__(None, None, None)
 
 
 @pytest.fixture
@@ -94,7 +83,6 @@ def browser(shared_browser: Chrome) -> Chrome:
 
 def wait_until_it_hears(flower: FlowerProcess, shared_worker: SharedWorker) -> None:
     """Wait until Flower has heard of the worker, so that it misses no event; from its first request for ``/metrics`` it notes ours."""
-    assert shared_worker.worker is not None
     online = f'flower_worker_online{{worker="{shared_worker.worker.hostname}"}} 1.0'
     wait_until(lambda: online in flower.get("/metrics").text, timeout=60.0, describe=flower.log_tail)
 

@@ -13,6 +13,7 @@ from tornado.web import create_signed_value
 from celery_idempotent.core.records import ProcessedStatus
 from tests.integration.contrib.flower.conftest import OPERATOR
 from tests.integration.contrib.flower.test_page import fail, text_of, visit, wait_for_text
+from tests.support.deployment import unique
 from tests.support.flower import Answer, FlowerProcess
 from tests.support.shared_workers import SharedWorker
 from tests.support.waiting import wait_until
@@ -33,7 +34,9 @@ def untouched(shared_worker: SharedWorker, message_id: str) -> bool:
 
 @contextmanager
 def open_flower(shared_worker: SharedWorker, *arguments: str, **environment: str) -> Iterator[FlowerProcess]:
-    with FlowerProcess(shared_worker.directory, shared_worker.spec, *arguments, environment=environment) as flower:
+    with FlowerProcess(
+        shared_worker.ledger.path.parent, shared_worker.spec, *arguments, environment=environment
+    ) as flower:
         yield flower
 
 
@@ -69,7 +72,7 @@ def test_a_page_of_another_site_may_not(flower: FlowerProcess, shared_worker: Sh
 
 
 def test_what_is_not_requeued_stays_as_it_is_and_says_why(flower: FlowerProcess, shared_worker: SharedWorker) -> None:
-    message_id = shared_worker.fresh("good")
+    message_id = unique("good")
     shared_worker.task("echo").apply_async((1,), message_id=message_id).get(timeout=30)
     forgotten = fail(shared_worker)
     assert shared_worker.app.queue_log.store.forget(shared_worker.row("fail", forgotten))
@@ -159,7 +162,7 @@ def test_what_flower_keeps_over_a_restart_it_still_keeps(shared_worker: SharedWo
     arguments = ("--persistent=True", f"--db={database}", "--state_save_interval=300")
     with open_flower(shared_worker, *arguments) as flower:
         assert flower.get("/queue-log").status == 200
-        result = shared_worker.task("echo").apply_async((1,), message_id=shared_worker.fresh())
+        result = shared_worker.task("echo").apply_async((1,), message_id=unique())
         result.get(timeout=30)
         wait_until(
             lambda: result.id in flower.get("/tasks/datatable?draw=1&start=0&length=100&order[0][column]=0").text

@@ -19,6 +19,7 @@ from celery_idempotent.contrib.flower.snapshot import Figures
 from celery_idempotent.core.records import Claimed, MessageKey, NewMessage, Row, RowFilter, TaskCount
 from celery_idempotent.errors import StoreUnavailableError
 from tests.integration.contrib.flower.conftest import value_of
+from tests.support.deployment import unique
 from tests.support.flower import FlowerProcess
 from tests.support.shared_workers import SharedWorker
 from tests.support.stores import sqlite_store
@@ -202,7 +203,7 @@ def test_a_store_that_never_answers_is_asked_a_few_times_and_no_more() -> None:
 
 
 def test_each_series_is_there_and_tells_what_the_store_does(flower: FlowerProcess, shared_worker: SharedWorker) -> None:
-    message_id = shared_worker.fresh("done")
+    message_id = unique("done")
     shared_worker.task("echo").apply_async((1,), message_id=message_id).get(timeout=30)
     shared_worker.task("echo").apply_async((1,), message_id=message_id)
     text = flower.get("/metrics").text

@@ -33,7 +33,7 @@ def flower(shared_worker: SharedWorker, private_redis: PrivateRedis) -> Iterator
     store.close()
     environment = {"FLOWER_UNAUTHENTICATED_API": "true"}
     with FlowerProcess(
-        shared_worker.directory, replace(shared_worker.spec, store=private_redis.url), environment=environment
+        shared_worker.ledger.path.parent, replace(shared_worker.spec, store=private_redis.url), environment=environment
     ) as flower:
         yield flower
 

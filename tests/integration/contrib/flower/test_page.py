@@ -13,6 +13,7 @@ from selenium.webdriver.common.keys import Keys
 from celery_idempotent.core.records import Claimed, MessageKey, NewMessage, ProcessedStatus
 from celery_idempotent.message.serialization import encode_message
 from tests.integration.contrib.flower.conftest import OPERATOR, wait_for_state
+from tests.support.deployment import unique
 from tests.support.flower import FlowerProcess
 from tests.support.shared_workers import SharedWorker
 from tests.support.waiting import wait_until
@@ -60,9 +61,9 @@ def row_of(browser: Chrome, table: str, text: str) -> str:
 
 def fail(shared_worker: SharedWorker, *, text: str = "no such card") -> str:
     """Return the id of a message that has failed."""
-    message_id = shared_worker.fresh("failed")
+    message_id = unique("failed")
     shared_worker.task("fail").apply_async((text,), message_id=message_id)
-    shared_worker.done("fail", message_id)
+    shared_worker.wait_until_done("fail", message_id)
     return message_id
 
 
@@ -70,7 +71,7 @@ def test_it_shows_what_runs_what_failed_and_what_was_repeated(
     flower: FlowerProcess, shared_worker: SharedWorker, browser: Chrome
 ) -> None:
     failed, gate = fail(shared_worker), shared_worker.path("gate")
-    running, repeated = shared_worker.fresh("running"), shared_worker.fresh("repeated")
+    running, repeated = unique("running"), unique("repeated")
     shared_worker.task("once").apply_async((SECRET, gate), message_id=running)
     shared_worker.wait_for_starts("once", running)
     result = shared_worker.task("echo").apply_async((SECRET,), message_id=repeated)
@@ -81,7 +82,6 @@ def test_it_shows_what_runs_what_failed_and_what_was_repeated(
 
     visit(browser, flower, "/queue-log")
 
-    assert shared_worker.worker is not None
     wait_for_text(browser, "#alarms", "failed within the last hour", "ValueError")
     assert "ValueError: no such card" in row_of(browser, "#ql-failed-table", failed)
     assert "left" in row_of(browser, "#ql-running-table", running)
@@ -107,7 +107,7 @@ def test_it_shows_what_runs_what_failed_and_what_was_repeated(
 def test_it_is_in_the_navigation_and_leads_to_the_tasks_own_page(
     flower: FlowerProcess, shared_worker: SharedWorker, browser: Chrome
 ) -> None:
-    message_id = shared_worker.fresh("failed")
+    message_id = unique("failed")
     result = shared_worker.task("fail").apply_async(("linked",), message_id=message_id)
     wait_for_state(flower, result.id, "FAILURE")
     visit(browser, flower, "/tasks")
@@ -125,7 +125,7 @@ def test_it_is_in_the_navigation_and_leads_to_the_tasks_own_page(
 def test_a_message_is_found_by_its_id_whatever_that_is(
     flower: FlowerProcess, shared_worker: SharedWorker, browser: Chrome
 ) -> None:
-    message_id = f"{shared_worker.fresh('ключ')} <b>\"&' 订单%2B+"
+    message_id = f"{unique('ключ')} <b>\"&' 订单%2B+"
     shared_worker.task("echo").apply_async((SECRET,), message_id=message_id).get(timeout=30)
     visit(browser, flower, "/queue-log")
 
@@ -141,7 +141,7 @@ def test_a_message_is_found_by_its_id_whatever_that_is(
 
 
 def test_messages_are_found_by_a_pattern(flower: FlowerProcess, shared_worker: SharedWorker, browser: Chrome) -> None:
-    prefix = shared_worker.fresh("order")
+    prefix = unique("order")
     for task, number in (("echo", 1), ("add", 2)):
         shared_worker.task(task).apply_async((1, 2) if task == "add" else (1,), message_id=f"{prefix}:{number}").get(
             timeout=30
@@ -168,9 +168,9 @@ def test_a_message_that_is_not_there_is_not_found(flower: FlowerProcess) -> None
 def test_a_failed_message_is_requeued_with_a_button(
     flower: FlowerProcess, shared_worker: SharedWorker, browser: Chrome
 ) -> None:
-    key = shared_worker.fresh("again")
+    key = unique("again")
     shared_worker.task("flaky").apply_async((SECRET, shared_worker.path("flag")), message_id=key)
-    shared_worker.done("flaky", key)
+    shared_worker.wait_until_done("flaky", key)
     visit(browser, flower, "/queue-log")
     wait_for_text(browser, "#ql-failed-table", key)
     button = browser.find_element(By.CSS_SELECTOR, f"[data-requeue='{key}']")
@@ -203,9 +203,9 @@ def test_nothing_is_requeued_by_who_thinks_better_of_it(
 def test_a_claim_that_nobody_takes_over_is_what_one_sees_first(
     flower: FlowerProcess, shared_worker: SharedWorker, browser: Chrome
 ) -> None:
-    message_id = shared_worker.fresh("left")
+    message_id = unique("left")
     message = encode_message((SECRET,), {}, {}, serializer="json")
-    new = NewMessage(MessageKey(message_id, "echo"), shared_worker.fresh("task"), message=message)
+    new = NewMessage(MessageKey(message_id, "echo"), unique("task"), message=message)
     claimed = shared_worker.app.queue_log.store.claim(new, worker="gone@there:7", lease=0.001, grace=30.0)
     assert isinstance(claimed, Claimed)
 

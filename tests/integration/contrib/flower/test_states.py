@@ -8,6 +8,7 @@ import pytest
 
 from celery_idempotent.core.records import Claimed, MessageKey, NewMessage
 from tests.integration.contrib.flower.conftest import info_of, value_of, wait_for_state
+from tests.support.deployment import unique
 from tests.support.flower import FlowerProcess
 from tests.support.shared_workers import SharedWorker
 from tests.support.waiting import wait_until
@@ -16,7 +17,6 @@ pytestmark = pytest.mark.xdist_group("flower")
 
 
 def events(flower: FlowerProcess, shared_worker: SharedWorker, type_: str, task: str) -> float:
-    assert shared_worker.worker is not None
     return value_of(
         flower, f'flower_events_total{{task="{task}",type="{type_}",worker="{shared_worker.worker.hostname}"}}'
     )
@@ -25,7 +25,7 @@ def events(flower: FlowerProcess, shared_worker: SharedWorker, type_: str, task:
 def test_a_copy_of_a_finished_message_leaves_it_as_it_is_and_is_counted(
     flower: FlowerProcess, shared_worker: SharedWorker
 ) -> None:
-    message_id = shared_worker.fresh("done")
+    message_id = unique("done")
     result = shared_worker.task("once").apply_async(("k",), message_id=message_id)
     result.get(timeout=30)
     first = wait_for_state(flower, result.id, "SUCCESS")
@@ -43,7 +43,7 @@ def test_a_copy_of_a_finished_message_leaves_it_as_it_is_and_is_counted(
 
 
 def test_a_copy_under_another_id_ends_as_the_first_one_did(flower: FlowerProcess, shared_worker: SharedWorker) -> None:
-    good, bad = shared_worker.fresh("good"), shared_worker.fresh("bad")
+    good, bad = unique("good"), unique("bad")
     shared_worker.task("once").apply_async(("k",), message_id=good).get(timeout=30)
     shared_worker.task("fail").apply_async(("no such card",), message_id=bad).get(timeout=30, propagate=False)
 
@@ -55,9 +55,9 @@ def test_a_copy_under_another_id_ends_as_the_first_one_did(flower: FlowerProcess
 
 
 def test_a_copy_that_nobody_waits_for_is_skipped(flower: FlowerProcess, shared_worker: SharedWorker) -> None:
-    message_id = shared_worker.fresh("quiet")
+    message_id = unique("quiet")
     shared_worker.task("quiet").apply_async(("k",), message_id=message_id)
-    shared_worker.done("quiet", message_id)
+    shared_worker.wait_until_done("quiet", message_id)
 
     copy = shared_worker.deliver("quiet", ("k",), message_id=message_id)
 
@@ -65,7 +65,7 @@ def test_a_copy_that_nobody_waits_for_is_skipped(flower: FlowerProcess, shared_w
 
 
 def test_a_held_copy_leaves_the_run_as_it_is(flower: FlowerProcess, shared_worker: SharedWorker) -> None:
-    message_id, gate = shared_worker.fresh("run"), shared_worker.path("gate")
+    message_id, gate = unique("run"), shared_worker.path("gate")
     result = shared_worker.task("once").apply_async(("k", gate), message_id=message_id)
     wait_for_state(flower, result.id, "STARTED")
     held = events(flower, shared_worker, "task-held", "once")
@@ -74,8 +74,7 @@ def test_a_held_copy_leaves_the_run_as_it_is(flower: FlowerProcess, shared_worke
 
     shared_worker.wait_until_held("once", message_id)
     # It came, was held, and came again.
-    assert shared_worker.worker is not None
-    wait_until(lambda: shared_worker.worker.log.read_text().count(f"once[{message_id}] is held") >= 2)  # type: ignore[union-attr]
+    wait_until(lambda: shared_worker.worker.log.read_text().count(f"once[{message_id}] is held") >= 2)
     assert info_of(flower, result.id)["state"] == "STARTED"
     assert events(flower, shared_worker, "task-held", "once") == held
     Path(gate).touch()
@@ -85,7 +84,7 @@ def test_a_held_copy_leaves_the_run_as_it_is(flower: FlowerProcess, shared_worke
 def test_nor_does_one_that_is_dropped_while_it_runs_change_that(
     flower: FlowerProcess, shared_worker: SharedWorker
 ) -> None:
-    message_id, gate = shared_worker.fresh("busy"), shared_worker.path("gate")
+    message_id, gate = unique("busy"), shared_worker.path("gate")
     result = shared_worker.task("busy.skip").apply_async((gate,), message_id=message_id)
     wait_for_state(flower, result.id, "STARTED")
 
@@ -93,7 +92,7 @@ def test_nor_does_one_that_is_dropped_while_it_runs_change_that(
 
     shared_worker.wait_for_row("busy.skip", message_id, lambda row: row.duplicates == 1)
     # The next event of this worker comes behind what it may have sent of the copy.
-    after = shared_worker.task("once").apply_async(("after",), message_id=shared_worker.fresh())
+    after = shared_worker.task("once").apply_async(("after",), message_id=unique())
     wait_for_state(flower, after.id, "SUCCESS")
     assert info_of(flower, result.id)["state"] == "STARTED"
     Path(gate).touch()
@@ -103,7 +102,7 @@ def test_nor_does_one_that_is_dropped_while_it_runs_change_that(
 def test_a_held_copy_under_another_id_is_held_and_then_gets_the_result(
     flower: FlowerProcess, shared_worker: SharedWorker
 ) -> None:
-    message_id, gate = shared_worker.fresh("run"), shared_worker.path("gate")
+    message_id, gate = unique("run"), shared_worker.path("gate")
     result = shared_worker.task("once").apply_async(("k", gate), message_id=message_id)
     wait_for_state(flower, result.id, "STARTED")
 
@@ -117,8 +116,8 @@ def test_a_held_copy_under_another_id_is_held_and_then_gets_the_result(
 
 
 def test_a_held_copy_that_takes_over_is_shown_as_running(flower: FlowerProcess, shared_worker: SharedWorker) -> None:
-    message_id, gate = shared_worker.fresh("left"), shared_worker.path("gate")
-    dead = NewMessage(MessageKey(message_id, "left.rerun"), shared_worker.fresh("task"))
+    message_id, gate = unique("left"), shared_worker.path("gate")
+    dead = NewMessage(MessageKey(message_id, "left.rerun"), unique("task"))
     claimed = shared_worker.app.queue_log.store.claim(dead, worker="dead@there:1", lease=2.0, grace=30.0)
     assert isinstance(claimed, Claimed)
 

@@ -13,9 +13,8 @@ from sqlalchemy.orm import Session
 from celery_idempotent import outbox
 from tests.support.apps import AppSpec, OpenApp
 from tests.support.effects import Effects
+from tests.support.waiting import TIMEOUT
 from tests.support.worker import StartWorker
-
-TIMEOUT = 60.0
 
 pytestmark = [
     pytest.mark.parametrize("store_url", ["postgresql"], indirect=True),

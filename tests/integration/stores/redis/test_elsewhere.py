@@ -14,13 +14,9 @@ from celery_idempotent.core.records import Claim, Inserted, MessageKey
 from celery_idempotent.errors import StoreUnavailableError
 from celery_idempotent.stores.redis.layout import Layout, identity, slot
 from celery_idempotent.testing.examples import KEY, claim, new_message, pending, processing, read
-from tests.conftest import missing
-from tests.support.servers import NotInstalledError, PrivateRedis, PrivateSentinel
+from tests.support.servers import PrivateRedis, PrivateSentinel, skip_if_not_installed
 from tests.support.servers.redis_cluster import PrivateRedisCluster
 from tests.support.waiting import wait_until
-
-TIMEOUT = 60.0
-
 
 # -- Sentinel ------------------------------------------------------------------------------------------------------------------
 
@@ -28,23 +24,18 @@ TIMEOUT = 60.0
 @pytest.fixture
 def watched() -> Iterator[tuple[PrivateRedis, PrivateRedis, PrivateSentinel]]:
     """Yield a master, its replica, and the Sentinel that watches them."""
-    with ExitStack() as stack:
-        try:
-            master = stack.enter_context(PrivateRedis())
-        except NotInstalledError as error:
-            missing("a private server", str(error))
-            raise
+    with skip_if_not_installed(), ExitStack() as stack:
+        master = stack.enter_context(PrivateRedis())
         replica = stack.enter_context(PrivateRedis(replica_of=master))
         sentinel = stack.enter_context(PrivateSentinel(master))
         with Redis.from_url(replica.url) as client:
-            wait_until(lambda: client.info("replication")["master_link_status"] == "up", timeout=TIMEOUT)
+            wait_until(lambda: client.info("replication")["master_link_status"] == "up")
         with Redis.from_url(sentinel.url) as client:
             # As the Sentinel knows it, which asks every ten seconds: until then it takes no replica for a master.
             wait_until(
                 lambda: [
                     each for each in client.sentinel_slaves(sentinel.MASTER) if each["master-link-status"] == "ok"
                 ],
-                timeout=TIMEOUT,
                 describe=sentinel.log_tail,
             )
         yield master, replica, sentinel
@@ -67,7 +58,7 @@ def test_the_log_goes_where_the_master_goes(watched: tuple[PrivateRedis, Private
                 refused.append(error)
                 return False
 
-        wait_until(completed, timeout=TIMEOUT, describe=lambda: f"{refused}\n{sentinel.log_tail()}")
+        wait_until(completed, describe=lambda: f"{refused}\n{sentinel.log_tail()}")
         assert _role(replica) == "master"
         assert read(store).result == b"1"
         # As long as nobody was the master, nothing was sent.
@@ -75,7 +66,7 @@ def test_the_log_goes_where_the_master_goes(watched: tuple[PrivateRedis, Private
 
         # The old one comes back as a replica of the new one.
         master.start()
-        wait_until(lambda: _role(master) == "slave", timeout=TIMEOUT)
+        wait_until(lambda: _role(master) == "slave")
         assert store.record(new_message(MessageKey("later", "t"))) == Inserted()
 
 
@@ -92,7 +83,7 @@ def test_a_master_that_was_made_a_replica_is_left(watched: tuple[PrivateRedis, P
                 client.sentinel_failover(sentinel.MASTER)
             return bool(client.sentinel_get_master_addr_by_name(sentinel.MASTER) != before)
 
-        wait_until(moved, timeout=TIMEOUT, interval=0.5, describe=sentinel.log_tail)
+        wait_until(moved, interval=0.5, describe=sentinel.log_tail)
 
         def recorded() -> bool:
             try:
@@ -100,7 +91,7 @@ def test_a_master_that_was_made_a_replica_is_left(watched: tuple[PrivateRedis, P
             except StoreUnavailableError:
                 return False
 
-        wait_until(recorded, timeout=TIMEOUT, describe=sentinel.log_tail)
+        wait_until(recorded, describe=sentinel.log_tail)
 
 
 def _role(server: PrivateRedis) -> str | None:
@@ -127,13 +118,8 @@ def test_a_name_that_no_sentinel_knows_is_unavailable(
 @pytest.fixture
 def cluster() -> Iterator[PrivateRedisCluster]:
     """Three masters."""
-    try:
-        cluster = PrivateRedisCluster().__enter__()
-    except NotInstalledError as error:
-        missing("a private server", str(error))
-        raise
-    yield cluster
-    cluster.__exit__()
+    with skip_if_not_installed(), PrivateRedisCluster() as cluster:
+        yield cluster
 
 
 def test_every_node_has_its_part_of_a_log(cluster: PrivateRedisCluster) -> None:
@@ -202,7 +188,7 @@ def test_a_node_that_is_gone_takes_its_part_along_until_it_is_back(cluster: Priv
             except StoreUnavailableError:
                 return False  # it has yet to be found by the others
 
-        wait_until(claimed, timeout=TIMEOUT)
+        wait_until(claimed)
 
 
 def _text(value: object) -> object:

@@ -12,20 +12,16 @@ from celery_idempotent import RedisStore
 from celery_idempotent.core.records import Inserted, MessageKey
 from celery_idempotent.errors import StoreUnavailableError
 from celery_idempotent.testing.examples import claim, new_message, pending, read
-from tests.support.servers import NotInstalledError, PrivateRedis, missing
+from tests.support.servers import PrivateRedis, skip_if_not_installed
 from tests.support.servers.redis import redis_6
 
 
 @contextmanager
 def opened(version: str, replica_of: PrivateRedis | None = None) -> Iterator[PrivateRedis]:
-    try:
+    with skip_if_not_installed(f"a Redis {version}"):
         program = redis_6() if version == "6.2" else None
-        server = PrivateRedis(program=program, replica_of=replica_of).__enter__()
-    except NotInstalledError as error:
-        missing(f"a Redis {version}", str(error))
-        raise
-    yield server
-    server.close()
+        with PrivateRedis(program=program, replica_of=replica_of) as server:
+            yield server
 
 
 @pytest.fixture(params=["6.2", "installed"])

@@ -8,29 +8,24 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import pytest
 import sqlalchemy as sa
-from celery import Celery, chain
-from celery.result import AsyncResult
+from celery import chain
 from redis import Redis
 
 from celery_idempotent import ConfigurationError, IdempotentTask, outbox
-from celery_idempotent.core.records import MessageKey, ProcessedStatus, Row, Status
+from celery_idempotent.core.records import ProcessedStatus, Status
 from celery_idempotent.maintenance.rescue import Rescue
-from tests.conftest import missing
 from tests.support.apps import AppSpec, OpenApp
 from tests.support.brokers import Broker
-from tests.support.ledger import Ledger
-from tests.support.servers import NotInstalledError, PrivateRedis
-from tests.support.waiting import wait_until
+from tests.support.deployment import Deployment
+from tests.support.servers import PrivateRedis, skip_if_not_installed
+from tests.support.waiting import TIMEOUT, wait_until
 from tests.support.worker import ROOT, StartWorker
-
-TIMEOUT = 60.0
 
 TASKS = ("tests.support.apps.generic", "tests.support.apps.lasting", "tests.support.apps.scenarios")
 
@@ -40,13 +35,8 @@ pytestmark = pytest.mark.parametrize("broker", ["redis"], indirect=True)
 @pytest.fixture
 def store_server() -> Iterator[PrivateRedis]:
     """Yield the queue log's own Redis."""
-    try:
-        server = PrivateRedis().__enter__()
-    except NotInstalledError as error:
-        missing("a private server", str(error))
-        raise
-    yield server
-    server.close()
+    with skip_if_not_installed(), PrivateRedis() as server:
+        yield server
 
 
 @pytest.fixture
@@ -54,40 +44,12 @@ def store_url(store_server: PrivateRedis) -> str:
     return store_server.url
 
 
-@dataclass
-class Deployment:
-    """An app, and what its messages came to."""
-
-    spec: AppSpec
-    app: Celery
-    ledger: Ledger
-    directory: Path
-
-    def send(self, task: str, *args: Any, **options: Any) -> AsyncResult[Any]:
-        result: AsyncResult[Any] = self.app.tasks[task].apply_async(args, **options)
-        return result
-
-    def row(self, task: str, message_id: str) -> Row | None:
-        row: Row | None = self.app.queue_log.store.find(MessageKey(message_id, task))
-        return row
-
-    def wait_for_row(self, task: str, message_id: str, condition: Callable[[Row], bool]) -> Row:
-        def found() -> Row | None:
-            row = self.row(task, message_id)
-            return row if row is not None and condition(row) else None
-
-        return wait_until(found, timeout=TIMEOUT, describe=lambda: self.row(task, message_id))
-
-    def wait_until_done(self, task: str, message_id: str) -> Row:
-        return self.wait_for_row(task, message_id, lambda row: row.status is Status.DONE)
-
-
 @pytest.fixture
-def deploy(spec: AppSpec, open_app: OpenApp, ledger: Ledger, tmp_path: Path) -> Callable[..., Deployment]:
+def deploy(spec: AppSpec, open_app: OpenApp) -> Callable[..., Deployment]:
     def deploy(**settings: Any) -> Deployment:
         given = {**spec.settings, "idempotent_lease": 2.0, "idempotent_recovery_interval": 1.0, **settings}
         deployed_spec = replace(spec, tasks=TASKS, settings=given)
-        return Deployment(deployed_spec, open_app(deployed_spec), ledger, tmp_path)
+        return Deployment(deployed_spec, open_app(deployed_spec))
 
     return deploy
 
@@ -117,12 +79,12 @@ def test_a_worker_that_is_killed_in_the_midst_is_taken_over_from(
     task = "last.late"
     deployment = deploy()
     worker = start_worker(deployment.spec)
-    gate = deployment.directory / f"gate-{uuid4().hex[:8]}"
+    gate = deployment.gate()
     result = deployment.send(task, str(gate), "back")
-    wait_until(lambda: deployment.ledger.starts(task, task_id=result.id), timeout=TIMEOUT)
+    wait_until(lambda: deployment.ledger.starts(task, task_id=result.id))
     worker.kill()
     start_worker(deployment.spec)
-    wait_until(lambda: len(deployment.ledger.starts(task, task_id=result.id)) == 2, timeout=TIMEOUT)
+    wait_until(lambda: len(deployment.ledger.starts(task, task_id=result.id)) == 2)
     gate.touch()
 
     assert result.get(timeout=TIMEOUT) == "back"
@@ -176,12 +138,8 @@ def test_what_a_broker_forgot_is_brought_back(
         client.flushall()
     start_worker(deployment.spec)
     rows = [deployment.row("echo", result.id) for result in lost]
-    latest = max(row.created_timestamp for row in rows if row is not None)
-    wait_until(
-        lambda: (
-            (deployment.row("echo", lost[0].id) or pytest.fail("gone")).read_at.timestamp() - latest.timestamp() > 1.5
-        )
-    )
+    latest = max(row.created_timestamp for row in rows)
+    wait_until(lambda: (deployment.row("echo", lost[0]).read_at - latest).total_seconds() > 1.5)
     # Recorded more than a second after them, and claimed.
     assert deployment.send("echo", "later").get(timeout=TIMEOUT) == "later"
     assert [result.get(timeout=TIMEOUT) for result in lost] == list(range(20))
@@ -205,13 +163,13 @@ def test_the_log_may_be_away_for_a_while(
 ) -> None:
     deployment = deploy()
     start_worker(deployment.spec)
-    gate = deployment.directory / "gate"
+    gate = deployment.gate()
     result = deployment.send("gated", str(gate), "kept")
-    wait_until(lambda: deployment.ledger.starts("gated"), timeout=TIMEOUT)
+    wait_until(lambda: deployment.ledger.starts("gated"))
     waiting = deployment.send("echo", "waits")
     store_server.kill()
     gate.touch()
-    wait_until(lambda: deployment.ledger.ends("gated"), timeout=TIMEOUT)
+    wait_until(lambda: deployment.ledger.ends("gated"))
     store_server.start()
 
     assert result.get(timeout=TIMEOUT) == "kept"
@@ -281,7 +239,7 @@ def test_the_command_line_works_as_with_any_store(
         command = [sys.executable, "-m", "celery", "-A", "tests.support.apps.worker", "idempotent", *arguments]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), **deployment.spec.environment()}
         done = subprocess.run(
-            command, cwd=deployment.directory, env=environment, capture_output=True, text=True, check=False
+            command, cwd=deployment.ledger.path.parent, env=environment, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr
         return done.stdout

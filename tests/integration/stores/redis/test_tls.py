@@ -12,8 +12,7 @@ import pytest
 
 from celery_idempotent import RedisStore, StoreUnavailableError
 from celery_idempotent.testing.examples import new_message, processing
-from tests.conftest import missing
-from tests.support.servers import NotInstalledError, PrivateRedis, free_port
+from tests.support.servers import PrivateRedis, free_port, missing, skip_if_not_installed
 
 
 class _Secured(PrivateRedis):
@@ -54,13 +53,8 @@ class _Secured(PrivateRedis):
 def secured() -> Iterator[_Secured]:
     if shutil.which("openssl") is None:
         missing("openssl", "it makes the certificate")
-    try:
-        server = _Secured().__enter__()
-    except NotInstalledError as error:
-        missing("a private server", str(error))
-        raise
-    yield server
-    server.close()
+    with skip_if_not_installed(), _Secured() as server:
+        yield server
 
 
 def url(server: _Secured, options: str) -> str:

@@ -14,9 +14,13 @@ from celery_idempotent.core.records import Inserted, MessageKey
 from celery_idempotent.errors import StoreUnavailableError
 from celery_idempotent.stores.sql import SQLStore, sockets
 from celery_idempotent.testing.examples import claim, new_message, pending
-from tests.conftest import missing
 from tests.support.proxy import Proxy
-from tests.support.servers import NotInstalledError, PrivateMariaDB, PrivatePostgreSQL, PrivateServer
+from tests.support.servers import (
+    PrivateMariaDB,
+    PrivatePostgreSQL,
+    PrivateServer,
+    skip_if_not_installed,
+)
 from tests.support.waiting import wait_until
 
 on_servers = pytest.mark.parametrize("store_url", ["postgresql", "mariadb"], indirect=True)
@@ -93,11 +97,8 @@ def test_a_forgotten_connection_of_the_pool_is_replaced(
 def pair(request: pytest.FixtureRequest) -> Iterator[tuple[PrivateServer, PrivateServer]]:
     """Two servers, and an account ``app`` on both that cannot write where it is read only."""
     kind = {"postgresql": PrivatePostgreSQL, "mariadb": PrivateMariaDB}[request.param]
-    with ExitStack() as stack:
-        try:
-            servers = [stack.enter_context(kind()) for _ in range(2)]
-        except NotInstalledError as error:
-            missing("a private server", str(error))
+    with skip_if_not_installed(), ExitStack() as stack:
+        servers = [stack.enter_context(kind()) for _ in range(2)]
         if request.param == "mariadb":
             for server in servers:
                 _administer(server, "CREATE USER app@'%'", "GRANT ALL ON test.* TO app@'%'")

@@ -22,12 +22,10 @@ from celery_idempotent.stores.sql.online import alone
 from celery_idempotent.testing.examples import KEY, claim, done, new_message, pending, read
 from tests.support.apps import AppSpec, OpenApp
 from tests.support.apps.newer import VERSIONS as NEWER
-from tests.support.waiting import wait_until
+from tests.support.waiting import TIMEOUT, wait_until
 from tests.support.worker import StartWorker
 
 WRITTEN = Path(__file__).with_name("versions")
-TIMEOUT = 60.0
-
 _KEY = f"message_id = '{KEY.message_id}' AND task_name = '{KEY.task_name}'"
 
 on_servers = pytest.mark.parametrize("store_url", ["postgresql", "mariadb"], indirect=True)
@@ -208,7 +206,7 @@ def test_it_waits_for_a_body_and_nobody_waits_behind_it(store_url: str, engine: 
                 connection.execute(sa.text(f"DROP INDEX queue_log_open{on}"))
         body.execute(sa.text(f"UPDATE queue_log SET duplicates = 1 WHERE {_KEY}"))
         init = threads.submit(store.init) if what == "an index" else threads.submit(next_init, store_url)
-        wait_until(lambda: init.done() or blocked(engine), timeout=TIMEOUT, describe="init at the table")
+        wait_until(lambda: init.done() or blocked(engine), describe="init at the table")
         slowest = 0.0
         for number in range(8):
             began = time.monotonic()
@@ -341,7 +339,7 @@ def test_workers_of_both_versions(spec: AppSpec, open_app: OpenApp, start_worker
     newer_spec = replace(spec, queue=f"{spec.queue}-newer", tasks=("tests.support.apps.newer",))
     refused = start_worker(newer_spec, wait=False)
     refused.wait_for_log("lacks tenant, weight: it is of an older version; run `celery -A proj idempotent init`")
-    wait_until(lambda: not refused.is_alive, timeout=TIMEOUT, describe="the end of the worker")
+    wait_until(lambda: not refused.is_alive, describe="the end of the worker")
 
     assert next_init(store_url)
 
@@ -367,7 +365,7 @@ def test_a_message_waits_for_a_table_that_falls_behind_under_a_worker(
     worker = start_worker(spec, concurrency=1)
     runs = app.tasks["gated"].delay(str(gate))
     waits = app.tasks["echo"].delay("waits")
-    wait_until(lambda: app.queue_log.store.find(MessageKey(runs.id, "gated")).token, timeout=TIMEOUT, describe="it")
+    wait_until(lambda: app.queue_log.store.find(MessageKey(runs.id, "gated")).token, describe="it")
     rename("takeovers", "taken")
     with pytest.raises(SchemaError, match="takeovers"):
         app.tasks["echo"].delay("refused")

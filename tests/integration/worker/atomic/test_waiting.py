@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import OperationalError
 
 from celery_idempotent.core.records import ProcessedStatus
-from tests.integration.worker.atomic.test_workers import TIMEOUT, Deployment, deploy  # noqa: F401 - a fixture
+from tests.integration.worker.atomic.test_workers import TIMEOUT, AtomicDeployment, deploy  # noqa: F401 - a fixture
 from tests.support.servers import PrivatePostgreSQL
 from tests.support.waiting import wait_until
 from tests.support.worker import WorkerProcess
@@ -45,12 +45,12 @@ def wait(seconds: float) -> None:
     wait_until(lambda: time.monotonic() - began > seconds, timeout=TIMEOUT)
 
 
-def test_for_a_database_that_is_read_only(deploy: Callable[..., Deployment], server: sa.Engine) -> None:  # noqa: F811
+def test_for_a_database_that_is_read_only(deploy: Callable[..., AtomicDeployment], server: sa.Engine) -> None:  # noqa: F811
     deployment = deploy(idempotent_lease=60.0)
     worker = deployment.worker()
     gate = deployment.gate()
     result = deployment.send("atomic.late", "paid", str(gate))
-    deployment.started("atomic.late", result)
+    deployment.wait_for_starts("atomic.late", result)
 
     def read_only(value: str) -> None:
         with server.connect() as connection:
@@ -66,17 +66,17 @@ def test_for_a_database_that_is_read_only(deploy: Callable[..., Deployment], ser
         connection.exec_driver_sql("ALTER SYSTEM SET default_transaction_read_only = off")
         connection.exec_driver_sql("SELECT pg_reload_conf()")
 
-    row = deployment.done("atomic.late", result)
+    row = deployment.wait_until_done("atomic.late", result)
     assert row.processed_status is ProcessedStatus.SUCCESS, row.error
     assert deployment.effects.names() == ["paid"]
 
 
-def test_for_a_connection_when_there_are_too_many(deploy: Callable[..., Deployment], server: sa.Engine) -> None:  # noqa: F811
+def test_for_a_connection_when_there_are_too_many(deploy: Callable[..., AtomicDeployment], server: sa.Engine) -> None:  # noqa: F811
     deployment = deploy(idempotent_lease=60.0, idempotent_recovery_interval=0)
     worker = deployment.worker()
     gate = deployment.gate()
     result = deployment.send("atomic.late", "paid", str(gate))
-    deployment.started("atomic.late", result)
+    deployment.wait_for_starts("atomic.late", result)
 
     with ExitStack() as others:
         with pytest.raises(OperationalError, match="too many"):  # noqa: PT012
@@ -86,25 +86,25 @@ def test_for_a_connection_when_there_are_too_many(deploy: Callable[..., Deployme
         said(worker, "is run again")
         wait(OUTAGE)
 
-    row = deployment.done("atomic.late", result)
+    row = deployment.wait_until_done("atomic.late", result)
     assert row.processed_status is ProcessedStatus.SUCCESS, row.error
     assert deployment.effects.names() == ["paid"]
     assert len(deployment.ledger.starts("atomic.late")) == 2, "the body is not run over and over"
 
 
-def test_for_a_lock_on_the_table(deploy: Callable[..., Deployment], server: sa.Engine) -> None:  # noqa: F811
+def test_for_a_lock_on_the_table(deploy: Callable[..., AtomicDeployment], server: sa.Engine) -> None:  # noqa: F811
     """With PostgreSQL's ``lock_timeout``, while somebody changes the table."""
     deployment = deploy(idempotent_lease=60.0)
     deployment.worker()
     gate = deployment.gate()
     result = deployment.send("atomic.late", "paid", str(gate))
-    deployment.started("atomic.late", result)
+    deployment.wait_for_starts("atomic.late", result)
 
     with server.connect().execution_options(isolation_level="READ COMMITTED") as connection, connection.begin():
         connection.exec_driver_sql("LOCK TABLE queue_log IN ACCESS EXCLUSIVE MODE")
         Path(gate).touch()
         wait(OUTAGE)
 
-    row = deployment.done("atomic.late", result)
+    row = deployment.wait_until_done("atomic.late", result)
     assert row.processed_status is ProcessedStatus.SUCCESS, row.error
     assert deployment.effects.names() == ["paid"]

@@ -6,18 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import pytest
-from celery import Celery, states
+from celery import states
 from celery.exceptions import SoftTimeLimitExceeded
-from celery.result import AsyncResult
 
-from celery_idempotent.core.records import Claim, MessageKey, ProcessedStatus, Row, Status
+from celery_idempotent.core.records import Claim, ProcessedStatus
 from tests.support.apps import AppSpec, OpenApp
 from tests.support.apps.atomic import LEVEL, POINTS
+from tests.support.deployment import Deployment
 from tests.support.effects import Effects
-from tests.support.ledger import Entry, Ledger
 from tests.support.waiting import wait_until
 from tests.support.worker import StartWorker, WorkerProcess
 
@@ -32,51 +30,21 @@ pytestmark = [pytest.mark.parametrize("broker", ["redis"], indirect=True), pytes
 
 
 @dataclass
-class Deployment:
+class AtomicDeployment(Deployment):
     """An app, and workers whose broker delivers again after a second what was not acknowledged."""
 
-    spec: AppSpec
-    app: Celery
     effects: Effects
-    ledger: Ledger
     start_worker: StartWorker
-    directory: Path
 
     def worker(self, **options: Any) -> WorkerProcess:
         return self.start_worker(self.spec, **options)
 
-    def send(self, task: str, *args: Any, **options: Any) -> AsyncResult[Any]:
-        result: AsyncResult[Any] = self.app.tasks[task].apply_async(args, **options)
-        return result
-
-    def row(self, task: str, result: AsyncResult[Any]) -> Row:
-        row: Row | None = self.app.queue_log.store.find(MessageKey(result.id, task))
-        assert row is not None
-        return row
-
-    def done(self, task: str, result: AsyncResult[Any]) -> Row:
-        def done() -> Row | None:
-            row = self.row(task, result)
-            return row if row.status is Status.DONE else None
-
-        return wait_until(done, timeout=TIMEOUT, describe=lambda: self.row(task, result))
-
-    def started(self, task: str, result: AsyncResult[Any], count: int = 1) -> list[Entry]:
-        def starts() -> list[Entry] | None:
-            found = self.ledger.starts(task, task_id=result.id)
-            return found if len(found) >= count else None
-
-        return wait_until(starts, timeout=TIMEOUT, describe=lambda: f"{count} starts: {self.ledger.entries()}")
-
-    def gate(self) -> Path:
-        return self.directory / f"gate-{uuid4().hex[:8]}"
-
 
 @pytest.fixture
 def deploy(
-    spec: AppSpec, open_app: OpenApp, ledger: Ledger, start_worker: StartWorker, effects: Effects, tmp_path: Path
-) -> Callable[..., Deployment]:
-    def deploy(**settings: Any) -> Deployment:
+    spec: AppSpec, open_app: OpenApp, start_worker: StartWorker, effects: Effects
+) -> Callable[..., AtomicDeployment]:
+    def deploy(**settings: Any) -> AtomicDeployment:
         deployed_spec = replace(
             spec,
             tasks=("tests.support.apps.atomic",),
@@ -88,13 +56,15 @@ def deploy(
                 **settings,
             },
         )
-        return Deployment(deployed_spec, open_app(deployed_spec), effects, ledger, start_worker, tmp_path)
+        return AtomicDeployment(deployed_spec, open_app(deployed_spec), effects, start_worker)
 
     return deploy
 
 
 @pytest.mark.parametrize("point", POINTS)
-def test_a_child_killed_around_its_commit_leaves_one_effect(deploy: Callable[..., Deployment], point: str) -> None:
+def test_a_child_killed_around_its_commit_leaves_one_effect(
+    deploy: Callable[..., AtomicDeployment], point: str
+) -> None:
     deployment = deploy()
     worker = deployment.worker()
     flag = Path(f"{deployment.ledger.path}.die-{point}")
@@ -103,7 +73,7 @@ def test_a_child_killed_around_its_commit_leaves_one_effect(deploy: Callable[...
     result = deployment.send("atomic.put", "paid", link=deployment.app.tasks["told"].s())
 
     assert result.get(timeout=TIMEOUT) == "paid"
-    row = deployment.done("atomic.put", result)
+    row = deployment.wait_until_done("atomic.put", result)
     assert not flag.exists(), "nobody was killed"
     assert (row.processed_status, row.token) == (SUCCESS, 2), worker.log_tail()
     assert deployment.effects.names() == ["paid"]
@@ -113,7 +83,7 @@ def test_a_child_killed_around_its_commit_leaves_one_effect(deploy: Callable[...
 
 
 def test_of_two_bodies_at_their_commit_one_commits_and_one_says_that_it_did_not(
-    deploy: Callable[..., Deployment],
+    deploy: Callable[..., AtomicDeployment],
 ) -> None:
     deployment = deploy(idempotent_lease=600.0, idempotent_recovery_interval=0)
     first = deployment.worker()
@@ -122,16 +92,16 @@ def test_of_two_bodies_at_their_commit_one_commits_and_one_says_that_it_did_not(
     write_first = not deployment.spec.store.startswith("sqlite")
 
     result = deployment.send("atomic.gated", "paid", str(gate), write_first)
-    deployment.started("atomic.gated", result)
+    deployment.wait_for_starts("atomic.gated", result)
     second = deployment.worker()
     held = deployment.row("atomic.gated", result)
     assert deployment.app.queue_log.store.expire(Claim(held.key, held.token))
-    starts = deployment.started("atomic.gated", result, 2)
+    starts = deployment.wait_for_starts("atomic.gated", result, 2)
     assert [start.worker for start in starts] == [first.hostname, second.hostname]
     gate.touch()
 
     assert result.get(timeout=TIMEOUT) == "paid"
-    row = deployment.done("atomic.gated", result)
+    row = deployment.wait_until_done("atomic.gated", result)
     assert (row.processed_status, row.token) == (SUCCESS, 2)
     first.wait_for_log("what its body wrote in its transaction was rolled back", timeout=TIMEOUT)
     assert "its lease ran out before the body ended" in first.log_tail()
@@ -139,14 +109,14 @@ def test_of_two_bodies_at_their_commit_one_commits_and_one_says_that_it_did_not(
     assert deployment.effects.names() == ["paid"]
 
 
-def test_a_body_longer_than_its_lease_runs_once(deploy: Callable[..., Deployment]) -> None:
+def test_a_body_longer_than_its_lease_runs_once(deploy: Callable[..., AtomicDeployment]) -> None:
     """On SQLite its own write keeps others from renewing, and from taking over."""
     deployment = deploy()
     worker = deployment.worker()
     gate = deployment.gate()
 
     result = deployment.send("atomic.gated", "paid", str(gate))
-    deployment.started("atomic.gated", result)
+    deployment.wait_for_starts("atomic.gated", result)
     began = deployment.row("atomic.gated", result).read_at
     other = deployment.worker()
     wait_until(
@@ -158,7 +128,7 @@ def test_a_body_longer_than_its_lease_runs_once(deploy: Callable[..., Deployment
     gate.touch()
 
     assert result.get(timeout=TIMEOUT) == "paid"
-    row = deployment.done("atomic.gated", result)
+    row = deployment.wait_until_done("atomic.gated", result)
     assert (row.processed_status, row.token) == (SUCCESS, 1), worker.log_tail()
     assert deployment.effects.names() == ["paid"]
     assert len(deployment.ledger.starts("atomic.gated")) == 1
@@ -167,7 +137,7 @@ def test_a_body_longer_than_its_lease_runs_once(deploy: Callable[..., Deployment
 @pytest.mark.parametrize("store_url", ["postgresql"], indirect=True)
 @pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
 def test_where_snapshots_are_fixed_a_body_longer_than_a_third_of_its_lease_completes(
-    deploy: Callable[..., Deployment], level: str
+    deploy: Callable[..., AtomicDeployment], level: str
 ) -> None:
     """Its lease is renewed by its process and by that one's parent: not in its second run."""
     deployment = deploy(**{LEVEL: level})
@@ -176,56 +146,56 @@ def test_where_snapshots_are_fixed_a_body_longer_than_a_third_of_its_lease_compl
     result = deployment.send("atomic.lasting", "paid", LEASE)
 
     assert result.get(timeout=TIMEOUT) == "paid"
-    row = deployment.done("atomic.lasting", result)
+    row = deployment.wait_until_done("atomic.lasting", result)
     assert (row.processed_status, row.token) == (SUCCESS, 1), worker.log_tail()
     assert deployment.effects.names() == ["paid"]
     assert len(deployment.ledger.starts("atomic.lasting")) == 2, worker.log_tail()
 
 
 @pytest.mark.parametrize("throw", [True, False])
-def test_a_retry_rolls_back(deploy: Callable[..., Deployment], throw: bool) -> None:
+def test_a_retry_rolls_back(deploy: Callable[..., AtomicDeployment], throw: bool) -> None:
     deployment = deploy()
     deployment.worker()
 
     result = deployment.send("atomic.retry", "paid", 2, throw)
 
     assert result.get(timeout=TIMEOUT) == 2
-    row = deployment.done("atomic.retry", result)
+    row = deployment.wait_until_done("atomic.retry", result)
     assert (row.processed_status, row.attempt, row.token) == (SUCCESS, 2, 3)
     assert deployment.effects.names() == ["paid"]
 
 
-def test_a_message_that_replaces_itself_keeps_what_each_run_did(deploy: Callable[..., Deployment]) -> None:
+def test_a_message_that_replaces_itself_keeps_what_each_run_did(deploy: Callable[..., AtomicDeployment]) -> None:
     deployment = deploy()
     deployment.worker()
 
     result = deployment.send("atomic.pages", "p", 2)
 
     assert result.get(timeout=TIMEOUT) == "the last"
-    assert (deployment.done("atomic.pages", result).processed_status) is SUCCESS
+    assert (deployment.wait_until_done("atomic.pages", result).processed_status) is SUCCESS
     assert deployment.effects.names() == ["p:0", "p:1", "p:2"]
 
 
-def test_what_takes_its_place_is_sent_behind_its_commit(deploy: Callable[..., Deployment]) -> None:
+def test_what_takes_its_place_is_sent_behind_its_commit(deploy: Callable[..., AtomicDeployment]) -> None:
     deployment = deploy()
     deployment.worker()
 
     result = deployment.send("atomic.replaced", "paid")
 
     assert result.get(timeout=TIMEOUT) == "paid"
-    assert (deployment.done("atomic.replaced", result).processed_status) is SUCCESS
+    assert (deployment.wait_until_done("atomic.replaced", result).processed_status) is SUCCESS
     assert deployment.effects.names() == ["paid"]
     assert sorted(entry.detail or "" for entry in deployment.ledger.ends("told")) == ["paid", "paid and more"]
 
 
-def test_a_soft_time_limit_rolls_back(deploy: Callable[..., Deployment]) -> None:
+def test_a_soft_time_limit_rolls_back(deploy: Callable[..., AtomicDeployment]) -> None:
     deployment = deploy()
     worker = deployment.worker()
 
     result = deployment.send("atomic.limited", "paid")
 
     assert isinstance(result.get(timeout=TIMEOUT, propagate=False), SoftTimeLimitExceeded)
-    row = deployment.done("atomic.limited", result)
+    row = deployment.wait_until_done("atomic.limited", result)
     assert (row.processed_status, result.state) == (FAILURE, states.FAILURE)
     assert deployment.effects.names() == []
     # Its process goes on with another connection.
