@@ -21,21 +21,20 @@ of the task's name in bytes, the name, and the message id.
 from __future__ import annotations
 
 import zlib
-from binascii import crc_hqx
 from itertools import count
+
+from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
 from celery_idempotent.core.records import MessageKey
 from celery_idempotent.errors import ConfigurationError
 
-__all__ = ["SHARDS", "VERSION", "Layout", "encoded", "identity", "key_of", "slot"]
+__all__ = ["SHARDS", "VERSION", "Layout", "encoded", "identity", "key_of"]
 
 #: How many parts a log has. It is part of the layout: a log that was written with another number is not found.
 SHARDS = 16
 
 #: The version of the layout, kept beside the rows.
 VERSION = b"1"
-
-_SLOTS = 16384
 
 
 class Layout:
@@ -82,14 +81,9 @@ def encoded(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
-def slot(tag: bytes) -> int:
-    """Return the slot of a Redis Cluster that a hash tag is in."""
-    return crc_hqx(tag.strip(b"{}"), 0) % _SLOTS
-
-
 def _tag(table: str, shard: int) -> bytes:
     for number in count():
         tag = b"{%b:%x.%d}" % (encoded(table), shard, number)
-        if slot(tag) * SHARDS // _SLOTS == shard:
+        if key_slot(tag) * SHARDS // REDIS_CLUSTER_HASH_SLOTS == shard:
             return tag
     raise AssertionError  # pragma: no cover - numbers do not end

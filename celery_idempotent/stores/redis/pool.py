@@ -1,4 +1,7 @@
-"""Connections to servers: kept per process, and one round trip for however many calls."""
+"""The connections of a process, and what is sent on them.
+
+A connection is redis-py's. Its pool, its packer and its client are not used on the way of a verb, of which each takes more than a tenth: see ADR 22.
+"""
 
 # ruff: noqa: D102 - of redis-py's connection
 
@@ -22,6 +25,7 @@ from redis.exceptions import (
     TryAgainError,
 )
 
+from celery_idempotent.errors import IdempotentError
 from celery_idempotent.stores.redis.rows import Argument
 from celery_idempotent.stores.redis.scripts import Script
 
@@ -34,14 +38,12 @@ __all__ = [
     "Wire",
     "Wires",
     "ask",
-    "exchange",
-    "load",
     "read_replies",
 ]
 
 
 class Wire(Protocol):
-    """A connection of redis-py's: what of it is used here, with its types."""
+    """The part of redis-py's connection that is used here, with types."""
 
     def connect(self) -> None: ...
 
@@ -54,10 +56,11 @@ class Wire(Protocol):
     def read_response(self) -> Any: ...
 
 
-#: How a server before 7.0 words the refusal of a command that a script gave, and the refusals that redis-py knows by their codes.
+#: Before 7.0, a server wraps the refusal of a script's command in a text of its own.
 _WRAPPED = re.compile(
     r"(?:ERR )?Error running script \(call to \w+\): @user_script:\d+: @user_script: \d+: -([A-Z]+) (.*)", re.DOTALL
 )
+#: Refusals that redis-py has types for, by their codes.
 _KNOWN: Mapping[str, type[ResponseError]] = {
     "CLUSTERDOWN": ClusterDownError,
     "MASTERDOWN": MasterDownError,
@@ -66,23 +69,27 @@ _KNOWN: Mapping[str, type[ResponseError]] = {
     "TRYAGAIN": TryAgainError,
 }
 
-#: Seconds between two looks whether it is an operation's turn.
+#: An operation that waits for its turn looks every so many seconds.
 _LOOK_EVERY = 0.002
 
 #: A server's host and port.
 Place = tuple[str, int]
 
-#: The place of a server that is the only one, wherever it may be at the moment.
+#: The place of the only server, wherever it is at the moment.
 THE_SERVER: Place = ("", 0)
 
 
 class NoConnectionError(Exception):
-    """There is no way to a server; nothing was sent."""
+    """No server could be reached. Nothing was sent."""
+
+
+#: After these errors, connections have no unread answer.
+_READ_TO_THE_END = (NoConnectionError, IdempotentError, ResponseError)
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A script for messages of some shards.
+    """A call of a script, for messages of some shards.
 
     Attributes:
         script: The script.
@@ -96,25 +103,25 @@ class Call:
 
     @property
     def command(self) -> tuple[Argument, ...]:
-        """As it is sent to a server that knows the script."""
+        """The command for a server that knows the script."""
         return (b"EVALSHA", self.script.digest, len(self.tags), *self.tags, *self.arguments)
 
 
 @dataclass(slots=True, eq=False)
 class Opened:
-    """What one process has opened.
+    """The connections that one process has opened.
 
     Attributes:
-        idle: Connections that nobody uses just now.
-        ready: Whether the layout was looked at.
-        slots: Of a cluster, where each shard is; empty until that was asked for.
+        idle: Those that are not in use.
+        ready: Whether the layout was checked.
+        slots: The node of each shard in a cluster; empty until a node was asked.
     """
 
     idle: dict[Place, list[Wire]] = field(default_factory=dict)
     ready: bool = False
-    slots: list[Place] = field(default_factory=list)
+    slots: dict[bytes, Place] = field(default_factory=dict)
     _closed: bool = False
-    #: The operations under way. They are referred to weakly: one that a signal broke off between two lines is not counted for ever.
+    #: The operations under way. References are weak, so that one which a signal broke off between two lines is not counted for ever.
     _busy: WeakSet[Wires] = field(default_factory=WeakSet)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -122,12 +129,12 @@ class Opened:
         """Wait for an operation's turn.
 
         Args:
-            wires: The operation's.
-            at_once: How many there may be.
-            patience: Seconds.
+            wires: The operation's connections.
+            at_once: How many operations may run at once in this process.
+            patience: Seconds to wait.
 
         Raises:
-            NoConnectionError: Its turn did not come.
+            NoConnectionError: Its turn did not come in that time.
         """
         deadline = time.monotonic() + patience
         while True:
@@ -148,7 +155,7 @@ class Opened:
             self._busy.discard(wires)
 
     def take(self, place: Place) -> Wire | None:
-        """Return a connection that nobody uses, and that its server has not closed."""
+        """Return an idle connection that its server has not closed."""
         idle = self.idle.get(place)
         while idle:
             try:
@@ -156,7 +163,7 @@ class Opened:
             except IndexError:
                 return None  # another thread has it
             try:
-                # One that has something to say, where nothing was asked, has been closed by the server.
+                # Nothing was asked, so if there is something to read, the server has closed it.
                 if not wire.can_read():
                     return wire
             except (RedisError, OSError):
@@ -172,7 +179,7 @@ class Opened:
             self.idle.setdefault(place, []).append(wire)
 
     def close(self) -> None:
-        """Close what nobody uses; the rest as it is given back."""
+        """Close the idle connections; each of the others is closed when it is given back."""
         self._closed = True
         for idle in self.idle.values():
             while idle:
@@ -180,92 +187,77 @@ class Opened:
 
 
 class Wires:
-    """The connections that one operation uses.
+    """The connections that one operation uses, from its turn to its end: use as a context manager.
 
     Args:
         opened: Where they are taken from, and given back to.
         connect: Makes a new one.
+        at_once: How many operations may run at once in this process.
+        patience: Seconds to wait for the operation's turn.
     """
 
-    def __init__(self, opened: Opened, connect: Callable[[Place], Wire]) -> None:
+    def __init__(self, opened: Opened, connect: Callable[[Place], Wire], *, at_once: int, patience: float) -> None:
         self.opened = opened
         self._connect = connect
+        self._at_once = at_once
+        self._patience = patience
         self._taken: dict[Place, Wire] = {}
+
+    def __enter__(self) -> None:
+        self.opened.begin(self, at_once=self._at_once, patience=self._patience)
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        """Give the connections back, or close those that may have an unread answer.
+
+        A signal, such as Celery's soft time limit, may strike in the middle of an answer. The next operation would read the rest of it.
+        """
+        # A replica is closed too: it is no place to write.
+        whole = error is None or (isinstance(error, _READ_TO_THE_END) and not isinstance(error, ReadOnlyError))
+        for place, wire in self._taken.items():
+            if whole:
+                self.opened.give_back(place, wire)
+            else:
+                wire.disconnect()
+        self.opened.end(self)
 
     def to(self, place: Place) -> Wire:
         """Return the connection to a server.
 
         Raises:
-            NoConnectionError: There is none.
+            NoConnectionError: The server cannot be reached.
         """
         wire = self._taken.get(place)
         if wire is None:
-            wire = self.opened.take(place)
-            if wire is None:
-                try:
-                    wire = self._connect(place)
-                except (RedisError, OSError) as error:
-                    raise NoConnectionError(str(error)) from error
+            try:
+                wire = self.opened.take(place) or self._connect(place)
+            except (RedisError, OSError) as error:
+                raise NoConnectionError(str(error)) from error
             self._taken[place] = wire
         return wire
 
-    def give_back(self) -> None:
-        """They may be used by others."""
-        for place, wire in self._taken.items():
-            self.opened.give_back(place, wire)
-        self.opened.end(self)
-
-    def disconnect(self) -> None:
-        """They may be in the midst of something."""
-        for wire in self._taken.values():
-            wire.disconnect()
-        self.opened.end(self)
-
-
-def exchange(wire: Wire, calls: Sequence[Call], *, at_one_moment: bool = False) -> list[Any]:
-    """Make calls in one go, and read their answers; a refusal is an answer too.
-
-    Raises:
-        redis.exceptions.ConnectionError: The connection broke.
-        redis.exceptions.TimeoutError: There was no answer in time.
-    """
-    commands: list[Sequence[Argument]] = [call.command for call in calls]
-    if not at_one_moment:
-        ask(wire, commands)
-        return read_replies(wire, len(commands))
-    ask(wire, [(b"MULTI",), *commands, (b"EXEC",)])
-    *queued, done = read_replies(wire, len(commands) + 2)
-    if isinstance(done, Exception):
-        raise next((answer for answer in queued if isinstance(answer, Exception)), done)
-    return list(done)
-
-
-def load(wire: Wire, scripts: Sequence[Script]) -> None:
-    """Tell a server some scripts."""
-    commands = [(b"SCRIPT", b"LOAD", script.text) for script in dict.fromkeys(scripts)]
-    ask(wire, commands)
-    for answer in read_replies(wire, len(commands)):
-        if isinstance(answer, Exception):
-            raise answer
-
 
 def ask(wire: Wire, commands: Sequence[Sequence[Argument]]) -> None:
-    """Send commands in one go."""
+    """Send commands together."""
     wire.send_packed_command([_packed(command) for command in commands], check_health=False)
 
 
 def _packed(command: Sequence[Argument]) -> bytes:
-    """Return a command as it travels: redis-py's own way is for arguments of any type, and takes a quarter of a verb's processor time."""
+    """Return a command as the protocol has it. redis-py's packer takes arguments of any type, and for that more time."""
     arguments = [argument if isinstance(argument, bytes) else b"%d" % argument for argument in command]
     return b"*%d\r\n" % len(command) + b"".join([b"$%d\r\n%b\r\n" % (len(data), data) for data in arguments])
 
 
 def read_replies(wire: Wire, number: int) -> list[Any]:
-    """Read so many answers; a refusal is an answer too."""
-    return [_hear_one(wire) for _ in range(number)]
+    """Read so many answers. A refusal is returned like any other answer.
+
+    Raises:
+        redis.exceptions.ConnectionError: The connection broke.
+        redis.exceptions.TimeoutError: There was no answer in time.
+    """
+    return [_read_reply(wire) for _ in range(number)]
 
 
-def _hear_one(wire: Wire) -> Any:
+def _read_reply(wire: Wire) -> Any:
     try:
         return wire.read_response()
     except ResponseError as error:
@@ -273,10 +265,10 @@ def _hear_one(wire: Wire) -> Any:
 
 
 def _unwrapped(error: ResponseError) -> ResponseError:
-    """Return a refusal as the server means it: before 7.0 it wraps that of a command in a script into one of the script."""
+    """Return a refusal as a server since 7.0 words it."""
     wrapped = _WRAPPED.match(str(error))
     if wrapped is None:
         return error
     code, text = wrapped.groups()
-    # As redis-py gives them: those that it knows are types, without the code.
+    # As redis-py does it: a refusal that it has a type for loses its code.
     return _KNOWN[code](text) if code in _KNOWN else ResponseError(f"{code} {text}")

@@ -1,51 +1,52 @@
-"""A server that Sentinels watch: whichever one they say is the master, asked whenever a connection is made."""
+"""A server that Sentinels watch. They are asked for the master whenever a connection is made."""
 
 from __future__ import annotations
 
-from redis.connection import Connection, SSLConnection
-from redis.exceptions import ConnectionError, RedisError, ResponseError  # noqa: A004 - redis-py's name
+from collections.abc import Mapping
+from typing import Any
+
+from redis.backoff import NoBackoff
+from redis.connection import SSLConnection
+from redis.exceptions import ConnectionError, ResponseError  # noqa: A004 - redis-py's name
+from redis.retry import Retry
+from redis.sentinel import MasterNotFoundError, Sentinel
 
 from celery_idempotent.stores.redis.connection import Server, connect
 from celery_idempotent.stores.redis.pool import Place, Wire, ask, read_replies
 
 __all__ = ["Sentinels"]
 
-#: Seconds for a Sentinel to answer before the next one is asked.
-PATIENCE = 2.0
+#: A Sentinel has two seconds to answer before the next one is asked.
+_OPTIONS: Mapping[str, Any] = {"socket_connect_timeout": 2.0, "socket_timeout": 2.0, "retry": Retry(NoBackoff(), 0)}
 
 
 class Sentinels(Server):
-    """The master, as the store's operations see it."""
+    """The server that the Sentinels name as the master."""
 
     def _connect(self, place: Place) -> Wire:  # noqa: ARG002 - wherever it is
         host, port = self._master()
         wire = connect(self._address, host=host, port=port)
-        # A Sentinel that was cut off may name one that is none any more.
+        # A Sentinel that was cut off may name a former master.
         ask(wire, [(b"ROLE",)])
         (role,) = read_replies(wire, 1)
-        # An account may not be allowed to ask; then the first write tells.
+        # If the account may not ask, the first write tells.
         if not isinstance(role, ResponseError) and role[0] != b"master":
             wire.disconnect()
             raise ConnectionError(f"{host}:{port}, which the Sentinels call the master, is a {role[0].decode()}")
         return wire
 
     def _master(self) -> Place:
-        """Where the master is, by the first Sentinel that knows."""
-        why = ""
-        for host, port in self._address.hosts:
-            options = {"socket_connect_timeout": PATIENCE, "socket_timeout": PATIENCE, **self._address.sentinel_options}
-            kind = SSLConnection if self._address.connection is SSLConnection else Connection
-            sentinel: Wire = kind(host=host, port=port, **options)
-            try:
-                sentinel.connect()
-                ask(sentinel, [(b"SENTINEL", b"GET-MASTER-ADDR-BY-NAME", self._address.master_name.encode())])
-                (found,) = read_replies(sentinel, 1)
-            except (RedisError, OSError) as error:
-                why = str(error)
-                continue
-            finally:
-                sentinel.disconnect()
-            if isinstance(found, list):
-                return found[0].decode(), int(found[1])
-            why = f"{host}:{port} knows no master of that name" if found is None else str(found)
-        raise ConnectionError(f"no Sentinel names the master {self._address.master_name!r}: {why}")
+        """Return the master that is up, by the first Sentinel that names one."""
+        secured = self._address.connection is SSLConnection
+        options = {**_OPTIONS, "ssl": secured, **self._address.sentinel_options}
+        sentinels: Any = Sentinel(self._address.hosts, sentinel_kwargs=options)  # type: ignore[no-untyped-call]
+        name = self._address.master_name
+        try:
+            host, port = sentinels.discover_master(name)
+        except MasterNotFoundError:
+            # Not with its text, which has the Sentinels' password in redis-py 6 and 7.
+            raise ConnectionError(f"no Sentinel that answers names the master {name!r}, or it is down") from None
+        finally:
+            for sentinel in sentinels.sentinels:
+                sentinel.close()
+        return host, port

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, suppress
 
 import pytest
 from redis import Redis
+from redis.crc import key_slot
 from redis.exceptions import RedisError
 
 from celery_idempotent import RedisStore
 from celery_idempotent.core.records import Claim, Inserted, MessageKey
 from celery_idempotent.errors import StoreUnavailableError
-from celery_idempotent.stores.redis.layout import Layout, identity, slot
+from celery_idempotent.stores.redis.layout import Layout, identity
 from celery_idempotent.testing.examples import KEY, claim, new_message, pending, processing, read
 from tests.support.servers import PrivateRedis, PrivateSentinel, skip_if_not_installed
 from tests.support.servers.redis_cluster import PrivateRedisCluster
@@ -107,9 +109,17 @@ def test_a_name_that_no_sentinel_knows_is_unavailable(
 ) -> None:
     _, _, sentinel = watched
     store = RedisStore(f"sentinel://127.0.0.1:{sentinel.port}/0?master_name=nobody")
-    with pytest.raises(StoreUnavailableError, match="no Sentinel names the master 'nobody'") as caught:
+    with pytest.raises(StoreUnavailableError, match="no Sentinel that answers names the master 'nobody'") as caught:
         store.check()
     assert caught.value.unsent
+
+
+def test_sentinels_that_are_not_there_are_unavailable_and_their_password_is_not_told() -> None:
+    store = RedisStore("sentinel://127.0.0.1:1;sentinel://127.0.0.1:2/0?master_name=m&sentinel_password=hunter2")
+    with pytest.raises(StoreUnavailableError, match="no Sentinel that answers names the master 'm'") as caught:
+        store.check()
+    assert caught.value.unsent
+    assert "hunter2" not in "".join(traceback.format_exception(caught.value))
 
 
 # -- cluster -------------------------------------------------------------------------------------------------------------------
@@ -134,7 +144,7 @@ def test_every_node_has_its_part_of_a_log(cluster: PrivateRedisCluster) -> None:
 
 def test_a_part_that_is_being_moved_is_out_of_reach_and_found_again(cluster: PrivateRedisCluster) -> None:
     tag = Layout("queue_log").tag(identity(KEY))
-    moved = slot(tag)
+    moved = key_slot(tag)
     with closing(RedisStore(cluster.url)) as store, ExitStack() as stack:
         pending(store)
         clients = [stack.enter_context(Redis.from_url(node.url)) for node in cluster.nodes]
@@ -173,7 +183,7 @@ def test_a_part_that_is_being_moved_is_out_of_reach_and_found_again(cluster: Pri
 
 
 def test_a_node_that_is_gone_takes_its_part_along_until_it_is_back(cluster: PrivateRedisCluster) -> None:
-    place = slot(Layout("queue_log").tag(identity(KEY))) * len(cluster.nodes) // 16384
+    place = key_slot(Layout("queue_log").tag(identity(KEY))) * len(cluster.nodes) // 16384
     with closing(RedisStore(cluster.url)) as store:
         pending(store)
         cluster.nodes[place].kill()

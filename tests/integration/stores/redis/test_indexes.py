@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 from redis import Redis
+from redis.crc import key_slot
 
 from celery_idempotent import RedisStore
 from celery_idempotent.core.records import Claim, Inserted, MessageKey, RowFilter
-from celery_idempotent.stores.redis.layout import SHARDS, Layout, identity, key_of, slot
+from celery_idempotent.stores.redis.layout import SHARDS, Layout, identity, key_of
 from celery_idempotent.testing.examples import done, new_message, pending, processing, read, wait_until
 from tests.integration.stores.redis.random_verbs import call_random_verb
 
@@ -136,7 +137,7 @@ def test_recent_ones_are_bounded_and_the_newest_stay(store: RedisStore, client: 
 
 def test_the_shards_of_a_log_are_spread_over_the_slots() -> None:
     for table in ("queue_log", "ops.queue_log", "żółw"):
-        slots = [slot(tag) for tag in Layout(table).tags]
+        slots = [key_slot(tag) for tag in Layout(table).tags]
         assert [each * SHARDS // 16384 for each in slots] == list(range(SHARDS))
 
 

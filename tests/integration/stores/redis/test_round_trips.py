@@ -11,7 +11,7 @@ from redis import Redis
 
 from celery_idempotent import RedisStore
 from celery_idempotent.core.records import Claimed, Inserted, MessageKey, NewMessage
-from celery_idempotent.stores.redis import pool
+from celery_idempotent.stores.redis import connection, pool
 from celery_idempotent.testing.examples import GRACE, LEASE, WORKER, new_message, pending, processing
 from tests.integration.stores.sql.test_round_trips import VERBS, Measured, succeeded
 from tests.support.servers import PrivateRedis
@@ -33,7 +33,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[Any]]:
         trips.append([command[0] for command in commands])
         ask(wire, commands)
 
-    monkeypatch.setattr(pool, "ask", note)
+    monkeypatch.setattr(connection, "ask", note)
     return trips
 
 
