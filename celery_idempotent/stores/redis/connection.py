@@ -260,8 +260,9 @@ class Server:
                     f"the queue log at {self} cannot be reached: {error}", is_retry or on.partly
                 ) from error
             except ReadOnlyError as error:
-                # It is no longer the master, and did nothing: find the one that is.
+                # It is no longer the master, and did nothing since: find the one that is.
                 self.close()
+                is_retry = is_retry or on.partly
                 if demoted:
                     raise _unavailable(f"the queue log at {self} is on a replica: {error}", is_retry) from error
                 demoted = True

@@ -28,6 +28,10 @@ from celery_idempotent.core.records import (
 )
 from celery_idempotent.errors import ConfigurationError, SchemaError, StoreError, StoreUnavailableError
 from celery_idempotent.stores.redis import connection
+from celery_idempotent.stores.redis.connection import ScriptSession
+from celery_idempotent.stores.redis.layout import Layout
+from celery_idempotent.stores.redis.pool import Call
+from celery_idempotent.stores.redis.scripts import Script
 from celery_idempotent.testing.examples import (
     GRACE,
     KEY,
@@ -235,6 +239,26 @@ def test_a_replica_is_no_place_to_write(private_redis: PrivateRedis) -> None:
         with pytest.raises(StoreUnavailableError, match="is on a replica") as caught:
             store.record(new_message())
         assert caught.value.unsent
+
+
+def test_a_batch_that_a_demotion_cuts_in_two_is_repeated_as_such(store: RedisStore) -> None:
+    """Its first script took effect, and may be on the new master: a repeat has to know that."""
+    tag = Layout("queue_log").tags[0]
+    takes_effect = Call(Script("return redis.call('INCR', tag .. ':tries')"), (tag,), ())
+    is_refused = Call(
+        Script("return redis.error_reply('READONLY You can not write against a read only replica.')"), (tag,), ()
+    )
+    retries: list[bool] = []
+
+    def batch(on: ScriptSession, is_retry: bool) -> list[object]:
+        retries.append(is_retry)
+        return on.send([takes_effect, is_refused])
+
+    with pytest.raises(StoreUnavailableError, match="is on a replica") as caught:
+        store._server.run(batch)
+
+    assert retries == [False, True]
+    assert not caught.value.unsent
 
 
 # -- damage -------------------------------------------------------------------------------------------------------------------
