@@ -19,6 +19,7 @@ from celery_idempotent.testing.examples import KEY, claim, new_message, pending,
 from tests.support.servers import PrivateRedis, PrivateSentinel, skip_if_not_installed
 from tests.support.servers.redis_cluster import PrivateRedisCluster
 from tests.support.waiting import wait_until
+from tests.support.worker import ROOT
 
 # -- Sentinel ------------------------------------------------------------------------------------------------------------------
 
@@ -120,6 +121,17 @@ def test_sentinels_that_are_not_there_are_unavailable_and_their_password_is_not_
         store.check()
     assert caught.value.unsent
     assert "hunter2" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_an_account_of_the_sentinels_needs_no_other_rights_than_the_page_tells(private_redis: PrivateRedis) -> None:
+    page = (ROOT / "docs" / "how-to" / "redis-store.md").read_text()
+    rights = page.partition("An account of the Sentinels needs `")[2].partition("`")[0].split()
+    with PrivateSentinel(private_redis) as sentinel, Redis.from_url(sentinel.url) as client:
+        client.execute_command("ACL", "SETUSER", "shop", "reset", "on", ">secret", *rights)  # type: ignore[no-untyped-call]
+        account = "sentinel_username=shop&sentinel_password=secret"
+        url = f"sentinel://127.0.0.1:{sentinel.port}/0?master_name={sentinel.MASTER}&{account}"
+        with closing(RedisStore(url)) as store:
+            store.check()
 
 
 # -- cluster -------------------------------------------------------------------------------------------------------------------
