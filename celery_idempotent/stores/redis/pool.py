@@ -16,8 +16,10 @@ from typing import Any, Protocol
 from weakref import WeakSet
 
 from redis.exceptions import (
+    AskError,
     ClusterDownError,
     MasterDownError,
+    MovedError,
     OutOfMemoryError,
     ReadOnlyError,
     RedisError,
@@ -60,10 +62,12 @@ class Wire(Protocol):
 _WRAPPED = re.compile(
     r"(?:ERR )?Error running script \(call to \w+\): @user_script:\d+: @user_script: \d+: -([A-Z]+) (.*)", re.DOTALL
 )
-#: Refusals that redis-py has types for, by their codes.
-_KNOWN: Mapping[str, type[ResponseError]] = {
+#: The types of refusals, by their codes. redis-py before 6 knows those of a cluster only in its own client for clusters.
+_TYPES: Mapping[str, type[ResponseError]] = {
+    "ASK": AskError,
     "CLUSTERDOWN": ClusterDownError,
     "MASTERDOWN": MasterDownError,
+    "MOVED": MovedError,
     "OOM": OutOfMemoryError,
     "READONLY": ReadOnlyError,
     "TRYAGAIN": TryAgainError,
@@ -261,14 +265,16 @@ def _read_reply(wire: Wire) -> Any:
     try:
         return wire.read_response()
     except ResponseError as error:
-        return _unwrapped(error)
+        return _typed(error)
 
 
-def _unwrapped(error: ResponseError) -> ResponseError:
-    """Return a refusal as a server since 7.0 words it."""
-    wrapped = _WRAPPED.match(str(error))
-    if wrapped is None:
+def _typed(error: ResponseError) -> ResponseError:
+    """Return a refusal as redis-py 6 types it and a server since 7.0 words it."""
+    if type(error) is not ResponseError:
         return error
-    code, text = wrapped.groups()
-    # As redis-py does it: a refusal that it has a type for loses its code.
-    return _KNOWN[code](text) if code in _KNOWN else ResponseError(f"{code} {text}")
+    text = str(error)
+    if wrapped := _WRAPPED.match(text):
+        text = " ".join(wrapped.groups())
+    # A refusal that has a type loses its code.
+    code, _, rest = text.partition(" ")
+    return _TYPES[code](rest) if code in _TYPES else ResponseError(text)

@@ -127,7 +127,7 @@ def test_an_account_of_the_sentinels_needs_no_other_rights_than_the_page_tells(p
     page = (ROOT / "docs" / "how-to" / "redis-store.md").read_text()
     rights = page.partition("An account of the Sentinels needs `")[2].partition("`")[0].split()
     with PrivateSentinel(private_redis) as sentinel, Redis.from_url(sentinel.url) as client:
-        client.execute_command("ACL", "SETUSER", "shop", "reset", "on", ">secret", *rights)  # type: ignore[no-untyped-call]
+        client.execute_command("ACL", "SETUSER", "shop", "reset", "on", ">secret", *rights)
         account = "sentinel_username=shop&sentinel_password=secret"
         url = f"sentinel://127.0.0.1:{sentinel.port}/0?master_name={sentinel.MASTER}&{account}"
         with closing(RedisStore(url)) as store:
