@@ -119,53 +119,20 @@ class Opened:
         idle: Those that are not in use.
         ready: Whether the layout was checked.
         slots: The node of each shard in a cluster; empty until a node was asked.
+        busy: The operations under way. References are weak: one that a signal broke off between two lines is not counted for ever.
+        lock: Held to change ``busy``.
     """
 
     idle: dict[Place, list[Wire]] = field(default_factory=dict)
     ready: bool = False
     slots: dict[bytes, Place] = field(default_factory=dict)
+    busy: WeakSet[Wires] = field(default_factory=WeakSet)
+    lock: threading.Lock = field(default_factory=threading.Lock)
     _closed: bool = False
-    #: The operations under way. References are weak, so that one which a signal broke off between two lines is not counted for ever.
-    _busy: WeakSet[Wires] = field(default_factory=WeakSet)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def begin(self, wires: Wires, *, at_once: int, patience: float) -> None:
-        """Wait for an operation's turn.
-
-        Args:
-            wires: The operation's connections.
-            at_once: How many operations may run at once in this process.
-            patience: Seconds to wait.
-
-        Raises:
-            NoConnectionError: Its turn did not come in that time.
-        """
-        deadline = time.monotonic() + patience
-        while True:
-            with self._lock:
-                if len(self._busy) < at_once:
-                    self._busy.add(wires)
-                    return
-            if time.monotonic() > deadline:
-                raise NoConnectionError(
-                    f"all {at_once} connections of this process were in use for {patience:g} s; "
-                    f"let the store's URL allow more by max_connections=..."
-                )
-            time.sleep(_LOOK_EVERY)
-
-    def end(self, wires: Wires) -> None:
-        """End the operation."""
-        with self._lock:
-            self._busy.discard(wires)
 
     def take(self, place: Place) -> Wire | None:
         """Return an idle connection that its server has not closed."""
-        idle = self.idle.get(place)
-        while idle:
-            try:
-                wire = idle.pop()
-            except IndexError:
-                return None  # another thread has it
+        while (wire := self._pop(place)) is not None:
             try:
                 # Nothing was asked, so if there is something to read, the server has closed it.
                 if not wire.can_read():
@@ -185,9 +152,15 @@ class Opened:
     def close(self) -> None:
         """Close the idle connections; each of the others is closed when it is given back."""
         self._closed = True
-        for idle in self.idle.values():
-            while idle:
-                idle.pop().disconnect()
+        for place in list(self.idle):
+            while (wire := self._pop(place)) is not None:
+                wire.disconnect()
+
+    def _pop(self, place: Place) -> Wire | None:
+        try:
+            return self.idle[place].pop()
+        except LookupError:
+            return None  # there is none, or another thread has it
 
 
 class Wires:
@@ -208,7 +181,23 @@ class Wires:
         self._taken: dict[Place, Wire] = {}
 
     def __enter__(self) -> None:
-        self.opened.begin(self, at_once=self._at_once, patience=self._patience)
+        """Wait for the operation's turn.
+
+        Raises:
+            NoConnectionError: It did not come in time.
+        """
+        deadline = time.monotonic() + self._patience
+        while True:
+            with self.opened.lock:
+                if len(self.opened.busy) < self._at_once:
+                    self.opened.busy.add(self)
+                    return
+            if time.monotonic() > deadline:
+                raise NoConnectionError(
+                    f"all {self._at_once} connections of this process were in use for {self._patience:g} s; "
+                    f"let the store's URL allow more by max_connections=..."
+                )
+            time.sleep(_LOOK_EVERY)
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         """Give the connections back, or close those that may have an unread answer.
@@ -222,7 +211,8 @@ class Wires:
                 self.opened.give_back(place, wire)
             else:
                 wire.disconnect()
-        self.opened.end(self)
+        with self.opened.lock:
+            self.opened.busy.discard(self)
 
     def to(self, place: Place) -> Wire:
         """Return the connection to a server.
