@@ -13,13 +13,16 @@ COMPILE = $(DEV)/uv pip compile pyproject.toml --universal --python-version 3.11
 	--no-emit-index-url --no-emit-find-links --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo unit format check docs test coverage test-versions celery-suite chaos chaos-peers bench bench-scale screenshots lock release clean
+.PHONY: help demo demo-django unit format check docs test coverage test-versions celery-suite chaos chaos-peers bench bench-scale screenshots lock release clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## *\(.*\)/  make \1\t\2/p' Makefile | expand -t 24
 
 demo: .venv-demo/installed  ## the loan check: what a duplicate does without this library, and with it; needs only Python
 	@$(DEMO)/python -m example_project.demo
+
+demo-django: .venv-demo-django/installed  ## a shop in Django, on SQLite: an order and its call in one transaction, through kill -9
+	@cd example_project/django_shop && SHOP_DATA=$$(mktemp -d) $(CURDIR)/.venv-demo-django/bin/python manage.py demo
 
 unit: .venv/installed  ## the unit tests: seconds, with Python alone; ARGS= goes to pytest
 	@$(DEV)/python -m pytest -n auto tests/unit $(ARGS)
@@ -106,6 +109,7 @@ EXTRAS = --extra postgresql --extra mysql --extra gevent --extra flower --extra 
 lock: .venv/installed  ## newest versions into requirements/*.lock, and the oldest that pyproject.toml admits
 	$(COMPILE) --upgrade $(EXTRAS) --group dev -o requirements/dev.lock
 	$(COMPILE) --upgrade --group build -o requirements/demo.lock
+	$(COMPILE) --upgrade --extra django --group build -o requirements/demo-django.lock
 	$(COMPILE) --upgrade --extra postgresql --extra mysql --group build --group test --group peers -o requirements/peers.lock
 	echo 'celery<5.7' | $(COMPILE) --upgrade $(EXTRAS) --group build --group test --constraints /dev/stdin -o requirements/celery-5.6.lock
 	echo 'celery<5.6' | $(COMPILE) --upgrade $(EXTRAS) --group build --group test --constraints /dev/stdin -o requirements/celery-5.5.lock
@@ -118,15 +122,16 @@ release: .venv/installed  ## a rehearsal: build into dist/, check, install and r
 	@$(DEV)/python -m tests.support.release $(TAG)
 
 clean:  ## remove environments, caches and what was built
-	rm -rf .venv .venv-demo .venv-peers .venv-versions bench chaos chaos-peers build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-demo .venv-demo-django .venv-peers .venv-versions bench chaos chaos-peers build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An environment holds what its lock file pins, each file checked by its hash, and then this project from the work tree.
 # It is made anew when the lock file or pyproject.toml is newer.
 .venv/installed: requirements/dev.lock
 .venv-demo/installed: requirements/demo.lock
+.venv-demo-django/installed: requirements/demo-django.lock
 .venv-peers/installed: requirements/peers.lock
-.venv/installed .venv-demo/installed .venv-peers/installed: pyproject.toml
+.venv/installed .venv-demo/installed .venv-demo-django/installed .venv-peers/installed: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "celery-idempotent needs Python 3.11 or newer, and none was found: name one with PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "celery-idempotent needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1)" >&2; exit 1; }

@@ -46,6 +46,7 @@ _APP_NAMES = (
     "on_store_error",
     "hooks",
     "redact",
+    "django_outbox",
 )
 
 
@@ -66,6 +67,7 @@ class Settings:
         redact: Names of parameters and keys, or patterns with ``*`` and ``?``, whose values are masked wherever arguments and results are
             shown. The rows keep them: a message has to be published again.
         failure_retention: The same as ``retention`` for a message that failed, which somebody may yet requeue. At least ``retention``.
+        django_outbox: Whether calls inside of ``transaction.atomic()`` are part of it, where the store is ``django://``.
         enabled: Whether new calls are recorded, of tasks whose option ``idempotent`` does not say; see there.
     """
 
@@ -79,6 +81,7 @@ class Settings:
     redact: tuple[str, ...] = ()
     enabled: bool = True
     failure_retention: float = 30 * 86400.0
+    django_outbox: bool = True
 
     @classmethod
     def from_app(cls, app: Celery) -> Settings:
@@ -106,6 +109,7 @@ class Settings:
             ),
             hooks=_hooks(known.get("hooks", cls.hooks)),
             redact=_names("redact", known.get("redact", cls.redact)),
+            django_outbox=yes_or_no("idempotent_django_outbox", known.get("django_outbox", cls.django_outbox)),
         )
 
 

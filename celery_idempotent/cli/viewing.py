@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from celery.bin.base import CeleryCommand
@@ -12,12 +12,8 @@ from celery_idempotent.cli.opening import opened
 from celery_idempotent.cli.options import Chosen, as_json, choose, limit
 from celery_idempotent.cli.printing import print_, sheets, table
 from celery_idempotent.core.records import MessageKey, ProcessedStatus, Row, RowFilter, Status
-from celery_idempotent.message.redaction import Redaction
-from celery_idempotent.message.serialization import UndecodableError, decode_message, decode_result
+from celery_idempotent.message.contents import contents_of
 from celery_idempotent.queue_log import QueueLog
-
-if TYPE_CHECKING:
-    from celery import Celery
 
 __all__ = ["LISTED", "list_", "record_of", "rows_of", "show", "stats"]
 
@@ -35,9 +31,6 @@ LISTED = (
 
 #: So much of an error is listed beside the rest.
 _ERROR = 60
-
-#: What a caller has arguments called in Celery's logs.
-_REPRS = ("argsrepr", "kwargsrepr")
 
 
 @click.command(cls=CeleryCommand)
@@ -124,11 +117,10 @@ def show(ctx: click.Context, message_id: str, task_name: str | None, arguments: 
     """
     with opened(ctx) as queue_log:
         rows = rows_of(queue_log, message_id, task_name)
-        contents = [_contents(queue_log.app, row) for row in rows]
-        if arguments and queue_log.settings.redact:
+        masked = queue_log.settings.redact if arguments else ()
+        if masked:
             queue_log.app.loader.import_default_modules()  # whose task is not known, has arguments without names
-            redaction = Redaction(queue_log.settings.redact, queue_log.app.tasks)
-            contents = [_masked(redaction, row, each) for row, each in zip(rows, contents, strict=True)]
+        contents = [contents_of(queue_log.app, row, masked) for row in rows]
     shown = contents if arguments else [_redacted(each, json_=json_) for each in contents]
     records = [{**record_of(row), **each} for row, each in zip(rows, shown, strict=True)]
     if not records:
@@ -159,34 +151,6 @@ def record_of(row: Row) -> dict[str, Any]:
     flat = {"message_id": row.key.message_id, "task_name": row.key.task_name}
     kept = (field.name for field in fields(Row) if field.name not in ("key", "message", "result", "read_at"))
     return {**flat, **{name: getattr(row, name) for name in kept}}
-
-
-def _contents(app: Celery, row: Row) -> dict[str, Any]:
-    """Arguments and result, as far as the app may read them."""
-    contents: dict[str, Any] = {}
-    if row.message is not None:
-        try:
-            args, kwargs, options = decode_message(app, row.message)
-        except UndecodableError as error:
-            contents["undecodable_message"] = str(error)
-        else:
-            contents.update({name: options[name] for name in _REPRS if options.get(name)}, args=args, kwargs=kwargs)
-    if row.result is not None:
-        try:
-            contents["result"] = decode_result(app, row.result)
-        except UndecodableError as error:
-            contents["undecodable_result"] = str(error)
-    return contents
-
-
-def _masked(redaction: Redaction, row: Row, contents: dict[str, Any]) -> dict[str, Any]:
-    """Return the same with values masked as ``idempotent_redact`` has it."""
-    masked = dict(contents)
-    if "args" in contents:
-        masked["args"], masked["kwargs"] = redaction.call(row.key.task_name, contents["args"], contents["kwargs"])
-    if "result" in contents:
-        masked["result"] = redaction.result(contents["result"])
-    return masked
 
 
 def _redacted(contents: dict[str, Any], *, json_: bool) -> dict[str, Any]:

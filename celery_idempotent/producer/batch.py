@@ -14,7 +14,7 @@ from celery_idempotent.errors import (
     StoreError,
     StoreUnavailableError,
 )
-from celery_idempotent.producer.box import Outbox, OutgoingCall, innermost, within
+from celery_idempotent.producer.box import Outbox, OutgoingCall, innermost, surrounding_outbox, within
 
 if TYPE_CHECKING:
     from celery.result import AsyncResult
@@ -112,7 +112,8 @@ class _Batch(Outbox):
         for queue_log, group in groupby(every, lambda call: call[0].task.queue_log):
             calls = list(group)
             around = self._around
-            self._outer = around.that_commits() if around is not None and around.takes(queue_log) else None
+            takes = around if around is not None and around.takes(queue_log) else surrounding_outbox(queue_log)
+            self._outer = None if takes is None else takes.that_commits()
             for first in range(0, len(calls), BATCH):
                 some = calls[first : first + BATCH]
                 try:

@@ -29,11 +29,21 @@ if TYPE_CHECKING:
 
     from celery_idempotent.core.records import Duplicate, Inserted, MessageKey
     from celery_idempotent.core.store import Store
+    from celery_idempotent.core.store.transactional import Surrounding
     from celery_idempotent.producer.guarded import Guarded
     from celery_idempotent.producer.publisher import Outgoing
     from celery_idempotent.queue_log import QueueLog
 
-__all__ = ["OUTBOX", "PUBLISH_WITHIN", "Outbox", "OutgoingCall", "current_outbox", "innermost", "within"]
+__all__ = [
+    "OUTBOX",
+    "PUBLISH_WITHIN",
+    "Outbox",
+    "OutgoingCall",
+    "current_outbox",
+    "innermost",
+    "surrounding_outbox",
+    "within",
+]
 
 logger = logging.getLogger("celery_idempotent")
 
@@ -80,11 +90,12 @@ def innermost() -> _Block | None:
 def current_outbox(queue_log: QueueLog) -> Outbox | None:
     """Return what takes a call that is made here and now, in this thread or task of an event loop.
 
-    That is the innermost ``with outbox(...)`` or atomic body, as far as that is one of the same queue log and not over.
+    That is the innermost ``with outbox(...)`` or atomic body, as far as that is one of the same queue log and not over; else the
+    transaction of a framework.
     """
     block = innermost()
     box = None if block is None else block.box
-    return box if box is not None and box.takes(queue_log) else None
+    return box if box is not None and box.takes(queue_log) else surrounding_outbox(queue_log)
 
 
 @contextmanager
@@ -256,3 +267,35 @@ class Outbox:
             return []
         # Behind what was rolled back somebody else may have recorded the id.
         return [message for message in messages if task_ids.get(message.key) == message.header.task_id]
+
+
+class _SurroundingOutbox(Outbox):
+    """The calls that are published by one hook of a framework's transaction."""
+
+    def __init__(self, surrounding: Surrounding) -> None:
+        super().__init__(surrounding.connect)
+        self._surrounding: Surrounding | None = surrounding
+
+    def add(self, message: Outgoing) -> None:
+        self._await_commit()
+        super().add(message)
+
+    def count(self, queue_log: QueueLog, key: MessageKey) -> None:
+        self._await_commit()
+        super().count(queue_log, key)
+
+    def _await_commit(self) -> None:
+        if self._surrounding is not None:
+            self._surrounding.after_commit(self.publish)
+            self._surrounding = None
+
+
+def surrounding_outbox(queue_log: QueueLog) -> Outbox | None:
+    """Return what takes a call in the transaction of a framework, where the store is in its database."""
+    find = getattr(queue_log.store, "surrounding", None)
+    surrounding: Surrounding | None = find() if find is not None and queue_log.settings.django_outbox else None
+    if surrounding is None:
+        return None
+    # Those that follow each other are published together.
+    last = getattr(surrounding.last_hook(), "__self__", None)
+    return last if isinstance(last, _SurroundingOutbox) else _SurroundingOutbox(surrounding)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 from celery_idempotent.core.store import Store
@@ -10,6 +11,9 @@ if TYPE_CHECKING:
     from sqlalchemy import URL
 
 __all__ = ["open_store"]
+
+#: The group of entry points by which a package offers a store: named as the URL's scheme, called with the URL and ``table=``.
+STORES = "celery_idempotent.stores"
 
 _OF_REDIS = {"redis", "rediss", "redis+socket", "unix", "sentinel", "redis+cluster", "rediss+cluster"}
 
@@ -20,7 +24,8 @@ def open_store(url: str | URL, *, table: str = "queue_log") -> Store:
     Args:
         url: ``postgresql://``, ``mysql://``, ``mariadb://`` or ``sqlite://``, as SQLAlchemy writes them; without a driver
             psycopg and PyMySQL are meant. ``postgres://`` is understood. Or ``redis://``, ``rediss://`` (TLS),
-            ``redis+socket://``, ``sentinel://`` or ``redis+cluster://``. Or SQLAlchemy's ``URL``.
+            ``redis+socket://``, ``sentinel://`` or ``redis+cluster://``. Or SQLAlchemy's ``URL``. In a Django project ``django://``
+            and an alias. Or a scheme for which a package has an entry point in the group ``celery_idempotent.stores``.
         table: The table's name, or ``schema.name``; in Redis, what all keys begin with.
 
     Raises:
@@ -31,6 +36,10 @@ def open_store(url: str | URL, *, table: str = "queue_log") -> Store:
         from celery_idempotent.stores.redis import RedisStore
 
         return RedisStore(url, table=table)
+    scheme = url.partition("://")[0] if isinstance(url, str) else ""
+    for found in entry_points(group=STORES, name=scheme):
+        store: Store = found.load()(url, table=table)
+        return store
     from celery_idempotent.stores.sql import SQLStore
 
     return SQLStore(url, table=table)

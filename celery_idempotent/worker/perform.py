@@ -58,6 +58,8 @@ def _perform_unrecorded(run: Run, body: Callable[[], T]) -> T:
     unit = UnitOfWork(run.queue_log)
     try:
         with unit as run.unit, within(unit.outbox):
+            if unit.begins_before_body:
+                unit.open()
             value = body()
             if unit.opened:
                 unit.commit(lambda _: True)
@@ -71,9 +73,12 @@ def _perform_atomically(run: Run, body: Callable[[], T]) -> T:
     """Run the body in a transaction, and again in a new one if that gave way to others."""
 
     def flushed() -> T:
-        if run.unit is not None and setback is Setback.NOT_CONNECTED and run.waits:
+        unit = run.unit
+        if unit is not None and run.waits and (setback is Setback.NOT_CONNECTED or unit.begins_before_body):
             # Not by running the body over and over: what it does elsewhere before it writes, it would do each time.
-            ask_until_answered(run.unit.open, "begin the transaction of", run)
+            ask_until_answered(unit.open, "begin the transaction of", run)
+        elif unit is not None and unit.begins_before_body:
+            unit.open()
         value = body()
         if run.unit is not None and isinstance(run.state, Claimed):
             run.unit.flush()
@@ -145,6 +150,7 @@ def _perform(run: Run, body: Callable[[], T]) -> T:
             raise
         _stop_if_sent_on(run)
         if run.unit is not None:
+            run.unit.note(error)  # of a framework's own connection
             if run.unit.gave_way is not None:  # whatever the body made of it
                 raise NotCommittedError(error, again=True) from error
             # A signal may have struck in the middle of an answer.

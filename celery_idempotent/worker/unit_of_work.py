@@ -170,6 +170,11 @@ class UnitOfWork:
             raise
 
     @property
+    def begins_before_body(self) -> bool:
+        """Whether the transaction has to begin before the body, which writes on a connection that it does not ask for."""
+        return self._store.begins_before_body
+
+    @property
     def opened(self) -> bool:
         """Whether there is a transaction: the body has asked for it, and it is not over."""
         return self._connection is not None
@@ -285,6 +290,7 @@ class UnitOfWork:
             )
             connection.begin()
             begin(connection, at_once=self._contended)
+            self._store.watch(connection, self.note)
         except BaseException:
             connection.close()
             raise
@@ -311,7 +317,8 @@ class UnitOfWork:
         transaction = self._connection.get_transaction()
         return transaction is not None and transaction.is_active and not self._undone
 
-    def _note(self, error: BaseException) -> None:
+    def note(self, error: BaseException) -> None:
+        """Note an error that a statement has met, if the transaction gave way by it."""
         if self.gave_way is None and self._store.gave_way(error):
             self.gave_way = error
             self.setback = Setback.COLLIDED if self._store.collided(error) else Setback.BROKE
@@ -366,7 +373,7 @@ def _unit_of(connection: Connection | None) -> UnitOfWork | None:
 def _on_error(context: ExceptionContext) -> None:
     unit = _unit_of(context.connection)
     if unit is not None and context.sqlalchemy_exception is not None:
-        unit._note(context.sqlalchemy_exception)  # noqa: SLF001 - of this module
+        unit.note(context.sqlalchemy_exception)
 
 
 def _on_commit(connection: Connection) -> None:

@@ -1,44 +1,70 @@
 # What django.md takes for granted, and what its examples must have done: see tests/support/pages.py.
-# ruff: noqa: ANN201, D100, D103, F401, F821, I001, INP001
+# ruff: noqa: ANN201, D100, E402, D103, F401, F821, I001, INP001
 
 # %% before block 1
 import sys
-from datetime import timedelta
+import unittest
 
 import django
 from django.conf import settings
+from django.core.management import call_command
 from django.db import connection, models, transaction
 from django.http import HttpResponse
-from django.utils import timezone
+from celery import shared_task
 from celery_idempotent import outbox
-from celery_idempotent.records import RowFilter
 
 sys.modules["shop"].__path__, sys.modules["shop"].__file__ = ["."], "shop.py"
-settings.configure(
-    DATABASES={"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": "django.db"}},
-    INSTALLED_APPS=["shop"],
-    USE_TZ=True,
-    DEFAULT_AUTO_FIELD="django.db.models.AutoField",
-)
-django.setup()
 
 # %% after block 1
-with connection.schema_editor() as editor:
-    editor.create_model(Order)
+settings.configure(
+    DATABASES={"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": "django.db"}},
+    INSTALLED_APPS=INSTALLED_APPS,
+    USE_TZ=True,
+    DEFAULT_AUTO_FIELD="django.db.models.AutoField",
+    CELERY_IDEMPOTENT_STORE=CELERY_IDEMPOTENT_STORE,
+    CELERY_BROKER_URL="memory://",
+    CELERY_RESULT_BACKEND="cache+memory://",
+)
+django.setup()
+from django.test import TestCase
+from django.test.utils import setup_test_environment
+
+app = Celery("shop")
+app.config_from_object("django.conf:settings", namespace="CELERY")
+app.set_default()
+call_command("migrate", verbosity=0)
+call_command("check", databases=["default"])
+
+from celery_idempotent.contrib.django.models import Message
 
 
 def sent():
-    return {row.key.message_id for row in app.queue_log.store.rows(RowFilter())}
+    return {message.message_id for message in Message.objects.filter(published_at__isnull=False)}
 
 
 # %% after block 2
+with connection.schema_editor() as editor:
+    editor.create_model(Order)
+    editor.create_model(Payment)
+
+# %% after block 3
 assert place(None).content == b"1"
-assert sent() == {"order:1"}
+assert sent() == {"charge:1"}
 
 # %% after block 4
+app.conf.task_always_eager = True
+setup_test_environment()
+result = unittest.TestResult()
+unittest.defaultTestLoader.loadTestsFromTestCase(OrdersTest).run(result)
+assert (result.testsRun, result.errors, result.failures) == (1, [], []), result
+assert (Order.objects.count(), Payment.objects.count(), sent()) == (1, 0, {"charge:1"})
+
+# %% after block 5
+app.conf.task_always_eager = False
+place_elsewhere(None)
 Order.objects.create(amount=700)
-sweep(0.0)
-assert sent() == {"order:1", "order:2"}
+sweep()
+assert sent() == {"charge:1", "charge:2", "charge:3"}
 app.queue_log.close()
 app.close()
 connection.close()

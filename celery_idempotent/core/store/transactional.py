@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from celery_idempotent.core.records import MessageKey
 from celery_idempotent.core.store.port import Store
@@ -11,11 +11,43 @@ from celery_idempotent.core.store.port import Store
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
 
-__all__ = ["TransactionalStore"]
+__all__ = ["Surrounding", "TransactionalStore"]
+
+
+class Surrounding(Protocol):
+    """A transaction that a framework has begun, and ends."""
+
+    def connect(self) -> Connection:
+        """Return its connection."""
+        ...
+
+    def after_commit(self, hook: Callable[[], None]) -> None:
+        """Have a hook called after the commit, if what is written here and now is committed."""
+        ...
+
+    def last_hook(self) -> Callable[[], None] | None:
+        """Return the last hook, if it is called exactly when one that were given now would be, and right before that."""
+        ...
 
 
 class TransactionalStore(Store, Protocol):
     """A store in a database that can hold its users' tables too: what ``atomic=True`` needs."""
+
+    #: Whether bodies write on a connection that they do not ask the unit of work for, so that its transaction begins before them.
+    begins_before_body: ClassVar[bool]
+
+    def surrounding(self) -> Surrounding | None:
+        """Return the transaction of a framework that a call is made in, here and now."""
+        ...
+
+    def watch(self, connection: Connection, note: Callable[[BaseException], None]) -> None:
+        """Have errors noted that the framework's own statements meet in a transaction, until it ends.
+
+        Args:
+            connection: In the transaction.
+            note: Called with each.
+        """
+        ...
 
     @property
     def engine(self) -> Engine:

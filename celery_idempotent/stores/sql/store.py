@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from copy import copy
 from datetime import datetime
+from typing import TYPE_CHECKING, ClassVar
 
 from sqlalchemy import URL, Connection, Engine, MetaData
 
@@ -36,13 +37,16 @@ from celery_idempotent.stores.sql.admin import Admin
 from celery_idempotent.stores.sql.claims import Claims
 from celery_idempotent.stores.sql.columns import AT_ONCE, Old
 from celery_idempotent.stores.sql.connection import Database
-from celery_idempotent.stores.sql.dialects import dialect_named
+from celery_idempotent.stores.sql.dialects import Dialect, dialect_named
 from celery_idempotent.stores.sql.migrations import newest, steps_to
 from celery_idempotent.stores.sql.producer import Producer
 from celery_idempotent.stores.sql.reading import Reading
 from celery_idempotent.stores.sql.recovering import Recovering
 from celery_idempotent.stores.sql.table import queue_log_table
 from celery_idempotent.stores.sql.transitions import Transitions
+
+if TYPE_CHECKING:
+    from celery_idempotent.core.store.transactional import Surrounding
 
 __all__ = ["SQLStore"]
 
@@ -78,7 +82,7 @@ class SQLStore:
         namespace, _, name = table.rpartition(".")
         self._table = queue_log_table(MetaData(), name, schema=namespace or None)
         self._dialect = dialect
-        self._database = Database(target, dialect, self._prepare)
+        self._database = self._open(target, dialect, self._prepare)
         self._run = self._database.run
         self._producer = Producer(self._table, dialect)
         self._claims = Claims(self._table, dialect)
@@ -87,6 +91,9 @@ class SQLStore:
         self._recovering = Recovering(self._table, dialect)
         self._admin = Admin(self._table, dialect)
         self._in_transaction = False
+
+    def _open(self, target: URL | Engine, dialect: Dialect, prepare: Callable[[Connection], None]) -> Database:
+        return Database(target, dialect, prepare)
 
     def __repr__(self) -> str:
         return f"SQLStore({str(self._database)!r}, table={self._table.fullname!r})"
@@ -116,6 +123,14 @@ class SQLStore:
 
     def recorded(self, keys: Sequence[MessageKey]) -> Mapping[MessageKey, str]:
         return self._run(lambda on, _: self._reading.task_ids(on, keys)) if keys else {}
+
+    begins_before_body: ClassVar[bool] = False
+
+    def surrounding(self) -> Surrounding | None:
+        return None
+
+    def watch(self, connection: Connection, note: Callable[[BaseException], None]) -> None:
+        """Do nothing: SQLAlchemy makes every statement."""
 
     def gave_up(self, connection: Connection) -> bool | None:
         return self._dialect.gave_up(connection.connection.driver_connection)

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,16 +30,15 @@ class Shop:
     Order: Any
     charge: IdempotentTask
     sweep: Callable[[float], int]
-    django_outbox: Callable[[], AbstractContextManager[None]]
 
-    def process(self, how: str, *, killed: bool) -> tuple[int, int]:
+    def process(self, *, killed: bool) -> tuple[int, int]:
         """Place an order in a process of its own, which may be killed right behind its commit.
 
         Returns:
             The order's key, and how the process ended.
         """
         environment = {**os.environ, "DJANGO_SETTINGS_MODULE": "tests.integration.frameworks.shop.settings"}
-        command = [sys.executable, "-m", "tests.integration.frameworks.shop", how, *(["killed"] if killed else [])]
+        command = [sys.executable, "-m", "tests.integration.frameworks.shop", *(["killed"] if killed else [])]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         assert done.stdout, done.stderr
         return int(done.stdout), done.returncode
@@ -68,14 +66,14 @@ def opened_shop(postgresql_url: str, tmp_path_factory: pytest.TempPathFactory) -
         # The variable DJANGO_SETTINGS_MODULE would change whatever Celery app is made in this process from now on.
         settings.configure(**{name: getattr(project, name) for name in dir(project) if name.isupper()})
         django.setup()
-        from tests.integration.frameworks.shop import models, outbox, tasks
+        from tests.integration.frameworks.shop import models, tasks
 
         with connections["default"].schema_editor() as editor:
             editor.create_model(models.Order)
         tasks.app.finalize()
         tasks.app.queue_log.init()
         effects = Effects(url)
-        yield Shop(OutboxApp(tasks.app, effects, "shop"), models.Order, tasks.charge, tasks.sweep, outbox.django_outbox)
+        yield Shop(OutboxApp(tasks.app, effects, "shop"), models.Order, tasks.charge, tasks.sweep)
         connections.close_all()
         effects.close()
         close_app(tasks.app)

@@ -1,4 +1,4 @@
-"""A process that places an order and may be killed right behind its commit: ``python -m ... on-commit|outbox [killed]``."""
+"""A process that places an order and may be killed right behind its commit: ``python -m ... [killed]``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ django.setup()
 from django.db import transaction  # noqa: E402 - after the set-up
 
 from tests.integration.frameworks.shop.models import Order  # noqa: E402
-from tests.integration.frameworks.shop.outbox import django_outbox  # noqa: E402
 from tests.integration.frameworks.shop.tasks import charge  # noqa: E402
 
 
@@ -26,10 +25,6 @@ def place() -> Any:
     return order
 
 
-if sys.argv[1] == "on-commit":
-    with transaction.atomic():
-        placed = place()
-        transaction.on_commit(lambda: charge.delay(placed.pk))
-else:
-    with django_outbox():
-        charge.delay(place().pk)
+with transaction.atomic():
+    placed = place()
+    transaction.on_commit(lambda: charge.delay(placed.pk))

@@ -7,7 +7,6 @@ from django.http import HttpRequest, HttpResponse
 from django.urls import path
 
 from tests.integration.frameworks.shop.models import Order
-from tests.integration.frameworks.shop.outbox import django_outbox
 from tests.integration.frameworks.shop.tasks import charge
 
 
@@ -19,17 +18,9 @@ def on_commit(request: HttpRequest) -> HttpResponse:
     return HttpResponse(order.pk)
 
 
-def outbox(request: HttpRequest) -> HttpResponse:
-    with django_outbox():
-        order = Order.objects.create(amount=int(request.GET["amount"]))
-        charge.delay(order.pk)
-        check(order)
-    return HttpResponse(order.pk)
-
-
 def check(order: Order) -> None:
     if order.amount < 0:
         raise ValueError("no such amount")
 
 
-urlpatterns = [path("on-commit", on_commit), path("outbox", outbox)]
+urlpatterns = [path("on-commit", on_commit)]

@@ -1,0 +1,162 @@
+"""The queue log in Django's admin: look, search, *requeue* and *forget*."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pprint import pformat
+from typing import Any, ClassVar
+
+from django.contrib import admin, messages
+from django.contrib.admin.views.main import ChangeList
+
+from celery_idempotent.contrib.django.models import Message
+from celery_idempotent.contrib.django.project import alias_of_log, queue_log
+from celery_idempotent.core.records import MessageKey, Row
+from celery_idempotent.errors import IdempotentError
+from celery_idempotent.maintenance.requeue import NotRequeued
+from celery_idempotent.maintenance.requeue import requeue as requeue_row
+from celery_idempotent.message.contents import contents_of
+from celery_idempotent.producer.relay import relay
+
+__all__ = ["MessageAdmin"]
+
+#: What a message's page shows behind its columns, to those who may see it.
+_CONTENTS = ("arguments", "result")
+
+
+class _Newest(ChangeList):
+    """A list that is ordered as it was asked for, and not by the key behind that, over which there is no index."""
+
+    def _get_deterministic_ordering(self, ordering: list[Any]) -> list[Any]:
+        return ordering
+
+
+@admin.register(Message)
+class MessageAdmin(admin.ModelAdmin):
+    """Messages can be looked at; they are changed by *requeue* and *forget*, each behind its permission."""
+
+    actions: ClassVar = ["requeue", "forget"]
+    date_hierarchy = None
+    list_display: ClassVar = [
+        *("message_id", "task_name", "status", "processed_status", "attempt", "duplicates", "created_timestamp"),
+        "processed_timestamp",
+    ]
+    list_filter: ClassVar = ["status", "processed_status", "task_name"]
+    ordering: ClassVar = ["-created_timestamp"]
+    search_fields: ClassVar = ["=message_id"]
+    search_help_text = "Message id"
+    show_full_result_count = False
+
+    def get_queryset(self, request: Any) -> Any:
+        """Return the messages, in the database that holds them."""
+        return super().get_queryset(request).using(alias_of_log() or "default")
+
+    def get_changelist(self, request: Any, **options: Any) -> Any:  # noqa: ARG002 - Django's signature
+        """Return the class of the list."""
+        return _Newest
+
+    def get_fields(self, request: Any, obj: Any = None) -> list[str]:  # noqa: ARG002
+        """Return what a message's page shows."""
+        fields = [field.name for field in Message._meta.fields if field.name != "key"]  # noqa: SLF001 - a public API of Django
+        return [*fields, *(_CONTENTS if self.has_view_arguments_permission(request) else ())]
+
+    def get_readonly_fields(self, request: Any, obj: Any = None) -> list[str]:
+        """Return all of it: nothing is written here."""
+        return self.get_fields(request, obj)
+
+    # -- permissions ---------------------------------------------------------------------------------------------------
+
+    def has_module_permission(self, request: Any) -> bool:
+        """Return whether the log is in a database of Django's, and this user may see it."""
+        return alias_of_log() is not None and super().has_module_permission(request)
+
+    def has_add_permission(self, request: Any) -> bool:  # noqa: ARG002
+        """Return ``False``."""
+        return False
+
+    def has_change_permission(self, request: Any, obj: Any = None) -> bool:  # noqa: ARG002
+        """Return ``False``."""
+        return False
+
+    def has_delete_permission(self, request: Any, obj: Any = None) -> bool:  # noqa: ARG002
+        """Return ``False``."""
+        return False
+
+    def has_requeue_permission(self, request: Any) -> bool:
+        """Return whether the user may requeue messages."""
+        return bool(request.user.has_perm("celery_idempotent.requeue_message"))
+
+    def has_forget_permission(self, request: Any) -> bool:
+        """Return whether the user may forget messages."""
+        return bool(request.user.has_perm("celery_idempotent.forget_message"))
+
+    def has_view_arguments_permission(self, request: Any) -> bool:
+        """Return whether the user may see arguments and results."""
+        return bool(request.user.has_perm("celery_idempotent.view_arguments"))
+
+    # -- a message's page ----------------------------------------------------------------------------------------------
+
+    @admin.display(description="Arguments")
+    def arguments(self, message: Message) -> str:
+        """Return the arguments, for people; masked as ``idempotent_redact`` says."""
+        contents = _contents(message)
+        return str(contents.get("undecodable_message") or pformat((contents.get("args"), contents.get("kwargs"))))
+
+    @admin.display(description="Result")
+    def result(self, message: Message) -> str:
+        """Return the result, in the same way."""
+        contents = _contents(message)
+        return str(contents.get("undecodable_result") or pformat(contents.get("result")))
+
+    # -- actions -------------------------------------------------------------------------------------------------------
+
+    @admin.action(description="Requeue failed and abandoned messages", permissions=["requeue"])
+    def requeue(self, request: Any, messages_: Any) -> None:
+        """Have failed messages wait again, and publish them."""
+
+        def requeue(row: Row) -> str | None:
+            answer = requeue_row(queue_log(), row)
+            return answer.reason if isinstance(answer, NotRequeued) else None
+
+        if self._each(request, messages_, requeue, "requeued"):
+            relay(queue_log(), at_most=math.inf)
+
+    @admin.action(description="Forget finished messages, so that their ids are free", permissions=["forget"])
+    def forget(self, request: Any, messages_: Any) -> None:
+        """Empty the rows of finished messages."""
+
+        def forget(row: Row) -> str | None:
+            if row.status != "done":
+                return "it waits or runs; see `manage.py idempotent forget --force`"
+            return None if queue_log().store.forget(row) else "somebody else has changed it meanwhile"
+
+        self._each(request, messages_, forget, "forgotten")
+
+    def _each(self, request: Any, chosen: Any, change: Callable[[Row], str | None], done: str) -> int:
+        """Change each message, and tell the user; how many were."""
+        count = 0
+        try:
+            for message in chosen:
+                row = queue_log().store.find(_key_of(message))
+                reason = "it is gone" if row is None else change(row)
+                if reason is None:
+                    count += 1
+                    self.log_change(request, message, [{"changed": {"name": done, "object": str(message)}}])
+                else:
+                    self.message_user(request, f"{message} was not {done}: {reason}.", messages.WARNING)
+        except IdempotentError as error:
+            self.message_user(request, str(error), messages.ERROR)
+        if count:
+            self.message_user(request, f"{count} {done}.", messages.SUCCESS)
+        return count
+
+
+def _key_of(message: Message) -> MessageKey:
+    return MessageKey(message.message_id, message.task_name)
+
+
+def _contents(message: Message) -> dict[str, Any]:
+    log = queue_log()
+    row = log.store.find(_key_of(message))
+    return {} if row is None else contents_of(log.app, row, log.settings.redact)

@@ -1,0 +1,1 @@
+"""Django's migrations of the queue log's table."""

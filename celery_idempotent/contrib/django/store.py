@@ -1,0 +1,156 @@
+"""The queue log in a database of Django's: ``django://`` and an alias."""
+
+# ruff: noqa: D102 - documented in the port
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, ClassVar, TypeVar
+from weakref import WeakKeyDictionary
+
+from django.db import Error
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import DBAPIError
+
+from celery_idempotent.contrib.django.connections import Alias, in_test_case
+from celery_idempotent.stores.sql import SQLStore
+from celery_idempotent.stores.sql.connection import Database, Joined
+from celery_idempotent.stores.sql.dialects import Dialect
+
+__all__ = ["DjangoStore"]
+
+T = TypeVar("T")
+
+
+class DjangoStore(SQLStore):
+    """The queue log in the database of one of Django's aliases.
+
+    Calls inside of ``transaction.atomic()`` and atomic bodies use Django's connection. All other statements have connections of the store's
+    own, outside of Django's and of its pool, but for those inside of a ``TestCase``.
+
+    Args:
+        url: ``django://`` and the alias.
+        table: The table's name.
+
+    Raises:
+        ConfigurationError: There is no such alias, its database cannot hold the queue log, or it is not in autocommit.
+    """
+
+    begins_before_body: ClassVar[bool] = True
+
+    def __init__(self, url: str, *, table: str = "queue_log") -> None:
+        self._alias = Alias(url.partition("://")[2] or "default")
+        self._shared = _Shared(self._alias)
+        super().__init__(self._alias.own(), table=table)
+
+    def __repr__(self) -> str:
+        return f"DjangoStore('django://{self._alias.name}', table={self._table.fullname!r})"
+
+    def _open(self, target: Any, dialect: Dialect, prepare: Callable[[Connection], None]) -> Database:
+        return _DjangoDatabase(target, dialect, prepare, self._alias, self._shared)
+
+    @cached_property
+    def _driven(self) -> Engine:
+        return self._alias.driven()
+
+    @property
+    def engine(self) -> Engine:
+        """An engine on Django's own connection, whose transactions are blocks of ``transaction.atomic()``."""
+        return self._driven
+
+    def surrounding(self) -> _Block | None:
+        wrapper = self._alias.wrapper
+        within = any(not getattr(block, "_from_testcase", False) for block in wrapper.atomic_blocks)
+        return _Block(wrapper, self._shared) if within else None
+
+    def watch(self, connection: Connection, note: Callable[[BaseException], None]) -> None:  # noqa: ARG002
+        wrapper = self._alias.wrapper
+
+        def noting(execute: Callable[..., Any], *arguments: Any) -> Any:
+            try:
+                return execute(*arguments)
+            except Error as error:
+                note(error)
+                raise
+
+        wrapper.execute_wrappers.append(noting)
+        wrapper.atomic_blocks[-1].celery_idempotent = lambda: wrapper.execute_wrappers.remove(noting)
+
+    def gave_up(self, connection: Connection) -> bool | None:
+        return bool(self._alias.wrapper.needs_rollback) or super().gave_up(connection)
+
+    def gave_way(self, error: BaseException) -> bool:
+        return super().gave_way(self._as_sqlalchemy(error))
+
+    def collided(self, error: BaseException) -> bool:
+        return super().collided(self._as_sqlalchemy(error))
+
+    def _as_sqlalchemy(self, error: BaseException) -> BaseException:
+        """Return an error of Django's as SQLAlchemy has it, with the driver's own inside."""
+        cause = error.__cause__
+        driver = self._driven.dialect.loaded_dbapi
+        if not isinstance(error, Error) or not isinstance(cause, driver.Error):
+            return error
+        lost = self._driven.dialect.is_disconnect(cause, None, None)
+        return DBAPIError.instance(
+            "", None, cause, driver.Error, connection_invalidated=lost, dialect=self._driven.dialect
+        )
+
+
+class _Shared:
+    """Django's connections, as SQLAlchemy sees them in transactions that Django begins and ends."""
+
+    def __init__(self, alias: Alias) -> None:
+        self._alias = alias
+        self._engine = alias.joined()
+        self._connections: WeakKeyDictionary[Any, tuple[Any, Connection]] = WeakKeyDictionary()
+
+    def connect(self, wrapper: Any) -> Connection:
+        """Return the connection of this thread; made anew where Django's was."""
+        driver, connection = self._connections.get(wrapper, (None, None))
+        if connection is None or driver is not wrapper.connection or connection.invalidated:
+            connection = self._engine.connect()
+            connection.begin()
+            self._connections[wrapper] = (wrapper.connection, connection)
+        return connection
+
+
+class _Block:
+    """A block of ``transaction.atomic()``, of the application's."""
+
+    def __init__(self, wrapper: Any, shared: _Shared) -> None:
+        self._wrapper = wrapper
+        self._shared = shared
+
+    def connect(self) -> Connection:
+        return self._shared.connect(self._wrapper)
+
+    def after_commit(self, hook: Callable[[], None]) -> None:
+        self._wrapper.on_commit(hook)
+
+    def last_hook(self) -> Callable[[], None] | None:
+        # Inside of a TestCase the hooks of blocks that are over are kept, and captureOnCommitCallbacks() looks for those that are new.
+        if not self._wrapper.run_on_commit or in_test_case(self._wrapper):
+            return None
+        savepoints, hook, _ = self._wrapper.run_on_commit[-1]
+        return hook if savepoints == set(self._wrapper.savepoint_ids) else None
+
+
+class _DjangoDatabase(Database):
+    """The database of an alias; inside of a ``TestCase`` on Django's connection, where each operation is in a savepoint."""
+
+    def __init__(
+        self, target: Any, dialect: Dialect, prepare: Callable[[Connection], None], alias: Alias, shared: _Shared
+    ) -> None:
+        super().__init__(target, dialect, prepare)
+        self._alias = alias
+        self._shared = shared
+
+    def run(self, operation: Callable[[Connection, bool], T], *, prepared: bool = True, patient: bool = False) -> T:
+        wrapper = self._alias.wrapper
+        if not in_test_case(wrapper):
+            return super().run(operation, prepared=prepared, patient=patient)
+        with self._alias.savepoint():
+            joined: Joined = self.join(self._shared.connect(wrapper))
+            return joined.run(operation)

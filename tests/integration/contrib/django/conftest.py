@@ -1,0 +1,116 @@
+"""The Django project of the example, on each database, driven by its own command line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+import sqlalchemy as sa
+
+from tests.support.worker import ROOT
+
+__all__ = ["Project", "project"]
+
+HERE = Path(__file__).parent
+SHOP = ROOT / "example_project" / "django_shop"
+
+#: What stands in front of the databases' names in the example's settings.
+ENGINES = {"postgresql": "django.db.backends.postgresql", "mariadb": "django.db.backends.mysql"}
+
+
+@dataclass
+class Project:
+    """A Django project with a database and a broker of its own.
+
+    Attributes:
+        database: Its kind: a key of ``ENGINES``, or ``sqlite``.
+        environment: The environment of its processes.
+        url: Of its database, as SQLAlchemy has it.
+    """
+
+    database: str
+    environment: dict[str, str]
+    url: str
+    engine: sa.Engine = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.engine = sa.create_engine(self.url, poolclass=sa.NullPool)
+
+    def manage(self, *arguments: str, fails: bool = False, **environment: str) -> str:
+        """Run ``manage.py``; what it printed."""
+        done = subprocess.run(
+            [sys.executable, "-W", "error::DeprecationWarning:celery_idempotent", "manage.py", *arguments],
+            cwd=SHOP,
+            env={**self.environment, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+            timeout=110,
+        )
+        assert (done.returncode != 0) is fails, done.stdout[-6000:]
+        return done.stdout
+
+    def shell(self, code: str, *, killed: bool = False, **environment: str) -> str:
+        """Run code in a process of the project's; what it printed. ``killed``: it kills itself."""
+        done = subprocess.run(
+            [sys.executable, "-c", f"import django; django.setup()\n{code}"],
+            cwd=SHOP,
+            env={**self.environment, **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        assert done.returncode == (-9 if killed else 0), done.stderr[-6000:]
+        return done.stdout
+
+    def worker(self) -> subprocess.Popen[bytes]:
+        """Start a worker of two children."""
+        command = [sys.executable, "-m", "celery", "-A", "project", "worker", "-c", "2", "-l", "INFO"]
+        with (Path(self.environment["SHOP_DATA"]) / "worker.log").open("wb") as log:
+            return subprocess.Popen(
+                command, cwd=SHOP, env=self.environment, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def scalar(self, statement: str) -> object:
+        """Return the first column of the first row."""
+        with self.engine.connect() as connection:
+            return connection.execute(sa.text(statement)).scalar()
+
+
+@pytest.fixture(params=["sqlite", *ENGINES])
+def project(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Project]:
+    """Yield the project on an empty database, which is dropped with its test databases."""
+    kind: str = request.param
+    for folder in ("queue", "control", "results"):
+        (tmp_path / folder).mkdir()
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith(("CELERY_", "DJANGO_"))},
+        "DJANGO_SETTINGS_MODULE": "project.settings" if kind != "mariadb" else "with_pymysql",
+        "PYTHONPATH": f"{HERE}{os.pathsep}{SHOP}",
+        "SHOP_DATA": str(tmp_path),
+    }
+    if kind == "sqlite":
+        yield Project(kind, environment, f"sqlite:///{tmp_path / 'shop.db'}")
+        return
+    server = sa.make_url(request.getfixturevalue(f"{kind}_url"))
+    name = f"shop_{uuid4().hex[:12]}"
+    parts = (ENGINES[kind], name, server.username, server.password, server.host, server.port)
+    environment["SHOP_DATABASE"] = ",".join("" if part is None else str(part) for part in parts)
+    administrators = sa.create_engine(server, isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
+    with administrators.connect() as connection:
+        connection.exec_driver_sql(f"CREATE DATABASE {name}")
+        yield Project(kind, environment, server.set(database=name).render_as_string(hide_password=False))
+        listed = "SELECT datname FROM pg_database" if kind == "postgresql" else "SHOW DATABASES"
+        left = [found for (found,) in connection.exec_driver_sql(listed) if name in found]
+        for each in left:
+            connection.exec_driver_sql(f"DROP DATABASE {each}{' WITH (FORCE)' if kind == 'postgresql' else ''}")
+        assert left == [name], "a test run has dropped its own database"

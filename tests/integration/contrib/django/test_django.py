@@ -1,0 +1,120 @@
+"""The Django app, by the example's project: its own tests, those of ``cases``, real workers, and processes that are killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.integration.contrib.django.conftest import Project
+from tests.support.waiting import wait_until
+
+
+def test_the_examples_tests_pass_the_second_time_as_the_first(project: Project) -> None:
+    assert "No changes detected" in project.manage("makemigrations", "--check", "--dry-run")
+    for _ in range(2):
+        assert "OK" in project.manage("test", "--keepdb", "shop")
+    # In several processes, each with a database of its own; dropped at the end, those that were kept as well.
+    assert "OK" in project.manage("test", "--noinput", "--parallel", "2", "shop")
+
+
+def test_calls_and_bodies_are_in_djangos_transactions(project: Project) -> None:
+    printed = project.manage("test", "--noinput", "cases.transactions", "cases.bodies", SHOP_BROKER="memory://")
+    assert "OK" in printed
+
+
+def test_the_migration_makes_the_table_that_init_would_make(project: Project) -> None:
+    project.manage("migrate", "-v", "0")
+    assert "is of this version" in project.manage("idempotent", "init", "--dry-run")
+    project.manage("check", "--database", "default")
+    assert "no rows" in project.manage("idempotent", "stats")
+    project.manage("migrate", "-v", "0", "celery_idempotent", "zero")
+    assert "CREATE TABLE" in project.manage("sqlmigrate", "celery_idempotent", "0001")
+    project.manage("idempotent", "init")
+    project.manage("migrate", "-v", "0", "celery_idempotent")  # which leaves what is there
+    assert "no rows" in project.manage("idempotent", "stats")
+
+
+def test_a_process_killed_behind_its_commit_leaves_the_message_to_the_relay(project: Project) -> None:
+    project.manage("migrate", "-v", "0")
+    place = """
+import os, signal
+from django.db import transaction
+from shop.models import Order
+from shop.tasks import charge
+with transaction.atomic():
+    Order.objects.create(number="o-1", amount=5)
+    {first}
+    charge.delay("o-1")
+    {last}
+"""
+    project.shell(place.format(first="", last="os.kill(os.getpid(), signal.SIGKILL)"), killed=True)
+    assert project.scalar("SELECT count(*) FROM shop_order") == project.scalar("SELECT count(*) FROM queue_log") == 0
+    kill = "transaction.on_commit(lambda: os.kill(os.getpid(), signal.SIGKILL))"
+    project.shell(place.format(first=kill, last=""), killed=True)
+    assert project.scalar("SELECT count(*) FROM queue_log WHERE published_at IS NULL") == 1
+    worker = project.worker()
+    try:
+        wait_until(lambda: is_paid(project, 1), timeout=60, describe="the relay, the charge and its confirmation")
+    finally:
+        stop(worker)
+    assert project.scalar("SELECT count(*) FROM shop_payment") == 1
+
+
+def test_a_child_killed_at_any_time_leaves_one_payment(project: Project) -> None:
+    project.manage("migrate", "-v", "0")
+    worker = project.worker()
+    try:
+        place = """
+import sys
+from django.test import Client
+for number in range(12):
+    for _ in range(2):
+        answer = Client().post("/orders/", {"number": f"o-{number}", "amount": 5}).json()
+"""
+        project.shell(place)
+        for _ in range(4):
+            children = psutil.Process(worker.pid).children()
+            if children:
+                children[0].kill()
+            time.sleep(0.3)
+        wait_until(lambda: is_paid(project, 12), timeout=90, describe="twelve orders")
+    finally:
+        stop(worker)
+    counted = "SELECT count(*) FROM (SELECT order_id FROM shop_payment GROUP BY order_id HAVING count(*) <> 1) AS wrong"
+    assert project.scalar(counted) == 0
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ('CELERY_IDEMPOTENT_STORE = "django://other"', "names no alias of DATABASES; there are default"),
+        ('DATABASES["default"]["AUTOCOMMIT"] = False', "AUTOCOMMIT = False"),
+        ('CELERY_IDEMPOTENT_STORE = "sqlite:///elsewhere.db"', "no part of transaction.atomic()"),
+        ("CELERY_TASK_ALWAYS_EAGER = True", "CELERY_TASK_ALWAYS_EAGER is on"),
+        ('CELERY_IDEMPOTENT_STOR = "django://default"', "did you mean 'CELERY_IDEMPOTENT_STORE'"),
+    ],
+)
+@pytest.mark.parametrize("project", ["sqlite"], indirect=True)
+def test_the_checks_name_what_is_wrong(project: Project, setting: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "wrong.py").write_text(f"from project.settings import *\n{setting}\n")
+    environment = {
+        "DJANGO_SETTINGS_MODULE": "wrong",
+        "PYTHONPATH": f"{tmp_path}:{project.environment['PYTHONPATH']}",
+    }
+    assert told in project.manage("check", "--fail-level", "WARNING", fails=True, **environment)
+
+
+def is_paid(project: Project, orders: int) -> bool:
+    done = "SELECT count(*) FROM queue_log WHERE status = 'done' AND processed_status = 'success'"
+    return project.scalar(done) == 2 * orders
+
+
+def stop(worker: subprocess.Popen[bytes]) -> None:
+    os.killpg(worker.pid, signal.SIGKILL)
+    worker.wait()
