@@ -11,7 +11,7 @@ from uuid import uuid4
 from celery import Celery
 from celery.result import AsyncResult
 
-from celery_idempotent.core.records import MessageKey, Row, Status
+from celery_idempotent.core.records import MessageKey, ProcessedStatus, Row, Status
 from celery_idempotent.queue_log import QueueLog
 from tests.support.apps import AppSpec
 from tests.support.ledger import Entry, Ledger
@@ -76,7 +76,7 @@ class Deployment:
     def wait_for_row(
         self, task: str, message: Message, condition: Callable[[Row], bool], *, timeout: float = TIMEOUT
     ) -> Row:
-        """Wait until the row of a message is as wanted."""
+        """Wait until the row of a message meets a condition."""
 
         def as_wanted() -> Row | None:
             row = self.find(task, message)
@@ -92,6 +92,15 @@ class Deployment:
             lambda row: row.status is Status.DONE and row.duplicates >= duplicates,
             timeout=timeout,
         )
+
+    def assert_done(
+        self, task: str, message: Message, outcome: ProcessedStatus, *, starts: int, token: int, duplicates: int = 0
+    ) -> None:
+        """Wait until a message is done, and check its row and how often its body was started."""
+        row = self.wait_until_done(task, message, duplicates=duplicates)
+        found = (row.processed_status, row.token, len(self.starts(task, message)))
+        assert found == (outcome, token, starts), f"{row}; {self.starts(task, message)}"
+        assert not duplicates or row.duplicates == duplicates
 
     def starts(self, task: str, message: Message) -> list[Entry]:
         """Return the starts of a task's body for a message."""

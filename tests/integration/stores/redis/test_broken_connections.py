@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import socket
 import threading
 from collections.abc import Callable
 from contextlib import closing
@@ -17,15 +16,13 @@ from redis import Redis
 from celery_idempotent import RedisStore
 from celery_idempotent.core.records import (
     Claim,
-    Claimed,
     Duplicate,
     Inserted,
     MessageKey,
-    NewMessage,
-    NotClaimed,
     RowFilter,
     Status,
 )
+from celery_idempotent.core.store import Store
 from celery_idempotent.errors import ConfigurationError, SchemaError, StoreError, StoreUnavailableError
 from celery_idempotent.stores.redis import connection
 from celery_idempotent.stores.redis.connection import ScriptSession
@@ -38,15 +35,19 @@ from celery_idempotent.testing.examples import (
     LEASE,
     WORKER,
     claim,
-    expired_id,
     new_message,
     pending,
     processing,
     read,
     try_claim,
 )
+from tests.integration.stores.broken_connections import (
+    ENDINGS,
+    BrokenConnectionContract,
+    InterruptedByTestError,
+    interrupted_when,
+)
 from tests.integration.stores.redis.random_verbs import call_random_verb
-from tests.integration.stores.sql.test_broken_connections import ENDINGS, InterruptedByTestError, interrupted_when
 from tests.support.servers import PrivateRedis
 from tests.support.waiting import wait_until
 from tests.support.wire_tap import WireTap
@@ -72,14 +73,18 @@ def test_a_server_that_was_restarted_is_found_again(private_redis: PrivateRedis,
     assert claim(store) == Claim(KEY, 1)
 
 
-# -- an answer that is lost ---------------------------------------------------------------------------------------------------
+class TestRedis(BrokenConnectionContract):
+    answers_of_a_claim = 2
 
+    def open_at(self, port: int) -> RedisStore:
+        return RedisStore(f"redis://shop:hunter2@127.0.0.1:{port}/3")
 
-def test_a_record_whose_answer_was_lost_is_recorded(tapped_store: RedisStore, wire_tap: WireTap) -> None:
-    wire_tap.cut()
-    assert tapped_store.record(new_message()) == Inserted()
-    assert read(tapped_store).task_id == "task-1"
-    assert wire_tap.connections == 2
+    def use_before(self, ending: str, store: Store) -> None:
+        ENDINGS[ending](store, processing(store))
+        store.cancel(KEY, task_id="task-1", error="revoked", unique_for=0.0)
+        if read(store).status is Status.PROCESSING:
+            store.complete(Claim(KEY, 1), result=None, unique_for=0.0)
+        wait_until(lambda: store.purge(older_than=0.0, limit=10) == 1)
 
 
 def test_many_records_whose_answers_were_lost_are_recorded(tapped_store: RedisStore, wire_tap: WireTap) -> None:
@@ -88,87 +93,6 @@ def test_many_records_whose_answers_were_lost_are_recorded(tapped_store: RedisSt
     messages = [new_message(MessageKey(name, "t")) for name in names]
     wire_tap.cut()
     assert [type(answer) for answer in tapped_store.record_all(messages)] == [Duplicate, Inserted, Inserted, Duplicate]
-
-
-def test_a_record_that_found_another_task_is_not_mistaken(tapped_store: RedisStore, wire_tap: WireTap) -> None:
-    pending(tapped_store, task_id="task-0")
-    wire_tap.cut()
-    assert tapped_store.record(new_message()) != Inserted()
-
-
-def test_an_expired_id_recorded_with_its_answer_lost_is_recorded(tapped_store: RedisStore, wire_tap: WireTap) -> None:
-    old = expired_id(tapped_store)
-    wire_tap.cut()
-    assert tapped_store.record(new_message(task_id="task-2")) == Inserted()
-    assert read(tapped_store).token == old.token
-
-
-def test_a_claim_whose_answer_was_lost_is_claimed_once(tapped_store: RedisStore, wire_tap: WireTap) -> None:
-    pending(tapped_store)
-    wire_tap.cut()
-    assert try_claim(tapped_store) == Claimed(Claim(KEY, 1))
-    assert read(tapped_store).token == 1
-
-
-def test_a_claim_that_found_another_owner_is_not_mistaken(tapped_store: RedisStore, wire_tap: WireTap) -> None:
-    processing(tapped_store)
-    wire_tap.cut()
-    assert isinstance(try_claim(tapped_store, worker="host-b:202"), NotClaimed)
-
-
-@pytest.mark.parametrize("answers", [0, 1])
-def test_an_absent_message_is_claimed_whichever_answer_was_lost(
-    tapped_store: RedisStore, wire_tap: WireTap, answers: int
-) -> None:
-    try_claim(tapped_store, new_message(MessageKey("load the scripts", "t")))
-    wire_tap.cut(after_answers=answers)
-    assert try_claim(tapped_store) == Claimed(Claim(KEY, 1))
-    assert read(tapped_store).token == 1
-
-
-def test_a_takeover_whose_answer_was_lost_is_taken_over_once(tapped_store: RedisStore, wire_tap: WireTap) -> None:
-    tapped_store.expire(processing(tapped_store))
-    row = read(tapped_store)
-    wire_tap.cut()
-    answer = tapped_store.take_over(row, task_id="task-2", worker="host-b:202", lease=LEASE, attempt=0)
-    assert answer == Claimed(Claim(KEY, 2))
-    assert (read(tapped_store).token, read(tapped_store).takeovers) == (2, 1)
-
-
-@pytest.mark.parametrize("ending", ENDINGS)
-def test_an_ending_whose_answer_was_lost_was_written(tapped_store: RedisStore, wire_tap: WireTap, ending: str) -> None:
-    # Once before, so that the server knows the script.
-    ENDINGS[ending](tapped_store, processing(tapped_store))
-    tapped_store.cancel(KEY, task_id="task-1", error="revoked", unique_for=0.0)
-    if read(tapped_store).status is Status.PROCESSING:
-        tapped_store.complete(Claim(KEY, 1), result=None, unique_for=0.0)
-    client_free(tapped_store)
-    held = processing(tapped_store)
-    wire_tap.cut()
-    assert ENDINGS[ending](tapped_store, held)
-    assert read(tapped_store).token == held.token
-
-
-def client_free(store: RedisStore) -> None:
-    """Have the id free again, however its message ended."""
-    wait_until(lambda: store.purge(older_than=0.0, limit=10) == 1)
-
-
-def test_compare_and_set_whose_answer_was_lost_was_written(tapped_store: RedisStore, wire_tap: WireTap) -> None:
-    row = pending(tapped_store)
-    wire_tap.cut()
-    assert tapped_store.republish(row)
-    wire_tap.cut()
-    assert tapped_store.cancel(KEY, task_id="task-1", error="revoked")
-    wire_tap.cut()
-    assert tapped_store.resubmit(read(tapped_store), new_message(task_id="task-2"))
-    wire_tap.cut()
-    assert tapped_store.withdraw(KEY, task_id="task-2")
-    assert tapped_store.find(KEY) is None
-    tapped_store.expire(processing(tapped_store))
-    row = read(tapped_store)
-    wire_tap.cut()
-    assert tapped_store.abandon(row, error="abandoned")
 
 
 # -- no answer at all ---------------------------------------------------------------------------------------------------------
@@ -183,18 +107,7 @@ def test_a_connection_that_breaks_twice_is_unavailable(tapped_store: RedisStore,
     assert not caught.value.unsent
 
 
-def test_a_server_that_is_not_there_is_unavailable_and_its_password_is_not_told() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as nobody:
-        port = nobody.getsockname()[1]
-    store = RedisStore(f"redis://shop:hunter2@127.0.0.1:{port}/3")
-    with pytest.raises(StoreUnavailableError) as caught:
-        store.record(new_message())
-    assert caught.value.unsent
-    assert "hunter2" not in f"{caught.value} {caught.value.__cause__} {store!r}"
-    assert f"redis://shop:***@127.0.0.1:{port}/3" in str(caught.value)
-
-
-def test_a_frozen_server_hangs_nobody(
+def test_a_frozen_server_does_not_hang_its_callers(
     private_redis: PrivateRedis, store: RedisStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection, "ANSWER", 1.0)
@@ -214,7 +127,7 @@ def test_a_frozen_server_hangs_nobody(
         assert new.record(new_message(MessageKey("m-3", "t"))) == Inserted()
 
 
-def test_a_full_server_takes_no_new_message_and_lets_those_it_has_go_on(store: RedisStore, client: Redis) -> None:
+def test_a_full_server_refuses_new_messages_and_finishes_old_ones(store: RedisStore, client: Redis) -> None:
     row = pending(store)
     pending(store, key=MessageKey("other", "t"))
     client.config_set("maxmemory", 1)
@@ -265,7 +178,7 @@ def test_a_batch_that_a_demotion_cuts_in_two_is_repeated_as_such(store: RedisSto
 
 
 @pytest.mark.parametrize("column", ["status", "processed_status", "created_timestamp", "token"])
-def test_a_damaged_row_is_told(store: RedisStore, client: Redis, column: str) -> None:
+def test_a_damaged_row_raises(store: RedisStore, client: Redis, column: str) -> None:
     processing(store)
     (row,) = client.scan_iter(match="{queue_log:*}:row:*")
     client.hset(row, column, "nonsense")
@@ -277,7 +190,7 @@ def test_a_damaged_row_is_told(store: RedisStore, client: Redis, column: str) ->
             store.counts()
 
 
-def test_a_key_of_somebody_elses_is_told(store: RedisStore, client: Redis) -> None:
+def test_a_foreign_key_raises(store: RedisStore, client: Redis) -> None:
     pending(store)
     (row,) = client.scan_iter(match="{queue_log:*}:row:*")
     client.set(row, "a string")
@@ -298,7 +211,7 @@ def test_another_layout_is_refused(private_redis: PrivateRedis, store: RedisStor
 # -- processes, threads, signals ----------------------------------------------------------------------------------------------
 
 
-def test_a_time_limit_in_the_middle_of_an_answer_leaves_no_broken_connection(
+def test_a_time_limit_in_an_answer_breaks_no_connection(
     private_redis: PrivateRedis, store: RedisStore, client: Redis
 ) -> None:
     held = processing(store)
@@ -311,15 +224,6 @@ def test_a_time_limit_in_the_middle_of_an_answer_leaves_no_broken_connection(
         store.complete(held, result=b"first")
     assert read(store).key == KEY
     assert store.complete(held, result=b"1")
-
-
-def test_an_adopt_that_fails_leaves_the_store_usable(store: RedisStore) -> None:
-    def adopt() -> NewMessage:
-        raise InterruptedByTestError
-
-    with pytest.raises(InterruptedByTestError):
-        store.claim(new_message(), worker=WORKER, lease=LEASE, grace=GRACE, adopt=adopt)
-    assert store.find(KEY) is None
 
 
 def test_children_have_connections_of_their_own(store: RedisStore, client: Redis) -> None:

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from celery_idempotent.errors import StoreUnavailableError
 from celery_idempotent.stores.sql import SQLStore, connection
 from celery_idempotent.testing.examples import KEY, new_message, processing
-from tests.integration.stores.sql.test_broken_connections import InterruptedByTestError, interrupted_when
+from tests.integration.stores.broken_connections import InterruptedByTestError, interrupted_when
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.parametrize("store_url", ["postgresql", "mariadb"], indirect=True)
@@ -94,7 +94,7 @@ def test_a_lower_limit_of_the_users_stays(store_url: str) -> None:
     store.close()
 
 
-def test_what_an_exception_broke_into_is_cancelled(store: SQLStore, store_url: str) -> None:
+def test_an_interrupted_statement_is_cancelled(store: SQLStore, store_url: str) -> None:
     held = processing(store)
     mine = SQLStore(store_url)
     mine.check()
