@@ -43,13 +43,13 @@ from tests.support.worker import StartWorker, WorkerProcess
 LOGS = pytest.StashKey[dict[str, Callable[[], str]]]()
 Server = TypeVar("Server", bound=PrivateServer)
 
-#: Here, and in the workers that are started from here, a run that changes its state as none does raises instead of logging it.
+#: In this process and its workers, a run raises on a forbidden change of state, instead of logging it.
 os.environ["CELERY_IDEMPOTENT_STRICT"] = "1"
 
 
 @pytest.fixture(autouse=True)
 def _logging_as_it_was() -> Iterator[None]:
-    """Fail a test that leaves logging changed: what later tests expect to be logged would not be."""
+    """Fail a test that leaves logging changed, because later tests would miss log lines."""
     before = _logging()
     yield
     after = _logging()
@@ -126,7 +126,7 @@ def private_rabbitmq(request: pytest.FixtureRequest) -> Iterator[PrivateRabbitMQ
 
 @pytest.fixture(params=STORES)
 def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """Yield the URL of an empty store: tables made through it are seen by all who use the URL, and by nobody else."""
+    """Yield the URL of an empty store. Its tables are visible through this URL alone."""
     match request.param:
         case "sqlite":
             yield sqlite_store(tmp_path)

@@ -181,9 +181,7 @@ class ClaimContract(StoreFixtures):
         ],
         ids=["the first", "a copy of the first", "a copy of a copy", "the one that ran"],
     )
-    def test_a_copy_of_what_ended_is_not_claimed_when_the_id_is_free_again(
-        self, store: Store, delivery: dict[str, Any]
-    ) -> None:
+    def test_an_old_copy_is_not_claimed_once_the_id_is_free(self, store: Store, delivery: dict[str, Any]) -> None:
         pending(store)
         ran = claim(store, new_message(task_id="task-2"))
         assert store.complete(ran, result=b"1", unique_for=0.001)
@@ -209,9 +207,7 @@ class ClaimContract(StoreFixtures):
         assert answer.row.status is Status.PENDING
 
     @pytest.mark.parametrize("retries", [2, 3])
-    def test_a_delivery_with_enough_retries_is_claimed_and_the_row_keeps_the_greater(
-        self, store: Store, retries: int
-    ) -> None:
+    def test_a_claim_keeps_the_greater_number_of_retries(self, store: Store, retries: int) -> None:
         pending(store, attempt=2)
         claim(store, new_message(attempt=retries))
         assert read(store).attempt == retries

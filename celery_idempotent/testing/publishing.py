@@ -57,7 +57,7 @@ class PublishContract(StoreFixtures):
         done(store)
         assert not store.withdraw(KEY, task_id="task-1")
 
-    def test_withdrawing_an_id_in_its_second_life_does_not_let_its_token_start_over(self, store: Store) -> None:
+    def test_a_withdrawn_second_life_keeps_its_token(self, store: Store) -> None:
         old = expired_id(store)
         store.record(new_message(task_id="task-2"))
 

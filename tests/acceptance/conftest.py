@@ -21,7 +21,7 @@ from tests.support.servers import PrivateRedis, skip_if_not_installed
 from tests.support.shared_workers import GuardedAndPlain, SharedWorker, open_both_workers
 from tests.support.stores import mariadb_store, postgresql_store, sqlite_store
 
-#: Each broker beside another store, so that every store is under real workers too.
+#: Each broker has another store, so that real workers use every store too.
 STORE_BESIDE = {
     "redis": "postgresql",
     "rabbitmq-classic": "mariadb",

@@ -178,7 +178,7 @@ def test_arguments_that_do_not_fit_are_a_type_error_as_without_us(
 @pytest.mark.parametrize(
     "call", [{"args": (object(),)}, {"args": ("o-1",), "serializer": "jsno"}], ids=["value", "name"]
 )
-def test_what_the_serializer_cannot_take_is_its_own_error(app: Celery, call: dict[str, Any]) -> None:
+def test_an_unserializable_argument_raises_the_serializers_error(app: Celery, call: dict[str, Any]) -> None:
     task = app.task(base=IdempotentTask, shared=False)(charge)
     with pytest.raises((EncodeError, SerializerNotInstalled)):
         task.apply_async(**call)
@@ -354,7 +354,7 @@ class TestATableThatIsBehind:
 class TestADamagedRow:
     @pytest.fixture
     def damage(self, app: Celery) -> Callable[[str], None]:
-        """Change the one row behind the library's back."""
+        """Change the one row past the library."""
 
         def damage(assignment: str) -> None:
             with QueueLog.of(app).store.engine.begin() as connection:  # type: ignore[attr-defined]
@@ -363,9 +363,7 @@ class TestADamagedRow:
         return damage
 
     @pytest.mark.parametrize("assignment", ["status = 'finished'", "status = 'done', processed_status = 'ok'"])
-    def test_with_a_status_that_there_is_not_is_named(
-        self, app: Celery, damage: Callable[[str], None], assignment: str
-    ) -> None:
+    def test_an_unknown_status_is_named(self, app: Celery, damage: Callable[[str], None], assignment: str) -> None:
         task = app.task(base=IdempotentTask, shared=False, message_id="{order_id}")(charge)
         task.delay("o-1")
         damage(assignment)

@@ -224,7 +224,7 @@ def test_a_short_run() -> None:
 
 
 @pytest.mark.xdist_group("chaos")
-def test_whoever_does_not_do_its_work_is_told() -> None:
+def test_a_subject_that_does_not_do_its_work_fails() -> None:
     with skip_if_not_installed(), open_site([PLAIN]) as site:
         stand = site.stands[PLAIN.name]
         stand.publish(10)

@@ -1,4 +1,4 @@
-"""Celery's own ``worker_deduplicate_successful_tasks`` beside the queue log, on Redis with late acknowledgement."""
+"""Celery's ``worker_deduplicate_successful_tasks`` compared with the queue log, on Redis with late acknowledgement."""
 
 from __future__ import annotations
 

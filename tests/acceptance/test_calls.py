@@ -1,4 +1,4 @@
-"""What a caller may do, and what may happen to a message before it starts: nobody is refused for what was never sent or run."""
+"""What a caller may do, and what may happen to a message before it starts. A message that never ran refuses no later call."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_an_exception_that_cannot_be_rebuilt(guarded: SharedWorker) -> None:
     assert row.processed_status == "failure"
     assert row.error is not None
     assert row.error.endswith("UnbuildableError: 7: cannot be rebuilt")
-    # Whoever waits under another task id is told by an error that can be rebuilt, and the worker goes on.
+    # A caller waiting under another task id gets an error that can be rebuilt. The worker goes on.
     other = guarded.app.send_task("brittle", (key,), message_id=f"brittle:{key}")
     with pytest.raises(AlreadyFailedError, match="7: cannot be rebuilt"):
         other.get(timeout=60)

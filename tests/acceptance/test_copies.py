@@ -1,4 +1,4 @@
-"""A message that is on the broker more than once runs once, and whatever waits on any of its copies goes on.
+"""A message that is on the broker more than once runs once. What waits on any of its copies continues.
 
 "By hand" is a message taken off a queue and put back byte by byte, as a broker or a person would: past Celery and the library.
 """
@@ -46,7 +46,7 @@ def test_copies_that_arrive_while_it_runs(guarded: SharedWorker, plain: SharedWo
     plain.put(again, times=3)
     guarded.put(message, times=3)
     plain.wait_for_starts_under(key, 2)
-    # Held: acknowledged as ignored by the worker's other process, and published anew.
+    # Held: the worker's other process acknowledges it as ignored and publishes it again.
     guarded.worker.wait_for_log(f"Task once[{result.id}] ignored", timeout=60)
     assert len(guarded.starts_under(key)) == 1
     gate.touch()
@@ -58,7 +58,7 @@ def test_copies_that_arrive_while_it_runs(guarded: SharedWorker, plain: SharedWo
     plain.wait_for_starts_under(key, 3)
 
 
-def test_send_task_by_name_with_another_task_id_but_the_same_message_id(
+def test_send_task_with_the_same_message_id_is_a_duplicate(
     guarded: SharedWorker, plain: SharedWorker, open_app: OpenApp
 ) -> None:
     key, message_id = unique(), unique("message")
@@ -97,7 +97,7 @@ def test_the_callback_of_a_message_put_on_the_broker_three_times(guarded: Shared
     plain.wait_for_starts_under(after, 3)
 
 
-def test_a_duplicate_with_a_callback_of_its_own(guarded: SharedWorker, plain: SharedWorker) -> None:
+def test_a_duplicates_own_callback_is_sent(guarded: SharedWorker, plain: SharedWorker) -> None:
     key, first, second = unique(), unique("first"), unique("second")
 
     def send(shared_worker: SharedWorker, after: str) -> Any:
@@ -225,7 +225,7 @@ def test_a_duplicate_overtakes_the_message_it_repeats(guarded: SharedWorker, pla
     plain.wait_for_starts_under(key, 2)
 
 
-def test_a_copy_arrives_when_a_dead_workers_lease_has_half_a_second_to_go(guarded: SharedWorker) -> None:
+def test_a_copy_waits_for_the_end_of_a_dead_workers_lease(guarded: SharedWorker) -> None:
     key = unique()
     result, message = guarded.copies(lambda queue: guarded.task("once").apply_async((key,), queue=queue))
     # A worker elsewhere, which claims and is never heard of again.

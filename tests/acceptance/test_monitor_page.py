@@ -1,4 +1,4 @@
-"""What the page "Monitor the queue log" shows and lists: run, and held against what is told."""
+"""Run what the page "Monitor the queue log" shows, and compare its lists with the code."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ PART = (
     f"{LIMITS}::test_the_soft_limit_is_a_failure",
     f"{LIMITS}::test_a_body_that_heeds_the_soft_limit_succeeds",
     f"{LIMITS}::test_the_hard_limit_is_a_failure",
-    f"{LIMITS}::test_the_hard_limit_gives_a_message_back_that_is_not_acknowledged_on_timeout",
+    f"{LIMITS}::test_the_hard_limit_gives_an_unacknowledged_message_back",
     "tests/integration/worker/test_worker_lost.py",
 )
 

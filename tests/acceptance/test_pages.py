@@ -53,18 +53,18 @@ def test_each_block_is_run_or_says_why_it_is_not() -> None:
 
 
 @of("python")
-def test_what_is_python_compiles(block: Block) -> None:
+def test_every_python_block_compiles(block: Block) -> None:
     ast.parse(block.text, str(block))
 
 
-def test_what_is_data_can_be_read() -> None:
+def test_every_block_of_data_can_be_parsed() -> None:
     for block in BLOCKS:
         if block.language in _DATA and block.not_run is None:
             _DATA[block.language](block.text)
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.run_by], ids=str)
-def test_what_another_test_runs_is_there_or_is_read_by_it(block: Block) -> None:
+def test_a_block_run_by_another_test_is_in_that_test(block: Block) -> None:
     text = (ROOT / str(block.run_by)).read_text()
     if Path(block.page).name in text:
         return
@@ -130,14 +130,14 @@ _FOREIGN = {"cat", "curl", "cd", "docker", "echo", "export", "kill", "mail", "pi
 
 
 def commands(block: Block) -> list[str]:
-    """Return what a block says to type: lines behind a dollar sign, or if there is none, all."""
+    """Return what a block says to type: the lines after a dollar sign, or all lines if there is none."""
     text = block.text.replace("\\\n", " ")
     lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
     return [line.removeprefix("$ ") for line in lines if line.startswith("$ ")] or lines
 
 
 @of("console")
-def test_what_is_typed_can_be_typed(block: Block) -> None:
+def test_every_command_line_is_accepted(block: Block) -> None:
     for line in commands(block):
         words = shlex.split(line, comments=True)
         for operator in ("|", "||", "&&", "&", ">", ";"):
@@ -177,7 +177,7 @@ def test_the_page_of_the_table_has_its_columns() -> None:
     assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == set(queue_log_table(sa.MetaData()).c.keys())
 
 
-def test_what_the_page_of_brokers_says_that_it_costs_was_measured() -> None:
+def test_the_brokers_page_has_measured_costs() -> None:
     """After a run of `make bench` the page has to be told."""
     measured = (ROOT / "docs" / "explanation" / "benchmarks.md").read_text()
 

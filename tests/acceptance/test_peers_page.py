@@ -15,7 +15,7 @@ def defined_in(modules: Iterable[Path]) -> set[str]:
     return {name for module in modules for name in re.findall(r"^ *def (test_\w+)", module.read_text(), re.MULTILINE)}
 
 
-def test_the_page_names_every_test_of_a_scenario_and_none_that_is_not_there() -> None:
+def test_the_page_names_exactly_the_scenarios_tests() -> None:
     named = set(re.findall(r"`(test_\w+)`", PAGE.read_text()))
 
     assert named >= defined_in(HERE / f"test_{module}.py" for module in SCENARIOS)

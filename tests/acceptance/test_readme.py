@@ -36,7 +36,7 @@ def test_the_first_screen_has_the_two_commands() -> None:
     ]
 
 
-def test_the_readmes_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readmes_example_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     example = (ROOT / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
     assert example.count('"redis://localhost"') == 2
@@ -53,7 +53,7 @@ def test_the_readmes_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     names["app"].close()
 
 
-def test_quickstart(tmp_path: Path, private_redis: PrivateRedis, postgresql_url: str) -> None:
+def test_the_quickstart_works(tmp_path: Path, private_redis: PrivateRedis, postgresql_url: str) -> None:
     quickstart = QUICKSTART.read_text().partition("## Guard a task")[2].partition("\n## ")[0]
     blocks = re.findall(r"```(\w+)\n(.*?)```", quickstart, re.DOTALL)
     app, script = (text for kind, text in blocks if kind == "python")

@@ -1,4 +1,4 @@
-"""The broker delivers again what still runs, and workers die: every message runs once more if it must, and never beside itself.
+"""The broker redelivers running messages, and workers die. A message runs again if it must, and never twice at once.
 
 Redis has a visibility timeout of 2 s here. A redelivered copy there has the delivery tag of the running original, so that
 acknowledging it deletes the broker's only copy. RabbitMQ delivers again at once when a worker's connection breaks.
@@ -70,7 +70,7 @@ def test_visibility_timeout_2_s_a_6_s_task_acks_late_one_delay(
     result, double = (shared_worker.task("once").delay(key, str(gate)) for shared_worker in (guarded, plain))
     guarded.wait_for_starts_under(key, 1)
     plain.wait_for_starts_under(key, 2)
-    # The copy comes back every second, and is held anew while the owner lives.
+    # The copy comes back every second, and is held again while the owner lives.
     wait_until(lambda: times_ignored(guarded, result.id) >= 2, timeout=60, describe="the copy is held twice")
     (start,) = guarded.starts_under(key)
     wait_until(lambda: time.time() >= start.at + 6, describe="a run of 6 s")
@@ -87,7 +87,7 @@ def test_visibility_timeout_2_s_a_6_s_task_acks_late_one_delay(
 
 @on_redis
 @pytest.mark.parametrize("by", ["a-second-worker", "the-same-worker"])
-def test_the_redelivered_copy_of_a_running_task_is_held_then_the_owner_is_killed(
+def test_a_held_copy_runs_after_its_owner_is_killed(
     spec: AppSpec, open_app: OpenApp, start_worker: StartWorker, tmp_path: Path, by: str
 ) -> None:
     key, gate = unique(), tmp_path / "gate"
@@ -116,10 +116,10 @@ def test_the_redelivered_copy_of_a_running_task_is_held_then_the_owner_is_killed
 
 
 @on_redis
-def test_the_redelivered_copy_of_a_running_task_is_ignored_then_the_owner_is_killed(
+def test_an_ignored_copy_is_lost_with_its_killed_owner(
     spec: AppSpec, open_app: OpenApp, start_worker: StartWorker, tmp_path: Path
 ) -> None:
-    """What lock packages do, on plain Celery: nobody has the message any more."""
+    """What lock packages do, on plain Celery: the message is lost."""
     key, gate = unique(), tmp_path / "gate"
     spec = impatient(spec, "plain")
     shared_worker = SharedWorker(spec, open_app(spec), start_worker(spec, concurrency=2))

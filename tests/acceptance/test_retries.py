@@ -39,7 +39,7 @@ def test_a_retry_that_ends_before_its_predecessor_has_stored_that_it_retries(
     for shared_worker in (guarded, plain):
         shared_worker.wait_for_starts_under(key, 2)
         shared_worker.wait_until_idle()
-    # What whoever asks the backend now is told.
+    # What the backend answers now.
     stored, stored_by_plain = (
         shared_worker.app.backend.get_task_meta(asked.id)
         for shared_worker, asked in ((guarded, result), (plain, hidden))
@@ -56,7 +56,7 @@ def test_args_mutated_by_the_body_and_self_retry_with_other_args(guarded: Shared
 
     result = guarded.task("changing").delay(key, [])
 
-    # The id and the fingerprint are those of the call, whatever the body makes of its arguments.
+    # The id and the fingerprint are the call's, even if the body changes its arguments.
     assert result.get(timeout=60) == [0, 100, 1, 100, 2]
     guarded.wait_until_idle()
     starts = guarded.starts_under(key)

@@ -49,7 +49,7 @@ class Terminal:
         (self.directory / name).write_text(text.replace("redis://localhost", self.redis))
 
     def type(self, text: str) -> None:
-        """Type what stands behind each dollar sign, and compare what comes with what follows it."""
+        """Type what follows each dollar sign, and compare the output with the lines below it."""
         assert text.startswith("$ ")
         for command in ("\n" + text).split("\n$ ")[1:]:
             line, _, shown = command.partition("\n")
@@ -114,7 +114,7 @@ class Terminal:
 
 
 @pytest.mark.timeout(240)
-def test_a_newcomers_hour(tmp_path: Path, private_redis: PrivateRedis) -> None:
+def test_the_tutorial_works_as_written(tmp_path: Path, private_redis: PrivateRedis) -> None:
     terminal = Terminal(tmp_path, private_redis.url)
     try:
         for block in blocks(PAGE):

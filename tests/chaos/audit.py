@@ -1,4 +1,4 @@
-"""The verdict on a run of chaos, from what was noted: by the sender, by the bodies, and by whoever did the faults.
+"""Judge a run of chaos by what the sender, the bodies and the faults have noted.
 
 The ledger of the bodies is the witness, and of transactions what they have committed; the queue log is asked only whether it agrees.
 Whatever cannot be explained by a death or a pause that was noted is a violation.
@@ -32,7 +32,7 @@ CALLED_OFF = ("revoked", "expired")
 #: States in which a result is there.
 READY = ("SUCCESS", "FAILURE", "REVOKED")
 
-#: Seconds within which a body that has ended beside others in its process has its outcome written.
+#: Seconds until the outcome of a body is written that ends while others run in its process.
 WRITTEN_WITHIN = 2.0
 
 #: What keeps a server from answering.

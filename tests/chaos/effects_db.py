@@ -1,4 +1,4 @@
-"""What the transactions of a run of chaos write: rows in the store's database, which nothing keeps from being there twice.
+"""What the transactions of a run of chaos write: rows in the store's database, with no constraint against doubles.
 
 The ledger says which bodies ran; this database says what was committed. In each row is the Celery id of the message that its transaction
 sent, so that a caller who had no answer can look up whom to ask.
@@ -33,7 +33,7 @@ class Effect(_Row, _Base):
 
 
 class Order(_Row, _Base):
-    """What a producer's transaction wrote, beside the message of its outbox."""
+    """What a producer's transaction wrote, together with the message of its outbox."""
 
     __tablename__ = "orders"
 
@@ -52,7 +52,7 @@ class Written:
 
 
 class EffectsDB:
-    """The tables, for whoever is no atomic body.
+    """The tables, for everything but atomic bodies.
 
     Args:
         url: The store's.

@@ -96,7 +96,7 @@ BROKERS: dict[str, type[PrivateServer]] = {"redis": PrivateRedis, "rabbitmq": Pr
 #: Workers, and processes of each.
 WORKERS, CONCURRENCY = 4, 2
 
-#: Greenlets of the one worker beside them that has a gevent pool, and what its node name begins with.
+#: Greenlets of the one worker with a gevent pool, and how its node name begins.
 GREENLETS, GEVENT_NAME = 8, "g"
 
 #: Seconds. Less than the bodies that outlive their lease take, and than the longest countdown.
@@ -146,7 +146,7 @@ class Environment:
         self.store, self.broker, self.backend = store, broker, backend
         on_redis = isinstance(broker, PrivateRedis)
         self.transactions = not isinstance(store, PrivateRedis)
-        # Empty ones are as good as any where nobody writes.
+        # Nothing writes here, so they stay empty.
         effects_db = store.url if self.transactions else f"sqlite:///{directory / 'effects'}"
         guarded = {
             "idempotent_lease": LEASE,
@@ -196,7 +196,7 @@ class Environment:
     # -- workers ----------------------------------------------------------------------------------------------------------
 
     def hire(self, pool: Pool = "prefork") -> WorkerProcess:
-        """Start a worker beside the others; it is not waited for."""
+        """Start another worker, and do not wait for it."""
         green = pool == "gevent"
         worker = WorkerProcess(
             self.directory,
@@ -216,7 +216,7 @@ class Environment:
         self.hire(worker.pool)
 
     def supervise(self) -> None:
-        """Replace the workers that have ended by themselves, as whatever starts them in production does.
+        """Replace the workers that have ended by themselves, as a supervisor does in production.
 
         kombu 5.7 does not survive a Redis that is gone while a message is unacknowledged.
         """
@@ -330,7 +330,7 @@ class Environment:
             (self.directory / "broker").write_text(json.dumps(found, indent=2))
 
     def close(self) -> None:
-        """End whatever still runs."""
+        """End everything that still runs."""
         self.kill_sender()
         for worker in (*self.workers, *self.retired):
             worker.stop()

@@ -144,7 +144,7 @@ class Faults:
         with self._noting(kind, dying):
             worker.signal(signum)
             if psutil.wait_procs(dying, timeout=STOP_WITHIN)[1]:
-                # Celery cancels its consumer in the handler of the signal, whatever it was doing with that connection just then.
+                # Celery cancels its consumer in the signal's handler, even in the middle of using that connection.
                 worker.kill()
         self.environment.replace(worker)
 

@@ -242,7 +242,7 @@ def _sending(rng: random.Random, number: int, shares: Mapping[str, int]) -> Send
         "slow": rng.uniform(1.1, 1.3) * LEASE if rng.random() < 0.125 else rng.uniform(0.2, 1.0),
         "early": rng.uniform(0.0, 0.3),
         "at_most_once": rng.uniform(0.0, 0.3),
-        # Its lease is renewed beside its transaction.
+        # Its lease is renewed outside its transaction.
         "atomic": rng.uniform(1.1, 1.3) * LEASE if rng.random() < 0.04 else rng.uniform(0.0, 0.4),
         # Long enough to be revoked, or to expire, while they run.
         "revocable": rng.uniform(0.5, 3.0),

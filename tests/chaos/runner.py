@@ -64,7 +64,7 @@ class Chaos:
 
     @property
     def faults(self) -> Counter[str]:
-        """How many there were of each kind; those that found nobody are not counted."""
+        """Count the faults of each kind, without those that hit nothing."""
         return Counter(done.kind for done in self.done if done.kind != "kill the sender" or done.count)
 
 
@@ -146,7 +146,7 @@ def run(
 #: What the library logs when a body ends whose claim is another's by then.
 _REFUSED = str(LeaseLostError("", 0)).partition(": ")[2]
 
-#: What it logs when it publishes what nobody had published behind its commit.
+#: What it logs when it publishes a message that was committed and not published.
 _RELAYED = " is published at last: "
 
 

@@ -42,7 +42,7 @@ DOUBTS = 20
 
 @dataclass(frozen=True, slots=True)
 class Orders:
-    """What a sender is told.
+    """What a sender gets back.
 
     Attributes:
         seed, tasks, kills, transactions: What its plan is made of.
@@ -208,7 +208,7 @@ def _order(app: Celery, effects_db: EffectsDB, sending: Sending, *, again: bool)
 
 
 def _order_and_then_send(app: Celery, session: Session, sending: Sending, *, new: bool) -> Any:
-    """Return what one does without an outbox: whether an order that is there was sent, nobody can tell."""
+    """Do without an outbox: nothing says whether a stored order was sent."""
     if new:
         session.add(Order(key=sending.key, sent=""))
     if sending.rolled_back:

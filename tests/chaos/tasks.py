@@ -22,10 +22,10 @@ from tests.support.ledger import Ledger
 
 __all__ = ["ASIDE", "EFFECTS_DB", "GEVENT", "BrokenError", "call_by_name", "register", "signature"]
 
-#: Queues beside the app's own: of calls by name, and of what a gevent worker runs.
+#: Other queues than the app's own: for calls by name, and for the gevent worker.
 ASIDE, GEVENT = "chaos-aside", "chaos-gevent"
 
-#: What a call by name says besides; its body looks for all of it, whoever publishes the message in the end.
+#: What else a call by name has. Its body checks all of it, whichever process publishes the message.
 _PRIORITY, _TENANT = 7, "acme"
 
 #: Of a task whose message the broker keeps until it is done.
@@ -133,7 +133,7 @@ def register(app: Celery, *, base: type[Task], ledger: Ledger) -> None:
 
 
 def _register_unusual(app: Celery, ledger: Ledger) -> None:
-    """Register what users have beside tasks of the usual kind: calls by name, a mixin, revokes, expiries, time limits."""
+    """Register the less usual tasks: calls by name, a mixin, revokes, expiries, time limits."""
     options = {**Variant.of_this_process().task_options, **_LATE}
 
     def task(name: str, **further: Any) -> Any:

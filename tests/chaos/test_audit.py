@@ -41,7 +41,7 @@ def test_one_run_is_as_it_should_be() -> None:
 
 
 @pytest.mark.parametrize("runs", [(), (DIED,)], ids=["never run", "died"])
-def test_what_never_ended_is_lost(runs: tuple[Run, ...]) -> None:
+def test_a_message_that_never_ended_is_lost(runs: tuple[Run, ...]) -> None:
     assert judged(*runs, faults=(KILL,)).lost == ["step"]
 
 
@@ -74,13 +74,13 @@ def test_two_at_once_are_a_violation() -> None:
     assert judged(FIRST, replace(SECOND, start=10.4)).concurrent == ["step"]
 
 
-def test_two_at_once_behind_a_pause_past_the_lease_are_a_zombie() -> None:
+def test_two_bodies_at_once_after_a_long_pause_are_a_zombie() -> None:
     found = judged(replace(FIRST, end=20.0), replace(SECOND, start=17.0, end=18.0), faults=(PAUSE,))
     assert (found.concurrent, found.zombies, found.doubled) == ([], ["step"], [])
     assert found.violations() == []
 
 
-def test_a_body_that_a_paused_process_had_claimed_before_is_a_zombie_too() -> None:
+def test_a_body_claimed_before_a_pause_is_a_zombie_too() -> None:
     ended, woken = replace(FIRST, pid=2, start=18.0, end=18.5), replace(FIRST, start=PAUSE.until + 0.1, end=25.0)
     assert judged(ended, woken, faults=(PAUSE,)).violations() == []
     other = Run("other", retries=0, pid=1, start=PAUSE.until + 0.05, end=PAUSE.until + 0.06)
@@ -121,7 +121,7 @@ def test_a_result_that_says_something_else_is_a_violation(outcome: Outcome, step
     assert len(judged(FIRST, step=step, outcome=outcome).unreadable) == 1
 
 
-def test_a_result_that_its_owner_could_not_store_any_more_is_counted_by_itself() -> None:
+def test_a_result_its_owner_could_not_store_is_counted_apart() -> None:
     pending = replace(READABLE, state="PENDING", result="None")
     found = judged(FIRST, faults=(KILL,), outcome=pending)
     assert (len(found.unstored), found.unreadable, found.violations()) == (1, [], [])
@@ -200,7 +200,7 @@ class TestOrders:
         assert (found.orders, found.orders_lost) == (1, ["step"])
         assert "committed order lost: step (1)" in found.violations()
 
-    def test_one_that_is_not_there_is_a_violation(self) -> None:
+    def test_a_missing_row_is_a_violation(self) -> None:
         assert judged(step=ORDERED).orders_lost == ["step"]
 
     def test_a_message_that_ran_without_one_is_a_violation(self) -> None:
@@ -212,7 +212,7 @@ class TestOrders:
         found = judged(FIRST, step=ORDERED, orders=2)
         assert (found.orders, found.violations()) == (1, ["committed order doubled: step (1)"])
 
-    def test_one_that_was_rolled_back_is_not_there_and_its_message_never_runs(self) -> None:
+    def test_a_rolled_back_order_is_gone_and_its_message_never_runs(self) -> None:
         def rolled_back(*runs: Run, orders: int = 0) -> list[str]:
             committed = Committed(orders=Counter(step=orders), rolled_back=frozenset({"step"}))
             return audit({}, runs, [], [], committed=committed).violations()
@@ -238,7 +238,7 @@ class TestCalledOff:
         found = judged(*runs, faults=(KILL, self.REVOKE), outcome=self.REVOKED)
         assert (found.violations(), found.called_off) == ([], ["step"])
 
-    def test_nobody_revoked_it(self) -> None:
+    def test_a_revoked_result_without_a_revocation_is_lost(self) -> None:
         found = judged(outcome=self.REVOKED)
         assert (found.lost, len(found.unreadable)) == (["step"], 1)
 
@@ -284,7 +284,7 @@ class TestPlan:
         assert {sending.kind for sending in plan.sendings} == {*SENDINGS} - TRANSACTIONS
         assert plan.rolled_back() == set()
 
-    def test_a_plan_has_what_it_was_asked_for_and_some_of_each_kind(self) -> None:
+    def test_a_plan_has_the_asked_counts_and_every_kind(self) -> None:
         plan = make_plan(7, tasks=2000, kills=25)
         kinds = [fault.kind for fault in plan.faults]
         assert len(plan.steps()) >= 2000
@@ -293,7 +293,7 @@ class TestPlan:
         assert {sending.kind for sending in plan.sendings} == set(SENDINGS)
         assert [fault.after for fault in plan.faults] == sorted(fault.after for fault in plan.faults)
 
-    def test_what_is_rolled_back_is_an_outbox_and_has_no_step(self) -> None:
+    def test_a_plan_rolls_back_outboxes_alone(self) -> None:
         plan = make_plan(7, tasks=2000, kills=25)
         rolled_back = [sending for sending in plan.sendings if sending.rolled_back]
         assert {sending.kind for sending in rolled_back} == {"outbox"}

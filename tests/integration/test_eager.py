@@ -168,7 +168,7 @@ def test_retries_are_runs_of_one_row(app: Celery, ledger: Ledger, task: str, arg
 
 @pytest.mark.parametrize("way", ["apply", "delay"])
 def test_a_retry_that_is_returned_runs(app: Celery, ledger: Ledger, way: str) -> None:
-    """``return self.retry(throw=False)``: what waits on the task is sent behind its last attempt."""
+    """``return self.retry(throw=False)``: callbacks are sent after the last attempt."""
     task, link = app.tasks["retry_returned"], app.tasks["told"].s()
     send = task.apply if way == "apply" else task.apply_async
 
@@ -189,7 +189,7 @@ def test_retries_that_are_used_up_fail(app: Celery, ledger: Ledger) -> None:
     assert (row(app, "give_up", "m").processed_status, row(app, "give_up", "m").attempt) == (FAILURE, 2)
 
 
-def test_ignored_and_rejected(app: Celery) -> None:
+def test_ignore_and_reject_end_the_row(app: Celery) -> None:
     assert app.tasks["ignored"].apply_async(message_id="m").state == states.IGNORED
     assert app.tasks["rejected"].apply_async(message_id="m").state == states.REJECTED
 
@@ -199,7 +199,7 @@ def test_ignored_and_rejected(app: Celery) -> None:
 
 
 @pytest.mark.parametrize("kind", ["guarded", "identified", "plain"])
-def test_a_replaced_task(app: Celery, ledger: Ledger, kind: str) -> None:
+def test_a_replaced_task_runs_its_replacement(app: Celery, ledger: Ledger, kind: str) -> None:
     # With `apply`: from `apply_async`, Celery refuses to wait for the replacement.
     result = app.tasks["replace_by"].apply((kind,), message_id="m")
 
@@ -295,7 +295,7 @@ def test_a_tracer_may_name_the_message_to_the_hooks_only(app: Celery) -> None:
     assert row(app, "add", "id").status is Status.DONE
 
 
-def test_a_lease_is_let_go_of_a_task_that_is_traced_by_a_proxy(app: Celery) -> None:
+def test_the_lease_of_a_proxied_task_is_released(app: Celery) -> None:
     add = PromiseProxy(lambda: app.tasks["add"])
     trace = build_tracer(add.name, add, app=app, eager=True)
 
@@ -341,7 +341,7 @@ def test_a_retry_calls_again(app: Celery, ledger: Ledger) -> None:
     assert len(ledger.entries(task="child")) == 3
 
 
-def test_links(app: Celery, ledger: Ledger) -> None:
+def test_links_run_once(app: Celery, ledger: Ledger) -> None:
     echo, told = app.tasks["echo"], app.tasks["told"]
 
     for _ in range(2):

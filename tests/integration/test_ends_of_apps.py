@@ -1,4 +1,4 @@
-"""What an app opened ends with it: by ``app.close()``, or when nobody refers to it any more. Test suites make an app for each test."""
+"""An app's connections end with it: by ``app.close()``, or once it is garbage. Test suites make an app for each test."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def is_gone(
     [(False, False), (True, False), (True, True)],
     ids=["dropped", "closed", "closed behind a worker"],
 )
-def test_an_app_that_nobody_refers_to_is_gone_with_what_it_opened(
+def test_an_unreferenced_app_closes_its_connections(
     store_url: str, threads: Callable[[], list[str]], count_connections: Callable[[], int], close: bool, work: bool
 ) -> None:
     def one() -> weakref.ref[Celery]:

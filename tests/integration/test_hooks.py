@@ -1,4 +1,4 @@
-"""What the hooks of an app are told of each message, by producers, workers and recovery, and what they are not."""
+"""What hooks see of each message, from producers, workers and recovery, and what they do not see."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def hook_recorder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HookReco
 
 @pytest.fixture(scope="module")
 def worker_with_hooks(hook_recorder: HookRecorder, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedWorker]:
-    """Yield a shared worker with a hook that records, behind one that raises."""
+    """Yield a shared worker with a hook that raises, followed by one that records."""
     tasks = tuple(f"tests.support.apps.{name}" for name in ("generic", "identified", "lasting", "outcomes"))
     with (
         skip_if_not_installed(),
@@ -75,7 +75,7 @@ def revoke(shared_worker: SharedWorker, task_id: str, **options: Any) -> str:
 
 
 class TestTheProducer:
-    def test_a_call_is_recorded_and_its_duplicate_is_told_with_the_first_id(
+    def test_hooks_see_a_call_and_its_duplicate_with_the_first_id(
         self, shared_worker: SharedWorker, hook_recorder: HookRecorder
     ) -> None:
         m = unique()
@@ -107,7 +107,9 @@ class TestTheProducer:
         # Neither arguments nor results.
         assert "secret" not in str(hook_recorder(m))
 
-    def test_what_is_raised_is_told(self, shared_worker: SharedWorker, hook_recorder: HookRecorder) -> None:
+    def test_hooks_see_errors_raised_to_the_caller(
+        self, shared_worker: SharedWorker, hook_recorder: HookRecorder
+    ) -> None:
         order = unique("order")
         shared_worker.task("order.raise").delay(order).get(timeout=TIMEOUT)
         with pytest.raises(DuplicateMessageError):
@@ -158,7 +160,7 @@ class TestTheProducer:
         assert hook_recorder.wait(f"order:{order}", "recorded", count=2)["reason"] == "resubmit"
         assert hook_recorder.wait(f"order:{order}", "failed")["reason"] == "ValueError"
 
-    def test_calls_by_name_are_told_too(self, shared_worker: SharedWorker, hook_recorder: HookRecorder) -> None:
+    def test_hooks_see_calls_by_name_too(self, shared_worker: SharedWorker, hook_recorder: HookRecorder) -> None:
         m = unique()
         first = shared_worker.app.send_task("echo", ("v",), message_id=m)
         first.get(timeout=TIMEOUT)
@@ -168,9 +170,7 @@ class TestTheProducer:
         assert hook_recorder.wait(m, "recorded")["task_id"] == first.id
         assert hook_recorder.wait(m, "duplicate")["reason"] == "by_name"
 
-    def test_a_batch_is_told_for_each_of_its_calls(
-        self, shared_worker: SharedWorker, hook_recorder: HookRecorder
-    ) -> None:
+    def test_hooks_see_each_call_of_a_batch(self, shared_worker: SharedWorker, hook_recorder: HookRecorder) -> None:
         ids = [unique() for _ in range(3)]
         with outbox():
             results = [shared_worker.task("echo").apply_async((m,), message_id=m) for m in ids]
@@ -180,7 +180,7 @@ class TestTheProducer:
         for m, result in zip(ids, results, strict=True):
             assert hook_recorder.wait(m, "recorded")["task_id"] == result.id
 
-    def test_in_a_transaction_it_is_told_behind_the_commit_and_not_after_a_rollback(
+    def test_hooks_see_a_call_after_its_commit_and_not_after_a_rollback(
         self, shared_worker: SharedWorker, hook_recorder: HookRecorder
     ) -> None:
         m = unique()
@@ -212,7 +212,7 @@ class TestTheWorker:
         assert failed["store"] > 0
         assert "card number" not in str(hook_recorder(m))
 
-    def test_a_retry_is_told_with_its_next_attempt(
+    def test_hooks_see_a_retry_with_its_next_attempt(
         self, shared_worker: SharedWorker, hook_recorder: HookRecorder
     ) -> None:
         m = unique()
@@ -322,9 +322,7 @@ class TestTheWorker:
 
         assert hook_recorder.wait(m, "cancelled")["reason"] == "expired"
 
-    def test_a_claim_that_was_lost_is_told_in_the_end(
-        self, shared_worker: SharedWorker, hook_recorder: HookRecorder
-    ) -> None:
+    def test_hooks_see_a_lost_claim_in_the_end(self, shared_worker: SharedWorker, hook_recorder: HookRecorder) -> None:
         m, gate = unique(), shared_worker.path("gate")
         shared_worker.task("gated").apply_async((gate,), message_id=m)
         shared_worker.wait_for_starts("gated", m)
@@ -337,7 +335,7 @@ class TestTheWorker:
         assert lost["ran"] > 0
         assert sorted(hook_recorder.kinds(m)) == ["claimed", "lease_lost", "recorded"]
 
-    def test_what_a_hook_raises_is_logged_once_in_each_process(
+    def test_a_failing_hook_is_logged_once_per_process(
         self, shared_worker: SharedWorker, hook_recorder: HookRecorder
     ) -> None:
         m = unique()
@@ -355,7 +353,7 @@ class TestTheWorker:
 
 
 class TestRecovery:
-    def test_what_is_published_from_its_row_is_recovered(
+    def test_a_publication_from_the_row_is_recovered(
         self, shared_worker: SharedWorker, hook_recorder: HookRecorder
     ) -> None:
         taken_back, relayed, lost, gate = (
@@ -399,7 +397,7 @@ class TestRecovery:
         assert all(shared_worker.find("echo", m) is None for m in ids)
 
 
-def test_a_store_that_gives_no_answer_is_told_where_the_app_says_run(
+def test_a_silent_store_is_logged_where_the_app_says_run(
     shared_worker: SharedWorker, hook_recorder: HookRecorder
 ) -> None:
     m = unique()

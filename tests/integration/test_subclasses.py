@@ -54,9 +54,7 @@ def test_a_message_and_its_copies_are_one_run(shared_worker: SharedWorker, name:
     assert (again.id, again.duplicate) == (first.id, True)
     assert other.get(timeout=TIMEOUT) == "success"
     assert redelivered.get(timeout=TIMEOUT) == "success"
-    row = shared_worker.wait_for_row(task, m, lambda row: row.duplicates == 3)
-    assert (row.status, row.processed_status, row.token) == (Status.DONE, SUCCESS, 1)
-    assert len(shared_worker.starts(task, m)) == 1
+    shared_worker.assert_done(task, m, SUCCESS, starts=1, token=1, duplicates=3)
 
 
 @every_class

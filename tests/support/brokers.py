@@ -1,4 +1,4 @@
-"""A broker for one test: an address, and names on it that nobody else uses."""
+"""A broker for one test: an address, and names on it that no other test uses."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def open_browser(*, width: int = 1280, height: int = 900) -> Iterator[Chrome]:
         options.binary_location = browser
         for argument in (
             *("headless", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "hide-scrollbars"),
-            # It is to ask nobody but the Flower under test.
+            # It may connect to the tested Flower alone.
             *("disable-quic", "no-first-run", "disable-background-networking", "disable-component-update"),
             *("disable-sync", "disable-default-apps", "disable-extensions", "no-proxy-server"),
             *(f"window-size={width},{height}", f"user-data-dir={Path(profile) / 'profile'}"),

@@ -17,7 +17,7 @@ __all__ = ["Callers", "Outcome", "start_callers"]
 #: Seconds for which a process waits for the others, and for each result.
 TIMEOUT = 90.0
 
-#: Calls after which the processes meet again, lest they drift apart.
+#: Calls after which the processes meet again, so that they do not drift apart.
 TOGETHER = 10
 
 #: Where this process, if it is one of the callers, meets the others.

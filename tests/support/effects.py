@@ -58,7 +58,7 @@ class Effects:
 
     @contextmanager
     def transaction(self) -> Iterator[sa.Connection]:
-        """Somebody else's transaction."""
+        """Yield a connection in another transaction."""
         with self.engine.begin() as connection:
             yield connection
 

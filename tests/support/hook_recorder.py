@@ -1,4 +1,4 @@
-"""What the hooks of an app were told, in all of its processes: a hook that notes each outcome in a file.
+"""A hook that notes each outcome in a file, from all processes of an app.
 
 The file is named by an environment variable, so that a worker which is started meanwhile writes to it too.
 """
@@ -36,7 +36,7 @@ def note(outcome: Outcome) -> None:
 
 
 def broken(outcome: Outcome) -> None:
-    """Take nothing, ever, as a hook."""
+    """Raise on every outcome."""
     raise RuntimeError(f"no {outcome.kind}, thank you")
 
 
@@ -47,7 +47,7 @@ class HookRecorder:
         self._path = path
 
     def __call__(self, message_id: str | None) -> list[dict[str, Any]]:
-        """Return what was told of a message; of ``None``, what is of none."""
+        """Return the outcomes of a message; for ``None``, those without one."""
         if not self._path.exists():
             return []
         lines = self._path.read_bytes().splitlines(keepends=True)
@@ -55,11 +55,11 @@ class HookRecorder:
         return [told for told in notes if told["message_id"] == message_id]
 
     def kinds(self, message_id: str) -> list[str]:
-        """Return the kinds of what was told of a message, in order."""
+        """Return the kinds of a message's outcomes, in order."""
         return [told["kind"] for told in self(message_id)]
 
     def wait(self, message_id: str | None, kind: str, *, count: int = 1, timeout: float = 60.0) -> dict[str, Any]:
-        """Wait until a kind was told so many times; return the last one."""
+        """Wait for so many outcomes of a kind; return the last one."""
 
         def told() -> list[dict[str, Any]] | None:
             found = [told for told in self(message_id) if told["kind"] == kind]

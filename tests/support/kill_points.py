@@ -148,7 +148,7 @@ class Victim:
         )
 
     def survives(self, *, timeout: float) -> bool:
-        """Start it, wait until it has died or come to its end, and see to it that nothing of it is left."""
+        """Start it, wait until it has died or ended, and make sure that none of its processes is left."""
         self._process.start()
         try:
             wait_until(lambda: self._ended() or self._survived(), timeout=timeout, describe=self._tail)

@@ -89,7 +89,7 @@ class Ledger:
     def entries(
         self, event: Event | None = None, *, task: str | None = None, task_id: str | None = None
     ) -> list[Entry]:
-        """Return the notes so far in the order in which they were written, narrowed down by whatever is given."""
+        """Return the notes so far in the order in which they were written, filtered by the given arguments."""
         try:
             lines = self.path.read_bytes().splitlines(keepends=True)
         except FileNotFoundError:

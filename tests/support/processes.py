@@ -1,4 +1,4 @@
-"""Process trees: signal all of one, and leave nothing of it behind."""
+"""Process trees: signal all of one, and make sure that all of it ends."""
 
 from __future__ import annotations
 

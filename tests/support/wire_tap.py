@@ -1,4 +1,4 @@
-"""A wire tap between a client and its database that is listened to, and that can be cut at a chosen moment."""
+"""A wire tap between a client and its database: it records requests, and cuts the connection at a chosen answer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class WireTap:
     """A TCP relay to the server of ``url``; ``self.url`` leads through it.
 
     Attributes:
-        asked: What the client said since :meth:`listen`, one item per round trip.
+        asked: The client's requests since :meth:`listen`, one item per round trip.
         connections: How many there have been.
     """
 
@@ -45,7 +45,7 @@ class WireTap:
         self._listener.close()
 
     def listen(self) -> None:
-        """Forget what was said so far."""
+        """Forget the requests so far."""
         self.asked = []
         self._client_speaks = False
 

@@ -1,4 +1,4 @@
-"""A real Celery worker in processes of its own, to be talked to, killed and replaced."""
+"""A real Celery worker in its own processes, to be called, killed and replaced."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ class WorkerProcess:
             self.kill()
 
     def stop(self) -> None:
-        """See to it that nothing of it is left, in whatever state it is."""
+        """Kill all of its processes, in any state."""
         self.kill()
 
     def _log_text(self) -> str:

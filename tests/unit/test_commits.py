@@ -25,7 +25,7 @@ from tests.support.commits import check_history, check_message, faults
         "x".upper() * 72,
     ],
 )
-def test_these_subjects_pass(subject: str) -> None:
+def test_good_subjects_pass(subject: str) -> None:
     assert faults(subject) == []
 
 
@@ -45,7 +45,7 @@ def test_these_subjects_pass(subject: str) -> None:
         ("Tests: waits for a worker", 'not "Fixes"'),
     ],
 )
-def test_these_do_not(subject: str, fault: str) -> None:
+def test_bad_subjects_are_named(subject: str, fault: str) -> None:
     (found,) = faults(subject)
     assert fault in found
 
@@ -59,7 +59,7 @@ class TestMessages:
         assert "blank line" in found
 
     @pytest.mark.parametrize("message", ["fixup! kept a lease", "Merge branch 'main' into leases which are kept.", ""])
-    def test_what_git_writes_passes(self, message: str) -> None:
+    def test_subjects_written_by_git_pass(self, message: str) -> None:
         assert check_message(message) == []
 
 
@@ -93,13 +93,13 @@ def repository(tmp_path: Path) -> Repository:
 
 
 class TestHistory:
-    def test_what_came_before_the_base_is_left_alone(self, repository: Repository) -> None:
+    def test_commits_before_the_base_are_not_read(self, repository: Repository) -> None:
         repository.commit("the lease was kept.")
         base = repository.commit("so was this.")
         repository.commit("Keep a lease")
         assert check_history(repository.place, base) == []
 
-    def test_what_came_after_it_is_named(self, repository: Repository) -> None:
+    def test_commits_after_the_base_are_read(self, repository: Repository) -> None:
         base = repository.commit("Begin")
         commit = repository.commit("Kept a lease")
         repository.commit("Keep a lease")

@@ -83,7 +83,7 @@ def test_every_class_has_an_example() -> None:
     assert {type(error).__name__ for error in EXAMPLES} == set(errors.__all__)
 
 
-def test_tree() -> None:
+def test_every_error_has_its_place_in_the_tree() -> None:
     tree = {name: [base.__name__ for base in getattr(errors, name).__bases__] for name in errors.__all__}
     assert tree == {
         "IdempotentError": ["Exception"],
@@ -138,7 +138,7 @@ def test_schema_error_names_the_command_in_its_docstring() -> None:
     assert "idempotent init" in (SchemaError.__doc__ or "")
 
 
-def test_attributes() -> None:
+def test_errors_have_their_attributes() -> None:
     duplicate = DuplicateMessageError("order:1", "task", "done")
     assert (duplicate.message_id, duplicate.task_id, duplicate.status) == ("order:1", "task", "done")
     mismatch = MessageMismatchError("order:1", "shop.charge")

@@ -49,7 +49,7 @@ class TestTheSetting:
         assert outcomes.traceparent() is None
 
     @pytest.mark.parametrize("path", ["tests.support.hook_recorder.broken", "tests.support.hook_recorder:broken"])
-    def test_a_path_and_a_callable_are_told(self, path: str, caplog: pytest.LogCaptureFixture) -> None:
+    def test_a_path_and_a_callable_are_called(self, path: str, caplog: pytest.LogCaptureFixture) -> None:
         told: list[Outcome] = []
         outcomes = Outcomes.of([path, told.append])
         assert outcomes is not None
@@ -71,7 +71,7 @@ class TestTheSetting:
             (["celery_idempotent.hooks.Outcome"], "which is not a callable of one outcome"),
         ],
     )
-    def test_what_is_no_hook_is_refused_by_name_before_anything_is_sent(self, hooks: Any, says: str) -> None:
+    def test_an_invalid_hook_is_refused_by_name_before_anything_is_sent(self, hooks: Any, says: str) -> None:
         app = Celery("hooks", broker="memory://", set_as_current=False)
         app.conf.update(idempotent_hooks=hooks, idempotent_store="sqlite://")
 
@@ -96,9 +96,7 @@ class TestTelling:
         with pytest.raises(FrozenInstanceError):
             outcome.count = 2  # type: ignore[misc]
 
-    def test_a_hook_that_raises_is_logged_once_and_keeps_no_other_from_being_told(
-        self, caplog: pytest.LogCaptureFixture
-    ) -> None:
+    def test_a_failing_hook_is_logged_once_and_others_still_run(self, caplog: pytest.LogCaptureFixture) -> None:
         told: list[Outcome] = []
 
         def broken(outcome: Outcome) -> None:
@@ -124,7 +122,7 @@ class TestTelling:
         assert len(caplog.records) == 1
 
     @pytest.mark.parametrize("kind", [OutcomeKind.CLAIMED, OutcomeKind.RECORDED, OutcomeKind.RETRIED])
-    def test_a_time_limit_that_strikes_in_a_hook_reaches_a_body_that_runs(self, kind: OutcomeKind) -> None:
+    def test_a_time_limit_in_a_hook_reaches_a_running_body(self, kind: OutcomeKind) -> None:
         def slow(outcome: Outcome) -> None:
             raise SoftTimeLimitExceeded(1)
 
@@ -164,7 +162,7 @@ class TestTraces:
         assert (trace_of(data), decode_result(app, data)) == (TRACE, None)
 
     @pytest.mark.parametrize("data", [None, b"", b"application/json;utf-8\n{}", b"\n", b"application/json\n;;"])
-    def test_what_has_none_has_none(self, data: bytes | None) -> None:
+    def test_a_message_without_a_trace_has_none(self, data: bytes | None) -> None:
         assert trace_of(data) is None
 
 

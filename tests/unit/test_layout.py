@@ -1,4 +1,4 @@
-"""The package is a house that one finds one's way in: few modules at its door, none without end, and a map that is right."""
+"""The package's layout: few modules in the root, none too long, and a map that is right."""
 
 from __future__ import annotations
 

@@ -352,10 +352,10 @@ def test_other_attributes_are_their_owners(app: Celery) -> None:
 
 
 class TestAKeywordOfACall:
-    """Celery hands an unknown keyword on as a property of the message, where nobody would find it."""
+    """Celery makes an unknown keyword a property of the message, where it would be lost."""
 
     @pytest.mark.parametrize("name", ["mesage_id", "messageid", "message_ids", "MESSAGE_ID", "massage_id"])
-    def test_that_is_nearly_message_id_is_refused(self, app: Celery, name: str) -> None:
+    def test_a_misspelt_message_id_is_refused(self, app: Celery, name: str) -> None:
         with pytest.raises(
             ConfigurationError,
             match=rf"apply_async\(\) of charge: unknown keyword '{name}'; did you mean 'message_id'\?",
@@ -363,7 +363,7 @@ class TestAKeywordOfACall:
             declare(app).apply_async(("o-1",), **{name: "m"})
 
     @pytest.mark.parametrize("name", [name for name in OPTION_NAMES if name != "message_id"])
-    def test_that_is_an_option_of_the_task_is_refused(self, app: Celery, name: str) -> None:
+    def test_a_task_option_given_to_a_call_is_refused(self, app: Celery, name: str) -> None:
         given: dict[str, Any] = {name: 1}
         with pytest.raises(
             ConfigurationError, match=rf"'{name}' is no keyword of a call; '{name}' is an option of the task"
@@ -371,7 +371,7 @@ class TestAKeywordOfACall:
             declare(app).apply_async(("o-1",), **given)
 
     @pytest.mark.parametrize("call", [IdempotentTask.apply_async, IdempotentTask.apply], ids=["apply_async", "apply"])
-    def test_wherever_it_is_given(self, app: Celery, call: Callable[..., Any]) -> None:
+    def test_it_is_refused_wherever_it_is_given(self, app: Celery, call: Callable[..., Any]) -> None:
         task = declare(app)
         with pytest.raises(ConfigurationError, match="'mesage_id'; did you mean 'message_id'"):
             call(task, ("o-1",), mesage_id="m")
@@ -384,7 +384,7 @@ class TestAKeywordOfACall:
         with pytest.raises(ConfigurationError, match="'leased' is no keyword of a call"):
             refuse_misspelt_call("charge", {"stamped_headers": ["other"], "leased": 1})
 
-    def test_what_celery_and_kombu_know_is_taken(self) -> None:
+    def test_options_of_celery_and_kombu_are_accepted(self) -> None:
         refuse_misspelt_call(
             "charge",
             dict.fromkeys(

@@ -120,7 +120,7 @@ class TestWhereTheyComeFrom:
         app = configured(**dict.fromkeys([PREFIX + "store", PREFIX + "table", PREFIX + "on_store_error"]))
         assert Settings.from_app(app) == Settings()
 
-    def test_what_is_set_after_the_tasks_were_declared_counts(self) -> None:
+    def test_settings_made_after_the_tasks_count(self) -> None:
         app = Celery("settings", set_as_current=False)
 
         @app.task(base=IdempotentTask, shared=False)
@@ -199,7 +199,7 @@ def test_a_wrong_value_is_refused_with_the_settings_name(setting: str, value: ob
         Settings.from_app(configured(**{setting: value}))
 
 
-def test_they_are_read_at_the_first_use_and_not_before() -> None:
+def test_settings_are_read_at_the_first_use() -> None:
     app = configured(idempotent_stor="sqlite://")
     queue_log = QueueLog(app)
     with pytest.raises(ConfigurationError, match="idempotent_stor"):

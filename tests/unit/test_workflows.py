@@ -28,7 +28,7 @@ def test_every_action_is_pinned_by_a_commit(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
-def test_what_they_make_is_in_the_makefile(path: Path) -> None:
+def test_their_targets_are_in_the_makefile(path: Path) -> None:
     targets = set(re.findall(r"^([\w./-]+)(?: [\w./-]+)*:", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"make ([\w./-]+)", path.read_text())) <= targets
 

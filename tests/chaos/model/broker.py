@@ -19,8 +19,8 @@ class Mood(StrEnum):
     """How a broker takes a publication."""
 
     WELL = "well"
-    DOWN = "down"  # it does not, and the publisher is told so
-    MUTE = "mute"  # it does, and the publisher is told that it did not
+    DOWN = "down"  # it takes nothing, and says so
+    MUTE = "mute"  # it takes the message, and says that it did not
 
 
 @dataclass(eq=False)
@@ -121,7 +121,7 @@ class Broker:
         self.unacked[copy.tag] = copy
 
     def ack(self, copy: Copy) -> None:
-        """Forget a copy: whoever has it, it is not delivered again."""
+        """Forget a copy, so that it is not delivered again."""
         self.unacked.pop(copy.tag, None)
 
     def restore(self, copy: Copy) -> None:

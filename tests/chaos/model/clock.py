@@ -1,4 +1,4 @@
-"""Time that passes when it is told to: the store's own clock, put on by as many seconds as the model has let go by."""
+"""A clock for the model: the store's own clock, plus the seconds that the model let pass."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Clock:
         self.now = 0
 
     def attach(self, engine: Engine) -> None:
-        """Put on the clock of whatever is asked through this engine."""
+        """Advance the clock of every statement on this engine."""
         event.listen(engine, "before_cursor_execute", self._put_on, retval=True)
 
     def _put_on(

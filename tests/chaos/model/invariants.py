@@ -1,6 +1,6 @@
-"""What a verb of the store may do to a row: the state machine, said once more and without SQL.
+"""Invariants: what a verb of the store may do to a row. The state machine once more, without SQL.
 
-Each law is judged by the row before a verb and after it, by what the verb was given, and by what it answered.
+Each invariant is checked on the row before and after a verb, its arguments and its answer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["BrokenInvariantError", "VerbCall", "check_invariants", "same", "star
 
 _SUCCESS, _FAILURE = ProcessedStatus.SUCCESS, ProcessedStatus.FAILURE
 
-#: What a verb fenced by its holder leaves of the row; a lease says nothing of an ending.
+#: The row after a verb that its holder fences. The lease is no part of it.
 _LEAVES = {
     "checkpoint": (Status.PROCESSING, _SUCCESS),
     "complete": (Status.DONE, _SUCCESS),

@@ -142,7 +142,7 @@ class Model(RuleBasedStateMachine):
     def deliver_and_lose(self, which: int, ended: bool, told: bool, again: bool) -> None:
         execution = self.world.deliver(self._due[which % len(self._due)])
         if execution is not None and ended:
-            # Between the end of the body and what is sent behind it, and its whole worker with it.
+            # After the body and before its callbacks; its whole worker dies too.
             self.world.finish(execution, Outcome.RETURN, send=False)
             told = False
         if execution in self.world.executions and execution is not None:

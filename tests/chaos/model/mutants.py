@@ -43,7 +43,7 @@ class _Faulty(SQLStore):
     """What the faults are made with."""
 
     def _now(self, holder: Holder) -> Claim:
-        """Return the claim that stands, whoever's it is."""
+        """Return the current claim, whoever has it."""
         row = self.find(holder.key)
         return Claim(holder.key, -1 if row is None else row.token)
 

@@ -1,4 +1,4 @@
-"""A store that is looked at: each verb is a point at which its caller may be interrupted, and is held to the laws."""
+"""A store that is observed: its caller may be interrupted at each verb, and each verb must keep the invariants."""
 
 from __future__ import annotations
 

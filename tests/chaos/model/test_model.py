@@ -1,4 +1,4 @@
-"""Messages in any order of calls, deliveries, crashes, retries, expiries and duplicates: what must hold, holds.
+"""Messages in any order of calls, deliveries, crashes, retries, expiries and duplicates keep the invariants.
 
 ``CELERY_IDEMPOTENT_TEST_EXAMPLES=2000`` asks for more examples, and for new ones each time; an example that fails is printed as a
 program of its steps.
@@ -56,7 +56,7 @@ def models(store: Store) -> Iterator[type[Model]]:
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
-    """Silence the log: nobody reads of thousands of crashes."""
+    """Silence the log: there are thousands of crashes."""
     logger = logging.getLogger("celery_idempotent")
     logger.disabled = True
     yield

@@ -164,7 +164,7 @@ class Arrival:
 
 @dataclass
 class Life:
-    """A message between two times at which its id is free: what is known of it beside its row.
+    """One life of a message id, until it is free again: what is known of it besides its row.
 
     Attributes:
         begun: How often its body was begun.
@@ -275,7 +275,7 @@ class World:
             self._interruption, self._killed = None, False
 
     def gate(self) -> None:
-        """Mark a point at which whoever acts may be interrupted."""
+        """Mark a point at which the actor may be interrupted."""
         if self._killed:
             raise KilledError
         if self._interruption is None:
@@ -476,7 +476,7 @@ class World:
             self.broker.restore(execution.copy)
 
     def _ack(self, copy: Copy) -> None:
-        if not self._killed:  # behind its run
+        if not self._killed:  # after its run
             self.broker.ack(copy)
 
     def _after_run(
@@ -564,7 +564,7 @@ class World:
             _law("an old copy does not run in its retry's place", arrival.may_claim(before), act)
 
     def check(self) -> None:
-        """Check what holds between any two acts, whoever does them."""
+        """Check the invariants between any two actions."""
         owners: dict[Claim, Execution] = {}
         for execution in self.executions:
             claim = execution.run.claim

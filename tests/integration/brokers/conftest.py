@@ -67,7 +67,7 @@ def deploy(open_app: OpenApp, private_redis: PrivateRedis, ledger: Ledger, tmp_p
                 **broker.settings,
                 "task_acks_late": True,
                 "worker_prefetch_multiplier": 1,
-                # Where a lease must not run out, nobody is to wait for it either.
+                # No lease must run out here.
                 "idempotent_lease": 600,
                 "idempotent_recovery_interval": 1,
                 **settings,
@@ -88,12 +88,12 @@ def wait_until_redis_has_nothing_left(url: str, queue: str) -> None:
 
 
 def times_logged(worker: WorkerProcess, text: str) -> int:
-    """How often a worker has said something."""
+    """Count how often a worker's log has a text."""
     return worker.log.read_text(errors="replace").count(text)
 
 
 def wait_until_logged(workers: list[WorkerProcess], text: str, count: int = 1) -> None:
-    """Wait until workers together have said something so often."""
+    """Wait until the workers' logs together have a text so many times."""
     wait_until(
         lambda: sum(times_logged(worker, text) for worker in workers) >= count,
         describe=lambda: f"{count} times {text!r}:\n" + "\n".join(worker.log_tail() for worker in workers),

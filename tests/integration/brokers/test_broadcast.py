@@ -1,4 +1,4 @@
-"""A fanout exchange: each worker runs a message once, and nobody gets another one."""
+"""A fanout exchange: each worker runs a message once, and gets no second copy."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ class TestADeliveryLimitOfOne:
             }
             yield replace(broker, settings={**broker.settings, "task_queues": {broker.queue: queue}})
 
-    def test_two_workers_die_of_it_and_the_third_is_given_it_from_its_row(
+    def test_a_third_worker_gets_the_message_from_its_row(
         self, deploy: Deploy, start_worker: StartWorker, broker: Broker
     ) -> None:
         dead = f"{broker.queue}-dead"
@@ -154,14 +154,14 @@ class TestADeliveryLimitOfOne:
         row = deployment.wait_until_done("gated", result)
         assert (row.processed_status, row.token, row.takeovers) == ("success", 3, 2)
         assert len(deployment.starts("gated", result)) == 3
-        # What the broker gave up is a copy like any other, for whoever moves it back.
+        # A message moved back from the dead-letter queue is a copy like any other.
         (given_up,) = capture(deployment.app, dead)
         put(deployment.app, broker.queue, [given_up])
         deployment.wait_until_done("gated", result, duplicates=1)
         assert len(deployment.starts("gated", result)) == 3
         worker.stop()
 
-    def test_a_message_that_kills_whoever_runs_it_is_given_up_as_often_as_elsewhere(
+    def test_a_message_that_kills_its_workers_is_given_up_alike(
         self, deploy: Deploy, start_worker: StartWorker, broker: Broker
     ) -> None:
         deployment = deploy(broker)
@@ -188,7 +188,7 @@ def wait_until_on_disk(server: PrivateRabbitMQ, broker: Broker) -> None:
 
 
 def waiting(broker: Broker, expected: int) -> int:
-    """How many messages wait on its queue, once nobody consumes from it and there are as many as expected."""
+    """Return how many messages wait on its queue, once it has no consumer and as many as expected."""
     with Connection(broker.url) as connection:
 
         def ask() -> tuple[int, int]:

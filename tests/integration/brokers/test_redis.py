@@ -54,7 +54,7 @@ def test_a_restart_under_a_running_task_while_others_wait(
     server.start()
     late = deployment.send("echo", "late")
     if ends == "after it":
-        # Delivered again beside its own run: held, as often as it takes.
+        # Delivered again during its own run: held, as often as needed.
         wait_until_logged([worker], f"Task gated[{running.id}] received", 2)
         gate.touch()
 

@@ -32,7 +32,7 @@ class Pair:
     sentinel: PrivateSentinel
 
     def stop_replication(self) -> None:
-        """From now on the master keeps to itself what it is told."""
+        """Stop the master's replication from now on."""
         with redis.Redis.from_url(self.master.url) as client:
             client.execute_command("ACL", "SETUSER", "default", "-psync", "-sync")
             client.execute_command("CLIENT", "KILL", "TYPE", "replica")

@@ -166,7 +166,7 @@ def test_a_copy_is_held_for_no_longer_than_half_the_visibility_timeout(
     monkeypatch.setattr(type(bound), "publish_copy", lambda self, request, key, countdown: countdowns.append(countdown))
     owned = NewMessage(MessageKey("m", "task"), "m")
     assert isinstance(store.claim(owned, worker="owner", lease=lease, grace=0.0), Claimed)
-    # Held so often before that it is not the first, short hold which is the limit.
+    # Held often enough before that the first, short hold is not the limit.
     headers = Header("m", "task", "m", holds=20).write(None)
 
     with pytest.raises(Ignore):

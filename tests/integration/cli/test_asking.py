@@ -1,4 +1,4 @@
-"""What changes data asks first: at a terminal, by a question; elsewhere by ``--yes``."""
+"""Commands that change data ask first in a terminal, and require ``--yes`` elsewhere."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_at_a_terminal_a_no_changes_nothing(project: Path, store: SQLStore, verb
     ("verb", "done", "doing", "becomes"),
     [("requeue", "requeued", "requeueing", Status.PENDING), ("forget", "forgotten", "forgetting", Status.DONE)],
 )
-def test_at_a_terminal_a_yes_does_it_and_shows_how_far_it_is(
+def test_a_yes_at_a_terminal_runs_it_with_progress(
     project: Path, store: SQLStore, verb: str, done: str, doing: str, becomes: Status
 ) -> None:
     status, seen = at_a_terminal(project, verb, "--task", "*", answer="y\n")
@@ -136,7 +136,7 @@ def test_at_a_terminal_recover_says_how_far_it_is(project: Path, store: SQLStore
     ],
     ids=" ".join,
 )
-def test_without_a_terminal_it_has_to_be_told(project: Path, store: SQLStore, arguments: tuple[str, ...]) -> None:
+def test_without_a_terminal_it_needs_yes(project: Path, store: SQLStore, arguments: tuple[str, ...]) -> None:
     given = command(project, "idempotent", *arguments, app="proj", store="sqlite:///log.db")
     run = subprocess.run(**given, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     assert (run.returncode, run.stdout) == (2, "")

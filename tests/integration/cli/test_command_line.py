@@ -170,7 +170,7 @@ def test_on_a_server_init_comes_first(celery: RunCelery, store_url: str) -> None
         assert store.counts() == []
 
 
-def test_list_for_people(celery: RunCelery) -> None:
+def test_list_prints_a_table(celery: RunCelery) -> None:
     run = celery("idempotent", "list", "--task", "shop.charge")
 
     assert (run.returncode, run.stderr) == (0, "")
@@ -192,7 +192,7 @@ def test_list_for_people(celery: RunCelery) -> None:
     assert done.split()[2:8] == ["shop.charge", "done", "success", "0", "1", "1"]
 
 
-def test_list_for_programs(celery: RunCelery) -> None:
+def test_list_prints_json(celery: RunCelery) -> None:
     run = celery("idempotent", "list", "--json")
 
     assert (run.returncode, run.stderr) == (0, "")
@@ -220,7 +220,9 @@ def test_list_for_programs(celery: RunCelery) -> None:
     ],
     ids=" ".join,
 )
-def test_list_filters(filled: Celery, capsys: pytest.CaptureFixture[str], filters: list[str], ids: list[str]) -> None:
+def test_list_applies_its_filters(
+    filled: Celery, capsys: pytest.CaptureFixture[str], filters: list[str], ids: list[str]
+) -> None:
     filled.start(["idempotent", "list", "--json", *filters])
     assert sorted(row["message_id"] for row in json.loads(capsys.readouterr().out)) == sorted(ids)
 
@@ -244,7 +246,7 @@ def test_list_says_when_there_may_be_more(filled: Celery, capsys: pytest.Capture
     assert oldest.err == ""
 
 
-def test_stats(celery: RunCelery, filled: Celery, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stats_counts_rows(celery: RunCelery, filled: Celery, capsys: pytest.CaptureFixture[str]) -> None:
     for_people = celery("idempotent", "stats")
     filled.start(["idempotent", "stats", "--json"])
 
@@ -266,14 +268,16 @@ def test_stats(celery: RunCelery, filled: Celery, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize(("option", "printed"), [([], "no rows\n"), (["--json"], "[]\n")], ids=["text", "json"])
-def test_an_empty_table(filled: Celery, capsys: pytest.CaptureFixture[str], option: list[str], printed: str) -> None:
+def test_an_empty_table_is_reported(
+    filled: Celery, capsys: pytest.CaptureFixture[str], option: list[str], printed: str
+) -> None:
     filled.conf.idempotent_store = "sqlite://"
     for command in ("list", "stats"):
         filled.start(["idempotent", command, *option])
         assert capsys.readouterr().out == printed
 
 
-def test_show_for_people(celery: RunCelery) -> None:
+def test_show_prints_a_sheet(celery: RunCelery) -> None:
     run = celery("idempotent", "show", "order:ключ 订单\n2")
 
     assert (run.returncode, run.stderr) == (0, "")
@@ -308,9 +312,7 @@ def test_show_for_programs_with_each_task_that_uses_the_id(filled: Celery, capsy
     assert json.loads(capsys.readouterr().out) == [refund]
 
 
-def test_programs_are_told_arguments_and_results_on_demand_only(
-    filled: Celery, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_json_has_arguments_and_results_on_demand_only(filled: Celery, capsys: pytest.CaptureFixture[str]) -> None:
     ids = ("order:o-1", "order:ключ 订单\n2")
     for message_id in ids:
         filled.start(["idempotent", "show", message_id, "--task", "shop.charge", "--json"])
@@ -321,7 +323,7 @@ def test_programs_are_told_arguments_and_results_on_demand_only(
     assert done["result"] == {"paid": None}
 
 
-def test_what_a_caller_has_its_arguments_called_is_shown(filled: Celery, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_callers_argsrepr_is_shown(filled: Celery, capsys: pytest.CaptureFixture[str]) -> None:
     message = encode_message(("4111 1111",), {}, {"argsrepr": "('4111 ...',)"}, serializer="json")
     key = MessageKey("redacted", "shop.pay")
     QueueLog.of(filled).store.record(NewMessage(key, "id", message=message))
@@ -334,7 +336,7 @@ def test_what_a_caller_has_its_arguments_called_is_shown(filled: Celery, capsys:
     assert "4111 1111" not in printed
 
 
-def test_what_the_app_redacts_is_masked_even_then(celery: RunCelery, project: Path) -> None:
+def test_redacted_arguments_are_masked_even_then(celery: RunCelery, project: Path) -> None:
     app = Celery("filler", set_as_current=False)
     with closing(SQLStore(f"sqlite:///{project / 'redacted.db'}")) as store:
         done, waits = (NewMessage(MessageKey(name, "shop.charge"), name) for name in ("done", "waits"))
@@ -412,7 +414,7 @@ def test_a_terminal_without_unicode(celery: RunCelery) -> None:
         *("requeue-what", "requeue-both", "requeue-wildcard", "forget-what", "forget-both", "requeue", "server"),
     ],
 )
-def test_what_goes_wrong_has_a_status_and_a_text(
+def test_an_error_has_a_status_and_a_text(
     filled: Celery, arguments: list[str], store: str, status: int, says: str
 ) -> None:
     filled.conf.idempotent_store = store
@@ -655,7 +657,7 @@ def test_recover_without_a_broker_loses_nothing(celery: RunCelery, lost_messages
     assert lost_messages.published() == ["lapsed", "unsent"]
 
 
-def test_what_is_requeued_while_the_broker_is_down_waits_in_the_log(
+def test_a_message_requeued_while_the_broker_is_down_waits_in_the_log(
     celery: RunCelery, lost_messages: LostMessages
 ) -> None:
     keys = [lost_messages.claimed("failed", task="shop.late").claim, lost_messages.claimed("failed too").claim]
@@ -675,7 +677,7 @@ def test_what_is_requeued_while_the_broker_is_down_waits_in_the_log(
     assert lost_messages.published() == ["failed", "failed too"]
 
 
-def test_what_was_not_requeued_is_said(celery: RunCelery, lost_messages: LostMessages) -> None:
+def test_messages_not_requeued_are_named(celery: RunCelery, lost_messages: LostMessages) -> None:
     lost_messages.store.fail(lost_messages.claimed("failed").claim, error="no")
     lost_messages.pending("waits")
     run = celery("idempotent", "requeue", "failed", "waits", "never", "--yes", **lost_messages.environment)
@@ -689,7 +691,7 @@ def test_what_was_not_requeued_is_said(celery: RunCelery, lost_messages: LostMes
     assert lost_messages.published() == ["failed"]
 
 
-def test_purge(celery: RunCelery, lost_messages: LostMessages) -> None:
+def test_purge_removes_old_rows(celery: RunCelery, lost_messages: LostMessages) -> None:
     old, young, waiting = lost_messages.done("old"), lost_messages.done("young"), lost_messages.pending("waiting")
     lost_messages.age(2 * DAY, old, waiting)
     lost_messages.age(2 * 3600.0, young)

@@ -1,4 +1,4 @@
-"""``forget``: an id is free again, and what still lives of its message stays fenced."""
+"""``forget`` frees an id, and keeps what still runs of its message fenced."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_the_next_message_under_the_id_is_new(shared_worker: SharedWorker, comma
     assert len(shared_worker.starts("echo", m)) == 2
 
 
-def test_what_waits_or_runs_is_forgotten_by_force_only(shared_worker: SharedWorker, command: Command) -> None:
+def test_an_unfinished_message_is_forgotten_by_force_only(shared_worker: SharedWorker, command: Command) -> None:
     waits, runs, gate = unique("waits"), unique("runs"), shared_worker.path("gate")
     shared_worker.task("echo").apply_async(("value",), message_id=waits, queue=unique("queue"))
     shared_worker.task("gated").apply_async((gate, "old"), message_id=runs)

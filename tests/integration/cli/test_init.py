@@ -1,4 +1,4 @@
-"""``init``: a missing table without a question, one that is there after one; and what would be done, for whoever does it by hand."""
+"""``init`` makes a missing table, asks before it changes an existing one, and prints the SQL for doing it by hand."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_a_dry_run_prints_what_would_be_run(init: Init, project: Path, url: str)
 
 
 @pytest.mark.parametrize("store_url", ["postgresql", "mariadb"], indirect=True)
-def test_what_is_printed_for_a_database_makes_the_table_there(init: Init, store_url: str) -> None:
+def test_the_printed_sql_makes_the_table(init: Init, store_url: str) -> None:
     """The app's own store is not asked: the statements may be for a database that this host does not reach."""
     kind = "postgresql" if store_url.startswith("postgresql") else "mariadb"
 
@@ -137,7 +137,7 @@ def test_what_is_printed_for_a_database_makes_the_table_there(init: Init, store_
     assert outstanding(store_url) == []
 
 
-def test_what_is_printed_for_mysql_is_mysqls(init: Init) -> None:
+def test_the_sql_printed_for_mysql_is_mysqls(init: Init) -> None:
     assert "COLLATE utf8mb4_0900_bin" in init("--sql", "mysql").stdout
     since = init("--sql", "mysql", "--since", "1").stdout
     assert (
@@ -156,7 +156,7 @@ def test_what_is_printed_for_mysql_is_mysqls(init: Init) -> None:
         (("--sql", "oracle"), "'oracle' is not one of"),
     ],
 )
-def test_what_cannot_be_is_refused(init: Init, arguments: tuple[str, ...], said: str) -> None:
+def test_impossible_options_are_refused(init: Init, arguments: tuple[str, ...], said: str) -> None:
     refused = init(*arguments)
     assert (refused.returncode, refused.stdout) == (2, "")
     assert said in refused.stderr

@@ -1,4 +1,4 @@
-"""``requeue``: what failed runs again, as one message with what it was before."""
+"""``requeue``: a failed message runs again, and stays one message."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_failed_message_runs_again_under_the_ids_that_it_had(shared_worker: Sh
     assert len(shared_worker.starts("flaky", m)) == 2
 
 
-def test_what_gave_up_starts_over_with_all_its_retries(shared_worker: SharedWorker, command: Command) -> None:
+def test_a_requeued_message_has_all_its_retries_again(shared_worker: SharedWorker, command: Command) -> None:
     m = unique()
     result = shared_worker.task("give_up").apply_async((True,), message_id=m)
     assert failed(shared_worker, "give_up", m).attempt == 2
@@ -130,9 +130,7 @@ def test_calls_of_the_body_are_not_made_twice(shared_worker: SharedWorker, comma
     assert [noted.count(f"{m}:{number}") for number in (1, 2)] == [1, 1]
 
 
-def test_calls_of_a_body_that_lost_a_worker_before_are_not_made_twice(
-    shared_worker: SharedWorker, command: Command
-) -> None:
+def test_a_body_that_lost_a_worker_makes_no_call_twice(shared_worker: SharedWorker, command: Command) -> None:
     """Its message says that a retry was for the loss; the requeued one is no retry."""
     m = unique()
     result = shared_worker.task("flaky.lost").apply_async(
@@ -238,10 +236,8 @@ def test_many_are_chosen_by_what_they_failed_with(shared_worker: SharedWorker, c
     assert failed(shared_worker, "fail", other).token == 1
 
 
-def test_a_chord_that_has_failed_stays_so_and_one_that_is_sent_again_goes_on(
-    shared_worker: SharedWorker, command: Command
-) -> None:
-    """Its body is not sent any more, whatever becomes of a member; members that are done are replayed for a chord that is."""
+def test_a_failed_chord_stays_failed_until_it_is_resent(shared_worker: SharedWorker, command: Command) -> None:
+    """Its body is not sent any more. For a new chord, members that are done are replayed."""
     m, flag = unique(), shared_worker.path("flag")
 
     def send() -> AsyncResult:
@@ -268,7 +264,7 @@ def test_a_chord_that_has_failed_stays_so_and_one_that_is_sent_again_goes_on(
 # -- what is refused -----------------------------------------------------------------------------------------------------------
 
 
-def test_what_has_not_failed_stays_as_it_is(shared_worker: SharedWorker, command: Command) -> None:
+def test_a_message_that_has_not_failed_is_not_requeued(shared_worker: SharedWorker, command: Command) -> None:
     done, waits, runs, dead = (unique(what) for what in ("done", "waits", "runs", "dead"))
     shared_worker.task("echo").apply_async((1,), message_id=done).get(timeout=TIMEOUT)
     shared_worker.task("echo").apply_async((1,), message_id=waits, queue=unique("queue"))
@@ -307,7 +303,7 @@ def test_a_message_whose_worker_died_runs_again(shared_worker: SharedWorker, com
     assert not store.complete(lost.claim, result=b"late")
 
 
-def test_what_cannot_be_published_stays_as_it_is(shared_worker: SharedWorker, command: Command) -> None:
+def test_a_message_that_cannot_be_published_stays_failed(shared_worker: SharedWorker, command: Command) -> None:
     store, mark = shared_worker.app.queue_log.store, unique()
 
     def fail(name: str, task: str, message: bytes | None) -> None:

@@ -1,4 +1,4 @@
-"""Spans: a duplicate's is linked to that in which the original was sent, wherever it is met and whatever became of the original."""
+"""Spans: a duplicate's span links to the span in which the original was sent."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def links_of(span: dict[str, Any]) -> list[tuple[str, str]]:
     return [(link["context"]["trace_id"], link["context"]["span_id"]) for link in span["links"]]
 
 
-def test_a_duplicate_is_a_span_of_its_caller_and_linked_to_the_originals(site: Traced) -> None:
+def test_a_duplicates_span_is_its_callers_and_links_to_the_original(site: Traced) -> None:
     """While the original waits or runs, and when it has ended, in either way."""
     m, failed, gate = unique(), unique(), site.shared_worker.path("gate")
     gated, fail = site.app.tasks["gated"], site.app.tasks["fail"]
@@ -158,7 +158,7 @@ def test_a_duplicate_is_a_span_of_its_caller_and_linked_to_the_originals(site: T
         assert span.attributes["celery_idempotent.reason"] == "return_first"
 
 
-def test_a_copy_in_the_worker_is_linked_too_and_is_within_celerys_span(site: Traced, instrumented: None) -> None:
+def test_a_copy_in_the_worker_is_linked_within_celerys_span(site: Traced, instrumented: None) -> None:
     m, gate = unique(), site.shared_worker.path("gate")
     with site.span("first") as first:
         result = site.app.tasks["gated"].apply_async((gate,), message_id=m)
@@ -174,7 +174,7 @@ def test_a_copy_in_the_worker_is_linked_too_and_is_within_celerys_span(site: Tra
         assert span["attributes"]["celery_idempotent.first_task_id"] == result.id
 
 
-def test_what_else_becomes_of_a_message_are_events_of_celerys_spans(site: Traced, instrumented: None) -> None:
+def test_other_outcomes_are_events_of_celerys_spans(site: Traced, instrumented: None) -> None:
     m = unique()
     with site.span("first") as first:
         site.app.tasks["echo"].apply_async(("a secret",), message_id=m)
@@ -195,9 +195,7 @@ def test_what_else_becomes_of_a_message_are_events_of_celerys_spans(site: Traced
     assert [event.name for event in caller.events] == ["celery_idempotent.recorded"]
 
 
-def test_without_a_span_around_the_call_it_is_linked_to_that_of_the_publication(
-    site: Traced, instrumented: None
-) -> None:
+def test_without_a_callers_span_it_links_to_the_publication(site: Traced, instrumented: None) -> None:
     m = unique()
     first = site.app.tasks["echo"].apply_async(message_id=m)
     site.shared_worker.wait_until_done("echo", m)
@@ -212,7 +210,7 @@ def test_without_a_span_around_the_call_it_is_linked_to_that_of_the_publication(
     assert linked(site.here("duplicate echo", m)) == [ids(published.context)]
 
 
-def test_what_keeps_no_result_has_no_link_once_it_is_done_but_says_the_first_id(site: Traced) -> None:
+def test_a_duplicate_without_a_result_names_the_original_and_has_no_link(site: Traced) -> None:
     m = unique()
     unkept = site.app.tasks["traced.unkept"]
     with site.span("first"):

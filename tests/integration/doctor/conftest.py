@@ -1,4 +1,4 @@
-"""An app with nothing wrong with it, to be made sick in one respect."""
+"""A healthy app, in which a test breaks one thing."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def test_with_a_good_set_up_nothing_is_found(make_app: MakeApp, capsys: pytest.C
         ("settings", 1, {}, {"Request": "nowhere:Request"}),
     ],
 )
-def test_what_is_wrong_is_found_and_nothing_else(
+def test_each_fault_gives_its_finding_alone(
     make_app: MakeApp,
     capsys: pytest.CaptureFixture[str],
     code: str,

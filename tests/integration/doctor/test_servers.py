@@ -162,7 +162,7 @@ def test_a_right_that_is_missing_is_a_finding(make_app: MakeApp, durable: str, s
     assert (found.code, "permission denied" in found.what) == ("store-refused", True)
 
 
-def test_an_engine_that_names_statements_behind_a_pooler(
+def test_an_engine_with_named_statements_behind_a_pooler_is_found(
     make_app: MakeApp, durable: str, private_postgresql: PrivatePostgreSQL
 ) -> None:
     with PrivatePgBouncer(durable) as pooler:
@@ -293,7 +293,7 @@ def test_a_message_that_waits_for_longer_than_the_visibility_timeout(make_app: M
 
 
 @pytest.mark.parametrize("left", ["lapsed", "unsent"])
-def test_messages_that_nobody_recovers(make_app: MakeApp, tmp_path: Path, left: str) -> None:
+def test_messages_without_recovery_are_found(make_app: MakeApp, tmp_path: Path, left: str) -> None:
     url = f"sqlite:///{tmp_path / 'log.db'}"
     app = make_app(idempotent_store=url)
     with closing(SQLStore(url)) as store:
@@ -316,7 +316,7 @@ def test_messages_that_nobody_recovers(make_app: MakeApp, tmp_path: Path, left: 
         assert ("was not published again" in found.what) == (left == "lapsed")
 
 
-def test_rows_that_nobody_purges(make_app: MakeApp, url: str) -> None:
+def test_rows_without_a_purge_are_found(make_app: MakeApp, url: str) -> None:
     app = make_app(idempotent_store=url)
     with closing(open_store(url)) as store:
         new = NewMessage(MessageKey("m", "shop.charge"), "id", "celery", message=b"")

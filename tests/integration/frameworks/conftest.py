@@ -32,7 +32,7 @@ class Shop:
     sweep: Callable[[float], int]
 
     def process(self, *, killed: bool) -> tuple[int, int]:
-        """Place an order in a process of its own, which may be killed right behind its commit.
+        """Place an order in another process, which may be killed right after its commit.
 
         Returns:
             The order's key, and how the process ended.
@@ -63,7 +63,7 @@ def opened_shop(postgresql_url: str, tmp_path_factory: pytest.TempPathFactory) -
         patch.setenv("SHOP_BROKER", str(folder / "broker"))
         from tests.integration.frameworks.shop import settings as project
 
-        # The variable DJANGO_SETTINGS_MODULE would change whatever Celery app is made in this process from now on.
+        # The variable DJANGO_SETTINGS_MODULE would change every Celery app made in this process from now on.
         settings.configure(**{name: getattr(project, name) for name in dir(project) if name.isupper()})
         django.setup()
         from tests.integration.frameworks.shop import models, tasks

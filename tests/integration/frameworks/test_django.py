@@ -30,7 +30,7 @@ def test_a_view_that_fails_leaves_neither_order_nor_message(shop: Shop) -> None:
     assert len(shop.outbox_app.published()) == 1
 
 
-def test_celerys_own_words_for_on_commit_are_there_with_its_class_among_the_bases(shop: Shop) -> None:
+def test_celerys_django_methods_work_with_its_class_as_a_base(shop: Shop) -> None:
     task = shop.outbox_app.app.tasks["charge_on_commit"]
     with transaction.atomic():
         order = shop.Order.objects.create(amount=500)
@@ -43,7 +43,7 @@ def test_celerys_own_words_for_on_commit_are_there_with_its_class_among_the_base
 # -- the window of on_commit, and what closes it ------------------------------------------------------------------------------
 
 
-def test_a_process_that_dies_between_its_commit_and_on_commit_loses_the_call_until_it_is_swept(shop: Shop) -> None:
+def test_on_commit_loses_the_call_of_a_dying_process_until_it_is_swept(shop: Shop) -> None:
     known, ended = shop.process(killed=False)
     assert (ended, shop.message(known)) == (0, "pending")
     assert shop.outbox_app.published() == [f"order:{known}"]

@@ -220,7 +220,7 @@ def async_site(engine: AsyncEngine, outbox_app: OutboxApp) -> FastAPI:
 
 
 @asynchronous
-def test_an_asynchronous_endpoint_publishes_behind_its_commit(
+def test_an_async_endpoint_publishes_after_its_commit(
     async_site: FastAPI, outbox_app: OutboxApp, visible: list[tuple[str, bool]]
 ) -> None:
     for order in ("o-1", "o-2"):
@@ -267,9 +267,7 @@ def test_duplicates_savepoints_and_batches_are_what_they_are_in_a_plain_session(
 
 
 @asynchronous
-def test_a_block_that_waits_does_not_take_the_calls_of_other_tasks_of_the_loop(
-    engine: AsyncEngine, outbox_app: OutboxApp
-) -> None:
+def test_a_waiting_block_takes_no_calls_of_other_coroutines(engine: AsyncEngine, outbox_app: OutboxApp) -> None:
     charge = outbox_app.app.tasks["charge"]
 
     async def work() -> None:

@@ -104,9 +104,7 @@ def test_a_view_that_fails_leaves_neither_order_nor_message(
     assert amounts(site) == [500]
 
 
-def test_what_is_not_committed_when_the_request_ends_never_was(
-    site: Flask, client: FlaskClient, outbox_app: OutboxApp
-) -> None:
+def test_an_uncommitted_request_publishes_nothing(site: Flask, client: FlaskClient, outbox_app: OutboxApp) -> None:
     client.post("/forgotten/500")
     assert (amounts(site), outbox_app.published(), outbox_app.row("charge", "forgotten")) == ([], [], None)
     client.post("/orders/700")

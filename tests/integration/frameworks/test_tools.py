@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from celery_idempotent.core.records import ProcessedStatus, Status
+from celery_idempotent.core.records import ProcessedStatus
 from tests.conftest import attach_log
 from tests.support.apps.tools import NAMES, VARIABLE
 from tests.support.deployment import unique
@@ -57,9 +57,7 @@ def test_a_message_and_its_duplicates_are_one_run(shared_worker: SharedWorker, t
     assert (again.id, again.duplicate) == (first.id, True)
     assert hasattr(again, "abort") is task.startswith("tools.abortable"), "the class of results is the mixin's"
     assert other.get(timeout=TIMEOUT) == redelivered.get(timeout=TIMEOUT) == ["PROGRESS", False]
-    row = shared_worker.wait_for_row(task, m, lambda row: row.duplicates == 3)
-    assert (row.status, row.processed_status, row.token) == (Status.DONE, ProcessedStatus.SUCCESS, 1)
-    assert len(shared_worker.starts(task, m)) == 1
+    shared_worker.assert_done(task, m, ProcessedStatus.SUCCESS, starts=1, token=1, duplicates=3)
 
 
 @every_task

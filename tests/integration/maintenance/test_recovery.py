@@ -1,4 +1,4 @@
-"""Nothing is lost: workers die and brokers forget, and the row brings the message back."""
+"""Recovery: workers die and brokers forget, and the row brings the message back."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class TestABrokerThatKeepsNoCopy:
         assert (row.processed_status, row.token, row.takeovers) == (SUCCESS, 2, 1)
         assert len(deployment.ledger.starts("last.late", task_id=result.id)) == 2
 
-    def test_an_early_acknowledged_message_fails_and_its_caller_is_told(
+    def test_an_early_acknowledged_message_fails_and_its_caller_gets_the_error(
         self, deploy: Callable[..., FileDeployment], start_worker: StartWorker
     ) -> None:
         """It may have had its effect, and only ``on_abandoned="rerun"`` says that it may have it again."""
@@ -121,7 +121,7 @@ class TestABrokerThatKeepsNoCopy:
     def test_a_message_that_was_lost_is_found_when_it_is_overtaken(
         self, deploy: Callable[..., FileDeployment], start_worker: StartWorker
     ) -> None:
-        """And a backlog on a queue that nobody consumes is left alone until somebody asks."""
+        """A backlog on a queue without a consumer is left alone until an operator asks."""
         deployment = deploy(idempotent_lost_after=1.0)
         paused = f"{deployment.spec.queue}-paused"
         waiting = [deployment.send("echo", number, queue=paused) for number in range(3)]
@@ -143,7 +143,7 @@ class TestABrokerThatKeepsNoCopy:
         assert all(row.read_at.timestamp() - row.created_timestamp.timestamp() > 1.0 for row in rows)
         worker.wait_for_log("is published again: it was pending")
 
-        # All copies are there, and more of them are published for whoever says so; the claims absorb what is too much.
+        # All copies are there, and an operator publishes more of them; the claims absorb the excess.
         assert Rescue.of(deployment.app.queue_log).publish_waiting(1.0) == 3
         deployment.app.control.add_consumer(paused, destination=[worker.hostname])
         assert [result.get(timeout=TIMEOUT) for result in waiting] == [0, 1, 2]
@@ -191,7 +191,7 @@ def test_a_retry_that_the_broker_does_not_take_goes_on_later(
 @on_sqlite
 class TestOneWorkerThatDies:
     @pytest.mark.timeout(240)
-    def test_a_message_that_kills_whoever_runs_it_is_given_up(
+    def test_a_message_that_kills_its_workers_is_given_up(
         self, deploy: Callable[..., FileDeployment], start_worker: StartWorker
     ) -> None:
         deployment = deploy()
@@ -230,7 +230,7 @@ class TestOneWorkerThatDies:
 
 @on_redis
 @on_sqlite
-def test_what_a_broker_that_is_down_did_not_take_is_left_to_the_next_step(
+def test_a_message_the_broker_refused_is_left_to_the_next_pass(
     deploy: Callable[..., FileDeployment], private_redis: PrivateRedis
 ) -> None:
     deployment = deploy()
@@ -334,7 +334,7 @@ class TestManySteps:
         finally:
             sa.event.remove(sa.Engine, "before_cursor_execute", note)
 
-    def test_get_in_nobodys_way(self, app: Celery) -> None:
+    def test_concurrent_passes_do_not_interfere(self, app: Celery) -> None:
         store = app.queue_log.store
         names = self.fill(store)
         purged = 0

@@ -1,4 +1,4 @@
-"""What the outages have in common: a PostgreSQL, a Redis and a worker of the test's own, and nobody who waits for long."""
+"""What the outage tests share: their own PostgreSQL, Redis and worker, and short waits."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def spec(postgresql: PrivatePostgreSQL, private_redis: PrivateRedis, ledger: Led
 
 @pytest.fixture
 def open_app() -> Iterator[OpenApp]:
-    """Build an app in this process, its queue log's table made; whatever it has opened is closed in the end."""
+    """Build an app in this process and make its queue log's table; close all its connections in the end."""
     apps: list[Celery] = []
 
     def open_app(spec: AppSpec) -> Celery:
@@ -78,7 +78,7 @@ def open_app() -> Iterator[OpenApp]:
 
     yield open_app
     for app in apps:
-        # A result that nobody got would look for its Redis when it is collected, long after that is gone.
+        # An unread result would ask for its Redis when it is collected, long after that is gone.
         app.backend.result_consumer.stop()
         app.backend.result_consumer._pubsub = None
         close_app(app)

@@ -31,7 +31,7 @@ PUTS_BACK, WAITS = "is delivered again in 1 s", "asking again until the store an
 
 
 def wait_for_log(worker: WorkerProcess, *texts: str, count: int = 1) -> None:
-    """Wait until a worker has said any of the texts so often in all."""
+    """Wait until a worker's log has any of the texts, so many times in all."""
     wait_until(
         lambda: sum(worker.log.read_text(errors="replace").count(text) for text in texts) >= count,
         timeout=60,
@@ -61,7 +61,7 @@ def assert_ran_once_each(app: Celery, ledger: Ledger, task: str, message_ids: li
 
 
 class Caller:
-    """Sends messages one after the other, each until it is taken, whatever the store does meanwhile."""
+    """Sends messages one after the other, each until it is accepted, even while the store is away."""
 
     def __init__(self, app: Celery, task: str) -> None:
         self.app = app
@@ -89,7 +89,7 @@ class Caller:
 
     @contextmanager
     def calling(self, message_ids: list[str]) -> Iterator[None]:
-        """Call them all beside the block, and let nothing of it outlive that: nobody would close its connection."""
+        """Call them all during the block, and end with it: a thread that outlives it would leave its connection open."""
         with ThreadPoolExecutor(max_workers=1) as beside:
             calls = beside.submit(self.call_all, message_ids)
             try:
@@ -100,7 +100,7 @@ class Caller:
                 raise
 
     def assert_answered(self) -> None:
-        # As a caller does who was told that it is not known: call again, which sends it once it is taken for lost.
+        # The caller did not learn whether it was sent, and calls again: that sends it once it counts as lost.
         for message_id in self.doubtful:
             wait_until(lambda: self.call(message_id).ready(), interval=0.5, describe=f"the doubtful {message_id}")  # noqa: B023
         for message_id, result in self.results.items():
@@ -141,7 +141,7 @@ def test_two_hundred_messages_run_once_each_while_the_server_goes_and_comes(
 
 
 @early_and_late
-def test_what_arrives_during_the_outage_is_put_back_and_runs_after_it(
+def test_a_message_received_in_an_outage_runs_after_it(
     app: Celery, start_worker_with_short_waits: StartImpatient, ledger: Ledger, postgresql: PrivatePostgreSQL, task: str
 ) -> None:
     worker = start_worker_with_short_waits(pool="prefork", concurrency=2)
@@ -217,14 +217,14 @@ def test_bodies_that_end_during_the_outage_are_kept_until_it_is_over(
     assert row_of(app, "link", "ends").processed_status is ProcessedStatus.SUCCESS
 
 
-def test_what_the_store_forgets_while_its_body_runs_ends_all_the_same(
+def test_a_body_ends_although_its_row_was_forgotten(
     app: Celery,
     start_worker_with_short_waits: StartImpatient,
     ledger: Ledger,
     postgresql: PrivatePostgreSQL,
     tmp_path: Any,
 ) -> None:
-    """A Redis that keeps nothing was restarted, or a database restored: nobody has taken over what has no row."""
+    """A Redis without persistence was restarted, or a database restored: a message without a row was taken over by no one."""
     worker = start_worker_with_short_waits(pool="prefork", concurrency=5)
     gate = tmp_path / "gate"
     ends = app.tasks["ends"]
@@ -299,7 +299,7 @@ def test_an_answer_that_was_lost_on_its_way(
 
 
 @early_and_late
-def test_a_frozen_server_hangs_nobody_and_loses_nothing(
+def test_a_frozen_server_hangs_and_loses_nothing(
     spec: AppSpec,
     open_app: OpenApp,
     start_worker_with_short_waits: StartImpatient,

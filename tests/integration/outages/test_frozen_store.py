@@ -66,7 +66,7 @@ def test_neither_a_new_connection_nor_an_old_one_hangs(server: PrivateServer) ->
         assert new.record(message("m-3")) == Inserted()
 
 
-def test_what_people_ask_for_may_take_longer(server: PrivateServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_may_take_longer(server: PrivateServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "ANSWER", 0.2)
     engine = sa.create_engine(server.url, poolclass=sa.NullPool)
     with closing(SQLStore(server.url, table="queue_log_slow")) as store, engine.connect() as other:

@@ -22,7 +22,7 @@ def messages_on_the_broker(app: Celery) -> int:
     return int(app.backend.client.llen(app.conf.task_default_queue))
 
 
-def test_it_repeats_by_the_publish_policy_and_then_says_so_and_sends_nothing(spec: AppSpec, open_app: OpenApp) -> None:
+def test_it_retries_by_the_publish_policy_and_then_raises(spec: AppSpec, open_app: OpenApp) -> None:
     with Proxy(spec.store) as proxy:
         app = open_app(replace(spec, store=proxy.url))
         proxy.close_for_now()
@@ -124,7 +124,7 @@ def test_a_connection_that_the_server_closed_costs_no_attempt(
     assert messages_on_the_broker(app) == 2
 
 
-def test_raise_asks_once(spec: AppSpec, open_app: OpenApp) -> None:
+def test_on_duplicate_raise_asks_the_store_once(spec: AppSpec, open_app: OpenApp) -> None:
     with Proxy(spec.store) as proxy:
         app = open_app(replace(spec, store=proxy.url, settings={**spec.settings, "idempotent_on_store_error": "raise"}))
         proxy.close_for_now()
@@ -154,7 +154,7 @@ def test_run_sends_unguarded_and_loudly(
 
 
 @pytest.mark.parametrize("policy", ["retry", "raise"])
-def test_an_eager_call_is_told(spec: AppSpec, open_app: OpenApp, postgresql: PrivatePostgreSQL, policy: str) -> None:
+def test_hooks_see_an_eager_call(spec: AppSpec, open_app: OpenApp, postgresql: PrivatePostgreSQL, policy: str) -> None:
     app = open_app(replace(spec, settings={**spec.settings, "idempotent_on_store_error": policy}))
     postgresql.stop()
 

@@ -1,4 +1,4 @@
-"""A PgBouncer in transaction pooling: whatever a client leaves on a connection, the next client of it meets."""
+"""A PgBouncer in transaction pooling: what a client leaves on a connection, the next client meets."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def direct_store(private_postgresql: PrivatePostgreSQL) -> Iterator[SQLStore]:
 
 @pytest.fixture
 def pooled(private_pgbouncer: PrivatePgBouncer) -> Iterator[SQLStore]:
-    """Yield a store behind the pooler, its table made through it."""
+    """Yield a store that connects through the pooler, its table made through it."""
     store = SQLStore(private_pgbouncer.url)
     store.init()
     yield store

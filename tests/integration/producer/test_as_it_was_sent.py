@@ -1,4 +1,4 @@
-"""What recovery publishes again is the message as Celery was given it, whatever way it was called."""
+"""Recovery publishes the message again as Celery got it, however it was called."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def taken(app: Celery, queue: str) -> Sent:
         message = wait_until(bound.get, describe=f"a message in {queue}")
         message.ack()
         message.accept = {"application/json", "application/x-python-serialize"}
-        # What is told of the process that sends, and of our own.
+        # What names the sending process, and our own header.
         kept = {name: value for name, value in message.headers.items() if name not in (HEADER, "origin", "retries")}
         return Sent(
             json.loads(json.dumps(message.payload)),  # a tuple is a list

@@ -43,9 +43,7 @@ def test_however_often_it_is_sent_by_name_it_is_one_run(shared_worker: SharedWor
     values = [result.get(timeout=TIMEOUT) for result in results]
     assert len({result.id for result in results}) == 5
     assert values == [values[0]] * 5
-    assert len(shared_worker.starts(task, m)) == 1
-    row = shared_worker.wait_for_row(task, m, lambda row: row.duplicates == 4)
-    assert (row.status, row.processed_status, row.token) == (Status.DONE, SUCCESS, 1)
+    shared_worker.assert_done(task, m, SUCCESS, starts=1, token=1, duplicates=4)
 
 
 def test_keywords_and_defaults_are_bound_by_name_too(shared_worker: SharedWorker) -> None:
@@ -93,9 +91,7 @@ def test_the_same_task_id_by_name_is_the_same_message(shared_worker: SharedWorke
 
     shared_worker.app.send_task("add", (1, 2), task_id=chosen)
 
-    row = shared_worker.wait_for_row("add", chosen, lambda row: row.duplicates == 1)
-    assert (row.processed_status, row.token) == (SUCCESS, 1)
-    assert len(shared_worker.starts("add", chosen)) == 1
+    shared_worker.assert_done("add", chosen, SUCCESS, starts=1, token=1, duplicates=1)
 
 
 def test_other_arguments_by_name_fail_that_call_alone(shared_worker: SharedWorker) -> None:
@@ -121,9 +117,7 @@ def test_signatures_by_name_are_guarded(shared_worker: SharedWorker) -> None:
     ]
 
     assert results[0].get(timeout=TIMEOUT) == "value"
-    assert len(shared_worker.starts("echo", m)) == 1
-    row = shared_worker.wait_until_done("echo", m)
-    assert (row.processed_status, row.token) == (SUCCESS, 1)
+    shared_worker.assert_done("echo", m, SUCCESS, starts=1, token=1)
 
 
 def test_a_process_that_has_not_touched_its_tasks_yet_is_guarded(shared_worker: SharedWorker) -> None:

@@ -76,7 +76,7 @@ def test_however_a_call_is_written_it_is_one_message(shared_worker: SharedWorker
         assert shared_worker.row(task, m).duplicates == len(WAYS) - 1
 
 
-def test_an_id_given_with_the_call_works_on_a_task_without_the_option(shared_worker: SharedWorker) -> None:
+def test_a_call_may_give_an_id_to_any_task(shared_worker: SharedWorker) -> None:
     m, add = unique(), shared_worker.task("add")
 
     first = add.apply_async((1, 2), message_id=m)
@@ -274,7 +274,7 @@ def test_a_model_is_taken_as_celery_takes_it(shared_worker: SharedWorker) -> Non
     assert len(shared_worker.starts("modelled", f"order:{number}")) == 1
 
 
-def test_a_call_that_does_not_fit_an_untyped_task_fails_in_its_worker(shared_worker: SharedWorker) -> None:
+def test_a_bad_call_of_an_untyped_task_fails_in_its_worker(shared_worker: SharedWorker) -> None:
     m = unique()
 
     result = shared_worker.task("untyped").apply_async(("o-1", 2, 3), message_id=m)

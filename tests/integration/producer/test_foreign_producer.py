@@ -97,9 +97,7 @@ def test_a_message_written_by_hand_is_guarded(shared_worker: SharedWorker) -> No
             client.lpush(shared_worker.spec.queue, json.dumps(envelope))
 
     assert shared_worker.app.AsyncResult(task_id).get(timeout=TIMEOUT) == "value"
-    row = shared_worker.wait_for_row("echo", m, lambda row: row.duplicates == 2)
-    assert (row.processed_status, row.token) == (SUCCESS, 1)
-    assert len(shared_worker.starts("echo", m)) == 1
+    shared_worker.assert_done("echo", m, SUCCESS, starts=1, token=1, duplicates=2)
 
 
 @pytest.mark.parametrize("task", ["order", "order.arguments", "order.daily"])
@@ -184,7 +182,7 @@ def test_retries_and_failures_of_a_foreign_message_are_recorded(shared_worker: S
 
 
 def test_a_foreign_message_can_be_published_again_from_its_row(shared_worker: SharedWorker) -> None:
-    """Its row is made by the consumer, with the whole message, which a crash would leave behind."""
+    """The consumer makes its row, with the whole message, so that a crash leaves that."""
     m, gate = unique(), shared_worker.path("gate")
     result = shared_worker.deliver("gated", (gate, "value"), message_id=m)
     shared_worker.wait_for_starts("gated", m)

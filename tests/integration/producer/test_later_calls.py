@@ -36,7 +36,7 @@ def test_a_frozen_signature_in_two_chains_goes_on_in_both(shared_worker: SharedW
     wait_until(lambda: not later_rows(shared_worker, "echo"), describe="the end of the later call's row")
 
 
-def test_a_given_task_id_and_a_message_id_in_two_chains_go_on_in_both(shared_worker: SharedWorker) -> None:
+def test_given_ids_in_two_chains_go_on_in_both(shared_worker: SharedWorker) -> None:
     m, told = unique(), shared_worker.task("told")
     first = shared_worker.task("echo").si("value").set(task_id=unique("id"), message_id=m)
 
@@ -55,7 +55,7 @@ def test_every_step_frozen_in_two_chains_goes_on_in_both(shared_worker: SharedWo
     assert [r.get(timeout=TIMEOUT) for r in results] == [[["value", "second"], 0], [["value", "second"], 1]]
 
 
-def test_every_step_frozen_goes_on_in_the_chain_whose_first_step_was_held(shared_worker: SharedWorker) -> None:
+def test_a_frozen_chain_goes_on_after_a_held_first_step(shared_worker: SharedWorker) -> None:
     gate, told = shared_worker.path("gate"), shared_worker.task("told")
     first, second = shared_worker.task("gated").si(gate, "value"), told.s("second")
     first.freeze()
@@ -69,7 +69,7 @@ def test_every_step_frozen_goes_on_in_the_chain_whose_first_step_was_held(shared
     assert len(shared_worker.starts("gated", first.id)) == 1
 
 
-def test_a_frozen_signature_in_a_header_and_as_a_body_goes_on_in_both(shared_worker: SharedWorker) -> None:
+def test_a_frozen_signature_goes_on_in_a_header_and_as_a_body(shared_worker: SharedWorker) -> None:
     first, told = frozen(shared_worker), shared_worker.task("told")
     assert chord([first], told.s(), app=shared_worker.app).apply_async().get(timeout=TIMEOUT) == [["value"]]
 

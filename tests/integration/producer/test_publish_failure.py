@@ -212,6 +212,4 @@ def test_of_two_publications_of_one_message_one_runs(shared_worker: SharedWorker
     shared_worker.deliver("echo", ("value",), message_id=m, task_id=first.id, countdown=1)
 
     assert first.get(timeout=TIMEOUT) == "value"
-    row = shared_worker.wait_for_row("echo", m, lambda row: row.duplicates == 1)
-    assert (row.processed_status, row.token) == (SUCCESS, 1)
-    assert len(shared_worker.starts("echo", m)) == 1
+    shared_worker.assert_done("echo", m, SUCCESS, starts=1, token=1, duplicates=1)

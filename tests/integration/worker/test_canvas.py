@@ -183,7 +183,7 @@ def test_a_failed_duplicate_fails_its_chain(shared_worker: SharedWorker) -> None
 
     chains = canvas().apply_async(), canvas().apply_async()
 
-    # Whichever chain's first step ended first ran the failing one; the other was told.
+    # The chain whose first step ended first ran the failing one; the other got its error.
     errors = [chain.parent.get(timeout=TIMEOUT, propagate=False) for chain in chains]
     ran, told = sorted(errors, key=lambda error: isinstance(error, AlreadyFailedError))
     assert isinstance(ran, ValueError)
@@ -275,7 +275,7 @@ def test_a_copy_of_a_finished_message_does_not_send_its_link_again(shared_worker
     shared_worker.deliver("echo", ("value",), message_id=m, task_id=result.id, link=told.s().set(message_id=heard))
 
     shared_worker.wait_for_row("echo", m, lambda row: row.duplicates == 1)
-    # One that is sent behind it comes after whatever it might have sent.
+    # A later message comes after anything that it might have sent.
     shared_worker.task("told").apply_async(("behind",), message_id=f"{heard}:behind")
     shared_worker.wait_until_done("told", f"{heard}:behind")
     assert shared_worker.row("told", heard).duplicates == 0
@@ -283,7 +283,7 @@ def test_a_copy_of_a_finished_message_does_not_send_its_link_again(shared_worker
 
 
 @pytest.mark.parametrize("style", ["message", "call"])
-def test_an_errback_is_told_of_a_failed_duplicate(shared_worker: SharedWorker, style: str) -> None:
+def test_an_errback_is_called_for_a_failed_duplicate(shared_worker: SharedWorker, style: str) -> None:
     """Celery sends an errback of one parameter as a message, and calls one of three where the task failed."""
     m = unique()
     fail, errback = shared_worker.task("fail"), shared_worker.task("errback" if style == "message" else "errback.call")

@@ -1,4 +1,4 @@
-"""What a run sends, from inside of its body or behind it, is sent once: whenever its worker dies, none is missing and none doubled."""
+"""What a run sends, in its body or after it, is sent once, whenever its worker dies."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def settle(shared_worker: SharedWorker) -> None:
 
 
 def ran(shared_worker: SharedWorker, name: str) -> dict[str, int]:
-    """How often each child of a test ran, by what comes behind the name."""
+    """Count how often each child of a test ran, by the rest of its name."""
     notes = [note.detail for note in shared_worker.ledger.entries() if note.task.startswith("child") and note.detail]
     return dict(Counter(detail.partition("|")[0].removeprefix(name) for detail in notes if detail.startswith(name)))
 
@@ -173,7 +173,7 @@ def test_a_copy_whose_claim_comes_first_makes_the_calls_of_the_first(shared_work
     assert ran(shared_worker, name) == once("", ":behind")
 
 
-# -- what is sent behind a body ----------------------------------------------------------------------------------------------
+# -- what is sent after a body ----------------------------------------------------------------------------------------------
 
 Names = Callable[[str], str]
 
@@ -288,7 +288,7 @@ def _family(result: AsyncResult[Any] | None) -> list[str]:
     return [] if result is None else [result.id, *_family(result.parent)]
 
 
-def test_what_failed_stays_the_first_failure_when_its_errbacks_are_sent_later(shared_worker: SharedWorker) -> None:
+def test_late_errbacks_get_the_first_failure(shared_worker: SharedWorker) -> None:
     name, flag = unique(), shared_worker.path("flag")
 
     result = _with_errbacks(shared_worker, name, lambda number: deadly(f"{name}:{number}", "before", flag))

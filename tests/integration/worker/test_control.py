@@ -99,7 +99,7 @@ def test_a_worker_tells_what_it_has_claimed(
         assert timedelta(0) <= datetime.now(UTC) - datetime.fromisoformat(claim["since"]) < timedelta(seconds=30)
     if pool == "prefork":
         assert {claim["pid"] for claim in claims} <= {child.pid for child in worker.children()}
-    # Neither arguments nor anything else of theirs.
+    # Neither their arguments nor anything else.
     assert "secret" not in json.dumps(claims)
 
     gate.touch()
@@ -140,7 +140,7 @@ def test_a_solo_worker_answers_when_it_is_free(spec: AppSpec, open_app: OpenApp,
     assert ask(app, worker) == []
 
 
-def test_while_the_store_gives_no_answer_children_are_told_without_their_tokens(
+def test_a_silent_store_leaves_claims_without_tokens(
     spec: AppSpec,
     open_app: OpenApp,
     start_worker: StartWorker,

@@ -84,7 +84,7 @@ def test_a_copy_that_the_broker_lost_comes_back(shared_worker: SharedWorker, sen
 
 
 @SENDS
-def test_a_copy_that_arrives_leaves_no_row_behind(shared_worker: SharedWorker, send: Send) -> None:
+def test_a_copy_that_arrives_leaves_no_row(shared_worker: SharedWorker, send: Send) -> None:
     m = unique()
     assert shared_worker.task("echo").apply_async(("value",), message_id=m).get(timeout=TIMEOUT) == "value"
 
@@ -95,9 +95,7 @@ def test_a_copy_that_arrives_leaves_no_row_behind(shared_worker: SharedWorker, s
 
 
 @SENDS
-def test_a_first_message_that_the_broker_lost_comes_back_although_its_copy_ran(
-    shared_worker: SharedWorker, send: Send
-) -> None:
+def test_a_lost_first_message_comes_back_after_its_copy_ran(shared_worker: SharedWorker, send: Send) -> None:
     m, queue = unique(), unique("queue")
     result = send(shared_worker, m, queue)
     purge(shared_worker, queue)
@@ -118,9 +116,7 @@ def test_a_first_message_that_the_broker_lost_comes_back_although_its_copy_ran(
 
 
 @SENDS
-def test_a_first_message_that_arrives_behind_its_copy_leaves_no_row_behind(
-    shared_worker: SharedWorker, send: Send
-) -> None:
+def test_a_first_message_arriving_after_its_copy_leaves_no_row(shared_worker: SharedWorker, send: Send) -> None:
     m, queue = unique(), unique("queue")
     result = send(shared_worker, m, queue)
     copy = shared_worker.task("echo").apply_async(("value",), message_id=m, link=shared_worker.task("told").s("copy"))
@@ -164,7 +160,7 @@ def lose_the_next_attempt(shared_worker: SharedWorker, key: MessageKey, task_id:
     store.expire(claim.claim)
 
 
-def test_a_chain_goes_on_although_a_copy_of_its_first_message_retried_and_died(shared_worker: SharedWorker) -> None:
+def test_a_chain_goes_on_after_a_copy_retried_and_died(shared_worker: SharedWorker) -> None:
     m, queue, told = unique(), unique("queue"), shared_worker.task("told")
     step = shared_worker.task("left.retry").si(1, 20.0).set(message_id=m, queue=queue)
     behind = chain(step, told.s("behind"), app=shared_worker.app).apply_async()
@@ -195,7 +191,7 @@ def test_a_first_message_that_takes_over_goes_on_with_the_attempt(shared_worker:
 
 
 @pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")  # Celery's own
-def test_a_first_message_that_died_between_its_result_and_what_waits_on_it_goes_on(shared_worker: SharedWorker) -> None:
+def test_a_first_message_that_died_before_its_callbacks_goes_on(shared_worker: SharedWorker) -> None:
     m, queue = unique(), unique("queue")
     result = in_a_chain(shared_worker, m, queue)
     copy = shared_worker.task("echo").apply_async(("value",), message_id=m, link=shared_worker.task("told").s("copy"))
@@ -286,7 +282,7 @@ def test_a_foreign_copy_keeps_a_first_message_that_is_lost(shared_worker: Shared
         wait_until(lambda: own_row(shared_worker, first) is None, describe="the end of its row")
 
 
-def test_the_copy_of_a_failed_message_leaves_no_row_behind(shared_worker: SharedWorker) -> None:
+def test_the_copy_of_a_failed_message_leaves_no_row(shared_worker: SharedWorker) -> None:
     m = unique()
     first = shared_worker.task("fail").apply_async(message_id=m)
     assert isinstance(first.get(timeout=TIMEOUT, propagate=False), ValueError)
@@ -313,7 +309,7 @@ def test_a_copy_that_is_held_keeps_its_row_until_it_is_answered(shared_worker: S
     wait_until(lambda: shared_worker.find("busy.hold", copy.id) is None, describe="the end of the copy's row")
 
 
-def test_a_copy_that_could_not_be_published_leaves_no_row_behind(shared_worker: SharedWorker) -> None:
+def test_an_unpublished_copy_leaves_no_row(shared_worker: SharedWorker) -> None:
     m = unique()
     assert shared_worker.task("echo").apply_async(("value",), message_id=m).get(timeout=TIMEOUT) == "value"
     unreachable = shared_worker.producer(broker="redis://127.0.0.1:1/0", task_publish_retry=False)
@@ -327,7 +323,7 @@ def test_a_copy_that_could_not_be_published_leaves_no_row_behind(shared_worker: 
 
 
 @pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")  # Celery's own
-def test_a_copy_that_died_between_its_result_and_what_waits_on_it_goes_on(shared_worker: SharedWorker) -> None:
+def test_a_copy_that_died_before_its_callbacks_goes_on(shared_worker: SharedWorker) -> None:
     m, queue = unique(), unique("queue")
     assert shared_worker.task("echo").apply_async(("value",), message_id=m).get(timeout=TIMEOUT) == "value"
     result = in_a_chain(shared_worker, m, queue)
@@ -339,7 +335,7 @@ def test_a_copy_that_died_between_its_result_and_what_waits_on_it_goes_on(shared
     wait_until(lambda: own_row(shared_worker, result) is None, describe="the end of the copy's row")
 
 
-def test_a_part_of_a_chord_waits_for_the_claim_of_an_owner_that_died(shared_worker: SharedWorker) -> None:
+def test_a_chords_part_waits_for_a_dead_owners_claim(shared_worker: SharedWorker) -> None:
     """Celery's Redis backend lets one worker at a time send a chord's body, and forgets a dead one's claim after a while."""
     m, queue, echo = unique(), unique("queue"), shared_worker.task("echo")
     last = echo.s("last").set(message_id=m, queue=queue)

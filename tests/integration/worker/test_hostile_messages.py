@@ -202,7 +202,7 @@ def test_routing_keys_are_refused_once(deployment: OpenBroker) -> None:
     deployment.recovers()
 
 
-def test_what_never_ran_is_refused_too(deployment: OpenBroker) -> None:
+def test_a_message_that_never_ran_is_refused_too(deployment: OpenBroker) -> None:
     past = (datetime.now(UTC) - timedelta(hours=1)).isoformat()
     for value in {**TEXTS, **NO_TEXTS}.values():
         deployment.put_raw({"expires": past}, message_id=value)

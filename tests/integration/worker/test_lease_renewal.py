@@ -266,7 +266,7 @@ class TestWhenTheOwnerEnds:
         assert len(deployment.starts("last.early.long", result)) == 1
 
     @pytest.mark.parametrize("pool", ["prefork", "gevent"])
-    def test_a_body_that_celery_cancels_because_its_connection_broke_runs_again_at_once(
+    def test_a_body_cancelled_after_a_broken_connection_runs_again_at_once(
         self, deploy: Callable[..., TwoWorkers], pool: Pool
     ) -> None:
         deployment = deploy(worker_cancel_long_running_tasks_on_connection_loss=True)

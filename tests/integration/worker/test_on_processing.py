@@ -30,9 +30,7 @@ def test_a_copy_is_held_until_its_message_has_ended(shared_worker: SharedWorker,
 
     assert first.get(timeout=TIMEOUT) == "value"
     assert copy.get(timeout=TIMEOUT) == "value"
-    row = shared_worker.wait_for_row("busy.hold", m, lambda row: row.duplicates == 1)
-    assert (row.processed_status, row.token) == (SUCCESS, 1)
-    assert len(shared_worker.starts("busy.hold", m)) == 1
+    shared_worker.assert_done("busy.hold", m, SUCCESS, starts=1, token=1, duplicates=1)
 
 
 def test_a_copy_is_held_as_often_as_it_takes(shared_worker: SharedWorker) -> None:

@@ -108,7 +108,9 @@ def replays_a_duplicate_in_a_chain(worker: SharedWorker) -> None:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("pool", "broker", "store_url"), COVER, indirect=["broker", "store_url"])
-def test_the_promises_hold(spec: AppSpec, open_app: OpenApp, start_worker: StartWorker, pool: Pool) -> None:
+def test_each_pool_broker_and_store_keeps_the_promises(
+    spec: AppSpec, open_app: OpenApp, start_worker: StartWorker, pool: Pool
+) -> None:
     spec = replace(spec, tasks=(*spec.tasks, "tests.support.apps.outcomes"))
     worker = SharedWorker(spec, open_app(spec), start_worker(spec, pool=pool, concurrency=2))
     try:

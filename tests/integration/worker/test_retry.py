@@ -100,8 +100,7 @@ def test_when_retries_are_used_up_the_row_fails(shared_worker: SharedWorker, own
     assert len(shared_worker.starts("give_up", m)) == 3
     row = shared_worker.row("give_up", m)
     assert (row.status, row.processed_status, row.attempt, row.token) == (Status.DONE, FAILURE, 2, 3)
-    assert row.error is not None
-    assert error.__name__ in row.error
+    assert error.__name__ in str(row.error)
     assert row.message is not None, "a failed message is kept, so that it can be sent again"
 
 
@@ -153,5 +152,4 @@ def test_a_retry_that_cannot_be_published_fails_the_row(shared_worker: SharedWor
     if CELERY >= (5, 7):
         assert isinstance(result.get(timeout=TIMEOUT, propagate=False), Reject)
     assert (row.processed_status, row.attempt) == (FAILURE, 0)
-    assert row.error is not None
-    assert "JSON" in row.error
+    assert "JSON" in str(row.error)

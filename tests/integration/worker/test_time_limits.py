@@ -33,8 +33,7 @@ def test_the_soft_limit_is_a_failure(shared_worker: SharedWorker) -> None:
     assert isinstance(result.get(timeout=TIMEOUT, propagate=False), SoftTimeLimitExceeded)
     row = shared_worker.row("soft", m)
     assert (row.status, row.processed_status, row.token) == (Status.DONE, FAILURE, 1)
-    assert row.error is not None
-    assert "SoftTimeLimitExceeded" in row.error
+    assert "SoftTimeLimitExceeded" in str(row.error)
     assert len(shared_worker.starts("soft", m)) == 1
 
 
@@ -56,8 +55,7 @@ def test_the_hard_limit_is_a_failure(shared_worker: SharedWorker, task: str) -> 
     assert isinstance(result.get(timeout=TIMEOUT, propagate=False), TimeLimitExceeded)
     row = shared_worker.wait_until_done(task, m)
     assert (row.processed_status, row.token, row.lease_expires_at) == (FAILURE, 1, None)
-    assert row.error is not None
-    assert "TimeLimitExceeded" in row.error
+    assert "TimeLimitExceeded" in str(row.error)
     # It is not left for a copy to be run again.
     copy = shared_worker.deliver(task, (flag,), message_id=m, task_id=result.id)
     shared_worker.wait_for_row(task, m, lambda row: row.duplicates == 1)
@@ -65,7 +63,7 @@ def test_the_hard_limit_is_a_failure(shared_worker: SharedWorker, task: str) -> 
     assert len(shared_worker.starts(task, m)) == 1
 
 
-def test_the_hard_limit_gives_a_message_back_that_is_not_acknowledged_on_timeout(shared_worker: SharedWorker) -> None:
+def test_the_hard_limit_gives_an_unacknowledged_message_back(shared_worker: SharedWorker) -> None:
     m = unique()
 
     result = shared_worker.task("hard.late.unacknowledged").apply_async((shared_worker.path("flag"),), message_id=m)
@@ -100,7 +98,7 @@ def locked_until_the_limit_strikes(store_url: str, worker: WorkerProcess) -> Ite
 @pytest.mark.parametrize("acks_late", [False, True])
 @pytest.mark.parametrize("broker", ["redis"], indirect=True)
 @pytest.mark.parametrize("store_url", ["postgresql"], indirect=True)
-def test_the_soft_limit_does_not_strike_a_message_that_waits_for_its_claim(
+def test_the_soft_limit_spares_a_message_waiting_for_its_claim(
     spec: AppSpec, open_app: OpenApp, start_worker: StartWorker, store_url: str, ledger: Ledger, acks_late: bool
 ) -> None:
     spec = replace(spec, settings={**spec.settings, "task_acks_late": acks_late})

@@ -23,7 +23,7 @@ on_sqlite = pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
 
 @on_redis
 @on_sqlite
-def test_what_was_recorded_is_completed_and_new_calls_are_not_recorded(
+def test_recorded_messages_complete_and_new_calls_are_not_recorded(
     spec: AppSpec, open_app: OpenApp, start_worker: StartWorker, ledger: Ledger
 ) -> None:
     spec = replace(spec, tasks=("tests.support.apps.generic", "tests.support.apps.outcomes"))

@@ -40,7 +40,7 @@ def test_map_starmap_and_chunks_run_each_of_their_items(shared_worker: SharedWor
         assert shared_worker.find("add", result.id) is None
 
 
-def test_a_task_that_another_one_calls_as_a_function_has_a_request_of_its_own(shared_worker: SharedWorker) -> None:
+def test_a_task_called_as_a_function_has_its_own_request(shared_worker: SharedWorker) -> None:
     m = unique()
 
     result = shared_worker.task("calls_another").apply_async((m,), message_id=m)
@@ -52,7 +52,7 @@ def test_a_task_that_another_one_calls_as_a_function_has_a_request_of_its_own(sh
     assert shared_worker.find("tells_request", result.id) is None
 
 
-def test_a_body_that_calls_its_own_task_as_a_function_is_one_run(shared_worker: SharedWorker) -> None:
+def test_a_body_calling_its_own_task_is_one_run(shared_worker: SharedWorker) -> None:
     m = unique()
 
     result = shared_worker.task("factorial").apply_async((5,), message_id=m)

@@ -21,13 +21,12 @@ def test_an_early_acknowledged_message_fails(shared_worker: SharedWorker) -> Non
 
     row = shared_worker.wait_until_done("die.early", m)
     assert (row.processed_status, row.token, row.lease_expires_at) == (FAILURE, 1, None)
-    assert row.error is not None
-    assert row.error.startswith("abandoned")
+    assert str(row.error).startswith("abandoned")
     assert isinstance(result.get(timeout=TIMEOUT, propagate=False), WorkerLostError)
     assert len(shared_worker.starts("die.early", m)) == 1
 
 
-def test_a_result_that_a_lost_process_could_not_store_any_more_is_stored_for_it(shared_worker: SharedWorker) -> None:
+def test_a_lost_processs_result_is_stored_for_it(shared_worker: SharedWorker) -> None:
     m = unique()
 
     result = shared_worker.task("die.unstored").apply_async(message_id=m)
@@ -58,8 +57,7 @@ def test_a_rejected_message_that_must_not_run_twice_fails(shared_worker: SharedW
 
     row = shared_worker.wait_until_done("die.late.rejected.fail", m)
     assert (row.processed_status, row.token) == (FAILURE, 1)
-    assert row.error is not None
-    assert row.error.startswith("abandoned")
+    assert str(row.error).startswith("abandoned")
     assert type(result.get(timeout=TIMEOUT, propagate=False)).__name__ == "AlreadyFailedError"
     assert len(shared_worker.starts("die.late.rejected.fail", m)) == 1
 

@@ -150,7 +150,7 @@ def _that_end_otherwise(app: Celery, late: dict[str, Any], ledger: Ledger) -> No
 
 
 def _mortal(ledger: Ledger) -> None:
-    """Have the worker that this becomes, if it becomes one, die as it is told."""
+    """Make this process die at the named point, if it becomes a worker."""
 
     @signals.worker_init.connect(weak=False)
     def arm(**_: Any) -> None:

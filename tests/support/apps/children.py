@@ -31,7 +31,7 @@ def register(app: Celery, *, base: type[Task], ledger: Ledger) -> None:
     _deaths(app)
 
     def child(self: Task, *heard: Any) -> Any:
-        """Note what it was told last."""
+        """Note its last argument."""
         ledger.note("end", self, detail=heard[-1])
         return heard[-1]
 
@@ -79,7 +79,7 @@ def _parents(app: Celery, base: type[Task], ledger: Ledger) -> None:
             return [result.id for result in made]
 
     def outlived(name: str, body: Callable[..., Any], **options: Any) -> None:
-        # What is known of a dead process is acted on at once: nobody waits for this lease.
+        # A dead process is handled at once, before its lease ends.
         app.task(body, base=base, bind=True, name=name, lease=3600, acks_late=True, max_retries=None, **options)
 
     outlived("parent", parent, reject_on_worker_lost=True)
@@ -111,7 +111,7 @@ Kind = Callable[[Celery, str, bool], list[Any]]
 
 
 def _reordered(app: Celery, name: str, dies: bool) -> list[Any]:
-    """Call two children; the second time the other way round, behind one more."""
+    """Call two children; the second time in the other order, after one more."""
     names = [f"{name}:1", f"{name}:2"] if dies else [f"{name}:more", f"{name}:2", f"{name}:1"]
     return [app.tasks["child"].delay(each) for each in names]
 

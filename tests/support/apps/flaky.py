@@ -1,4 +1,4 @@
-"""Tasks that fail the first time, for whoever has them run again."""
+"""Tasks that fail the first time, to be run again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tasks that most tests can do with; each notes in the ledger when its body starts and ends."""
+"""Tasks for most tests; each notes in the ledger when its body starts and ends."""
 
 from __future__ import annotations
 

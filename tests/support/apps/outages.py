@@ -1,4 +1,4 @@
-"""Tasks that are under way when something happens, and then end as they were told."""
+"""Tasks that wait for a file and then end as their arguments say."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ __all__ = ["register"]
 
 
 def first(flag: str) -> bool:
-    """Return whether nobody asked before."""
+    """Return whether this is the first time."""
     try:
         Path(flag).touch(exist_ok=False)
     except FileExistsError:
@@ -124,7 +124,7 @@ def _exceptions(app: Celery, base: type[Task], ledger: Ledger) -> None:
 def _replacements(app: Celery, base: type[Task], ledger: Ledger) -> None:
     @app.task(base=Task, bind=True, name="plain_add")
     def plain_add(self: Task, left: int, right: int) -> int:
-        """Return a task of Celery's own class beside the guarded ones."""
+        """Return a task of Celery's own class, among the guarded ones."""
         with ledger.run(self):
             return left + right
 
@@ -245,7 +245,7 @@ def _losses(app: Celery, base: type[Task], ledger: Ledger) -> None:
             return "survived"
 
     def losing(name: str, **options: Any) -> None:
-        # A lease that nobody waits for: what is known is acted on at once.
+        # This lease is never waited for: a lost worker is handled at once.
         app.task(die, base=base, bind=True, name=name, lease=3600, **options)
 
     @app.task(base=base, bind=True, name="die.unstored", lease=3600)

@@ -1,4 +1,4 @@
-"""Tasks for a database behind a pooler: some last longer than their lease, and so are renewed by statements of another connection."""
+"""Tasks for a database behind a pooler. Some outlast their lease, so another connection renews it."""
 
 from __future__ import annotations
 

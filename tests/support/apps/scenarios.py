@@ -67,7 +67,7 @@ def register(app: Celery, *, base: type[Task], ledger: Ledger) -> None:
 
     @app.task(base=base, bind=True, name="quiet", ignore_result=True)
     def quiet(self: Task, key: str, gate: str | None = None) -> None:
-        """Its result is kept for nobody."""
+        """Return a value; the result is not kept."""
         run(self, key, gate)
 
     @app.task(base=base, bind=True, name="receive")

@@ -1,4 +1,4 @@
-"""A worker to which an outage of two seconds is a long one: ``celery -A tests.support.apps.short_waits worker``."""
+"""An app for which two seconds are a long outage: ``celery -A tests.support.apps.short_waits worker``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def shorten_waits(set_attribute: Callable[[Any, str, Any], object]) -> None:
 
 
 def __getattr__(name: str) -> Any:
-    # Celery asks for `app`; whoever only wants the function has none.
+    # Celery asks for `app`; other importers need only the function.
     if name == "app":
         shorten_waits(setattr)
         from tests.support.apps.worker import app

@@ -99,7 +99,7 @@ OpenApp = Callable[[AppSpec], Celery]
 
 
 def close_app(app: Celery) -> None:
-    """Close whatever an app of this process has opened: to the store, the result backend and the broker."""
+    """Close all connections of an app in this process: to the store, the result backend and the broker."""
     if "queue_log" in vars(app):
         app.queue_log.close()
     if app.conf.result_backend.startswith("redis"):

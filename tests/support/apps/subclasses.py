@@ -25,7 +25,7 @@ HOOKS = (
 
 
 class Noting:
-    """A mixin that notes each of its hooks in a file beside the ledger, which makes it visible that they were called."""
+    """A mixin that notes each call of its hooks in a file next to the ledger."""
 
     ledger: Ledger
     name: str

@@ -1,4 +1,4 @@
-"""Has the spans of a process written to the file that an environment variable names, with Celery's own beside those of our hook."""
+"""Write a process's spans, Celery's and our hook's, to the file that an environment variable names."""
 
 from __future__ import annotations
 

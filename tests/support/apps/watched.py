@@ -1,4 +1,4 @@
-"""What the tests point Flower at, and its workers: ``celery -A tests.support.apps.watched flower``."""
+"""The app for Flower and its workers: ``celery -A tests.support.apps.watched flower``."""
 
 from __future__ import annotations
 

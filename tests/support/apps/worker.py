@@ -1,4 +1,4 @@
-"""What a worker process of the tests is pointed at: ``celery -A tests.support.apps.worker worker``."""
+"""The app of the tests' workers: ``celery -A tests.support.apps.worker worker``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A MariaDB of one's own."""
+"""A private MariaDB."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A PgBouncer of one's own, in transaction pooling: each transaction of a client gets whichever connection is free."""
+"""A private PgBouncer in transaction pooling: each transaction gets any free connection."""
 
 from __future__ import annotations
 

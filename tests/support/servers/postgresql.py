@@ -1,4 +1,4 @@
-"""A PostgreSQL of one's own."""
+"""A private PostgreSQL."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A server of one's own: on a free port, its data in a directory of its own, gone without a trace when it is closed."""
+"""A private server: on a free port, with its own data directory, removed when it is closed."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ def _account(name: str) -> str | None:
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on, outside the range that outgoing connections are given."""
+    """Return a free port, outside the range of outgoing connections."""
     while True:
         port = random.randint(20_000, 32_000)
         with socket.socket() as probe:

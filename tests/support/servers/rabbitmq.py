@@ -1,4 +1,4 @@
-"""A RabbitMQ of one's own."""
+"""A private RabbitMQ."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Redis of one's own."""
+"""A private Redis."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Redis Cluster of one's own: some masters, without replicas."""
+"""A private Redis Cluster: some masters, without replicas."""
 
 from __future__ import annotations
 

@@ -30,14 +30,14 @@ class TestATable:
         lines = list(table([{"id": "订单", "n": 1}, {"id": "e\u0301", "n": 2}, {"id": "abcd", "n": 3}], ("id", "n")))
         assert [columns_taken(line[: line.rindex(" ")]) for line in lines] == [5, 5, 5, 5]
 
-    def test_of_nothing(self) -> None:
+    def test_an_empty_table_says_no_rows(self) -> None:
         assert table([], ("id",)) == ["no rows"]
 
     def test_a_line_break_in_an_id_is_not_one_in_the_table(self) -> None:
         assert table([{"id": "a\nb"}], ("id",)) == ["id", "a\\nb"]
 
 
-def test_sheets_stand_apart() -> None:
+def test_sheets_are_separated_by_a_line() -> None:
     assert list(sheets([{"id": "a", "status": None}, {"id": "b", "status": 0}])) == [
         "id      a",
         "status  -",
@@ -56,11 +56,11 @@ def test_sheets_stand_apart() -> None:
         ("backwards \u202e", "backwards \\u202e"),
     ],
 )
-def test_what_would_move_the_cursor_is_escaped(text: str, shown: str) -> None:
+def test_control_characters_are_escaped(text: str, shown: str) -> None:
     assert printable(text) == shown
 
 
-def test_what_the_terminal_cannot_show_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unencodable_characters_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
     assert printable("é") == "\\xe9"
 

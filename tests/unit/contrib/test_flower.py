@@ -71,7 +71,7 @@ def told(
     return [(alarm.level, alarm.what) for alarm in alarms(seen, rows, waiting, Settings())]
 
 
-def test_where_nothing_is_wrong_there_is_no_alarm() -> None:
+def test_a_healthy_log_raises_no_alarm() -> None:
     assert told(rows=[failed(before(hours=2))], waiting=[replace(ROW, created_timestamp=before(seconds=299))]) == []
     assert told(LogHealth(NOW, lapsed_since=before(seconds=4), unsent_since=before(seconds=4))) == []
 
@@ -80,7 +80,7 @@ def test_where_nothing_is_wrong_there_is_no_alarm() -> None:
     ("since", "level"),
     [(before(seconds=6), "warning"), (before(seconds=149), "warning"), (before(seconds=151), "danger")],
 )
-def test_what_recovery_should_have_done_is_a_danger_once_it_had_five_steps_for_it(since: datetime, level: str) -> None:
+def test_overdue_messages_are_a_danger_after_five_passes(since: datetime, level: str) -> None:
     assert told(LogHealth(NOW, lapsed_since=since), lapsed=(ROW,)) == [
         (level, "1 message whose worker died is not taken over")
     ]
@@ -89,14 +89,14 @@ def test_what_recovery_should_have_done_is_a_danger_once_it_had_five_steps_for_i
     ]
 
 
-def test_what_fails_now_is_a_danger_and_what_failed_before_a_warning() -> None:
+def test_new_failures_are_a_danger_and_old_ones_a_warning() -> None:
     assert told(rows=[failed(before(minutes=14))]) == [("danger", "1 message has failed within the last hour")]
     assert told(rows=[failed(before(minutes=16)), failed(before(minutes=59)), failed(before(minutes=61))]) == [
         ("warning", "2 messages have failed within the last hour")
     ]
 
 
-def test_failures_are_told_by_their_kinds() -> None:
+def test_failures_are_counted_by_kind() -> None:
     rows = [
         failed(before(minutes=1)),
         failed(before(minutes=2), "shop.errors.DeclinedError: no"),
@@ -111,7 +111,7 @@ def test_failures_are_told_by_their_kinds() -> None:
     assert [is_abandoned(row) for row in rows] == [False, False, False, True]
 
 
-def test_a_backlog_is_told_by_its_oldest_message_and_comes_after_what_is_worse() -> None:
+def test_a_backlog_names_its_oldest_message_and_comes_last() -> None:
     late = replace(ROW, created_timestamp=before(minutes=6))
 
     assert told(waiting=[ROW, late], rows=[failed(before(minutes=1))]) == [
@@ -138,11 +138,11 @@ def test_a_backlog_is_told_by_its_oldest_message_and_comes_after_what_is_worse()
         (40 * 86_400 + 7200, "40 d"),
     ],
 )
-def test_a_span_is_told_in_its_largest_units(seconds: float, text: str) -> None:
+def test_a_duration_is_shown_in_its_largest_units(seconds: float, text: str) -> None:
     assert span(seconds) == text
 
 
-def test_a_moment_is_told_by_its_distance_and_shown_exactly() -> None:
+def test_a_time_is_shown_relative_and_exact() -> None:
     moment = datetime(2026, 11, 25, 3, 57, tzinfo=UTC).astimezone()
 
     assert ago(moment, NOW) == (
@@ -216,7 +216,7 @@ def test_it_listens_to_a_state_once_and_passes_everything_on(event_log: Heard) -
     assert len(event_log.of(KEY)) == 1
 
 
-def test_duplicates_are_known_by_their_rows_and_by_what_was_heard_the_latest_first(event_log: Heard) -> None:
+def test_duplicates_come_from_rows_and_events_latest_first(event_log: Heard) -> None:
     rows = (
         replace(ROW, duplicates=2, processed_timestamp=before(days=1)),
         replace(ROW, key=MessageKey("order:2", "charge"), duplicates=1, processed_timestamp=before(days=2)),

@@ -1,4 +1,4 @@
-"""The two decisions: every line of their tables under its own words, and what holds whatever the row."""
+"""The two decisions: every line of their tables by its name, and what holds for every row."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ CALLS: dict[str, list[CallCase]] = {
         (succeeded(expires_at=NOW), CALL, RAISE_DUPLICATES, CallAction.RECORD),
         (failed(expires_at=ago(1)), CALL, RAISE_DUPLICATES, CallAction.RECORD),
         (failed(expires_at=ago(1)), IN_CANVAS, RESUBMIT, CallAction.RECORD),
-        # The id is free, so whoever had it before is nobody to differ from.
+        # The id is free, so its former message does not count.
         (succeeded(expires_at=ago(1), fingerprint=TWO), CALL, RAISE_DUPLICATES, CallAction.RECORD),
     ],
     "there, same fingerprint, nothing else waits on this call": [
@@ -229,7 +229,7 @@ MORE_CALLS: dict[str, list[CallCase]] = {
         (failed(**NEVER_BEGAN, error="revoked"), Call(ONE, repeated=True), RESUBMIT, CallAction.RETURN_FIRST),
     ],
     "the same call, made by an earlier run of the body": [
-        # The body that is run again is nobody's duplicate, and has called what failed already.
+        # The body that runs again is no duplicate, and has already made the call that failed.
         (there, REPEATED, policy, CallAction.RETURN_FIRST)
         for there in (pending(worker="host:1"), processing(), recovery_point(), succeeded(), failed())
         for policy in (SKIP_DUPLICATES, RAISE_DUPLICATES, RESUBMIT)
@@ -247,7 +247,7 @@ MORE_CALLS: dict[str, list[CallCase]] = {
 
 
 @pytest.mark.parametrize("words", [*CALLS, *MORE_CALLS])
-def test_call(words: str) -> None:
+def test_decide_call_follows_the_table(words: str) -> None:
     for there, call, policy, expected in (CALLS | MORE_CALLS)[words]:
         assert decide_call(there, call, policy) is expected, (there, call, policy)
 
@@ -419,7 +419,7 @@ MORE_DELIVERIES: dict[str, list[DeliveryCase]] = {
         (processing(), DISCARDED, RERUN, DeliveryDecision(DeliveryAction.FORBID)),
         (recovery_point(), DISCARDED, RERUN, DeliveryDecision(DeliveryAction.FORBID)),
         (processing(), OF_A_COPY, RERUN, SKIP),
-        # The owner goes on, and copies are held behind it.
+        # The owner goes on, and copies wait for it.
         (processing(error="revoked"), SAME, RERUN, hold(40)),
     ],
     "processing, lease expired, and the delivery was revoked or has expired, or one before it": [
@@ -470,7 +470,7 @@ MORE_DELIVERIES: dict[str, list[DeliveryCase]] = {
         (succeeded(result=None, error="ignored"), SAME, DEFAULT, SKIP),
         (succeeded(result=None, error="ignored"), COPY, DEFAULT, SKIP),
         (succeeded(result=None, error="replaced"), SAME, DEFAULT, SKIP),
-        # Its result comes under the first id; whoever waits under another one gets it from there.
+        # Its result is under the first id; callers with another id read it there.
         (succeeded(result=None, error="replaced"), COPY, DEFAULT, REPLAY),
     ],
     "processing, lease expired, taken over too often before (a poison message)": [
@@ -484,7 +484,7 @@ MORE_DELIVERIES: dict[str, list[DeliveryCase]] = {
 
 
 @pytest.mark.parametrize("words", [*DELIVERIES, *MORE_DELIVERIES])
-def test_delivery(words: str) -> None:
+def test_decide_delivery_follows_the_table(words: str) -> None:
     for there, delivery, policy, expected in (DELIVERIES | MORE_DELIVERIES)[words]:
         assert decide_delivery(there, delivery, policy) == expected, (there, delivery, policy)
 
@@ -522,12 +522,12 @@ def test_every_action_stands_in_a_table() -> None:
         pytest.param(pending(token=1), CallAction.RETURN_FIRST, CLAIM, id="done/failure --requeue--> pending"),
     ],
 )
-def test_state(there: Row | None, call: CallAction, delivery: DeliveryDecision) -> None:
+def test_state_follows_the_table(there: Row | None, call: CallAction, delivery: DeliveryDecision) -> None:
     assert decide_call(there, CALL, SKIP_DUPLICATES) is call
     assert decide_delivery(there, SAME, DEFAULT) == delivery
 
 
-# -- whatever the row --------------------------------------------------------------------------------------------------
+# -- any row --------------------------------------------------------------------------------------------------
 
 # Seconds before and after the moment at which a row is read; the moment itself is what boundaries are made of.
 offsets = st.sampled_from([-1e6, -301.0, -30.0, -1.0, -0.001, 0.0, 0.001, 1.0, 30.0, 301.0, 1e6]) | st.floats(-1e6, 1e6)
@@ -596,7 +596,7 @@ def test_every_call_is_decided(there: Row | None, call: Call, policy: CallPolicy
     match action:
         case CallAction.RETURN_FIRST | CallAction.RAISE_DUPLICATE:
             assert (action is CallAction.RETURN_FIRST) == (policy.on_duplicate == "skip")
-            assert not call.canvas  # else whatever waits on this call would wait for ever
+            assert not call.canvas  # else what waits on this call would wait for ever
         case CallAction.PUBLISH_AGAIN:
             assert there is not None
             assert there.status is Status.PENDING
@@ -680,7 +680,7 @@ def test_a_mismatch_is_never_run(there: Row, delivery: Delivery, policy: Deliver
 
 @anything
 @given(rows, deliveries, delivery_policies)
-def test_what_is_not_compared_does_not_mismatch(there: Row, delivery: Delivery, policy: DeliveryPolicy) -> None:
+def test_an_absent_fingerprint_never_mismatches(there: Row, delivery: Delivery, policy: DeliveryPolicy) -> None:
     for one, other in (
         (replace(there, fingerprint=None), delivery),
         (there, replace(delivery, fingerprint=None)),
@@ -691,7 +691,7 @@ def test_what_is_not_compared_does_not_mismatch(there: Row, delivery: Delivery, 
 
 @anything
 @given(rows, deliveries, delivery_policies)
-def test_nobody_who_waits_is_left_waiting(there: Row, delivery: Delivery, policy: DeliveryPolicy) -> None:
+def test_every_waiting_caller_gets_an_answer(there: Row, delivery: Delivery, policy: DeliveryPolicy) -> None:
     """A delivery whose result somebody awaits is dropped only where that result comes, or came, from elsewhere."""
     delivery = replace(delivery, awaited=True, result_ready=False)
     if decide_delivery(there, delivery, policy) != SKIP:
@@ -713,7 +713,7 @@ def test_nobody_who_waits_is_left_waiting(there: Row, delivery: Delivery, policy
     st.floats(0.001, 1e6),
     st.sampled_from([Status.PENDING, Status.PROCESSING]),
 )
-def test_a_hold_ends(
+def test_a_hold_has_a_longest_time(
     there: Row, delivery: Delivery, policy: DeliveryPolicy, available: float, left: float, status: Status
 ) -> None:
     """The copy that comes back after the delay is not held again when nothing moved meanwhile."""

@@ -1,4 +1,4 @@
-"""A process is not forked in the midst of what its threads do, and not kept from it for ever."""
+"""A process does not fork while its threads hold a lock, and does not wait for ever."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def in_child(status: int = 0) -> int:
 
 
 def hold(seconds: float) -> threading.Thread:
-    """Return a thread that is in the midst of something for so long."""
+    """Return a thread that holds the lock for so long."""
     begun = threading.Event()
 
     def work() -> None:

@@ -1,4 +1,4 @@
-"""Structured log lines: one record per outcome, its fields beside its text, whatever formats them."""
+"""Structured log lines: one record per outcome, with its fields and its text, for any formatter."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _PLAIN = set(vars(logging.makeLogRecord({})))
 
 
 class JsonLines(logging.Formatter):
-    """As the formatters for JSON do it: whatever a record has that it does not always have."""
+    """Return a record's extra fields, as formatters for JSON do."""
 
     def format(self, record: logging.LogRecord) -> str:
         extra = {name: value for name, value in vars(record).items() if name not in _PLAIN}
@@ -93,7 +93,7 @@ def test_every_outcome_can_be_logged_with_every_field(lines: io.StringIO, kind: 
 
 
 @pytest.mark.parametrize("kind", ["abandoned", "lease_lost", "mismatched", "recovered", "taken_over", "unguarded"])
-def test_what_somebody_should_look_at_is_a_warning(lines: io.StringIO, kind: str) -> None:
+def test_outcomes_that_need_attention_are_warnings(lines: io.StringIO, kind: str) -> None:
     hook(Outcome(kind=OutcomeKind(kind), task_name="t", message_id="m"))
     assert [line["level"] for line in read(lines)] == ["WARNING"]
 

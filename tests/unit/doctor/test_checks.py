@@ -114,7 +114,7 @@ LOCAL = replace(HEALTHY, broker=replace(HEALTHY.broker, local=True))
         # What was not asked, and what is made on first use.
         store(configuration=None, condition=None),
         store(configuration={}, condition=None, there=False),
-        # A lost process that nobody is told of; results that nobody waits for.
+        # A lost process that is not reported; results without a reader.
         app(result_backend=False, tasks=tuple(replace(each, awaited=False) for each in TASKS)),
         task(track_started=True, awaited=False),
         # Limits of bodies whose messages are acknowledged before.
@@ -227,7 +227,7 @@ SICK = [
 
 
 @pytest.mark.parametrize("sick", SICK, ids=lambda sick: f"{sick.code}: {sick.says}")
-def test_what_is_wrong_is_found_and_nothing_else(sick: Provoked) -> None:
+def test_each_fault_gives_its_finding_alone(sick: Provoked) -> None:
     (found,) = findings(sick.facts)
     assert (found.code, found.tasks) == (sick.code, sick.tasks)
     assert sick.says in found.what
@@ -256,5 +256,5 @@ def test_errors_come_first() -> None:
     assert severities == [Severity.ERROR, Severity.WARNING, Severity.WARNING]
 
 
-def test_what_is_at_stake_is_one_sentence() -> None:
+def test_each_finding_says_its_stakes_in_one_sentence() -> None:
     assert [stake for _, stake in CODES.values() if stake.count(". ") or not stake.endswith(".")] == []

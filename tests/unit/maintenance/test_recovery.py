@@ -175,7 +175,7 @@ class TestLeasesThatRanOut:
             "task_id": "id-order:1",
             "fingerprint": "f" * 64,
         }
-        # Whoever gets it decides: it is nobody's yet.
+        # The worker that gets it decides; it has no owner yet.
         assert shop.row(key).status is Status.PROCESSING
 
     def test_once_for_each_lease_that_ran_out(self, shop: Shop) -> None:
@@ -188,7 +188,7 @@ class TestLeasesThatRanOut:
         shop.store.expire(again.claim)
         assert shop.step().taken_back == 1
 
-    def test_what_nobody_takes_is_published_with_growing_pauses(self, shop: Shop) -> None:
+    def test_unclaimed_messages_are_published_with_growing_pauses(self, shop: Shop) -> None:
         key = shop.lapsed()
         tick, at = LOST_AFTER, []
         for number in range(40):
@@ -210,9 +210,7 @@ class TestLeasesThatRanOut:
         shop.age(86400 + 60, key)
         assert shop.step().taken_back == 1
 
-    def test_rows_of_a_task_that_is_not_ours_do_not_keep_ours_from_being_recovered(
-        self, shop: Shop, small_batches: None
-    ) -> None:
+    def test_foreign_rows_do_not_block_recovery(self, shop: Shop, small_batches: None) -> None:
         for number in range(7):
             shop.lapsed(f"theirs:{number}", task="another.app")
         for number in range(5):
@@ -240,8 +238,7 @@ class TestLeasesThatRanOut:
             assert shop.step() == Recovered()
         row = shop.row(key)
         assert (row.status, row.processed_status) == (Status.DONE, ProcessedStatus.FAILURE)
-        assert row.error is not None
-        assert row.error.startswith("abandoned")
+        assert str(row.error).startswith("abandoned")
 
     def test_a_message_that_cannot_be_published_does_not_keep_others_back(
         self, shop: Shop, caplog: pytest.LogCaptureFixture
@@ -252,7 +249,7 @@ class TestLeasesThatRanOut:
         with caplog.at_level(logging.CRITICAL, logger="celery_idempotent"):
             assert shop.step().taken_back == 1
         assert shop.published() == ["behind it"]
-        # It is tried again: whoever reads the log may open that queue.
+        # It is tried again: a reader of the log may open that queue.
         shop.app.amqp.queues.add("closed-down")
         assert shop.row(stuck).published_at is None
         assert shop.step().taken_back == 1
@@ -263,7 +260,7 @@ class TestLeasesThatRanOut:
         shop.step()
         assert [message.headers["ignore_result"] for message in shop.messages()] == [ignored]
 
-    def test_what_a_worker_noted_of_a_delivery_is_not_sent_on(self, shop: Shop) -> None:
+    def test_a_deliverys_notes_are_not_published(self, shop: Shop) -> None:
         """The message of a producer without this library is kept with all that its first delivery said."""
         shop.lapsed(options={"redelivered": True, "is_eager": False, "priority": 4})
         shop.step()
@@ -303,7 +300,7 @@ class TestMessagesNeverPublished:
 class TestMessagesLostByTheBroker:
     """A pending row is presumed lost when a message recorded so much later on its queue was claimed."""
 
-    def test_what_was_overtaken_is_published(self, shop: Shop) -> None:
+    def test_an_overtaken_message_is_published(self, shop: Shop) -> None:
         lost = shop.pending("lost")
         shop.age(LOST_AFTER + 1, lost)
         shop.consumed(shop.done("later"))
@@ -345,7 +342,7 @@ class TestMessagesLostByTheBroker:
         shop.consumed(shop.done("later"))
         assert shop.step() == Recovered()
 
-    def test_what_is_not_due_was_not_overtaken(self, shop: Shop) -> None:
+    def test_a_message_not_due_yet_is_not_overtaken(self, shop: Shop) -> None:
         key = shop.pending(delay=LOST_AFTER)
         shop.age(LOST_AFTER + 60, key)
         shop.consumed(shop.done("later"))
@@ -354,7 +351,7 @@ class TestMessagesLostByTheBroker:
         shop.age(LOST_AFTER, key)
         assert shop.step().lost == 1
 
-    def test_what_is_lost_again_is_published_with_growing_pauses(self, shop: Shop) -> None:
+    def test_a_message_lost_again_is_published_with_growing_pauses(self, shop: Shop) -> None:
         lost = shop.pending()
         shop.age(LOST_AFTER + 1, lost)
         shop.consumed(shop.done("later"))
@@ -367,7 +364,7 @@ class TestMessagesLostByTheBroker:
         pauses = [later - earlier for earlier, later in pairwise(at)]
         assert all(pause >= sum(pauses[:number]) for number, pause in enumerate(pauses))
 
-    def test_the_lost_retry_of_an_old_message_does_not_pause_for_its_age(self, shop: Shop) -> None:
+    def test_an_old_messages_lost_retry_pauses_as_a_new_one(self, shop: Shop) -> None:
         claim = shop.claimed("old")
         shop.age(7200, claim.key)
         key = claim.key
@@ -401,7 +398,7 @@ class TestOnDemand:
         assert Rescue.of(shop.app.queue_log).publish_waiting(0.0) == 7
         assert sorted(shop.published()) == sorted(names)
 
-    def test_what_cannot_be_published_is_passed_over(self, shop: Shop, small_batches: None) -> None:
+    def test_an_unpublishable_message_is_skipped(self, shop: Shop, small_batches: None) -> None:
         for number in range(5):
             shop.pending(f"theirs:{number}", task="another.app")
         shop.pending("ours")
@@ -411,7 +408,7 @@ class TestOnDemand:
 
 
 class TestPurge:
-    def test_what_is_not_done_or_not_old_stays(self, shop: Shop) -> None:
+    def test_unfinished_and_recent_rows_stay(self, shop: Shop) -> None:
         old = [shop.done("done"), shop.pending("pending"), shop.claimed("running").key]
         failed = shop.claimed("failed")
         shop.store.fail(failed, error="no")
@@ -444,7 +441,7 @@ class TestPurge:
         assert purge(older_than=RETENTION, limit=10) >= 3
 
 
-def test_a_step_on_an_empty_log_costs_three_statements_and_two_whatever_the_queues(shop: Shop) -> None:
+def test_a_pass_on_an_empty_log_costs_few_statements(shop: Shop) -> None:
     shop.store.counts()  # a process looks at its table once
     statements: list[str] = []
 
@@ -475,7 +472,7 @@ def test_of_thousands_of_queues_those_seen_last_are_kept_in_mind(shop: Shop) -> 
     assert keys[-1] == MessageKey("again", TASK)
 
 
-def test_what_a_rate_limit_keeps_back_is_not_overtaken_by_others(shop: Shop) -> None:
+def test_rate_limited_messages_are_not_overtaken(shop: Shop) -> None:
     @shop.app.task(name="limited", base=IdempotentTask, shared=False, rate_limit="1/m")
     def limited() -> None: ...
 
@@ -506,7 +503,7 @@ def test_a_large_message_is_read_when_its_turn_has_come(shop: Shop) -> None:
     assert sorted(message.decode()[0] for message in shop.messages()) == [[large], [large]]
 
 
-def test_waiting_messages_of_a_task_that_is_turned_off_are_left_to_be_named(shop: Shop) -> None:
+def test_messages_of_a_task_turned_off_are_only_named(shop: Shop) -> None:
     @shop.app.task(name="off", base=IdempotentTask, shared=False, idempotent=False)
     def off() -> None: ...
 

@@ -251,7 +251,7 @@ def reordered(value: Any) -> Any:
         pytest.param(Path("a/b"), Path("a") / "b", id="path"),
     ],
 )
-def test_one_value(one: object, other: object) -> None:
+def test_equal_values_have_one_form(one: object, other: object) -> None:
     assert canonical(one) == canonical(other)
     assert fingerprint(one) == fingerprint(other)
 
@@ -371,7 +371,7 @@ def test_other_values_give_other_forms() -> None:
 
 
 def told_apart(value: Any) -> Any:
-    """Return what a value is, by an account of its own: equal for values that are one, hashable, with its type beside it."""
+    """Return a value's identity by another method: hashable, equal for equal values, with its type."""
     match value:
         case None | bool():
             return (type(value), value)
@@ -560,7 +560,7 @@ def test_refuses_what_has_no_form(value: object) -> None:
         ({"not a name": object()}, "['not a name']"),
         ([0, object()], "[1]"),
         (object(), "the value"),
-        # What came before on the same level is left behind.
+        # Earlier tokens of this level are not counted.
         ({"a": {"b": [1, {"c": 2}]}, "order": object()}, "order"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

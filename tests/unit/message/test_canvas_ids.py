@@ -51,7 +51,7 @@ def test_calls_between_them_do_no_harm(names: list[str], others: list[str]) -> N
 
 
 @given(st.lists(st.sampled_from("abc")))
-def test_each_call_is_a_message_of_its_own(names: list[str]) -> None:
+def test_each_call_is_a_new_message(names: list[str]) -> None:
     assert len({task_id for _, task_id in ids(calls(), names)}) == len(names)
 
 
@@ -77,7 +77,7 @@ def test_the_arguments_are_those_of_the_signature() -> None:
     assert told != {calls().next("refund", SIGNATURE, ("a",), {}).task_id}
 
 
-def test_what_has_no_canonical_form_is_counted() -> None:
+def test_calls_without_a_canonical_form_are_numbered() -> None:
     made, again = calls(), calls()
     first, second = (made.next("charge", SIGNATURE, (object(),), {}).task_id for _ in range(2))
     assert [again.next("charge", SIGNATURE, (object(),), {}).task_id for _ in range(2)] == [first, second]
@@ -180,7 +180,7 @@ def test_callbacks_are_given_the_same_ids_each_time(app: Celery, wire: bool) -> 
     assert ids_of(fixed(app, *links())) == made
     assert not set(ids_of(fixed(app, *links(), task_id="other"))) & set(made)
     assert not set(ids_of(fixed(app, *links(), name="errbacks"))) & set(made)
-    # A group and a chord keep their group's id too, lest its parts are counted apart.
+    # A group and a chord keep their group's id too, or their parts would be counted apart.
     grouped = [link["options"].get("task_id") for link in fixed(app, *links())[2:]]
     assert [link["options"].get("task_id") for link in fixed(app, *links())[2:]] == grouped
     assert [bool(id_) for id_ in grouped] == [True, False, True]
@@ -198,7 +198,7 @@ def test_the_callers_signature_is_not_changed(app: Celery) -> None:
     assert "task_id" not in link.tasks[0]["options"]
 
 
-def test_what_follows_in_a_canvas_is_given_message_ids(app: Celery) -> None:
+def test_later_tasks_of_a_canvas_get_message_ids(app: Celery) -> None:
     child, known, plain = (app.tasks[name] for name in ("child", "known", "plain"))
 
     def marked(made: Calls) -> dict[str, Any]:
@@ -217,7 +217,7 @@ def test_what_follows_in_a_canvas_is_given_message_ids(app: Celery) -> None:
         return [leaf["options"].get("message_id") for leaf in (*options["chain"], options["chord"])]
 
     assert told(first) == told(again)
-    # Not one that has an id, or makes one of its arguments; nor what nobody looks up; nor what answers in the body's place.
+    # Not a call with an id of its own, nor one whose id is never looked up, nor a replacement.
     assert [id_ if id_ is None or not is_derived(id_) else "derived" for id_ in told(first)] == [
         *("derived", None, None, "mine", None),
         "derived",

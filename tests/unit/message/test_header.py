@@ -1,4 +1,4 @@
-"""The header beside the message id: written once, read back as it was, and never a reason to fail."""
+"""The header: written once, read back as it was, and never a reason to fail."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ GOOD: dict[str, Any] = {"message_id": "m", "task": "t", "task_id": "i"}
     ],
     ids=repr,
 )
-def test_what_is_malformed_counts_as_none(headers: Any) -> None:
+def test_malformed_fields_count_as_absent(headers: Any) -> None:
     assert Header.read(headers) is None
 
 

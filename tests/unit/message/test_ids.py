@@ -200,7 +200,7 @@ def test_bind_applies_defaults() -> None:
     ["{order_id}", by_arguments(), by_arguments("order_id"), lambda *args, **kwargs: "id"],
     ids=["format", "by_arguments()", "by_arguments('order_id')", "callable"],
 )
-def test_arguments_that_do_not_fit_are_a_type_error_as_in_a_call(option: object, wrong: Call, says: str) -> None:
+def test_arguments_that_do_not_fit_are_a_type_error(option: object, wrong: Call, says: str) -> None:
     with pytest.raises(TypeError):
         charge(*wrong[0], **wrong[1])
     with pytest.raises(TypeError) as caught:
@@ -224,7 +224,7 @@ def test_decorators_are_seen_through() -> None:
     assert source("order:{order_id}", logged(charge))(*call("o-1")) == "order:o-1"
 
 
-def test_a_decorator_that_changes_the_parameters_is_told_what_to_do() -> None:
+def test_a_signature_changing_decorator_raises_with_advice() -> None:
     @functools.wraps(charge)
     def with_session(order_id: str) -> None: ...
 
@@ -322,7 +322,7 @@ def test_without_a_signature_the_arguments_are_compared_as_they_come() -> None:
 # -- by_arguments ------------------------------------------------------------------------------------------------------
 
 
-def test_by_some_arguments() -> None:
+def test_some_arguments_make_the_id() -> None:
     make = source(by_arguments("order_id", "currency"), charge)
     assert make(*call("o-1", 5)) == make(*call("o-1", 9, currency="EUR"))
     assert make(*call("o-1", 5)) != make(*call("o-2", 5))
@@ -677,7 +677,7 @@ def test_a_callable_must_return_an_id(value: object) -> None:
         source(lambda *_, **__: value, charge)(*call("o-1"))
 
 
-def test_what_a_callable_raises_comes_through() -> None:
+def test_a_callables_error_is_raised() -> None:
     def broken(order_id: str) -> str:
         raise LookupError(order_id)
 

@@ -50,7 +50,7 @@ def shown(app: Celery, task: str, args: tuple[Any, ...] = (), kwargs: dict[str, 
         (({"deep": {"er": ({"Token": [SECRET]},)}},), {}, ([{"deep": {"er": [{"Token": MASK}]}}], {})),
     ],
 )
-def test_what_has_the_name_is_masked_however_it_is_given(
+def test_a_named_argument_is_masked_however_it_is_given(
     app: Celery, args: tuple[Any, ...], kwargs: dict[str, Any], expected: Call
 ) -> None:
     assert shown(app, "pay", args, kwargs) == expected
@@ -63,7 +63,7 @@ def test_the_arguments_of_a_signature_are_arguments_too(app: Celery) -> None:
     assert SECRET not in str(given)
 
 
-def test_where_parameters_have_no_names_here_none_is_shown(app: Celery) -> None:
+def test_positional_arguments_without_names_are_masked(app: Celery) -> None:
     assert shown(app, "another.task", ("o-1", 1), {"amount": 5}) == ([MASK, MASK], {"amount": 5})
     assert shown(app, "plain", ("o-1", SECRET)) == ([MASK, MASK], {}), "the body takes one"
 
@@ -83,7 +83,7 @@ def test_usual_values_are_shown_as_they_are(app: Celery) -> None:
     assert shown(app, "plain", (values,)) == ([values], {})
 
 
-def test_what_fails_shows_nothing(app: Celery, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failing_redaction_shows_nothing(app: Celery, caplog: pytest.LogCaptureFixture) -> None:
     endless: list[Any] = [SECRET]
     endless.append(endless)
     assert shown(app, "plain", (endless,), {"card_number": SECRET}) == (MASK, MASK)

@@ -38,7 +38,7 @@ PICKLE = app_with(
 
 class TestMessages:
     @pytest.mark.parametrize(("app", "serializer"), [(JSON, "json"), (PICKLE, "pickle")], ids=["json", "pickle"])
-    def test_it_comes_back(self, app: Celery, serializer: str) -> None:
+    def test_it_survives_a_round_trip(self, app: Celery, serializer: str) -> None:
         data = encode_message(
             (1, "ä"), {"b": None}, {"queue": "q", "priority": 3, "shadow": None}, serializer=serializer
         )
@@ -47,20 +47,20 @@ class TestMessages:
     def test_no_arguments(self) -> None:
         assert decode_message(JSON, encode_message(None, None, {}, serializer="json")) == ([], {}, {})
 
-    def test_what_json_carries_comes_back_as_celery_would_deliver_it(self) -> None:
+    def test_arguments_come_back_as_celery_delivers_them(self) -> None:
         args = [UUID(int=5), Decimal("1.50"), NOW]
         assert decode_message(JSON, encode_message(args, {}, {}, serializer="json")) == (args, {}, {})
 
-    def test_what_is_relative_to_the_call_becomes_a_moment(self) -> None:
+    def test_a_countdown_becomes_an_eta(self) -> None:
         data = encode_message((), {}, {"countdown": 60, "expires": 90.5}, serializer="json", now=NOW)
         _, _, options = decode_message(JSON, data)
         assert options == {"eta": NOW + timedelta(seconds=60), "expires": NOW + timedelta(seconds=90.5)}
 
-    def test_moments_stay(self) -> None:
+    def test_times_survive(self) -> None:
         data = encode_message((), {}, {"eta": NOW, "expires": NOW}, serializer="json", now=NOW - timedelta(days=1))
         assert decode_message(JSON, data)[2] == {"eta": NOW, "expires": NOW}
 
-    def test_what_belongs_to_the_calling_process_is_left_out(self) -> None:
+    def test_options_of_the_calling_process_are_left_out(self) -> None:
         options = {"producer": object(), "connection": object(), "add_to_parent": False, "queue": Queue("money")}
         assert decode_message(JSON, encode_message((), {}, options, serializer="json"))[2] == {"queue": "money"}
 
@@ -79,7 +79,7 @@ class TestResults:
         "value", [None, 0, False, "", [], {}, "ä\0", [1, {"a": None}], Decimal("1.50"), UUID(int=5), NOW]
     )
     @pytest.mark.parametrize("app", [JSON, PICKLE], ids=["json", "pickle"])
-    def test_it_comes_back(self, app: Celery, value: object) -> None:
+    def test_it_survives_a_round_trip(self, app: Celery, value: object) -> None:
         data = encode_result(app, value)
         assert data is not None
         decoded = decode_result(app, data)
@@ -102,7 +102,7 @@ class TestResults:
         ],
         ids=["an object", "a dict with keys that JSON has not", "a lambda for pickle", "a dict for raw"],
     )
-    def test_what_cannot_be_kept_breaks_nothing(
+    def test_a_result_that_cannot_be_kept_is_logged(
         self, app: Celery, value: object, caplog: pytest.LogCaptureFixture
     ) -> None:
         assert encode_result(app, value) is None
@@ -148,11 +148,11 @@ DAMAGED = {
 
 @pytest.mark.parametrize("data", DAMAGED.values(), ids=DAMAGED)
 class TestDamagedData:
-    def test_as_a_message(self, data: bytes) -> None:
+    def test_damaged_data_is_no_message(self, data: bytes) -> None:
         with pytest.raises(UndecodableError):
             decode_message(JSON, data)
 
-    def test_as_a_result(self, data: bytes) -> None:
+    def test_damaged_data_is_no_result(self, data: bytes) -> None:
         with pytest.raises(UndecodableError):
             decode_result(JSON, data)
 

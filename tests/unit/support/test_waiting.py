@@ -22,7 +22,7 @@ def test_time_up_says_what_was_waited_for_and_the_last_answer() -> None:
         wait_until(list, timeout=0.0, describe=lambda: "the ship")
 
 
-def test_what_the_condition_raises_is_not_waited_out() -> None:
+def test_an_error_of_the_condition_ends_the_wait() -> None:
     def broken() -> bool:
         raise OSError("no such thing")
 

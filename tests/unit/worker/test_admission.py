@@ -1,4 +1,4 @@
-"""A delivery at the door, on a store in memory that goes silent at the worst moments."""
+"""Admission of a delivery, on a store in memory that goes silent at the worst moments."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def copy_of_the_first(store: SQLStore) -> Context:
 
 
 @pytest.mark.parametrize("silent", ["reads", "records"])
-def test_a_copy_whose_store_goes_silent_behind_its_claim_goes_on_with_that(
+def test_a_copy_keeps_its_claim_if_the_store_goes_silent_after_it(
     task: IdempotentTask, store: SilentStore, silent: str
 ) -> None:
     """The claim stands: taken for somebody else's, it would hold its own message until its lease runs out."""
@@ -88,7 +88,7 @@ def test_a_copy_whose_store_goes_silent_behind_its_claim_goes_on_with_that(
     run.detach()
 
 
-def test_a_first_message_that_cannot_be_read_does_not_keep_its_copy_from_running(
+def test_a_copy_runs_although_the_first_message_is_unreadable(
     task: IdempotentTask, store: SilentStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     request = copy_of_the_first(store)
@@ -103,7 +103,7 @@ def test_a_first_message_that_cannot_be_read_does_not_keep_its_copy_from_running
     run.detach()
 
 
-def test_a_claim_that_was_lost_while_the_store_was_silent_is_not_kept(
+def test_a_claim_lost_in_a_silence_is_not_kept(
     task: IdempotentTask, store: SilentStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another worker has taken the message over and ended it by the time that the store answers again."""

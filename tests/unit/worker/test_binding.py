@@ -131,7 +131,7 @@ def test_another_request_is_refused_unless_it_can_be_combined(app: Celery, given
             bind(app, IdempotentTask, Request=given)
 
 
-def test_a_request_that_cannot_be_imported_is_told_when_it_is_asked_for(app: Celery) -> None:
+def test_an_unimportable_request_class_raises_when_used(app: Celery) -> None:
     task = bind(app, IdempotentTask, Request="nowhere:Request")
     with pytest.raises(ConfigurationError, match=r"task bound: Request is 'nowhere:Request', which cannot be imported"):
         _ = task.Request

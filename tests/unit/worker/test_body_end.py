@@ -67,5 +67,5 @@ def test_a_rejection_counts_those_before_it() -> None:
         (states.FAILURE, ValueError("no"), Failed("ValueError: no")),
     ],
 )
-def test_what_celery_saw_has_its_end(state: str, outcome: Any, end: object) -> None:
+def test_each_celery_state_has_its_end(state: str, outcome: Any, end: object) -> None:
     assert end_as_seen(state, outcome, replacing=False, rejections=0) == end

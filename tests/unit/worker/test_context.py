@@ -1,4 +1,4 @@
-"""What code below a task is told of its message."""
+"""What code called by a task learns about its message."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def told() -> CurrentMessage:
 
 
 @pytest.mark.parametrize("atomic", [False, True])
-def test_the_message(app: Celery, atomic: bool) -> None:
+def test_the_context_has_the_message(app: Celery, atomic: bool) -> None:
     before = datetime.now(UTC)
     message = task(app, lambda self: told(), atomic=atomic, lease=30, keep_result=False).apply(message_id="m").get()
 
@@ -83,7 +83,7 @@ def test_the_deadline_follows_the_renewals(app: Celery) -> None:
     assert (first.message_id, first.token) == (last.message_id, last.token)
 
 
-def test_of_a_claim_that_is_not_held_there_is_no_deadline(app: Celery) -> None:
+def test_a_claim_not_held_has_no_deadline(app: Celery) -> None:
     def body(self: IdempotentTask) -> CurrentMessage:
         LeaseRenewer.of(self.queue_log).let_go(self.request.idempotent_run.claim)
         return told()
@@ -91,7 +91,7 @@ def test_of_a_claim_that_is_not_held_there_is_no_deadline(app: Celery) -> None:
     assert task(app, body, keep_result=False).apply(message_id="m").get().deadline is None
 
 
-def test_a_function_called_by_the_task_is_told_of_it(app: Celery) -> None:
+def test_a_task_called_as_a_function_sees_the_outer_message(app: Celery) -> None:
     inner = task(app, lambda self: told(), name="inner")
 
     message = task(app, lambda self: inner(), keep_result=False).apply(message_id="m").get()
@@ -99,7 +99,7 @@ def test_a_function_called_by_the_task_is_told_of_it(app: Celery) -> None:
     assert (message.message_id, message.task_name) == ("m", "shop.charge")
 
 
-def test_outside_of_a_guarded_task_there_is_none(app: Celery) -> None:
+def test_outside_a_guarded_task_it_is_none(app: Celery) -> None:
     @app.task(name="plain", shared=False)
     def plain() -> CurrentMessage | None:
         return current_message()

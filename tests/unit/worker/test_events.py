@@ -1,4 +1,4 @@
-"""What a child tells its worker of a copy that did not run, and the event that comes of it."""
+"""What a child reports of a copy that did not run, and the event that the worker sends."""
 
 from __future__ import annotations
 
@@ -33,9 +33,7 @@ class Request:
         (DuplicateIgnored("runs", KEY, "held", running=True, countdown=0.0), ("idempotent-held", {"countdown": 0.0})),
     ],
 )
-def test_it_is_told_across_processes_and_makes_one_event(
-    error: DuplicateIgnored, event: tuple[str, dict[str, Any]]
-) -> None:
+def test_a_pickled_duplicate_makes_its_one_event(error: DuplicateIgnored, event: tuple[str, dict[str, Any]]) -> None:
     request = Request()
 
     announce(request, pickle.loads(pickle.dumps(error)))
@@ -52,7 +50,7 @@ def test_it_is_a_message_to_be_ignored_and_says_why() -> None:
     assert str(error) == "charge[order:1] is a duplicate"
 
 
-def test_of_any_other_error_there_is_no_event() -> None:
+def test_other_errors_make_no_event() -> None:
     request = Request()
 
     announce(request, Ignore("the body's own"))

@@ -1,4 +1,4 @@
-"""The thread that keeps leases alive, on a store that only listens."""
+"""The thread that renews leases, on a store that records its calls."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_claim_is_renewed_at_each_third_of_its_lease(store: RecordingStore, re
     assert {lease for _, _, lease in store.renewed} == {LEASE}
 
 
-def test_what_ends_within_a_third_of_its_lease_is_not_renewed(store: RecordingStore, renewals: LeaseRenewer) -> None:
+def test_a_short_claim_is_not_renewed(store: RecordingStore, renewals: LeaseRenewer) -> None:
     witness = claim("witness")
     for number in range(5):
         renewals.hold(claim(str(number)), LEASE)
@@ -149,7 +149,7 @@ def test_a_claim_that_was_lost_is_let_go(
     assert [record.getMessage() for record in caplog.records] == ["the claim on order:1 was lost while its body runs"]
 
 
-def test_a_run_that_ends_while_it_is_renewed_has_not_lost_its_claim(
+def test_a_run_ending_during_a_renewal_keeps_its_claim(
     store: RecordingStore, renewals: LeaseRenewer, caplog: pytest.LogCaptureFixture
 ) -> None:
     kept = claim("kept")
@@ -230,7 +230,7 @@ class TestForAChild:
         wait_for(lambda: store.expired)
         assert (store.expired, store.times(self.OWNER)) == ([self.OWNER], [])
 
-    def test_a_child_that_was_told_to_end_keeps_its_lease_until_it_is_gone(
+    def test_a_terminated_child_keeps_its_lease_until_it_is_gone(
         self, store: RecordingStore, renewals: LeaseRenewer
     ) -> None:
         """Nobody counts it among the running ones, and its long lease is not due for a while."""
@@ -276,7 +276,7 @@ class TestProcesses:
         renewals.let_go(claim("parent"))
         assert answer == b"own"
 
-    def test_what_is_still_held_when_a_process_ends_is_given_up(self) -> None:
+    def test_leases_held_at_exit_are_expired(self) -> None:
         """A body of this process that a cold shutdown breaks off, and a child that was killed with its work."""
         program = """
 import atexit, os, signal

@@ -1,4 +1,4 @@
-"""One guarded run on a store in memory: how each end of a body is written, and what a lost claim makes of it."""
+"""One guarded run on a store in memory: how each end of a body is written, and what a lost claim changes."""
 
 from __future__ import annotations
 
@@ -255,7 +255,7 @@ class TestWhileTheStoreIsSilent:
         with pytest.raises(StoreUnavailableError, match="gone"):
             perform(run, lambda: 5)
 
-    def test_an_eager_caller_is_told(self, task: IdempotentTask, store: SilentStore) -> None:
+    def test_an_eager_caller_gets_the_error(self, task: IdempotentTask, store: SilentStore) -> None:
         run = claimed(task, store, is_eager=True)
         store.silent = 1
         with pytest.raises(StoreUnavailableError, match="gone"):

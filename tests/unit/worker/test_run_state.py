@@ -1,4 +1,4 @@
-"""The ways between a run's states, and what becomes of a step that is not among them."""
+"""The transitions between a run's states, and how others are reported."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_an_ended_run_goes_nowhere(ended: type[RunState]) -> None:
 
 
 @pytest.mark.parametrize("before", STATES, ids=name)
-def test_what_is_in_the_table_is_not_reported(before: RunState, caplog: pytest.LogCaptureFixture) -> None:
+def test_listed_transitions_are_not_reported(before: RunState, caplog: pytest.LogCaptureFixture) -> None:
     for after in STATES:
         if type(after) in TRANSITIONS[type(before)]:
             check_transition(before, after, whose="task[m]")

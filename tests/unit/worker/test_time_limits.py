@@ -64,7 +64,7 @@ class TestInAChild:
         with pytest.raises(SoftTimeLimitExceeded):
             strike()
 
-    def test_an_eager_run_is_a_part_of_the_body_that_it_is_in(self) -> None:
+    def test_an_eager_run_is_part_of_the_outer_body(self) -> None:
         outer, inner = given(), given(is_eager=True)
         with pytest.raises(SoftTimeLimitExceeded):
             outer.without(lambda: outer.within(lambda: inner.without(strike)))

@@ -1,4 +1,4 @@
-"""Who may look, who may requeue, and under which address: as Flower has it for its own pages and calls."""
+"""Who may look, who may requeue, and at which address: the same as for Flower's own pages."""
 
 from __future__ import annotations
 
@@ -40,9 +40,7 @@ def open_flower(shared_worker: SharedWorker, *arguments: str, **environment: str
         yield flower
 
 
-def test_whom_flower_does_not_let_in_sees_and_changes_nothing(
-    flower: FlowerProcess, shared_worker: SharedWorker
-) -> None:
+def test_an_unauthenticated_user_sees_and_changes_nothing(flower: FlowerProcess, shared_worker: SharedWorker) -> None:
     message_id = fail(shared_worker)
 
     for credentials in (None, "operator:wrong"):
@@ -53,7 +51,7 @@ def test_whom_flower_does_not_let_in_sees_and_changes_nothing(
     assert untouched(shared_worker, message_id)
 
 
-def test_whom_it_lets_in_may_requeue(flower: FlowerProcess, shared_worker: SharedWorker) -> None:
+def test_an_authenticated_user_may_requeue(flower: FlowerProcess, shared_worker: SharedWorker) -> None:
     message_id = fail(shared_worker)
 
     answer = requeue(flower, message_id, credentials=OPERATOR)
@@ -71,7 +69,7 @@ def test_a_page_of_another_site_may_not(flower: FlowerProcess, shared_worker: Sh
     assert untouched(shared_worker, message_id)
 
 
-def test_what_is_not_requeued_stays_as_it_is_and_says_why(flower: FlowerProcess, shared_worker: SharedWorker) -> None:
+def test_a_refused_requeue_changes_nothing_and_says_why(flower: FlowerProcess, shared_worker: SharedWorker) -> None:
     message_id = unique("good")
     shared_worker.task("echo").apply_async((1,), message_id=message_id).get(timeout=30)
     forgotten = fail(shared_worker)
@@ -101,7 +99,7 @@ def test_without_authentication_one_looks_and_changes_nothing(shared_worker: Sha
     assert untouched(shared_worker, message_id)
 
 
-def test_unless_it_is_told_that_everybody_may_and_then_under_its_prefix_too(
+def test_an_open_flower_lets_everybody_requeue_under_its_prefix_too(
     shared_worker: SharedWorker, browser: Chrome
 ) -> None:
     message_id = fail(shared_worker)
@@ -119,9 +117,7 @@ def test_unless_it_is_told_that_everybody_may_and_then_under_its_prefix_too(
         assert "celery_idempotent_queue_log_up 1.0" in flower.get("/metrics").text
 
 
-def test_who_has_logged_in_requeues_with_the_token_of_flowers_own_pages_and_not_without(
-    shared_worker: SharedWorker, browser: Chrome
-) -> None:
+def test_a_requeue_needs_flowers_own_token(shared_worker: SharedWorker, browser: Chrome) -> None:
     message_id, secret = fail(shared_worker), "cookies are signed with this"
     arguments = (
         "--auth=operator@example.com",
@@ -157,7 +153,7 @@ def test_a_read_only_flower_changes_nothing_for_anybody(shared_worker: SharedWor
     assert untouched(shared_worker, message_id)
 
 
-def test_what_flower_keeps_over_a_restart_it_still_keeps(shared_worker: SharedWorker) -> None:
+def test_flower_keeps_its_state_over_a_restart(shared_worker: SharedWorker) -> None:
     database = shared_worker.path("flower")
     arguments = ("--persistent=True", f"--db={database}", "--state_save_interval=300")
     with open_flower(shared_worker, *arguments) as flower:

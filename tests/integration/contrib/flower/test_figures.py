@@ -1,4 +1,4 @@
-"""What Flower asks of the store, and how often: a log can be long."""
+"""How often Flower asks the store, because a log can be long."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_many_who_look_at_once_have_it_counted_once(store: Observed, figures: Fi
     assert figures.counted is not None
 
 
-def test_nobody_waits_for_a_count_that_takes_long_and_it_is_not_begun_twice(store: Observed, figures: Figures) -> None:
+def test_a_slow_count_blocks_no_page_and_runs_once(store: Observed, figures: Figures) -> None:
     async def look() -> None:
         store.let.clear()
         began = asyncio.get_running_loop().time()
@@ -100,8 +100,8 @@ def test_nobody_waits_for_a_count_that_takes_long_and_it_is_not_begun_twice(stor
     assert figures.counted is not None
 
 
-def test_searches_that_take_long_are_made_once_and_keep_nobody_else_waiting(store: Observed, figures: Figures) -> None:
-    """Open tabs that load themselves anew, each with a search that is slower than its page waits for it."""
+def test_a_slow_search_runs_once_and_blocks_no_other(store: Observed, figures: Figures) -> None:
+    """Open tabs that reload themselves, each with a search that is slower than its page waits."""
     store.record(NewMessage(MessageKey("order:1", "charge"), "id"))
 
     async def look() -> None:
@@ -129,7 +129,7 @@ def test_a_count_that_took_long_is_good_for_twenty_times_as_long(store: Observed
     assert kept._good(30.0) == 600.0
 
 
-def test_what_failed_last_comes_first_and_what_runs_again_has_not_failed(store: Observed, figures: Figures) -> None:
+def test_the_last_failure_comes_first_and_requeued_ones_are_not_listed(store: Observed, figures: Figures) -> None:
     def record(message_id: str) -> NewMessage:
         message = NewMessage(MessageKey(message_id, "charge"), f"id of {message_id}", message=b"x")
         store.record(message)
@@ -179,7 +179,7 @@ def test_a_table_that_was_not_made_is_not_made(tmp_path: Path) -> None:
     figures.queue_log.close()
 
 
-def test_a_store_that_never_answers_is_asked_a_few_times_and_no_more() -> None:
+def test_a_silent_store_is_asked_a_few_times() -> None:
     never, asked = threading.Event(), []
 
     def question() -> Any:

@@ -38,7 +38,7 @@ def flower(shared_worker: SharedWorker, private_redis: PrivateRedis) -> Iterator
         yield flower
 
 
-def test_a_store_that_says_nothing_is_what_the_page_says_and_nothing_else_stands_still(
+def test_a_silent_store_is_shown_and_blocks_no_other_page(
     flower: FlowerProcess, private_redis: PrivateRedis, browser: Chrome
 ) -> None:
     visit(browser, flower, "/queue-log", credentials=None)

@@ -158,7 +158,7 @@ def test_messages_are_found_by_a_pattern(flower: FlowerProcess, shared_worker: S
     assert "There is none." in text_of(browser, "#found")
 
 
-def test_a_message_that_is_not_there_is_not_found(flower: FlowerProcess) -> None:
+def test_an_absent_message_is_not_found(flower: FlowerProcess) -> None:
     answer = flower.get("/queue-log/message", credentials=OPERATOR, id="nobody's", task="echo")
 
     assert answer.status == 404
@@ -200,9 +200,7 @@ def test_nothing_is_requeued_by_who_thinks_better_of_it(
     assert "ValueError: no such card" in text_of(browser, "#ql-error")
 
 
-def test_a_claim_that_nobody_takes_over_is_what_one_sees_first(
-    flower: FlowerProcess, shared_worker: SharedWorker, browser: Chrome
-) -> None:
+def test_an_abandoned_claim_comes_first(flower: FlowerProcess, shared_worker: SharedWorker, browser: Chrome) -> None:
     message_id = unique("left")
     message = encode_message((SECRET,), {}, {}, serializer="json")
     new = NewMessage(MessageKey(message_id, "echo"), unique("task"), message=message)

@@ -22,9 +22,7 @@ def events(flower: FlowerProcess, shared_worker: SharedWorker, type_: str, task:
     )
 
 
-def test_a_copy_of_a_finished_message_leaves_it_as_it_is_and_is_counted(
-    flower: FlowerProcess, shared_worker: SharedWorker
-) -> None:
+def test_a_copy_of_a_finished_message_is_only_counted(flower: FlowerProcess, shared_worker: SharedWorker) -> None:
     message_id = unique("done")
     result = shared_worker.task("once").apply_async(("k",), message_id=message_id)
     result.get(timeout=30)
@@ -54,7 +52,7 @@ def test_a_copy_under_another_id_ends_as_the_first_one_did(flower: FlowerProcess
     assert "no such card" in wait_for_state(flower, told.id, "FAILURE")["exception"]
 
 
-def test_a_copy_that_nobody_waits_for_is_skipped(flower: FlowerProcess, shared_worker: SharedWorker) -> None:
+def test_a_copy_without_a_waiting_caller_is_skipped(flower: FlowerProcess, shared_worker: SharedWorker) -> None:
     message_id = unique("quiet")
     shared_worker.task("quiet").apply_async(("k",), message_id=message_id)
     shared_worker.wait_until_done("quiet", message_id)
@@ -91,7 +89,7 @@ def test_nor_does_one_that_is_dropped_while_it_runs_change_that(
     shared_worker.deliver("busy.skip", (gate,), message_id=message_id, task_id=result.id)
 
     shared_worker.wait_for_row("busy.skip", message_id, lambda row: row.duplicates == 1)
-    # The next event of this worker comes behind what it may have sent of the copy.
+    # This worker's next event follows any that it sent for the copy.
     after = shared_worker.task("once").apply_async(("after",), message_id=unique())
     wait_for_state(flower, after.id, "SUCCESS")
     assert info_of(flower, result.id)["state"] == "STARTED"
@@ -99,9 +97,7 @@ def test_nor_does_one_that_is_dropped_while_it_runs_change_that(
     wait_for_state(flower, result.id, "SUCCESS")
 
 
-def test_a_held_copy_under_another_id_is_held_and_then_gets_the_result(
-    flower: FlowerProcess, shared_worker: SharedWorker
-) -> None:
+def test_a_held_copy_under_another_id_gets_the_result(flower: FlowerProcess, shared_worker: SharedWorker) -> None:
     message_id, gate = unique("run"), shared_worker.path("gate")
     result = shared_worker.task("once").apply_async(("k", gate), message_id=message_id)
     wait_for_state(flower, result.id, "STARTED")

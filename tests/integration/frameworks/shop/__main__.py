@@ -1,4 +1,4 @@
-"""A process that places an order and may be killed right behind its commit: ``python -m ... [killed]``."""
+"""A process that places an order and may be killed right after its commit: ``python -m ... [killed]``."""
 
 from __future__ import annotations
 

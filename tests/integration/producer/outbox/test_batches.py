@@ -69,7 +69,7 @@ def test_results_know_which_were_duplicates_and_lead_to_the_first(outbox_app: Ou
     assert [outbox_app.there("charge", name).duplicates for name in ("o-1", "o-2", "o-3")] == [0, 1, 1]
 
 
-def test_what_is_refused_is_raised_at_the_end_and_keeps_nothing_back(outbox_app: OutboxApp) -> None:
+def test_a_refused_call_is_raised_after_the_others_are_published(outbox_app: OutboxApp) -> None:
     outbox_app.app.tasks["strict"].delay("o-1", 1)
     outbox_app.app.tasks["charge"].delay("o-1", 1)
     outbox_app.messages()
@@ -93,7 +93,7 @@ def test_an_error_in_the_block_leaves_nothing(outbox_app: OutboxApp) -> None:
 
 
 class Refusing:
-    """A store that refuses in the midst of many, as a Redis whose memory is full does, and perhaps all that follows."""
+    """A store that refuses in the middle of a batch, as a Redis with full memory does, and perhaps all the rest."""
 
     def __init__(self, store: SQLStore, patch: pytest.MonkeyPatch, *, after: int, for_good: bool) -> None:
         self._after = after
@@ -121,7 +121,7 @@ class Refusing:
         (400, 100, True, "none of the 400 calls of the batch was sent so far, but some of 400 were recorded", 100),
     ],
 )
-def test_of_a_batch_that_is_refused_midway_the_truth_is_told(
+def test_a_batch_refused_midway_reports_what_was_sent(
     outbox_app: OutboxApp,
     monkeypatch: pytest.MonkeyPatch,
     count: int,

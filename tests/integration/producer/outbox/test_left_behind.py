@@ -1,4 +1,4 @@
-"""What was committed and not published is relayed: once, in its order, and by one relay at a time."""
+"""Committed messages that were not published are relayed: once, in order, by one relay at a time."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_broker_that_takes_nothing_keeps_no_caller_from_committing(
     assert left(outbox_app) == []
 
 
-def test_what_one_producer_commits_later_is_not_published_before_what_was_left(outbox_app: OutboxApp) -> None:
+def test_later_commits_do_not_overtake_messages_left_behind(outbox_app: OutboxApp) -> None:
     publisher = Publisher.of(outbox_app.app.queue_log)
     with outbox_app.broken_broker():
         commit(outbox_app, "o-1")
@@ -80,7 +80,7 @@ def test_the_pauses_grow_and_end(outbox_app: OutboxApp) -> None:
 def test_a_relay_leaves_alone_what_its_recorder_is_publishing(
     outbox_app: OutboxApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And takes it when that one has not come to it in time."""
+    """It takes the message if the other relay has not done so in time."""
     monkeypatch.setattr(Publisher, "publish", lambda *_: None)  # the process has died after its commit
     commit(outbox_app, "o-1", "o-2")
     relayed = relay(outbox_app.app.queue_log)
@@ -94,7 +94,7 @@ def test_a_relay_leaves_alone_what_its_recorder_is_publishing(
 
 
 def slowly(monkeypatch: pytest.MonkeyPatch, began: threading.Event, go_on: threading.Event) -> None:
-    """Have each publication wait, once, in the midst."""
+    """Make each publication wait once in the middle."""
     publish = IdempotentTask.publish
 
     def slow(task: IdempotentTask, *args: Any, **options: Any) -> Any:
@@ -189,7 +189,7 @@ def test_a_broker_that_takes_some_is_not_given_them_again(
     assert outbox_app.published() == ["o-3", "o-4"]
 
 
-def test_what_could_not_be_noted_is_published_once_more(outbox_app: OutboxApp, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unrecorded_publication_is_repeated(outbox_app: OutboxApp, monkeypatch: pytest.MonkeyPatch) -> None:
     def silent(*_: object, **__: object) -> None:
         raise StoreUnavailableError("no answer")
 

@@ -1,4 +1,4 @@
-"""A broker that is down, or says nothing, keeps nobody for long who has committed, and loses nothing."""
+"""A broker that is down or silent delays a caller's commit only briefly, and loses nothing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.effects import Effect, Effects
 from tests.support.servers import PrivateServer
 from tests.support.waiting import wait_until
 
-#: Seconds. A broker that says nothing is waited for five, and once more when the connection is made anew.
+#: Seconds. A silent broker is waited for five seconds, and once more on a new connection.
 NOT_LONG = 25.0
 
 pytestmark = [
@@ -112,7 +112,7 @@ def test_a_broker_that_says_nothing(app: Celery, effects: Effects, server: Priva
     assert {"first", "second"} <= set(names)
 
 
-def test_a_connection_that_broke_is_made_anew(app: Celery, effects: Effects, server: PrivateServer) -> None:
+def test_a_broken_broker_connection_is_replaced(app: Celery, effects: Effects, server: PrivateServer) -> None:
     commit(app, effects, "before")
     server.kill()
     server.start()

@@ -1,4 +1,4 @@
-"""Calls by what was begun inside of a block and goes on after it: they are sent, and guarded, as if there were none."""
+"""Calls by code that was begun in a block and runs on after it are sent and guarded as without a block."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from celery_idempotent.producer.box import within
 from tests.integration.producer.outbox.conftest import OutboxApp
 from tests.support.effects import Effect
 
-#: What runs a function that was handed over inside of a block, behind the block.
+#: What runs a function after the block in which it was handed over.
 Later = Callable[[Callable[[], Any]], Callable[[], Any]]
 
 
@@ -65,7 +65,7 @@ blocks = pytest.mark.parametrize("block", [outbox, batch], ids=["of a session", 
 
 @laters
 @blocks
-def test_a_call_behind_the_block_is_sent_at_once(outbox_app: OutboxApp, later: Later, block: Any) -> None:
+def test_a_call_after_the_block_is_sent_at_once(outbox_app: OutboxApp, later: Later, block: Any) -> None:
     charge = outbox_app.app.tasks["charge"]
     with outbox_app.session() as session:
         with block(session):
@@ -91,7 +91,7 @@ def test_a_call_inside_of_the_block_is_of_the_batch(outbox_app: OutboxApp, later
 
 
 @laters
-def test_behind_an_inner_block_the_outer_one_takes_the_call(outbox_app: OutboxApp, later: Later) -> None:
+def test_a_call_after_an_inner_block_joins_the_outer_one(outbox_app: OutboxApp, later: Later) -> None:
     charge = outbox_app.app.tasks["charge"]
     with outbox_app.session() as session, outbox(session):
         session.add(Effect(name="o-1"))
@@ -104,7 +104,7 @@ def test_behind_an_inner_block_the_outer_one_takes_the_call(outbox_app: OutboxAp
 
 
 @laters
-def test_behind_an_atomic_body_a_call_is_sent_at_once(outbox_app: OutboxApp, later: Later) -> None:
+def test_a_call_after_an_atomic_body_is_sent_at_once(outbox_app: OutboxApp, later: Later) -> None:
     charge = outbox_app.app.tasks["charge"]
     finishes = []
 

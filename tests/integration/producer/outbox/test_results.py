@@ -1,4 +1,4 @@
-"""The result of a call that was committed is as readable as any."""
+"""The result of a committed call can be read as any other."""
 
 from __future__ import annotations
 

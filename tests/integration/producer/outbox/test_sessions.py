@@ -19,7 +19,7 @@ from tests.integration.producer.outbox.conftest import OutboxApp
 from tests.support.effects import Effect
 
 
-def test_what_is_committed_is_published_right_then(outbox_app: OutboxApp) -> None:
+def test_a_commit_publishes_at_once(outbox_app: OutboxApp) -> None:
     charge = outbox_app.app.tasks["charge"]
     with outbox_app.session() as session, outbox(session):
         session.add(Effect(name="o-1"))
@@ -38,7 +38,7 @@ def test_what_is_committed_is_published_right_then(outbox_app: OutboxApp) -> Non
 
 
 @pytest.mark.parametrize("end", ["rollback", "close", "error"])
-def test_what_is_rolled_back_never_was(outbox_app: OutboxApp, end: str) -> None:
+def test_a_rollback_publishes_nothing(outbox_app: OutboxApp, end: str) -> None:
     charge = outbox_app.app.tasks["charge"]
     expected = pytest.raises(ZeroDivisionError) if end == "error" else nullcontext()
     with expected, outbox_app.session() as session, outbox(session):
@@ -110,7 +110,7 @@ def test_a_savepoint_that_is_rolled_back_takes_its_calls_along(outbox_app: Outbo
 
 
 def test_a_session_inside_of_somebodys_transaction_publishes_nothing(outbox_app: OutboxApp) -> None:
-    """As in a test suite that rolls everything back: whether it was committed nobody says, and the relay looks."""
+    """As in a test suite that rolls everything back: the commit is unknown, so the relay looks."""
     with outbox_app.effects.engine.connect() as connection:
         for mode in ("rollback_only", "create_savepoint"):
             connection.begin()
@@ -128,7 +128,7 @@ def test_a_session_inside_of_somebodys_transaction_publishes_nothing(outbox_app:
 # -- duplicates -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_duplicate_is_told_at_the_call_and_counted_by_the_commit(outbox_app: OutboxApp) -> None:
+def test_a_duplicate_is_seen_at_the_call_and_counted_by_the_commit(outbox_app: OutboxApp) -> None:
     charge = outbox_app.app.tasks["charge"]
     first = charge.delay("o-1")
     outbox_app.messages()
@@ -152,7 +152,7 @@ def test_of_two_calls_in_one_transaction_one_is_sent(outbox_app: OutboxApp) -> N
 @pytest.mark.parametrize(
     ("task", "amount", "error"), [("strict", 1, DuplicateMessageError), ("charge", 2, MessageMismatchError)]
 )
-def test_what_is_refused_is_raised_at_the_call_and_leaves_the_transaction_intact(
+def test_a_refused_call_raises_and_leaves_the_transaction_intact(
     outbox_app: OutboxApp, task: str, amount: int, error: type[Exception]
 ) -> None:
     outbox_app.app.tasks[task].delay("o-1", 1)
@@ -281,7 +281,7 @@ def test_a_canvas_is_recorded_and_published_by_the_commit(outbox_app: OutboxApp)
     assert not outbox_app.store.unsent(limit=9)
 
 
-def test_what_the_outbox_does_not_take_is_published_at_once_and_said(
+def test_a_call_outside_the_outbox_is_published_at_once_and_logged(
     outbox_app: OutboxApp, caplog: pytest.LogCaptureFixture
 ) -> None:
     def body() -> None:
@@ -337,7 +337,7 @@ def test_a_connection_will_do_if_the_block_is_around_its_transaction(outbox_app:
     assert outbox_app.row("charge", "undone") is None
 
 
-def test_what_a_connection_commits_after_the_block_is_for_the_relay(outbox_app: OutboxApp) -> None:
+def test_a_commit_after_the_block_is_left_to_the_relay(outbox_app: OutboxApp) -> None:
     with outbox_app.effects.engine.begin() as connection, outbox(connection):
         outbox_app.app.tasks["charge"].delay("o-1")
     assert outbox_app.published() == []
@@ -409,7 +409,7 @@ def test_a_savepoint_in_words_takes_its_calls_along(outbox_app: OutboxApp) -> No
 
 
 @pytest.mark.parametrize("store_url", ["mariadb"], indirect=True)
-def test_what_a_deadlock_took_is_not_published(outbox_app: OutboxApp) -> None:
+def test_a_call_lost_to_a_deadlock_is_not_published(outbox_app: OutboxApp) -> None:
     """The server ends the transaction, and the next statement begins another one, which commits."""
     charge = outbox_app.app.tasks["charge"]
     with outbox_app.session() as session, outbox(session):
@@ -422,7 +422,7 @@ def test_what_a_deadlock_took_is_not_published(outbox_app: OutboxApp) -> None:
     assert outbox_app.row("charge", "before") is None
 
 
-def test_what_is_committed_behind_an_error_in_a_savepoint_is_published(outbox_app: OutboxApp) -> None:
+def test_a_commit_after_an_error_in_a_savepoint_publishes(outbox_app: OutboxApp) -> None:
     with outbox_app.session() as session, outbox(session):
         outbox_app.app.tasks["charge"].delay("o-1")
         with pytest.raises(DBAPIError), session.begin_nested():

@@ -76,9 +76,7 @@ def test_a_connection_that_broke_since_costs_nothing(app: Celery, client: redis.
     assert app.queue_log.store.unsent(limit=1) == [], "nothing was left to the relay"
 
 
-def test_what_may_have_got_through_is_published_again(
-    app: Celery, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_publication_in_doubt_is_repeated(app: Celery, client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline: Any = redis.client.Pipeline
     execute = pipeline.execute
     failed: list[int] = []
@@ -98,9 +96,7 @@ def test_what_may_have_got_through_is_published_again(
     assert app.queue_log.store.unsent(limit=1) == []
 
 
-def test_what_is_wrong_with_one_message_is_left_to_the_relay_alone(
-    app: Celery, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_bad_message_is_left_to_the_relay(app: Celery, monkeypatch: pytest.MonkeyPatch) -> None:
     publish = Producer.publish
 
     def refuse(self: Producer, body: Any, *args: Any, message_id: str = "", **kwargs: Any) -> Any:

@@ -82,14 +82,14 @@ def test_sentinels_have_a_password_of_their_own() -> None:
         ("redis://:s3cret@h/0?max_connections=0", "allows no connection"),
     ],
 )
-def test_a_bad_url_is_told_without_its_password(url: str, text: str) -> None:
+def test_a_bad_url_is_reported_without_its_password(url: str, text: str) -> None:
     with pytest.raises(ConfigurationError, match=text) as caught:
         open_store(url)
     assert "s3cret" not in str(caught.value)
     assert caught.value.__suppress_context__ or "s3cret" not in str(caught.value.__context__)
 
 
-def test_a_scheme_that_is_not_known_is_told() -> None:
+def test_an_unknown_scheme_raises() -> None:
     with pytest.raises(ConfigurationError, match="begins with mongodb://, which is not known"):
         RedisStore("mongodb://h")
 

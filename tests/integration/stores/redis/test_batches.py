@@ -1,4 +1,4 @@
-"""A batch that Redis refuses in its midst: it is given some scripts, of which the first have taken effect."""
+"""A batch that Redis refuses in the middle: the first of its scripts have taken effect."""
 
 from __future__ import annotations
 

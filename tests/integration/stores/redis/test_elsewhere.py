@@ -64,7 +64,7 @@ def test_the_log_goes_where_the_master_goes(watched: tuple[PrivateRedis, Private
         wait_until(completed, describe=lambda: f"{refused}\n{sentinel.log_tail()}")
         assert _role(replica) == "master"
         assert read(store).result == b"1"
-        # As long as nobody was the master, nothing was sent.
+        # While there was no master, nothing was sent.
         assert refused[-1].unsent
 
         # The old one comes back as a replica of the new one.
@@ -154,7 +154,7 @@ def test_every_node_has_its_part_of_a_log(cluster: PrivateRedisCluster) -> None:
             assert len(list(client.scan_iter(match="*:row:*"))) > 50
 
 
-def test_a_part_that_is_being_moved_is_out_of_reach_and_found_again(cluster: PrivateRedisCluster) -> None:
+def test_a_part_being_moved_is_unavailable_and_found_again(cluster: PrivateRedisCluster) -> None:
     tag = Layout("queue_log").tag(identity(KEY))
     moved = key_slot(tag)
     with closing(RedisStore(cluster.url)) as store, ExitStack() as stack:
@@ -194,7 +194,7 @@ def test_a_part_that_is_being_moved_is_out_of_reach_and_found_again(cluster: Pri
             assert read(new).token == 1
 
 
-def test_a_node_that_is_gone_takes_its_part_along_until_it_is_back(cluster: PrivateRedisCluster) -> None:
+def test_a_lost_nodes_part_is_unavailable_until_it_is_back(cluster: PrivateRedisCluster) -> None:
     place = key_slot(Layout("queue_log").tag(identity(KEY))) * len(cluster.nodes) // 16384
     with closing(RedisStore(cluster.url)) as store:
         pending(store)

@@ -1,4 +1,4 @@
-"""What a server that evicts, or that somebody emptied, leaves behind: it hides nothing, and is answered to nobody."""
+"""What is left after a server evicted rows or was emptied: no row is hidden, and none is answered wrongly."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_nor_one_that_was_not_sent(store: RedisStore, client: Redis) -> None:
     assert client.zcard(LAYOUT.tags[0] + b":unsent") == 1
 
 
-def test_what_was_evicted_is_no_alarm(store: RedisStore, client: Redis) -> None:
+def test_evicted_rows_raise_no_alarm(store: RedisStore, client: Redis) -> None:
     lapsed, unsent = numbered(1), numbered(2)
     store.record(new_message(lapsed))
     claim(store, new_message(lapsed), lease=0.001)
@@ -176,9 +176,7 @@ def test_a_process_has_no_more_connections_than_the_url_allows(private_redis: Pr
     store.close()
 
 
-def test_who_gets_no_connection_is_told_what_to_do(
-    private_redis: PrivateRedis, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_pool_says_what_to_do(private_redis: PrivateRedis, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("celery_idempotent.stores.redis.connection.CONNECT", 0.1)
     store = RedisStore(f"{private_redis.url}?max_connections=1")
     store.init()

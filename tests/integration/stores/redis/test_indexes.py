@@ -1,4 +1,4 @@
-"""Every row is in the one index that its columns say, whatever was done to it; and nothing is left of what is gone."""
+"""Every row is in the one index that its columns say, and a removed row is in none."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def queues(client: Redis) -> set[bytes]:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_whatever_is_done_rows_and_indexes_agree(store: RedisStore, client: Redis, seed: int) -> None:
+def test_rows_and_indexes_agree_after_random_verbs(store: RedisStore, client: Redis, seed: int) -> None:
     chance, claims = random.Random(seed), dict[MessageKey, Claim]()
     for _ in range(150):
         call_random_verb(store, chance, claims)
@@ -112,7 +112,7 @@ def test_nothing_is_left_of_what_was_purged(store: RedisStore, client: Redis) ->
     assert set(client.scan_iter()) == before
 
 
-def test_what_is_not_done_has_no_time_to_live(store: RedisStore, client: Redis) -> None:
+def test_an_unfinished_row_has_no_time_to_live(store: RedisStore, client: Redis) -> None:
     pending(store, key=MessageKey("sent", "t"))
     pending(store, key=MessageKey("unsent", "t"), published=False)
     processing(store)
@@ -150,6 +150,6 @@ def test_an_identity_tells_its_key(store: RedisStore, key: MessageKey) -> None:
     assert store.record(new_message(MessageKey(key.message_id + "x", key.task_name))) == Inserted()
 
 
-def test_an_identity_tells_a_key_that_nobody_may_record_any_more() -> None:
+def test_an_identity_knows_a_key_that_may_not_be_recorded() -> None:
     key = MessageKey("\udcff🐇\0{}", "ż")
     assert key_of(identity(key)) == key

@@ -44,8 +44,8 @@ def store(server: PrivateRedis) -> Iterator[RedisStore]:
     store.close()
 
 
-def test_too_few_replicas(store: RedisStore, client: Redis) -> None:
-    """Met in the midst of a run: what is to be written is written once there are enough again."""
+def test_too_few_replicas_are_unavailable(store: RedisStore, client: Redis) -> None:
+    """The replicas go during a run: its writes wait until there are enough again."""
     pending(store)
     held = claim(store)
     client.config_set("min-replicas-to-write", 1)
@@ -64,7 +64,7 @@ def test_too_few_replicas(store: RedisStore, client: Redis) -> None:
     assert read(store).result == b"1"
 
 
-def test_no_memory(store: RedisStore, client: Redis) -> None:
+def test_a_full_memory_is_unavailable(store: RedisStore, client: Redis) -> None:
     pending(store)
     client.config_set("maxmemory", 1)
 
@@ -79,7 +79,7 @@ def test_no_memory(store: RedisStore, client: Redis) -> None:
 
 
 @pytest.mark.parametrize("version", ["6.2", "installed"])
-def test_a_replica(version: str) -> None:
+def test_a_replica_is_unavailable(version: str) -> None:
     with (
         opened(version) as master,
         opened(version, replica_of=master) as replica,

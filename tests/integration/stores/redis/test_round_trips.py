@@ -103,9 +103,7 @@ def test_a_script_is_loaded_when_the_server_does_not_know_it(
     assert asked == [[b"EVALSHA"] * 2]
 
 
-def test_a_server_without_its_scripts_and_its_data_is_begun_anew(
-    private_redis: PrivateRedis, store: RedisStore, client: Redis
-) -> None:
+def test_an_emptied_server_starts_over(private_redis: PrivateRedis, store: RedisStore, client: Redis) -> None:
     pending(store)
     client.flushall()
     client.script_flush()

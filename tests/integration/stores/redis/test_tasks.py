@@ -129,7 +129,7 @@ def test_a_task_is_retried_and_fails_and_goes_on_in_a_chain(
     assert len(deployment.ledger.starts("add")) == 3
 
 
-def test_what_a_broker_forgot_is_brought_back(
+def test_a_message_lost_by_the_broker_comes_back(
     deploy: Callable[..., Deployment], start_worker: StartWorker, broker: Broker
 ) -> None:
     deployment = deploy(idempotent_lost_after=1.0)
@@ -197,13 +197,13 @@ def test_a_batch_is_recorded_and_published(
     assert len(deployment.ledger.starts("echo")) == 700
 
 
-def test_what_needs_a_transaction_says_that_there_is_none(deploy: Callable[..., Deployment], tmp_path: Path) -> None:
+def test_a_call_that_needs_a_transaction_says_there_is_none(deploy: Callable[..., Deployment], tmp_path: Path) -> None:
     deployment = deploy()
     text = "needs a store with transactions, such as SQLStore; RedisStore has none"
 
     @deployment.app.task(base=IdempotentTask, name="atomic", atomic=True, shared=False)
     def atomic() -> None:
-        """Fail: it must not come to this."""
+        """Fail, because this must not be called."""
 
     deployment.app.conf.task_always_eager = True
     with pytest.raises(ConfigurationError, match=f"atomic=True {text}"):

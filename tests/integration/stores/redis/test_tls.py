@@ -1,4 +1,4 @@
-"""A log behind TLS."""
+"""A log reached through TLS."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_server_is_known_by_its_certificate(secured: _Secured, tmp_path: Path)
         assert store.check() is None  # type: ignore[func-returns-value]
 
 
-def test_a_server_that_is_not_known_is_told_nothing(secured: _Secured) -> None:
+def test_a_server_with_an_unknown_certificate_gets_nothing(secured: _Secured) -> None:
     with closing(RedisStore(url(secured, "ssl_cert_reqs=CERT_REQUIRED"))) as store:
         with pytest.raises(StoreUnavailableError, match="certificate") as caught:
             store.record(new_message())

@@ -64,7 +64,7 @@ def test_short_forms_are_written_out(short: str, long: str) -> None:
         ("postgresql://u:s3cret@h/d?pool_size=5&max_overflow=9", "max_overflow, pool_size.*leave it out"),
     ],
 )
-def test_a_bad_url_is_told_without_its_password(url: str, text: str) -> None:
+def test_a_bad_url_is_reported_without_its_password(url: str, text: str) -> None:
     with pytest.raises(ConfigurationError, match=text) as caught:
         open_store(url)
     told = str(caught.value)
@@ -88,7 +88,7 @@ def test_redis_is_for_another_store(url: str) -> None:
         ("postgresql+psycopg2://u:s3cret@h/d", "psycopg2", "pip install psycopg2"),
     ],
 )
-def test_a_missing_driver_is_told_with_the_command_that_installs_it(
+def test_a_missing_driver_names_the_command_that_installs_it(
     monkeypatch: pytest.MonkeyPatch, url: str, module: str, command: str
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
@@ -177,7 +177,7 @@ def test_a_database_that_is_set_oddly_serves(odd: Callable[[str, str], str], cre
     store.close()
 
 
-def test_dates_that_a_session_behind_a_pooler_cannot_ask_for(odd: Callable[[str, str], str]) -> None:
+def test_a_date_style_that_a_pooler_hides_is_refused(odd: Callable[[str, str], str]) -> None:
     url = odd("CREATE DATABASE odd", "ALTER DATABASE odd SET DateStyle = 'German'")
     with PrivatePgBouncer(url) as pooler:
         store = SQLStore(pooler.url)

@@ -1,4 +1,4 @@
-"""Recovery beside a backlog: a hundred thousand messages wait, none of them is lost, and a step costs what it costs anyway."""
+"""Recovery with a backlog: a hundred thousand messages wait, none is lost, and a pass costs no more for them."""
 
 from __future__ import annotations
 
@@ -110,9 +110,9 @@ def stepping(step: Callable[[], Recovered], answers: list[object]) -> Iterator[N
     def go_on() -> None:
         try:
             answers.append(step())
-            while not over.wait(0.005):  # lest the two threads only take turns at the interpreter
+            while not over.wait(0.005):  # or the two threads would only take turns
                 answers.append(step())
-        except Exception as error:  # noqa: BLE001 - whatever it is, the test has to hear of it
+        except Exception as error:  # noqa: BLE001 - the test has to see any error
             answers.append(error)
 
     thread = threading.Thread(target=go_on)

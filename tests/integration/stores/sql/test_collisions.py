@@ -19,7 +19,7 @@ from tests.support.waiting import wait_until
 
 
 class Blocker:
-    """Somebody else's transaction, which gives way once the store's statement has failed so often."""
+    """Another transaction, which rolls back once the store's statement has failed so many times."""
 
     def __init__(self, other: sa.Connection, *, after_failures: int) -> None:
         self.other = other

@@ -43,7 +43,7 @@ def test_a_file_that_is_there_keeps_its_mode(tmp_path: Path) -> None:
     store.close()
 
 
-def test_where_no_file_can_be_sqlite_says_so(tmp_path: Path) -> None:
+def test_an_impossible_path_raises_sqlites_error(tmp_path: Path) -> None:
     store = SQLStore(f"sqlite:///{tmp_path / 'nowhere' / 'queue_log.db'}")
     with pytest.raises(Exception, match="unable to open database file"):
         store.record(NewMessage(MessageKey("m", "t"), "id"))

@@ -76,7 +76,7 @@ class TestPartitioned(StoreContract, TransactionContract):
         engine.dispose()
 
 
-def test_what_the_page_makes_is_what_the_library_asks_for(url: str) -> None:
+def test_the_pages_table_passes_the_check(url: str) -> None:
     with closing(SQLStore(url)) as store:
         store.check()
         assert not store.init()

@@ -1,4 +1,4 @@
-"""How the databases carry the statements out: through an index, whatever the size of the log."""
+"""The databases use an index for each statement, whatever the size of the log."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def begins(statement: Any, carried: Any) -> bool:
     return bool(conditions)
 
 
-def test_what_waits_on_any_queue_is_read_queue_by_queue(long: SQLStore, statements: list[str]) -> None:
+def test_waiting_messages_are_read_queue_by_queue(long: SQLStore, statements: list[str]) -> None:
     rows = long.waiting(older_than=0.0, limit=2 * long_log.PENDING)
 
     assert len(rows) == long_log.PENDING

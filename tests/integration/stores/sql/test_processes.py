@@ -29,7 +29,7 @@ def in_child(work: Callable[[], None]) -> None:
         try:
             work()
             os.write(writing, b"fine")
-        except BaseException as error:  # noqa: BLE001 - whatever it is, the parent has to hear of it
+        except BaseException as error:  # noqa: BLE001 - the parent has to see any error
             os.write(writing, repr(error).encode())
         finally:
             # As billiard's children do: no exit handlers, no destructors.
@@ -107,7 +107,7 @@ def test_an_owners_engine_outlives_the_store(store: SQLStore) -> None:
 
 
 @on_servers
-def test_what_the_store_opened_beside_an_engine_is_closed_with_it(store: SQLStore) -> None:
+def test_a_stores_own_connections_are_closed_with_it(store: SQLStore) -> None:
     engine = sa.create_engine(store.engine.url)
     owned = SQLStore(engine)
     processing(owned)
@@ -140,7 +140,7 @@ def test_a_fork_while_another_thread_opens_the_store_does_not_hang(store_url: st
 
 
 def test_transactions_have_connections_of_their_own(store: SQLStore) -> None:
-    # An atomic body holds its connection for as long as it runs; leases are renewed beside it.
+    # An atomic body keeps its connection while it runs; leases are renewed on another.
     held = processing(store)
     with store.engine.connect() as body:
         body.execute(sa.text("SELECT count(*) FROM queue_log"))
@@ -237,7 +237,7 @@ def test_a_store_may_be_first_used_by_many_threads_at_once(url: str, tmp_path: P
             together.wait()  # noqa: B023 - of this round, which ends in it
             try:
                 store.record(new_message(key))  # noqa: B023
-            except BaseException as error:  # noqa: BLE001 - whatever it is, the test has to hear of it
+            except BaseException as error:  # noqa: BLE001 - the test has to see any error
                 errors.append(error)  # noqa: B023
 
         threads = [threading.Thread(target=record, args=(key,)) for key in keys]

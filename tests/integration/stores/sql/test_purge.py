@@ -1,4 +1,4 @@
-"""A purge of many rows costs what it deletes, however much it has deleted before and whatever is kept."""
+"""A purge costs what it deletes, regardless of earlier deletions and of kept rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from celery_idempotent.stores.sql import SQLStore, queue_log_table
 from celery_idempotent.testing.examples import processing
 from tests.integration.stores.sql import plans
 
-#: Rows that are kept for longer than retention (`unique_for`), and those behind them that are not.
+#: Rows that are kept for longer than retention (`unique_for`), and those after them that are not.
 KEPT, DUE = 300, 90
 
 
@@ -18,7 +18,7 @@ def done(store: SQLStore, number: int, *, kept: bool) -> None:
     assert store.complete(claim, result=None, unique_for=3600.0 if kept else None)
 
 
-def test_what_is_kept_is_read_by_the_first_batch_alone(store: SQLStore) -> None:
+def test_kept_rows_are_read_by_the_first_batch_alone(store: SQLStore) -> None:
     for number in range(KEPT + DUE):
         done(store, number, kept=number < KEPT)
     watched = plans.watch(store.engine)[0]
@@ -37,7 +37,7 @@ def test_what_is_kept_is_read_by_the_first_batch_alone(store: SQLStore) -> None:
         assert max(efforts[1:]) < KEPT / 2
 
 
-def test_what_was_kept_goes_when_its_id_is_free_again_although_a_purge_went_past_it(store: SQLStore) -> None:
+def test_a_kept_row_is_purged_once_its_id_is_free(store: SQLStore) -> None:
     for number in range(40):
         done(store, number, kept=number < 10)
     assert store.purge(older_than=0.0, limit=30) == 30

@@ -185,7 +185,7 @@ def test_no_transaction_is_begun_or_ended(tapped_store: SQLStore, wire_tap: Wire
 
 
 @on_servers
-def test_on_an_engine_of_its_owner_the_store_is_in_autocommit_too(store: SQLStore, store_url: str) -> None:
+def test_a_store_on_a_given_engine_uses_autocommit(store: SQLStore, store_url: str) -> None:
     owned = SQLStore(store.engine)
     assert owned.engine is store.engine
     held = processing(owned)

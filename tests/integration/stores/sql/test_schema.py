@@ -1,4 +1,4 @@
-"""The table: made once, whoever makes it; missing or behind, it is named."""
+"""The table is made once, even by several processes; a missing or old one is named in the error."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_an_in_memory_store_needs_no_set_up() -> None:
 
 
 @pytest.mark.parametrize("verb", ["check", "init", "counts"])
-def test_a_table_that_is_behind_is_named_by_its_missing_columns_and_left_alone(store_url: str, verb: str) -> None:
+def test_an_old_table_is_reported_with_its_missing_columns(store_url: str, verb: str) -> None:
     engine = sa.create_engine(store_url)
     sa.Table(
         "queue_log", sa.MetaData(), sa.Column("message_id", sa.String(255)), sa.Column("status", sa.String(16))
@@ -91,7 +91,7 @@ def test_a_column_that_goes_missing_is_named(store: SQLStore) -> None:
 
 
 @on_servers
-def test_a_table_that_goes_missing_is_named_and_used_when_it_is_back(store: SQLStore) -> None:
+def test_a_missing_table_is_named_and_used_once_it_is_back(store: SQLStore) -> None:
     with store.engine.begin() as connection:
         connection.execute(sa.text("DROP TABLE queue_log"))
     with pytest.raises(SchemaError, match="queue_log is missing"):
@@ -120,7 +120,7 @@ def test_a_table_of_ones_own_metadata_serves(store_url: str) -> None:
 
 
 @on_servers
-def test_a_table_may_live_in_a_schema_of_its_own(store_url: str, store: SQLStore) -> None:
+def test_a_table_may_be_in_another_schema(store_url: str, store: SQLStore) -> None:
     namespace = f"{sa.make_url(store_url).database}_ns" if store.engine.dialect.name != "postgresql" else "queue_log_ns"
     with store.engine.begin() as connection:
         connection.execute(sa.text(f"CREATE SCHEMA {namespace}"))
@@ -181,7 +181,7 @@ def use_first(url: str, start: Any, answers: Any) -> None:
     start.wait(60)
     try:
         answers.put(type(store.record(new_message())).__name__)
-    except BaseException as error:  # noqa: BLE001 - whatever it is, the test has to hear of it
+    except BaseException as error:  # noqa: BLE001 - the test has to see any error
         answers.put(repr(error))
     store.close()
 

@@ -60,7 +60,7 @@ def test_no_connection_waits_for_minutes_for_a_host_out_of_reach(store: SQLStore
 
 
 @on_servers
-def test_a_body_on_a_forgotten_connection_is_told(
+def test_a_body_on_a_forgotten_connection_raises(
     store: SQLStore, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sockets, "_RECEIVED_WITHIN", 1)

@@ -110,7 +110,7 @@ def test_a_table_of_the_first_version_is_taken_to_this_one(first: sa.Engine, sto
 
 
 @on_servers
-def test_until_then_all_goes_on_without_its_indexes(first: sa.Engine, store_url: str) -> None:
+def test_the_older_table_serves_without_the_new_indexes(first: sa.Engine, store_url: str) -> None:
     with closing(SQLStore(store_url)) as store:
         store.check()
         assert store.inspect()
@@ -129,7 +129,7 @@ def test_a_file_is_taken_to_this_version_by_its_first_use(first: sa.Engine, stor
 
 
 @pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
-def test_of_a_file_that_is_not_there_it_is_told_what_would_be_made(store_url: str) -> None:
+def test_a_missing_file_is_reported_with_what_would_be_made(store_url: str) -> None:
     with closing(SQLStore(store_url)) as store:
         assert store.outstanding()[0].what == "create the table queue_log"
         assert not any(change.alters for change in store.outstanding())
@@ -137,7 +137,7 @@ def test_of_a_file_that_is_not_there_it_is_told_what_would_be_made(store_url: st
 
 
 @on_servers
-def test_in_a_schema_of_its_own_and_under_another_name(store_url: str, engine: sa.Engine) -> None:
+def test_another_schema_and_another_name_work(store_url: str, engine: sa.Engine) -> None:
     mariadb = engine.dialect.name != "postgresql"
     namespace = f"{sa.make_url(store_url).database}_ns" if mariadb else "versions_ns"
     with engine.begin() as connection:
@@ -195,8 +195,8 @@ def blocked(engine: sa.Engine) -> bool:
 
 @on_servers
 @pytest.mark.parametrize("what", ["an index", "a column"])
-def test_it_waits_for_a_body_and_nobody_waits_behind_it(store_url: str, engine: sa.Engine, what: str) -> None:
-    """An atomic body holds the table for minutes; whoever asks for all of it meanwhile must not hold up the others."""
+def test_it_waits_for_a_body_and_blocks_no_other(store_url: str, engine: sa.Engine, what: str) -> None:
+    """An atomic body holds the table for minutes; a lock on all of it must not hold up the others meanwhile."""
     with closing(SQLStore(store_url)) as store, ThreadPoolExecutor(1) as threads, engine.connect() as body:
         store.init()
         done(store)
@@ -221,7 +221,7 @@ def test_it_waits_for_a_body_and_nobody_waits_behind_it(store_url: str, engine: 
 
 
 @on_postgresql
-def test_an_index_that_was_not_built_to_the_end_is_built_anew(store_url: str, engine: sa.Engine) -> None:
+def test_a_half_built_index_is_rebuilt(store_url: str, engine: sa.Engine) -> None:
     with closing(SQLStore(store_url)) as store, engine.connect() as body:
         store.init()
         pending(store)
@@ -261,7 +261,7 @@ def test_a_build_does_not_wait_for_those_who_wait_for_it(store_url: str, engine:
 
 
 @on_postgresql
-def test_a_table_of_the_same_name_in_another_schema_is_not_waited_for(store_url: str, engine: sa.Engine) -> None:
+def test_a_table_in_another_schema_is_not_waited_for(store_url: str, engine: sa.Engine) -> None:
     url = sa.make_url(store_url).update_query_dict({"options": "-csearch_path=beside_ns"})
     with engine.begin() as connection:
         connection.execute(sa.text("CREATE SCHEMA beside_ns"))
@@ -277,7 +277,7 @@ def test_a_table_of_the_same_name_in_another_schema_is_not_waited_for(store_url:
             connection.execute(sa.text("DROP SCHEMA beside_ns CASCADE"))
 
 
-# -- code of one version beside code of the next ---------------------------------------------------------------------------------
+# -- code of one version while the next one runs ---------------------------------------------------------------------------------
 
 
 def test_older_code_goes_on_on_a_newer_table(store_url: str) -> None:
@@ -351,10 +351,10 @@ def test_workers_of_both_versions(spec: AppSpec, open_app: OpenApp, start_worker
 
 @on_postgresql
 @pytest.mark.parametrize("broker", ["redis"], indirect=True)
-def test_a_message_waits_for_a_table_that_falls_behind_under_a_worker(
+def test_a_message_waits_while_the_table_is_too_old(
     spec: AppSpec, open_app: OpenApp, start_worker: StartWorker, store_url: str, engine: sa.Engine
 ) -> None:
-    """A wrong migration, a backup that was restored: the caller is told, and what is delivered comes again until it can be claimed."""
+    """A wrong migration, a restored backup: the caller gets an error, and deliveries come again until they can be claimed."""
 
     def rename(column: str, name: str) -> None:
         with engine.begin() as connection:

@@ -25,7 +25,7 @@ from tests.integration.stores.sql.test_round_trips import VERBS
 
 __all__ = ["EVERYTHING", "USED", "Verb"]
 
-#: The ids of the messages that the verbs below leave behind.
+#: The ids of the messages that the verbs below leave.
 USED = [KEY.message_id, *(f"m{number}" for number in range(300))]
 
 _LONG_AGO = 24 * 3600.0

@@ -41,7 +41,7 @@ def told(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.usefixtures("told")
 @on_postgresql
 @pytest.mark.parametrize("fail", [by_the_session, by_the_driver])
-def test_a_statement_that_fails_in_a_hook_before_the_commit_is_no_success(
+def test_a_failing_statement_before_the_commit_is_no_success(
     open_eager_app: Callable[..., EagerApp], store_url: str, fail: Callable[[Session], None]
 ) -> None:
     """The app's session may do more when it commits: the completion is written by then."""
@@ -73,9 +73,7 @@ def test_a_statement_that_fails_in_a_hook_before_the_commit_is_no_success(
 
 @pytest.mark.usefixtures("told")
 @on_postgresql
-def test_a_body_with_callbacks_whose_commit_is_a_rollback_has_no_recovery_point(
-    open_eager_app: Callable[..., EagerApp], store_url: str
-) -> None:
+def test_a_rolled_back_commit_leaves_no_recovery_point(open_eager_app: Callable[..., EagerApp], store_url: str) -> None:
     factory = sessionmaker()
     sa.event.listen(factory, "before_commit", by_the_session)
     eager_app = open_eager_app(SQLStore(store_url), session_factory=factory)
@@ -99,7 +97,7 @@ def test_a_body_with_callbacks_whose_commit_is_a_rollback_has_no_recovery_point(
 
 @pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
 def test_a_transaction_that_sqlite_has_ended_is_no_success(eager_app: EagerApp) -> None:
-    """As it does for want of room, or with ON CONFLICT ROLLBACK; what comes behind would commit by itself."""
+    """As it does on a full disk, or with ON CONFLICT ROLLBACK; later statements would commit by themselves."""
 
     def body(self: IdempotentTask) -> str:
         self.session.add(Effect(name="paid"))

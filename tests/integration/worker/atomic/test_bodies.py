@@ -126,7 +126,7 @@ def test_a_body_that_has_no_use_for_its_transaction_has_none(eager_app: EagerApp
     assert task.apply(message_id="second").get() == 5
 
     verbs = [statement.split()[0] for statement in statements if statement != "ROLLBACK"]
-    # Of apply(): whether the message has a row that answers it; a message that nobody recorded is claimed by an insert.
+    # By apply(): whether a row answers the message. A message that was not recorded is claimed by an insert.
     assert verbs == ["SELECT", "UPDATE", "SELECT", "INSERT", "UPDATE"]
 
 
@@ -153,7 +153,7 @@ def test_a_duplicate_has_no_effect(eager_app: EagerApp) -> None:
     assert eager_app.effects.names() == ["once"]
 
 
-def test_what_waits_on_the_result_finds_the_effect(eager_app: EagerApp) -> None:
+def test_the_effect_is_visible_once_the_result_is(eager_app: EagerApp) -> None:
     found = []
 
     @eager_app.app.task(name="linked", shared=False)
@@ -274,7 +274,7 @@ def test_a_rejected_message_has_no_effect(eager_app: EagerApp, requeue: bool, le
     assert eager_app.effects.names() == []
 
 
-def test_a_soft_time_limit_rolls_back_and_the_connection_is_not_used_again(eager_app: EagerApp) -> None:
+def test_a_soft_time_limit_rolls_back_and_drops_the_connection(eager_app: EagerApp) -> None:
     connections: list[Any] = []
 
     def body(self: IdempotentTask) -> None:
@@ -293,7 +293,7 @@ def test_a_soft_time_limit_rolls_back_and_the_connection_is_not_used_again(eager
 
 
 @pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
-def test_a_body_that_leaves_its_process_leaves_nothing_behind(eager_app: EagerApp, error: type[BaseException]) -> None:
+def test_a_body_that_exits_its_process_leaves_nothing(eager_app: EagerApp, error: type[BaseException]) -> None:
     def body(self: IdempotentTask) -> None:
         self.session.add(Effect(name="paid"))
         self.session.flush()
@@ -303,7 +303,7 @@ def test_a_body_that_leaves_its_process_leaves_nothing_behind(eager_app: EagerAp
     with pytest.raises(error):
         task.apply(message_id="m")
 
-    assert eager_app.row(task).status is Status.PROCESSING  # for whoever finds it abandoned
+    assert eager_app.row(task).status is Status.PROCESSING  # for the worker that finds it abandoned
     assert eager_app.effects.names() == []
     assert eager_app.store.engine.pool.checkedout() == 0  # type: ignore[attr-defined]
 
@@ -600,7 +600,7 @@ class OurSession(Session):
 
 
 @pytest.mark.parametrize("scoped", [False, True])
-def test_a_session_factory(open_eager_app: Callable[..., EagerApp], store_url: str, scoped: bool) -> None:
+def test_a_session_factory_is_used(open_eager_app: Callable[..., EagerApp], store_url: str, scoped: bool) -> None:
     engine = sa.create_engine("sqlite://")  # which is not used
     commits: list[Session] = []
     factory: Any = sessionmaker(engine, class_=OurSession, expire_on_commit=False, binds={Effect: engine})
@@ -646,14 +646,14 @@ def test_a_session_factory_that_goes_its_own_way_is_refused(
 
 
 @pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
-def test_what_cannot_be_called_is_no_session_factory(eager_app: EagerApp) -> None:
+def test_a_session_factory_must_be_callable(eager_app: EagerApp) -> None:
     with pytest.raises(ConfigurationError, match="takes a sessionmaker, not Session"):
         QueueLog(eager_app.app, session_factory=Session())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("store_url", ["postgresql", "mariadb"], indirect=True)
 @pytest.mark.parametrize("level", ["SERIALIZABLE", "READ COMMITTED"])
-def test_an_isolation_level(open_eager_app: Callable[..., EagerApp], store_url: str, level: str) -> None:
+def test_the_isolation_level_is_used(open_eager_app: Callable[..., EagerApp], store_url: str, level: str) -> None:
     eager_app = open_eager_app(SQLStore(store_url), isolation_level=level)
 
     def body(self: IdempotentTask) -> str:

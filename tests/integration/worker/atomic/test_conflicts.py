@@ -182,7 +182,7 @@ def test_a_body_that_always_gives_way_fails_in_the_end(repeatable_read_app: Eage
 
 @on_servers
 def test_a_body_whose_lease_was_renewed_completes_at_its_second_run(repeatable_read_app: EagerApp) -> None:
-    """Its own row is written beside it, so it is run again under a lease that needs no renewal."""
+    """Its own row is written during the transaction, so it runs again under a lease that needs no renewal."""
     leases: list[bool] = []
 
     def body(self: IdempotentTask) -> int:
@@ -275,7 +275,7 @@ def test_a_file_that_somebody_else_writes_to_is_waited_for(
         try:
             self.session.flush()
         except OperationalError:
-            other.rollback()  # or nobody could write down what becomes of the message
+            other.rollback()  # or the message's end could not be written
             raise
         return len(runs)
 
@@ -302,7 +302,9 @@ def eager_app_behind_tap(open_eager_app: Callable[..., EagerApp], wire_tap: Wire
 
 @on_servers
 class TestABrokenConnection:
-    def test_that_cannot_be_made_runs_the_body_again(self, eager_app_behind_tap: EagerApp, wire_tap: WireTap) -> None:
+    def test_a_first_statement_without_a_connection_runs_the_body_again(
+        self, eager_app_behind_tap: EagerApp, wire_tap: WireTap
+    ) -> None:
         runs = []
 
         def body(self: IdempotentTask) -> int:
@@ -447,7 +449,7 @@ class TestABrokenConnection:
     def test_at_a_commit_that_did_not_take_place_runs_the_body_again(
         self, eager_app_behind_tap: EagerApp, wire_tap: WireTap, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """The server is told to end the connection before it reads the commit."""
+        """The server ends the connection before it reads the commit."""
         runs: list[int] = []
         commit: Any = sa.engine.default.DefaultDialect.do_commit
 

@@ -140,7 +140,7 @@ def test_a_kill_at_any_step_loses_and_doubles_nothing(
 
 
 @pytest.mark.parametrize("store_url", ["postgresql"], indirect=True)
-def test_a_kill_doubles_the_effect_of_a_plain_task_between_that_and_its_row(
+def test_a_kill_doubles_the_effect_of_a_plain_task(
     kill_at_every_point: KillAtEveryStep, broker: Broker, effects: Effects
 ) -> None:
     """And what it sends, and what waits on it, is sent once all the same."""

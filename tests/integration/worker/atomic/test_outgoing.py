@@ -1,4 +1,4 @@
-"""What an atomic body sends is recorded in its transaction, and published behind its commit."""
+"""What an atomic body sends is recorded in its transaction, and published after its commit."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def child(eager_app: EagerApp, ran: list[str]) -> IdempotentTask:
     return task
 
 
-def test_it_is_published_behind_the_commit(eager_app: EagerApp, child: IdempotentTask, ran: list[str]) -> None:
+def test_it_is_published_after_the_commit(eager_app: EagerApp, child: IdempotentTask, ran: list[str]) -> None:
     seen: list[Any] = []
 
     def body(task: IdempotentTask) -> str:
@@ -87,7 +87,7 @@ def test_a_body_that_fails_has_sent_nothing(
     assert eager_app.store.unsent(limit=9) == []
 
 
-def test_what_a_savepoint_undoes_is_not_sent(eager_app: EagerApp, child: IdempotentTask, ran: list[str]) -> None:
+def test_a_call_undone_by_a_savepoint_is_not_sent(eager_app: EagerApp, child: IdempotentTask, ran: list[str]) -> None:
     def body(task: IdempotentTask) -> None:
         child.delay("kept")
         nested = task.session.begin_nested()
@@ -126,7 +126,7 @@ def test_a_body_whose_claim_was_lost_has_sent_nothing(
     def body(task: IdempotentTask) -> None:
         child.delay("told")
         row = eager_app.row(task)
-        if eager_app.store.engine.dialect.name != "sqlite":  # where nobody else can write now
+        if eager_app.store.engine.dialect.name != "sqlite":  # where no one else can write now
             eager_app.store.expire(task.request.idempotent_run.claim)
             assert (
                 eager_app.store.take_over(eager_app.row(task), task_id="x", worker="w", lease=60.0, attempt=0)
@@ -209,7 +209,7 @@ def test_an_outbox_of_another_session_is_another_transaction(
 def test_an_eager_run_inside_of_a_body_stands_for_itself(
     eager_app: EagerApp, child: IdempotentTask, ran: list[str]
 ) -> None:
-    """It is done when it returns, and so is what it has sent, whatever becomes of the body around it."""
+    """It is done when it returns, and so are its messages, even if the outer body fails."""
 
     def inner(task: IdempotentTask) -> None:
         child.delay("of the inner one")

@@ -45,7 +45,7 @@ def immediate(url: str) -> sa.Engine:
 
 
 def without(url: str) -> sa.Engine:
-    """Have nobody begin a transaction, the driver included."""
+    """Begin no transaction, not even by the driver."""
     return sa.create_engine(url, connect_args={"timeout": 30.0, "isolation_level": None})
 
 
@@ -86,7 +86,7 @@ def test_a_body_whose_first_write_is_in_a_savepoint_is_atomic(eager_app_on_targe
     assert eager_app_on_target.effects.names() == []
 
 
-def test_what_is_released_and_what_follows_it_commit_together(eager_app_on_target: EagerApp) -> None:
+def test_a_released_savepoint_commits_with_the_rest(eager_app_on_target: EagerApp) -> None:
     def body(self: IdempotentTask) -> None:
         with self.session.begin_nested():
             self.session.add(Effect(name="paid"))

@@ -63,7 +63,7 @@ def test_the_row_and_the_effect_agree_with_the_caller(app: Celery, atomic: bool,
 
 
 @pytest.mark.parametrize("waits", ["callbacks", "chain"])
-def test_what_waits_on_it_is_not_sent_and_the_row_has_failed(app: Celery, waits: str) -> None:
+def test_callbacks_are_not_sent_and_the_row_has_failed(app: Celery, waits: str) -> None:
     @app.task(base=IdempotentTask, name="first", shared=False)
     def first() -> object:
         return object()
@@ -78,8 +78,8 @@ def test_what_waits_on_it_is_not_sent_and_the_row_has_failed(app: Celery, waits:
     assert (row.status, row.processed_status, state) == (Status.DONE, ProcessedStatus.FAILURE, states.FAILURE)
 
 
-def test_what_celery_stores_in_its_own_way_is_a_success(app: Celery) -> None:
-    """An AsyncResult is stored as a tuple, which no serializer of ours makes of it."""
+def test_a_result_celery_can_store_is_a_success(app: Celery) -> None:
+    """Celery stores an AsyncResult as a tuple; our serializers do not."""
 
     @app.task(base=IdempotentTask, name="another", shared=False)
     def another() -> object:
@@ -90,7 +90,7 @@ def test_what_celery_stores_in_its_own_way_is_a_success(app: Celery) -> None:
     assert (row.processed_status, row.result, state) == (ProcessedStatus.SUCCESS, None, states.SUCCESS)
 
 
-def test_an_eager_result_is_nobodys_affair(app: Celery) -> None:
+def test_an_eager_result_may_be_unserializable(app: Celery) -> None:
     @app.task(base=IdempotentTask, name="eager", shared=False)
     def eager() -> object:
         return object()

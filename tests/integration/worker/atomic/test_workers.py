@@ -77,12 +77,12 @@ def test_a_child_killed_around_its_commit_leaves_one_effect(
     assert not flag.exists(), "nobody was killed"
     assert (row.processed_status, row.token) == (SUCCESS, 2), worker.log_tail()
     assert deployment.effects.names() == ["paid"]
-    # What was committed is not run again: its callback is sent by whoever took it over.
+    # A committed body does not run again: the worker that took over sends its callback.
     assert len(deployment.ledger.starts("atomic.put")) == (1 if point == "committed" else 2)
     wait_until(lambda: deployment.ledger.ends("told"), timeout=TIMEOUT, describe=worker.log_tail)
 
 
-def test_of_two_bodies_at_their_commit_one_commits_and_one_says_that_it_did_not(
+def test_one_of_two_bodies_commits_and_the_other_says_it_did_not(
     deploy: Callable[..., AtomicDeployment],
 ) -> None:
     deployment = deploy(idempotent_lease=600.0, idempotent_recovery_interval=0)
@@ -136,9 +136,7 @@ def test_a_body_longer_than_its_lease_runs_once(deploy: Callable[..., AtomicDepl
 
 @pytest.mark.parametrize("store_url", ["postgresql"], indirect=True)
 @pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
-def test_where_snapshots_are_fixed_a_body_longer_than_a_third_of_its_lease_completes(
-    deploy: Callable[..., AtomicDeployment], level: str
-) -> None:
+def test_a_long_body_completes_under_repeatable_read(deploy: Callable[..., AtomicDeployment], level: str) -> None:
     """Its lease is renewed by its process and by that one's parent: not in its second run."""
     deployment = deploy(**{LEVEL: level})
     worker = deployment.worker()
@@ -176,7 +174,7 @@ def test_a_message_that_replaces_itself_keeps_what_each_run_did(deploy: Callable
     assert deployment.effects.names() == ["p:0", "p:1", "p:2"]
 
 
-def test_what_takes_its_place_is_sent_behind_its_commit(deploy: Callable[..., AtomicDeployment]) -> None:
+def test_a_replacement_is_sent_after_the_commit(deploy: Callable[..., AtomicDeployment]) -> None:
     deployment = deploy()
     deployment.worker()
 

@@ -51,6 +51,6 @@ POSTGRESQL, MYSQL, SQLITE = "postgresql://localhost/shop", "mysql://localhost/sh
         (SQLITE, sqlite("no such table: effects"), False, False),
     ],
 )
-def test_which_errors_a_transaction_gives_way_to(url: str, error: DBAPIError, gave_way: bool, collided: bool) -> None:
+def test_conflicts_and_collisions_are_recognized(url: str, error: DBAPIError, gave_way: bool, collided: bool) -> None:
     store = SQLStore(url)
     assert (store.gave_way(error), store.collided(error)) == (gave_way, collided)

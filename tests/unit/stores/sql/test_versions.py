@@ -47,7 +47,7 @@ def test_a_version_is_what_it_was(number: int, name: str) -> None:
     assert in_order(made.replace("IF NOT EXISTS ", "")) == in_order(written)
 
 
-def test_they_are_numbered_and_the_newest_is_the_table() -> None:
+def test_versions_are_numbered_and_the_newest_is_the_table() -> None:
     assert list(range(1, newest() + 1)) == NUMBERS
     newest_table = table_of_version(newest(), sa.MetaData(), "queue_log", None)
     assert shape(newest_table) == shape(queue_log_table(sa.MetaData()))
@@ -75,7 +75,7 @@ def test_an_index_has_its_name_for_ever() -> None:
 @pytest.mark.parametrize("since", NUMBERS)
 @pytest.mark.parametrize("to", NUMBERS)
 def test_from_each_to_each(since: int, to: int) -> None:
-    """What is told without a database is as much as what one is found to lack, and leads back again."""
+    """The offline SQL has every change that a database lacks, and the way back."""
     engine = sa.create_engine("sqlite://")
     with engine.begin() as connection:
         for step in steps_to(since, "queue_log", None, None):

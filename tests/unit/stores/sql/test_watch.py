@@ -87,7 +87,7 @@ def test_a_socket_that_took_the_closed_ones_number_is_not_cut(ends: tuple[socket
             os.close(number)
 
 
-def test_nothing_is_left_behind(ends: tuple[socket.socket, socket.socket]) -> None:
+def test_everything_is_cleaned_up(ends: tuple[socket.socket, socket.socket]) -> None:
     client, _ = ends
     watch = Watch(0.05)
     threads = set()
