@@ -58,7 +58,7 @@ class RenewedLease:
         asked: When the lease was asked for, by the monotonic clock.
         ended: Whether the owner is known to be dead. Set it before the lease is ended in the store: a renewal that is under
             way then ends the lease again.
-        pause: Seconds between two renewals.
+        pause: Seconds between two looks at it. It is renewed at the first one after a third of its lease.
     """
 
     holder: Holder
@@ -230,22 +230,22 @@ class _Renewer:
                 self._renew([held for held in due if held.lease == lease], lease)
 
     def _renew(self, due: list[RenewedLease], lease: float) -> None:
-        hurry = 1
+        asked, hurry = time.monotonic(), 1
+        old = [held.holder for held in due if not held.ended and held.asked + lease / _PER_LEASE <= asked]
         lost: list[Holder] = []
-        asked = time.monotonic()
-        renewed = False
+        kept: list[Holder] = []
         try:
-            lost = self._store().renew([held.holder for held in due if not held.ended], lease=lease)
-            renewed = True
+            lost = self._store().renew(old, lease=lease)
+            kept = [holder for holder in old if holder not in lost]
         except StoreError as error:
-            logger.warning("could not renew %d leases, asking again: %s", len(due), error)
+            logger.warning("could not renew %d leases, asking again: %s", len(old), error)
             hurry = _PER_LEASE
         except Exception:
             # The thread must outlive whatever it meets: without it every lease of this process runs out.
-            logger.exception("could not renew %d leases", len(due))
+            logger.exception("could not renew %d leases", len(old))
         for held in due:
             held.due = time.monotonic() + held.pause / hurry
-            if renewed and held.holder not in lost:
+            if held.holder in kept:
                 held.asked = asked
             if held.ended:  # perhaps meanwhile, and before it was renewed
                 self.let_go(held.holder)

@@ -233,13 +233,15 @@ class TestForAChild:
     def test_a_terminated_child_keeps_its_lease_until_it_is_gone(
         self, store: RecordingStore, renewals: LeaseRenewer
     ) -> None:
-        """Nobody counts it among the running ones, and its long lease is not due for a while."""
+        """Nobody counts it among the running ones. A long lease is not renewed sooner than others, but ends as soon."""
+        long = Owner(MessageKey("long", "shop.charge"), "host:1")
         with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as child:
-            renewals.hold_until_gone(RenewedLease(self.OWNER, 3600.0, child.pid))
-            wait_for(lambda: store.times(self.OWNER))
+            renewals.hold_until_gone(RenewedLease(self.OWNER, LEASE, child.pid))
+            renewals.hold_until_gone(RenewedLease(long, 3600.0, child.pid))
+            wait_for(lambda: len(store.times(self.OWNER)) > 3.0 / LEASE)
             assert store.expired == []
-        wait_for(lambda: store.expired)
-        assert (store.expired, renewals.held()) == ([self.OWNER], [])
+        wait_for(lambda: len(store.expired) == 2)
+        assert (set(store.expired), renewals.held(), store.times(long)) == ({self.OWNER, long}, [], [])
 
     def test_a_child_that_ends_its_run_instead_is_let_go(
         self, store: RecordingStore, renewals: LeaseRenewer, caplog: pytest.LogCaptureFixture
