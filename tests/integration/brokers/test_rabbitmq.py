@@ -17,6 +17,7 @@ from tests.support.brokers import Broker, rabbitmq_broker
 from tests.support.captured import capture, put
 from tests.support.proxy import Proxy
 from tests.support.servers import PrivateRabbitMQ, skip_if_not_installed
+from tests.support.versions import CELERY
 from tests.support.waiting import TIMEOUT, wait_until
 
 pytestmark = pytest.mark.xdist_group("private-rabbitmq")
@@ -49,7 +50,10 @@ def test_a_connection_is_cut_under_a_running_task(
         proxy.close_for_now()
         wait_until_logged([worker], "Trying again in")
         proxy.reopen()
-        wait_until_logged([worker], f"gated[{result.id}] is held for", 2)
+        wait_until_logged([worker], f"Task gated[{result.id}] received", 2)
+        # Celery 5.5's pool forgets who is busy: the copy may wait for the very child that runs the body.
+        if CELERY >= (5, 6):
+            wait_until_logged([worker], f"gated[{result.id}] is held for", 2)
         assert len(deployment.starts("gated", result)) == 1
         gate.touch()
 

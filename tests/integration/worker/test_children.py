@@ -178,7 +178,7 @@ def test_a_copy_whose_claim_comes_first_makes_the_calls_of_the_first(shared_work
 Names = Callable[[str], str]
 
 #: Sends a parent, with children whose names are made of their numbers.
-Send = Callable[[SharedWorker, str, Names], AsyncResult[Any]]
+Send = Callable[[SharedWorker, str, Names], "AsyncResult[Any]"]
 
 
 def _with_links(shared_worker: SharedWorker, name: str, child_name: Names) -> AsyncResult[Any]:

@@ -19,7 +19,7 @@ from tests.support.deployment import unique
 from tests.support.shared_workers import SharedWorker
 from tests.support.waiting import TIMEOUT, wait_until
 
-Send = Callable[[SharedWorker, str, str], AsyncResult[Any]]
+Send = Callable[[SharedWorker, str, str], "AsyncResult[Any]"]
 
 
 def in_a_chain(shared_worker: SharedWorker, m: str, queue: str) -> AsyncResult[Any]:
