@@ -307,6 +307,8 @@ class TestWhenTheOwnerEnds:
         result = deployment.send("last.early.long", str(deployment.gate()))
         deployment.wait_for_starts("last.early.long", result)
         deployment.break_connections(worker)
+        # It hears commands a little later than messages.
+        wait_until(lambda: deployment.app.control.ping([worker.hostname]), timeout=TIMEOUT, describe=worker.log_tail)
         deployment.app.control.revoke(result.id, terminate=True)
 
         assert deployment.wait_until_done("last.early.long", result).processed_status is FAILURE
