@@ -147,7 +147,8 @@ def doctor(ctx: click.Context, ignore: Sequence[str], consumer_timeout: float | 
 
 def _report(facts: Facts, found: Sequence[Finding], errors: int) -> Iterable[str]:
     """Yield the findings for people."""
-    yield f"broker {facts.broker.url}, store {facts.store.name}, guarded tasks: {len(facts.app.tasks)}"
+    file = "" if facts.store.relative_file is None else f" at {facts.store.relative_file}"
+    yield f"broker {facts.broker.url}, store {facts.store.name}{file}, guarded tasks: {len(facts.app.tasks)}"
     for each in found:
         yield ""
         yield f"{each.severity} {each.code}: {each.what}"

@@ -58,6 +58,13 @@ def _app(facts: Facts) -> Iterator[Finding]:
             "the app has no task with base=IdempotentTask, or their modules are not imported by it",
             "give the tasks base=IdempotentTask, and name their modules in `imports` or `include`",
         )
+    if app.without_base:
+        yield Finding(
+            "base-missing",
+            "these tasks have options of the guard, and not its base class",
+            "give them base=IdempotentTask; or, if the attributes are your own, ignore this finding",
+            app.without_base,
+        )
     if replaced := _names(facts, lambda task: task.past_the_guard):
         yield Finding(
             "past-the-guard",
@@ -71,6 +78,13 @@ def _app(facts: Facts) -> Iterator[Finding]:
             "acks_late without reject_on_worker_lost",
             "task_reject_on_worker_lost = True, or reject_on_worker_lost=True on the task",
             lost,
+        )
+    if stays := _names(facts, lambda task: task.failure_stays):
+        yield Finding(
+            "early-ack-failure",
+            "early acknowledgement, and an id that later calls have too",
+            'acks_late=True and reject_on_worker_lost=True on the task, so that the message runs again; or on_abandoned="fail", if it must not',
+            stays,
         )
     awaited = _names(facts, lambda task: task.awaited)
     if not app.result_backend and awaited:
@@ -175,7 +189,7 @@ def _forgotten_early(facts: Facts, patience: float, name: str) -> Iterator[Findi
         yield Finding(
             "unique-for-short",
             f"ids are free again after {shortest:g} s, which is no longer than {name}",
-            f"unique_for=..., of more than {patience:g} s",
+            f"unique_for=..., of more than {patience:g} s; but of less than the interval for a task of beat: if that is shorter, ignore this finding",
             short,
         )
 
@@ -221,6 +235,12 @@ def _store(facts: Facts) -> Iterator[Finding]:
             app.atomic_refused,
             "idempotent_store = a PostgreSQL, MySQL, MariaDB or SQLite; or atomic=False",
             _names(facts, lambda task: task.atomic),
+        )
+    if store.relative_file is not None:
+        yield Finding(
+            "store-relative-file",
+            f"idempotent_store names a file of the working directory, which is {store.relative_file} here",
+            f"idempotent_store = {f'sqlite:///{store.relative_file}'!r}, or a database server",
         )
     if (store.configuration or {}).get("file") and not facts.broker.local:
         yield Finding(
@@ -371,7 +391,7 @@ def _left_waiting(facts: Facts) -> Iterator[Finding]:
     if unguarded := tuple(name for name in waiting if name in app.unguarded):
         yield Finding(
             "waiting-unguarded",
-            "recorded messages wait of tasks that have no base=IdempotentTask here, or are turned off by idempotent=False",
+            "recorded messages are waiting; their tasks have no base=IdempotentTask here, or are turned off by idempotent=False",
             "let them end before; what has run meanwhile: `celery -A proj idempotent forget --task NAME --status pending --force`; "
             "what the broker has lost: `... recover --task NAME --lost-after 0`",
             unguarded,
@@ -379,7 +399,7 @@ def _left_waiting(facts: Facts) -> Iterator[Finding]:
     if unknown := tuple(name for name in waiting if name not in app.unguarded):
         yield Finding(
             "waiting-unknown",
-            "recorded messages wait of tasks that this app does not have",
+            "recorded messages are waiting for tasks that this app does not have",
             "import their modules; ignore this finding if another app with the same store has them; or `... forget --task NAME --force`",
             unknown,
         )

@@ -23,6 +23,8 @@ class TaskFacts:
         track_started: Whether the backend is told that it has started.
         time_limit: After which it is killed or interrupted; ``None`` for never.
         longest_delay: The longest pause between its retries, if it is set up to retry by itself or that pause is its own; else 0.
+        failure_stays: Whether a message of it ends as a failure if its worker dies, and each later call under its id is answered with that,
+            though nothing says that this is meant.
         lease: Of its claims.
         unique_for: After its end, for which its id stays taken; ``None`` until it is purged.
         atomic: Whether its body runs in a transaction.
@@ -36,6 +38,7 @@ class TaskFacts:
     track_started: bool = False
     time_limit: float | None = None
     longest_delay: float = 0.0
+    failure_stays: bool = False
     lease: float = 60.0
     unique_for: float | None = None
     atomic: bool = False
@@ -55,6 +58,7 @@ class AppFacts:
         failure_retention: As in the settings, in seconds.
         recovery_interval: As in the settings, in seconds; 0 for none.
         unguarded: Its tasks that are not guarded, or are turned off.
+        without_base: Its tasks that have options of the guard, and not its base class.
         atomic_refused: Why its store cannot do with atomic tasks, if it has some.
         isolation_level: Of atomic tasks, where the app names one.
     """
@@ -67,6 +71,7 @@ class AppFacts:
     failure_retention: float = 30 * 86400.0
     recovery_interval: float = 30.0
     unguarded: tuple[str, ...] = ()
+    without_base: tuple[str, ...] = ()
     atomic_refused: str | None = None
     isolation_level: str | None = None
 
@@ -119,6 +124,7 @@ class StoreFacts:
 
     Attributes:
         name: What it calls itself, without its password.
+        relative_file: The file that it is, as an absolute path, if it depends on the working directory which one that is.
         away: Why it could not be reached.
         refused: What it refused, and why.
         schema: What is wrong with its schema.
@@ -132,6 +138,7 @@ class StoreFacts:
     """
 
     name: str = ""
+    relative_file: str | None = None
     away: str | None = None
     refused: str | None = None
     schema: str | None = None

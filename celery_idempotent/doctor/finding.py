@@ -7,7 +7,7 @@ from enum import StrEnum
 
 __all__ = ["CODES", "Finding", "Severity"]
 
-_PAGE = "docs/how-to/doctor.md"
+_PAGE = "the documentation, page doctor"
 
 
 class Severity(StrEnum):
@@ -29,6 +29,17 @@ CODES: dict[str, tuple[Severity, str]] = {
     "past-the-guard": (
         _E,
         "Messages of these tasks run unguarded: copies run again, rows stay pending, and recovery publishes them.",
+    ),
+    "base-missing": (
+        _E,
+        "Messages of these tasks run unguarded: their options have no effect, and each copy and each repeated call runs.",
+    ),
+    "early-ack-failure": (
+        _W,
+        (
+            "A message whose worker is killed ends as a failure, and each later call under its id is answered with that failure until somebody "
+            "requeues or forgets it."
+        ),
     ),
     "late-ack-worker-lost": (
         _W,
@@ -134,6 +145,10 @@ CODES: dict[str, tuple[Severity, str]] = {
         _W,
         "Each host has a queue log of its own, so that a copy that comes to another host runs again.",
     ),
+    "store-relative-file": (
+        _W,
+        "Two processes with different working directories have two queue logs, so that what one of them has recorded is new to the other.",
+    ),
     "store-durability": (
         _W,
         "What was recorded, claimed or done just before a crash is forgotten, and then runs again, or is never brought back.",
@@ -204,5 +219,5 @@ class Finding:
 
     @property
     def see(self) -> str:
-        """Where there is more to read."""
-        return f"{_PAGE}#{self.code}"
+        """Where there is more to read: neither a path nor a URL, since the package comes without its documentation."""
+        return f"{_PAGE}, section {self.code}"

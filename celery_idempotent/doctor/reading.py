@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from celery import Task
@@ -19,6 +20,7 @@ from celery_idempotent.doctor.facts import AppFacts, BrokerFacts, Facts, QueueFa
 from celery_idempotent.errors import ConfigurationError, SchemaError, StoreError, StoreUnavailableError
 from celery_idempotent.message.canvas_ids import is_guarded
 from celery_idempotent.producer.publisher import ANSWER
+from celery_idempotent.settings import OPTION_NAMES, PREFIX
 from celery_idempotent.worker.binding import passes_the_guard
 from celery_idempotent.worker.celery_versions import retries_lost_workers
 
@@ -103,8 +105,15 @@ def _read_app(queue_log: QueueLog) -> AppFacts:
         failure_retention=settings.failure_retention,
         recovery_interval=settings.recovery_interval,
         unguarded=tuple(name for name, task in sorted(app.tasks.items()) if not (is_guarded(task) and _is_on(task))),
+        without_base=tuple(
+            name for name, task in sorted(app.tasks.items()) if not is_guarded(task) and _has_options(task)
+        ),
         isolation_level=queue_log.isolation_level,
     )
+
+
+def _has_options(task: Task) -> bool:
+    return any(getattr(type(task), name, None) is not None for name in (*OPTION_NAMES, "idempotent"))
 
 
 def _is_on(task: IdempotentTask) -> bool:
@@ -130,6 +139,9 @@ def _read_task(name: str, task: IdempotentTask) -> TaskFacts:
         track_started=bool(task.track_started),
         time_limit=next((float(limit) for limit in limits if limit), None),
         longest_delay=float(delay) if retries and task.max_retries != 0 else 0.0,
+        failure_stays=options.message_id is not None
+        and not (task.acks_late or options.call.resubmit_failed)
+        and all(said is None for said in (type(task).on_abandoned, conf.get(f"{PREFIX}on_abandoned"))),
         lease=options.lease,
         unique_for=options.unique_for,
         past_the_guard=not any(passes_the_guard(type(task), hook) for hook in ("__call__", "before_start")),
@@ -232,7 +244,7 @@ def _is_local(connection: Connection) -> bool:
 
 
 def _read_store(store: Store, clock: Callable[[], datetime]) -> StoreFacts:
-    facts: dict[str, Any] = {"name": str(store)}
+    facts: dict[str, Any] = {"name": str(store), "relative_file": _relative_file(store)}
     try:
         facts["configuration"] = store.configuration()
         facts["there"] = store.inspect()
@@ -252,6 +264,15 @@ def _read_store(store: Store, clock: Callable[[], datetime]) -> StoreFacts:
     except StoreError as error:
         facts["refused"] = _text(error)
     return StoreFacts(**facts)
+
+
+def _relative_file(store: Store) -> str | None:
+    """Return the absolute path of a SQLite file that the working directory chooses."""
+    url = getattr(getattr(store, "engine", None), "url", None)
+    if url is None or url.get_backend_name() != "sqlite" or url.database in {None, "", ":memory:"}:
+        return None
+    path = Path(url.database)
+    return None if path.is_absolute() or url.database.startswith("file:") else str(path.absolute())
 
 
 def _text(error: BaseException) -> str:

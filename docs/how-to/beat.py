@@ -4,6 +4,7 @@
 # %% after block 1
 from celery.beat import Scheduler
 
+from celery_idempotent.core.records import MessageKey
 from tests.support.waiting import wait_until
 
 app.conf.update(idempotent_store="sqlite://", task_always_eager=True)
@@ -20,5 +21,9 @@ assert tick(entry) == [True, True]
 brief = app.task(base=IdempotentTask, name="brief", unique_for=0.2)(nightly_report.run)
 assert tick({**entry, "task": brief.name}) == [False, True]
 wait_until(lambda: tick({**entry, "task": brief.name}) == [False, True], timeout=10)
+# %% after block 2
+weekly = app.conf.beat_schedule["weekly-report"]
+assert tick(weekly) == [False, True]
+assert app.queue_log.store.find(MessageKey("weekly-report", weekly_report.name)).duplicates == 1
 app.queue_log.close()
 app.close()

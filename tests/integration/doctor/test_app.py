@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from celery import Celery
+from celery.bin.celery import celery
 
 from celery_idempotent import QueueLog
 from celery_idempotent.message.canvas_ids import is_guarded
@@ -21,6 +24,7 @@ def test_with_a_good_set_up_nothing_is_found(make_app: MakeApp, capsys: pytest.C
     ("code", "status", "settings", "task"),
     [
         ("late-ack-worker-lost", 3, {"task_reject_on_worker_lost": False}, {}),
+        ("early-ack-failure", 3, {"task_acks_late": False}, {"message_id": "order:{order_id}"}),
         ("no-result-backend", 3, {"result_backend": "disabled://"}, {}),
         ("track-started", 3, {"task_track_started": True}, {}),
         ("recovery-off", 3, {"idempotent_recovery_interval": 0}, {}),
@@ -49,7 +53,7 @@ def test_each_fault_gives_its_finding_alone(
     assert ([each["code"] for each in said["findings"]], ended) == ([code], status)
     (found,) = said["findings"]
     assert found["severity"] == ("error" if status == 1 else "warning")
-    assert found["see"] == f"docs/how-to/doctor.md#{code}"
+    assert found["see"] == f"the documentation, page doctor, section {code}"
     assert all(found[name] for name in ("what", "stake", "remedy"))
     assert doctor_says(app, capsys, "--ignore", code)[0] == 0
 
@@ -65,6 +69,8 @@ def test_hooks_that_were_replaced_are_found(make_app: MakeApp) -> None:
 def test_settings_of_no_effect_are_not_found(make_app: MakeApp) -> None:
     for task in (
         {"acks_late": False, "reject_on_worker_lost": False},
+        {"acks_late": False, "message_id": "order:{order_id}", "on_abandoned": "fail"},
+        {"acks_late": False, "message_id": "order:{order_id}", "resubmit_failed": True},
         {"reject_on_worker_lost": False, "on_abandoned": "fail"},
         {"reject_on_worker_lost": False, "retry_on_worker_lost": True},
         {"acks_late": False, "time_limit": 7200},
@@ -78,6 +84,40 @@ def test_an_app_without_guarded_tasks(make_app: MakeApp) -> None:
     app = make_app()
     del app.tasks["shop.charge"]
     assert codes(app) == ["no-guarded-tasks"]
+
+
+@pytest.mark.parametrize(
+    "option", [{"message_id": "order:{order_id}"}, {"unique_for": 60}, {"atomic": False}, {"on_duplicate": "skip"}]
+)
+def test_a_task_whose_base_was_forgotten(make_app: MakeApp, option: dict[str, object]) -> None:
+    app = make_app()
+
+    def mail(order_id: str) -> str:
+        return order_id
+
+    app.task(mail, name="shop.mail", shared=False, **option)
+    app.task(mail, name="shop.plain", shared=False, retention=5)
+    (found,) = examine(app)
+    assert (found.code, found.tasks) == ("base-missing", ("shop.mail",))
+    del app.tasks["shop.charge"]
+    assert {*codes(app)} == {"base-missing", "no-guarded-tasks"}
+
+
+def test_a_store_that_depends_on_the_working_directory(
+    make_app: MakeApp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    app = make_app(idempotent_store=None)
+    (found,) = examine(app)
+    assert (found.code, str(tmp_path / "queue_log.db") in found.what) == ("store-relative-file", True)
+    celery.params[0].default = app
+    try:
+        celery.main(["idempotent", "doctor"], standalone_mode=False)
+    finally:
+        celery.params[0].default = None
+    assert f" at {tmp_path / 'queue_log.db'}, guarded tasks: 1" in capsys.readouterr().out.splitlines()[0]
+    for url in (f"sqlite:///{tmp_path}/queue_log.db", f"sqlite:///file:{tmp_path}/queue_log.db?uri=true"):
+        assert codes(make_app(idempotent_store=url)) == []
 
 
 def test_a_setting_that_is_unknown_is_a_finding(make_app: MakeApp, capsys: pytest.CaptureFixture[str]) -> None:

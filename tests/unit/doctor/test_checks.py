@@ -143,6 +143,9 @@ SICK = [
     Provoked("settings", app(wrong=("unknown setting 'idempotent_stor'",), tasks=()), "idempotent_stor"),
     Provoked("no-guarded-tasks", app(tasks=()), "base=IdempotentTask"),
     Provoked("past-the-guard", task(past_the_guard=True), "__call__ and before_start", ("late",)),
+    Provoked("base-missing", app(without_base=("mail",)), "options of the guard", ("mail",)),
+    Provoked("base-missing", app(without_base=("mail",), tasks=TASKS), "not its base class", ("mail",)),
+    Provoked("early-ack-failure", task(failure_stays=True), "early acknowledgement", ("late",)),
     Provoked("late-ack-worker-lost", task(told_lost=True), "reject_on_worker_lost", ("late",)),
     Provoked("no-result-backend", app(result_backend=False), "no result backend", ("late", "early")),
     Provoked("track-started", task(track_started=True), "track_started", ("late",)),
@@ -177,6 +180,7 @@ SICK = [
     ),
     Provoked("store-in-memory", told(SQLITE, LOCAL, file=""), "in the memory of one process"),
     Provoked("store-local-file", told(SQLITE), "a file of this host"),
+    Provoked("store-relative-file", store(relative_file="/srv/queue_log.db"), "/srv/queue_log.db here"),
     Provoked("store-durability", told({"fsync": "off"}), "fsync is off"),
     Provoked("store-durability", told({"synchronous_commit": "off"}), "synchronous_commit is off"),
     Provoked(
@@ -222,7 +226,7 @@ SICK = [
     Provoked("purge-behind", condition(done_since=ago(32 * 86400)), "2025-12-01 03:04:05+00:00"),
     Provoked("waiting-unguarded", waiting("mail", unguarded=("mail",)), "no base=IdempotentTask", ("mail",)),
     Provoked("waiting-unguarded", waiting("late", unguarded=("late",)), "idempotent=False", ("late",)),
-    Provoked("waiting-unknown", waiting("gone", unguarded=("mail",)), "does not have", ("gone",)),
+    Provoked("waiting-unknown", waiting("gone", unguarded=("mail",)), "that this app does not have", ("gone",)),
 ]
 
 
@@ -242,7 +246,10 @@ def test_every_code_is_provoked() -> None:
 def test_every_code_has_its_section_on_the_page_and_no_other_has() -> None:
     headings = [line.removeprefix("### ") for line in PAGE.read_text().splitlines() if line.startswith("### ")]
     assert sorted(headings) == sorted(CODES)
-    assert all(sick_code.see == f"docs/how-to/doctor.md#{sick_code.code}" for sick_code in findings(SICK[0].facts))
+    assert all(
+        sick_code.see == f"the documentation, page doctor, section {sick_code.code}"
+        for sick_code in findings(SICK[0].facts)
+    )
 
 
 def test_a_longer_interval_gives_recovery_more_time() -> None:
