@@ -154,5 +154,13 @@ class StoreUnavailableError(StoreError):
     unsent: bool = False
 
 
+class AccessDeniedError(StoreUnavailableError):
+    """The store's server answered, and lets nobody in: the database does not exist, or the account is refused.
+
+    A worker does not start like this. One that runs waits, since a restore may bring the database back. Callers know it as a
+    :class:`StoreUnavailableError`; it is no public name.
+    """
+
+
 class SchemaError(StoreError):
     """The queue log's table is missing or is not of this version. Run ``celery -A proj idempotent init``."""

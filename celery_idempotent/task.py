@@ -102,7 +102,7 @@ class IdempotentTask(Task):  # type: ignore[misc]
     idempotent: ClassVar[bool | None] = None
 
     #: Where the message id comes from: ``None`` (the task id: safe against redelivery), a format string over the bound
-    #: arguments (``"order:{order_id}"``), or a callable of the call's arguments returning ``str``; ``by_arguments()`` is one. A
+    #: arguments (``"order:{order_id}"``; a call is refused in which a field is ``None``, or all are empty), or a callable of the call's arguments returning ``str``; ``by_arguments()`` is one. A
     #: method of the class, or a callable whose first parameter is called ``self``, gets the task before the arguments.
     message_id: ClassVar[str | Callable[..., str] | None] = None
 

@@ -54,6 +54,8 @@ def requeue(
     under the ids that it had: its first AsyncResult shows the new outcome, and what waits behind it in a chain goes on. Calls that its
     body made are not made twice; if they failed, requeue them too. A message that was revoked, or had expired, gets a new task id.
 
+    Each task has ids of its own. If several tasks have a message of the id, MESSAGE_ID means all of them, and --task one.
+
     A message that is requeued is in the queue log until the broker has it: if that is down, workers publish it later.
     """
     chosen = Chosen(**choice)
@@ -122,6 +124,8 @@ def forget(
     **choice: Any,
 ) -> None:
     """Empty rows, so that their message ids are free.
+
+    Each task has ids of its own. If several tasks have a message of the id, MESSAGE_ID means all of them, and --task one.
 
     The next message under the id is new, whatever its arguments. Arguments, result and error of the old one are gone; what is left of its
     row is its fencing token, until it is purged.
@@ -249,6 +253,13 @@ def _named_or_chosen(
         raise click.UsageError("with a message id, --task is the name of a task, without wildcards")
     found = {message_id: rows_of(queue_log, message_id, task_name) for message_id in dict.fromkeys(message_ids)}
     missing = [not_there(message_id, task_name) for message_id, rows in found.items() if not rows]
+    for message_id, rows in found.items():
+        if len(rows) > 1:
+            names = ", ".join(row.key.task_name for row in rows)
+            click.echo(
+                printable(f"{message_id} is the id of messages of several tasks ({names}); --task NAME chooses one"),
+                err=True,
+            )
     return [row for rows in found.values() for row in rows], missing
 
 

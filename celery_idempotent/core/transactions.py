@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, cast
 
 from celery_idempotent.errors import ConfigurationError
 
@@ -17,7 +17,25 @@ if TYPE_CHECKING:
     #: What makes the sessions of atomic bodies.
     SessionFactory = sessionmaker[Any] | scoped_session[Any] | Callable[..., Session]
 
-__all__ = ["refuse_autocommit", "transactional"]
+__all__ = ["refuse_autocommit", "transactional", "with_transactions"]
+
+
+def with_transactions(store: Store, what: str = "atomic=True") -> TransactionalStore:
+    """Return the store, which has to be of a kind with transactions. Opens nothing, so that each call of a producer can ask.
+
+    Args:
+        store: The store.
+        what: What needs it, for the error.
+
+    Raises:
+        ConfigurationError: It has none.
+    """
+    if not callable(getattr(store, "within", None)):
+        raise ConfigurationError(
+            f"{what} needs a store with transactions, such as SQLStore; {type(store).__name__} has none: "
+            f"leave it out, and make what your code writes itself idempotent"
+        )
+    return cast("TransactionalStore", store)
 
 
 def transactional(store: Store, what: str = "atomic=True") -> TransactionalStore:
@@ -28,13 +46,9 @@ def transactional(store: Store, what: str = "atomic=True") -> TransactionalStore
         what: What needs it, for the error.
 
     Raises:
-        ConfigurationError: It has none.
+        ConfigurationError: It has none, or is one connection.
     """
-    if not _has_transactions(store):
-        raise ConfigurationError(
-            f"{what} needs a store with transactions, such as SQLStore; {type(store).__name__} has none: "
-            f"leave it out, and make what your code writes itself idempotent"
-        )
+    store = with_transactions(store, what)
     if _is_one_connection(store.engine):
         raise ConfigurationError(
             f"{what} needs a database that two connections can share, and an in-memory SQLite is one connection; use a file"
@@ -53,10 +67,6 @@ def refuse_autocommit(connection: Connection, what: str) -> None:
         level = getattr(connection.dialect, "_on_connect_isolation_level", None)
     if str(level).upper() == "AUTOCOMMIT":
         raise ConfigurationError(what)
-
-
-def _has_transactions(store: Store) -> TypeGuard[TransactionalStore]:
-    return callable(getattr(store, "within", None))
 
 
 def _is_one_connection(engine: Engine) -> bool:

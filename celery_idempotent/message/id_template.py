@@ -31,10 +31,13 @@ class IdTemplate(string.Formatter):
         self._signature = signature
         self._template = template
         self._option = f"message_id={template!r}"
+        #: What an id is whose every field is empty.
+        self._empty = ""
         try:
             fields = list(_fields(template))
-            for _, _, specification, _ in string.Formatter().parse(template):
+            for literal, _, specification, _ in string.Formatter().parse(template):
                 self._check_width(specification or "")
+                self._empty += literal
         except ValueError as error:
             raise ConfigurationError(f"{self._option} is not a format string: {error}") from None
         example = f"{{{next(iter(signature.parameters), 'order_id')}}}"
@@ -55,6 +58,12 @@ class IdTemplate(string.Formatter):
     def __call__(self, args: Args, kwargs: Kwargs) -> str:
         """Return the id of a call with these arguments."""
         text = self.vformat(self._template, (), self._signature.names(args, kwargs))
+        if text == self._empty:
+            fields = [name for _, name, _, _ in string.Formatter().parse(self._template) if name is not None]
+            raise ConfigurationError(
+                f"{self._option}: {' and '.join(fields)} {'is' if len(fields) == 1 else 'are'} empty in this call, and unrelated calls would "
+                f"become one message: give it, or use by_arguments(...) where an empty text is a value like another"
+            )
         try:
             return check_message_id(text)
         except ConfigurationError as error:

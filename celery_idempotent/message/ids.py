@@ -99,7 +99,7 @@ def message_id_source(
 
     Returns:
         The function, which raises ``TypeError`` for arguments that the body does not accept, and ``ConfigurationError``
-        when they give no valid id: see :func:`check_message_id`, and a field that is ``None`` or whose text is not the same
+        when they give no valid id: see :func:`check_message_id`, and fields that are all empty, one that is ``None`` or whose text is not the same
         in every process. ``None`` when the option is.
 
     Raises:

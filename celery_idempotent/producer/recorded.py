@@ -124,7 +124,10 @@ def hand_over(queue_log: QueueLog, row: Row, publish: Callable[[], object]) -> b
     except Exception:
         logger.exception("%s could not be published again", name)
         return False
-    logger.warning("%s is published %s: it was %s", name, "again" if row.published_at else "at last", row.status)
+    if row.published_at is None:
+        logger.warning("%s is published: it waited in the queue log", name)
+    else:
+        logger.warning("%s is published again: it was %s", name, row.status)
     if row.status is Status.PROCESSING:
         _emit(queue_log, OutcomeKind.RECOVERED, row, "taken_back")
     else:

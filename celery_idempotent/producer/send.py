@@ -20,6 +20,7 @@ from celery_idempotent.core.records import (
     Row,
     Status,
 )
+from celery_idempotent.core.transactions import with_transactions
 from celery_idempotent.errors import (
     DuplicateMessageError,
     MessageMismatchError,
@@ -67,6 +68,7 @@ def send(task: Guarded, args: Any, kwargs: Any, task_id: str | None, options: di
         The message's AsyncResult, with ``duplicate`` set.
 
     Raises:
+        ConfigurationError: The task is atomic, and the store has no transactions: no worker could run it.
         DuplicateMessageError: It was sent before, and the task says so.
         MessageMismatchError: The id is known with other arguments.
         StoreUnavailableError: The store gave no answer and the call was not sent.
@@ -79,6 +81,8 @@ def send(task: Guarded, args: Any, kwargs: Any, task_id: str | None, options: di
         result = task.publish(args, kwargs, task_id=task_id, **options)
         result.duplicate = False
         return result
+    if task.idempotency.atomic:
+        with_transactions(task.queue_log.store)
     return Sending(PreparedCall.of(task, args, kwargs, task_id, options)).send()
 
 

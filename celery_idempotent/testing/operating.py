@@ -198,6 +198,22 @@ class OperatorContract(StoreFixtures):
         assert store.record(new_message(task_id="task-2", fingerprint="b" * 64)) == Inserted()
         assert (read(store).task_id, read(store).status) == ("task-2", Status.PENDING)
 
+    def test_what_is_forgotten_is_no_failure(self, store: Store) -> None:
+        failed, forgotten, succeeded, waiting = (
+            MessageKey(name, "t") for name in ("failed", "forgotten", "succeeded", "waiting")
+        )
+        for key in (failed, forgotten):
+            assert store.fail(processing(store, key=key), error="ValueError: no")
+        done(store, key=succeeded)
+        pending(store, key=waiting)
+        for key in (forgotten, succeeded, waiting):
+            assert store.forget(read(store, key))
+        failures = list(store.rows(RowFilter(processed_status=ProcessedStatus.FAILURE)))
+        assert [row.key for row in failures] == [failed]
+        assert {row.error for row in store.rows(RowFilter(status=Status.DONE))} == {FORGOTTEN, "ValueError: no"}
+        assert len(list(store.rows(RowFilter(error=FORGOTTEN)))) == 3
+        assert store.counts() == [TaskCount("t", Status.DONE, ProcessedStatus.FAILURE, rows=1, duplicates=0)]
+
     def test_what_is_forgotten_while_it_runs_stays_fenced(self, store: Store) -> None:
         old = processing(store)
         assert store.forget(read(store))

@@ -7,10 +7,13 @@ import random
 import threading
 from typing import Any
 
+import click
 from celery.bootsteps import StartStopStep, Step
+from celery.exceptions import WorkerShutdown
+from celery.platforms import EX_FAILURE
 
 from celery_idempotent.core.transactions import transactional
-from celery_idempotent.errors import ConfigurationError, StoreUnavailableError
+from celery_idempotent.errors import AccessDeniedError, ConfigurationError, StoreError, StoreUnavailableError
 from celery_idempotent.maintenance.recovery import Recovery
 from celery_idempotent.message.canvas_ids import is_guarded
 from celery_idempotent.queue_log import QueueLog
@@ -26,12 +29,26 @@ class CheckStep(Step):  # type: ignore[misc]
     Raises:
         ConfigurationError: A setting or a task's option is not valid, or the worker's pool is eventlet's.
         SchemaError: The table is missing or behind.
+        StoreError: The store's server refused: there is no such database, or no such account, or it lacks a right.
     """
 
     name = "idempotent-check"
 
     def include_if(self, parent: Any) -> bool:
-        """Check; a store that gives no answer now may do so later, and is waited for then."""
+        """Check; a store that gives no answer now may do so later, and is waited for then.
+
+        On Celery's command line the worker says in one line what is wrong, and ends with status 1.
+        """
+        try:
+            self._check(parent)
+        except (ConfigurationError, StoreError) as error:
+            if click.get_current_context(silent=True) is None:  # a worker in somebody's program, who wants to know
+                raise
+            logger.critical("the worker does not start: %s", error)
+            raise WorkerShutdown(EX_FAILURE) from error
+        return False
+
+    def _check(self, parent: Any) -> None:
         from celery_idempotent.worker import control  # noqa: F401 - makes its command known
 
         # Database drivers wait by `select.poll`, which eventlet takes away.
@@ -46,11 +63,12 @@ class CheckStep(Step):  # type: ignore[misc]
                 transactional(queue_log.store)
         try:
             queue_log.store.check()
+        except AccessDeniedError:
+            raise
         except StoreUnavailableError as error:
             logger.warning("the worker starts although the store gives no answer: %s", error)
         # The pool is about to fork, and no connection may cross that.
         queue_log.close()
-        return False
 
 
 class RecoveryStep(StartStopStep):  # type: ignore[misc]
@@ -60,6 +78,7 @@ class RecoveryStep(StartStopStep):  # type: ignore[misc]
     """
 
     name = "idempotent-recovery"
+    requires = (CheckStep,)
 
     def __init__(self, parent: Any, **kwargs: Any) -> None:
         super().__init__(parent, **kwargs)

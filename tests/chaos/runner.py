@@ -147,7 +147,7 @@ def run(
 _REFUSED = str(LeaseLostError("", 0)).partition(": ")[2]
 
 #: What it logs when it publishes a message that was committed and not published.
-_RELAYED = " is published at last: "
+_RELAYED = " is published: it waited "
 
 
 def _wait_for_sender(environment: Environment, sendings: int) -> None:

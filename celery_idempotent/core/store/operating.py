@@ -18,11 +18,14 @@ class Operator(Protocol):
         ...
 
     def rows(self, where: RowFilter) -> Iterator[Row]:
-        """Rows that match, newest first. ``message`` and ``result`` are left out (``None``): they can be large."""
+        """Rows that match, newest first. ``message`` and ``result`` are left out (``None``): they can be large.
+
+        A forgotten row is none that failed, or that has any other ``processed_status``.
+        """
         ...
 
     def counts(self) -> list[TaskCount]:
-        """How many rows stand where, by task; ordered by task name, status and processed status."""
+        """How many rows stand where, by task; ordered by task name, status and processed status. Forgotten rows are not counted."""
         ...
 
     def forget(self, row: Row) -> bool:
@@ -30,7 +33,7 @@ class Operator(Protocol):
 
         What was in it (message, result, fingerprint, error) is gone. The row itself stays until it is purged, as ``done``/``failure``
         with the error ``forgotten``, because its token must outlive it: a run of the old message that still lives stays fenced, and
-        is told at its end that its claim is lost.
+        is told at its end that its claim is lost. It is not counted, as a failure least of all.
 
         Hazard: a copy of the message that the broker still has runs, as if it were new.
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from redis.exceptions import (
     AskError,
+    AuthenticationError,
     BusyLoadingError,
     ClusterDownError,
     ConnectionError,  # noqa: A004 - redis-py's name
@@ -27,12 +28,13 @@ from redis.exceptions import (
     TryAgainError,
 )
 
-from celery_idempotent.errors import StoreError, StoreUnavailableError
+from celery_idempotent.errors import AccessDeniedError, StoreError, StoreUnavailableError
 from celery_idempotent.stores.redis.address import Address
 from celery_idempotent.stores.redis.layout import Layout
 from celery_idempotent.stores.redis.pool import (
     THE_SERVER,
     Call,
+    NoAdmissionError,
     NoConnectionError,
     Opened,
     Place,
@@ -254,6 +256,10 @@ class Server:
                         self._prepare(on)
                         opened.ready = True
                     return operation(on, is_retry)
+            except (NoAdmissionError, AuthenticationError) as error:
+                raise _unavailable(
+                    f"the queue log at {self} refused: {error}", is_retry or on.partly, AccessDeniedError
+                ) from error
             except NoConnectionError as error:
                 opened.slots = {}
                 raise _unavailable(
@@ -312,7 +318,9 @@ def connect(address: Address, **where: Any) -> Wire:
     return wire
 
 
-def _unavailable(text: str, sent: bool) -> StoreUnavailableError:
-    error = StoreUnavailableError(text)
+def _unavailable(
+    text: str, sent: bool, kind: type[StoreUnavailableError] = StoreUnavailableError
+) -> StoreUnavailableError:
+    error = kind(text)
     error.unsent = not sent
     return error

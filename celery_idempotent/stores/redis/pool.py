@@ -17,6 +17,7 @@ from weakref import WeakSet
 
 from redis.exceptions import (
     AskError,
+    AuthenticationError,
     ClusterDownError,
     MasterDownError,
     MovedError,
@@ -34,6 +35,7 @@ from celery_idempotent.stores.redis.scripts import Script
 __all__ = [
     "THE_SERVER",
     "Call",
+    "NoAdmissionError",
     "NoConnectionError",
     "Opened",
     "Place",
@@ -89,6 +91,10 @@ class NoConnectionError(Exception):
 
 #: After these errors, connections have no unread answer.
 _READ_TO_THE_END = (NoConnectionError, IdempotentError, ResponseError)
+
+
+class NoAdmissionError(NoConnectionError):
+    """The server is there, and does not let this account in, or has no such database."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +230,8 @@ class Wires:
         if wire is None:
             try:
                 wire = self.opened.take(place) or self._connect(place)
+            except (AuthenticationError, ResponseError) as error:
+                raise NoAdmissionError(str(error)) from error
             except (RedisError, OSError) as error:
                 raise NoConnectionError(str(error)) from error
             self._taken[place] = wire

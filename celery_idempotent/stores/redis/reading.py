@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
-from celery_idempotent.core.records import MessageKey, ProcessedStatus, Row, RowFilter, Status, TaskCount
+from celery_idempotent.core.records import FORGOTTEN, MessageKey, ProcessedStatus, Row, RowFilter, Status, TaskCount
 from celery_idempotent.errors import StoreError
 from celery_idempotent.stores.redis.connection import ScriptSession
 from celery_idempotent.stores.redis.layout import SHARDS, identity, key_of
@@ -40,14 +40,14 @@ _RECENT = Script("return redis.call('ZREVRANGE', tag .. ':recent', 0, ARGV[1] - 
 
 _QUEUES = Script("return redis.call('SMEMBERS', tag .. ':queues')")
 
-# Where to go on; and of each row its identity, both statuses, its duplicates, when it was recorded, its age, and if asked for its error.
+# Where to go on; and of each row its identity, both statuses, its duplicates, when it was recorded, its age, its error.
 _LOOK = Script("""
 local found = redis.call('ZSCAN', tag .. ARGV[1], ARGV[2], 'COUNT', 500)
 local looked = {}
 for i = 1, #found[2], 2 do
   local ident = found[2][i]
   local row = redis.call('HMGET', tag .. ':row:' .. ident,
-    'status', 'processed_status', 'duplicates', 'created_timestamp', 'processed_timestamp', ARGV[3], 'queue')
+    'status', 'processed_status', 'duplicates', 'created_timestamp', 'processed_timestamp', 'error', 'queue')
   if row[1] then
     local since = tonumber(row[5] or row[4] or 0)
     looked[#looked + 1] = {ident, row[1], row[2] or '', row[3] or '0', row[4] or '0', at(now - since), row[6] or '',
@@ -79,17 +79,20 @@ def rows(on: ScriptSession, where: RowFilter) -> list[Row]:
         _matches, (where.message_id, where.task_name, where.queue, where.error)
     )
     chosen: dict[bytes, int] = {}
-    for seen in _look(on, where.status, error=where.error is not None):
+    for seen in _look(on, where.status):
         key = key_of(seen.ident)
         if (
             matches_id(key.message_id)
             and matches_task(key.task_name)
             and where.status in {None, seen.status}
-            and where.processed_status in {None, seen.processed_status}
+            and (
+                where.processed_status is None
+                or (where.processed_status is seen.processed_status and seen.error != FORGOTTEN)
+            )
             and (where.older_than is None or seen.age >= where.older_than)
             and (where.newer_than is None or seen.age < where.newer_than)
             and (where.queue is None or (seen.queue is not None and matches_queue(seen.queue)))
-            and (where.error is None or (seen.error != "" and matches_error(seen.error)))
+            and (where.error is None or (seen.error is not None and matches_error(seen.error)))
         ):
             chosen[seen.ident] = seen.created
             if len(chosen) >= 2 * where.limit + 1000:
@@ -111,6 +114,8 @@ def counts(on: ScriptSession) -> list[TaskCount]:
     rows: Counter[tuple[str, Status, ProcessedStatus | None]] = Counter()
     duplicates: Counter[tuple[str, Status, ProcessedStatus | None]] = Counter()
     for seen in _look(on, None):
+        if seen.error == FORGOTTEN:
+            continue
         kind = (key_of(seen.ident).task_name, seen.status, seen.processed_status)
         rows[kind] += 1
         duplicates[kind] += seen.duplicates
@@ -120,7 +125,7 @@ def counts(on: ScriptSession) -> list[TaskCount]:
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """What a look at a row tells of it; its age in seconds, and its error if that was asked for."""
+    """What a look at a row tells of it; its age in seconds."""
 
     ident: bytes
     status: Status
@@ -128,13 +133,12 @@ class _Seen:
     duplicates: int
     created: int
     age: float
-    error: str
+    error: str | None
     queue: str | None
 
 
-def _look(on: ScriptSession, status: Status | None, *, error: bool = False) -> Iterator[_Seen]:
+def _look(on: ScriptSession, status: Status | None) -> Iterator[_Seen]:
     """Every row of a status, or at all, a few hundred at a time."""
-    column = b"error" if error else b"status"
     for shard in range(SHARDS):
         indexes: list[bytes] = []
         for each in Status if status is None else (status,):
@@ -145,7 +149,7 @@ def _look(on: ScriptSession, status: Status | None, *, error: bool = False) -> I
         for index in indexes:
             cursor: bytes | None = b"0"
             while cursor is not None:
-                ((cursor, found),) = on.call_each(_LOOK, [(shard, (index, cursor or b"0", column))])
+                ((cursor, found),) = on.call_each(_LOOK, [(shard, (index, cursor or b"0"))])
                 for ident, *columns in found:
                     if ident not in seen:
                         seen.add(ident)
@@ -156,7 +160,7 @@ def _look(on: ScriptSession, status: Status | None, *, error: bool = False) -> I
                             int(duplicates),
                             int(created),
                             int(age) / 1_000_000,
-                            text.decode("utf-8", "surrogatepass") if error else "",
+                            text.decode("utf-8", "surrogatepass") or None,
                             queue[1:].decode("utf-8", "surrogatepass") if queue else None,
                         )
                 if cursor == b"0":

@@ -26,7 +26,14 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from celery_idempotent.core.backoff import Backoff
 from celery_idempotent.core.fork_lock import no_fork
-from celery_idempotent.errors import ConfigurationError, IdempotentError, SchemaError, StoreError, StoreUnavailableError
+from celery_idempotent.errors import (
+    AccessDeniedError,
+    ConfigurationError,
+    IdempotentError,
+    SchemaError,
+    StoreError,
+    StoreUnavailableError,
+)
 from celery_idempotent.stores.sql.address import masked
 from celery_idempotent.stores.sql.dialects import Dialect, Fault
 from celery_idempotent.stores.sql.direct import DirectConnection, Plans
@@ -52,6 +59,9 @@ _WAIT = 1.25
 
 #: Faults of a transaction that took no effect, and may if all of it is done again.
 _GAVE_WAY = {Fault.COLLISION, Fault.LOST, Fault.MOVED}
+
+#: Faults of a database that takes nothing for now.
+_TAKES_NOTHING = {Fault.UNAVAILABLE, Fault.DENIED}
 
 #: Seconds for a statement to be cancelled that an exception from elsewhere broke into.
 _CANCEL = 2.0
@@ -199,7 +209,7 @@ class Database:
             return False
         fault = self._dialect.fault(error)
         # That a statement took too long is the body's own affair; that the database takes nothing for now is not.
-        return fault in _GAVE_WAY or (fault is Fault.UNAVAILABLE and not self._dialect.timed_out(error))
+        return fault in _GAVE_WAY or (fault in _TAKES_NOTHING and not self._dialect.timed_out(error))
 
     def collided(self, error: BaseException) -> bool:
         """Return whether it did so in favour of another one."""
@@ -353,6 +363,8 @@ class Database:
                 return SchemaError(f"the queue log at {self}: {cause}; run `celery -A proj idempotent init`")
             case Fault.UNAVAILABLE if self._dialect.timed_out(error):
                 return _unavailable(f"{self._no_answer(self._here())}: {cause}", sent)
+            case Fault.DENIED:
+                return _unavailable(f"the queue log at {self} refused: {cause}", sent, AccessDeniedError)
             case Fault.OTHER:
                 return StoreError(f"the queue log at {self} refused: {cause}")
             case _:
@@ -385,7 +397,9 @@ class Joined:
             raise
 
 
-def _unavailable(text: str, sent: bool) -> StoreUnavailableError:
-    error = StoreUnavailableError(text)
+def _unavailable(
+    text: str, sent: bool, kind: type[StoreUnavailableError] = StoreUnavailableError
+) -> StoreUnavailableError:
+    error = kind(text)
     error.unsent = not sent
     return error

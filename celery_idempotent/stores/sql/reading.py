@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from sqlalchemy import Connection, Table, func, select
+from sqlalchemy import Connection, Table, func, or_, select
 
-from celery_idempotent.core.records import MessageKey, Row, RowFilter, Status, TaskCount
+from celery_idempotent.core.records import FORGOTTEN, MessageKey, Row, RowFilter, Status, TaskCount
 from celery_idempotent.stores.sql.clock import FromNow, Now, seconds
 from celery_idempotent.stores.sql.columns import AT_ONCE, Lookup, key_in, matching, row_of, statuses_of
 from celery_idempotent.stores.sql.dialects import Dialect
@@ -36,10 +36,11 @@ class Reading:
             table.c.worker.is_not(None),
         ).order_by(table.c.processed_timestamp.desc())
         self._task_ids = select(*key, table.c.task_id)
+        error = dialect.exact(table.c.error)
+        self._remembered = or_(error.is_(None), error != FORGOTTEN)
         kind = (table.c.task_name, table.c.status, table.c.processed_status)
-        self._counts = select(
-            *kind, func.count().label("rows"), func.sum(table.c.duplicates).label("duplicates")
-        ).group_by(*kind)
+        totals = (func.count().label("rows"), func.sum(table.c.duplicates).label("duplicates"))
+        self._counts = select(*kind, *totals).where(self._remembered).group_by(*kind)
 
     def find(self, connection: Connection, key: MessageKey) -> Row | None:
         """Return the row of a message."""
@@ -73,7 +74,7 @@ class Reading:
             if where.status is not Status.DONE:  # of which there is an index
                 listed = listed.where(self._table.c.processed_timestamp.is_(None))
         if where.processed_status is not None:
-            listed = listed.where(self._table.c.processed_status == where.processed_status.value)
+            listed = listed.where(self._table.c.processed_status == where.processed_status.value, self._remembered)
         if where.queue is not None:
             listed = listed.where(matching(self._dialect, self._table.c.queue, where.queue))
         if where.error is not None:

@@ -544,7 +544,7 @@ def test_recover_publishes_what_is_due_and_says_so(celery: RunCelery, lost_messa
     assert (first.returncode, first.stdout) == (0, said)
     assert first.stderr.splitlines() == [
         "shop.late[lapsed] is published again: it was processing",
-        "shop.charge[unsent] is published at last: it was pending",
+        "shop.charge[unsent] is published: it waited in the queue log",
     ]
     assert (second.returncode, second.stdout, second.stderr) == (0, "nothing was due\n", "")
     assert lost_messages.published() == ["lapsed", "unsent"]
@@ -677,6 +677,18 @@ def test_a_message_requeued_while_the_broker_is_down_waits_in_the_log(
     assert lost_messages.published() == ["failed", "failed too"]
 
 
+def test_an_id_of_several_tasks_is_said(celery: RunCelery, lost_messages: LostMessages) -> None:
+    lost_messages.pending("shared")
+    lost_messages.pending("shared", task="shop.late")
+    forget = ("idempotent", "forget", "shared", "--force", "--dry-run")
+    both = celery(*forget, **lost_messages.environment)
+    assert (both.returncode, both.stdout.splitlines()[-1]) == (0, "would forget 2")
+    says = "shared is the id of messages of several tasks (shop.charge, shop.late); --task NAME chooses one\n"
+    assert both.stderr == says
+    one = celery(*forget, "--task", "shop.late", **lost_messages.environment)
+    assert (one.returncode, one.stdout.splitlines()[-1], one.stderr) == (0, "would forget 1", "")
+
+
 def test_messages_not_requeued_are_named(celery: RunCelery, lost_messages: LostMessages) -> None:
     lost_messages.store.fail(lost_messages.claimed("failed").claim, error="no")
     lost_messages.pending("waits")
@@ -684,7 +696,7 @@ def test_messages_not_requeued_are_named(celery: RunCelery, lost_messages: LostM
 
     assert (run.returncode, run.stdout) == (1, "requeued 1\n")
     assert run.stderr.splitlines() == [
-        "shop.charge[failed] is published at last: it was pending",
+        "shop.charge[failed] is published: it waited in the queue log",
         "no message 'never'",
         "shop.charge[waits] stays as it is: it waits already; if the broker has lost it, see `recover --lost-after`",
     ]

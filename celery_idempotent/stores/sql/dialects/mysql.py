@@ -44,8 +44,9 @@ _UNAVAILABLE = {
     *(1053, 1077, 1079, 1927),  # shutting down, killed
     *(1158, 1159, 1160, 1161),  # packets not read or written
     *(1047, 1180, 3101),  # cluster member not ready, error at commit
-    *(1044, 1045, 1049, 1698),  # access or database not there (yet)
 }
+#: Access or database not there (yet).
+_DENIED = {1044, 1045, 1049, 1698}
 
 _STRICT = "sql_mode = CONCAT_WS(',', @@SESSION.sql_mode, 'STRICT_ALL_TABLES')"
 
@@ -131,6 +132,8 @@ class MySQL(Dialect):
             return Fault.SCHEMA
         if code in _MOVED:
             return Fault.MOVED
+        if code in _DENIED:
+            return Fault.DENIED
         # Errors of the client library itself (2000 and up) are about the connection.
         if code in _UNAVAILABLE | _TIMED_OUT or isinstance(error, InterfaceError):
             return Fault.UNAVAILABLE

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,6 +28,12 @@ _SCHEMA = {"42P01", "42703", "3F000"}
 _MOVED = {"25006"}
 #: query_canceled: by its own limit, by us, or by an operator.
 _CANCELED = "57014"
+
+#: What a server that is there says to an account that it does not let in, and PgBouncer in its place.
+_DENIED = re.compile(
+    r'FATAL: +(?:(?:database|role) "[^\n]*" does not exist|(?:password|SASL) authentication failed|no pg_hba\.conf entry|no such database'
+    r'|permission denied for database|role "[^\n]*" is not permitted to log in)|no password supplied'
+)
 
 #: libpq's PQTRANS_INERROR: after an error PostgreSQL answers a commit by a rollback.
 _IN_ERROR = 3
@@ -71,6 +78,8 @@ class PostgreSQL(OnConflict):
             return Fault.SCHEMA
         if state in _MOVED:
             return Fault.MOVED
+        if error.statement is None and _is_denied(str(error.orig)):
+            return Fault.DENIED
         return Fault.UNAVAILABLE if isinstance(error, OperationalError | InterfaceError) else Fault.OTHER
 
     def timed_out(self, error: DBAPIError) -> bool:
@@ -146,6 +155,11 @@ class PostgreSQL(OnConflict):
         # psycopg's since 3.2, with a timeout where libpq is of 17; before, and psycopg2's, as long as TCP takes.
         safe = getattr(connection, "cancel_safe", None)
         return connection.cancel if safe is None else lambda: safe(timeout=_CANCEL_TIMEOUT)
+
+
+def _is_denied(text: str) -> bool:
+    """Return whether all servers that were tried let nobody in. libpq gives no code for that, and its words in English only are known."""
+    return len(_DENIED.findall(text)) >= max(1, text.count("connection to server at"))
 
 
 def _ask(connection: Any, question: str, **parameters: Any) -> Any:

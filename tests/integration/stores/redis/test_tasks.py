@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from celery import chain
+from celery import chain, group
 from redis import Redis
 
 from celery_idempotent import ConfigurationError, IdempotentTask, outbox
@@ -204,6 +204,17 @@ def test_a_call_that_needs_a_transaction_says_there_is_none(deploy: Callable[...
     @deployment.app.task(base=IdempotentTask, name="atomic", atomic=True, shared=False)
     def atomic() -> None:
         """Fail, because this must not be called."""
+
+    for call in (atomic.delay, atomic.s().delay, (group(atomic.s()) | atomic.s()).delay):
+        with pytest.raises(ConfigurationError, match=f"atomic=True {text}"):
+            call()
+    assert not any(count.task_name == "atomic" for count in deployment.app.queue_log.store.counts())
+
+    @deployment.app.task(base=IdempotentTask, name="turned off", atomic=True, idempotent=False, shared=False)
+    def turned_off() -> None:
+        """Run in some other worker, whose store has transactions."""
+
+    assert not turned_off.delay().duplicate  # plain Celery's, as a call by name is
 
     deployment.app.conf.task_always_eager = True
     with pytest.raises(ConfigurationError, match=f"atomic=True {text}"):
