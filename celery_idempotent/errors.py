@@ -5,7 +5,7 @@
     IdempotentError
     ├── ConfigurationError(ValueError)
     ├── DuplicateMessageError(message_id, task_id, status)    on_duplicate="raise"
-    ├── MessageMismatchError(message_id, task_name)           same id, other arguments
+    ├── MessageMismatchError(message_id, task_name, differs)  same id, other arguments
     ├── AlreadyProcessingError(message_id, retry_after)       on_processing="raise"
     ├── AlreadyFailedError(message_id, error)                 the first run failed
     ├── LeaseLostError(message_id, token)
@@ -70,16 +70,20 @@ class MessageMismatchError(IdempotentError):
     Args:
         message_id: The id that is taken.
         task_name: The task it belongs to.
+        differs: The names of the arguments that are different, and their types where those are; ``None`` if the row does not have the
+            first message any more. No values: they may be secret.
     """
 
-    def __init__(self, message_id: str, task_name: str | None = None) -> None:
-        super().__init__(message_id, task_name)
+    def __init__(self, message_id: str, task_name: str | None = None, differs: str | None = None) -> None:
+        super().__init__(message_id, task_name, differs)
         self.message_id = message_id
         self.task_name = task_name
+        self.differs = differs
 
     def __str__(self) -> str:
+        which = "" if self.differs is None else f" (different: {self.differs})"
         return (
-            f"message {self.message_id!r} of task {self.task_name} is already known with other arguments; "
+            f"message {self.message_id!r} of task {self.task_name} is already known with other arguments{which}; "
             f"make the id depend on every argument that matters, or set fingerprint=False to accept the first ones"
         )
 

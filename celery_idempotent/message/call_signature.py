@@ -158,6 +158,21 @@ class CallSignature:
             }
         )
 
+    def difference(self, first: tuple[Args, Kwargs], second: tuple[Args, Kwargs]) -> list[str]:
+        """Return the names of the arguments that are not the same in two calls, with their types where those are not.
+
+        Raises:
+            ConfigurationError: One has no canonical form.
+            TypeError: The body cannot be called so.
+        """
+        was, now = self.names(*first), self.names(*second)
+        names = [name for name in dict.fromkeys((*now, *was)) if name != self._keywords]
+        return [
+            _with_types(name, was.get(name), now.get(name))
+            for name in names
+            if canonical(was.get(name)) != canonical(now.get(name))
+        ]
+
     def check_names(self, names: Iterable[str], option: str) -> None:
         """Refuse names that no argument can have.
 
@@ -240,6 +255,11 @@ class CallSignature:
             f"If it changes the parameters, it must set __signature__ on the function it returns."
         )
         return misfit
+
+
+def _with_types(name: str, was: object, now: object) -> str:
+    before, after = type(was).__name__, type(now).__name__
+    return name if before == after else f"{name} ({after}, first {before})"
 
 
 def _stands_at_something(parameter: inspect.Parameter) -> bool:

@@ -206,8 +206,8 @@ class _Form:
             return self._inside(value, self._dataclass)
         raise ConfigurationError(
             f"{self.where()} is of type {_type_name(value)}, which has no canonical form: pass plain data in its place "
-            f"(text, numbers, dates, lists, dicts, dataclasses), or give a message_id that does not depend on it "
-            f"(a format string, or apply_async(message_id=...)) together with fingerprint=False"
+            f"(text, numbers, dates, lists, dicts, dataclasses); or, if the serializer can carry it as pickle does, "
+            f"set fingerprint=False and give a message_id that does not depend on it"
         )
 
     def where(self, depth: int | None = None) -> str:

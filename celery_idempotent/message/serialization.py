@@ -84,7 +84,13 @@ def encode_message(
     kept = {name: _plain(value) for name, value in without_local(options).items() if value is not None}
     if now is not None:
         kept = as_moments(kept, now)
-    return _pack([list(args or ()), dict(kwargs or {}), kept], serializer, trace)
+    try:
+        return _pack([list(args or ()), dict(kwargs or {}), kept], serializer, trace)
+    except EncodeError as error:
+        raise EncodeError(
+            f"the serializer {serializer} cannot take the arguments of this call ({error}): pass what it can take, such as a list for a set, "
+            f"or give the task another serializer"
+        ) from error
 
 
 def dumped(task: Task, args: Any, kwargs: Any, options: Mapping[str, Any]) -> tuple[Any, Any]:

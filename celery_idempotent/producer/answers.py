@@ -11,15 +11,15 @@ from celery.result import EagerResult
 
 from celery_idempotent.core.decision import Call, CallAction, decide_call
 from celery_idempotent.core.records import MessageKey, ProcessedStatus, Row, Status
-from celery_idempotent.errors import AlreadyFailedError, DuplicateMessageError, StoreError
+from celery_idempotent.errors import AlreadyFailedError, ConfigurationError, DuplicateMessageError, StoreError
 from celery_idempotent.hooks import OutcomeKind
-from celery_idempotent.message.serialization import UndecodableError, decode_result
+from celery_idempotent.message.serialization import UndecodableError, decode_message, decode_result
 from celery_idempotent.producer.call_options import is_waited_on
 
 if TYPE_CHECKING:
     from celery_idempotent.producer.guarded import Guarded
 
-__all__ = ["answer_again", "answer_of", "eager_result"]
+__all__ = ["answer_again", "answer_of", "differs", "eager_result"]
 
 logger = logging.getLogger("celery_idempotent")
 
@@ -49,6 +49,16 @@ def answer_of(
     if action is CallAction.RAISE_DUPLICATE:
         raise DuplicateMessageError(key.message_id, row.task_id, str(row.status))
     return eager_result(task, row)
+
+
+def differs(task: Guarded, row: Row, args: Any, kwargs: Any) -> str | None:
+    """Name the arguments of a call that are not those of the row's message; ``None`` if the row has none any more, or it cannot be told."""
+    try:
+        first_args, first_kwargs, _ = decode_message(task.app, row.message)
+        names = task.idempotency.signature.difference((first_args, first_kwargs), (args, kwargs))
+    except (UndecodableError, ConfigurationError, TypeError):
+        return None
+    return ", ".join(names) or None
 
 
 def eager_result(task: Guarded, row: Row) -> EagerResult[Any]:

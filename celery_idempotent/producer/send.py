@@ -32,7 +32,7 @@ from celery_idempotent.message.header import Header, later_call
 from celery_idempotent.message.serialization import (
     without_local,
 )
-from celery_idempotent.producer.answers import answer_again, eager_result
+from celery_idempotent.producer.answers import answer_again, differs, eager_result
 from celery_idempotent.producer.box import Outbox
 from celery_idempotent.producer.broadcast import end_broadcast
 from celery_idempotent.producer.call_options import (
@@ -224,7 +224,11 @@ class Sending:
                 if self.prepared.dispatched:
                     return self._publish_now(duplicate=True)  # its consumer says so, under its own task id
                 self._emit(OutcomeKind.MISMATCHED, row, action)
-                raise MessageMismatchError(row.key.message_id, row.key.task_name)
+                raise MessageMismatchError(
+                    row.key.message_id,
+                    row.key.task_name,
+                    differs(self.task, row, self.prepared.args, self.prepared.kwargs),
+                )
             case CallAction.PUBLISH_COPY:
                 return self._publish_copy(row)
             case CallAction.PUBLISH_AGAIN:

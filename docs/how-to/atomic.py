@@ -1,10 +1,9 @@
 # What atomic.md takes for granted, and what its examples must have done: see tests/support/pages.py.
-# ruff: noqa: ANN001, ANN201, ARG001, D100, D101, D102, D103, F401, F821, I001, INP001, N801, N805, SLF001
+# ruff: noqa: ANN001, ANN201, ARG001, D100, D101, D102, D103, F401, F821, INP001, N801, N805, SLF001
 
 # %% before block 1
-from sqlalchemy import Column, MetaData, String, Table, create_engine, func, insert, select
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
-from celery_idempotent import QueueLog
+from sqlalchemy import Column, MetaData, String, Table, create_engine, func, select
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 app.conf.idempotent_store = "sqlite:///shop.db"
 engine = create_engine(app.conf.idempotent_store)

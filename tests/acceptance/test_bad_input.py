@@ -210,6 +210,41 @@ def test_a_duplicate_and_a_mismatch_say_what_to_do(app: Celery) -> None:
         task.delay("o-1", 900)
 
 
+def test_a_mismatch_names_the_arguments_and_shows_no_value(app: Celery) -> None:
+    task = app.task(base=IdempotentTask, shared=False, message_id="order:{order_id}")(charge)
+    task.delay("o-1", 500)
+    for call, says in (
+        (lambda: task.delay("o-1", 900), "amount"),
+        (lambda: task.delay("o-1", "s3cret", note="s3cret"), "amount (str, first int), note"),
+    ):
+        with pytest.raises(MessageMismatchError) as mismatch:
+            call()
+        assert (mismatch.value.differs, f"(different: {says})" in str(mismatch.value)) == (says, True)
+        assert "s3cret" not in str(mismatch.value)
+    app.conf.accept_content = ["yaml"]  # the row is not read
+    with pytest.raises(MessageMismatchError, match="with other arguments; make") as mismatch:
+        task.delay("o-1", 900)
+    assert mismatch.value.differs is None
+
+
+@pytest.mark.parametrize(
+    ("argument", "error", "says"),
+    [
+        (object(), ConfigurationError, "amount is of type object, which has no canonical form: pass plain data"),
+        (
+            {1, 2},
+            EncodeError,
+            r"the serializer json cannot take .*set is not JSON serializable.*such as a list for a set",
+        ),
+    ],
+)
+def test_an_argument_that_cannot_be_sent(app: Celery, argument: object, error: type[Exception], says: str) -> None:
+    task = app.task(base=IdempotentTask, shared=False, message_id="order:{order_id}")(charge)
+    with pytest.raises(error, match=says):
+        task.delay("o-1", argument)
+    assert nothing_is_recorded(app)
+
+
 # -- stores ------------------------------------------------------------------------------------------------------------
 
 
@@ -217,9 +252,9 @@ def test_a_duplicate_and_a_mismatch_say_what_to_do(app: Celery) -> None:
     ("url", "says"),
     [
         ("no url", "idempotent_store"),
-        ("oracle://scott:tiger@db/x", "oracle"),
+        ("oracle://scott:tiger@db/x", "redis://host"),
         ("redis://:tiger@localhost/queue", "by its number"),
-        ("postgresql+asyncpg://u:tiger@localhost/x", "asyncpg"),
+        ("postgresql+asyncpg://u:tiger@localhost/x", "asyncpg:// is an asyncio driver"),
         ("postgresql+psycopg2://u:tiger@localhost/x", "run: pip install psycopg2"),
         ("mysql+mysqldb://u:tiger@localhost/x", "run: pip install mysqlclient"),
         ("postgresql://u:tiger@localhost:port/x", "postgresql://user:password@host/database"),

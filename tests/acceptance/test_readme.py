@@ -14,7 +14,7 @@ from celery import Celery, _state
 from sqlalchemy import create_engine, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from celery_idempotent import IdempotentTask, outbox
+from celery_idempotent import IdempotentTask
 from celery_idempotent.core.records import RowFilter, Status
 from tests.support.servers import PrivateRedis
 from tests.support.stores import postgresql_store, sqlite_store
@@ -107,7 +107,7 @@ def test_effects_and_messages_in_one_commit(tmp_path: Path, monkeypatch: pytest.
 
     tasks = {body.__name__: app.task(base=IdempotentTask, shared=False)(body) for body in (notify, charge)}
     with Session(engine) as session:
-        names = {"app": app, "IdempotentTask": IdempotentTask, "outbox": outbox, "Payment": Payment, **tasks}
+        names = {"app": app, "Payment": Payment, **tasks}
         names |= {"session": session, "order": Order(id="o-1")}
         exec(example, names)  # the page's own words
         assert names["settle"].apply(("o-1",)).successful()

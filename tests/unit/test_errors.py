@@ -30,6 +30,7 @@ EXAMPLES: list[IdempotentError] = [
     DuplicateMessageError("order:1"),
     MessageMismatchError("order:1", "shop.charge"),
     MessageMismatchError("order:1"),
+    MessageMismatchError("order:1", "shop.charge", "amount"),
     AlreadyProcessingError("order:1", 41.5),
     AlreadyProcessingError("order:1"),
     AlreadyFailedError("order:1", "ValueError: no such card"),
@@ -115,6 +116,10 @@ def test_the_tree_is_drawn_in_the_docstring() -> None:
         (
             MessageMismatchError("order:1", "shop.charge"),
             ["'order:1'", "shop.charge", "other arguments", "every argument that matters", "fingerprint=False"],
+        ),
+        (
+            MessageMismatchError("order:1", "shop.charge", "amount, note"),
+            ["other arguments (different: amount, note); make"],
         ),
         (AlreadyProcessingError("order:1", 41.52), ["'order:1'", "being processed", "another delivery", "41.5 s"]),
         (

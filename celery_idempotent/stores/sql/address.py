@@ -32,7 +32,8 @@ _OF_POOLS = {"pool_size", "max_overflow", "pool_timeout", "pool_recycle", "pool_
 _HOSTS = re.compile(r"(?P<scheme>[\w+]+)://(?P<account>[^/]*@)?(?P<hosts>[^/?@]*,[^/?@]*)(?P<rest>[/?].*)?")
 _YES, _NO = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}
 _EXAMPLE = (
-    "write it as postgresql://user:password@host/database, mysql://user:password@host/database or sqlite:///file.db"
+    "write it as postgresql://user:password@host/database, mysql://user:password@host/database, sqlite:///file.db "
+    "or, as idempotent_store, redis://host:6379/0"
 )
 
 
@@ -119,6 +120,10 @@ def _require_driver(url: URL) -> None:
     backend, _, driver = url.drivername.partition("+")
     try:
         dialect = url.get_dialect()
+        if dialect.is_async:
+            raise ConfigurationError(
+                f"{url.drivername}:// is an asyncio driver, and Celery's workers are not asyncio; use {_DRIVERS[backend]}://"
+            )
         dialect.import_dbapi()
     except NoSuchModuleError:
         raise ConfigurationError(
@@ -132,7 +137,3 @@ def _require_driver(url: URL) -> None:
         raise ConfigurationError(
             f"the driver of {url.drivername}:// is not installed ({error}); run: pip install {install}"
         ) from error
-    if dialect.is_async:
-        raise ConfigurationError(
-            f"{url.drivername}:// is an asyncio driver, and Celery's workers are not asyncio; use {_DRIVERS[backend]}://"
-        )

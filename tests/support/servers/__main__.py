@@ -128,7 +128,12 @@ def report(outcomes: list[Outcome]) -> None:
         for outcome in missing:
             print(f"! Elsewhere: name one with {outcome.kind.variable}={outcome.kind.default_url}", file=sys.stderr)
         print(f"{'!' * 100}\n", file=sys.stderr)
-    sys.stderr.flush()
+    print(
+        "On servers that were there, the tests use these databases, under names of their own, which they remove. "
+        "All tests take tens of minutes; ARGS=tests/contract runs some.",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def main(command: list[str]) -> int:
@@ -137,6 +142,11 @@ def main(command: list[str]) -> int:
         print(__doc__, file=sys.stderr)
         return 2
     with ExitStack() as started:
+        print(
+            "looking for the servers, and starting or installing those that are not there ...",
+            file=sys.stderr,
+            flush=True,
+        )
         outcomes = find_or_start(KINDS.values(), started)
         report(outcomes)
         found = {outcome.kind.variable: outcome.url for outcome in outcomes if outcome.url is not None}
@@ -147,8 +157,10 @@ def main(command: list[str]) -> int:
             try:
                 return child.wait()
             except KeyboardInterrupt:
-                # The terminal has told the command too; our part is to be there until it is done.
-                continue
+                # A terminal has told the command too; our part is to be there until it is done.
+                print("ending the tests, and the servers that were started for them ...", file=sys.stderr, flush=True)
+                if not sys.stdin.isatty():
+                    child.send_signal(signal.SIGINT)
 
 
 if __name__ == "__main__":
