@@ -131,7 +131,7 @@ CODES: dict[str, tuple[Severity, str]] = {
     # the store
     "store-unreachable": (
         _E,
-        "Calls and workers wait for the store, as idempotent_on_store_error says; nothing could be said of how it is set up.",
+        "Calls and workers wait for the store, as idempotent_on_store_error says, or do not start if it refused; nothing could be said of how it is set up.",
     ),
     "store-refused": (_E, "The store does not do what it is asked; calls and workers fail alike."),
     "schema": (_E, "A worker does not start, and a call raises SchemaError."),
