@@ -419,7 +419,7 @@ def test_by_arguments_within_a_callable() -> None:
         ("{{{order_id}}}", charge, call("o-1"), "{o-1}"),
         ("{order_id}", charge, call(0), "0"),
         ("{order_id}", charge, call(False), "False"),
-        ("x{order_id}", charge, call(""), "x"),
+        ("x{order_id}{amount}", charge, call("", 5), "x5"),
         ("{order_id}:{region}", keywords, call("o-1", region="eu"), "o-1:eu"),
         ("{lines[0]}", keywords, call("o-1", "first"), "first"),
         ("{more[region]}", keywords, call("o-1", region="eu"), "eu"),
