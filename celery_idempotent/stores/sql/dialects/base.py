@@ -35,9 +35,7 @@ class Fault(Enum):
     COLLISION = auto()  # deadlock, serialization failure, busy: it did not take effect, and may at once be repeated
     UNAVAILABLE = auto()  # it did not take effect, and will not until somebody or time helps
     MOVED = auto()  # nor did this, and it may at once be repeated elsewhere: here the server takes no writes any more
-    DENIED = (
-        auto()
-    )  # UNAVAILABLE, and it is known why: the server answered, and there is no such database, or no such account
+    DENIED = auto()  # as UNAVAILABLE; the server answered: no such database, or no such account
     SCHEMA = auto()  # a table or column is not there
     OTHER = auto()  # the statement or its data are at fault: repeating it changes nothing
 
