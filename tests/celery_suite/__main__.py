@@ -15,6 +15,7 @@ import tarfile
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from itertools import groupby
 from pathlib import Path
 
 from tests.support.servers import PrivateRedis
@@ -33,14 +34,14 @@ EXTRAS = "redis,sqlalchemy,pymemcache,memcache,auth,yaml,msgpack,pydantic,gevent
 #: What the tests want besides.
 PACKAGES = (
     *("pytest", "pytest-rerunfailures", "pytest-subtests", "pytest-timeout", "pytest-click", "pytest-order"),
-    *("freezegun", "fakeredis[lua]", "moto", "boto3", "django", "requests"),
+    *("freezegun", "fakeredis[lua]", "moto", "boto3", "django", "psutil", "requests"),
 )
 
 #: What the tests of a version were written for: redis-py 8 ends a blocking read after a while, which those of 5.6 do not expect.
 WRITTEN_FOR = {"5.6.3": ("kombu[redis]<5.7",)}
 
-#: Seconds for one test, and for one part. One of Celery's takes two minutes; if it is cut short, it leaves the session's worker unable to start.
-TEST, PART = 300, 3600
+#: Seconds for one test, and for one process. One of Celery's takes two minutes; if it is cut short, it leaves the session's worker unable to start.
+TEST, PROCESS = 300, 3600
 
 Outcomes = dict[str, str]
 
@@ -55,11 +56,11 @@ def main() -> int:
             suite = Suite(version, arguments.directory, redis)
             suite.prepare()
             for part in arguments.part:
-                guarded = suite.run(part, how="guarded")
-                failed = sorted(_failed(guarded))
+                guarded = suite.run(suite.processes(part), how="guarded")
+                failed = _failed(guarded)
                 # Again, alone: some of Celery's tests are a matter of luck, or of their place among the others, and some fail on this machine anyway.
-                differ = _failed(suite.run(*failed, how="guarded")) & set(failed) if failed else set()
-                differ -= _failed(suite.run(*sorted(differ), how="stock")) if differ else set()
+                differ = failed & _failed(suite.run(_by_file(failed), how="guarded"))
+                differ -= _failed(suite.run(_by_file(differ), how="stock"))
                 failing |= differ
                 unexpected = sorted(test for test in differ if not _is_named(test, expected))
                 print(
@@ -110,13 +111,29 @@ class Suite:
             subprocess.run([*install, "--editable", str(ROOT)], check=True)
             ready.write_text(wanted)
 
-    def run(self, *what: str, how: str) -> Outcomes:
+    def processes(self, part: str) -> list[list[str]]:
+        """Return what to run in one process each: a file of the integration tests, as Celery's own CI does, because a process starts one worker for all."""
+        if part != "t/integration":
+            return [[part]]
+        files = sorted((self.source / part).glob("test_*.py"))
+        return [[f"{part}/{file.name}"] for file in files if "def test_" in file.read_text()]
+
+    def run(self, processes: Iterable[Sequence[str]], *, how: str) -> Outcomes:
         """Run tests; how each ended, by its node id."""
-        name = f"{what[0].partition('::')[0].replace('/', '-')}-{how}{'' if len(what) == 1 else '-again'}"
+        outcomes: Outcomes = {}
+        for what in processes:
+            outcomes |= self._run(what, how=how)
+        return outcomes
+
+    def _run(self, what: Sequence[str], *, how: str) -> Outcomes:
+        path, _, alone = what[0].partition("::")
+        name = f"{path.replace('/', '-')}-{how}{'-alone' if alone else ''}"
         outcomes = self.directory / f"{name}.outcomes"
-        outcomes.unlink(missing_ok=True)
+        outcomes.write_text("")
         guarded = ["-p", "guarded"] if how == "guarded" else []
-        plugins = ["-p", "celery.contrib.pytest", "-p", "recorded", *guarded, "-p", "no:cacheprovider"]
+        # Some integration tests need a worker, and count on another test to have started it.
+        worker = ["-o", "usefixtures=celery_session_worker"] if alone and path.startswith("t/integration") else []
+        plugins = ["-p", "celery.contrib.pytest", "-p", "recorded", *guarded, *worker, "-p", "no:cacheprovider"]
         options = [*plugins, "-q", "-rfE", "--durations", "20", "--timeout", str(TEST)]
         with tempfile.TemporaryDirectory() as stores, (self.directory / f"{name}.log").open("w") as log:
             ended = subprocess.run(
@@ -125,10 +142,10 @@ class Suite:
                 env={**os.environ, **self._environment(stores, outcomes)},
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                timeout=PART,
+                timeout=PROCESS,
                 check=False,  # some fail with Celery's own class, too
             )
-        if ended.returncode not in (0, 1) or not outcomes.exists():  # pytest's codes for "passed" and "some failed"
+        if ended.returncode not in (0, 1):  # pytest's codes for "passed" and "some failed"
             raise SystemExit(f"not every test was run: see {self.directory / name}.log")
         return _read(outcomes.read_text().splitlines())
 
@@ -136,6 +153,7 @@ class Suite:
         return {
             "PATH": f"{self.python.parent}{os.pathsep}{os.environ['PATH']}",  # some run the command `celery`
             "PYTHONPATH": f"{HERE}{os.pathsep}{self.source}",
+            "WORKER_LOGLEVEL": "INFO",  # as in Celery's tox.ini; some tests read what a worker logs
             "CELERY_SUITE_STORES": stores,
             "CELERY_SUITE_OUTCOMES": str(outcomes),
             "TEST_BROKER": self._redis.url,
@@ -159,6 +177,11 @@ def _read(lines: Iterable[str]) -> Outcomes:
 
 def _failed(outcomes: Outcomes) -> set[str]:
     return {test for test, outcome in outcomes.items() if outcome == "failed"}
+
+
+def _by_file(tests: Iterable[str]) -> list[list[str]]:
+    """Return the tests, those of each file in a list, which one process runs."""
+    return [list(group) for _, group in groupby(sorted(tests), key=lambda test: test.partition("::")[0])]
 
 
 def _expected(page: str) -> list[str]:
