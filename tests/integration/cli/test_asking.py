@@ -14,7 +14,7 @@ import pytest
 from celery_idempotent import SQLStore
 from celery_idempotent.core.records import Claimed, MessageKey, NewMessage, Row, Status
 from celery_idempotent.message.serialization import encode_message
-from tests.integration.cli.test_command_line import PROJECT, command
+from tests.support.cli import PROJECT, popen_arguments
 
 NAMES = ("a", "b")
 
@@ -50,7 +50,7 @@ def statuses(store: SQLStore) -> list[Status | None]:
 def at_a_terminal(project: Path, *arguments: str, answer: str) -> tuple[int, str]:
     """Run a command where all that it reads and writes is a terminal; its status, and what was to be seen."""
     ours, theirs = pty.openpty()
-    given = command(project, "idempotent", *arguments, app="proj", store="sqlite:///log.db")
+    given = popen_arguments(project, "idempotent", *arguments, app="proj", store="sqlite:///log.db")
     with subprocess.Popen(**given, stdin=theirs, stdout=theirs, stderr=theirs, close_fds=True) as process:
         os.close(theirs)
         os.write(ours, answer.encode())
@@ -137,7 +137,7 @@ def test_at_a_terminal_recover_says_how_far_it_is(project: Path, store: SQLStore
     ids=" ".join,
 )
 def test_without_a_terminal_it_needs_yes(project: Path, store: SQLStore, arguments: tuple[str, ...]) -> None:
-    given = command(project, "idempotent", *arguments, app="proj", store="sqlite:///log.db")
+    given = popen_arguments(project, "idempotent", *arguments, app="proj", store="sqlite:///log.db")
     run = subprocess.run(**given, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     assert (run.returncode, run.stdout) == (2, "")
     assert "confirmation required, but stdin is not a terminal: check with --dry-run, then pass --yes" in run.stderr
@@ -146,7 +146,7 @@ def test_without_a_terminal_it_needs_yes(project: Path, store: SQLStore, argumen
 
 def test_a_dry_run_says_what_would_be_done(project: Path, store: SQLStore) -> None:
     def run(*arguments: str) -> list[str]:
-        given = command(project, "idempotent", *arguments, "--dry-run", app="proj", store="sqlite:///log.db")
+        given = popen_arguments(project, "idempotent", *arguments, "--dry-run", app="proj", store="sqlite:///log.db")
         done = subprocess.run(**given, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
         assert done.stderr == ""
         return str(done.stdout).splitlines()

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from celery_idempotent import SQLStore
 from tests.integration.cli.test_asking import at_a_terminal
-from tests.integration.cli.test_command_line import PROJECT, command
+from tests.support.cli import PROJECT, popen_arguments
 
 WRITTEN = Path(__file__).parents[1] / "stores" / "sql" / "versions"
 
@@ -62,7 +62,7 @@ def init(project: Path) -> Init:
     """Run ``init`` without a terminal."""
 
     def init(*arguments: str, store: str = "sqlite:///log.db") -> subprocess.CompletedProcess[str]:
-        given = command(project, "idempotent", "init", *arguments, app="proj", store=store)
+        given = popen_arguments(project, "idempotent", "init", *arguments, app="proj", store=store)
         return subprocess.run(**given, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
 
     return init

@@ -17,8 +17,8 @@ from redis import Redis
 from celery_idempotent import QueueLog, SQLStore
 from celery_idempotent.core.records import Claimed, MessageKey, NewMessage
 from celery_idempotent.stores import open_store
-from tests.integration.cli.test_command_line import PROJECT, command
 from tests.integration.doctor.conftest import MakeApp, codes, doctor_says, examine
+from tests.support.cli import PROJECT, popen_arguments
 from tests.support.servers import PrivatePgBouncer, PrivatePostgreSQL, PrivateRabbitMQ, PrivateRedis
 from tests.support.servers.mariadb import PrivateMariaDB
 
@@ -350,7 +350,7 @@ def test_for_people_and_for_scripts(good_redis: PrivateRedis, tmp_path: Path) ->
     settings = {"task_acks_late": True, "result_backend": good_redis.url, "result_expires": week}
 
     def doctor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        given = command(tmp_path, "idempotent", "doctor", *arguments, app="proj", **environment)
+        given = popen_arguments(tmp_path, "idempotent", "doctor", *arguments, app="proj", **environment)
         return subprocess.run(**given, capture_output=True, text=True, check=False, timeout=100)
 
     there = {"store": good_redis.url, "BROKER": good_redis.url, "SETTINGS": repr(settings)}
