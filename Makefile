@@ -13,7 +13,7 @@ COMPILE = $(DEV)/uv pip compile pyproject.toml --universal --python-version 3.11
 	--no-emit-index-url --no-emit-find-links --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-django unit format check docs test coverage test-versions celery-suite chaos chaos-peers bench bench-scale screenshots lock release clean
+.PHONY: help demo demo-django unit format check docs test coverage test-versions test-django celery-suite chaos chaos-peers bench bench-scale screenshots lock release clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## *\(.*\)/  make \1\t\2/p' Makefile | expand -t 24
@@ -69,6 +69,9 @@ coverage: .venv/installed  ## what unit tests, the contract and a part of tests/
 # CELERY is oldest, 5.5, 5.6 or 5.7, and ON a Python; one of them, both or none. ARGS as for `make test`.
 test-versions: .venv/installed  ## the tests on other versions, in environments of their own; CELERY=5.6 ON=3.12 ARGS=; hours
 	@$(DEV)/python -m tests.support.versions $(if $(CELERY),--celery $(CELERY)) $(if $(ON),--python $(ON)) -n $(WORKERS) --dist loadgroup $(ARGS)
+
+test-django: .venv/installed  ## the Django app on Django 4.2 to 6.1, with each driver, in environments of their own; ARGS=
+	@$(DEV)/python -m tests.support.django_matrix -n 2 tests/integration/contrib/django $(ARGS)
 
 # The runs whose figures docs/explanation/chaos.md has; SEED, TASKS and KILLS are for each of them.
 CHAOS = $(if $(SEED),--seed $(SEED)) $(if $(TASKS),--tasks $(TASKS)) $(if $(KILLS),--kills $(KILLS))

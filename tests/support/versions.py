@@ -16,7 +16,7 @@ from pathlib import Path
 
 from celery import VERSION
 
-__all__ = ["CELERY", "CELLS", "PYTHONS", "SETS", "Cell", "NotToBeHadError"]
+__all__ = ["CELERY", "CELLS", "PYTHONS", "ROOT", "SETS", "UV", "Cell", "NotToBeHadError", "interpreter"]
 
 #: The Celery of this environment, to be compared with ``(5, 7)``.
 CELERY = (VERSION.major, VERSION.minor)
@@ -65,7 +65,7 @@ class Cell:
             return place
         print(f"{place.relative_to(ROOT)}: installing {lock.relative_to(ROOT)} ...", flush=True)
         made_venv = subprocess.run(
-            [str(UV), "venv", "--quiet", "--clear", "--python", _interpreter(self.python), str(place)],
+            [str(UV), "venv", "--quiet", "--clear", "--python", interpreter(self.python), str(place)],
             check=False,
             stderr=subprocess.PIPE,
             text=True,
@@ -98,7 +98,7 @@ CELLS = [
 ]
 
 
-def _interpreter(version: str) -> str:
+def interpreter(version: str) -> str:
     """Return a Python of this version that starts, as a shim of pyenv need not; else its number, for uv to download one."""
     name = f"python{version}"
     places = [*os.get_exec_path(), *sorted(map(str, Path.home().glob(f".pyenv/versions/{version}*/bin")))]

@@ -20,6 +20,9 @@ __all__ = ["Project", "project"]
 HERE = Path(__file__).parent
 SHOP = ROOT / "example_project" / "django_shop"
 
+#: What runs the project, and the driver of MariaDB: see ``tests/support/django_matrix.py``.
+PYTHON, MYSQL = os.environ.get("DJANGO_PYTHON", sys.executable), os.environ.get("DJANGO_MYSQL", "pymysql")
+
 #: What stands in front of the databases' names in the example's settings.
 ENGINES = {"postgresql": "django.db.backends.postgresql", "mariadb": "django.db.backends.mysql"}
 
@@ -45,7 +48,7 @@ class Project:
     def manage(self, *arguments: str, fails: bool = False, **environment: str) -> str:
         """Run ``manage.py``; what it printed."""
         done = subprocess.run(
-            [sys.executable, "-W", "error::DeprecationWarning:celery_idempotent", "manage.py", *arguments],
+            [PYTHON, "-W", "error::DeprecationWarning:celery_idempotent", "manage.py", *arguments],
             cwd=SHOP,
             env={**self.environment, **environment},
             stdin=subprocess.DEVNULL,
@@ -53,7 +56,7 @@ class Project:
             stderr=subprocess.STDOUT,
             text=True,
             check=False,
-            timeout=110,
+            timeout=200,
         )
         assert (done.returncode != 0) is fails, done.stdout[-6000:]
         return done.stdout
@@ -61,7 +64,7 @@ class Project:
     def shell(self, code: str, *, killed: bool = False, **environment: str) -> str:
         """Run code in a process of the project's; what it printed. ``killed``: it kills itself."""
         done = subprocess.run(
-            [sys.executable, "-c", f"import django; django.setup()\n{code}"],
+            [PYTHON, "-c", f"import django; django.setup()\n{code}"],
             cwd=SHOP,
             env={**self.environment, **environment},
             capture_output=True,
@@ -74,7 +77,7 @@ class Project:
 
     def worker(self) -> subprocess.Popen[bytes]:
         """Start a worker of two children."""
-        command = [sys.executable, "-m", "celery", "-A", "project", "worker", "-c", "2", "-l", "INFO"]
+        command = [PYTHON, "-m", "celery", "-A", "project", "worker", "-c", "2", "-l", "INFO"]
         with (Path(self.environment["SHOP_DATA"]) / "worker.log").open("wb") as log:
             return subprocess.Popen(
                 command, cwd=SHOP, env=self.environment, stdout=log, stderr=log, start_new_session=True
@@ -94,7 +97,7 @@ def project(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Project]
         (tmp_path / folder).mkdir()
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith(("CELERY_", "DJANGO_"))},
-        "DJANGO_SETTINGS_MODULE": "project.settings" if kind != "mariadb" else "with_pymysql",
+        "DJANGO_SETTINGS_MODULE": "with_pymysql" if (kind, MYSQL) == ("mariadb", "pymysql") else "project.settings",
         "PYTHONPATH": f"{HERE}{os.pathsep}{SHOP}",
         "SHOP_DATA": str(tmp_path),
     }

@@ -15,6 +15,7 @@ from tests.integration.contrib.django.conftest import Project
 from tests.support.waiting import wait_until
 
 
+@pytest.mark.timeout(300)
 def test_the_examples_tests_pass_the_second_time_as_the_first(project: Project) -> None:
     assert "No changes detected" in project.manage("makemigrations", "--check", "--dry-run")
     for _ in range(2):
@@ -23,6 +24,7 @@ def test_the_examples_tests_pass_the_second_time_as_the_first(project: Project) 
     assert "OK" in project.manage("test", "--noinput", "--parallel", "2", "shop")
 
 
+@pytest.mark.timeout(300)
 def test_calls_and_bodies_are_in_djangos_transactions(project: Project) -> None:
     printed = project.manage("test", "--noinput", "cases.transactions", "cases.bodies", SHOP_BROKER="memory://")
     assert "OK" in printed
@@ -66,6 +68,7 @@ with transaction.atomic():
     assert project.scalar("SELECT count(*) FROM shop_payment") == 1
 
 
+@pytest.mark.timeout(300)
 def test_a_child_killed_at_any_time_leaves_one_payment(project: Project) -> None:
     project.manage("migrate", "-v", "0")
     worker = project.worker()

@@ -1,4 +1,4 @@
-"""The example's settings, with PyMySQL in the place of mysqlclient, which wants a compiler."""
+"""The example's settings, with PyMySQL in the place of mysqlclient, which has to be compiled."""
 
 from __future__ import annotations
 

@@ -1,0 +1,70 @@
+"""Run the tests of the Django app on other versions of Django, and with other drivers: ``python -m tests.support.django_matrix``, or ``make test-django``.
+
+A cell is a Django, a Python and the drivers. Each has an environment of its own under ``.venv-versions``, in which the example's project runs; pytest itself
+runs here. mysqlclient is compiled, for which Debian's packages ``libmariadb-dev`` and ``pkg-config`` are installed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+
+from tests.support.servers.__main__ import install
+from tests.support.versions import ROOT, UV, interpreter
+
+__all__ = ["CELLS", "Cell"]
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A Django, a Python, and the drivers of PostgreSQL and MariaDB."""
+
+    django: str
+    python: str
+    postgresql: str
+    mysql: str
+
+    def environment(self) -> str:
+        """Return the Python of the cell's environment, made if it is missing."""
+        place = ROOT / f".venv-versions/django-{self.django}-python-{self.python}"
+        python = str(place / "bin/python")
+        if not (place / "installed").exists():
+            print(f"{place.relative_to(ROOT)}: installing Django {self.django} ...", flush=True)
+            make = [str(UV), "venv", "--quiet", "--clear", "--python", interpreter(self.python), str(place)]
+            subprocess.run(make, check=True)
+            packages = [f"django=={self.django}.*", self.postgresql, self.mysql, "psutil", "--editable", str(ROOT)]
+            subprocess.run([str(UV), "pip", "install", "--quiet", "--python", python, *packages], check=True)
+            (place / "installed").touch()
+        return python
+
+    def __str__(self) -> str:
+        return f"Django {self.django}, Python {self.python}, {self.postgresql}, {self.mysql}"
+
+
+CELLS = (
+    Cell("4.2", "3.11", "psycopg2-binary", "mysqlclient"),
+    Cell("5.2", "3.12", "psycopg[binary,pool]", "mysqlclient"),
+    Cell("6.0", "3.13", "psycopg[binary,pool]", "pymysql"),
+    Cell("6.1", "3.13", "psycopg[binary,pool]", "mysqlclient"),
+)
+
+
+def main() -> int:
+    if shutil.which("mariadb_config") is None:
+        install(["libmariadb-dev", "pkg-config"])
+    failed = []
+    for cell in CELLS:
+        environment = {**os.environ, "DJANGO_PYTHON": cell.environment(), "DJANGO_MYSQL": cell.mysql}
+        print(f"=== {cell}", flush=True)
+        command = [sys.executable, "-m", "tests.support.servers", sys.executable, "-m", "pytest", *sys.argv[1:]]
+        if subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode:
+            failed.append(str(cell))
+    print(f"=== failed: {'; '.join(failed) or 'none'}", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
