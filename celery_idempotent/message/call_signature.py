@@ -1,4 +1,4 @@
-"""The parameters of a task's body: they give a call's arguments their names, so that equal calls look alike.
+"""Bind a call's arguments to the parameters of a task's body, so that equal calls look alike.
 
 ``f(1)``, ``f(a=1)`` and ``f(1, b=<default>)`` are one call. Nothing here knows Celery or a database.
 """
@@ -17,37 +17,38 @@ from celery_idempotent.message.canonical import canonical, fingerprint
 
 __all__ = ["ANY_CALL", "Args", "CallSignature", "Kwargs", "arguments_fingerprint"]
 
-#: What the arguments of a call look like: ``apply_async`` takes ``None`` for none.
+#: Arguments of a call, as ``apply_async`` takes them: ``None`` for none.
 Args = Sequence[Any] | None
 Kwargs = Mapping[str, Any] | None
 
 
 class CallSignature:
-    """The parameters of a task's body, to which the arguments of a call are bound. Make it once per task.
+    """The parameters of a task's body. Make it once per task.
 
     Args:
-        run: The body. Decorators are seen through by ``__wrapped__``; one that changes the parameters must say so in
-            ``__signature__``, or arguments are bound to the parameters of the function inside it.
-        bound: Whether the task is its first parameter (``bind=True``) and not yet bound to it. It never counts among
-            the arguments; a method that is bound already may be given either way.
-        typed: Whether a call must fit. If not (``typing=False``), one that does not is told by its arguments as they are given.
+        run: The body. Decorators are followed by ``__wrapped__``. A decorator that changes the parameters must set
+            ``__signature__``, or arguments are bound to the parameters of the function that it wraps.
+        bound: Whether the task is the first parameter (``bind=True``) and not yet bound to it. The task never counts as
+            an argument. For a bound method, both values do the same.
+        typed: Whether a call must fit the parameters. With ``False`` (``typing=False``), a call that does not fit is identified by its
+            arguments as given.
 
     Raises:
-        ConfigurationError: ``run`` has no signature to be found, as some functions written in C.
+        ConfigurationError: ``run`` has no signature, as some functions written in C.
     """
 
     __slots__ = ("_defaults", "_keywords", "_outer", "_plain", "_signature", "_typed", "_values", "name")
 
     def __init__(self, run: Callable[..., Any], *, bound: bool = False, typed: bool = True) -> None:
         self._typed = typed
-        #: What the body is called, for errors.
+        #: The body's name, for errors.
         self.name: str = getattr(run, "__name__", type(run).__name__)
         try:
             signature = inspect.signature(run)
             outer = inspect.signature(run, follow_wrapped=False)
         except (TypeError, ValueError) as error:
             raise ConfigurationError(
-                f"the parameters of {self.name} cannot be told ({error}): give the task a body written in Python"
+                f"cannot read the parameters of {self.name} ({error}): give the task a body written in Python"
             ) from error
         if bound and not _is_method(run):
             signature, outer = _without_first(signature), _without_first(outer)
@@ -55,8 +56,8 @@ class CallSignature:
         self._outer = outer
         parameters = signature.parameters.values()
         self._keywords = next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), None)
-        self._defaults = {p.name: _Default(p) for p in parameters if _stands_at_something(p)}
-        #: The parameters, if each may be given by place and by name, and what those stand at that may be left out.
+        self._defaults = {p.name: _Default(p) for p in parameters if _is_optional(p)}
+        #: The parameters, if each can be given both by place and by name; and the defaults of those that have one.
         self._plain = (
             tuple(signature.parameters) if all(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters) else None
         )
@@ -71,10 +72,10 @@ class CallSignature:
         return tuple(self._signature.parameters)
 
     def positions(self, count: int) -> list[str]:
-        """Return the names of the parameters that so many positional arguments are for; ``*args`` has one name for all that it takes up.
+        """Return the parameter for each of ``count`` positional arguments; ``*args`` may occur several times.
 
         Raises:
-            TypeError: The body does not take so many.
+            TypeError: The body does not take that many.
         """
         parameters = list(self._signature.parameters.values())
         names = [p.name for p in parameters if p.kind in {p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD}]
@@ -86,10 +87,10 @@ class CallSignature:
     def bind(self, args: Args, kwargs: Kwargs) -> dict[str, Any]:
         """Return the arguments of a call by parameter, defaults applied.
 
-        What ``*args`` and ``**kwargs`` take up stands under their own names, as a tuple and a dict.
+        Values of ``*args`` and ``**kwargs`` are under the names of these parameters, as a tuple and a dict.
 
         Raises:
-            TypeError: The body cannot be called so.
+            TypeError: The arguments do not fit the body.
         """
         arguments = None if self._plain is None else self._bind_plainly(self._plain, args or (), kwargs or {})
         if arguments is not None:
@@ -97,7 +98,7 @@ class CallSignature:
         try:
             call = self._signature.bind(*(args or ()), **(kwargs or {}))
         except TypeError as error:
-            if not self._typed:  # sent all the same; the worker says what is wrong with it
+            if not self._typed:  # Celery sends it anyway, and the worker reports what is wrong
                 return {
                     **dict(zip(self.parameters, args or (), strict=False)),
                     **(kwargs or {}),
@@ -110,7 +111,7 @@ class CallSignature:
     def _bind_plainly(
         self, names: tuple[str, ...], args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> dict[str, Any] | None:
-        """Return what :mod:`inspect` does at length, for most bodies; ``None`` for a call that does not fit, of which it says why."""
+        """Bind as :mod:`inspect` does, but faster; return ``None`` for a call that does not fit, since inspect says why."""
         given = dict(zip(names, args, strict=False))
         if len(args) > len(names) or any(name in given or name not in self._signature.parameters for name in kwargs):
             return None
@@ -121,20 +122,19 @@ class CallSignature:
             return None
 
     def names(self, args: Args, kwargs: Kwargs) -> dict[str, Any]:
-        """As :meth:`bind`, with what ``**kwargs`` took up by name as well; a parameter goes before a keyword of its name.
+        """Bind a call, and add each item of ``**kwargs`` under its own name; a parameter of the same name comes first.
 
         Raises:
-            TypeError: The body cannot be called so.
+            TypeError: The arguments do not fit the body.
         """
         arguments = self.bind(args, kwargs)
         return arguments if self._keywords not in arguments else {**arguments[self._keywords], **arguments}
 
     def digest(self, args: Args, kwargs: Kwargs, *, only: Sequence[str] = ()) -> str:
-        """SHA-256 hex digest (64 characters) of the call: equal for calls whose arguments are equal once bound.
+        """Return a SHA-256 hex digest (64 characters) of the call: equal for calls whose arguments are equal once bound.
 
-        An argument that equals its default counts as one not given. That tells calls apart just as well, and holds over
-        time: a parameter that a later version adds with a default changes nothing for the calls that do not give it,
-        those under way among them.
+        An argument that equals its default counts as not given. So digests stay the same, for calls under way too, when a later
+        version adds a parameter with a default.
 
         Args:
             args: Positional arguments, without the task itself.
@@ -142,8 +142,8 @@ class CallSignature:
             only: The arguments that count; empty for all.
 
         Raises:
-            ConfigurationError: One that counts has no canonical form.
-            TypeError: The body cannot be called so.
+            ConfigurationError: An argument that counts has no canonical form.
+            TypeError: The arguments do not fit the body.
         """
         if only:
             names = self.names(args, kwargs)
@@ -177,7 +177,7 @@ class CallSignature:
         """Refuse names that no argument can have.
 
         Args:
-            names: What an option takes for names of arguments.
+            names: The arguments that an option names.
             option: The option as it was written, for the error.
 
         Raises:
@@ -192,14 +192,14 @@ class CallSignature:
                 raise ConfigurationError(f"{option}: {self.name} has no parameter {name!r}; {hint}")
 
     def check_callable(self, option: Callable[..., object]) -> None:
-        """Refuse a callable that takes no call of the body.
+        """Refuse a callable that cannot be called as the body is.
 
         Raises:
-            ConfigurationError: It cannot be called with the arguments of the body, given by place or by name.
+            ConfigurationError: It does not take the body's arguments, neither by place nor by name.
         """
         try:
             takes = inspect.signature(option)
-        except (TypeError, ValueError):  # as of some types written in C: it is found out when it is called
+        except (TypeError, ValueError):  # as for some types written in C: a misfit shows when it is called
             return
         every = list(self._signature.parameters.values())
         for some in (every, [p for p in every if p.default is p.empty]):
@@ -216,22 +216,22 @@ class CallSignature:
                     continue
                 return
         if any(p.kind in {p.VAR_POSITIONAL, p.VAR_KEYWORD} for p in every):
-            return  # the body takes any number, and this one its own
+            return  # the body takes any number of arguments, the callable a number of its choice
         raise ConfigurationError(
-            f"the message_id callable of {self.name} takes {takes}, and is called as {self.name} is, with "
-            f"{inspect.Signature([p.replace(annotation=p.empty) for p in every])}: give it these parameters; "
-            f"a first parameter called `self` is the task"
+            f"the message_id callable of {self.name} takes {takes}, but is called like {self.name}, with "
+            f"{inspect.Signature([p.replace(annotation=p.empty) for p in every])}: give it these parameters, "
+            f"after `self` if it needs the task"
         )
 
     def wants_task(self, option: Callable[..., object], owner: type | None = None) -> bool:
-        """Return whether a ``message_id`` function asks for the task before the arguments, as a method does.
+        """Return whether a ``message_id`` function takes the task before the arguments, as a method does.
 
         Args:
-            option: What stands in the task's class or was given to the decorator.
+            option: The option, from the task's class or the decorator.
             owner: The task's class.
         """
         if inspect.isclass(option) or isinstance(option, MethodType) or not hasattr(type(option), "__get__"):
-            return False  # nothing that Python would bind to an object
+            return False  # Python would not bind it to an object
         try:
             first = next(iter(inspect.signature(option).parameters.values()), None)
         except (TypeError, ValueError):
@@ -240,7 +240,7 @@ class CallSignature:
             return False
         if first.name in self._signature.parameters:
             return False
-        # One that is written in the class is a method, whatever it calls its task; else the name says it.
+        # A function defined in the class is a method, whatever its first parameter is called. For others, the name `self` decides.
         methods = {f"{cls.__qualname__}.message_id" for cls in getattr(owner, "__mro__", ())}
         return first.name == "self" or getattr(option, "__qualname__", None) in methods
 
@@ -262,7 +262,7 @@ def _with_types(name: str, was: object, now: object) -> str:
     return name if before == after else f"{name} ({after}, first {before})"
 
 
-def _stands_at_something(parameter: inspect.Parameter) -> bool:
+def _is_optional(parameter: inspect.Parameter) -> bool:
     """Return whether a call may leave a parameter out."""
     return parameter.default is not parameter.empty or parameter.kind in {
         parameter.VAR_POSITIONAL,
@@ -271,7 +271,7 @@ def _stands_at_something(parameter: inspect.Parameter) -> bool:
 
 
 class _Default:
-    """What a parameter stands at when a call does not give it."""
+    """The value of a parameter that a call leaves out."""
 
     __slots__ = ("_form", "_name", "_value")
 
@@ -283,28 +283,28 @@ class _Default:
         elif parameter.kind is parameter.VAR_KEYWORD:
             self._value = {}
         self._form: bytes | None = None
-        with suppress(ConfigurationError):  # it is a sentinel, which nothing but itself equals
+        with suppress(ConfigurationError):  # a sentinel, equal to nothing but itself
             self._form = canonical({self._name: self._value})
 
     def equals(self, value: Any) -> bool:
         if value is self._value:
             return True
-        # By the form, where True is not 1; under its name, so that an error tells where.
+        # Compare forms, since there True is not 1. Include the name, so that an error says where.
         return self._form is not None and canonical({self._name: value}) == self._form
 
 
 def arguments_fingerprint(signature: CallSignature | None, args: Args, kwargs: Kwargs) -> str:
-    """SHA-256 hex digest (64 characters) of a call's arguments, by which a message id used for another call is found out.
+    """Return a SHA-256 hex digest (64 characters) of a call's arguments, to find out whether its message id was used for another call.
 
     Args:
-        signature: The task's; ``None`` when it is not known (``send_task`` by name). Positional arguments have no names
-            then, so the digest says nothing when compared with one made from the signature.
+        signature: The task's; ``None`` when it is not known (``send_task`` by name). Positional arguments then have no names,
+            and the digest cannot be compared with one made from the signature.
         args: Positional arguments, without the task itself.
         kwargs: Keyword arguments.
 
     Raises:
         ConfigurationError: An argument has no canonical form.
-        TypeError: The body cannot be called so.
+        TypeError: The arguments do not fit the body.
     """
     return (signature or ANY_CALL).digest(args, kwargs)
 
@@ -321,8 +321,8 @@ def _without_first(signature: inspect.Signature) -> inspect.Signature:
 
 
 def _any_call(*args: Any, **kwargs: Any) -> None:
-    """Stands for a body whose parameters are not known."""
+    """Stand in for a body whose parameters are not known."""
 
 
-#: Of a call whose task is not known.
+#: For a call whose task is not known.
 ANY_CALL = CallSignature(_any_call)

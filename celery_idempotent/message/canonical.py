@@ -1,8 +1,8 @@
 """One byte form for equal values: what fingerprints and ids by arguments are computed over.
 
-Equal calls must give equal forms in any process, whatever the hash seed and the order of a dict or a set, and on either
-side of the wire: a producer computes the form of what its caller passed, a consumer that of what arrived. So a value
-stands for what arrives in its place when kombu's JSON has carried it; what JSON cannot carry stands for itself.
+Equal calls must give equal forms in any process, whatever the hash seed and the order of a dict or a set. They must also do so on
+both sides of the wire: the producer computes the form of what its caller passed, the consumer the form of what arrived. So a value
+stands for what arrives after kombu's JSON has carried it. A value that JSON cannot carry stands for itself.
 
 =========================================  ===========================================================================
 value                                      stands for
@@ -28,8 +28,8 @@ a dataclass instance                       class, and the fields that take part 
 a ``pathlib`` path                         its text and flavour
 =========================================  ===========================================================================
 
-Anything else, such as a generator, a function or an object of a class of your own, is refused: its ``repr`` may hold a
-memory address, and two processes would never agree on it.
+Anything else is refused, such as a generator, a function or an object of your own class: its ``repr`` may hold a memory address,
+which differs between processes.
 """
 
 # Longer than most: the form is one table of types, specified in the docstring.
@@ -51,16 +51,16 @@ from celery_idempotent.errors import ConfigurationError
 
 __all__ = ["FORM", "canonical", "fingerprint", "plain"]
 
-#: Version of the form, part of every digest: a later form can never be taken for this one.
+#: Version of the form. It is part of every digest, so a later form never matches this one.
 FORM = b"celery-idempotent:1\n"
 
 # How a step into a value reads in an error.
 _ITEM, _FIELD, _KEY, _ELEMENT = "[{!r}]", ".{}", ".keys()", "{{...}}"
 
-#: Types of which every value has a form, so that nobody has to be told where one was that has none.
+#: Types whose every value has a form, so the walk need not record where it found one.
 _LEAVES = frozenset((str, int, float, bool, type(None)))
 
-#: Zeros that the text of a Decimal has at the end rather than an exponent.
+#: A Decimal's text ends in up to this many zeros before it uses an exponent.
 _ZEROS = 64
 
 _MICROSECOND = timedelta(microseconds=1)
@@ -70,27 +70,27 @@ def canonical(value: object) -> bytes:
     """Return the canonical form of a value: typed and length-delimited, so that no two values share one.
 
     Args:
-        value: Plain data; see the module's table for what stands for what. An error names the place in it, and takes
-            the keys of a dict for argument names: ``order.items[2]``.
+        value: Plain data; the module's table says what each type stands for. An error names the place in it, with the keys of
+            the outer dict as argument names: ``order.items[2]``.
 
     Returns:
         The form. It is not meant to be read back.
 
     Raises:
-        ConfigurationError: Something in it has no canonical form, or contains itself; the text says where.
+        ConfigurationError: Part of the value has no canonical form or contains itself; the text says where.
     """
     form = _Form()
     try:
         return form.of(value)
     except RecursionError:
-        # Not chained: the traceback of a thousand frames hides the sentence.
+        # Not chained: a traceback of a thousand frames would hide the message.
         raise ConfigurationError(
             f"{form.where(depth=1)} is nested too deeply to have a canonical form: pass flatter data"
         ) from None
 
 
 def fingerprint(value: object) -> str:
-    """SHA-256 hex digest (64 characters) of the canonical form of ``value``.
+    """Return the SHA-256 hex digest (64 characters) of the canonical form of ``value``.
 
     Raises:
         ConfigurationError: As :func:`canonical`.
@@ -101,9 +101,9 @@ def fingerprint(value: object) -> str:
 def plain(value: Any) -> Any:
     """Return what a value stands for, as plain data: values of one canonical form have one text.
 
-    A format string over the arguments is filled with it, so that both sides of the wire make the same of it: a member of a
-    ``StrEnum`` is its value, a tuple a list, an aware ``datetime`` the same instant in UTC, ``Decimal("1.00")`` is
-    ``Decimal("1")``. What has no canonical form is returned as it is.
+    Format strings are filled with it, so that both sides of the wire produce the same text. A member of a ``StrEnum``
+    becomes its value, a tuple a list, an aware ``datetime`` the same instant in UTC, and ``Decimal("1.00")`` becomes
+    ``Decimal("1")``. A value without a canonical form is returned as it is.
 
     Raises:
         RecursionError: The value contains itself.
@@ -127,7 +127,7 @@ def plain(value: Any) -> Any:
         return plain(value.__json__())
     match value:
         case datetime():
-            # Field by field, as for the form.
+            # Field by field, as in the form.
             wall = datetime.combine(date.fromordinal(value.toordinal()), time()) + _since_midnight(value)
             return _at_utc(wall, value.utcoffset())
         case date():
@@ -149,7 +149,7 @@ def _at_utc(wall: datetime, offset: timedelta | None) -> datetime:
         return wall
     try:
         return (wall - offset).replace(tzinfo=UTC)
-    except OverflowError:  # the first or the last hours that there are
+    except OverflowError:  # within a day of datetime.min or datetime.max
         return wall.replace(tzinfo=timezone(offset))
 
 
@@ -167,7 +167,7 @@ def _plain_decimal(value: Decimal) -> Decimal:
 
 
 class _Form:
-    """One walk over a value; knows where it stands, for errors, and what it is inside of, for cycles."""
+    """One walk over a value. It keeps the current place, for errors, and the enclosing values, to detect cycles."""
 
     __slots__ = ("_above", "_path")
 
@@ -176,7 +176,7 @@ class _Form:
         self._above: set[int] = set()
 
     def of(self, value: object) -> bytes:
-        # What JSON has a native form for comes first, subclasses with it: the encoder asks about nothing else then.
+        # Types that JSON has natively come first, with their subclasses, as in the encoder.
         if value is None:
             return b"N"
         if isinstance(value, bool):
@@ -211,11 +211,11 @@ class _Form:
         )
 
     def where(self, depth: int | None = None) -> str:
-        """Where the walk stands, as a Python expression: ``order.items[2]``; at most ``depth`` steps of it."""
+        """Return the current place as a Python expression, ``order.items[2]``; at most ``depth`` steps of it."""
         if not self._path:
             return "the value"
         kind, key = self._path[0]
-        # The items of a dict of arguments are known by their bare names.
+        # Arguments are shown by their bare names.
         bare = kind == _ITEM and isinstance(key, str) and key.isidentifier()
         first = str(key) if bare else kind.format(key)
         return first + "".join(kind.format(key) for kind, key in self._path[1:depth])
@@ -223,7 +223,7 @@ class _Form:
     def _at(self, kind: str, key: object, value: object) -> bytes:
         self._path.append((kind, key))
         form = self.of(value)
-        self._path.pop()  # not in a `finally`: a walk that raised is over, and its error tells where
+        self._path.pop()  # not in a `finally`: after an error, the path must still say where
         return form
 
     def _inside(self, value: Any, form: Callable[[Any], bytes]) -> bytes:
@@ -277,7 +277,7 @@ class _Form:
 
 
 def _scalar(value: object) -> bytes | None:
-    """Return the form of a value that holds no other and that JSON has no native form for; ``None`` when it is not one."""
+    """Return the form of a value that contains no others and that JSON has not natively; ``None`` for any other value."""
     match value:
         case datetime():
             wall = timedelta(days=value.toordinal()) + _since_midnight(value)
@@ -295,7 +295,7 @@ def _scalar(value: object) -> bytes | None:
             return _delimited(b"u", value.bytes)
         case bytes() | bytearray() | memoryview():
             return _delimited(b"b", bytes(value))
-        # Up to here JSON carries the value under its type; from here on nothing but pickle does.
+        # kombu's JSON carries the types above with their type; those below need pickle.
         case Enum():
             return None
         case timedelta():
@@ -318,13 +318,13 @@ def _text(value: str) -> bytes:
     try:
         return str.encode(value)
     except UnicodeEncodeError:
-        # Lone surrogates stay as they are; a pair of them is one character once JSON has carried it.
+        # Lone surrogates stay as they are. JSON makes a pair of them one character.
         paired = str.encode(value, "utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
         return paired.encode("utf-8", "surrogatepass")
 
 
 def _json_key(key: object) -> object:
-    """Return the text that JSON makes of a dict's key, or the key itself when it makes none."""
+    """Return a dict's key as the text that JSON makes of it, or the key itself if JSON does not make it text."""
     if isinstance(key, (int, float)) or key is None:
         try:
             return json.dumps(key)
@@ -334,7 +334,7 @@ def _json_key(key: object) -> object:
 
 
 def _since_midnight(value: datetime | time) -> timedelta:
-    # Field by field: subclasses of datetime (pandas, pendulum) bring an arithmetic of their own.
+    # Field by field: subclasses of datetime (pandas, pendulum) have their own arithmetic.
     return timedelta(hours=value.hour, minutes=value.minute, seconds=value.second, microseconds=value.microsecond)
 
 
@@ -346,7 +346,7 @@ def _decimal(value: Decimal) -> str:
     sign, digits, exponent = value.as_tuple()
     if not isinstance(exponent, int):
         return "nan" if value.is_nan() else "-inf" if sign else "inf"
-    # Not `normalize()`: that rounds to the precision of the thread's context.
+    # Not `normalize()`, which rounds to the precision of the thread's context.
     every = "".join(map(str, digits))
     significant = every.rstrip("0").lstrip("0")
     if not significant:

@@ -1,7 +1,7 @@
-"""Ids that come out the same each time: of what is sent behind a message, and of the calls that its body makes.
+"""Deterministic ids for the callbacks of a message and for the calls that its body makes.
 
-A worker that dies leaves its dispatch, or its body, to be done again by another. What is sent then has the id that it had before,
-so that it is found to be known: see ADR 6.
+If a worker dies, another one repeats its body or its dispatch of callbacks. Repeated calls get the same ids as before, so that they are
+recognized as duplicates: see ADR 6.
 """
 
 from __future__ import annotations
@@ -35,28 +35,28 @@ if TYPE_CHECKING:
 
 __all__ = ["Calls", "Position", "derived", "fix_callbacks", "is_derived", "is_guarded", "unsent_errbacks"]
 
-#: How the message id of a call begins whose Celery id somebody else has chosen: a canvas, or ``send_task``.
+#: Prefix of a call's message id if a canvas or ``send_task`` has chosen its Celery id.
 _PREFIX = "call:"
 
 _DERIVED = re.compile(_PREFIX + "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 def is_derived(message_id: str) -> bool:
-    """Return whether a message id was made here, from a call's place and its arguments: these need no comparing then."""
+    """Return whether a message id was made here, from a call's position and its arguments, which need no comparison then."""
     return _DERIVED.fullmatch(message_id) is not None
 
 
 def is_guarded(task: object) -> bool:
     """Return whether a task, found by its name, is an ``IdempotentTask``."""
-    # By `__class__`, which a proxy has from its task; the class itself imports this module.
+    # By `__class__`, which a proxy takes from its task. `IdempotentTask` cannot be imported here, since it imports this module.
     return hasattr(task.__class__, "idempotency")
 
 
 def fix_callbacks(request: Context) -> None:
-    """Give a request's callbacks and errbacks their Celery ids, which Celery would make anew at each dispatch.
+    """Give a request's callbacks and errbacks fixed Celery ids, since Celery makes new ones at each dispatch.
 
-    They are made from the request's own id, or from the name of its call: another copy of the message, which another caller waits on,
-    has callbacks of its own. Doing so again changes nothing.
+    The ids are derived from the request's own id, or from the name of its call: another copy of the message has another caller, and so
+    other callbacks. Repeating this changes nothing.
     """
     header = Header.read(request.headers)
     base = request.id if header is None or header.call is None else header.call
@@ -67,9 +67,9 @@ def fix_callbacks(request: Context) -> None:
 
 
 def unsent_errbacks(app: Celery, request: Context, store: Store) -> bool:
-    """Return whether an errback of a failed message may not have been sent: it is one of ours, and nobody has ever had it.
+    """Return whether an errback of a failed message may not have been sent: it is guarded, and no worker has claimed it.
 
-    Celery stores a failure before it sends the errbacks, so that the result does not tell whether they were sent.
+    Celery stores a failure before it sends the errbacks, so the result does not show whether they were sent.
     """
     for errback in maybe_list(request.errbacks) or ():
         if not isinstance(errback, Mapping) or errback.get("subtask_type"):
@@ -79,18 +79,18 @@ def unsent_errbacks(app: Celery, request: Context, store: Store) -> bool:
         if not is_guarded(task) or _is_called(task, errback):
             continue
         if task.idempotency.message_id is not None and not options.get("message_id"):
-            continue  # its id is made of arguments that it does not have yet
+            continue  # its id depends on arguments that it does not have yet
         message_id = options.get("message_id") or options.get("task_id")
         if not message_id or not is_text(message_id):
-            continue  # one that has no id, or one that no store can keep: it is refused when it is sent
+            continue  # it has no id, or one that no store can keep: sending it will fail
         row = store.find(MessageKey(message_id, task.name))
         if row is None or (row.status is Status.PENDING and row.worker is None):
-            return True  # one that was recorded only, or that still waits: a copy too many is absorbed
+            return True  # recorded but perhaps not sent, or still waiting: its claim absorbs a second copy
     return False
 
 
 def _is_called(task: Any, errback: Mapping[str, Any]) -> bool:
-    """Return whether Celery calls an errback where the task failed, rather than send it: it takes more than the task's id."""
+    """Return whether Celery calls an errback in the failed task's process instead of sending it: it takes more than the task's id."""
     header = getattr(task, "__header__", None)
     if header is None or isinstance(header, partial):
         return False
@@ -104,12 +104,12 @@ def _is_called(task: Any, errback: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """The place of one call among all that a body makes.
+    """The position of one call among those that a body makes.
 
     Attributes:
-        task_id: The Celery id of the call, if nobody has chosen one.
+        task_id: The Celery id for the call, unless its caller has chosen one.
         of: The task, and the fingerprint of the arguments.
-        number: How many calls of the same task with the same arguments come before it.
+        number: How many calls of the same task with the same arguments came before.
     """
 
     task_id: str
@@ -118,18 +118,18 @@ class Position:
 
     @property
     def message_id(self) -> str:
-        """The message id of the call, if somebody else has chosen its Celery id."""
+        """The message id for the call, if its caller has chosen the Celery id."""
         return _PREFIX + self.task_id
 
 
 @dataclass
 class Calls:
-    """The calls that one attempt of a message makes; safe between threads.
+    """The calls that one attempt of a message makes. Thread-safe.
 
     Attributes:
-        key: The message whose body it is.
-        first: The Celery id first sent under it, by which one life of an id is told from the next.
-        attempt: The attempt; a rerun is the same one, a retry is not.
+        key: The message whose body makes the calls.
+        first: The Celery id first sent under it; it differs each time that the message id is free and used again.
+        attempt: The attempt. A rerun has the same number, a retry the next one.
     """
 
     key: MessageKey
@@ -141,32 +141,32 @@ class Calls:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def next(self, task_name: str, signature: CallSignature | None, args: Any, kwargs: Any) -> Position:
-        """Return the position of a call that is made now.
+        """Return the position of the call that is being made.
 
-        Calls are counted for each task and arguments, so that a rerun may make them in another order, and others between them. A
-        call whose arguments have no canonical form is told from others of its task by the order alone.
+        Calls are counted per task and arguments, so a rerun may make them in another order, and make others in between. Calls
+        whose arguments have no canonical form are told apart by their order alone.
         """
         try:
             fingerprint = arguments_fingerprint(signature, tuple(args or ()), dict(kwargs or {}))
-        except (ConfigurationError, TypeError):  # what does not fit is for Celery to refuse
+        except (ConfigurationError, TypeError):  # Celery refuses arguments that do not fit
             fingerprint = None
         return self._take("call", task_name, fingerprint)
 
     def take_back(self, position: Position) -> None:
-        """Take back a call that was not made after all: the next one like it is in its place."""
+        """Take back a call that was not made after all; the next one like it gets its position."""
         with self._lock:
             heapq.heappush(self._given_back.setdefault(position.of, []), position.number)
 
     def mark(self, options: Mapping[str, Any], position: Position, app: Celery, request_id: str) -> dict[str, Any]:
-        """Return the options of a call in a canvas, with ids for all that is sent behind it.
+        """Return the options of a call in a canvas, with message ids for all that the canvas sends after it.
 
-        The canvas has made its Celery ids anew for this run, so that they say nothing of the one before.
+        A canvas makes new Celery ids in each run, so these cannot identify a repeated call.
 
         Args:
             options: The options of ``apply_async``.
             position: The position of the call.
             app: The app, which knows the tasks.
-            request_id: The Celery id of the body's own message: what answers in its place keeps that.
+            request_id: The Celery id of the body's own message. A signature that replaces the task keeps this id.
         """
         marking = _Marking(app, request_id)
         marked = marking.links(options, position.task_id)
@@ -176,12 +176,12 @@ class Calls:
                 for number, step in enumerate(options["chain"])
             ]
         if options.get("chord"):
-            # Every member of a header carries the body.
+            # Each member of a chord's header carries the chord's body.
             marked["chord"] = marking.of(options["chord"], self._body(options["chord"]))
         return marked
 
     def part(self, task_name: str, args: Any, kwargs: Any) -> str:
-        """Return the Celery id of a part that the body adds to its chord now."""
+        """Return the Celery id for a task that the body adds to its chord."""
         try:
             fingerprint = arguments_fingerprint(None, tuple(args or ()), dict(kwargs or {}))
         except ConfigurationError:
@@ -215,19 +215,19 @@ class Calls:
 
 
 def derived(*parts: str | int | None) -> str:
-    """Return an id made of these parts, in the form of a Celery id."""
+    """Return an id derived from these parts, in the form of a Celery id."""
     digest = hashlib.sha256(FORM + canonical(list(parts))).digest()
     return str(UUID(bytes=digest[:16], version=5))
 
 
 # -- signatures --------------------------------------------------------------------------------------------------------
 
-#: What the parts of a canvas are called among its keyword arguments.
+#: The keyword arguments of a canvas that hold its parts.
 _PARTS = {"group": ("tasks",), "chain": ("tasks",), "chord": ("header", "body")}
 
 
 def _fixed(callbacks: Any, *place: str) -> list[Any]:
-    """Callbacks with the Celery ids that their place gives them; ids that they have already stay."""
+    """Return callbacks with Celery ids derived from their place; an id that is already there stays."""
     return [
         _with_task_ids(callback, derived(*place, number)) if isinstance(callback, Mapping) else callback
         for number, callback in enumerate(maybe_list(callbacks))
@@ -239,7 +239,7 @@ def _with_task_ids(signature: Mapping[str, Any], task_id: str) -> Any:
     made = _copy(signature)
     if kind in _PARTS:
         _replace_parts(made, lambda part, *path: _with_task_ids(part, derived(task_id, *path)))
-    if kind != "chain":  # a chain has no id of its own; a group's, and a chord's, is that of the group
+    if kind != "chain":  # a chain has no id of its own; the id of a group or a chord is the group's
         made["options"].setdefault("task_id", task_id)
     return made
 
@@ -268,13 +268,13 @@ class _Marking:
         return {**options, **{kind: _fixed(options[kind], base, kind) for kind in kinds}}
 
     def _may(self, task_name: str) -> bool:
-        # Not `app.tasks`, which would finalize the app. A task that is not known here may be guarded where it runs.
+        # Not `app.tasks`, which would finalize the app. A task unknown here may be guarded in its worker.
         task = self.app._tasks.get(task_name)  # noqa: SLF001
         return task is None or (is_guarded(task) and task.idempotency.message_id is None)
 
 
 def _frozen_id(signature: Any) -> str | None:
-    """Return the Celery id of a frozen signature; of a chain, which has none, that of a step."""
+    """Return the Celery id of a frozen signature; for a chain, which has none, that of one of its tasks."""
     task_id: str | None = (signature.get("options") or {}).get("task_id")
     if task_id is None:
         for name in _PARTS.get(signature.get("subtask_type"), ()):
@@ -285,7 +285,7 @@ def _frozen_id(signature: Any) -> str | None:
 
 
 def _copy(signature: Mapping[str, Any]) -> Any:
-    """Return a copy whose options and parts may be changed; the arguments are the same."""
+    """Return a copy whose options and parts can be changed; arguments are shared."""
     if isinstance(signature, Signature):
         return signature.clone()
     return {

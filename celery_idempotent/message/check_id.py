@@ -7,7 +7,7 @@ from celery_idempotent.errors import ConfigurationError
 
 __all__ = ["MAX_BYTES", "check_message_id"]
 
-#: Longest message id, in bytes of UTF-8: AMQP writes the property as a short string, whose length is one byte.
+#: Longest message id, in bytes of UTF-8: in AMQP the property is a short string, whose length is one byte.
 MAX_BYTES = 255
 
 
@@ -21,11 +21,11 @@ def check_message_id(value: object) -> str:
     """
     text = check_plain("message_id", value)
     if not text:
-        raise ConfigurationError("a message_id cannot be empty: leave it out to have the message known by its task id")
+        raise ConfigurationError("a message_id cannot be empty: leave it out to use the task id")
     size = len(text) if text.isascii() else len(text.encode())
     if size > MAX_BYTES:
         raise ConfigurationError(
             f"message_id {text[:32]!r}... is {size} bytes long in UTF-8, and AMQP carries {MAX_BYTES}: "
-            f"hash what it is made of, with message_id=by_arguments(...)"
+            f"use a hash of the arguments, with message_id=by_arguments(...)"
         )
     return text

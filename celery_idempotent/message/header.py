@@ -1,8 +1,8 @@
-"""What travels with a message: its id, and what its consumer must not compute again.
+"""The header that travels with a message: its id, and facts that the consumer must not compute again.
 
 The id is the AMQP property ``message_id``, which any producer can set. A producer with this library also sends the header
-``idempotent``: ``Task.retry`` drops properties and keeps headers, an eager run has headers only, and a fingerprint computed once
-by the producer stays right when a body changes its arguments and retries with them.
+``idempotent``, because ``Task.retry`` drops properties but keeps headers, and an eager run has headers only. The producer computes the
+fingerprint once, so it stays right if a body changes its arguments and retries with them.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ __all__ = ["HEADER", "TRACE_HEADER", "Header", "is_trace", "later_call", "reject
 
 HEADER = "idempotent"
 
-#: The header by which W3C trace context travels, where something else puts it there.
+#: The header of W3C trace context. Tracing libraries put it there, not this one.
 TRACE_HEADER = "traceparent"
 
 _TRACE = re.compile("[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 def later_call() -> str:
-    """Return a name for a later call under a Celery id that was sent before."""
+    """Return a new name for a call whose Celery id was sent before."""
     return f"again:{uuid()}"
 
 
 def rejections(headers: Mapping[str, Any] | None) -> int:
-    """How often RabbitMQ has dead-lettered a message because it was rejected, by its header ``x-death``."""
+    """Return how often RabbitMQ dead-lettered a message because it was rejected, from its header ``x-death``."""
     deaths = headers.get("x-death") if isinstance(headers, Mapping) else None
     counts = [
         death.get("count")
@@ -50,26 +50,27 @@ def is_trace(value: object) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The header of a recorded message: all that travels with it beside its arguments.
+    """The header of a recorded message: all that travels with it besides its arguments.
 
-    It is passed on as one value. Make one by :meth:`new`, :meth:`delivered` or :meth:`read`, and the next one from it by
+    It is passed around as one value. Make one by :meth:`new`, :meth:`delivered` or :meth:`read`, and derive the next one by
     :meth:`copy_of`, :meth:`next_attempt` or :func:`dataclasses.replace`.
 
     Attributes:
-        message_id: Its message id.
+        message_id: The message id.
         task_name: The task that the id belongs to.
-        task_id: The Celery id it was published under. With ``task_name`` it tells a message sent on by its own run from
-            headers that a user copied to another call.
-        fingerprint: SHA-256 of its canonical arguments; ``None`` when they are not compared.
-        holds: How often this copy was held already; each hold is longer than the one before.
-        copied: Whether it was published although its message id was known, with a row of its own until its caller is answered:
+        task_id: The Celery id that the message was published under. With ``task_name`` it shows whether a run forwards its own
+            message, or a user copied the headers to another call.
+        fingerprint: SHA-256 of the canonical arguments; ``None`` if they are not compared.
+        holds: How often this copy was held; each hold is longer than the one before.
+        copied: Whether it was published although its message id was known. It then has a row of its own until its caller is answered:
             see :meth:`row_of_its_own`.
-        original_task_id: The Celery id that was first sent under the message id, if it is another: a body's calls are told by it.
-        worker_lost_retries: How many of the message's retries were sent because a worker was lost; they make the same calls as what was lost.
-        rejected: How often it was rejected before it was published by its consumer again, which drops RabbitMQ's own count.
-        trace: The span in which the message was sent, if the app's hooks say so; see :class:`~celery_idempotent.hooks.TracingHook`.
-        call: Names a later call under a Celery id that was sent before, as of a frozen signature in a second canvas: what waits on it
-            is still to go on. ``None`` for all other messages.
+        original_task_id: The Celery id first sent under the message id, if it is another one. A body's calls are identified by it.
+        worker_lost_retries: How many of the message's retries were sent because a worker was lost. Such a retry makes the same calls as the
+            lost attempt.
+        rejected: How often it was rejected before its consumer published it again. Publishing resets RabbitMQ's own count.
+        trace: The span in which the message was sent, if one of the app's hooks traces; see :class:`~celery_idempotent.hooks.TracingHook`.
+        call: The name of a call whose Celery id was sent before, such as a frozen signature in a second canvas. Its callbacks, and the
+            rest of its canvas, still have to run. ``None`` for all other messages.
     """
 
     message_id: str
@@ -86,7 +87,7 @@ class Header:
 
     @classmethod
     def read(cls, headers: Mapping[str, Any] | None) -> Header | None:
-        """Return the guard's header among a message's headers, or ``None``; anything malformed counts as none."""
+        """Return our header from a message's headers; ``None`` if it is missing or malformed."""
         found = headers.get(HEADER) if isinstance(headers, Mapping) else None
         if not isinstance(found, Mapping):
             return None
@@ -111,17 +112,17 @@ class Header:
 
     @classmethod
     def new(cls, key: MessageKey, task_id: str, fingerprint: str | None = None, *, trace: str | None = None) -> Header:
-        """Return the header of a message that is sent for the first time."""
+        """Return the header for the first publication of a message."""
         return cls(key.message_id, key.task_name, task_id, fingerprint, trace=trace)
 
     @classmethod
     def delivered(cls, key: MessageKey, task_id: str, headers: Mapping[str, Any] | None) -> Header | None:
-        """Return the header of a delivered message; ``None`` if its producer has none, or its header is another task's."""
+        """Return the header of a delivered message; ``None`` if its producer sent none, or sent another task's."""
         sent = cls.read(headers)
         if sent is None or sent.task_name != key.task_name:
             return None
         header = replace(sent, message_id=key.message_id, task_id=task_id)
-        # What a header says of another message than this one is no history of ours.
+        # A header of another message says nothing about the history of this one.
         return (
             header
             if sent.task_id == task_id
@@ -129,11 +130,11 @@ class Header:
         )
 
     def copy_of(self, original_task_id: str, call: str | None = None) -> Header:
-        """Return the header of a copy that is published although its message id is known.
+        """Return the header of a copy: a message published although its message id is known.
 
         Args:
-            original_task_id: The Celery id that was first sent under it.
-            call: The name of a later call under the Celery id of the copy itself.
+            original_task_id: The Celery id first sent under that message id.
+            call: The name of the call, if the copy's Celery id was sent before.
         """
         return replace(
             self,
@@ -146,12 +147,12 @@ class Header:
         """Return the header of the message's retry.
 
         Args:
-            lost: Whether it is sent because a worker was lost, to make the same calls as what was lost.
+            lost: Whether the reason is a lost worker. The retry then makes the same calls as the lost attempt.
         """
         return replace(self, holds=0, copied=False, call=None, worker_lost_retries=self.worker_lost_retries + lost)
 
     def write(self, headers: Mapping[str, Any] | None) -> dict[str, Any]:
-        """Return the headers with this one among them."""
+        """Return the headers with this one added."""
         header: dict[str, str | int] = {
             "message_id": self.message_id,
             "task": self.task_name,
@@ -176,7 +177,7 @@ class Header:
         return {**(headers or {}), HEADER: header}
 
     def belongs_to(self, task_name: str, task_id: str | None) -> bool:
-        """Return whether a call with this header sends on this header's own message."""
+        """Return whether a call with this header forwards the header's own message."""
         return self.task_name == task_name and self.task_id == task_id
 
     @property
@@ -186,14 +187,14 @@ class Header:
 
     @property
     def original_id(self) -> str:
-        """The Celery id that was first sent under the message id."""
+        """The Celery id first sent under the message id."""
         return self.original_task_id or self.task_id
 
     @property
     def row_of_its_own(self) -> MessageKey:
         """The key of a copy's own row: its task id, or the name of its call if that task id was sent before.
 
-        The row under its message id keeps the first message, and a broker that loses the copy would leave the copy's caller, and
-        the rest of its chain or chord, without an answer.
+        The row under the message id keeps the first message. Without a row of its own, a copy that the broker loses would leave its
+        caller, and the rest of its chain or chord, without an answer.
         """
         return MessageKey(self.call or self.task_id, self.task_name)

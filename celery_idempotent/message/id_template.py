@@ -43,8 +43,8 @@ class IdTemplate(string.Formatter):
         example = f"{{{next(iter(signature.parameters), 'order_id')}}}"
         if not fields:
             raise ConfigurationError(
-                f"{self._option} names no argument of {signature.name}, so that every call would be one message: "
-                f"name one, such as {example}, or use a callable that returns it if that is meant"
+                f"{self._option} names no argument of {signature.name}, so all calls would be one message: "
+                f"name one, such as {example}; if all calls are meant to be one message, use a callable"
             )
         for name, conversion in fields:
             if not name or name.isdigit():
@@ -70,7 +70,7 @@ class IdTemplate(string.Formatter):
             raise ConfigurationError(f"{self._option}: {error}") from None
 
     def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Get a field's value, as plain data; refuse one whose text tells nothing."""
+        """Get a field's value as plain data; refuse one whose text identifies nothing."""
         try:
             found, first = super().get_field(field_name, args, kwargs)
             value = plain(object.__getattribute__(found, "_at"))
@@ -81,22 +81,22 @@ class IdTemplate(string.Formatter):
             ) from error
         if value is None:
             raise ConfigurationError(
-                f"{self._option}: {field_name} is None in this call, and unrelated calls would become one message: "
-                f"give it, or use by_arguments(...) where None is a value like another"
+                f"{self._option}: {field_name} is None in this call, so unrelated calls would become one message: "
+                f"pass a value, or use by_arguments(...) if None is a value like any other"
             )
         if isinstance(value, (set, frozenset)) or _is_anonymous(value):
             raise ConfigurationError(
                 f"{self._option}: the text of {field_name}, of type {type(value).__name__}, "
-                f"is not the same in every process: use an attribute or an item of it, or by_arguments(...)"
+                f"differs between processes: use an attribute or an item of it, or by_arguments(...)"
             )
         return value, first
 
     def get_value(self, key: int | str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Get an argument, from which a field goes on."""
+        """Get an argument, so that the field's attributes and items can be looked up in it."""
         return _Place(super().get_value(key, args, kwargs))
 
     def format_field(self, value: Any, format_spec: str) -> str:
-        """Format a value, as far as an id has room for it."""
+        """Format a value; refuse one that is too long for an id."""
         self._check_width(format_spec)
         if isinstance(value, Decimal) and value.is_finite() and abs(value.adjusted()) > MAX_BYTES and format_spec:
             raise ConfigurationError(
@@ -111,11 +111,11 @@ class IdTemplate(string.Formatter):
         """Convert a value by ``!s``, ``!r`` or ``!a``."""
         try:
             return super().convert_field(value, conversion)
-        except ValueError as error:  # an int that is too long for decimal text
+        except ValueError as error:  # an int too long for decimal text
             raise ConfigurationError(f"{self._option}: {error}") from error
 
     def _check_width(self, specification: str) -> None:
-        """Refuse a width or a precision that no id has room for; it may be a caller's, and of gigabytes."""
+        """Refuse a width or precision longer than an id: a caller's value could ask for gigabytes."""
         for number in re.findall(r"\d+", specification):
             if len(number) > len(str(MAX_BYTES)) or int(number) > MAX_BYTES:
                 raise ConfigurationError(
@@ -125,7 +125,7 @@ class IdTemplate(string.Formatter):
 
 
 class _Place:
-    """A place in an argument: the same on both sides of the wire, where a model arrives as a dict, and an int key as its text."""
+    """A place in an argument. It finds the same value on both sides of the wire: a model arrives as a dict, an int key as text."""
 
     __slots__ = ("_at",)
 
@@ -151,7 +151,7 @@ class _Place:
 
 
 def _fields(template: str) -> Iterator[tuple[str, str | None]]:
-    """Yield the names of a format string's fields, those inside of format specifications among them, with their conversions."""
+    """Yield the names and conversions of a format string's fields, including those inside format specifications."""
     for _, field, specification, conversion in string.Formatter().parse(template):
         if field is not None:
             yield re.split(r"[.\[]", field, maxsplit=1)[0], conversion
@@ -159,6 +159,6 @@ def _fields(template: str) -> Iterator[tuple[str, str | None]]:
 
 
 def _is_anonymous(value: object) -> bool:
-    """Return whether the text of a value is the one that ``object`` makes up, with a memory address."""
+    """Return whether a value's text is the default of ``object``, with a memory address."""
     kind = type(value)
     return (kind.__format__, kind.__str__, kind.__repr__) == (object.__format__, object.__str__, object.__repr__)

@@ -1,10 +1,10 @@
-"""Which row a delivered message is of, by what the broker has of it.
+"""Find the row that a delivered message belongs to.
 
-Most messages carry their message id: as a property, or in the header of a producer with this library. One of another program that has
-neither is known by what the task's option ``message_id`` makes of its arguments, at each delivery anew, since the broker's copy never
-gets a header. A row under its Celery id goes before that: it was claimed by a worker that did not know better yet.
+Most messages carry their message id, as a property or in the header of a producer with this library. For a message with neither, from
+another program, the task's option ``message_id`` computes the id from the arguments. That happens at each delivery, since the broker's copy
+never gets a header. If there is a row under the Celery id, that row wins: an older worker has claimed it.
 
-A fanout exchange delivers one message to each worker, and each is to run it: the node's name is part of its row's id.
+A fanout exchange delivers one message to each worker, and each must run it. So the node's name is part of the row's id.
 """
 
 from __future__ import annotations
@@ -36,9 +36,8 @@ class _IdOption(Protocol):
 
 
 class Identified(Protocol):
-    """What an identity takes of the task that a message is for."""
+    """What the identity of a message needs from its task."""
 
-    #: Celery's.
     name: Any
     app: Any
 
@@ -49,13 +48,13 @@ class Identified(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """By what a delivery is known.
+    """The identity of a delivery.
 
     Attributes:
         message_id: The id that travels with the message, or that its consumer has computed.
         key: The key of its row.
-        older: The key of the row that goes first, if it is there.
-        node: The worker that the row is for alone; ``None`` for a message that one of all the workers gets.
+        older: The key of the row to use instead, if that row exists.
+        node: The only worker that the row is for; ``None`` unless a fanout exchange has delivered the message.
     """
 
     message_id: str
@@ -89,11 +88,11 @@ def identity_of_sent(
     exchange: str | None,
     node: str | None,
 ) -> Identity:
-    """Return the same by what the message has.
+    """Return the identity of a message from its parts.
 
     Raises:
-        ConfigurationError: No store can keep its id, or its arguments give none.
-        TypeError: They do not fit the body.
+        ConfigurationError: No store can keep its id, or its arguments give no id.
+        TypeError: The arguments do not fit the body.
     """
     node = (node or "local") if exchange and is_fanout(task.app, exchange) else None
     given = properties.get("message_id") if isinstance(properties, Mapping) else None
@@ -110,7 +109,7 @@ def identity_of_sent(
 
 
 def is_fanout(app: Celery, exchange: str) -> bool:
-    """Return whether an exchange, as this app's queues declare it, delivers to each worker."""
+    """Return whether this app's queues declare an exchange as one that delivers to each worker."""
     return type_of_exchange(app, exchange) == FANOUT
 
 

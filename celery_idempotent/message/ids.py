@@ -1,6 +1,6 @@
-"""Where a message's id comes from: a task's ``message_id`` option turned into a function of the call's arguments.
+"""Turn a task's ``message_id`` option into a function of the call's arguments.
 
-An id is decided once, by the producer. Arguments are bound to the task's parameters first, so that ``f(1)``, ``f(a=1)`` and
+The producer decides the id, once. Arguments are bound to the task's parameters first, so that ``f(1)``, ``f(a=1)`` and
 ``f(1, b=<default>)`` are one call. Nothing here knows Celery or a database.
 """
 
@@ -32,12 +32,12 @@ class ByArguments:
         return f"by_arguments({', '.join(map(repr, self.names))})"
 
     def __call__(self, *args: Any, **kwargs: Any) -> str:
-        """Return the digest of a call whose parameters are not known: positional arguments have no names then.
+        """Return the digest of a call whose parameters are not known, so that positional arguments have no names.
 
-        As a task's option it is not called like this but bound to the task's parameters, where ``f(1)`` is ``f(a=1)``.
+        A task's option is not called like this. It is bound to the task's parameters, where ``f(1)`` is ``f(a=1)``.
 
         Raises:
-            ConfigurationError: An argument has no canonical form, or one that counts was not given by keyword.
+            ConfigurationError: An argument has no canonical form, or an argument that counts was not given by keyword.
         """
         for name in self.names:
             if name not in kwargs:
@@ -60,7 +60,7 @@ def by_arguments(*names: str) -> ByArguments:
 
     Hazard:
         With all arguments, one that differs at every call (the time, a request id) makes every call a new message. With
-        some of them, name also whatever the effect depends on; a call that differs elsewhere is refused as a mismatch
+        some arguments, name all that the effect depends on. A call that differs in another argument is refused as a mismatch,
         unless ``fingerprint=False``.
 
     Raises:
@@ -83,19 +83,19 @@ def message_id_source(
     Args:
         option: One of
 
-            * ``None``: the message is known by its task id;
+            * ``None``: the message id is the task id;
             * a format string over the bound arguments: ``"order:{order_id}"``, ``"order:{order.id}"``,
-              ``"{order[id]}"``, ``"{amount:.2f}"``. Fields are filled with plain data, so that arguments which
-              :func:`by_arguments` calls equal give one text: see :func:`~celery_idempotent.message.canonical.plain`;
+              ``"{order[id]}"``, ``"{amount:.2f}"``. Fields are filled with plain data, so arguments that are equal for
+              :func:`by_arguments` give one text: see :func:`~celery_idempotent.message.canonical.plain`;
             * :func:`by_arguments`;
-            * a callable, called with the arguments as the task itself is, that returns the id. Bind it to the task first if
-              it asks for that: see :meth:`CallSignature.wants_task`.
+            * a callable that takes the task's arguments and returns the id. If it also takes the task, bind it first:
+              see :meth:`CallSignature.wants_task`.
         run: The task's body, or its signature.
-        bound: As for :class:`CallSignature`; of no effect when ``run`` is one.
+        bound: As for :class:`CallSignature`; ignored if ``run`` is one.
 
     Hazard:
         The fields of a format string are joined as text: ``"{a}:{b}"`` gives one id for ``("x:y", "z")`` and
-        ``("x", "y:z")``, and ``{a}`` one for ``1`` and ``"1"``. The fingerprint tells such calls apart, by an error.
+        ``("x", "y:z")``, and ``{a}`` one for ``1`` and ``"1"``. Fingerprints differ, so the second such call is an error.
 
     Returns:
         The function, which raises ``TypeError`` for arguments that the body does not accept, and ``ConfigurationError``
@@ -134,7 +134,7 @@ class _Called:
         signature.check_callable(option)
 
     def __call__(self, args: Args, kwargs: Kwargs) -> str:
-        self._signature.bind(args, kwargs)  # so that a wrong call is reported as the task's, not as the callable's
+        self._signature.bind(args, kwargs)  # so that the error for a wrong call names the task, not the callable
         value = self._option(*(args or ()), **(kwargs or {}))
         try:
             return check_message_id(value)

@@ -1,4 +1,4 @@
-"""What is masked where arguments and results are shown: by the names of parameters and keys."""
+"""Mask arguments and results where they are shown, by the names of parameters and keys."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ __all__ = ["MASK", "Redaction"]
 
 logger = logging.getLogger("celery_idempotent")
 
-#: What stands in the place of a value.
+#: Shown in place of a masked value.
 MASK = "***"
 
-#: What is shown as it is unless its name says otherwise; of anything else there is no telling what it shows.
+#: Types whose values are shown unless their name is masked. The ``repr`` of any other type may show anything.
 _PLAIN = (str, int, float, Decimal, UUID, bytes, dt.date, dt.time, dt.timedelta, type(None))
 
 
 class Redaction:
-    """Masks values whose name is among some names.
+    """Mask values by their names.
 
-    A name is that of a parameter of the body, however the argument was given, or a key of a mapping at any depth. What has a name that
-    matches is masked whole. An object other than the usual ones is shown by its type alone, since its ``repr`` may tell anything. If it
-    cannot be told which parameters positional arguments are for, all of them are masked; and if anything fails, everything is.
+    A value's name is the body's parameter, whether the argument was given by place or by name, or a mapping's key, at any depth. A
+    value with a matching name is masked as a whole. An object of an unusual type is shown by its type alone, since its ``repr`` may show
+    anything. If the parameters of positional arguments are unknown, all of these are masked. If anything fails, everything is masked.
 
     Args:
-        names: The names, or patterns with ``*`` and ``?``, whatever their case. Without any, everything is shown as it is.
+        names: The names, or patterns with ``*`` and ``?``; case is ignored. Without names, everything is shown.
         tasks: The app's tasks by name.
     """
 
@@ -38,17 +38,17 @@ class Redaction:
         self._tasks = tasks
 
     def call(self, task_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
-        """Return the arguments of a call, as they may be shown."""
+        """Return the arguments of a call, masked."""
         if not self._patterns:
             return args, kwargs
         try:
             return self._call(task_name, args, kwargs)
-        except Exception as error:  # noqa: BLE001 - somebody else's objects: whatever it is, nothing is shown
+        except Exception as error:  # noqa: BLE001 - a user's objects may raise anything, and then nothing is shown
             logger.warning("the arguments of %s cannot be redacted: %s", task_name, type(error).__name__)
             return MASK, MASK
 
     def result(self, value: Any) -> Any:
-        """Return a result, as it may be shown; it goes by the name ``result``."""
+        """Return a result, masked; its name is ``result``."""
         if not self._patterns:
             return value
         try:
@@ -63,7 +63,7 @@ class Redaction:
         return shown, {name: self._named(name, value) for name, value in kwargs.items()}
 
     def _positions(self, task_name: str, count: int) -> Sequence[str | None]:
-        """Return the parameters that positional arguments are for; ``None`` where that is not known."""
+        """Return the parameters of positional arguments; ``None`` for each that is unknown."""
         options = getattr(self._tasks.get(task_name), "idempotency", None)
         try:
             return [None] * count if options is None else list(options.signature.positions(count))

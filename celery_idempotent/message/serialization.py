@@ -1,6 +1,6 @@
-"""How messages and results are kept in the queue log: in the app's own serializer, with its content type beside it.
+"""Encode messages and results for the queue log, in the app's own serializer, and decode them.
 
-What is read back is decoded only if the app accepts that content type, as it would from the broker or the result backend.
+The content type is kept with the data. Data is decoded only if the app accepts its content type from the broker or the result backend.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ _LOCAL_OPTIONS = frozenset(
 )
 
 
-#: Content type of the serializer ``raw``, whose data may be empty.
+#: The content type of the serializer ``raw``, whose data may be empty.
 _RAW = "application/data"
 
 
 class UndecodableError(Exception):
-    """What the queue log holds cannot be read by this app: the serializer is unknown, not accepted, or the data is damaged."""
+    """This app cannot read data of the queue log: its serializer is unknown or not accepted, or the data is damaged."""
 
 
 def encode_message(
@@ -73,13 +73,13 @@ def encode_message(
     Args:
         args: Positional arguments of the call.
         kwargs: Keyword arguments of the call.
-        options: Its options; those that belong to the calling process are left out.
+        options: Options of the call; those that belong to the calling process are left out.
         serializer: The serializer that the message itself is published with.
-        now: When the call was made: what it says relative to that (``countdown``, ``expires``) is kept as a moment.
-        trace: The span in which it was made, for :func:`trace_of`.
+        now: The time of the call. Options relative to it (``countdown``, ``expires``) are kept as absolute times.
+        trace: The span of the call, for :func:`trace_of`.
 
     Raises:
-        kombu.exceptions.EncodeError: The serializer cannot take the arguments; the publication would fail alike.
+        kombu.exceptions.EncodeError: The serializer cannot take the arguments; publishing would fail too.
     """
     kept = {name: _plain(value) for name, value in without_local(options).items() if value is not None}
     if now is not None:
@@ -94,9 +94,9 @@ def encode_message(
 
 
 def dumped(task: Task, args: Any, kwargs: Any, options: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Return the arguments of a call as they are sent: with ``pydantic=True`` Celery 5.7 dumps models, when it publishes.
+    """Return the arguments of a call as they are sent: with ``pydantic=True``, Celery 5.7 dumps models when it publishes.
 
-    Private there; read from Celery 5.7.0.
+    Calls a private method of Celery; read from 5.7.0.
     """
     dump = getattr(task, "_dump_pydantic_arguments", None)
     if dump is None or serializer_of(task, options) == "pickle":
@@ -111,7 +111,7 @@ def serializer_of(task: Task, options: Mapping[str, Any] | None = None) -> str:
 
 
 def content_of(request: Context) -> dict[str, Any]:
-    """By which serializer and compression a delivered message was published, as options of ``apply_async``."""
+    """Return the serializer and compression of a delivered message, as options of ``apply_async``."""
     properties = request.properties if isinstance(request.properties, Mapping) else {}
     content = {
         "serializer": registry.type_to_name.get(properties.get("content_type")),
@@ -121,12 +121,12 @@ def content_of(request: Context) -> dict[str, Any]:
 
 
 def without_local(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a call less those that belong to the calling process."""
+    """Return the options of a call without those that belong to the calling process."""
     return {name: value for name, value in options.items() if name not in _LOCAL_OPTIONS}
 
 
 def as_moments(options: Mapping[str, Any], now: datetime) -> dict[str, Any]:
-    """Return the options of a call made now, for whoever publishes it later: what they say relative to now is a moment (``eta``, ``expires``)."""
+    """Return the options of a call made now, for a later publication: relative times become absolute (``eta``, ``expires``)."""
     moments = dict(options)
     if moments.get("countdown") is not None:
         moments["eta"] = now + timedelta(seconds=moments["countdown"])
@@ -137,10 +137,10 @@ def as_moments(options: Mapping[str, Any], now: datetime) -> dict[str, Any]:
 
 
 def decode_message(app: Celery, data: bytes | None) -> tuple[list[Any], dict[str, Any], dict[str, Any]]:
-    """Decode what :func:`encode_message` made.
+    """Decode a message from :func:`encode_message`.
 
     Raises:
-        UndecodableError: There is none, the app does not accept its content type, or it is damaged.
+        UndecodableError: There is no data, the app does not accept its content type, or it is damaged.
     """
     if data is None:
         raise UndecodableError("the row has no message")
@@ -148,36 +148,38 @@ def decode_message(app: Celery, data: bytes | None) -> tuple[list[Any], dict[str
         case [list(args), dict(kwargs), dict(options)]:
             return args, kwargs, options
         case _:
-            raise UndecodableError("it is no message: not a list of arguments, keyword arguments and options")
+            raise UndecodableError("the data is not a message: not a list of arguments, keyword arguments and options")
 
 
 def encode_result(app: Celery, value: Any, *, trace: str | None = None) -> bytes | None:
-    """Encode a return value for replay, or ``None`` when the app's result serializer cannot take it.
+    """Encode a return value for replay; return ``None`` if the app's result serializer cannot take it.
 
-    A result that cannot be kept never breaks the task: a copy of the message is then answered from the result backend. The message
-    is emptied when it has succeeded, so that ``trace`` goes on here; see :func:`trace_of`.
+    A result that cannot be kept never breaks the task: the result backend then answers a copy of the message. Success empties the
+    row's message, so ``trace`` is kept with the result; see :func:`trace_of`.
     """
     try:
         return _pack(value, app.conf.result_serializer, trace)
     except EncodeError as error:
-        logger.warning("the result is not kept for replay: %s cannot encode it: %s", app.conf.result_serializer, error)
+        logger.warning(
+            "result not kept for replay: the serializer %s cannot encode it: %s", app.conf.result_serializer, error
+        )
         return None
 
 
 def decode_result(app: Celery, data: bytes) -> Any:
-    """Decode what :func:`encode_result` made.
+    """Decode a result from :func:`encode_result`.
 
     Raises:
-        UndecodableError: The app does not accept its content type, or it is damaged.
+        UndecodableError: The app does not accept the content type, or the data is damaged.
     """
     accept = app.conf.result_accept_content
     return _unpack(data, app.conf.accept_content if accept is None else accept)
 
 
 def trace_of(data: bytes | None) -> str | None:
-    """Return the span in which a message was sent, as it was given when the message, or its result, was encoded.
+    """Return the span in which a message was sent, from its encoded message or result.
 
-    It is in the head of the data, which can be read without decoding what the app may not accept.
+    The span is in the head of the data, so it can be read even if the app does not accept the content.
     """
     if data is None:
         return None
@@ -186,7 +188,7 @@ def trace_of(data: bytes | None) -> str | None:
 
 
 def _plain(value: Any) -> Any:
-    # A queue or an exchange may be given as kombu's object; its name is what routes the message.
+    # A queue or an exchange may be one of kombu's objects; routing needs only its name.
     name = getattr(value, "name", None)
     return name if type(value).__module__.startswith("kombu.") and isinstance(name, str) else value
 
@@ -194,7 +196,7 @@ def _plain(value: Any) -> Any:
 def _pack(value: Any, serializer: str, trace: str | None) -> bytes:
     content_type, encoding, payload = dumps(value, serializer)
     if not isinstance(payload, (str, bytes, bytearray, memoryview)):
-        raise EncodeError(f"{type(payload).__name__} is neither text nor bytes")  # the serializer `raw` takes anything
+        raise EncodeError(f"{type(payload).__name__} is neither text nor bytes")  # the serializer `raw` checks nothing
     body = payload.encode() if isinstance(payload, str) else bytes(payload)
     head = f"{content_type};{encoding}" if trace is None else f"{content_type};{encoding};{trace}"
     return f"{head}\n".encode() + body
@@ -203,16 +205,16 @@ def _pack(value: Any, serializer: str, trace: str | None) -> bytes:
 def _unpack(data: bytes, accept: Any) -> Any:
     head, _, body = data.partition(b"\n")
     content_type, encoding, *_ = (*head.decode(errors="replace").split(";", 2), "")
-    # kombu takes data of a type it does not know for text, and no data for a value.
+    # kombu reads data of an unknown type as text, and passes empty data through.
     if content_type not in {*registry.type_to_name, _RAW}:
         raise UndecodableError(
-            f"it does not begin with the content type of a serializer, but with {content_type[:64]!r}"
+            f"the data begins with {content_type[:64]!r}, not with the content type of a known serializer"
         )
     if not body and content_type != _RAW:
-        raise UndecodableError(f"{content_type}: it ends after its head")
+        raise UndecodableError(f"{content_type}: there is no data after the head")
     try:
         return loads(body, content_type, encoding, accept=prepare_accept_content(accept))
     except ContentDisallowed as error:
         raise UndecodableError(f"{content_type} is not in the app's accept_content") from error
     except (DecodeError, LookupError, ValueError) as error:
-        raise UndecodableError(f"{content_type}: it is damaged ({error})") from error
+        raise UndecodableError(f"{content_type}: the data is damaged ({error})") from error

@@ -1,4 +1,4 @@
-"""What the caller of a duplicate gets: the first call's result, from its row where the result backend has none."""
+"""Answer the caller of a duplicate with the first call's result; from its row, if the result backend has none."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ logger = logging.getLogger("celery_idempotent")
 def answer_of(
     task: Guarded, key: MessageKey, fingerprint: str | None, task_id: str, options: Mapping[str, Any]
 ) -> EagerResult[Any] | None:
-    """Return what ``apply()`` answers for a message that has succeeded; ``None`` when the call is to go the way of a delivery.
+    """Return the answer of ``apply()`` for a message that has succeeded; ``None`` if the call must be handled as a delivery.
 
     Raises:
-        DuplicateMessageError: The task says so.
+        DuplicateMessageError: The task has ``on_duplicate="raise"``.
     """
     if is_waited_on(task_id, options):
         return None
@@ -38,7 +38,7 @@ def answer_of(
     try:
         row = store.find(key)
     except StoreError:
-        return None  # what becomes of it then is decided where it is claimed
+        return None  # the claim will meet the same outage, and handles it
     if row is None or row.status is not Status.DONE or row.processed_status is not ProcessedStatus.SUCCESS:
         return None
     action = decide_call(row, Call(fingerprint), task.idempotency.call)
@@ -62,14 +62,14 @@ def differs(task: Guarded, row: Row, args: Any, kwargs: Any) -> str | None:
 
 
 def eager_result(task: Guarded, row: Row) -> EagerResult[Any]:
-    """Return the outcome of a message in the hands of an eager caller, from its row."""
+    """Return the outcome of a message for an eager caller, from its row."""
     if row.processed_status is ProcessedStatus.SUCCESS:
         result = EagerResult(row.task_id, _stored_value(task, row), states.SUCCESS, name=task.name)
     elif row.processed_status is ProcessedStatus.FAILURE:
         error = AlreadyFailedError(row.key.message_id, row.error)
         result = EagerResult(row.task_id, error, states.FAILURE, name=task.name)
     else:
-        # The caller of a body that has not ended: only a call from inside of it, or from another thread.
+        # The body has not ended yet: the call comes from inside it, or from another thread.
         result = EagerResult(row.task_id, None, states.PENDING, name=task.name)
     result.duplicate = True
     return result
@@ -79,14 +79,14 @@ def _stored_value(task: Guarded, row: Row) -> Any:
     try:
         return None if row.result is None else decode_result(task.app, row.result)
     except UndecodableError as error:
-        logger.warning("the stored result of %s cannot be read: %s", row.key, error)
+        logger.warning("cannot read the stored result of %s: %s", row.key, error)
         return None
 
 
 def answer_again(task: Guarded, row: Row) -> None:
-    """Store the outcome of a message once more whose result has expired in the backend, where its row outlives it.
+    """Store a message's outcome in the result backend again if it has expired there.
 
-    The caller of a duplicate would wait for it for ever.
+    The row may outlive the result, and the caller of a duplicate would then wait for ever.
     """
     backend, processed = task.backend, row.processed_timestamp
     if row.status is not Status.DONE or processed is None or task.ignore_result or not backend.persistent:
@@ -99,7 +99,7 @@ def answer_again(task: Guarded, row: Row) -> None:
         if row.processed_status is ProcessedStatus.FAILURE:
             error = AlreadyFailedError(row.key.message_id, row.error)
             backend.store_result(row.task_id, error, states.FAILURE)
-        elif row.result is not None:  # or nothing was kept, or another task answers
+        elif row.result is not None:  # otherwise no result was kept, or another task gives the answer
             backend.store_result(row.task_id, decode_result(task.app, row.result), states.SUCCESS)
-    except Exception as error:  # noqa: BLE001 - the call is a duplicate and needs no backend: its result is asked for later
-        logger.warning("the result of %s has expired, and is not stored again: %r", row.key, error)
+    except Exception as error:  # noqa: BLE001 - a duplicate call must not fail with the backend: its result is read later
+        logger.warning("the result of %s has expired and could not be stored again: %r", row.key, error)

@@ -1,4 +1,4 @@
-"""A batch: the calls of a block are recorded together at its end, and published by one producer."""
+"""Record the calls of a block together at its end, and publish them through one producer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["batch"]
 
-#: Messages that a batch records and publishes in one go: few enough to be published while they are its own to publish.
+#: How many messages a batch records and publishes at a time: few enough to be published within ``PUBLISH_WITHIN``.
 BATCH = 500
 
 
@@ -36,7 +36,7 @@ def batch() -> Iterator[None]:
     """Record and publish the calls of the block at its end; see :func:`~celery_idempotent.producer.outbox.outbox`."""
     around = innermost()
     box = None if around is None else around.box
-    if isinstance(box, _Batch):  # whose error leaves nothing of this one either
+    if isinstance(box, _Batch):  # an error that leaves the outer batch drops these calls too
         with within(box):
             yield
         return
@@ -47,15 +47,15 @@ def batch() -> Iterator[None]:
 
 
 class _Batch(Outbox):
-    """Calls that are recorded together, in the transaction around them if there is one."""
+    """Calls that are recorded together, in the surrounding transaction if there is one."""
 
     def __init__(self, around: Outbox | None) -> None:
         super().__init__(self._no_connection)
         self._around = around
-        #: ``None`` once they are being sent.
+        #: ``None`` as soon as they are being sent.
         self._calls: list[tuple[OutgoingCall, AsyncResult[Any]]] | None = []
         self._lock = threading.Lock()
-        #: Whose transaction takes what is sent now.
+        #: The outbox in whose transaction the calls being sent are recorded.
         self._outer: Outbox | None = None
 
     def _no_connection(self) -> Connection:  # pragma: no cover - it has a store instead
@@ -71,7 +71,7 @@ class _Batch(Outbox):
             if self._calls is not None:
                 self._calls.append((sending, result))
                 return result
-        # A thread that came to the block before its end, and to its call after it.
+        # A thread found the block before its end, and called after it.
         sending.box = late = _Batch(None)
         late.take(sending)
         try:
@@ -96,13 +96,13 @@ class _Batch(Outbox):
             self._outer.count(queue_log, key)
 
     def _still_there(self, queue_log: QueueLog, messages: list[Outgoing]) -> list[Outgoing]:  # noqa: ARG002
-        return messages  # each was recorded on its own, and nothing takes that back
+        return messages  # recorded outside of any transaction, so nothing can roll them back
 
     def send(self) -> None:
         """Record and publish, some hundreds at a time.
 
         Raises:
-            ExceptionGroup: Of what is wrong with single calls.
+            ExceptionGroup: The errors of single calls.
             StoreUnavailableError: The store gave no answer.
         """
         with self._lock:
@@ -120,25 +120,27 @@ class _Batch(Outbox):
                     refused += self._send(some)
                 except StoreError as error:
                     if self._outer is not None:
-                        raise  # what becomes of the transaction is its owner's affair
+                        raise  # the transaction's owner decides what happens to it
                     raise self._explained(error, len(every), sent, [sending for sending, _ in some]) from error
                 sent += len(some)
         if refused:
             raise ExceptionGroup(f"{len(refused)} of {len(every)} calls of the batch were not sent", refused)
 
     def _explained(self, error: StoreError, count: int, sent: int, calls: Sequence[OutgoingCall]) -> StoreError:
-        """Return what to tell of calls whose recording was refused, or not answered: some may have been recorded, and are taken back."""
+        """Withdraw calls that may have been recorded before an error; return the error, with how many calls were sent."""
         unsent = isinstance(error, StoreUnavailableError) and error.unsent
         left = not unsent and not all(sending.taken_back() for sending in calls)
         if sent:
-            told = f"the first {sent} of the {count} calls of the batch were sent"
+            progress = f"the first {sent} of the {count} calls of the batch were sent"
         else:
-            told = f"none of the {count} calls of the batch was sent"
+            progress = f"none of the {count} calls of the batch was sent"
         if left:
-            told += f"{'' if sent else ' so far'}, but some of {len(calls)} were recorded and may be sent by a relay"
+            progress += (
+                f"{'' if sent else ' so far'}, but some of {len(calls)} were recorded and may be sent by a relay"
+            )
         elif sent:
-            told += ", and no others"
-        explained = type(error)(f"{error}; {told}")
+            progress += ", and no others"
+        explained = type(error)(f"{error}; {progress}")
         if isinstance(explained, StoreUnavailableError):
             explained.unsent = not (sent or left)
         return explained

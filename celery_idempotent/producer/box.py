@@ -1,7 +1,7 @@
-"""The outbox that takes the calls of here and now, and what each kind of it has in common.
+"""Find the outbox that takes the current call; the base class of all outboxes.
 
-The row in ``queue_log`` is the outbox: it holds the message. Rolled back, it never was. Committed, it is published right then by
-whoever committed; should that one not come to it, the relay does (see :mod:`celery_idempotent.producer.relay`).
+The row in ``queue_log`` is the outbox, since it holds the message. After a rollback there is no row. After a commit, the committing process
+publishes the message at once. If it dies before that, the relay publishes (see :mod:`celery_idempotent.producer.relay`).
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ __all__ = [
 
 logger = logging.getLogger("celery_idempotent")
 
-#: Seconds for which a row of the outbox is its recorder's to publish, from when it was recorded. After a transaction that took longer a
-#: relay may publish it too: a copy too many, which the claim absorbs.
+#: Seconds after recording in which only the recording process publishes an outbox row. If the transaction takes longer, a relay may
+#: publish the row too; the claim absorbs the second copy.
 PUBLISH_WITHIN = 5.0
 
-#: The execution option by which a connection knows the outbox that is published by whoever commits it.
+#: The connection's execution option that holds the outbox to publish after its commit.
 OUTBOX = "celery_idempotent_outbox"
 
-#: Whose threads run a function in a copy of the context, which ends with it.
+#: Packages whose threads run a function in a copy of the context, which ends with the function.
 _THREAD_POOLS = ("anyio", "asyncio", "concurrent", "threading")
 
-#: The modules between a block and who enters it.
+#: Modules whose frames are between a block and the code that enters it.
 _OURS = (__name__, "celery_idempotent.producer.batch", "celery_idempotent.producer.outbox", "contextlib")
 
 
@@ -66,9 +66,9 @@ class _Block:
     """A ``with outbox(...)``, or an atomic body.
 
     Attributes:
-        box: What takes its calls; ``None`` if they are sent at once.
-        around: The block that it is in.
-        left: Whether it has ended. A task of an event loop, or a thread, that was begun in it may outlive it.
+        box: The outbox that takes its calls; ``None`` if they are sent at once.
+        around: The enclosing block.
+        left: Whether it has ended. An asyncio task or a thread that started in it may outlive it.
     """
 
     box: Outbox | None
@@ -80,7 +80,7 @@ _current: ContextVar[_Block | None] = ContextVar("celery_idempotent_outbox", def
 
 
 def innermost() -> _Block | None:
-    """Return the innermost block, here and now, that has not ended."""
+    """Return the innermost block of the current context that has not ended."""
     block = _current.get()
     while block is not None and block.left:
         block = block.around
@@ -88,10 +88,10 @@ def innermost() -> _Block | None:
 
 
 def current_outbox(queue_log: QueueLog) -> Outbox | None:
-    """Return what takes a call that is made here and now, in this thread or task of an event loop.
+    """Return the outbox that takes a call in this thread or asyncio task; ``None`` to send it at once.
 
-    That is the innermost ``with outbox(...)`` or atomic body, as far as that is one of the same queue log and not over; else the
-    transaction of a framework.
+    That is the innermost ``with outbox(...)`` or atomic body that has not ended, if it is one of the same queue log; otherwise the
+    framework's transaction.
     """
     block = innermost()
     box = None if block is None else block.box
@@ -100,10 +100,10 @@ def current_outbox(queue_log: QueueLog) -> Outbox | None:
 
 @contextmanager
 def within(box: Outbox | None) -> Iterator[None]:
-    """Have an outbox take the calls of the block; or none.
+    """Let an outbox take the calls of the block; ``None`` sends them at once.
 
     Raises:
-        ConfigurationError: The block's code runs in other contexts than its beginning, and is not seen to be in it.
+        ConfigurationError: The block's code runs in another context than its beginning, so its calls were not seen to be in it.
     """
     _refuse_fleeting_context()
     around = innermost()
@@ -117,8 +117,8 @@ def within(box: Outbox | None) -> Iterator[None]:
             _current.set(around)
         elif not _is_around(block, _current.get()) and not isinstance(sys.exception(), GeneratorExit):
             raise ConfigurationError(
-                "with outbox(...) was left in another context than it was entered in, so the calls in between were not seen to be in "
-                "it, and were sent at once: enter and leave it in one function, or in one coroutine"
+                "with outbox(...) was left in another context than it was entered in, so calls in between were sent at once: "
+                "enter and leave it in one function, or in one coroutine"
             )
 
 
@@ -129,11 +129,11 @@ def _is_around(block: _Block, inner: _Block | None) -> bool:
 
 
 def _refuse_fleeting_context() -> None:
-    """Refuse a block in a generator that a pool of threads runs as far as to the ``yield``.
+    """Refuse a block in a generator that a thread pool runs up to its ``yield``.
 
-    FastAPI enters a dependency without ``async`` so: in a copy of the request's context, which is gone when the endpoint is called.
+    FastAPI enters a dependency without ``async`` like this, in a copy of the request's context that is gone when the endpoint is called.
     """
-    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - documented, if only for what looks at callers
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - documented, for code that inspects its callers
     in_generator, module = False, ""
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
@@ -144,15 +144,15 @@ def _refuse_fleeting_context() -> None:
         frame = frame.f_back
     if in_generator and frame is not None and module.partition(".")[0] in _THREAD_POOLS:
         raise ConfigurationError(
-            "with outbox(...) is in a generator that a pool of threads enters, as FastAPI does with a dependency without async: its "
-            "caller would not be in the block, and would send its calls at once; write `async def`, or put the block into the caller"
+            "with outbox(...) is in a generator that a thread pool enters, as FastAPI does with a dependency without async, so the "
+            "caller would send its calls at once: write `async def`, or put the block into the caller"
         )
 
 
 class OutgoingCall(Protocol):
-    """A call on its way out, as an outbox takes it."""
+    """A call to record and publish, as an outbox needs it."""
 
-    #: What it is recorded in.
+    #: The outbox that records it.
     box: Outbox | None
 
     @property
@@ -160,26 +160,26 @@ class OutgoingCall(Protocol):
         """The task that is called."""
 
     def record_in(self, box: Outbox) -> AsyncResult[Any]:
-        """Record it in an outbox's transaction; its result."""
+        """Record the call in an outbox's transaction; return its result."""
 
     def promised(self) -> AsyncResult[Any]:
-        """Its result, if it is recorded later: that may be another's then."""
+        """Return the result of a call that is recorded later. Its id changes if the call turns out to be a duplicate."""
 
     def record_together(self, calls: Sequence[Any]) -> list[Inserted | Duplicate]:
-        """Record it and others of the same app, in as few statements as it takes."""
+        """Record this and other calls of the same app, in few statements."""
 
     def resolve(self, answer: Inserted | Duplicate) -> AsyncResult[Any]:
-        """Return what it comes to, as it was recorded or found; its result."""
+        """Act on the store's answer, inserted or duplicate; return the call's result."""
 
     def taken_back(self) -> bool:
-        """Take it back if it was recorded, and not published; whether that is certain."""
+        """Withdraw the call if it was recorded and not published; return whether that is certain."""
 
 
 class Outbox:
-    """The messages of one transaction after another.
+    """The messages of the current transaction of a session or connection.
 
     Args:
-        connect: The connection of the transaction.
+        connect: Returns the transaction's connection.
     """
 
     def __init__(self, connect: Callable[[], Connection]) -> None:
@@ -191,48 +191,48 @@ class Outbox:
     # -- for the producer ----------------------------------------------------------------------------------------------
 
     def take(self, sending: OutgoingCall) -> AsyncResult[Any]:
-        """Record a call; its result."""
+        """Record a call; return its result."""
         return sending.record_in(self.that_commits())
 
-    def takes(self, queue_log: QueueLog) -> bool:  # noqa: ARG002 - for atomic bodies to say
-        """Return whether a call of this queue log's is to be recorded here, or sent at once."""
+    def takes(self, queue_log: QueueLog) -> bool:  # noqa: ARG002 - for atomic bodies
+        """Return whether calls of this queue log are recorded here; otherwise they are sent at once."""
         return True
 
     @property
     def joins(self) -> bool:
-        """Whether what is recorded is part of a transaction of somebody's."""
+        """Whether the rows are part of a user's transaction."""
         return True
 
     def store(self, queue_log: QueueLog) -> Store:
-        """Return a queue log's store, with its verbs in the transaction."""
+        """Return a queue log's store whose verbs run in the transaction."""
         store = transactional(queue_log.store, "outbox(session)")
         connection = self._connect()
         if connection is not self._connection:
             refuse_autocommit(
                 connection,
-                "outbox() needs a transaction, and this session is in autocommit; give it another isolation level",
+                "outbox() needs a transaction, but this session is in autocommit: give it another isolation level",
             )
             self._connection = connection
         begin(connection)
         return store.within(connection)
 
     def add(self, message: Outgoing) -> None:
-        """Publish a message when the transaction has committed."""
+        """Publish a message after the commit."""
         self._messages.append(message)
 
     def count(self, queue_log: QueueLog, key: MessageKey) -> None:
-        """Count a duplicate when the transaction has committed: its row is not to be locked until then."""
+        """Count a duplicate after the commit; counting it now would lock its row until then."""
         self._duplicates.append((queue_log, key))
 
-    # -- for whoever ends the transaction ------------------------------------------------------------------------------
+    # -- at the end of the transaction ---------------------------------------------------------------------------------
 
     def publish(self) -> None:
-        """Publish what is there, after the commit."""
+        """Publish the messages, after the commit."""
         messages, duplicates = self._messages, self._duplicates
         self.discard()
         if not (messages or duplicates):
             return
-        with within(None):  # what is run eagerly is behind it, not in it
+        with within(None):  # an eager body runs after the block, not in it
             for queue_log, some in groupby(messages, lambda message: message.task.queue_log):
                 ours = self._still_there(queue_log, list(some))
                 Publisher.of(queue_log).publish(ours)
@@ -243,29 +243,31 @@ class Outbox:
                 Publisher.of(queue_log).count_duplicate(key)
 
     def discard(self) -> None:
-        """Drop what is there after a rollback, or when nobody can tell: the relay will then publish it."""
+        """Drop the messages, after a rollback. If the commit's outcome is unknown, drop them too: the relay publishes them."""
         self._messages, self._duplicates = [], []
 
     def that_commits(self) -> Outbox:
-        """Return this outbox, or the atomic body's whose connection it is on."""
+        """Return the outbox that publishes after the commit: the atomic body's if the connection is its own, otherwise this one."""
         found: Outbox | None = self._connect().get_execution_options().get(OUTBOX)
         return found or self
 
     def _still_there(self, queue_log: QueueLog, messages: list[Outgoing]) -> list[Outgoing]:
-        """Those whose rows are there.
+        """Return the messages whose rows were committed.
 
-        A commit that succeeds has not committed everything: a savepoint may have been rolled back, in words too; PostgreSQL answers by a
-        rollback, without an error, after an error that was caught, even one that only the driver heard of; after a deadlock MySQL
-        goes on in another transaction. So the rows are read, rather than all of that followed.
+        A successful commit may not have committed everything. A savepoint may have been rolled back, also by textual SQL. PostgreSQL
+        rolls back without an error after a statement that failed, even if only the driver saw the failure. MySQL continues in another
+        transaction after a deadlock. So read the rows instead of tracking all of this.
         """
         if not messages:
             return messages
         try:
             task_ids = transactional(queue_log.store).recorded([message.key for message in messages])
         except StoreError as error:
-            logger.warning("%d messages are left to the relay, the store gives no answer: %s", len(messages), error)
+            logger.warning(
+                "%d messages are left to the relay, since the store does not answer: %s", len(messages), error
+            )
             return []
-        # Behind what was rolled back somebody else may have recorded the id.
+        # After a rollback, another process may have recorded the same id.
         return [message for message in messages if task_ids.get(message.key) == message.header.task_id]
 
 

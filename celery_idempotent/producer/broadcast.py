@@ -17,7 +17,7 @@ logger = logging.getLogger("celery_idempotent")
 
 
 def end_broadcast(task: Guarded, message: NewMessage) -> None:
-    """End the producer's row of a message that each worker gets, once it is published: they have rows of their own."""
+    """End the producer's row of a published message that each worker gets: the workers have rows of their own."""
     store = task.queue_log.store
     try:
         answer = store.claim(message, worker=str(NoResultReason.BROADCAST), lease=task.idempotency.lease, grace=0.0)
@@ -26,4 +26,4 @@ def end_broadcast(task: Guarded, message: NewMessage) -> None:
                 answer.claim, result=None, note=NoResultReason.BROADCAST, unique_for=task.idempotency.unique_for
             )
     except StoreError as error:
-        logger.warning("%s was published, and its row is ended by recovery: %s", message.key, error)
+        logger.warning("%s was published, but its row could not be ended; recovery will end it: %s", message.key, error)

@@ -1,4 +1,4 @@
-"""Calls by name: ``send_task``, and signatures of a task that this process does not import, are recorded as Celery publishes them."""
+"""Record calls by name as Celery publishes them: ``send_task``, and signatures of tasks that this process does not import."""
 
 from __future__ import annotations
 
@@ -38,28 +38,29 @@ __all__ = ["record_calls_by_name"]
 
 logger = logging.getLogger("celery_idempotent")
 
-#: What the second protocol has in the body beside the arguments.
+#: Parts of the body besides the arguments, in the second protocol.
 _EMBEDDED = ("callbacks", "errbacks", "chain", "chord")
 
-#: Properties that Celery makes of other options.
+#: Properties that Celery derives from other options.
 _MADE_BY_CELERY = frozenset(("correlation_id", "expiration", "message_id", "reply_to"))
 
-#: Of Celery's native delayed delivery (`kombu.transport.native_delayed_delivery`): its exchanges, and the parts of a key before ours.
+#: Celery's native delayed delivery (`kombu.transport.native_delayed_delivery`): the prefix of its exchanges, and the number of parts
+#: that it puts before a routing key.
 _DELAYED, _LEVELS = "celery_delayed_", 28
 
 
 def record_calls_by_name(queue_log: QueueLog) -> None:
-    """Connect the hooks of an app that sends by name; doing so again changes nothing."""
+    """Connect the app's hook for calls by name; repeating this changes nothing."""
     hooks = vars(queue_log.app).setdefault("queue_log_hooks", _PublishHook(queue_log))
     vars(queue_log.app).setdefault("send_task", partial(_send_task, queue_log.app))
-    # Before 5.7, Celery takes one method of two objects for one receiver, and connects the first app's only.
+    # Before 5.7, Celery confuses the same method of two objects, and connects only the first app's. A uid keeps them apart.
     signals.before_task_publish.connect(hooks.before_publish, weak=True, dispatch_uid=f"celery_idempotent {id(hooks)}")
 
 
 class _PublishHook:
-    """Records messages that are sent by name: ``send_task``, and signatures of a task this process does not import.
+    """Record messages that are sent by name.
 
-    A receiver cannot keep Celery from publishing, so a duplicate sent by name is published and resolved by its consumer.
+    A signal's receiver cannot stop Celery from publishing. So a duplicate sent by name is published, and its consumer resolves it.
     """
 
     def __init__(self, queue_log: QueueLog) -> None:
@@ -83,13 +84,13 @@ class _PublishHook:
             return
         if current_outbox(self._queue_log) is not None and _publishes(self.app, declare):
             logger.warning(
-                "%s is published at once, although in an outbox, since it is no IdempotentTask or is called by its name: "
+                "%s is published at once although in an outbox, since it is not an IdempotentTask or is called by its name: "
                 "a rollback does not undo that",
                 sender,
             )
         if not is_guarded(task) or not task.idempotency.idempotent:
             return
-        # The first protocol has in its body what the second one has in its headers.
+        # The first protocol has in the body what the second one has in the headers.
         first_protocol = isinstance(body, Mapping)
         sent: Mapping[str, Any] = body if first_protocol else headers
         if "id" not in sent or not _publishes(self.app, declare):
@@ -133,7 +134,7 @@ class _PublishHook:
                 ask_again(lambda: queue_log.store.record(replace(message, key=copy.row_of_its_own)), policy)
                 headers.update(copy.write(None))
         except StoreError as error:
-            logger.error("%s is sent without a row, its consumer will insert it: %s", key, error)
+            logger.error("%s is sent without a row; its consumer will insert one: %s", key, error)
             return
         queue_log.outcomes.emit(
             OutcomeKind.DUPLICATE if isinstance(found, Duplicate) else OutcomeKind.RECORDED,
@@ -146,7 +147,7 @@ class _PublishHook:
         )
 
     def _copy(self, header: Header, row: Row, headers: Mapping[str, Any], embed: Mapping[str, Any]) -> Header | None:
-        """Return the header of a call whose message is known; ``None`` when nothing tells it from that message."""
+        """Return the header for a call whose message is known; ``None`` if the call cannot be told from that message."""
         if header.task_id not in (row.task_id, header.message_id):
             return header.copy_of(row.task_id)
         waited_on = headers.get("group") or any(embed.get(name) for name in _EMBEDDED)
@@ -156,7 +157,7 @@ class _PublishHook:
 
 
 def _publishes(app: Celery, declare: Any) -> bool:
-    """Return whether it is this app that publishes: the signal does not say, but the queue it declares is one app's object."""
+    """Return whether this app publishes. The signal does not say, but the queue that it declares is an object of one app."""
     if not declare:
         return bool(current_app == app)
     name = getattr(declare[0], "name", None)
@@ -164,13 +165,13 @@ def _publishes(app: Celery, declare: Any) -> bool:
 
 
 def _finalize(sender: str, declare: Any = None, **message: Any) -> None:
-    """Bind the tasks of an app whose first act in this process is a call by name: until then it has none, and no hook."""
-    for app in list(_state._get_active_apps()):  # noqa: SLF001 - the signal does not say which one it is
+    """Bind the tasks of an app whose first act in this process is a call by name; before that it has no tasks and no hook."""
+    for app in list(_state._get_active_apps()):  # noqa: SLF001 - the signal does not say which app
         if app.finalized or not app.autofinalize or "amqp" not in vars(app) or not _publishes(app, declare):
             continue
         app.finalize(auto=True)
         hooks = vars(app).get("queue_log_hooks")
-        if hooks is not None:  # connected just now, so not called this time
+        if hooks is not None:  # connected during this signal, so Celery does not call it this time
             hooks.before_publish(sender, declare=declare, **message)
 
 
@@ -181,7 +182,7 @@ def _options(
     sent: Mapping[str, Any], embed: Mapping[str, Any], headers: Mapping[str, Any], properties: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the options of ``apply_async`` that a message was made from."""
-    # Celery's own way from a message back to options; what it does not know among the headers was given by the caller.
+    # Celery's own conversion from a message to options. Headers that it does not know came from the caller.
     context = Context({**sent, **{name: embed.get(name) for name in _EMBEDDED}, "reply_to": properties.get("reply_to")})
     if sent is not headers:
         context.headers = dict(headers)
@@ -194,12 +195,12 @@ def _options(
 
 
 def _destination(app: Celery, declare: Any, exchange: Any, routing_key: str | None) -> dict[str, Any]:
-    """Where a message is published, as options of ``apply_async``."""
+    """Return the destination of a message, as options of ``apply_async``."""
     name = getattr(exchange, "name", exchange)
     if not name:
         return {"queue": routing_key}
     if name.startswith(_DELAYED):
-        # The delay is in front of the key, in as many parts as there are levels.
+        # The delay precedes the key, in one part per level.
         routing_key = str(routing_key).split(".", _LEVELS)[-1]
         known = next((queue for queue in app.amqp.queues.values() if queue.routing_key == routing_key), None)
         return {"routing_key": routing_key} if known is None else {"queue": known.name}
@@ -209,12 +210,12 @@ def _destination(app: Celery, declare: Any, exchange: Any, routing_key: str | No
     return {"exchange": name, "routing_key": routing_key, "exchange_type": type_of_exchange(app, name)}
 
 
-#: What a call by name was given that its message does not show.
+#: Options of a call by name that its message does not show.
 _given: ContextVar[Mapping[str, Any]] = ContextVar("given", default=MappingProxyType({}))
 
 
 def _send_task(app: Celery, *args: Any, **options: Any) -> AsyncResult[Any]:
-    """Celery's ``send_task``; Celery's signal does not say by which serializer and compression it publishes."""
+    """Call Celery's ``send_task``, and keep the serializer and compression, which Celery's signal does not report."""
     shown = {name: options[name] for name in ("serializer", "compression", "delivery_mode") if options.get(name)}
     token = _given.set(shown)
     try:

@@ -1,4 +1,4 @@
-"""What the options of a call say: when it is due, where it goes, and who waits on it."""
+"""Read the options of a call: when it is due, where it goes, and whether something waits on it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SCALARS = (str, bytes, int, float, bool, type(None))
 
 
 def delay_of(task: Guarded, options: Mapping[str, Any]) -> float | None:
-    """Seconds until a call is due by its ``countdown`` or ``eta``; ``None`` for at once."""
+    """Return the seconds until a call is due by its ``countdown`` or ``eta``; ``None`` for at once."""
     if options.get("countdown"):
         return float(options["countdown"])
     due = moment(task.app, options.get("eta"))
@@ -31,7 +31,7 @@ def delay_of(task: Guarded, options: Mapping[str, Any]) -> float | None:
 
 
 def for_later(app: Celery, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a call that is published later, maybe by another process: with what Celery would add of here and now."""
+    """Return the options of a call that is published later, maybe by another process, with what Celery would add from this context."""
     later = as_moments(options, app.now())
     parent = app.current_worker_task
     if parent:
@@ -41,21 +41,21 @@ def for_later(app: Celery, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def kept(value: Any) -> Any:
-    """Arguments as they are now, whatever their caller does to them before they are published."""
+    """Return a copy of arguments, which their caller may change before they are published."""
     items = value.values() if isinstance(value, Mapping) else value or ()
     return value if all(isinstance(item, _SCALARS) for item in items) else deepcopy(value)
 
 
 def moment(app: Celery, eta: Any) -> datetime | None:
-    """When a call is due by its ``eta``, which may be text; ``None`` for at once."""
+    """Return when a call is due by its ``eta``, which may be text; ``None`` for at once."""
     return None if not eta else maybe_make_aware(maybe_iso8601(eta), app.timezone)
 
 
 def is_waited_on(task_id: str | None, options: Mapping[str, Any]) -> bool:
     """Return whether something else waits on a call under its own task id.
 
-    A worker that dispatches the last step of a chain passes an empty ``chain``; a chord's body, and whatever else was frozen in
-    a canvas, has its id fixed together with a ``reply_to``, which a plain call never names.
+    A worker that dispatches the last task of a chain passes an empty ``chain``. A chord's body, like all that was frozen in a
+    canvas, has a fixed id together with a ``reply_to``, which a plain call never has.
     """
     if any(options.get(name) for name in ("link", "link_error", "chord", "group_id")):
         return True
@@ -63,9 +63,9 @@ def is_waited_on(task_id: str | None, options: Mapping[str, Any]) -> bool:
 
 
 def is_dispatched(task: Guarded, run: GuardedRun | None, task_id: str | None, options: Mapping[str, Any]) -> bool:
-    """Return whether Celery sends a call behind a task that has run: the next step of a chain, a link, an errback, a chord's body.
+    """Return whether Celery makes a call after a task has run: the next task of a chain, a link, an errback, a chord's body.
 
-    Only Celery names the parent; a chord's body has its id fixed instead, and is sent by a worker.
+    Only Celery passes the parent's id. A chord's body has a fixed id instead, and is sent by a worker.
     """
     if run is not None and run.in_body:
         return False
@@ -75,7 +75,7 @@ def is_dispatched(task: Guarded, run: GuardedRun | None, task_id: str | None, op
 
 
 def routed_options(task: Guarded, args: Any, kwargs: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a call with all that Celery publishes it by: the task's own, and where its routes send it."""
+    """Return the options of a call together with the task's own, and with the destination that the app's routes give it."""
     if task.app.conf.task_always_eager:
         return dict(options)
     own = {name: value for name, value in task._get_exec_options().items() if value is not None}  # noqa: SLF001 - as apply_async does
@@ -88,8 +88,8 @@ def routed_options(task: Guarded, args: Any, kwargs: Any, options: Mapping[str, 
     elif getattr(getattr(queue, "exchange", None), "type", None) == FANOUT:
         routed["exchange_type"] = FANOUT
     if queue is not None:
-        # A Broadcast is known by its alias; each process has a queue of its own for it.
+        # Use a Broadcast's alias; the queue's name differs in each process.
         routed["queue"] = str(getattr(queue, "alias", None) or getattr(queue, "name", queue))
     if "serializer" not in options:
-        routed.pop("serializer", None)  # the row's message says it
+        routed.pop("serializer", None)  # the row's message has it
     return routed

@@ -1,6 +1,6 @@
-"""A guarded task, and the run that a call is made from, as the layers below them see both.
+"""Protocols of a guarded task and of its run, for the producer and the layers above it.
 
-``IdempotentTask`` and the worker's ``Run`` stand above the producer, which asks here instead of importing them.
+``IdempotentTask`` and the worker's ``Run`` are in higher layers, so the producer cannot import them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ RUN = "idempotent_run"
 
 
 class Guarded(Protocol):
-    """A task with ``base=IdempotentTask``: what the guard adds to it, and what of Celery's it goes by."""
+    """A task with ``base=IdempotentTask``: what this library adds to it, and the parts of Celery's task that are used."""
 
     @property
     def queue_log(self) -> QueueLog:
@@ -36,10 +36,10 @@ class Guarded(Protocol):
         """The task's options, checked."""
 
     def publish(self, args: Any, kwargs: Any, **options: Any) -> AsyncResult[Any]:
-        """Publish a message whose row is there."""
+        """Publish a message that has a row."""
 
     def publish_copy(self, request: Context, message_id: str, countdown: float) -> None:
-        """Publish a running delivery's message once more, to arrive in ``countdown`` seconds."""
+        """Publish a running delivery's message again, to arrive in ``countdown`` seconds."""
 
     # -- Celery's ------------------------------------------------------------------------------------------------------
 
@@ -66,13 +66,13 @@ class Guarded(Protocol):
 
 
 class GuardedRun(Protocol):
-    """The run of a guarded task, as the calls that its body makes see it."""
+    """The run of a guarded task, as needed for the calls that its body makes."""
 
     #: Celery's request of the delivery.
     request: Any
-    #: What the delivery's header says.
+    #: The delivery's header.
     header: Header
-    #: Whether the body is about to replace itself by another task under the same task id.
+    #: Whether the body is replacing itself by another task under the same task id.
     replacing: bool
 
     @property
@@ -81,7 +81,7 @@ class GuardedRun(Protocol):
 
     @property
     def is_unguarded(self) -> bool:
-        """Whether it has no row to speak of."""
+        """Whether the run has no row."""
 
     @property
     def in_body(self) -> bool:
@@ -92,19 +92,19 @@ class GuardedRun(Protocol):
         """The calls that the body makes."""
 
     def later_call(self, task_id: str) -> str | None:
-        """Return the name of a call that Celery sends after this run, under a Celery id that was sent before."""
+        """Return the name for a call that Celery sends after this run, if its Celery id was sent before."""
 
     def hand_on(self, message: NewMessage) -> bool:
-        """Move the row on to the next attempt; whether the claim still held."""
+        """Move the row to the next attempt; return whether the claim still held."""
 
     def leave_to_recovery(self, error: BaseException) -> bool:
-        """Note that the next attempt is still to be published; whether there is a row that says so."""
+        """Leave publishing the next attempt to recovery; return whether there is a row from which it can be published."""
 
     def not_handed_on(self, message: NewMessage, error: BaseException) -> None:
-        """End the message: its next attempt could not be published."""
+        """End the message, because its next attempt could not be published."""
 
 
 def current_run(app: Celery) -> GuardedRun | None:
-    """Return the run of the task that this worker executes here and now, if that is a guarded one."""
+    """Return the run of the task that this thread executes, if it is guarded."""
     task = app.current_worker_task
     return None if task is None else cast("GuardedRun | None", getattr(task.request, RUN, None))

@@ -1,4 +1,4 @@
-"""Under which id a call is recorded: decided once, by its producer."""
+"""Decide the id of a call: once, in its producer."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ __all__ = ["identify"]
 def identify(
     options: Options, args: Any, kwargs: Any, *, message_id: str | None, task_id: str, task_name: str
 ) -> tuple[MessageKey, str | None]:
-    """Return the key and the fingerprint of a call, decided once, by its producer.
+    """Return the key and the fingerprint of a call.
 
     Args:
         options: The task's options.
         args: Positional arguments of the call.
         kwargs: Keyword arguments of the call.
-        message_id: An id given with the call; it comes before the task's option.
-        task_id: The Celery task id, which identifies a message that has no other id.
+        message_id: An id given with the call; it overrides the task's option.
+        task_id: The Celery task id, used if there is no other id.
         task_name: The task.
 
     Raises:
@@ -38,7 +38,7 @@ def identify(
         chosen = check_message_id(options.message_id(tuple(args or ()), dict(kwargs or {})))
     else:
         chosen = check_message_id(task_id)
-    # A derived id stands for the arguments; those of a callback may be anything that its parent returns.
+    # A derived id already includes the arguments. Those of a callback may be anything that its parent returns.
     known = (message_id is not None and not is_derived(message_id)) or options.message_id is not None
     wanted = known if options.fingerprint is None else options.fingerprint
     fingerprint = arguments_fingerprint(options.signature, tuple(args or ()), dict(kwargs or {})) if wanted else None

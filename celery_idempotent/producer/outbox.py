@@ -1,6 +1,6 @@
-"""``with outbox(...)``: calls are recorded in a transaction, with what it writes otherwise, and published once it has committed.
+"""``with outbox(...)``: record calls in the user's transaction, and publish them after it commits.
 
-With a session or a connection the transaction is the user's; without one the block is a batch.
+Without a session or a connection, the block is a batch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["outbox"]
 
-#: Where a session keeps its outbox.
+#: The key of a session's outbox in ``session.info``.
 _INFO = "celery_idempotent_outbox"
 
 
@@ -30,37 +30,37 @@ def outbox(
     """Record the calls of the block, and publish them when they are committed.
 
     With a session, ``delay``, ``apply_async`` and signatures of an ``IdempotentTask`` (groups, chains and chords too) write their
-    message to ``queue_log`` in the session's transaction, and are published right after its commit, wherever that is::
+    message to ``queue_log`` in the session's transaction. They are published right after its commit, in the block or after it::
 
         with outbox(session):
             session.add(order)
             charge.delay(order.id, 500)
             session.commit()
 
-    A rollback, of a savepoint too, leaves nothing of them. A process that dies after the commit, and a broker that takes nothing
-    then, leave rows that the relay publishes. Duplicates are told, or raised, at the call.
+    A rollback, also of a savepoint, removes them. If the process dies after the commit, or the broker is down, the relay publishes
+    the rows. A duplicate is returned, or raised, at the call.
 
-    Without one, the block is a batch: its calls are recorded at its end, some hundreds in one statement, and published by one
-    producer. Their results know from then on whether they were duplicates (``result.duplicate``, ``None`` before). An error that
-    leaves the block leaves nothing recorded. Inside of another outbox, and of an atomic task, a batch joins its transaction.
+    Without a session, the block is a batch: its calls are recorded at its end, some hundreds in one statement, and published by one
+    producer. After that, ``result.duplicate`` says whether a call was a duplicate; before, it is ``None``. If an error leaves the
+    block, nothing is recorded. In another outbox, or in an atomic task, a batch joins the transaction.
 
     Args:
-        session: A SQLAlchemy session, or a registry of them such as Flask-SQLAlchemy's ``db.session``, on the store's database.
-            With Core, a connection; the block has to be around its transaction then: what is committed later is left to the
+        session: A SQLAlchemy session, or a registry of sessions such as Flask-SQLAlchemy's ``db.session``, on the store's database.
+            With Core, a connection. The block must then enclose its transaction; messages committed after the block are left to the
             relay. ``None`` for a batch.
 
     Raises:
-        ConfigurationError: It is no such session, leads to another kind of database, or the store has no transactions.
-        ExceptionGroup: At the end of a batch, of the DuplicateMessageError and MessageMismatchError of single calls; all others
-            were sent.
-        StoreUnavailableError: At the end of a batch: the store gave no answer. Nothing was sent, or (beyond some hundreds) the
-            first of them; the error says so.
+        ConfigurationError: It is not such a session, its database is of another kind, or the store has no transactions.
+        ExceptionGroup: At the end of a batch, with the DuplicateMessageError and MessageMismatchError of single calls. All other
+            calls were sent.
+        StoreUnavailableError: At the end of a batch, if the store does not answer. No call was sent or, beyond some hundreds,
+            only the first ones; the error says which.
 
     Hazard:
-        Calls by name (``send_task``) and of tasks that are no ``IdempotentTask`` are published at once, with a warning in the log.
-        A result must not be waited for inside of the block.
+        Calls by name (``send_task``), and calls of tasks that are not an ``IdempotentTask``, are published at once, with a warning in
+        the log. Do not wait for a result inside the block.
 
-    Atomicity: with a session, its transaction. A batch is as many calls: each is recorded and sent, or not.
+    Atomicity: with a session, its transaction. In a batch, each call on its own is recorded and sent, or not.
     """
     if session is None:
         return batch()
@@ -75,7 +75,7 @@ def outbox(
         return _around(session)
     if hasattr(session, "run_sync"):
         raise ConfigurationError(
-            "outbox() takes a plain Session: with an AsyncSession put the block into a function of it, and call "
+            "outbox() takes a plain Session: with an AsyncSession, put the block into a function of the session, and call "
             "`await session.run_sync(function)`"
         )
     raise ConfigurationError(f"outbox() takes a SQLAlchemy session or connection, not {type(session).__name__}")
@@ -85,7 +85,7 @@ def outbox(
 
 
 class _SessionOutbox(Outbox):
-    """The outbox of a session, for as long as that lives: it may commit after the block."""
+    """The outbox of a session. It lives as long as the session, which may commit after the block."""
 
     def __init__(self, session: Session) -> None:
         from sqlalchemy import event
@@ -104,14 +104,14 @@ class _SessionOutbox(Outbox):
             return self._session.connection()
         except UnboundExecutionError as error:
             raise ConfigurationError(
-                "outbox(session) needs a session with a default bind, the store's database; this one has binds for single tables only"
+                "outbox(session) needs a session whose default bind is the store's database; this one has binds for single tables only"
             ) from error
 
     def _after_begin(self, session: Session, transaction: SessionTransaction, connection: Connection) -> None:  # noqa: ARG002
         begin_before_savepoints(connection)
 
     def _after_commit(self, session: Session) -> None:
-        # Not of a savepoint; nor of a session inside of somebody's transaction, whose commit nobody tells us of.
+        # Ignore savepoints, and a session inside a user's own transaction, whose commit is not reported.
         outermost = not session.in_nested_transaction()
         self._committed = outermost and self._connection is not None and not self._connection.in_transaction()
 
@@ -139,7 +139,7 @@ def _of_session(session: Session) -> Outbox:
 
 @contextmanager
 def _around(connection: Connection) -> Iterator[None]:
-    """Yield an outbox around the transactions of a connection, which tells of a commit before it takes place."""
+    """Yield an outbox for the transactions of a connection, whose event precedes the commit."""
     from sqlalchemy import event
 
     box = Outbox(lambda: connection)
@@ -151,7 +151,7 @@ def _around(connection: Connection) -> Iterator[None]:
 
     def began(_: Connection) -> None:
         nonlocal commits
-        if commits:  # which took place, or there would be no other one
+        if commits:  # the commit succeeded, since the next transaction begins
             commits = False
             box.publish()
 

@@ -1,4 +1,4 @@
-"""A call as it is to be recorded and published, resolved before anything is recorded."""
+"""Prepare a call: resolve all that it needs before anything is recorded."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ __all__ = ["Place", "PreparedCall"]
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a call stands among those of the guarded body that makes it.
+    """The place of a call among those of the guarded body that makes it.
 
     Attributes:
         calls: The body's calls.
-        position: The place of this one, and the ids that it has in each run of the body.
+        position: The position of this one, with its ids, which are the same in each run of the body.
     """
 
     calls: Calls
@@ -44,7 +44,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class _Arguments:
-    """What ``apply_async`` was given."""
+    """The arguments of ``apply_async``."""
 
     task: Guarded
     args: Any
@@ -58,7 +58,7 @@ class _Arguments:
 
 @dataclass(frozen=True, slots=True)
 class PreparedCall:
-    """A call with all that is decided about it before the store is asked.
+    """A call, with all that is known about it before the store is asked.
 
     Make one with :meth:`of`, which chooses among :meth:`own_message`, :meth:`from_body` and :meth:`plain`.
 
@@ -66,12 +66,12 @@ class PreparedCall:
         task: The task that is called.
         args, kwargs: Its arguments, as they are published.
         options: The other arguments of ``apply_async``.
-        message: What is recorded.
-        header: What travels with the message.
-        call: What the decision goes by.
-        run: The guarded run that sends its own message on (a retry, a replacement by itself), if this call does.
-        dispatched: Whether Celery makes the call after a task has run. That task must not pay for what is wrong with this call.
-        place: Where the call stands among those of a guarded body, if one makes it.
+        message: The message to record.
+        header: The header to publish.
+        call: The input of the decision.
+        run: The guarded run, if this call forwards the run's own message (a retry, a replacement by itself).
+        dispatched: Whether Celery makes the call after a task has run. An error of this call must not fail that task.
+        place: The call's place in the guarded body that makes it, if one does.
         box: The outbox that takes the call; ``None`` if it is sent at once.
         is_broadcast: Whether each worker gets the message.
     """
@@ -94,10 +94,10 @@ class PreparedCall:
         """Identify a call and encode its message.
 
         Raises:
-            TypeError: The arguments are no list and mapping, or do not fit the body.
+            TypeError: The arguments are not a list and a mapping, or do not fit the body.
             ConfigurationError: The message id is not valid, or an argument has no canonical form.
         """
-        # Celery says the same, but after the message would be recorded.
+        # Celery raises the same, but only after the message would have been recorded.
         if args is not None and not isinstance(args, (list, tuple)):
             raise TypeError(f"task args must be a list or tuple, not {type(args).__name__}")
         if kwargs is not None and not isinstance(kwargs, Mapping):
@@ -117,19 +117,19 @@ class PreparedCall:
 
     @classmethod
     def own_message(cls, given: _Arguments, sent: Header) -> PreparedCall:
-        """Return a retry: of the running body, or by the parent of a worker that was lost, which has moved the row itself."""
+        """Return a retry, of the running body or for a lost pool child. In the second case the main process has moved the row itself."""
         header = sent.next_attempt()
         return cls._encoded(given, header, Call(header.fingerprint, own=True))
 
     @classmethod
     def from_body(cls, given: _Arguments, run: GuardedRun) -> PreparedCall:
-        """Return a call that a guarded body makes, under the ids that the same call has in each run of the body."""
+        """Return a call that a guarded body makes, under ids that are the same in each run of the body."""
         task, options, task_id, message_id = given.task, given.options, given.task_id, given.message_id
         calls = run.calls
         position = calls.next(task.name, task.idempotency.signature, given.args, given.kwargs)
         if task_id is None:
             task_id = position.task_id
-        elif options.get("reply_to"):  # frozen in a canvas, whose ids are made anew by each run
+        elif options.get("reply_to"):  # frozen in a canvas, which makes new ids in each run
             options = calls.mark(options, position, task.app, run.request.id)
             if message_id is None and task.idempotency.message_id is None:
                 message_id = position.message_id
@@ -140,7 +140,7 @@ class PreparedCall:
 
     @classmethod
     def plain(cls, given: _Arguments) -> PreparedCall:
-        """Return any other call: of a caller outside of a guarded body, of Celery after a task, of a body that replaces itself."""
+        """Return any other call: from outside a guarded body, from Celery after a task, or from a body that replaces itself."""
         run = given.run
         replacing = run is not None and run.request.id == given.task_id and run.replacing
         header = _new_header(given, given.task_id or uuid(), given.message_id)

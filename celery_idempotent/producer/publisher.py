@@ -1,7 +1,7 @@
-"""Publishing what was recorded and has been committed, from the process that did so.
+"""Publish messages after their commit, from the process that committed them.
 
-A message of the outbox is in its row before it is published, so that whatever goes wrong here loses nothing: the relay (see
-:mod:`celery_idempotent.producer.relay`) publishes what was not. Nothing here may keep its caller, who has committed, for long, or fail.
+A message of the outbox is in its row before it is published, so no failure here loses it: the relay (see
+:mod:`celery_idempotent.producer.relay`) publishes the rest. The caller has committed, so nothing here may raise, or block for long.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ __all__ = ["Outgoing", "Publisher"]
 
 logger = logging.getLogger("celery_idempotent")
 
-#: Seconds for which a broker that says nothing is waited for, where a transport option can say so.
+#: Seconds to wait for a silent broker, if its transport has an option for that.
 ANSWER = 5.0
 
-#: A connection that broke since it was used last is made anew, once. A broker that is down is for the relay.
+#: Reconnect once if the connection has broken since its last use. If the broker is down, leave the messages to the relay.
 _RETRY_ONCE = {"max_retries": 1, "interval_start": 0, "interval_step": 0, "interval_max": 0}
 
-#: Messages that go to the broker in one round trip, where that is possible.
+#: Messages per round trip to the broker, if the transport can send several.
 _TOGETHER = 100
 
-#: After a failure nothing is published from here for a while.
+#: Pauses after a failure, in which this process publishes nothing.
 _BACKOFF = Backoff(1.0, longest=60.0)
 
-#: The transport options by which a driver waits so long and no longer.
+#: Transport options that limit a driver's waits to ``ANSWER``.
 _TIMEOUTS: Mapping[str, Mapping[str, float]] = {
     "redis": {"socket_timeout": ANSWER, "socket_connect_timeout": ANSWER},
     "py-amqp": {"read_timeout": ANSWER, "write_timeout": ANSWER},
@@ -57,14 +57,14 @@ class Outgoing:
     """A message of the outbox, on its way to the broker.
 
     Attributes:
-        key: Its row's: a copy's own one is known by its task id.
+        key: The key of its row; for a copy's own row, that is its task id.
         task: The task.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
-        header: What its header says.
+        header: Its header.
         due: When it may run; ``None`` for at once.
         options: The other options of ``apply_async``.
-        emit: Tells the app's hooks that it was recorded, or what else it comes to.
+        emit: Reports the call's outcome to the app's hooks, after the commit.
     """
 
     key: MessageKey
@@ -83,7 +83,7 @@ class Outgoing:
         ignored = self.task.ignore_result if ignored is None else ignored
         backend = self.task.backend
         if producer is not None and not ignored and not backend.persistent:
-            backend.on_task_call(producer, self.header.task_id)  # rpc:// makes the queue for the answer then
+            backend.on_task_call(producer, self.header.task_id)  # rpc:// declares the queue for the answer here
         publish(
             self.task,
             self.args,
@@ -102,9 +102,9 @@ class Outgoing:
 
 
 class Publisher:
-    """Publishes what a process has committed, in its order.
+    """Publish the messages that a process has committed, in order.
 
-    After a failure it keeps quiet for a while, and goes on when what was left behind has been relayed.
+    After a failure, pause for a while, and resume when the messages left to the relay have been published.
 
     Args:
         queue_log: The queue log; its app publishes.
@@ -112,7 +112,7 @@ class Publisher:
 
     def __init__(self, queue_log: QueueLog) -> None:
         self._queue_log = queue_log
-        #: The last message that was left to the relay: those before it are relayed before it.
+        #: The last message that was left to the relay, which publishes in order: all earlier ones come before it.
         self._last_left: MessageKey | None = None
         self._failures = 0
         self._not_before = 0.0
@@ -123,9 +123,9 @@ class Publisher:
         return queue_log.part(cls, lambda: cls(queue_log))
 
     def publish(self, messages: Sequence[Outgoing]) -> None:
-        """Hand committed messages to the broker, and note it; what cannot be is left to the relay.
+        """Hand committed messages to the broker, and note it in their rows; leave the rest to the relay.
 
-        Never raises for the broker's or the store's sake: the caller has committed.
+        Never raises if the broker or the store fails, because the caller has committed.
         """
         if self._queue_log.app.conf.task_always_eager:
             for message in messages:
@@ -138,21 +138,21 @@ class Publisher:
                     for first in range(0, len(messages), _TOGETHER):
                         _hand_over(messages[first : first + _TOGETHER], producer, sent)
                 self._last_left, self._failures = None, 0
-        except Exception as error:  # noqa: BLE001 - whatever it is, the rows are there, and their caller has done his part
+        except Exception as error:  # noqa: BLE001 - the rows are committed, so no error may reach the caller
             self._failures += 1
             self._not_before = time.monotonic() + _BACKOFF.pause(self._failures)
             logger.error("%d committed messages are left to the relay: %r", len(messages) - len(sent), error)
         self._note(sent, [message.key for message in messages[len(sent) :]])
 
     def count_duplicate(self, key: MessageKey) -> None:
-        """Count one that was found in a transaction which has committed since."""
+        """Count a duplicate that was found in a transaction, after its commit."""
         try:
             self._queue_log.store.count_duplicate(key)
         except StoreError as error:
             logger.warning("a duplicate of %s was not counted: %s", key, error)
 
     def _has_caught_up(self) -> bool:
-        """Return whether nothing that was left behind waits to be published first."""
+        """Return whether all messages left to the relay have been published; relay them first if the pause is over."""
         if self._last_left is None:
             return True
         if time.monotonic() < self._not_before:
@@ -168,32 +168,34 @@ class Publisher:
             self._queue_log.store.relayed(sent, published=True)
             self._queue_log.store.relayed(left, published=False)
         except StoreError as error:
-            # Relayed once more, which the claim absorbs; or when the right to publish them has run out.
-            logger.warning("what became of %d committed messages is not noted: %s", len(sent) + len(left), error)
+            # The sent ones are relayed again, which the claim absorbs; the others once `PUBLISH_WITHIN` is over.
+            logger.warning(
+                "could not note which of %d committed messages were published: %s", len(sent) + len(left), error
+            )
 
     @cached_property
     def _connection(self) -> Connection:
-        """To the app's broker, but with an end to the patience; never opened itself."""
+        """A connection to the app's broker with limited waits; it is never opened itself."""
         app = self._queue_log.app
         timeouts = _TIMEOUTS.get(app.connection_for_write().transport.driver_name, {})
         return app.connection_for_write(transport_options={**timeouts, **(app.conf.broker_transport_options or {})})
 
 
 def _hand_over(messages: Sequence[Outgoing], producer: Producer, sent: list[MessageKey]) -> None:
-    """Hand some messages to the broker, in one round trip where kombu has that (5.7, Redis), and add those that it has to ``sent``."""
+    """Hand messages to the broker, in one round trip if kombu can (5.7, Redis); add those that the broker took to ``sent``."""
     if len(messages) > 1 and getattr(producer, "supports_batch_publish", False):
         began = time.monotonic()
         try:
-            # More commands than it can come to, so that nothing goes out on the way.
+            # A limit that is never reached, so that nothing is sent before the end.
             with producer.batch(max_size=10 * len(messages)):
                 for message in messages:
                     message.publish(producer)
         except Exception as error:
-            if time.monotonic() - began >= ANSWER:  # it says nothing, and would say nothing to each of them
+            if time.monotonic() - began >= ANSWER:  # a silent broker would not answer single messages either
                 raise
-            # kombu does not mend a connection that broke in the meantime, and nobody can tell what got through. Copies are absorbed; and what
-            # else it may have been shows again, with the message that it is about.
-            logger.info("%d messages are published one by one: %r", len(messages), error)
+            # In a batch, kombu does not reconnect a broken connection, and does not say which messages got through. So publish each on
+            # its own: claims absorb the copies, and any other error shows again, with its message.
+            logger.info("publishing %d messages one by one: %r", len(messages), error)
         else:
             sent.extend(message.key for message in messages)
             return

@@ -1,6 +1,6 @@
-"""Publish messages whose rows are there: by a call's arguments, or from the row itself.
+"""Publish messages that have a row: by a call's arguments, or from the row itself.
 
-Nothing here decides whether to publish: the publisher, the relay and the rescue do.
+The publisher, the relay and the rescue decide whether to publish.
 """
 
 from __future__ import annotations
@@ -43,23 +43,23 @@ def publish(
     headers: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> AsyncResult[Any]:
-    """Publish a message whose row is there, for whoever waits for its result elsewhere or later.
+    """Publish a message that has a row. Do not subscribe to its result: the caller does not wait for it here.
 
     Args:
         task: The task.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
-        header: What its header says.
+        header: Its header.
         due_in: Seconds until it may run; ``None`` or less than 0 for at once.
-        ignore_result: What its header says to its worker.
+        ignore_result: Whether its worker is to ignore the result.
         headers: Its other headers.
-        **options: Of ``apply_async``.
+        **options: Options of ``apply_async``.
     """
     if due_in is not None and due_in > 0:
-        # To quorum queues Celery publishes whole seconds only, and raises ValueError for less than one.
+        # To quorum queues, Celery publishes whole seconds only, and raises ValueError for less than one.
         options["countdown"] = max(due_in, 1.0)
-    # Celery listens for the result of what it publishes, which nobody waits for here and now, and which would cost a subscription
-    # each, and much patience while the result backend is down. Told to ignore it, it does not.
+    # Celery subscribes to the result of each message that it publishes, which blocks for long while the result backend is down.
+    # With `ignore_result` as an option it does not; the header tells the worker the real value.
     headers = {**(headers or {}), "ignore_result": ignore_result}
     return task.publish(
         args,
@@ -76,7 +76,7 @@ def publish(
 
 
 def own_tasks(queue_log: QueueLog) -> list[str]:
-    """Return the guarded tasks of this app: what others have in the same store, their own workers recover."""
+    """Return the guarded tasks of this app. Rows of other apps in the same store are recovered by their own workers."""
     return [name for name, task in queue_log.app.tasks.items() if is_guarded(task)]
 
 
@@ -90,11 +90,11 @@ def is_ours(queue_log: QueueLog, row: Row) -> bool:
 
 
 def republish(queue_log: QueueLog, row: Row) -> bool:
-    """Publish a row's message, if nobody else does just now. Returns whether it was published.
+    """Publish a row's message, unless another process is publishing it. Return whether it was published.
 
     Raises:
-        StoreError: The store gave no answer, or its schema is not of this version.
-        kombu.exceptions.OperationalError: The broker takes none.
+        StoreError: The store did not answer, or its schema has another version.
+        kombu.exceptions.OperationalError: The broker does not take messages.
 
     Atomicity: of N concurrent callers one publishes (compare and set of ``published_at``).
     """
@@ -111,10 +111,10 @@ def republish(queue_log: QueueLog, row: Row) -> bool:
 
 
 def hand_over(queue_log: QueueLog, row: Row, publish: Callable[[], object]) -> bool:
-    """Hand a row's message to the broker. Returns whether that could be done with this one.
+    """Hand a row's message to the broker. Return whether this message could be published.
 
     Raises:
-        kombu.exceptions.OperationalError: The broker takes none.
+        kombu.exceptions.OperationalError: The broker does not take messages.
     """
     name = str(row.key)
     try:
@@ -136,14 +136,14 @@ def hand_over(queue_log: QueueLog, row: Row, publish: Callable[[], object]) -> b
 
 
 def publication(queue_log: QueueLog, row: Row) -> Callable[[], object] | None:
-    """How to publish a row's message; ``None`` when it cannot be, which ends a message without an owner."""
+    """Return a function that publishes a row's message; ``None`` if that is impossible, which ends a message without an owner."""
     task = queue_log.app.tasks[row.key.task_name]
     if row.forbidden:
         if queue_log.store.abandon(row, error=row.error or ABANDONED, unique_for=task.idempotency.unique_for):
             _emit(queue_log, OutcomeKind.CANCELLED, row, reason_of(row.error or ABANDONED))
         return None
     if row.message is None:
-        # Not listed, as it may be large: it is read when its turn has come.
+        # Lists of rows leave out large messages: read this one when it is published.
         return partial(_publish_whole, queue_log, row)
     return _publication_of(queue_log, row, row)
 
@@ -152,7 +152,7 @@ def _publish_whole(queue_log: QueueLog, row: Row) -> None:
     whole = queue_log.store.find(row.key)
     publish = None if whole is None else _publication_of(queue_log, row, whole)
     if publish is None:
-        raise UndecodableError("it was left as it is")
+        raise UndecodableError("the row is gone, or its message cannot be published")
     publish()
 
 
@@ -170,19 +170,19 @@ def _publication_of(queue_log: QueueLog, row: Row, whole: Row) -> Callable[[], o
     if options.get("exchange_type") == FANOUT and (row.published_at or row.key.message_id != options["message_id"]):
         _end_broadcast(queue_log, task, row, options["message_id"])
         return None
-    # A copy's own row is known by its task id; the message in it says which message it is a copy of.
+    # The key of a copy's own row is its task id; the message in the row has the id of the original message.
     message_id = options.get("message_id") or row.key.message_id
     key = MessageKey(message_id, row.key.task_name)
-    # Behind a copy's retry a row has the copy's message: what waits on it waits under the copy's own Celery id.
+    # After a copy's retry, the row holds the copy's message, whose caller waits under the copy's own Celery id.
     task_id = options.get("task_id") or row.task_id
-    # A retry says itself whose calls it makes.
+    # The header of a retry has the original task id, by which the body's calls are identified.
     sent = Header.delivered(key, task_id, options.get("headers")) or Header.new(key, task_id)
     header = replace(sent, fingerprint=row.fingerprint, holds=0, trace=trace_of(row.message))
     if key != row.key:
         header = replace(header, copied=True, call=None if row.key.message_id == task_id else row.key.message_id)
     elif header.original_task_id is None and task_id != row.task_id:
         header = replace(header, original_task_id=row.task_id)
-    # What the row knows better, and what was true of one delivery only.
+    # Options that the row knows better, and those of a single delivery.
     replaced: tuple[str, ...] = (
         "eta",
         "task_id",
@@ -197,7 +197,8 @@ def _publication_of(queue_log: QueueLog, row: Row, whole: Row) -> Callable[[], o
     kept = {name: value for name, value in options.items() if name not in replaced}
     expires = kept.get("expires")
     if expires is not None and queue_log.app.conf.task_protocol != 1:
-        # As a header only. By the option RabbitMQ would drop the expired message, and its row would wait for ever; a worker ends both.
+        # As a header only. With the option, RabbitMQ would drop the expired message, and its row would wait for ever. With the header, a
+        # worker ends both.
         del kept["expires"]
         moment = expires if isinstance(expires, str) else expires.isoformat()
         kept["headers"] = {**(kept.get("headers") or {}), "expires": moment}
@@ -215,7 +216,7 @@ def _publication_of(queue_log: QueueLog, row: Row, whole: Row) -> Callable[[], o
 
 
 def _end_broadcast(queue_log: QueueLog, task: Guarded, row: Row, message_id: str) -> None:
-    """End what went to each worker, since nobody else is to get it again: the producer's row, or that of a worker that died."""
+    """End the row of a broadcast message, which must not be published again: the producer's row, or that of a worker that died."""
     unique_for = task.idempotency.unique_for
     if row.status is Status.PROCESSING:
         ended = queue_log.store.abandon(row, error=ABANDONED, unique_for=unique_for)
@@ -223,7 +224,7 @@ def _end_broadcast(queue_log: QueueLog, task: Guarded, row: Row, message_id: str
         end_broadcast(task, NewMessage(row.key, row.task_id))
         ended = False
     elif row.attempt == 0:
-        ended = False  # given back to the broker, which has it
+        ended = False  # it was given back to the broker, which still has it
     else:
         error = f"{ABANDONED}; a retry to a fanout exchange is not published again"
         ended = queue_log.store.cancel(row.key, task_id=row.task_id, error=error, unique_for=unique_for)
@@ -232,12 +233,12 @@ def _end_broadcast(queue_log: QueueLog, task: Guarded, row: Row, message_id: str
 
 
 def _emit(queue_log: QueueLog, kind: OutcomeKind, row: Row, reason: str) -> None:
-    """Tell the app's hooks, if it has any, what became of a row."""
+    """Report an outcome of a row to the app's hooks."""
     queue_log.outcomes.emit(
         kind, row.key, row=row, task_id=row.task_id, queue=row.queue, attempt=row.attempt, reason=reason
     )
 
 
 def _whole(queue_log: QueueLog, row: Row) -> Row:
-    """Return a row with its message, which is not listed if it is large."""
+    """Return a row with its message, which lists of rows leave out if it is large."""
     return row if row.message is not None else queue_log.store.find(row.key) or row

@@ -1,7 +1,7 @@
-"""The relay: publish what was committed and never handed to the broker, in the order in which it was recorded.
+"""The relay: publish messages that were committed and never handed to the broker, in the order of their recording.
 
-A process that commits publishes right then (:mod:`celery_idempotent.producer.publisher`). What it could not publish, and what it left
-when it died, is relayed: by itself before its next messages, by a worker's recovery, or by ``idempotent recover``.
+A process that commits publishes at once (:mod:`celery_idempotent.producer.publisher`). Messages that it could not publish, or left
+when it died, are relayed: by the process itself before its next messages, by a worker's recovery, or by ``idempotent recover``.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 __all__ = ["RELAY_LEASE", "Relayed", "relay"]
 
-#: Seconds for which a relay keeps others from publishing what it publishes; it ends a batch in half of that.
+#: Seconds for which a relay leases a batch of messages; it stops publishing the batch after half of that.
 RELAY_LEASE = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class Relayed:
-    """What a relay did.
+    """The result of a relay.
 
     Attributes:
         published: How many messages it published.
-        in_flight: Seconds for which the rest is being published by others; 0 when there is no rest.
+        in_flight: Seconds for which others may be publishing the rest; 0 if nothing is left.
     """
 
     published: int
@@ -39,24 +39,23 @@ class Relayed:
 
 
 def relay(queue_log: QueueLog, *, at_most: float = BATCH, stopped: Callable[[], bool] = lambda: False) -> Relayed:
-    """Publish what was committed and never handed to the broker, in the order in which it was recorded.
+    """Publish messages that were committed and never handed to the broker, in the order of their recording.
 
-    One relay at a time publishes, by a lease on the oldest row, or the order would be lost; it leaves alone what its recorder is
-    publishing, and all that comes behind that. A relay that dies in the midst has its messages published again, which their
-    claims absorb.
+    To keep the order, one relay at a time publishes, by a lease on the oldest row. It skips rows that their recorder is still
+    publishing, and all later ones. If a relay dies, the next one publishes its batch again; claims absorb the copies.
 
     Args:
         queue_log: The queue log; its app publishes.
-        at_most: Messages, or some more.
-        stopped: Asked after each batch whether the rest is to be left.
+        at_most: How many messages to publish; the last batch may exceed it.
+        stopped: Called after each batch; stop if it returns true.
 
     Raises:
-        StoreError: The store gave no answer, or its schema is not of this version.
+        StoreError: The store did not answer, or its schema has another version.
         kombu.exceptions.OperationalError: The broker did not take a message; its row waits for the next relay.
     """
     published, left, tasks = 0, set[MessageKey](), own_tasks(queue_log)
     while published < at_most and not stopped():
-        # Read past what cannot be published, lest it keeps all others from being relayed.
+        # Read past rows that cannot be published, so that they do not block the others.
         limit = BATCH + 2 * len(left)
         with no_fork():
             rows = queue_log.store.unsent(limit=limit, tasks=tasks)
@@ -77,13 +76,13 @@ def relay(queue_log: QueueLog, *, at_most: float = BATCH, stopped: Callable[[], 
             return Relayed(published, head.lease_left)
         with no_fork():
             taken = queue_log.store.relay(head, lease=RELAY_LEASE)
-        if taken:  # or somebody else was first: look who it is
+        if taken:  # otherwise another relay was first; read again
             published += _relay(queue_log, ours, left)
     return Relayed(published)
 
 
 def _relay(queue_log: QueueLog, ours: list[tuple[Row, Callable[[], object]]], left: set[MessageKey]) -> int:
-    """Publish rows in their order, the first of which is taken; how many were. Those that cannot be are among the ``left`` then."""
+    """Publish rows in order, with the lease on the first; return how many were published. Add those that cannot be to ``left``."""
     deadline = time.monotonic() + RELAY_LEASE / 2
     head = ours[0][0].key
     done: list[MessageKey] = []

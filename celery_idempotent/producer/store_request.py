@@ -1,4 +1,4 @@
-"""What one call asks its store, and what is known of the answer."""
+"""Ask the store for one call, with retries, and remember whether an outcome is unknown."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ T = TypeVar("T")
 
 
 class StoreRequest:
-    """Asks the store on behalf of one call, again where the app's policy says so.
+    """Ask the store for one call; repeat by the call's or the app's retry policy.
 
     Args:
         task: The task that is called.
-        options: The call's own ``retry`` and ``retry_policy`` come before the app's.
+        options: The options of the call; its ``retry`` and ``retry_policy`` override the app's.
 
     Attributes:
-        outcome_unknown: Whether a request got no answer, so that what it wrote may stand, or may yet.
+        outcome_unknown: Whether a request got no answer, so that its write may have happened, or may yet happen.
     """
 
     def __init__(self, task: Guarded, options: Mapping[str, Any]) -> None:
@@ -31,10 +31,10 @@ class StoreRequest:
         self.outcome_unknown = False
 
     def ask(self, ask: Callable[[], T]) -> T:
-        """Ask, and repeat as a publication is repeated when the broker is down.
+        """Ask the store; repeat as Celery repeats a publication while the broker is down.
 
         Raises:
-            StoreUnavailableError: The last attempt's; ``unsent`` is true of the whole call.
+            StoreUnavailableError: From the last attempt; ``unsent`` covers all attempts of the call.
         """
 
         def note_silence() -> T:

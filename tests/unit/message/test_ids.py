@@ -299,7 +299,7 @@ def test_the_bodies_of_celery_tasks() -> None:
 
 
 def test_a_body_without_a_signature_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match=r"the parameters of dict cannot be told .* written in Python"):
+    with pytest.raises(ConfigurationError, match=r"cannot read the parameters of dict .* written in Python"):
         CallSignature(dict)
 
 
@@ -442,7 +442,7 @@ def test_format_string(template: str, run: Callable[..., Any], each: Call, expec
         ("order:{0}", ["positional field, {0}", "name the parameter", "{order_id}"]),
         ("order:{0.id}", ["positional field, {0}"]),
         ("{amount:{}}", ["positional field, {}"]),
-        ("nightly", ["names no argument of charge", "every call would be one message", "{order_id}", "callable"]),
+        ("nightly", ["names no argument of charge", "all calls would be one message", "{order_id}", "callable"]),
         ("", ["names no argument of charge"]),
         ("{{order_id}}", ["names no argument of charge"]),
         ("order:{order_id", ["is not a format string"]),
@@ -482,8 +482,8 @@ def test_any_name_may_be_among_keywords() -> None:
         ("{order_id[3]}", call([1]), ["{order_id[3]} is not in the arguments", "IndexError"]),
         ("{order_id[id]}", call("text"), ["{order_id[id]} is not in the arguments", "TypeError"]),
         ("{order_id:d}", call("o-1"), ["message_id='{order_id:d}'", "format code 'd'"]),
-        ("{order_id}", call({"b", "a"}), ["order_id, of type set", "not the same in every process", "by_arguments"]),
-        ("{order_id}", call(Opaque()), ["order_id, of type Opaque", "not the same in every process"]),
+        ("{order_id}", call({"b", "a"}), ["order_id, of type set", "differs between processes", "by_arguments"]),
+        ("{order_id}", call(Opaque()), ["order_id, of type Opaque", "differs between processes"]),
         ("{amount:>{currency}}", call("o-1", 5, currency=10**9), ["1000000000", "255 bytes", "smaller width"]),
         ("{amount:>{currency}}", call("o-1", 5, currency="٩" * 9), ["255 bytes", "smaller width"]),
         ("{amount:.2f}", call("o-1", Decimal("1E+999999")), ["more digits than the 255 bytes"]),
@@ -645,7 +645,7 @@ def test_a_callable_is_called_as_the_task_is() -> None:
 )
 def test_a_callable_that_takes_no_call_of_the_body_is_refused(option: Any, takes: str) -> None:
     text = refusal(option, charge)
-    assert f"of charge takes {takes}, and is called as charge is, with (order_id, amount=0, *, currency='EUR')" in text
+    assert f"of charge takes {takes}, but is called like charge, with (order_id, amount=0, *, currency='EUR')" in text
 
 
 @pytest.mark.parametrize(
