@@ -1,7 +1,7 @@
-"""The guard around a task's class. It is put there when the task is bound to an app, before the class is used.
+"""Put the guard around a task's class when the task is bound to an app, before the class is used.
 
-A worker calls what it would call of a plain task with the same bases, in the same order; the guard comes before all of that. So it does
-not matter where a mixin stands among the bases, or whether its ``__call__`` and ``before_start`` call ``super()``. A class that cannot
+A worker calls the same methods as for a plain task with the same bases, in the same order, and the guard runs before all of them. So the
+place of a mixin among the bases does not matter, nor whether its ``__call__`` and ``before_start`` call ``super()``. A class that cannot
 be guarded is refused.
 """
 
@@ -33,10 +33,10 @@ __all__ = ["REQUEST", "guard", "passes_the_guard"]
 
 logger = logging.getLogger("celery_idempotent")
 
-#: The worker's side of a request, by its path: a process that only sends does not import it.
+#: The path of the worker's request class; processes that only send do not import it.
 REQUEST = "celery_idempotent.worker.request:IdempotentRequest"
 
-#: What marks a function that the guard comes before. Tools that wrap one (``functools.wraps``) keep the mark.
+#: The attribute of a guarded function. Tools that wrap it by ``functools.wraps`` keep it.
 _MARK = "idempotent_guard"
 
 
@@ -44,7 +44,7 @@ def guard(cls: type[Task]) -> None:
     """Put the guard before a class's hooks, unless it is there already.
 
     Raises:
-        ConfigurationError: The class cannot be guarded; the text says why, and what to do.
+        ConfigurationError: The class cannot be guarded; the text says why and what to do.
     """
     _refuse_strategy(cls)
     if not passes_the_guard(cls, "__call__"):
@@ -56,7 +56,7 @@ def guard(cls: type[Task]) -> None:
 
 
 def passes_the_guard(cls: type, name: str) -> bool:
-    """Return whether the guard comes before a class's ``__call__`` or ``before_start``."""
+    """Return whether the guard runs before a class's ``__call__`` or ``before_start``."""
     return hasattr(getattr(cls, name), _MARK)
 
 
@@ -70,19 +70,20 @@ def _put_before(cls: type, name: str, guarded: Callable[[Callable[..., Any]], Ca
 
 
 def _guarded_start(start: Callable[..., None]) -> Callable[..., None]:
-    """``before_start``, after the decision on the delivered message: a duplicate comes no further."""
+    """Decide on the delivered message before ``before_start``, which duplicates do not reach."""
 
     @wraps(start)
     def before_start(self: Guarded, *args: Any, **kwargs: Any) -> None:
         cls = type(self)
         if not passes_the_guard(cls, "__call__"):
             logger.warning(
-                "something replaced %s.__call__ after the task was bound; the guard goes before it again", cls.__name__
+                "something replaced %s.__call__ after the task was bound; the guard is put before it again",
+                cls.__name__,
             )
             _put_before(cls, "__call__", _guarded_call)
         request = self.request_stack.top
         if Run.of(request) is None:
-            if request.id is None:  # who traces it has named it to the hooks only
+            if request.id is None:  # the caller passed the id to the hooks only
                 request.id = args[0] if args else kwargs.get("task_id")
             admit(self, request)
         start(self, *args, **kwargs)
@@ -91,7 +92,7 @@ def _guarded_start(start: Callable[..., None]) -> Callable[..., None]:
 
 
 def _guarded_call(call: Callable[..., Any]) -> Callable[..., Any]:
-    """``__call__``, guarded in a traced run. A direct call runs unguarded, and so does one that the body makes."""
+    """Guard ``__call__`` in a traced run. Direct calls, also those from the body, run unguarded."""
 
     @wraps(call)
     def __call__(self: Guarded, *args: Any, **kwargs: Any) -> Any:  # noqa: N807 - it is one
@@ -101,8 +102,8 @@ def _guarded_call(call: Callable[..., Any]) -> Callable[..., Any]:
         run = Run.of(request) or admit(self, request)  # if something kept Celery from calling before_start
         if run.passage is not Passage.OUTSIDE:
             return call(self, *args, **kwargs)
-        # A worker makes Celery's own `__call__` run the body under the delivery's request; an eager run does not, and an atomic body
-        # may run several times. Our `push_request` covers them all, so switch the worker's way off.
+        # A worker makes Celery's own `__call__` push the delivery's request. An eager run does not, and an atomic body may run several
+        # times. Our `push_request` covers all cases, so switch Celery's off.
         request._protected = 1  # noqa: SLF001
 
         def body() -> Any:
@@ -119,33 +120,33 @@ def _guarded_call(call: Callable[..., Any]) -> Callable[..., Any]:
     return __call__
 
 
-# -- bodies that nobody awaits -----------------------------------------------------------------------------------------
+# -- bodies that are not awaited ---------------------------------------------------------------------------------------
 
 
 def _refuse_unawaited(cls: type[Task]) -> None:
-    """Refuse a body that Celery calls without running it, unless a ``__call__`` of the task's own may run it."""
+    """Refuse a body that Celery would call without running it, unless the task's own ``__call__`` may run it."""
     calls = [vars(owner)["__call__"] for owner in cls.__mro__[: cls.__mro__.index(Task)] if "__call__" in vars(owner)]
     runs = next((call for call in calls if not hasattr(call, _MARK)), cls.run)
     name = getattr(runs, "__name__", "run")
     if inspect.iscoroutinefunction(runs) or inspect.isasyncgenfunction(runs):
         raise ConfigurationError(
-            f"task {cls.name}: `async def {name}` is called by Celery but never awaited: make it a `def` that calls asyncio.run(), or give "
+            f"task {cls.name}: Celery calls `async def {name}` but never awaits it: make it a `def` that calls asyncio.run(), or give "
             f"the task a `def __call__` that awaits self.run()"
         )
     if inspect.isgeneratorfunction(runs):
         raise ConfigurationError(
-            f"task {cls.name}: {name}() is a generator, which Celery calls but never runs: return a value instead of `yield`"
+            f"task {cls.name}: {name}() is a generator, which Celery calls but never runs: return a value instead of using `yield`"
         )
 
 
 def _awaited(task: Guarded, value: Any) -> Any:
-    """Return what a body returned, unless it still has to be awaited."""
+    """Return a body's result; raise if it still has to be awaited."""
     if not (inspect.isawaitable(value) or inspect.isasyncgen(value)):
         return value
     if inspect.iscoroutine(value):
         value.close()
     raise ConfigurationError(
-        f"task {task.name} returned a {type(value).__name__} that nobody awaits: await it in the body, for instance by asyncio.run()"
+        f"task {task.name} returned a {type(value).__name__}, which Celery does not await: await it in the body, for instance by asyncio.run()"
     )
 
 
@@ -157,13 +158,13 @@ def _refuse_strategy(cls: type[Task]) -> None:
     if strategy != Task.Strategy:
         owner = next(owner for owner in cls.__mro__ if "Strategy" in vars(owner))
         raise ConfigurationError(
-            f"task {cls.name}: {owner.__name__} replaces Celery's Strategy, which runs messages past the guard: drop IdempotentTask or "
+            f"task {cls.name}: {owner.__name__} replaces Celery's Strategy, so its messages would bypass the guard: remove IdempotentTask or "
             f"{owner.__name__} from the bases of the task"
         )
 
 
 def _combine_request(cls: type[Task]) -> None:
-    """Let a ``Request`` of the user's own keep its place, whatever the order of the bases, and ours come before it."""
+    """Combine the user's own ``Request`` class with ours, which comes first, whatever the order of the task's bases."""
     given = (vars(owner)["Request"] for owner in cls.__mro__ if "Request" in vars(owner))
     theirs = next((request for request in given if request not in (REQUEST, Task.Request)), None)
     if isinstance(theirs, str):
@@ -171,11 +172,11 @@ def _combine_request(cls: type[Task]) -> None:
     elif isinstance(theirs, type):
         cls.Request = _combined(theirs)
     elif theirs is not None and not isinstance(theirs, _NamedRequest):
-        raise ConfigurationError(f"task {cls.name}: Request is {theirs!r}; give it a class, or the path of one")
+        raise ConfigurationError(f"task {cls.name}: Request is {theirs!r}: give a class, or the path of one")
 
 
 class _NamedRequest:
-    """A ``Request`` that is given by its path: imported when a worker asks for it, and combined with ours."""
+    """A ``Request`` given by its path. It is imported and combined with ours when a worker first uses it."""
 
     def __init__(self, path: str) -> None:
         self._path = path

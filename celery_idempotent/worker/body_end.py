@@ -1,4 +1,4 @@
-"""How a body ended, as a value: read here from what it returned, what it raised, or what Celery saw of it; written by ``Run.end``."""
+"""How a body ended, as a value: made here from its return value, its exception or the state in Celery; written by ``Run.end``."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Completed:
-    """It returned.
+    """The body returned.
 
     Attributes:
-        value: What.
-        dispatched: Whether Celery has sent callbacks and result already.
+        value: The return value.
+        dispatched: Whether Celery has already sent callbacks and result.
     """
 
     value: Any
@@ -39,26 +39,26 @@ class Completed:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """It raised an error, or rejected its message for good. The error is a text, for the row."""
+    """The body raised an error, or rejected its message for good. The error is a text, for the row."""
 
     error: str
 
 
 @dataclass(frozen=True, slots=True)
 class Retried:
-    """It asked for another attempt that nobody has handed the row on to: eagerly, or by an exception raised by hand."""
+    """The body asked for another attempt, but the row was not handed on: in an eager run, or by raising ``Retry`` itself."""
 
     retry: Retry
 
 
 @dataclass(frozen=True, slots=True)
 class Released:
-    """It gave its message back to the broker: ``Reject(requeue=True)``."""
+    """The body gave its message back to the broker: ``Reject(requeue=True)``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ignored:
-    """It has no result of its own. The row says why."""
+    """The body has no result of its own; the row records why."""
 
     note: NoResultReason
 
@@ -68,7 +68,7 @@ BodyEnd = Completed | Failed | Retried | Released | Ignored
 
 def end_by_value(value: Any, *, eager: bool) -> BodyEnd:
     """Return the end of a body that returned a value."""
-    # `return self.retry(throw=False)`: a worker's has handed the row on by then.
+    # `return self.retry(throw=False)`: in a worker, it has already handed the row on.
     if eager and isinstance(value, Retry) and value.sig is not None:
         return Retried(value)
     return Completed(value)
@@ -78,8 +78,8 @@ def end_by_error(error: BaseException, *, replacing: bool, rejections: int) -> B
     """Return the end of a body that raised.
 
     Args:
-        error: What.
-        replacing: Whether it was about to replace itself.
+        error: The exception.
+        replacing: Whether it was replacing itself.
         rejections: How often its message was rejected before.
     """
     if isinstance(error, Retry):
@@ -92,12 +92,12 @@ def end_by_error(error: BaseException, *, replacing: bool, rejections: int) -> B
 
 
 def end_as_seen(state: str, outcome: Any, *, replacing: bool, rejections: int) -> BodyEnd:
-    """Return the end of a body that ran past the guard, by the state that Celery gave it.
+    """Return the end of a body that bypassed the guard, by its state in Celery.
 
     Args:
-        state: Celery's.
+        state: Celery's state.
         outcome: The return value, or the exception.
-        replacing: Whether the body was about to replace itself.
+        replacing: Whether the body was replacing itself.
         rejections: How often its message was rejected before.
     """
     match state:

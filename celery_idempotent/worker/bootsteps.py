@@ -1,4 +1,4 @@
-"""The steps of a worker: a check before it starts, and recovery while it runs."""
+"""The worker's bootsteps: a check before it starts, and recovery while it runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ logger = logging.getLogger("celery_idempotent")
 
 
 class CheckStep(Step):  # type: ignore[misc]
-    """Keeps a worker from starting that could not guard its tasks: every message it took would be delayed or fail.
+    """Stop a worker from starting if it could not guard its tasks. Otherwise every message that it takes would be delayed or fail.
 
     Raises:
         ConfigurationError: A setting or a task's option is not valid, or the worker's pool is eventlet's.
@@ -51,13 +51,13 @@ class CheckStep(Step):  # type: ignore[misc]
     def _check(self, parent: Any) -> None:
         from celery_idempotent.worker import control  # noqa: F401 - makes its command known
 
-        # Database drivers wait by `select.poll`, which eventlet takes away.
+        # Database drivers need `select.poll`, which eventlet removes.
         if parent.pool_cls.__module__ == "celery.concurrency.eventlet":
             raise ConfigurationError(
                 "celery-idempotent does not run in the eventlet pool; start the worker with --pool=gevent or --pool=threads"
             )
         queue_log = QueueLog.of(parent.app)
-        _ = queue_log.outcomes  # a hook that cannot be had
+        _ = queue_log.outcomes  # raises for a hook that cannot be imported
         for task in parent.app.tasks.values():
             if is_guarded(task) and task.idempotency.atomic:
                 transactional(queue_log.store)
@@ -67,14 +67,14 @@ class CheckStep(Step):  # type: ignore[misc]
             raise
         except StoreUnavailableError as error:
             logger.warning("the worker starts although the store gives no answer: %s", error)
-        # The pool is about to fork, and no connection may cross that.
+        # The pool is about to fork, and no connection may be shared with its children.
         queue_log.close()
 
 
 class RecoveryStep(StartStopStep):  # type: ignore[misc]
-    """Recovers every ``idempotent_recovery_interval`` seconds while the worker runs.
+    """Run recovery about every ``idempotent_recovery_interval`` seconds while the worker runs.
 
-    The step ends when the worker begins to stop; leases of bodies that still run are not its business but the renewal's.
+    The step ends when the worker begins to stop. Leases of bodies that still run are kept by the lease renewal.
     """
 
     name = "idempotent-recovery"
@@ -85,25 +85,25 @@ class RecoveryStep(StartStopStep):  # type: ignore[misc]
         self._stopped = threading.Event()
 
     def include_if(self, parent: Any) -> bool:
-        """Not in a worker whose interval is 0."""
+        """Leave the step out if the interval is 0."""
         return QueueLog.of(parent.app).settings.recovery_interval > 0
 
     def start(self, parent: Any) -> None:
-        """Begin."""
+        """Start the thread."""
         self._stopped.clear()
         threading.Thread(target=self._run, args=(QueueLog.of(parent.app),), name=self.name, daemon=True).start()
 
     def stop(self, parent: Any) -> None:  # noqa: ARG002 - Celery's signature
-        """End after the step that may be under way."""
+        """Stop after the current pass, if one is running."""
         self._stopped.set()
 
     terminate = stop
 
     def _run(self, queue_log: QueueLog) -> None:
         interval = queue_log.settings.recovery_interval
-        # Workers that were started together spread over the interval, and stay spread.
+        # Random pauses keep workers apart that were started together.
         while not self._stopped.wait(interval * random.uniform(0.5, 1.5)):  # noqa: S311 - keeps no secret
             try:
                 Recovery(queue_log).run_pass()
-            except Exception as error:  # noqa: BLE001 - whatever it is, the next step is to come
-                logger.warning("recovery could not finish its step, the next one goes on: %r", error)
+            except Exception as error:  # noqa: BLE001 - the next pass must come, whatever the error
+                logger.warning("a recovery pass failed; the next one continues: %r", error)

@@ -1,4 +1,4 @@
-"""What Celery's series have in different places, or not at all: read from 5.5.3, 5.6.3 and 5.7.0."""
+"""Differences between Celery's series; read from 5.5.3, 5.6.3 and 5.7.0."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ __all__ = ["acknowledges_timeouts", "dated", "id_of_step", "ignores_result", "re
 
 
 def retries_lost_workers(task: Task) -> bool:
-    """Return whether Celery sends the next attempt of a task whose worker was lost. Before 5.7 it never does."""
+    """Return whether Celery sends the next attempt of a task whose worker was lost; never before 5.7."""
     return bool(getattr(task, "retry_on_worker_lost", False))
 
 
 def acknowledges_timeouts(task: Task) -> bool:
-    """Return whether a message with ``acks_late`` is acknowledged at its time limit. Before 5.7 one option is for failures as well."""
+    """Return whether a message with ``acks_late`` is acknowledged at its time limit. Before 5.7, failures have the same option."""
     try:
         return bool(task.acks_on_timeout)
     except AttributeError:
@@ -35,15 +35,15 @@ def ignores_result(task: Task, request: Context) -> bool:
     """Return whether Celery stores no result for a request."""
     try:
         from celery.app.trace import get_actual_ignore_result
-    except ImportError:  # before Celery 5.6, where a call could not ask for a result that its task ignores
+    except ImportError:  # before Celery 5.6, a call could not ask for a result that its task ignores
         return bool(task.ignore_result or request.ignore_result)
     return bool(get_actual_ignore_result(task, request))
 
 
 def dated(task: Task, options: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Options of ``apply_async`` with moments that Celery can publish.
+    """Return options of ``apply_async`` whose times Celery can publish.
 
-    A message that was published once has its moments as text. Before 5.7, the first protocol takes no text.
+    A message that was published once has its times as text, which Celery before 5.7 cannot publish by the first protocol.
     """
     texts = [name for name in ("eta", "expires") if isinstance(options.get(name), str)]
     if not texts or task.app.conf.task_protocol != 1:
@@ -52,20 +52,20 @@ def dated(task: Task, options: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def id_of_step(task_id: str) -> str:
-    """Tell the id of a call that an eager chain may be making.
+    """Return the id of a call that an eager chain may be making.
 
-    A chain that was frozen gives its own Celery id to every step that it applies. Only the function that does so knows which step it is
-    at; the step has an id of its own.
+    A frozen chain passes its own Celery id to every task that it applies, although each has an id of its own. Only the frame of the function
+    that applies them knows which task it is.
 
     Args:
         task_id: The Celery id that the call was given.
 
     Returns:
-        The id of the step; ``task_id`` if no chain makes the call.
+        The id of the chain's task; ``task_id`` if no chain makes the call.
     """
-    frame = sys._getframe(1)  # noqa: SLF001 - Celery passes nothing else that tells its steps apart
+    frame = sys._getframe(1)  # noqa: SLF001 - Celery passes nothing else that tells a chain's tasks apart
     while frame.f_code is not Signature.apply.__code__:
-        # A task may have an `apply` of its own, which calls `super()`.
+        # A task's own `apply` may call `super()`.
         if frame.f_code.co_name != "apply" or frame.f_back is None:
             return task_id
         frame = frame.f_back

@@ -1,8 +1,8 @@
-"""Whose turn it is to send a chord's body.
+"""Chords on the Redis result backend: who sends the body, and how often a part is counted.
 
-Since Celery 5.7 the Redis backend lets one worker at a time count the last part of a chord and send the body: that worker takes a
-claim, which runs out by itself should it die. Whoever stores a part meanwhile is told nothing, and the body is then sent by
-nobody. So a part whose owner died is stored again only when that claim is gone.
+Since Celery 5.7, the worker that counts the last part of a chord takes a claim and sends the body. If it dies, the claim expires by itself.
+A part that is stored while the claim exists changes nothing, so nobody would send the body. Therefore a part whose owner died is stored
+again only after the claim is gone.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 __all__ = ["add_part", "claimed_for"]
 
-#: What Celery leaves in the place of the claim once the body was sent.
+#: Celery's value in place of the claim after the body was sent.
 _SENT = b"done"
 
-#: Seconds after which a backend that gave no answer is asked again.
+#: Seconds until a backend that did not answer is asked again.
 _ASK_AGAIN = 1.0
 
 
-#: Counts a part of a chord, unless it was counted: a body that adds it may run again. Celery's own is a mere INCR.
+#: Count a part of a chord once, although the body that adds it may run again. Celery's own is a plain INCR.
 _ADD_PART = """
 if redis.call('SADD', KEYS[1], ARGV[1]) == 1 then
   redis.call('EXPIRE', KEYS[1], ARGV[2])
@@ -33,12 +33,12 @@ if redis.call('SADD', KEYS[1], ARGV[1]) == 1 then
 end
 """
 
-#: Seconds for which the parts are remembered that were added to a chord, where results are kept for ever.
+#: Seconds for which added parts are remembered, if results never expire.
 _REMEMBERED = 7 * 86400
 
 
 def add_part(backend: Backend, group: str, part: AsyncResult[Any]) -> None:
-    """Add a part to the size of a chord, once however often it is asked for.
+    """Add a part to the size of a chord; repeating this for the same part changes nothing.
 
     Args:
         backend: The result backend, which counts the parts.
@@ -48,7 +48,7 @@ def add_part(backend: Backend, group: str, part: AsyncResult[Any]) -> None:
     Raises:
         NotImplementedError: The backend has no such chords.
 
-    Atomicity: one script. ``.t`` is where Celery's Redis backend (5.5 to 5.7) keeps what was added to the size of a chord.
+    Atomicity: one script. In ``.t``, Celery's Redis backend (5.5 to 5.7) keeps the number of added parts.
     """
     if type(backend).add_to_chord.__module__ != "celery.backends.redis":
         backend.add_to_chord(group, part)
@@ -58,10 +58,10 @@ def add_part(backend: Backend, group: str, part: AsyncResult[Any]) -> None:
 
 
 def claimed_for(task: Guarded, request: Context) -> float:
-    """Seconds for which another worker may be about to send the body of a request's chord.
+    """Return the seconds for which another worker may still send the body of a request's chord.
 
     Returns:
-        0 when nobody is, when the request is no part of a chord, or when the result backend knows no such claim.
+        0 if no worker claims it, if the request is not part of a chord, or if the result backend has no such claims.
     """
     backend = task.backend
     if not (request.chord and request.group) or not hasattr(type(backend), "_chord_part_return_script"):

@@ -1,4 +1,4 @@
-"""What one delivery asks its store, and what is known of the answer."""
+"""Ask the store for a delivery's claim, and remember whether the outcome is unknown."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __all__ = ["ClaimAnswer", "ClaimRequest"]
 
 @dataclass(frozen=True, slots=True)
 class ClaimAnswer:
-    """What the store answered.
+    """The store's answer.
 
     Attributes:
-        answer: The claim, or the row that stands in its way.
-        at: When it was asked, by the monotonic clock.
-        seconds: How long it took.
-        outcome_unknown: Whether an earlier request of this delivery got no answer, so that what it wrote may stand.
-        worker: Under whose label.
+        answer: The claim, or the row that prevents it.
+        at: When the store was asked, by the monotonic clock.
+        seconds: How long the answer took.
+        outcome_unknown: Whether an earlier request of this delivery got no answer, so that its write may have happened.
+        worker: The label of the claimant.
     """
 
     answer: Claimed | NotClaimed
@@ -33,25 +33,25 @@ class ClaimAnswer:
     worker: str
 
     def is_own(self, row: Row) -> bool:
-        """Return whether a row in the way has the claim whose answer did not come: this process runs nothing else under its label."""
+        """Return whether the row has our own claim, whose answer was lost: this process runs nothing else under its label."""
         return self.outcome_unknown and row.status is Status.PROCESSING and row.worker == self.worker
 
     @property
     def granted(self) -> bool:
-        """Whether the delivery has the claim that it asked for, now or by an earlier request whose answer did not come."""
+        """Whether the delivery has its claim, by this request or an earlier one whose answer was lost."""
         if isinstance(self.answer, Claimed):
             return True
         return self.is_own(self.answer.row) and self.answer.row.lease_left > 0
 
 
 class ClaimRequest:
-    """Asks the store for one delivery's claim.
+    """Ask the store for one delivery's claim.
 
     Args:
         hostname: The worker's node name.
 
     Attributes:
-        outcome_unknown: Whether a claim of ours may stand, or may yet: the store was asked and its answer did not come.
+        outcome_unknown: Whether a request got no answer, so that a claim of ours may exist, or may yet be written.
     """
 
     def __init__(self, hostname: str | None) -> None:
@@ -62,7 +62,7 @@ class ClaimRequest:
         """Ask once.
 
         Raises:
-            StoreUnavailableError: There was no answer.
+            StoreUnavailableError: The store did not answer.
         """
         began = time.monotonic()
         answer = ask()
@@ -70,12 +70,12 @@ class ClaimRequest:
         return ClaimAnswer(answer, began, seconds, self.outcome_unknown, worker_label(self._hostname))
 
     def note_claim(self) -> None:
-        """Note that a claim stands: should a later request get no answer, it is to be found again."""
+        """Note that a claim exists, so that it is recognized as ours if a later request gets no answer."""
         self.outcome_unknown = True
 
     @contextmanager
     def noting_silence(self) -> Iterator[None]:
-        """Note of each request whether it may have reached a store that gave no answer."""
+        """Note whether a request without an answer may have reached the store."""
         try:
             yield
         except StoreUnavailableError as error:

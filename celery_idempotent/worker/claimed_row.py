@@ -1,7 +1,7 @@
-"""The row of a delivery, as the run that claims it sees it: how far the run has come, and the writes that its claim allows.
+"""The claimed row of a delivery: the run's state, and the writes that its claim allows.
 
-Each write is fenced by the claim's token, and waits for a store that gives no answer. One that finds the claim gone ends the run
-without a result, a callback or an acknowledged outcome of its own.
+Each write is fenced by the claim's token, and waits for a store that does not answer. If a write finds the claim gone, the run ends
+without a result, a callback or any other outcome of its own.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ logger = logging.getLogger("celery_idempotent")
 
 T = TypeVar("T")
 
-#: While a store is so, the end of a body waits for it. A table that is gone may be back after a restore, or after an ``init``.
+#: Errors during which a body's outcome waits for the store. A missing table may be back after a restore or an ``init``.
 _AWAY = (StoreUnavailableError, SchemaError)
 
 
 class ClaimedRow:
-    """What a run knows of its message's row, and writes to it."""
+    """The row of a run's message: what is known about it, and the writes to it."""
 
     def __init__(self, task: Guarded, request: Context, message: NewMessage) -> None:
         self.task = task
@@ -50,39 +50,39 @@ class ClaimedRow:
         self.request = request
         self.message = message
         self._state: RunState = Unguarded()
-        #: The transaction of an atomic body, while that runs.
+        #: The transaction of an atomic body, while the body runs.
         self.unit: UnitOfWork | None = None
-        #: What the store takes of the result, and of the next attempt's message.
+        #: Whether the store takes the result, or the next attempt's message.
         self.keeping = Keeping()
-        #: Seconds that the body took, once it has ended.
+        #: Seconds that the body took, after it has ended.
         self.ran: float | None = None
-        #: Make the full record of the message, should the store have forgotten it while its body ran.
+        #: Makes the full record of the message, in case the store forgets it while the body runs.
         self.adopt: Callable[[], NewMessage] | None = None
-        #: When the claim was asked for, by the monotonic clock: its lease does not run out before that much later.
+        #: When the claim was asked for, by the monotonic clock. Its lease runs from then at the earliest.
         self.asked = time.monotonic()
 
     def attach(self) -> None:
-        """Let the request carry this run, and keep its claim alive."""
+        """Attach this run to its request, and keep its lease alive."""
         setattr(self.request, RUN, self)
         if self.claim is not None:
             LeaseRenewer.of(self.queue_log).hold(self.claim, self.task.idempotency.lease, asked=self.asked)
 
     def detach(self) -> None:
-        """Let the claim go, since the run is over: nothing keeps it alive any more."""
+        """Stop renewing the lease, since the run is over."""
         self.adopt = None
         if self.claim is not None:
             LeaseRenewer.of(self.queue_log).let_go(self.claim)
 
     @property
     def state(self) -> RunState:
-        """How far the run has come."""
+        """The state of the run."""
         return self._state
 
     def move_to(self, state: RunState) -> None:
         """Take the next state. Nothing else sets one.
 
         Raises:
-            AssertionError: No run goes there, and these are our tests; elsewhere it is logged.
+            AssertionError: The transition is not in the table, in our tests; elsewhere it is logged.
         """
         check_transition(self._state, state, whose=self)
         self._state = state
@@ -99,7 +99,7 @@ class ClaimedRow:
 
     @property
     def on_store_error(self) -> Literal["retry", "run", "raise"]:
-        """What the app says; but an atomic body cannot run without the store, and waits for it."""
+        """The app's setting, but ``retry`` in place of ``run`` for an atomic body, which cannot run without the store."""
         policy = self.queue_log.settings.on_store_error
         return "retry" if policy == "run" and self.task.idempotency.atomic else policy
 
@@ -117,7 +117,7 @@ class ClaimedRow:
         store: float | None = None,
         delay: float | None = None,
     ) -> None:
-        """Tell the app's hooks, if it has any, what became of the delivery."""
+        """Report an outcome of the delivery to the app's hooks."""
         self.queue_log.outcomes.emit(
             kind,
             self.key,
@@ -145,16 +145,16 @@ class ClaimedRow:
         self._stop()
 
     def stop_if_lost(self) -> None:
-        """End a run whose claim is gone.
+        """End the run if its claim is gone.
 
         Raises:
-            Ignore: It is.
+            Ignore: The claim is gone.
         """
         if isinstance(self.state, Lost):
             self._stop()
 
     def _stop(self) -> NoReturn:
-        # Raised as LeaseLostError, it would be stored as this task's FAILURE over its new owner's result.
+        # A LeaseLostError would be stored as this task's FAILURE, over the new owner's result.
         error = LeaseLostError(self.key.message_id, self.held_claim.token)
         undone = "; what its body wrote in its transaction was rolled back" if self.task.idempotency.atomic else ""
         logger.error("%s: %s%s", self, error, undone)
@@ -168,14 +168,14 @@ class ClaimedRow:
 
     @property
     def held_claim(self) -> Claim:
-        """The claim, where there is one: only a claimed run writes."""
+        """The claim of a run that must have one, since it writes."""
         assert self.claim is not None, "only a claimed run writes"
         return self.claim
 
     def write(self, what: str, ask: Callable[[], T]) -> T:
         """Ask the store to write an outcome, however long it takes: see ``idempotent_on_store_error``."""
         if self.unit is not None:
-            # What is written beside an atomic body's transaction is written after it, and could not be on SQLite before.
+            # End the atomic body's transaction before writing outside of it. SQLite would lock the write out.
             self.unit.roll_back()
 
         def write() -> T:
@@ -184,7 +184,7 @@ class ClaimedRow:
         try:
             return write()
         except SoftTimeLimitExceeded:
-            # The signal struck while the outcome of a finished body was being written; the write may be repeated.
+            # The signal interrupted the write of a finished body's outcome. The write can be repeated.
             return write()
         except _AWAY as error:
             if self.on_store_error == "run":
@@ -194,17 +194,17 @@ class ClaimedRow:
 
     @property
     def waits(self) -> bool:
-        """Whether the store is waited for as long as it gives no answer."""
+        """Whether writes wait until the store answers."""
         return not self.request.is_eager and self.on_store_error == "retry"
 
     def write_end(self, what: str, ask: Callable[[], bool]) -> bool:
-        """Write an outcome; whether the claim still held, or could be had again."""
+        """Write an outcome; return whether the claim still held, or could be renewed after the store forgot the row."""
         return self.write(what, ask) or (self._claim_again() and self.write(what, ask))
 
     def _claim_again(self) -> bool:
-        """Claim a message anew that the store has forgotten: what has no row was not taken over either.
+        """Record and claim the message again if the store has forgotten it; without a row, nobody has taken it over.
 
-        A Redis that keeps nothing was restarted, or a database was restored, and the outcome of the body that ran must not be lost with it.
+        A Redis without persistence may have been restarted, or a database restored. The body's outcome must not be lost with the row.
         """
         adopt = self.adopt
         if adopt is None or self.write("read a message", lambda: self._store.find(self.key)) is not None:
@@ -222,7 +222,7 @@ class ClaimedRow:
         answer = self.write("claim a forgotten message", claim)
         if not isinstance(answer, records.Claimed):
             return False
-        logger.error("%s was forgotten by the store while its body ran, and is recorded again", self)
+        logger.error("the store forgot %s while its body ran; recorded it again", self)
         self.detach()
         assert isinstance(self.state, (Claimed, Checkpointed)), "only these have an outcome to write"
         self.move_to(replace(self.state, claim=answer.claim))
@@ -237,13 +237,13 @@ class ClaimedRow:
         write: Callable[[Store, bytes | None], bool],
         written: Callable[[], bool],
     ) -> bool:
-        """Write how a body ended well, together with what it wrote itself if it is an atomic one.
+        """Write the success of a body; for an atomic body, in its transaction, which is committed.
 
         Args:
-            what: For the log.
-            value: What the row is to keep, if the store takes it.
-            write: The verb.
-            written: Reads whether it was done.
+            what: The action, for the log.
+            value: The value that the row is to keep, if the store takes it.
+            write: Calls the store's verb.
+            written: Reads whether the write happened.
 
         Returns:
             Whether the claim still held.
@@ -272,7 +272,7 @@ class ClaimedRow:
                 if error in refused and unit.setback is not Setback.COLLIDED:
                     again = self.keeping.learn(error, kept, silent=again) or again
                 raise NotCommittedError(error, again=again) from error
-            logger.warning("%s was committed, although the answer was lost: %r", self, error)
+            logger.warning("%s was committed, although the answer to the commit was lost: %r", self, error)
             held = True
         else:
             if unit.in_doubt and not written():
@@ -282,28 +282,28 @@ class ClaimedRow:
         return held
 
     def publish(self, unit: UnitOfWork) -> None:
-        """Publish what the body has sent."""
+        """Publish the calls of the body."""
         try:
             unit.outbox.publish()
         except SoftTimeLimitExceeded:
-            # The signal struck between; the relay publishes what was not.
-            logger.warning("%s ran into its time limit behind its commit", self)
+            # The signal interrupted the publication; the relay publishes the rest.
+            logger.warning("%s ran into its time limit right after its commit", self)
 
     def _commit_succeeded(self, written: Callable[[], bool]) -> bool:
-        """Return whether a commit whose answer is lost did."""
-        # A server that has yet to notice may still commit: it has the row until then, and a write of ours waits for it. The lease is
-        # longer than any before (see `_before_another_run` in perform.py), so that it is a write.
+        """Return whether a commit succeeded whose answer was lost."""
+        # A server that has not noticed the lost connection may still commit. Until then it locks the row, so a write of ours waits
+        # for it. This lease is longer than any before (see `_before_another_run` in perform.py), so that the renewal does write.
         lease = self.task.idempotency.lease + 2 * (time.monotonic() - self.asked)
-        self.write("learn how a commit went", lambda: self._store.renew([self.held_claim], lease=lease))
+        self.write("find out whether a commit succeeded", lambda: self._store.renew([self.held_claim], lease=lease))
         return written()
 
     def has_succeeded(self) -> bool:
-        """Return whether the row says that our body has succeeded: nobody else can have written so under its token."""
+        """Return whether our body's success is in the row; only we can have written it under our token."""
         row = self.write("read a message", lambda: self._store.find(self.key))
         return row is not None and (row.token, row.processed_status) == (self.held_claim.token, ProcessedStatus.SUCCESS)
 
     def is_pending(self, attempt: int) -> bool:
-        """Return whether the row is where a write of ours put it whose answer was lost: pending, under our token."""
+        """Return whether the row is pending under our token, after a write whose answer was lost."""
         row = self.write("read a message", lambda: self._store.find(self.key))
         return row is not None and (row.status, row.token, row.attempt) == (
             Status.PENDING,

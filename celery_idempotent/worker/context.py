@@ -1,4 +1,4 @@
-"""What the code below a task may know of the message that is being run."""
+"""The message that is running, for the code that a task calls."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class CurrentMessage:
     """The message whose body runs.
 
     Attributes:
-        message_id: Its id. With the task name it is the same at every run of the message, so together they make an idempotency
+        message_id: Its id. Together with the task name it is the same in every run of the message, so both make an idempotency
             key for a service that takes one.
-        task_name: The task it belongs to.
+        task_name: The task that it belongs to.
         attempt: Celery's ``retries`` of this delivery; 0 for the first.
-        token: The fencing token: greater at each run of the message, so that a service that compares it can refuse an older
+        token: The fencing token. It is greater in each run of the message, so a service that compares tokens can refuse an older
             run. ``None`` in a run without a claim (``idempotent_on_store_error="run"``).
-        deadline: Until when the lease lasts at least, by this machine's clock, in UTC: until then nobody else takes the message
-            over. It moves on when the lease is renewed; ask again for the latest. ``None`` when the run does not hold the message.
+        deadline: When the lease ends at the earliest, by this machine's clock, in UTC. Until then no other worker takes the message
+            over. Each renewal moves it; call again for the latest. ``None`` if the run does not hold the message.
     """
 
     message_id: str
@@ -37,9 +37,9 @@ class CurrentMessage:
 
 
 def current_message() -> CurrentMessage | None:
-    """Return the message that is being run here and now, in this thread; ``None`` outside of a guarded task.
+    """Return the message that runs in this thread; ``None`` outside of a guarded task.
 
-    Inside of a task that is called as a function by a guarded one, it is the guarded one's.
+    If a guarded task calls another task as a function, both see the guarded task's message.
     """
     task = get_current_worker_task()
     run = None if task is None else Run.of(task.request_stack.top)
@@ -56,5 +56,5 @@ def current_message() -> CurrentMessage | None:
 
 
 def _on_the_clock(moment: float | None) -> datetime | None:
-    """Return a moment of the monotonic clock, told by the wall clock as it stands now: however that was set since the lease began."""
+    """Convert a time of the monotonic clock by the current wall clock, however that was set since the lease began."""
     return None if moment is None else datetime.now(UTC) + timedelta(seconds=moment - time.monotonic())

@@ -1,6 +1,6 @@
-"""``celery -A proj inspect idempotency``: the claims that a worker holds at this moment.
+"""``celery -A proj inspect idempotency``: list the claims that a worker holds.
 
-Importing it makes the command known, to a worker and to ``celery inspect`` alike: Celery has one panel of commands per process.
+Importing this module registers the command, for a worker and for ``celery inspect``: Celery has one panel of commands per process.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["claims", "idempotency"]
 
 logger = logging.getLogger("celery_idempotent")
 
-#: Seconds in which rows are read; a worker's event loop, which answers, must not wait for long.
+#: Seconds in which rows are read. The worker's event loop gives the answer, and must not wait for long.
 _READ_FOR = 0.5
 
 
@@ -37,18 +37,17 @@ def idempotency(state: Any, **_: Any) -> list[dict[str, Any]]:
 
 
 def claims(queue_log: QueueLog) -> list[dict[str, Any]]:
-    """Return the claims that this worker's bodies hold, those that began first coming first.
+    """Return the claims that this worker's bodies hold, the oldest first.
 
-    What a process holds itself it knows. Of a child's claim the token is known to the child and to the row only: it is read there, one
-    statement each, and a child that has not claimed yet, or has finished, is left out. While the store gives no answer, children are
-    listed as they are known here, without a token.
+    A process knows its own claims. A child's token is known only to the child and the row, so each row is read, in one statement. Children
+    that have not claimed yet, or have finished, are left out. If the store does not answer, children are listed without tokens.
 
     Hazard:
-        A store that refuses answers at once; one that says nothing keeps the worker's loop for as long as its driver waits, once.
+        A silent store blocks the worker's event loop once, for as long as its driver waits. A store that refuses does not block.
 
     Returns:
-        For each: ``message_id``, ``task_name``, ``task_id``, ``token``, ``attempt``, ``since`` (when the worker gave it to its pool,
-        ISO 8601 in UTC), ``lease`` and ``lease_left`` (seconds), ``pid``.
+        For each claim: ``message_id``, ``task_name``, ``task_id``, ``token``, ``attempt``, ``since`` (when the worker passed it to its
+        pool, ISO 8601 in UTC), ``lease`` and ``lease_left`` (seconds), ``pid``.
     """
     from celery_idempotent.core.records import Claim
     from celery_idempotent.worker.request import running
@@ -65,7 +64,7 @@ def claims(queue_log: QueueLog) -> list[dict[str, Any]]:
 
 
 def _own(held: RenewedLease, claim: Claim, request: IdempotentRequest | None) -> dict[str, Any]:
-    """Return a claim of this very process; an eager run's has no request."""
+    """Return a claim of this process; for an eager run there is no request."""
     return {
         "message_id": claim.key.message_id,
         "task_name": claim.key.task_name,
@@ -94,7 +93,7 @@ def _of_children(queue_log: QueueLog, requests: list[IdempotentRequest]) -> list
                 row = queue_log.store.find(held.holder.key)
             except StoreError as error:
                 logger.warning(
-                    "the claims of children are told without their tokens, the store gives no answer: %s", error
+                    "the claims of children are listed without tokens, since the store gives no answer: %s", error
                 )
                 answers = False
             else:
@@ -117,7 +116,7 @@ def _of_children(queue_log: QueueLog, requests: list[IdempotentRequest]) -> list
 
 
 def _left(held: RenewedLease) -> float:
-    """Seconds for which a lease lasts at least, by when it was asked for last."""
+    """Return the seconds for which a lease lasts at least, from when it was last asked for."""
     return round(held.asked + held.lease - time.monotonic(), 3)
 
 

@@ -1,4 +1,4 @@
-"""What is told of a delivery: who runs it, how it failed, who waits on it, and that its caller has an answer."""
+"""Facts about a delivery: who runs it, how it failed, what waits on it, and that its caller has an answer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ERROR_LENGTH = 4000
 
 
 def answered(task: Guarded, request: Context) -> None:
-    """Note that the caller of a delivery has its answer: a copy with a row of its own need not be published again."""
+    """Note that the caller of a delivery has its answer. If it is a copy with a row of its own, recovery need not publish it again."""
     header = Header.read(request.headers)
     if header is None or not header.copied:
         return
@@ -31,7 +31,12 @@ def answered(task: Guarded, request: Context) -> None:
     try:
         task.queue_log.store.withdraw(own, task_id=header.task_id)
     except StoreError as error:
-        logger.warning("%s[%s] was answered, and will be published once more: %s", task.name, request.id, error)
+        logger.warning(
+            "%s[%s] was answered, but will be published again, since its row could not be ended: %s",
+            task.name,
+            request.id,
+            error,
+        )
 
 
 def waited_on(request: Context) -> bool:
@@ -40,25 +45,25 @@ def waited_on(request: Context) -> bool:
 
 
 def describe(error: BaseException) -> str:
-    """Type and text of an error, for the column ``error``."""
+    """Return the type and text of an error, for the column ``error``."""
     kind = f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins.")
     try:
         return f"{kind}: {error}"[:_ERROR_LENGTH]
-    except Exception as broken:  # noqa: BLE001 - an error that cannot say what it is must not hide that the body failed
-        return f"{kind}, whose text cannot be had: {type(broken).__name__}"
+    except Exception as broken:  # noqa: BLE001 - an error whose text fails must not hide that the body failed
+        return f"{kind}, whose text raises {type(broken).__name__}"
 
 
 def worker_label(hostname: str | None, pid: int | None = None) -> str:
-    """Who claims: ``host:pid``, and the thread where several tasks share a process.
+    """Return the label of a claimant: ``host:pid``, and the thread if several tasks share a process.
 
     Args:
         hostname: The worker's node name.
         pid: The process that runs the body; by default this one, and the current thread.
 
-    A thread (or greenlet) runs one task at a time, so the label is of one delivery. A parent knows its child's.
+    A thread or greenlet runs one task at a time, so a label identifies one delivery. The main process knows its child's label.
     """
     label = f"{hostname or 'local'}:{pid or os.getpid()}"
-    if not label.isascii():  # a node's name comes from the command line, which may hold what is no text
+    if not label.isascii():  # a node's name comes from the command line, which may contain invalid text
         label = label.encode("utf-8", "backslashreplace").decode()
     if pid is None and threading.current_thread() is not threading.main_thread():
         label = f"{label}:{threading.get_ident()}"

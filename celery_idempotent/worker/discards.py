@@ -1,8 +1,7 @@
-"""What becomes of a message that Celery discards: it was revoked, or it has expired.
+"""End the row of a message that Celery discards, because it was revoked or has expired.
 
-Its task is not reached, so the worker's main process takes the decision. It runs in the worker's event loop, which must not wait for a store
-that is down: each verb is asked once, and none after one that failed. A row that could not be ended is published again by recovery, and
-discarded again.
+Celery does not reach the task, so the worker's main process decides, in its event loop. That must not wait for a store that is down: each
+verb is called once, and none after a failure. If a row could not be ended, recovery publishes the message again, and it is discarded again.
 """
 
 from __future__ import annotations
@@ -26,33 +25,33 @@ __all__ = ["EXPIRED", "REVOKED", "discard"]
 
 logger = logging.getLogger("celery_idempotent")
 
-#: Why Celery discards a message; what is kept in ``error`` begins with one of :data:`~celery_idempotent.core.records.DISCARDED`.
+#: Why Celery discards a message. The column ``error`` begins with one of :data:`~celery_idempotent.core.records.DISCARDED`.
 REVOKED = "revoked"
 EXPIRED = "expired: it was not started in time"
 
 
 def discard(task: Guarded, request: Context, why: str) -> None:
-    """Decide what becomes of the row of a discarded delivery, and do it.
+    """Decide what to do with the row of a discarded delivery, and do it.
 
     Args:
-        task: The task it is for.
+        task: The task of the message.
         request: Celery's context of the delivery.
         why: :data:`REVOKED` or :data:`EXPIRED`.
     """
     try:
         key = identity_of(task, request).key
     except (ConfigurationError, TypeError):
-        return  # no store can keep it, or it is no call of its task, so none has a row of it
+        return  # no store can keep it, or it does not fit its task, so there is no row
     store = task.queue_log.store
     try:
-        # Nearly every one still waits: it is ended without being read before.
+        # Nearly all such messages still wait, so end the row without reading it first.
         if store.cancel(key, task_id=request.id, error=why, unique_for=task.idempotency.unique_for):
             kind: OutcomeKind | None = OutcomeKind.CANCELLED
         else:
             row = store.find(key)
             kind = None if row is None else _end(task, request, row, why)
     except StoreError as error:
-        logger.error("%s was %s, but its row stays as it is: %s", key, why, error)
+        logger.error("%s was %s, but its row could not be ended: %s", key, why, error)
         return
     if kind is not None:
         task.queue_log.outcomes.emit(
@@ -67,12 +66,12 @@ def discard(task: Guarded, request: Context, why: str) -> None:
 
 
 def _end(task: Guarded, request: Context, row: Row, why: str) -> OutcomeKind | None:
-    """Carry out the decision; what is to be told of it."""
+    """Carry out the decision; return the outcome to report."""
     store, unique_for = task.queue_log.store, task.idempotency.unique_for
     delivery = Delivery(request.id, retries=request.retries or 0, discarded=why)
     match decide_delivery(row, delivery, task.idempotency.delivery).action:
         case DeliveryAction.CANCEL:
-            # Of one that waits again since it was asked to be cancelled, this ends nothing: it is published, and discarded again.
+            # If the row has become pending in between, this ends nothing: the message is published, and discarded again.
             ended = store.abandon(row, error=why, unique_for=unique_for)
             return OutcomeKind.CANCELLED if ended else None
         case DeliveryAction.FORBID:
@@ -81,7 +80,7 @@ def _end(task: Guarded, request: Context, row: Row, why: str) -> OutcomeKind | N
             ended = store.abandon(row, error=ABANDONED, unique_for=unique_for)
             return OutcomeKind.ABANDONED if ended else None
         case DeliveryAction.TAKE_OVER_AND_REPLAY:
-            # The body had its effect, and Celery has told the caller that this was revoked: nothing waits on it any more.
+            # The body had its effect, and Celery has reported the message as revoked, so nothing waits on it any more.
             taken = store.take_over(
                 row,
                 task_id=request.id,
@@ -92,5 +91,5 @@ def _end(task: Guarded, request: Context, row: Row, why: str) -> OutcomeKind | N
             if taken is not None and store.complete(taken.claim, result=None, unique_for=unique_for):
                 return OutcomeKind.COMPLETED
         case _:
-            pass  # there is nothing to end
+            pass  # nothing to end
     return None

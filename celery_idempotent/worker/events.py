@@ -1,16 +1,16 @@
-"""What a worker's main process is told of a copy that did not run, and the event that it sends of it.
+"""Send events for copies that did not run.
 
-The child decides; to the main process a copy that is skipped or held is a message to be ignored. Only the main process knows whether
-anybody wants events, so the exception tells it what became of the copy.
+A pool's child decides on a copy, but only the main process knows whether events are enabled. So the child raises an exception that
+carries what happened to the copy, and the main process sends the event.
 
 ===================================  ===============================================================================================
-``task-skipped``, ``task-held``      To whoever follows tasks, as Flower does, the task has the state ``SKIPPED`` or ``HELD``, unless it has
-                                     ended already. Flower counts both by type.
-``idempotent-skipped``,              Of a copy with the task id of a run that has not ended: whoever follows tasks passes over it, so that the
-``idempotent-held``                  state of that run stays what it is.
+``task-skipped``, ``task-held``      Monitors that follow tasks, such as Flower, show the task as ``SKIPPED`` or ``HELD``, unless it has
+                                     already ended. Flower counts both by type.
+``idempotent-skipped``,              For a copy with the task id of a run that has not ended. Such monitors ignore these events, so the
+``idempotent-held``                  state of that run stays as it is.
 ===================================  ===============================================================================================
 
-Their fields are ``uuid``, ``message_id``, ``name`` (of the task) and, of what is held, ``countdown``: seconds until it comes again.
+Their fields are ``uuid``, ``message_id``, ``name`` (of the task) and, for a held copy, ``countdown``: seconds until it comes again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["EVENTS", "DuplicateIgnored", "announce"]
 
 Fate = Literal["skipped", "held"]
 
-#: What becomes of a copy, by the types of the events.
+#: What happened to a copy, by the types of events.
 EVENTS: dict[str, Fate] = {
     "task-skipped": "skipped",
     "idempotent-skipped": "skipped",
@@ -41,11 +41,11 @@ class DuplicateIgnored(Ignore):  # type: ignore[misc]
     """A copy did not run.
 
     Args:
-        text: What is said of it.
+        text: The text of the exception.
         key: The message.
-        fate: What became of it.
-        running: Whether its task id is that of a run that has not ended.
-        countdown: Seconds until a copy that is held comes again.
+        fate: What happened to the copy.
+        running: Whether a run with the same task id has not ended.
+        countdown: Seconds until a held copy comes again.
     """
 
     def __init__(self, text: str, key: MessageKey, fate: Fate, running: bool, countdown: float | None = None) -> None:
@@ -60,7 +60,7 @@ class DuplicateIgnored(Ignore):  # type: ignore[misc]
 
 
 def announce(request: Request, error: BaseException) -> None:
-    """Send the event of a copy that did not run, if anybody wants events; of any other error, none."""
+    """Send the event for a copy that did not run, if events are enabled; for any other error, send nothing."""
     if isinstance(error, DuplicateIgnored):
         fields = {"message_id": error.key.message_id, "name": error.key.task_name, "countdown": error.countdown}
         known = {name: value for name, value in fields.items() if value is not None}

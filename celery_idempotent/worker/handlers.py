@@ -1,10 +1,11 @@
-"""A task's own ``on_success``, ``on_failure`` and ``after_return``: people send e-mails there, so a copy must not call them again.
+"""Call a task's own ``on_success``, ``on_failure`` and ``after_return`` only once: people send e-mails there.
 
-Celery calls them for every delivery that has an outcome, also for a copy that is answered with the first one. They are wrapped in the class: Celery keeps
-the bound methods once it has built a task's tracer, and the main process of a worker calls them as well.
+Celery calls them for each delivery that has an outcome, also for a copy that gets the first run's result. They are wrapped in the class,
+because Celery keeps bound methods in a task's tracer, and a worker's main process calls them too.
 
-``on_success`` and ``on_failure`` are called once per message. ``on_success`` is waited for as a callback is: a worker that dies in it leaves a recovery
-point, and the next one calls it once more. A worker that dies in ``on_failure`` has ended the message already. ``after_return`` is called once per attempt.
+``on_success`` and ``on_failure`` are called once per message. If a worker dies in ``on_success``, the recovery point remains, as for a
+callback, and the next worker calls it again. If a worker dies in ``on_failure``, the message has already ended. ``after_return`` is called
+once per attempt.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ if TYPE_CHECKING:
 
 __all__ = ["guard_handlers", "inherited"]
 
-#: What marks a handler that is wrapped. Tools that wrap it again (``functools.wraps``) keep the mark.
+#: The attribute of a wrapped handler. Tools that wrap it again by ``functools.wraps`` keep it.
 _MARK = "idempotent_handler"
 
 
 def guard_handlers(cls: type[Task]) -> None:
-    """Wrap the handlers that a class has of its user's, wherever they stand among its bases."""
+    """Wrap the user's handlers of a class, from any of its bases."""
     for name, once in (("on_success", _on_success), ("on_failure", _on_failure), ("after_return", _after_return)):
         handler = getattr(cls, name)
         if handler is not getattr(Task, name) and not hasattr(handler, _MARK):
@@ -39,7 +40,7 @@ def guard_handlers(cls: type[Task]) -> None:
 
 
 def inherited(cls: type, name: str) -> Callable[..., Any]:
-    """Return what a class has from its bases, looked up at each call: a tool may replace it there later."""
+    """Return a method that calls the one of the class's bases. It looks that up at each call, since a tool may replace it later."""
 
     @wraps(getattr(cls, name))
     def hook(self: Guarded, *args: Any, **kwargs: Any) -> Any:
@@ -59,7 +60,7 @@ def _on_success(handler: Callable[..., Any]) -> Callable[..., Any]:
         try:
             answer = handler(self, *args, **kwargs)
         except Exception:
-            run.dispatched()  # as far as it will ever get
+            run.dispatched()  # an error here must not make the handler run again
             raise
         run.dispatched()
         return answer
@@ -86,7 +87,7 @@ def _after_return(handler: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_anothers(task: Guarded, outcome: object) -> bool:
-    """Return whether this is the outcome of another delivery, of which the caller of a copy is told."""
+    """Return whether this outcome is another delivery's, passed on to the caller of a copy."""
     request = task.request_stack.top  # none in a worker's main process
     refused = request is not None and Run.of(request) is None
     return refused and isinstance(outcome, (AlreadyFailedError, AlreadyProcessingError))

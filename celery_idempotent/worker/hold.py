@@ -1,4 +1,4 @@
-"""How long a copy is held, and how: it is published once more with a countdown, before this delivery is acknowledged."""
+"""Hold a copy: publish it again with a countdown, before this delivery is acknowledged."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ __all__ = ["hold_countdown", "hold_delay", "publish_copy"]
 
 logger = logging.getLogger("celery_idempotent")
 
-#: Seconds for which a copy of a running message is held at first. Each further hold is twice as long, up to what the decision says.
+#: Seconds of a copy's first hold while its message runs. Each further hold is twice as long, up to the decision's limit.
 _FIRST_HOLD = 1.0
 
-#: Seconds. To quorum queues Celery publishes whole seconds only, and raises ValueError for less than one.
+#: Seconds. To quorum queues, Celery publishes whole seconds only, and raises ValueError for less than one.
 _SHORTEST_HOLD = 1.0
 
-#: Seconds by which copies of one message are spread, at most; also a tenth of the delay, if that is less.
+#: Seconds by which copies of one message are spread at most; a tenth of the delay if that is less.
 _JITTER = 1.0
 
-#: Seconds after which a broker delivers an unacknowledged message again, where kombu or RabbitMQ (``consumer_timeout``, which also
-#: ends the worker that kept it) has a default for it.
+#: Seconds after which a broker delivers an unacknowledged message again, by the defaults of kombu or RabbitMQ. RabbitMQ's
+#: ``consumer_timeout`` also closes the worker's channel.
 _VISIBILITY_TIMEOUT = {
     **dict.fromkeys(("redis", "rediss", "sentinel"), 3600),
     **dict.fromkeys(("sqs", "amqp", "amqps", "pyamqp"), 1800),
@@ -41,19 +41,19 @@ _VISIBILITY_TIMEOUT = {
 
 
 def hold_delay(decided: float, holds: int) -> float:
-    """Seconds for which a copy is held.
+    """Return the seconds for which a copy is held.
 
-    Most owners end long before their lease does, and somebody may wait for this copy's result: it begins with little.
+    Holds are short at first: most bodies end long before their lease does, and a caller may wait for this copy's result.
 
     Args:
-        decided: What the decision says, at most.
+        decided: The decision's limit.
         holds: How often the copy has been held.
     """
     return Backoff(_FIRST_HOLD, longest=decided).pause(holds + 1)
 
 
 def hold_countdown(app: Celery, delay: float) -> float:
-    """Return the countdown, in seconds, of a copy that is held for so long, as the app's broker allows it."""
+    """Return the countdown in seconds for a hold of ``delay`` seconds, within what the app's broker allows."""
     jitter = random.uniform(0, min(_JITTER, delay / 10 + 0.1))  # noqa: S311 - spreads copies, keeps no secret
     countdown = max(delay + jitter, _SHORTEST_HOLD)
     conf = app.conf
@@ -61,13 +61,13 @@ def hold_countdown(app: Celery, delay: float) -> float:
     scheme = (url or "").partition(":")[0]
     timeout = (conf.broker_transport_options or {}).get("visibility_timeout", _VISIBILITY_TIMEOUT.get(scheme))
     if timeout:
-        # A copy that waits in a worker is unacknowledged, so it must not wait past the broker's patience.
+        # A copy that waits in a worker is unacknowledged, so it must not wait past the broker's timeout.
         countdown = min(countdown, float(timeout) / 2)
     return countdown
 
 
 def publish_copy(task: Guarded, request: Context, message_id: str, countdown: float) -> None:
-    """Publish a copy until the broker takes it: acknowledged without its copy, the message would be lost.
+    """Publish a copy, and repeat until the broker takes it. If this delivery were acknowledged without it, the message would be lost.
 
     Args:
         task: The task.

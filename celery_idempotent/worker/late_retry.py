@@ -1,4 +1,4 @@
-"""A retry's state that Celery stores after the retry has ended hides that end: it is stored once more."""
+"""Store a retry's outcome again if Celery has overwritten it with the state RETRY."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from celery_idempotent.worker.run_state import HandedOn
 
 __all__ = ["retry_stored"]
 
-#: Seconds that an attempt which has ended its row is given to store its result, and between two looks for that.
+#: Seconds for an attempt to store its result after it has ended its row, and between two checks for that.
 _OWN_RESULT_WITHIN = 2.0
 _ASK_EVERY = 0.05
 
 
 def retry_stored(run: Run) -> None:
-    """Store the next attempt's end once more if RETRY, which the result backend was told just now, has hidden it.
+    """Store the next attempt's outcome again, from its row, if the state RETRY of this attempt has overwritten it.
 
-    Celery publishes a retry before it stores that state: with ``countdown=0`` another process may be through by then, and
-    its AsyncResult would be RETRY for ever. What it ended with is stored once more, from its row.
+    Celery publishes a retry before it stores RETRY. With ``countdown=0`` another process may finish the retry before that, and the
+    AsyncResult would stay RETRY for ever.
     """
     backend, task_id = run.task.backend, run.request.id
     if not isinstance(run.state, HandedOn) or run.request.is_eager or isinstance(backend, DisabledBackend):
@@ -35,7 +35,7 @@ def retry_stored(run: Run) -> None:
     row = run.queue_log.store.find(run.key)
     if row is None or row.ran_task_id != task_id or row.processed_status is None:
         return
-    # The row is written before the result: the attempt that ended may be about to store it, with the error itself.
+    # The row is written before the result, so the attempt may be about to store its result, with the original error.
     deadline = time.monotonic() + _OWN_RESULT_WITHIN
     while backend.get_state(task_id) not in states.READY_STATES:
         if time.monotonic() >= deadline:

@@ -1,12 +1,13 @@
-"""Leases are kept alive here, by a thread beside the bodies.
+"""Renew leases in a thread, while the bodies run.
 
-A claim is renewed at a third of its lease for as long as its owner is known to live, so a body that ends sooner costs nothing.
-Two processes renew in a prefork pool: the child that runs the body, which is what counts when its parent is killed, and the
-parent, which is what counts when the body holds the child's GIL. The parent ends the lease of a child that is gone. In the other
-pools there is one process, and a body that holds its GIL for longer than the lease stops the renewal with everything else.
+A claim is renewed after a third of its lease, as long as its owner lives. A body that ends sooner costs nothing.
 
-The thread outlives a worker's steps: during a warm shutdown they stop before the pool has drained. It does not outlive its app, which it
-refers to only while it renews.
+In a prefork pool, two processes renew. The child that runs the body renews in case its parent is killed. The parent renews in case the body
+holds the child's GIL, and ends the lease of a child that is gone. The other pools have one process: a body that holds the GIL for longer than
+the lease also stops the renewal.
+
+The thread outlives the worker's bootsteps, which stop before the pool has drained in a warm shutdown. It does not outlive its app, to which
+it refers only while it renews.
 """
 
 from __future__ import annotations
@@ -34,16 +35,16 @@ __all__ = ["LeaseRenewer", "RenewedLease"]
 
 logger = logging.getLogger("celery_idempotent")
 
-#: Renewals in one lease: two may fail before it runs out.
+#: Renewals per lease: two may fail before it runs out.
 _PER_LEASE = 3
 
 _NEVER = float("inf")
 
-#: Seconds for which the thread waits for another claim when there is none.
+#: Seconds for which the thread waits for another claim if there is none.
 _IDLE = 30.0
 
-#: Seconds after which a claim that could not be renewed is asked for again, before it is called lost; and between two looks at a child
-#: that was told to end.
+#: Seconds until a claim that the store did not find is checked again, before it is reported as lost; and between two checks of a child
+#: that was told to exit.
 _LOOK_AGAIN = 1.0
 
 
@@ -52,9 +53,9 @@ class RenewedLease:
     """A lease that is kept alive.
 
     Attributes:
-        holder: The claim; or its owner, where a parent keeps its child's.
+        holder: The claim; its owner if a parent renews its child's lease.
         lease: Seconds that each renewal grants; the first is due after a third of it.
-        pid: For an owner: the child that runs the body.
+        pid: The child that runs the body, for an owner.
         asked: When the lease was asked for, by the monotonic clock.
         ended: Whether the owner is known to be dead. Set it before the lease is ended in the store: a renewal that is under
             way then ends the lease again.
@@ -66,7 +67,7 @@ class RenewedLease:
     pid: int | None = None
     ended: bool = False
     asked: float = field(default_factory=time.monotonic)
-    #: Whether the last renewal did not find it.
+    #: Whether the last renewal did not find the claim.
     missed: bool = field(default=False, init=False)
     pause: float = field(init=False)
     due: float = field(init=False)
@@ -80,13 +81,13 @@ class LeaseRenewer:
     """The leases that this process keeps alive.
 
     Args:
-        store: Opens the store; called in the thread that renews.
+        store: Opens the store; called in the renewing thread.
     """
 
     def __init__(self, store: Callable[[], Store]) -> None:
         self._store = store
-        # By process id. A forked child inherits what its parent holds, but not the thread, and perhaps a lock that nobody will
-        # release: it begins with nothing.
+        # By process id. A forked child inherits the parent's leases, but not the thread, and perhaps a lock that is never released. So
+        # each process starts empty.
         self._renewals: dict[int, _Renewer] = {}
 
     @classmethod
@@ -95,63 +96,63 @@ class LeaseRenewer:
         return queue_log.part(cls, lambda: cls(lambda: queue_log.store))
 
     def hold(self, holder: Holder, lease: float, *, asked: float | None = None) -> None:
-        """Keep a claim of this process alive until it is let go.
+        """Keep a claim of this process alive until :meth:`let_go`.
 
         Args:
             holder: The claim.
-            lease: Seconds that it was given, and that each renewal gives it.
+            lease: Seconds of its lease, and of each renewal.
             asked: When it was asked for, by the monotonic clock; by default now.
         """
         self._here().hold(RenewedLease(holder, lease, asked=time.monotonic() if asked is None else asked))
 
     def until(self, holder: Holder) -> float | None:
-        """When the lease of a claim of this process runs out at the earliest, by the monotonic clock; ``None`` if it is not held."""
+        """Return when a claim's lease runs out at the earliest, by the monotonic clock; ``None`` if this process does not hold it."""
         here = self._renewals.get(os.getpid())
         return None if here is None else here.until(holder)
 
     def held(self) -> list[RenewedLease]:
-        """Return the claims of this process that are kept alive; without those of its children."""
+        """Return the renewed leases of this process, without those of its children."""
         here = self._renewals.get(os.getpid())
         return [] if here is None else here.held()
 
     def let_go(self, holder: Holder) -> None:
-        """Stop keeping a claim alive; it stays as it is."""
+        """Stop renewing a claim; its lease stays as it is."""
         here = self._renewals.get(os.getpid())
         if here is not None:
             here.let_go(holder)
 
     def hold_for_child(self, held: RenewedLease, children: Callable[[], Iterable[RenewedLease]]) -> None:
-        """Keep a child's lease alive for as long as it is among those that run.
+        """Keep a child's lease alive as long as ``children`` returns it.
 
         Args:
-            held: The child's.
-            children: Gives what all children hold at the time it is called; one function for the whole process.
+            held: The child's lease.
+            children: Returns the current leases of all children; always the same function in one process.
         """
         self._here().hold_for_child(held, children)
 
     def hold_until_gone(self, held: RenewedLease) -> None:
-        """Keep a child's lease alive until the child, which was told to end, is gone; then end it at once.
+        """Keep the lease of a child that was told to exit until the child is gone; then end it at once.
 
         Args:
-            held: The child's, which nobody may report the end of.
+            held: The child's lease. Nothing else may report the child's end.
         """
         held.pause = min(held.pause, _LOOK_AGAIN)
         held.due = time.monotonic() + held.pause
         self._here().hold(held)
 
     def rest(self) -> None:
-        """End this process's thread, if it has nothing to keep alive; another claim begins one anew."""
+        """End this process's thread if it has nothing to renew; the next claim starts another one."""
         here = self._renewals.get(os.getpid())
         if here is not None:
             here.rest()
 
     def _here(self) -> _Renewer:
-        """Return this process's renewal. Without a lock, which a fork could have left locked; ``setdefault`` is atomic."""
+        """Return this process's renewer. A lock could be left locked by a fork, so rely on ``setdefault``, which is atomic."""
         return self._renewals.get(os.getpid()) or self._renewals.setdefault(os.getpid(), _Renewer(self._store))
 
 
 class _Renewer:
-    """What one process keeps alive, and the thread that does it, from the first lease on."""
+    """The leases of one process, and the thread that renews them, started with the first lease."""
 
     def __init__(self, store: Callable[[], Store]) -> None:
         self._store = store
@@ -161,7 +162,7 @@ class _Renewer:
         self._children: Callable[[], Iterable[RenewedLease]] = tuple
         self._thread: threading.Thread | None = None
         self._wakes_at = _NEVER
-        #: When the thread ends if it has nothing to keep alive.
+        #: When the thread ends if it has nothing to renew.
         self._rests_at = _NEVER
 
     def hold(self, held: RenewedLease) -> None:
@@ -195,7 +196,7 @@ class _Renewer:
             )
             self._thread.start()
             _to_give_up.add(self)
-            # Behind what was registered since, so that the store can still be asked.
+            # Handlers run in reverse order. Register last, to run before those that close the store.
             atexit.unregister(_give_up)
             atexit.register(_give_up)
         elif held.due < self._wakes_at:
@@ -210,7 +211,7 @@ class _Renewer:
             self._changed.notify()
 
     def due(self) -> tuple[list[RenewedLease], float | None]:
-        """Return what is to be renewed now; or nothing, and the seconds until then, ``None`` if the thread is to end."""
+        """Return the leases to renew now. If there are none, return the seconds until the next; ``None`` to end the thread."""
         now = time.monotonic()
         everything = self._everything()
         due = [held for held in everything if held.due <= now]
@@ -247,15 +248,15 @@ class _Renewer:
             held.due = time.monotonic() + held.pause / hurry
             if held.holder in kept:
                 held.asked = asked
-            if held.ended:  # perhaps meanwhile, and before it was renewed
+            if held.ended:  # perhaps before the renewal
                 self.let_go(held.holder)
                 self._expire(held)
-            # The owner of a body that runs is not let go if it is not found: it has not claimed yet, or has finished.
+            # If the owner of a child's body is not found, keep it: it has not claimed yet, or has finished.
             elif held.holder in self._held:
                 self._note_loss(held, lost=held.holder in lost)
 
     def _note_loss(self, held: RenewedLease, *, lost: bool) -> None:
-        """Report a claim that is gone; but not that of a run which has just ended, and is about to be let go."""
+        """Report a claim that is gone at two checks in a row: after the first, its run may just be ending."""
         if not lost:
             held.missed = False
         elif not held.missed:
@@ -264,21 +265,23 @@ class _Renewer:
         else:
             self.let_go(held.holder)
             if isinstance(held.holder, Claim):
-                logger.error("the claim on %s was lost while its body runs", held.holder.key.message_id)
+                logger.error("lost the claim on %s while its body runs", held.holder.key.message_id)
 
     def _expire(self, held: RenewedLease) -> None:
         try:
             self._store().expire(held.holder)
-        except Exception as error:  # noqa: BLE001 - it then runs out by itself
-            logger.warning("could not end the lease of %s, it runs out: %s", held.holder.key.message_id, error)
+        except Exception as error:  # noqa: BLE001 - the lease then runs out by itself
+            logger.warning(
+                "could not end the lease of %s, which runs out by itself: %s", held.holder.key.message_id, error
+            )
 
     def give_up(self) -> None:
-        """As this process ends, nobody keeps alive any more what did not end before, and nobody has to wait for that.
+        """On exit, expire the leases still held, so that other workers need not wait for them.
 
-        In a cold shutdown these are bodies of this very process, and children that were killed with their work.
+        In a cold shutdown, these belong to bodies of this process and to killed children.
         """
         if self._process != os.getpid():
-            return  # a child that was forked without `exec` leaves by this way too
+            return  # a forked child runs its parent's exit handlers too
         with self._changed:
             left = self._everything()
         for held in left:
@@ -299,17 +302,17 @@ def _is_gone(pid: int | None) -> bool:
 
 
 def _lives(pid: int | None) -> bool:
-    """Return whether a child of ours still runs; without a child, it is this process, which is about to end."""
+    """Return whether a child still runs; ``None`` stands for this process, which is about to exit."""
     if pid is None:
         return False
     try:
         return os.waitpid(pid, os.WNOHANG) == (0, 0)
-    except ChildProcessError:  # somebody has waited for it already
+    except ChildProcessError:  # other code has already waited for it
         return False
 
 
 def _keep_alive(itself: weakref.ref[_Renewer], changed: threading.Condition) -> None:
-    """Do the thread's work. Between two renewals it refers to nothing of the app's, so that this can be collected."""
+    """Run the thread. Between renewals it does not refer to the app, so that the app can be collected."""
     while True:
         with changed:
             renewal = itself()
@@ -328,9 +331,9 @@ def _keep_alive(itself: weakref.ref[_Renewer], changed: threading.Condition) -> 
 
 
 def _notify(changed: threading.Condition) -> None:
-    """End the thread of what was just collected; without waiting, since collection may happen anywhere.
+    """Wake the thread of a collected renewer, so that it ends. Do not wait for the lock, since collection may happen anywhere.
 
-    As an interpreter ends, or behind a fork, the lock may be held by a thread that never runs again. A thread that has it just now looks
+    At interpreter exit, or after a fork, the lock may be held by a thread that never runs again. Otherwise the thread notices
     by itself, at the latest after its pause.
     """
     if changed.acquire(blocking=False):
@@ -340,7 +343,7 @@ def _notify(changed: threading.Condition) -> None:
             changed.release()
 
 
-#: Those of this process, and of those that it was forked from, which have had a thread.
+#: Renewers that have had a thread, in this process and in those that it was forked from.
 _to_give_up: weakref.WeakSet[_Renewer] = weakref.WeakSet()
 
 

@@ -1,4 +1,4 @@
-"""Run the body of a delivery, as the guard's ``__call__`` does it, and have its end written."""
+"""Run the body of a delivery, for the guard's ``__call__``, and write how it ended."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ logger = logging.getLogger("celery_idempotent")
 
 T = TypeVar("T")
 
-#: Before an atomic body is run again.
+#: The longest pauses before an atomic body is run again.
 _BACKOFF = Backoff(0.1)
 
 
@@ -49,12 +49,12 @@ def _perform_or_replay(run: Run, body: Callable[[], T]) -> T:
         _reassert_claim(run)
     if run.task.idempotency.atomic:
         return _perform_atomically(run, body)
-    with within(None):  # an eager run inside of an outbox, or of an atomic body, stands for itself
+    with within(None):  # an eager run does not use the outbox or the atomic body around it
         return _perform(run, body)
 
 
 def _perform_unrecorded(run: Run, body: Callable[[], T]) -> T:
-    """Run the body of an atomic task that is turned off: in a transaction, without a row that would end with it."""
+    """Run the body of an atomic task with ``idempotent=False``: in a transaction, without a row."""
     unit = UnitOfWork(run.queue_log)
     try:
         with unit as run.unit, within(unit.outbox):
@@ -70,12 +70,12 @@ def _perform_unrecorded(run: Run, body: Callable[[], T]) -> T:
 
 
 def _perform_atomically(run: Run, body: Callable[[], T]) -> T:
-    """Run the body in a transaction, and again in a new one if that gave way to others."""
+    """Run the body in a transaction, and again in a new one if the database aborted the first."""
 
     def flushed() -> T:
         unit = run.unit
         if unit is not None and run.waits and (setback is Setback.NOT_CONNECTED or unit.begins_before_body):
-            # Not by running the body over and over: what it does elsewhere before it writes, it would do each time.
+            # Wait here instead of running the body repeatedly: each run would repeat what it does elsewhere before it writes.
             ask_until_answered(unit.open, "begin the transaction of", run)
         elif unit is not None and unit.begins_before_body:
             unit.open()
@@ -105,7 +105,7 @@ def _perform_atomically(run: Run, body: Callable[[], T]) -> T:
         if not again:
             break
         logger.warning(
-            "%s is run again, as its transaction was not committed (run %d of %d): %s", run, number, RUNS, error
+            "%s is run again, because its transaction was not committed (run %d of %d): %s", run, number, RUNS, error
         )
         longest = max(longest, time.monotonic() - began)
         time.sleep(_BACKOFF.random_pause(number))
@@ -115,18 +115,18 @@ def _perform_atomically(run: Run, body: Callable[[], T]) -> T:
 
 
 def _before_another_run(run: Run, unrenewed: float) -> None:
-    """Make sure of the claim, for long enough that no renewal falls into a run that takes so many seconds.
+    """Renew the claim for long enough that a run of ``unrenewed`` seconds needs no renewal.
 
-    A renewal writes the row. Where a transaction's snapshot is fixed (``REPEATABLE READ`` and above on PostgreSQL) it could
-    not complete a row that was written since, and a body longer than a third of its lease never would. What only lost its
-    connection has the lease that it had: whoever takes over from a process that dies soon after waits for the end of that.
+    A renewal writes the row. A transaction with a fixed snapshot (``REPEATABLE READ`` and above on PostgreSQL) cannot complete a row
+    that was written since, so a body longer than a third of its lease would never commit. After a lost connection, ``unrenewed`` is
+    0: a longer lease would only delay a takeover, should this process die.
     """
     lease = run.task.idempotency.lease + 2 * unrenewed
     lost = run.write("keep a claim", lambda: run.queue_log.store.renew([run.held_claim], lease=lease))
     if lost:
         run.lose()
     run.passage, run.replacing = Passage.CALLED, False
-    run.__dict__.pop("calls", None)  # it makes the same calls in the same places
+    run.__dict__.pop("calls", None)  # count anew, since it makes the same calls
 
 
 def _perform(run: Run, body: Callable[[], T]) -> T:
@@ -136,11 +136,11 @@ def _perform(run: Run, body: Callable[[], T]) -> T:
             value = body()
         finally:
             run.ran = time.monotonic() - began
-    except (Retry, Ignore, Reject) as way:
-        # An eager retry, or one that is raised by hand, has published nothing and handed nothing on.
+    except (Retry, Ignore, Reject) as signal:
+        # An eager retry, or a Retry that the body raised itself, has not published or handed on anything.
         if isinstance(run.state, Claimed):
-            run.end(_end_by_error(run, way))
-        if not isinstance(way, Reject):
+            run.end(_end_by_error(run, signal))
+        if not isinstance(signal, Reject):
             run.stop_if_lost()
         raise
     except NotCommittedError:
@@ -148,21 +148,21 @@ def _perform(run: Run, body: Callable[[], T]) -> T:
     except Exception as error:
         if _ran_on(run):
             raise
-        _stop_if_sent_on(run)
+        _stop_if_handed_on(run)
         if run.unit is not None:
             run.unit.note(error)  # of a framework's own connection
             if run.unit.gave_way is not None:  # whatever the body made of it
                 raise NotCommittedError(error, again=True) from error
-            # A signal may have struck in the middle of an answer.
+            # A signal may have interrupted the driver in the middle of an answer.
             run.unit.roll_back(broken=isinstance(error, SoftTimeLimitExceeded))
         run.end(_end_by_error(run, error))
         raise
     if _ran_on(run):
         return value
-    _stop_if_sent_on(run)
+    _stop_if_handed_on(run)
     end = end_by_value(value, eager=run.request.is_eager)
     run.end(end)
-    if isinstance(end, Retried):  # `apply` goes on with the next attempt, after which the callbacks are sent
+    if isinstance(end, Retried):  # `apply` continues with the next attempt, which sends the callbacks
         run.request.callbacks = run.request.chain = None
     return value
 
@@ -172,23 +172,23 @@ def _end_by_error(run: Run, error: BaseException) -> BodyEnd:
 
 
 def _reassert_claim(run: Run) -> None:
-    """Renew the claim after the process slept for longer than the lease before the body: somebody else may have run it since."""
+    """Renew the claim if the process was suspended before the body for longer than the lease: another worker may have taken over."""
     try:
         lost = run.queue_log.store.renew([run.held_claim], lease=run.task.idempotency.lease)
     except StoreError as error:
-        logger.warning("%s runs although its claim may be lost, the store gives no answer: %s", run, error)
+        logger.warning("%s runs although its claim may be lost, since the store gives no answer: %s", run, error)
         return
     if lost:
         run.lose()
 
 
 def _ran_on(run: Run) -> bool:
-    """Whether the body replaced itself by itself eagerly: that run is over and has written the outcome of both."""
+    """Return whether the body replaced itself by the same task eagerly: that run has already written the outcome of both."""
     return isinstance(run.state, HandedOn) and bool(run.request.is_eager)
 
 
-def _stop_if_sent_on(run: Run) -> None:
-    """``retry(throw=False)``: the body went on after it, but the retry is what decides."""
+def _stop_if_handed_on(run: Run) -> None:
+    """Stop a body that continued after ``retry(throw=False)``: the retry decides the outcome."""
     if isinstance(run.state, HandedOn):
         raise Ignore(f"{run} was handed on to its next attempt")
     run.stop_if_lost()

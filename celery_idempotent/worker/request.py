@@ -1,4 +1,4 @@
-"""The worker's side of a request: what its main process learns of a child that can no longer speak for itself."""
+"""Celery's request in the worker's main process, which ends the claims of pool children that died or were killed."""
 
 from __future__ import annotations
 
@@ -36,39 +36,39 @@ __all__ = ["IdempotentRequest", "running"]
 logger = logging.getLogger("celery_idempotent")
 
 
-#: Why a row failed whose body was terminated by ``revoke(terminate=True)``.
+#: The error of a row whose body was terminated by ``revoke(terminate=True)``.
 TERMINATED = "revoked: it was terminated while it ran"
 
 
 class IdempotentRequest(Request):  # type: ignore[misc]
     """Celery's request, which also ends the claim of a child that died, was killed at its time limit or was terminated.
 
-    Its writes are asked once: it runs in the worker's event loop, which must not wait for a store that is down. A claim that could
+    It runs in the worker's event loop, which must not wait for a store that is down. So each write is tried once. A claim that could
     not be ended runs out with its lease.
     """
 
-    #: Who claims the message, once it was accepted; and what is kept alive for it from here, if that is a child.
+    #: The owner of the claim, after the message was accepted; and its lease that this process renews, if the owner is a child.
     owner: Owner | None = None
     held: RenewedLease | None = None
 
     def __init__(self, message: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(message, *args, **kwargs)
-        # For whoever publishes it again: the pool's process is not told.
+        # For publishing the message again: Celery does not pass these to the pool's process.
         known = {"content_type": message.content_type, "compression": (message.headers or {}).get("compression")}
         content = {name: value for name, value in known.items() if value is not None}
         if message.properties is None or isinstance(message.properties, Mapping):
             self.request_dict["properties"] = {**(message.properties or {}), **content}
         if not is_text(self.id):
-            # There is no result under such an id, and one that cannot be hashed ends the worker: Celery rejects the message at once.
+            # No result can be stored under such an id, and an unhashable one would crash the worker. Celery rejects the message at once.
             raise InvalidTaskError(
-                f"a task id is text of at most {LONGEST} characters without NUL, not {self.id!a:.80}"
+                f"a task id must be text of at most {LONGEST} characters without NUL, not {self.id!a:.80}"
             )
 
     @cached_property
     def identity(self) -> Identity | None:
-        """By what the message is known, by what was sent: Celery's context of a request takes long to make.
+        """The identity of the message, computed from the message itself, since Celery's context of a request is slow to make.
 
-        ``None`` for a message that no store can keep: whoever is to run it refuses it, and there is no claim on it.
+        ``None`` for a message that no store can keep. It is refused where it would run, so it has no claim.
         """
         sent = self.request_dict
         headers = sent.get("headers")
@@ -83,8 +83,8 @@ class IdempotentRequest(Request):  # type: ignore[misc]
                 exchange=self.delivery_info.get("exchange"),
                 node=self.hostname,
             )
-        except Exception as refused:  # noqa: BLE001 - a callable of the user's may raise anything; its run says so
-            logger.debug("%s is refused where it is run: %r", self.id, refused)
+        except Exception as refused:  # noqa: BLE001 - a user's callable may raise anything; the run reports it
+            logger.debug("%s will be refused when it is run: %r", self.id, refused)
             return None
 
     @property
@@ -93,12 +93,12 @@ class IdempotentRequest(Request):  # type: ignore[misc]
         return None if self.identity is None else self.identity.key
 
     def on_accepted(self, pid: int, time_accepted: float) -> None:
-        """Learn who claims the message: the body is about to be run, by a child or here.
+        """Note which process claims the message: the body is about to run, in a child or in this process.
 
-        A child's lease is kept alive from here as well, for a body that holds the child's GIL.
+        A child's lease is renewed from here too, in case the body holds the child's GIL.
         """
-        # Where there are no children, Celery calls this in the thread that runs the body. Its pid is then the process's or, with
-        # greenlets, the thread's.
+        # In pools without children, Celery calls this in the thread that runs the body. `pid` is then the process's or, with greenlets,
+        # the thread's.
         here = pid in (os.getpid(), threading.get_ident())
         queue_log, key, queue = self.task.queue_log, self.key, self.delivery_info["routing_key"]
         if key is not None:
@@ -111,7 +111,7 @@ class IdempotentRequest(Request):  # type: ignore[misc]
             LeaseRenewer.of(queue_log).hold_for_child(self.held, _children)
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
-        """End the message as a failure at its hard limit, or give it back when a timeout is not to be acknowledged."""
+        """At the hard limit, end the message as a failure; if timeouts are not acknowledged, give it back."""
         fix_callbacks(self._context)
         super().on_timeout(soft, timeout)
         if soft:
@@ -132,7 +132,7 @@ class IdempotentRequest(Request):  # type: ignore[misc]
             if self._already_revoked or (isinstance(error, Terminated) and not cancelled):
                 self._end_terminated()
             elif cancelled:
-                # Celery tells its caller that it will run again; whether it does is for its next delivery to decide, and to say.
+                # Celery reports to the caller that it will run again. Whether it does is decided at its next delivery.
                 self._end("expire", self.task.queue_log.store.expire)
             elif self._had_succeeded():
                 return None
@@ -142,13 +142,13 @@ class IdempotentRequest(Request):  # type: ignore[misc]
         return super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
 
     def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
-        """End the claim of a body that was terminated: in this process, it says nothing when it ends."""
+        """End the claim of a body that was terminated: in this process, Celery calls nothing else when it ends."""
         super()._announce_revoked(reason, terminated, signum, expired)
         if terminated and self.owner is not None and not self._held_until_gone():
             self._end_terminated()
 
     def _announce_cancelled(self, **options: Any) -> None:
-        """End the claim of a body that was stopped because the connection to the broker broke: it runs again."""
+        """End the claim of a body that was stopped because the connection to the broker broke; it will run again."""
         super()._announce_cancelled(**options)
         if not self._held_until_gone():
             self._end("expire", self.task.queue_log.store.expire)
@@ -168,7 +168,7 @@ class IdempotentRequest(Request):  # type: ignore[misc]
             discard(self.task, self._context, REVOKED)  # it ended before it claimed
 
     def _had_succeeded(self) -> bool:
-        """Return whether the row of a lost child says success, so that it was lost before Celery stored the result: that is done from here."""
+        """Return whether a lost child had recorded a success; if so, store the result, which the child did not get to."""
         store, key = self.task.queue_log.store, self.key
         if key is None:
             return False
@@ -190,7 +190,7 @@ class IdempotentRequest(Request):  # type: ignore[misc]
 
     def _lost(self) -> None:
         task = self.task
-        # As Celery decides it: the next attempt is sent from here, after this, and moves the row on.
+        # Celery's own rule for sending the next attempt from this process, which then moves the row to that attempt.
         retried = retries_lost_workers(task) and (task.max_retries is None or self._context.retries < task.max_retries)
         if retried or task.idempotency.delivery.on_abandoned == "rerun":
             self._end("expire", self.task.queue_log.store.expire)
@@ -198,7 +198,7 @@ class IdempotentRequest(Request):  # type: ignore[misc]
             self._fail(ABANDONED, OutcomeKind.ABANDONED)
 
     def _retry_worker_lost(self, exc: BaseException, exc_info: ExceptionInfo) -> Any:
-        # Celery sends the next attempt from here, outside of any run: move the row on first, and let the headers say whose it is.
+        # Celery sends the next attempt from this process, outside of any run. Move the row to it first, and put our header on it.
         context = self._context
         key = self.key
         if key is None:
@@ -253,14 +253,14 @@ class IdempotentRequest(Request):  # type: ignore[misc]
         return failed
 
     def _end(self, what: str, write: Callable[[Owner], bool]) -> bool:
-        """End the claim of a body that cannot end it itself; whether it was there to be ended so."""
+        """End the claim of a body that cannot end it itself; return whether ``write`` found the claim."""
         if self.owner is None:
             return False  # never accepted, so never claimed
         if self.held is not None:
             self.held.ended = True
             LeaseRenewer.of(self.task.queue_log).let_go(self.held.holder)
         try:
-            # A body that had ended has left a recovery point: what waits on it is still to be sent.
+            # If the body had ended, `write` finds a recovery point instead. Expire that, so that its callbacks are sent.
             if write(self.owner):
                 return True
             older = self.identity.older if self.identity is not None else None
@@ -272,7 +272,7 @@ class IdempotentRequest(Request):  # type: ignore[misc]
         return False
 
     def _emit(self, kind: OutcomeKind, reason: str, attempt: int | None = None) -> None:
-        """Tell the app's hooks, if it has any, what became of a message whose child cannot."""
+        """Report an outcome to the app's hooks for a child that cannot."""
         if self.owner is not None:
             self.task.queue_log.outcomes.emit(
                 kind,
@@ -290,11 +290,11 @@ def running() -> list[IdempotentRequest]:
     while True:
         try:
             active = list(active_requests)
-        except RuntimeError:  # the worker's loop added one meanwhile
+        except RuntimeError:  # the worker's event loop has changed the set meanwhile
             continue
         return [request for request in active if isinstance(request, IdempotentRequest)]
 
 
 def _children() -> list[RenewedLease]:
-    """Return what the children of this worker hold that are running now."""
+    """Return the leases of this worker's children that run now."""
     return [request.held for request in running() if request.held]

@@ -1,6 +1,6 @@
 """One guarded run: from the claim to the outcome.
 
-A run lives on Celery's request for as long as the request is traced. What it writes to its row, it writes as a ``ClaimedRow``.
+A run is an attribute of Celery's request while the request is traced. Its writes to the row are in its base, ``ClaimedRow``.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ logger = logging.getLogger("celery_idempotent")
 
 
 class Passage(StrEnum):
-    """How far the calls of a run have come: through the guard, then through each ``__call__`` of its task's classes."""
+    """How deep a run is in its chain of calls: the guard, then each ``__call__`` of the task's classes, then the body."""
 
     OUTSIDE = "outside"  # no ``__call__`` yet
-    CALLED = "called"  # the guard runs the first of them
-    IN_BODY = "in_body"  # Celery's own, the last of them, runs the body
+    CALLED = "called"  # the guard runs the first ``__call__``
+    IN_BODY = "in_body"  # Celery's own ``__call__``, the last one, runs the body
 
 
 class Run(ClaimedRow):
-    """A delivery's way through the guard."""
+    """The run of a delivery."""
 
     def __init__(self, task: Guarded, request: Context, message: NewMessage, header: Header) -> None:
         super().__init__(task, request, message)
-        #: What the message's header says, and what its row has told of it since.
+        #: The message's header, completed by what its row says.
         self.header = header
-        #: Whether the body is about to replace itself by another task under the same task id.
+        #: Whether the body is replacing itself by another task under the same task id.
         self.replacing = False
         self.passage = Passage.OUTSIDE
         self.limits = TimeLimits(task, request)
@@ -69,14 +69,14 @@ class Run(ClaimedRow):
 
     @classmethod
     def current(cls, app: Celery) -> Run | None:
-        """Return the run of the task that this worker executes here and now."""
+        """Return the run of the task that this thread executes."""
         return cast("Run | None", current_run(app))
 
     def later_call(self, task_id: str) -> str | None:
-        """Return the name of a call that Celery sends behind this run, under a Celery id that was sent before.
+        """Return the name for a call that Celery sends after this run, if its Celery id was sent before.
 
         Returns:
-            The same each time; ``None`` if an earlier run of this very message may be who sent it.
+            The same name each time; ``None`` if an earlier run of the same message may have sent the call.
         """
         if self.header.call is None and self.ran is None:
             return None
@@ -89,7 +89,7 @@ class Run(ClaimedRow):
 
     @property
     def is_unguarded(self) -> bool:
-        """Whether it has no row to speak of."""
+        """Whether the run has no row."""
         return isinstance(self.state, Unguarded)
 
     @property
@@ -99,17 +99,17 @@ class Run(ClaimedRow):
 
     @property
     def waited_on(self) -> bool:
-        """Whether callbacks, a chain or a chord are sent once the body has returned, or the task's own ``on_success`` is called."""
+        """Whether anything follows the body's return: callbacks, a chain, a chord, or the task's own ``on_success``."""
         return waited_on(self.request) or type(self.task).on_success is not Task.on_success
 
     # -- the end of the body -------------------------------------------------------------------------------------------
 
     def end(self, end: BodyEnd) -> None:
-        """Write how the body ended, and take the state that follows from it.
+        """Write how the body ended, and move to the state that follows.
 
         Raises:
             EncodeError: The result backend cannot take the value, so the message has failed.
-            Ignore: The claim was lost. (After :class:`Retried` the state says so.)
+            Ignore: The claim was lost. (After :class:`Retried`, the state shows that instead.)
             NotCommittedError: The transaction of an atomic body was not committed.
         """
         match end:
@@ -123,7 +123,7 @@ class Run(ClaimedRow):
                 self._release()
             case Ignored(note):
                 self._finish(self._completed(None, note=note))
-            case _:  # pragma: no cover - the type checker proves it away
+            case _:  # pragma: no cover - the type checker proves that it is unreachable
                 assert_never(end)
 
     def _complete(self, end: Completed) -> None:
@@ -139,8 +139,8 @@ class Run(ClaimedRow):
         if not waited_on:
             self._finish(self._completed(result))
             return
-        # What waits on this result is sent after we return: until it is known to be, the row says so.
-        # On SQLite a transaction that writes keeps all others from writing, renewals too: the lease may have run out.
+        # Callbacks are sent after we return. Until they are known to be sent, the row has a recovery point.
+        # On SQLite, a writing transaction locks out all other writes, also renewals. So give a full lease here.
         lease = None if self.unit is None else self.task.idempotency.lease
         held = self.commit(
             "note a recovery point",
@@ -193,17 +193,17 @@ class Run(ClaimedRow):
     # -- what follows the body -----------------------------------------------------------------------------------------
 
     def end_as_seen(self, state: str | None, outcome: Any) -> None:
-        """End a claim that the guard has not ended, by what Celery saw.
+        """End a claim that the guard has not ended, by the outcome in Celery.
 
         Args:
-            state: Celery's, of the run. ``None`` if the process is about to exit: the worker's request learns of that.
+            state: Celery's state of the run. ``None`` if the process is about to exit, which the worker's request handles.
             outcome: The return value, or the exception.
         """
         if not isinstance(self.state, Claimed) or state is None:
             return
         logger.error(
-            "%s was still claimed when Celery had finished with it, and ends as Celery saw it, %s: either its before_start raised, "
-            "or something calls its body past the guard",
+            "%s was still claimed when Celery had finished with it, and ends with Celery's state, %s: either its before_start raised, "
+            "or something calls its body without the guard",
             self,
             state,
         )
@@ -215,22 +215,24 @@ class Run(ClaimedRow):
             logger.error("%s stays claimed until its lease runs out: %s", self, error)
 
     def dispatched(self) -> None:
-        """Callbacks and result of a checkpointed run were sent."""
+        """Complete a checkpointed run, after its callbacks and result were sent."""
         if isinstance(self.state, Checkpointed):
             self._end(self._completed(None))
 
     def not_dispatched(self, error: BaseException | None) -> None:
-        """Note at the end of the run that callbacks and result which were still to be sent could not be.
+        """Handle a checkpointed run whose callbacks or result could not be sent.
 
         Args:
-            error: Why, if that is known.
+            error: The reason, if known.
         """
         if not isinstance(self.state, Checkpointed):
             return
         if isinstance(error, EncodeError):  # no later attempt can succeed
             self._end(self._failed(describe(error)))
         else:
-            logger.error("%s ran, but what follows it was not sent; a later delivery sends it: %r", self, error)
+            logger.error(
+                "%s ran, but its callbacks or result were not sent; a later delivery sends them: %r", self, error
+            )
 
     def _end(self, held: bool) -> None:
         self.move_to(Finished(self.held_claim) if held else Lost(self.held_claim))
@@ -240,10 +242,10 @@ class Run(ClaimedRow):
     # -- handing on ----------------------------------------------------------------------------------------------------
 
     def hand_on(self, message: NewMessage) -> bool:
-        """Move the row on to this message's next attempt, just before that is published.
+        """Move the row to this message's next attempt, just before that is published.
 
         Returns:
-            Whether the claim still held; if not, nothing may be published.
+            Whether the claim still held; if not, do not publish.
         """
         if isinstance(self.state, Unguarded):
             return True
@@ -256,7 +258,7 @@ class Run(ClaimedRow):
         def handed_on() -> bool:
             return self.is_pending(message.attempt)
 
-        if self.replacing:  # by itself: what the body did until here stands
+        if self.replacing:  # by the same task: commit the body's writes so far
             held = (
                 self.commit("hand a message on", message.message, lambda store, _: hand_on(store), handed_on)
                 or handed_on()
@@ -271,22 +273,26 @@ class Run(ClaimedRow):
         return held
 
     def leave_to_recovery(self, error: BaseException) -> bool:
-        """Note that the next attempt's row is still to be published: the broker did not take it, or may not have.
+        """Leave publishing the next attempt to recovery, because the broker did not take it, or may not have.
 
         Returns:
-            Whether there is such a row.
+            Whether there is a row from which it can be published.
         """
         if not isinstance(self.state, HandedOn):
             return False
-        logger.error("%s goes on when recovery can publish it: %r", self, error)
+        logger.error("%s continues when recovery can publish it: %r", self, error)
         try:
             self._store.not_published(self.key, token=self.held_claim.token)
         except StoreError as unknown:
-            logger.error("%s has to be overtaken first, the store gives no answer: %s", self, unknown)
+            logger.error(
+                "%s has to be overtaken before recovery publishes it, since the store gives no answer: %s",
+                self,
+                unknown,
+            )
         return True
 
     def not_handed_on(self, message: NewMessage, error: BaseException) -> None:
-        """End the message whose next attempt could not be published, unless a copy of it runs already."""
+        """End the message, because its next attempt could not be published; unless a copy of it already runs."""
         if not isinstance(self.state, HandedOn):
             return
 
@@ -310,7 +316,7 @@ class Run(ClaimedRow):
             fingerprint=self.message.fingerprint,
             attempt=request.retries + 1,
             delay=0.0,
-            # The arguments of an eager run may be anything.
+            # An eager run's arguments may be objects that no serializer takes.
             message=None
             if request.is_eager
             else encode_message(args, kwargs, options, serializer=self.task.serializer),

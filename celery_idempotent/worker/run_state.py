@@ -1,4 +1,4 @@
-"""The states of a run, each with what is only known in it, and the one table of the ways between them."""
+"""The states of a run, each with the values that only this state has, and the table of transitions."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ __all__ = [
 
 logger = logging.getLogger("celery_idempotent")
 
-#: Set in the environment of our tests, and of their workers: a transition that is not in the table raises there.
+#: An environment variable, set in our tests and their workers: a transition that is not in the table then raises.
 _STRICT = "CELERY_IDEMPOTENT_STRICT"
 
 
 @dataclass(frozen=True, slots=True)
 class Unguarded:
-    """The run holds no claim: its delivery is not decided on yet, its store gives no answer and the app says ``run``, or its task is turned off."""
+    """The run has no claim: it is not decided on yet, the store does not answer under ``run``, or the task has ``idempotent=False``."""
 
     claim: ClassVar[None] = None
 
@@ -45,7 +45,7 @@ class Claimed:
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
-    """The stored result is returned without running the body. Nothing is held."""
+    """The stored result is returned without running the body. There is no claim."""
 
     value: Any
     claim: ClassVar[None] = None
@@ -53,7 +53,7 @@ class Replayed:
 
 @dataclass(frozen=True, slots=True)
 class Checkpointed:
-    """The body ran, in this run or in one that this one took over from. Callbacks and result are being sent."""
+    """The body has run, here or in the run that this one took over from. Callbacks and result are being sent."""
 
     claim: Claim
     value: Any
@@ -61,30 +61,30 @@ class Checkpointed:
 
 @dataclass(frozen=True, slots=True)
 class HandedOn:
-    """The row waits for this message's retry or replacement. The claim is the one that wrote so."""
+    """The row waits for the message's retry or replacement. The claim is the one that wrote this."""
 
     claim: Claim
 
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """The claim, as it was, is gone: somebody else has taken the message over, or ended it."""
+    """The claim is gone: another worker has taken the message over, or it was ended."""
 
     claim: Claim
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The row is done, or was released. A run that ended an abandoned message never had a claim."""
+    """The row is done, or was released. There is no claim if the run ended an abandoned message."""
 
     claim: Claim | None
 
 
 RunState = Unguarded | Claimed | Replayed | Checkpointed | HandedOn | Lost | Finished
 
-#: From each state, where a run may go. A claim is had anew (``Claimed`` to ``Claimed``, ``Checkpointed`` to ``Checkpointed``) after the
-#: store has forgotten its row. A delivery whose store went silent after the claim is decided on anew, so that what it finds then may lead
-#: from ``Claimed`` or ``Checkpointed`` to all that it could have found at first.
+#: The states that may follow each state. If the store has forgotten the row, it is claimed again (``Claimed`` to ``Claimed``,
+#: ``Checkpointed`` to ``Checkpointed``). If the store goes silent after the claim, the delivery is decided on again. So ``Claimed`` and
+#: ``Checkpointed`` lead to all states that a first decision can lead to.
 TRANSITIONS: Mapping[type[RunState], frozenset[type[RunState]]] = {
     Unguarded: frozenset({Claimed, Replayed, Finished}),
     Claimed: frozenset({Claimed, Replayed, Checkpointed, HandedOn, Lost, Finished}),
@@ -97,19 +97,19 @@ TRANSITIONS: Mapping[type[RunState], frozenset[type[RunState]]] = {
 
 
 def check_transition(before: RunState, after: RunState, *, whose: object) -> None:
-    """Log a transition that is not in the table, loudly: a worker must not lose a message's outcome because our bookkeeping is wrong.
+    """Log a transition that is not in the table as critical. Do not raise: our own bug must not lose a message's outcome.
 
     Args:
-        before: The state that the run has.
-        after: The one that it gets.
+        before: The current state.
+        after: The next state.
         whose: The run, for the log.
 
     Raises:
-        AssertionError: It is not in the table, and these are our tests.
+        AssertionError: The transition is not in the table; in our tests only.
     """
     if type(after) in TRANSITIONS[type(before)]:
         return
-    text = f"{whose} goes from {type(before).__name__} to {type(after).__name__}, which no run does"
+    text = f"{whose} goes from {type(before).__name__} to {type(after).__name__}, which the table of transitions does not allow"
     if os.environ.get(_STRICT):
         raise AssertionError(text)
     logger.critical("%s: please report this", text)

@@ -1,4 +1,4 @@
-"""The hooks on Celery's signals: the end of a run, and messages that will not run. Calls by name have theirs in the producer."""
+"""Connect to Celery's signals: the end of a run, and messages that will not run. Calls by name have theirs in the producer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ logger = logging.getLogger("celery_idempotent")
 
 
 def install(queue_log: QueueLog) -> None:
-    """Connect the hooks for an app's queue log; doing so again changes nothing."""
+    """Connect the hooks for an app's queue log; repeating this changes nothing."""
     record_calls_by_name(queue_log)
     queue_log.app.steps["worker"].update({CheckStep, RecoveryStep})
     signals.task_success.connect(_succeeded)
@@ -37,7 +37,7 @@ def install(queue_log: QueueLog) -> None:
 def _ran_unguarded(
     sender: Any, task_id: str | None = None, retval: Any = None, state: str | None = None, **_: Any
 ) -> None:
-    """End the row of a message that ran as a plain task, which lost its ``base=IdempotentTask`` since: it would run again."""
+    """End the row of a message whose task has lost its ``base=IdempotentTask``, and which ran as a plain task; otherwise it would run again."""
     if is_guarded(sender) or task_id is None:
         return
     request = sender.request_stack.top
@@ -45,12 +45,12 @@ def _ran_unguarded(
     if header is None or not header.belongs_to(sender.name, task_id) or state not in states.READY_STATES:
         return
     if "queue_log" not in vars(sender.app) and not sender.app.conf.get("idempotent_store"):
-        return  # an app that never had a queue log, and to which others send
+        return  # an app without a queue log, to which guarded apps send
     try:
         end_unguarded(QueueLog.of(sender.app), header, request, retval if state == states.FAILURE else None)
     except IdempotentError as error:
         logger.error(
-            "%s[%s] ran without base=IdempotentTask, and its row stays pending: %s", sender.name, task_id, error
+            "%s[%s] ran without base=IdempotentTask, but its row stays pending: %s", sender.name, task_id, error
         )
 
 
@@ -58,7 +58,7 @@ signals.task_postrun.connect(_ran_unguarded)
 
 
 def _succeeded(sender: Any, **_: Any) -> None:
-    """Callbacks and result were sent."""
+    """Complete a checkpointed run: callbacks and result were sent."""
     run = Run.of(sender.request_stack.top) if is_guarded(sender) else None
     if run is not None:
         run.dispatched()
@@ -66,9 +66,9 @@ def _succeeded(sender: Any, **_: Any) -> None:
 
 
 def _after_run(sender: Any, state: str | None = None, retval: Any = None, **_: Any) -> None:
-    """End the run; what was not dispatched by now was not dispatched.
+    """End the run. If callbacks or result were not sent by now, they will not be.
 
-    The state is no proof: it stays SUCCESS when the result backend failed to take the result.
+    The state does not tell: it is SUCCESS even if the result backend did not take the result.
     """
     if not is_guarded(sender):
         return
@@ -85,7 +85,7 @@ def _after_run(sender: Any, state: str | None = None, retval: Any = None, **_: A
 
 
 def _revoked(sender: Any, request: Context, terminated: bool = False, expired: bool = False, **_: Any) -> None:
-    """End a message that was revoked or has expired before it ran; a running one that was terminated is its request's to report."""
+    """End a message that was revoked or has expired before it ran. A terminated body's request reports that itself."""
     if terminated or not is_guarded(sender):
         return
     answered(sender, request)

@@ -1,7 +1,7 @@
-"""Time limits are for the body: the soft one is kept from striking before that begins, and after it has ended.
+"""Keep the soft time limit from striking before the body begins, and after it has ended.
 
-Celery counts from when a pool's process accepts a message. Its soft limit is a signal, raised as an error wherever the process is: so also
-while the message waits for its claim, which would end it without having run, or while the outcome of its body is written.
+Celery counts from when a pool's process accepts a message. Its soft limit is a signal that raises an error anywhere in the process. So it
+could strike while the message waits for its claim, and end it without having run; or while the body's outcome is written.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ __all__ = ["TimeLimits"]
 
 T = TypeVar("T")
 
-#: Seconds. What did not wait for longer did not wait.
+#: Seconds. A shorter wait does not count.
 _AT_ONCE = 0.1
 
 
 class _Process:
-    """The soft limit of a pool's process, which runs one body at a time."""
+    """The soft limit of a pool's child, which runs one body at a time."""
 
     def __init__(self) -> None:
-        #: Whose limit is not to strike now.
+        #: The delivery whose soft limit must not strike now.
         self.put_off: TimeLimits | None = None
         self._pid: int | None = None
         self._struck_by_signal = False
 
     @property
     def is_struck_by_signal(self) -> bool:
-        """Whether Celery strikes by its signal here, in a child of ``prefork``; the handler is ours then."""
+        """Whether this is a child of ``prefork``, where the limit is a signal. Its handler is then replaced by ours."""
         if self._pid != os.getpid():
             here = SIG_SOFT_TIMEOUT is not None and threading.current_thread() is threading.main_thread()
             self._struck_by_signal = here and signal.getsignal(SIG_SOFT_TIMEOUT) is soft_timeout_sighandler
@@ -66,10 +66,10 @@ class TimeLimits:
     def __init__(self, task: Guarded, request: Context) -> None:
         self._task = task
         self._request = request
-        #: Whether the soft limit would have struck where it was put off.
+        #: Whether the soft limit struck while it was put off.
         self.struck = False
         self._began = time.monotonic()
-        # An eager run has none of its own: it is a part of the body that it is called in.
+        # An eager run has no limits of its own: it is part of the body that calls it.
         self._by_signal = not request.is_eager and _process.is_struck_by_signal
 
     @cached_property
@@ -82,12 +82,12 @@ class TimeLimits:
 
     @property
     def spent(self) -> bool:
-        """Whether so much went by already that the body would not have its time."""
+        """Whether the wait has used up too much of the body's time."""
         passed = time.monotonic() - self._began
-        return self.struck or (passed > _AT_ONCE and passed > self.patience)  # it takes long to read settings
+        return self.struck or (passed > _AT_ONCE and passed > self.patience)  # `patience` reads settings, which is slow
 
     def without(self, do: Callable[[], T]) -> T:
-        """Do something without the soft limit."""
+        """Call ``do`` with the soft limit put off."""
         if not self._by_signal:
             return do()
         _process.put_off = self
@@ -97,10 +97,10 @@ class TimeLimits:
             _process.put_off = None
 
     def within(self, body: Callable[[], T]) -> T:
-        """Run the body inside of what is done without the soft limit.
+        """Run the body with the soft limit, inside :meth:`without`.
 
         Raises:
-            SoftTimeLimitExceeded: It strikes, or would have since the last run of the body.
+            SoftTimeLimitExceeded: The limit strikes, or struck while it was put off.
         """
         if not self._by_signal:
             return body()

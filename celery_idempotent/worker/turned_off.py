@@ -1,4 +1,4 @@
-"""Messages that were recorded, of a task whose guard was taken away since: it runs as a plain task, and its row is ended all the same."""
+"""End the rows of messages whose task has lost its guard since they were recorded, and ran as a plain task."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["end_unguarded"]
 
 logger = logging.getLogger("celery_idempotent")
 
-#: Seconds for which the row is held, between two statements.
+#: Seconds of the lease between the two statements that claim and end the row.
 _LEASE = 60.0
 
 
@@ -27,9 +27,9 @@ def end_unguarded(queue_log: QueueLog, header: Header, request: Context, error: 
 
     Args:
         queue_log: The queue log of its app.
-        header: What the message says of its row.
+        header: The message's header.
         request: Celery's context of the delivery.
-        error: What the body has raised; ``None`` if it returned.
+        error: The body's exception; ``None`` if it returned.
 
     Raises:
         StoreError: The row stays as it is.

@@ -1,7 +1,7 @@
-"""Values that a store does not take: a result or a message that is too large for its server, or not storable there.
+"""Handle values that a store does not take: a result or a message that is too large for its server, or cannot be stored there.
 
-The value is for a later replay, or a later publication. An outcome without it is better than none: without an outcome the row would stay
-``processing``, and the body would run again and again. A value that the result backend does not take, and no row keeps, is a failure.
+The value is for a later replay or publication, so write the outcome without it. Without an outcome, the row would stay ``processing``, and
+the body would run again and again. If neither the result backend nor the row takes a value, the message fails.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ logger = logging.getLogger("celery_idempotent")
 
 T = TypeVar("T")
 
-#: Bytes from which a value may be why a server gives no answer. MariaDB closes the connection on a packet beyond ``max_allowed_packet``,
-#: which looks as if it had died.
+#: Bytes from which a value may be the reason that a server does not answer. MariaDB closes the connection on a packet beyond
+#: ``max_allowed_packet``, as if it had died.
 _LARGE = 1 << 20
 
-#: How often a server may give no answer to such a value before that is taken for its answer.
+#: How often a server may not answer to such a value before the value is taken as refused.
 _SILENCES = 2
 
 
 class Keeping:
-    """What one delivery has learned about its value: whether the store takes it.
+    """Whether the store takes a delivery's value.
 
     Attributes:
-        refused: Whether it does not.
+        refused: Whether the store has refused it.
     """
 
     def __init__(self) -> None:
@@ -47,19 +47,19 @@ class Keeping:
         self._silences = 0
 
     def of(self, value: bytes | None) -> bytes | None:
-        """Return the value, as far as the store takes it."""
+        """Return the value; ``None`` if the store has refused it."""
         return None if self.refused else value
 
     def learn(self, error: Exception, value: bytes | None, *, silent: bool) -> bool:
-        """Take an error of a write for what it says about the value.
+        """Decide from a write's error whether the store refuses the value.
 
         Args:
             error: The error.
-            value: What was written.
-            silent: Whether the server gave no answer, rather than refuse.
+            value: The value that was written.
+            silent: Whether the server did not answer, instead of refusing.
 
         Returns:
-            Whether the write is to be repeated without the value.
+            Whether to repeat the write without the value.
         """
         if value is None:
             return False
@@ -67,19 +67,19 @@ class Keeping:
             self._silences += 1
             if len(value) < _LARGE or self._silences < _SILENCES:
                 return False
-        logger.error("a value of %d bytes is not kept, since the store did not take it: %s", len(value), error)
+        logger.error("a value of %d bytes is not kept, because the store did not take it: %s", len(value), error)
         self.refused = True
         return True
 
     def write(self, value: bytes | None, ask: Callable[[bytes | None], T]) -> T:
-        """Write the value, or what goes with it if the store does not take the value itself.
+        """Write the row with the value, or without it if the store does not take the value.
 
         Args:
             value: The value.
-            ask: One call of the store, with the value or without.
+            ask: Calls the store, with the value or with ``None``.
 
         Raises:
-            StoreError: As the store's.
+            StoreError: From the store.
         """
         kept = self.of(value)
         try:
@@ -93,7 +93,7 @@ class Keeping:
 
 
 def refused_by_backend(task: Guarded, request: Context, value: Any) -> EncodeError | None:
-    """Return what Celery will tell the caller instead of the value: that its result backend cannot take it."""
+    """Return the error that the caller will get because the result backend cannot take the value; ``None`` if it can."""
     backend = task.backend
     stored = not request.is_eager or task.store_eager_result
     if not stored or ignores_result(task, request) or isinstance(backend, DisabledBackend):

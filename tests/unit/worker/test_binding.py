@@ -51,7 +51,7 @@ def generator() -> Iterator[int]:
 
 @pytest.mark.parametrize("body", [coroutine, asynchronous_generator])
 def test_an_async_body_is_refused(app: Celery, body: Any) -> None:
-    with pytest.raises(ConfigurationError, match=r"task bound: `async def \w+` is called by Celery but never awaited"):
+    with pytest.raises(ConfigurationError, match=r"task bound: Celery calls `async def \w+` but never awaits it"):
         bind(app, IdempotentTask, body=body)
 
 
@@ -66,14 +66,14 @@ def test_an_async_run_of_a_class_is_refused(app: Celery) -> None:
 
         async def run(self) -> None: ...
 
-    with pytest.raises(ConfigurationError, match="task class-based: `async def run`"):
+    with pytest.raises(ConfigurationError, match="task class-based: Celery calls `async def run`"):
         app.register_task(ClassBased())
 
 
 def test_an_async_call_is_refused(app: Celery) -> None:
     async def call(self: Task) -> None: ...
 
-    with pytest.raises(ConfigurationError, match="`async def call` is called by Celery but never awaited"):
+    with pytest.raises(ConfigurationError, match="Celery calls `async def call` but never awaits it"):
         bind(app, IdempotentTask, __call__=call)
 
 
@@ -119,7 +119,7 @@ def test_a_request_that_derives_from_ours_stays(app: Celery) -> None:
     ("given", "said"),
     [
         (object, r"object is not a Request: derive it from celery\.worker\.request\.Request"),
-        (42, r"task bound: Request is 42; give it a class, or the path of one"),
+        (42, r"task bound: Request is 42: give a class, or the path of one"),
         (type("Slotted", (Request,), {"__slots__": ("one",)}), None),
     ],
 )

@@ -129,7 +129,7 @@ def test_an_outage_is_answered_by_asking_more_often(
         renewals.hold(claim(), lease)
         wait_for(lambda: len(store.times(claim())) >= 2)
     renewals.let_go(claim())
-    assert [record.getMessage() for record in caplog.records] == ["could not renew 1 leases, asking again: away"]
+    assert [record.getMessage() for record in caplog.records] == ["could not renew 1 leases, trying again: away"]
     first, second = store.times(claim())[:2]
     assert second - first < lease / 3
 
@@ -146,7 +146,7 @@ def test_a_claim_that_was_lost_is_let_go(
     renewals.let_go(kept)
     # Asked for once more before it is called lost, and then never again.
     assert len(store.times(claim())) == 2
-    assert [record.getMessage() for record in caplog.records] == ["the claim on order:1 was lost while its body runs"]
+    assert [record.getMessage() for record in caplog.records] == ["lost the claim on order:1 while its body runs"]
 
 
 def test_a_run_ending_during_a_renewal_keeps_its_claim(

@@ -303,7 +303,7 @@ class TestDescribe:
             def __str__(self) -> str:
                 raise RuntimeError("no words")
 
-        assert describe(MuteError()).endswith("MuteError, whose text cannot be had: RuntimeError")
+        assert describe(MuteError()).endswith("MuteError, whose text raises RuntimeError")
 
 
 class TestWorkerLabel:

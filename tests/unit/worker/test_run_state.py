@@ -71,5 +71,8 @@ def test_any_other_step_is_logged_in_a_worker(
     monkeypatch.delenv("CELERY_IDEMPOTENT_STRICT")
     check_transition(Lost(CLAIM), Finished(CLAIM), whose="task[m]")
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
-        ("CRITICAL", "task[m] goes from Lost to Finished, which no run does: please report this")
+        (
+            "CRITICAL",
+            "task[m] goes from Lost to Finished, which the table of transitions does not allow: please report this",
+        )
     ]
