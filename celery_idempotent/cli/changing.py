@@ -26,14 +26,14 @@ from celery_idempotent.queue_log import QueueLog
 
 __all__ = ["forget", "purge", "requeue"]
 
-#: Seconds of purging between two looks at how far it is.
+#: Seconds of purging between two reports of progress.
 _STRIDE = 2.0
 
 
 @click.command(cls=CeleryCommand)
 @click.argument("message_ids", metavar="[MESSAGE_ID]...", nargs=-1)
 @choose
-@limit(1000, "At most so many, the oldest first.")
+@limit(1000, "At most this many, the oldest first.")
 @dry_run
 @yes
 @as_json
@@ -50,9 +50,9 @@ def requeue(
 ) -> None:
     """Publish failed and abandoned messages again from their rows.
 
-    Name them by MESSAGE_ID, or choose them: --task '*' --error 'ConnectionError*' --newer-than 2h. Each starts over with all its retries, at once,
-    under the ids that it had: its first AsyncResult shows the new outcome, and what waits behind it in a chain goes on. Calls that its
-    body made are not made twice; if they failed, requeue them too. A message that was revoked, or had expired, gets a new task id.
+    Name them by MESSAGE_ID, or choose them: --task '*' --error 'ConnectionError*' --newer-than 2h. Each starts over at once, with all its retries,
+    under its old ids. So its first AsyncResult shows the new outcome, and a chain continues. Calls that its body made are not made twice; if they
+    failed, requeue them too. A message that was revoked or had expired gets a new task id.
 
     Each task has ids of its own. If several tasks have a message of the id, MESSAGE_ID means all of them, and --task one.
 
@@ -60,7 +60,7 @@ def requeue(
     """
     chosen = Chosen(**choice)
     with opened(ctx) as queue_log:
-        queue_log.app.loader.import_default_modules()  # whose task is not known, cannot be published
+        queue_log.app.loader.import_default_modules()  # a message whose task is unknown cannot be published
         rows, missing = _named_or_chosen(
             queue_log,
             message_ids,
@@ -79,14 +79,16 @@ def requeue(
     records = [{**record_of(row), "task_id": renamed.get(row.key, row.task_id)} for row in rows]
     _report("requeue", "requeued", records, refused, missing, dry_run=dry_run, json_=json_)
     for key, task_id in renamed.items():
-        click.echo(f"{_name(key)} was discarded, which workers remember: its task id is {task_id} now", err=True)
+        click.echo(
+            f"{_name(key)} had been discarded, which workers remember by its task id: that is now {task_id}", err=True
+        )
     _end(refused, missing, full=len(records) >= limit and not message_ids, limit=limit, json_=json_)
 
 
 def _requeue(
     queue_log: QueueLog, rows: list[Row], refused: list[tuple[MessageKey, str]], renamed: dict[MessageKey, str]
 ) -> list[Row]:
-    """Requeue rows, which were read without their messages; those that wait again."""
+    """Requeue rows that were read without their messages; return those that wait again."""
     again: list[Row] = []
     with _progress("requeueing", rows) as each:
         for row in each:
@@ -105,8 +107,8 @@ def _requeue(
 @click.argument("message_ids", metavar="[MESSAGE_ID]...", nargs=-1)
 @choose
 @click.option("--status", type=click.Choice([str(status) for status in Status]), help="Only rows in this status.")
-@limit(1000, "At most so many, the oldest first.")
-@click.option("--force", is_flag=True, help="Those too that wait or run.")
+@limit(1000, "At most this many, the oldest first.")
+@click.option("--force", is_flag=True, help="Also messages that wait or run.")
 @dry_run
 @yes
 @as_json
@@ -130,10 +132,10 @@ def forget(
     The next message under the id is new, whatever its arguments. Arguments, result and error of the old one are gone; what is left of its
     row is its fencing token, until it is purged.
 
-    A copy that the broker still has runs, as if it were new. So a message that waits, or runs, is forgotten by --force only: what waits
-    will run all the same, unless the broker has lost it; a body that runs is not stopped, and its outcome is refused.
+    A copy that the broker still has will run as a new message. So messages that wait or run are forgotten only with --force. One that waits
+    will still run, unless the broker has lost it. One that runs is not stopped, and its outcome is refused.
 
-    `celery purge` alone does not last: recovery publishes what waits in the log. After it: forget --queue NAME --status pending --force.
+    `celery purge` alone does not last, because recovery publishes what waits in the log. After it: forget --queue NAME --status pending --force.
     """
     chosen = Chosen(**choice)
     if status is not None:
@@ -149,14 +151,14 @@ def forget(
             confirmed(_question("forget", rows), yes=yes)
             with _progress("forgetting", rows) as each:
                 kept = {row.key for row in each if not queue_log.store.forget(row)}
-            refused += [(row.key, "somebody else has changed it meanwhile") for row in rows if row.key in kept]
+            refused += [(row.key, "it has changed in the meantime") for row in rows if row.key in kept]
             rows = [row for row in rows if row.key not in kept]
     _report("forget", "forgotten", [record_of(row) for row in rows], refused, missing, dry_run=dry_run, json_=json_)
     _end(refused, missing, full=len(rows) >= limit and not message_ids, limit=limit, json_=json_)
 
 
 def _why_not_forgotten(row: Row) -> str | None:
-    """Why a message is not forgotten without --force."""
+    """Return why a message is not forgotten without --force; ``None`` if it is."""
     match row.status:
         case Status.PENDING:
             return "it waits to run; see --force"
@@ -171,13 +173,13 @@ def _why_not_forgotten(row: Row) -> str | None:
     "--older-than",
     metavar="SECONDS",
     callback=duration,
-    help="Only what was done so long ago, e.g. 7d.  [default: idempotent_retention]",
+    help="Only messages that have been done for longer, e.g. 7d.  [default: idempotent_retention]",
 )
 @click.option("--task", "task_name", help="Only this task; * and ? are wildcards.")
 @click.option(
     "--processed-status",
     type=click.Choice([str(status) for status in ProcessedStatus]),
-    help="Only what ended so. With failure, --older-than is about failures too.",
+    help="Only messages with this outcome. With failure, --older-than applies to failures too.",
 )
 @dry_run
 @yes
@@ -194,11 +196,11 @@ def purge(
 ) -> None:
     """Delete the rows of messages that are done.
 
-    Workers do this by themselves. With its row a message is forgotten: a late copy of it would run, and its id may be used again.
-    An id that unique_for still keeps taken keeps its row. What waits is not touched: this is not `celery purge`. A failure that can be requeued is kept for idempotent_failure_retention, unless
-    --processed-status failure --older-than says otherwise.
+    Workers do this by themselves. Without its row, a message is forgotten: a late copy of it would run, and its id may be used again.
+    A row stays while unique_for keeps its id taken. Waiting messages are not touched: this is not `celery purge`. A failure that can be
+    requeued is kept for idempotent_failure_retention, unless --processed-status failure --older-than says otherwise.
 
-    It asks before it deletes, and requires --yes where there is no terminal.
+    It asks before it deletes, and requires --yes if there is no terminal.
     """
     with opened(ctx) as queue_log:
         chosen: dict[str, Any] = {
@@ -210,14 +212,14 @@ def purge(
         if not dry_run:
             if purged or not sys.stdin.isatty():
                 seconds = queue_log.settings.retention if older_than is None else older_than
-                confirmed(f"Delete {purged} rows, up to some that were done {seconds:g} s ago?", yes=yes)
+                confirmed(f"Delete {purged} rows of messages that were done {seconds:g} s ago or earlier?", yes=yes)
             purged = _purge(queue_log, chosen)
     would = {"dry_run": True} if dry_run else {}
     print_(json_, {**would, "purged": purged}, lambda: [f"{'would purge' if dry_run else 'purged'} {purged}"])
 
 
 def _purge(queue_log: QueueLog, chosen: dict[str, Any]) -> int:
-    """Purge to the end, and say from time to time how far it is."""
+    """Purge to the end, and report progress from time to time."""
     if not sys.stderr.isatty():
         return purge_rows(queue_log, **chosen, within=math.inf)
     length = purgeable(queue_log, **chosen)
@@ -228,7 +230,7 @@ def _purge(queue_log: QueueLog, chosen: dict[str, Any]) -> int:
             deleted = purge_rows(queue_log, **chosen, within=_STRIDE)
             purged += deleted
             bar.update(deleted)
-            if time.monotonic() < until:  # it was not the time that ended it
+            if time.monotonic() < until:  # it ended before its time was over, so nothing is left
                 return purged
 
 
@@ -238,19 +240,19 @@ def _purge(queue_log: QueueLog, chosen: dict[str, Any]) -> int:
 def _named_or_chosen(
     queue_log: QueueLog, message_ids: Sequence[str], chosen: Chosen, where: Callable[[], Any]
 ) -> tuple[list[Row], list[str]]:
-    """Return the rows that a command is for, and the ids that have none."""
+    """Return the rows that a command applies to, and the given ids that have no row."""
     others = set(chosen) - {"task_name"}
     if message_ids and others:
         raise click.UsageError(
-            f"messages that are named are not chosen too: leave out --{min(others).replace('_', '-')}, or the ids"
+            f"give message ids or filters, not both: leave out --{min(others).replace('_', '-')}, or the ids"
         )
     if not message_ids and not chosen:
-        raise click.UsageError("which messages? Name their ids, or choose them, e.g. by --task '*'")
+        raise click.UsageError("no messages given: name their ids, or choose them, e.g. by --task '*'")
     if not message_ids:
         return list(queue_log.store.rows(where())), []
     task_name = chosen.get("task_name")
     if task_name is not None and set("*?") & set(task_name):
-        raise click.UsageError("with a message id, --task is the name of a task, without wildcards")
+        raise click.UsageError("with a message id, --task must be the name of a task, without wildcards")
     found = {message_id: rows_of(queue_log, message_id, task_name) for message_id in dict.fromkeys(message_ids)}
     missing = [not_there(message_id, task_name) for message_id, rows in found.items() if not rows]
     for message_id, rows in found.items():
@@ -282,7 +284,7 @@ def _report(
     dry_run: bool,
     json_: bool,
 ) -> None:
-    """Say what was done, and what was not."""
+    """Print what was done, and what was not."""
 
     def lines() -> Iterable[str]:
         if not dry_run:
@@ -303,9 +305,9 @@ def _report(
 def _end(
     refused: Sequence[tuple[MessageKey, str]], missing: Sequence[str], *, full: bool, limit: int, json_: bool
 ) -> None:
-    """Say what was not done, and end with the status of it."""
+    """Print what was not done, and exit with its status."""
     if full and not json_:
-        click.echo(f"these were the oldest {limit}; there may be more: do it again, or see --limit", err=True)
+        click.echo(f"these were the oldest {limit}; there may be more: run it again, or see --limit", err=True)
     for text in (*missing, *(f"{_name(key)} stays as it is: {reason}" for key, reason in refused)):
         click.echo(text, err=True)
     if refused or missing:
@@ -314,7 +316,7 @@ def _end(
 
 @contextmanager
 def _progress(label: str, rows: Sequence[Row]) -> Iterator[Iterable[Row]]:
-    """Yield the rows one after the other, with a bar at a terminal."""
+    """Yield an iterator over the rows, with a progress bar in a terminal."""
     if len(rows) == 1 or not sys.stderr.isatty():
         yield rows
         return

@@ -1,4 +1,4 @@
-"""The queue log of the app that a command is for, and what becomes of its errors."""
+"""Open the queue log of the app that a command is for, and print its errors."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ __all__ = ["one_line", "opened"]
 
 @contextmanager
 def opened(ctx: click.Context) -> Iterator[QueueLog]:
-    """Yield the queue log of the app given by ``-A``; what is wrong with it becomes one line and an exit status."""
+    """Yield the queue log of the app given by ``-A``; turn errors into one line and an exit status."""
     queue_log = QueueLog.of(ctx.obj.app)
     try:
         if ctx.find_root().params.get("app") is None and queue_log.settings == Settings():
-            # Celery goes on with an app of its own, and that one's queue log would be an empty file made here and now.
-            raise click.UsageError("which app? Name it: celery -A proj idempotent ...")
+            # Celery continues with a default app, whose queue log would be a new, empty file in this directory.
+            raise click.UsageError("no app given: name it, as in celery -A proj idempotent ...")
         yield queue_log
     except ConfigurationError as error:
         raise click.UsageError(str(error)) from error
@@ -30,12 +30,12 @@ def opened(ctx: click.Context) -> Iterator[QueueLog]:
         raise click.ClickException(str(error)) from error
     except OperationalError as error:
         raise click.ClickException(
-            f"the broker took no message: {one_line(error)}; what was not published waits in the queue log"
+            f"the broker took no message: {one_line(error)}; unpublished messages wait in the queue log"
         ) from error
     finally:
         queue_log.close()
 
 
 def one_line(error: Exception) -> str:
-    """Return the text of an error, whatever its lines."""
+    """Return the text of an error in one line."""
     return " ".join(str(error).split())

@@ -1,4 +1,4 @@
-"""Printing: tables and sheets without surprises for a terminal, and JSON for programs."""
+"""Print tables and sheets that are safe for a terminal, and JSON for programs."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["columns_taken", "plain", "print_", "printable", "sheets", "table"]
 
 
 def print_(json_: bool, data: Any, text: Callable[[], Iterable[str]]) -> None:
-    """Print data as JSON, or what it is for people."""
+    """Print data as JSON, or as text for people."""
     lines = [json.dumps(plain(data), indent=2)] if json_ else map(printable, text())
     for line in lines:
         click.echo(line)
 
 
 def plain(value: Any) -> Any:
-    """Return the nearest that JSON has."""
+    """Return the nearest value that JSON has."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Mapping):
@@ -37,7 +37,7 @@ def plain(value: Any) -> Any:
 
 
 def printable(line: str) -> str:
-    """Return the line without what would move a terminal's cursor, or what its encoding has not got: an id can be any text."""
+    """Escape characters that would move a terminal's cursor, or that its encoding lacks, since an id can be any text."""
     escaped = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in line)
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     return escaped.encode(encoding, "backslashreplace").decode(encoding)
@@ -63,12 +63,12 @@ def _padded(cell: str, width: int) -> str:
 
 
 def columns_taken(text: str) -> int:
-    """How many columns of a terminal a text takes."""
+    """Return how many columns of a terminal a text takes."""
     return sum(0 if combining(character) else 2 if east_asian_width(character) in "FW" else 1 for character in text)
 
 
 def sheets(records: Sequence[dict[str, Any]]) -> Iterable[str]:
-    """One value a line, record after record."""
+    """Yield one value a line, record after record."""
     for number, record in enumerate(records):
         if number:
             yield ""

@@ -1,4 +1,4 @@
-"""The command ``recover``: once, or step after step."""
+"""The command ``recover``: once, or pass after pass."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = ["recover"]
 
 logger = logging.getLogger("celery_idempotent")
 
-#: What a step did, in the words of people.
+#: What a pass did, for people.
 _RECOVERED = {
     "taken_back": "taken back {} whose worker died",
     "relayed": "relayed {} never published",
@@ -36,7 +36,7 @@ _RECOVERED = {
     "purged": "purged {}",
 }
 
-#: What a step would do, and what would become of a message that is due.
+#: What a pass would do, and what would happen to a message that is due.
 _WOULD = {
     "taken_back": "take back {} whose worker died",
     "relayed": "relay {} never published",
@@ -45,34 +45,34 @@ _WOULD = {
 }
 _DUE = {"taken_back": "be taken back", "relayed": "be relayed", "lost": "be published again"}
 
-#: So many messages of each kind are looked at by a dry run.
+#: How many messages of each kind a dry run reads.
 _LOOKED_AT = 1000
 
-#: The longest pause in seconds of `recover --watch` while the store or the broker is not there, unless its interval is longer.
+#: The longest pause in seconds of `recover --watch` while the store or the broker is down, unless its interval is longer.
 _LONGEST_PAUSE = 60.0
 
-#: How soon, in seconds, `recover --watch` notices between two steps that it is to end.
+#: How soon, in seconds, `recover --watch` notices a signal between two passes.
 _NOTICE = 0.2
 
 
 @click.command(cls=CeleryCommand)
-@click.option("--watch", is_flag=True, help="Go on, step after step, until interrupted or terminated.")
+@click.option("--watch", is_flag=True, help="Continue, pass after pass, until interrupted or terminated.")
 @click.option(
     "--interval",
     metavar="SECONDS",
     callback=duration,
-    help="Pause between two steps of --watch.  [default: idempotent_recovery_interval, or 30 where that is 0]",
+    help="Pause between two passes of --watch.  [default: idempotent_recovery_interval, or 30 if that is 0]",
 )
 @click.option(
     "--lost-after",
     metavar="SECONDS",
     callback=duration,
-    help="Publish every message again that has waited for longer, overtaken or not: for a broker that was emptied. "
-    "Whatever it still has gets a copy. With --watch, once.",
+    help="Publish all messages again that have waited for longer, overtaken or not: for a broker that was emptied. "
+    "Messages that it still has get a copy. With --watch, once.",
 )
 @click.option(
     "--task",
-    help="With --lost-after: only messages of this task. Those of a task that is turned off (idempotent=False) are published only so.",
+    help="With --lost-after: only messages of this task. Messages of a task that is turned off (idempotent=False) need this option.",
 )
 @dry_run
 @yes
@@ -90,29 +90,30 @@ def recover(
 ) -> None:
     """Publish what a dead worker, broker or producer left behind, and purge.
 
-    This is what a worker does every idempotent_recovery_interval seconds: it takes back messages whose worker died, relays those
-    that were recorded and never published, publishes those again that the broker is presumed to have lost, and deletes rows
-    past idempotent_retention. Which messages were published goes to the log.
+    A worker does the same every idempotent_recovery_interval seconds: take back messages whose worker died, relay those that were recorded
+    and never published, publish again those that the broker is presumed to have lost, and delete rows past idempotent_retention. The
+    log names the messages that were published.
 
-    Any number may run at once, beside workers too. Should a message be published that the broker still has, the claim absorbs the
-    copy: it is skipped, and counted as a duplicate. A message that was published again goes to the end of its queue.
+    Any number may run at once, together with workers. If the broker still has a message that is published again, the claim absorbs the
+    copy: it is skipped, and counted as a duplicate. A message that is published again goes to the end of its queue.
 
-    --dry-run lists what is due, without a broker. What runs and waits goes on meanwhile, so that it need not be what is done next.
+    --dry-run lists what is due, and needs no broker. Messages move on meanwhile, so the next real run may find others.
     """
     if interval is not None and (interval == 0 or not watch):
-        raise click.UsageError("--interval is the pause of --watch, and more than 0")
+        raise click.UsageError("--interval is the pause of --watch, and must be more than 0")
     if watch and dry_run:
-        raise click.UsageError("--dry-run is one look, without --watch")
+        raise click.UsageError("--dry-run cannot be combined with --watch")
     if task is not None and lost_after is None:
-        raise click.UsageError("--task is about --lost-after: a step recovers all tasks")
+        raise click.UsageError("--task requires --lost-after: otherwise, all tasks are recovered")
     with opened(ctx) as queue_log:
-        queue_log.app.loader.import_default_modules()  # a message whose task is not known is left alone
+        queue_log.app.loader.import_default_modules()  # a message whose task is unknown is left alone
         if dry_run:
             due = Recovery(queue_log).due(lost_after=lost_after, task=task, at_most=_LOOKED_AT)
             print_(json_, _plain(due), lambda: _listed(due))
             return
         if lost_after is not None:
-            confirmed(f"Publish again {task or 'every message'} that has waited for {lost_after:g} s?", yes=yes)
+            of_task = f" of task {task}" if task else ""
+            confirmed(f"Publish again all messages{of_task} that have waited for {lost_after:g} s?", yes=yes)
         if watch:
             _watch(queue_log, interval or queue_log.settings.recovery_interval or 30.0, lost_after, task, json_)
         else:
@@ -153,13 +154,13 @@ def _listed(due: Due) -> Iterator[str]:
     would = _recovered(Recovered(**numbers, purged=due.purged), _WOULD)
     yield f"would {would}" if would else "nothing is due"
     if max(numbers.values()) >= _LOOKED_AT:
-        yield f"no more than {_LOOKED_AT} of each kind were looked at"
+        yield f"read at most {_LOOKED_AT} messages of each kind"
 
 
 def _watch(queue_log: QueueLog, interval: float, lost_after: float | None, task: str | None, json_: bool) -> None:
-    """Recover every so many seconds until told to stop; a store or a broker that is not there is waited for."""
+    """Recover every ``interval`` seconds until a signal comes; while the store or the broker is down, wait for it."""
     backoff = Backoff(2 * interval, longest=max(interval, _LONGEST_PAUSE))
-    with _told_to_stop() as stopped:
+    with _stopped_by_signal() as stopped:
         in_vain = 0
         while not stopped():
             try:
@@ -169,32 +170,32 @@ def _watch(queue_log: QueueLog, interval: float, lost_after: float | None, task:
             except (StoreUnavailableError, OperationalError) as error:
                 in_vain += 1
                 pause = backoff.pause(in_vain)
-                logger.error("recovery goes on in %g s: %s", pause, one_line(error))
+                logger.error("recovery continues in %g s: %s", pause, one_line(error))
             else:
                 in_vain, pause = 0, interval
-                lost_after = None  # again and again, it would publish a backlog for being one
+                lost_after = None  # repeated, it would publish a mere backlog again and again
             until = monotonic() + pause
             while not stopped() and (left := until - monotonic()) > 0:
                 sleep(min(left, _NOTICE))
 
 
 @contextmanager
-def _told_to_stop() -> Iterator[Callable[[], bool]]:
-    """Return whether SIGINT or SIGTERM came: what is under way is ended in good order. The second one means it at once."""
-    told: list[int] = []
+def _stopped_by_signal() -> Iterator[Callable[[], bool]]:
+    """Yield a function that returns whether SIGINT or SIGTERM came. The first lets a pass finish; the second ends the process at once."""
+    received: list[int] = []
 
     def stop(signum: int, _: object) -> None:
-        told.append(signum)
+        received.append(signum)
         signal.signal(signum, before[signal.Signals(signum)])
 
     before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: bool(told)
+        yield lambda: bool(received)
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
 
 
 def _recovered(done: Recovered, words: Mapping[str, str] = _RECOVERED) -> str:
-    """Return what was done, in a line; empty if nothing was."""
+    """Return what was done, in one line; empty for nothing."""
     return ", ".join(words[name].format(count) for name, count in asdict(done).items() if count)

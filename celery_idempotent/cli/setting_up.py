@@ -17,10 +17,10 @@ from celery_idempotent.queue_log import QueueLog
 
 __all__ = ["doctor", "init"]
 
-#: The databases that `init --sql` has the words of.
+#: The databases that `init --sql` can write statements for.
 _DIALECTS = ("postgresql", "mariadb", "mysql", "sqlite")
 
-#: The exit status when nothing but warnings was found.
+#: The exit status if only warnings were found.
 _WARNED = 3
 
 
@@ -30,26 +30,26 @@ _WARNED = 3
     "--sql",
     metavar="DIALECT",
     type=click.Choice(list(_DIALECTS)),
-    help=f"Print the statements for a database ({', '.join(_DIALECTS)}), and connect to none.",
+    help=f"Print the statements for a database ({', '.join(_DIALECTS)}), without connecting to any.",
 )
 @click.option(
     "--since",
     metavar="VERSION",
     type=click.IntRange(min=0),
-    help="With --sql: only what a table of this version lacks.  [default: the whole table]",
+    help="With --sql: only the changes to a table of this version.  [default: the whole table]",
 )
 @yes
 @as_json
 @click.pass_context
 def init(ctx: click.Context, dry_run: bool, sql: str | None, since: int | None, yes: bool, json_: bool) -> None:
-    """Create the table of the queue log if it is missing, or take one of an older version to this one.
+    """Create the table of the queue log if it is missing, or upgrade one of an older version.
 
-    A table that is there is changed beside those who use it: indexes are built while workers write, and workers of the version before go on.
-    Do it before the first process of the new version starts. It asks before it changes a table that is there, and creates one that is missing
-    without asking. Any number may run at once; one that was broken off is taken up by the next.
+    An existing table is changed online: indexes are built while workers write, and workers of the version before continue. Run it before
+    the first process of the new version starts. It asks before it changes an existing table, and creates a missing one without asking. Any
+    number may run at once; if one is interrupted, the next continues.
     """
     if since is not None and sql is None:
-        raise click.UsageError("--since is about --sql: of a database it can be seen")
+        raise click.UsageError("--since requires --sql: of a database, init reads the version itself")
     with opened(ctx) as queue_log:
         table = queue_log.settings.table
         if sql is not None:
@@ -68,12 +68,12 @@ def init(ctx: click.Context, dry_run: bool, sql: str | None, since: int | None, 
         "created": bool(changes) and not altered,
         "changes": [change.what for change in changes],
     }
-    done = ("brought up to this version" if altered else "created") if changes else "is there already"
+    done = ("upgraded" if altered else "created") if changes else "is up to date"
     print_(json_, data, lambda: [f"{table} {done}"])
 
 
 def _change(queue_log: QueueLog, changes: Sequence[Change], *, yes: bool) -> None:
-    """Make the changes, with consent where there is something to lose time by."""
+    """Make the changes; ask first if they change an existing table."""
     if any(change.alters for change in changes):
         for change in changes:
             click.echo(f"to do: {change.what}", err=True)
@@ -84,8 +84,8 @@ def _change(queue_log: QueueLog, changes: Sequence[Change], *, yes: bool) -> Non
 
 
 def _written(table: str, dialect: str, since: int) -> list[Change]:
-    """Return the changes to a table of a version, for a database that is not asked."""
-    from celery_idempotent.stores.sql.writing import changes_between  # SQLAlchemy, which most commands do without
+    """Return the changes to a table of version ``since``, without connecting to a database."""
+    from celery_idempotent.stores.sql.writing import changes_between  # needs SQLAlchemy, unlike most commands
 
     namespace, _, name = table.rpartition(".")
     return changes_between(since, dialect=dialect, name=name, schema=namespace or None)
@@ -94,7 +94,7 @@ def _written(table: str, dialect: str, since: int) -> list[Change]:
 def _script(table: str, changes: Sequence[Change]) -> Iterable[str]:
     """Yield the statements, to be read or to be run."""
     if not changes:
-        yield f"-- {table} is of this version"
+        yield f"-- {table} has this version already"
     for change in changes:
         yield f"-- {change.what}"
         yield from f"{change.statement};".splitlines() if change.statement else ()
@@ -106,23 +106,23 @@ def _script(table: str, changes: Sequence[Change]) -> Iterable[str]:
     metavar="CODE",
     type=click.Choice(list(CODES)),
     multiple=True,
-    help="Leave out a finding that you know of, by its code. Any number of times.",
+    help="Leave out a finding that you accept, by its code. Can be repeated.",
 )
 @click.option(
     "--consumer-timeout",
     metavar="SECONDS",
     callback=duration,
-    help="RabbitMQ's consumer_timeout, which it does not tell.  [default: RabbitMQ's, 30m]",
+    help="RabbitMQ's consumer_timeout, which clients cannot read.  [default: RabbitMQ's, 30m]",
 )
 @as_json
 @click.pass_context
 def doctor(ctx: click.Context, ignore: Sequence[str], consumer_timeout: float | None, json_: bool) -> None:
-    """Look for what would break the promise: in the app's settings, the broker and the store.
+    """Look for settings of the app, the broker and the store that would break the promise.
 
-    Nothing is changed, and what is away is a finding. Run it where a worker runs, and with its configuration: what it says of clocks, of
-    what can be reached and of files is about this host. A setting of one queue or one worker that the app does not know is not seen.
+    It changes nothing. A server that is down is a finding. Run it on a worker's host, with the worker's configuration: clocks, files and
+    reachable servers are checked from this host. It does not see settings of a queue or a worker that the app does not know.
 
-    Ends with 0 when nothing was found, with 1 when an error was, and with 3 when nothing but warnings was.
+    Exit status: 0 if nothing was found, 1 if an error was found, 3 if only warnings were found.
     """
     with opened(ctx) as queue_log:
         queue_log.app.loader.import_default_modules()

@@ -17,7 +17,7 @@ from celery_idempotent.queue_log import QueueLog
 
 __all__ = ["LISTED", "list_", "record_of", "rows_of", "show", "stats"]
 
-#: Columns of a row as they are listed; the rest is shown by `show`.
+#: Columns that `list` prints; `show` prints all.
 LISTED = (
     "message_id",
     "task_name",
@@ -29,7 +29,7 @@ LISTED = (
     "created_timestamp",
 )
 
-#: So much of an error is listed beside the rest.
+#: How many characters of an error `list` prints.
 _ERROR = 60
 
 
@@ -59,10 +59,10 @@ def stats(ctx: click.Context, json_: bool) -> None:
 @click.option(
     "--processed-status",
     type=click.Choice([str(status) for status in ProcessedStatus]),
-    help="Only messages that ended so.",
+    help="Only messages with this outcome.",
 )
 @click.option("--oldest", is_flag=True, help="The oldest first.")
-@limit(100, "At most so many, newest first.")
+@limit(100, "At most this many, newest first.")
 @as_json
 @click.pass_context
 def list_(
@@ -91,7 +91,7 @@ def list_(
 
 
 def listing(records: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
-    """Return records and columns of a table, with the beginnings of errors where there are some."""
+    """Return the records and columns of a table; if there are errors, with their beginnings."""
     if not any(record["error"] for record in records):
         return records, LISTED
     short = [{**record, "error": _shortened(record["error"])} for record in records]
@@ -104,22 +104,21 @@ def _shortened(error: str | None) -> str | None:
 
 @click.command(cls=CeleryCommand)
 @click.argument("message_id")
-@click.option("--task", "task_name", help="Only this task's message, when several tasks use the id.")
-@click.option("--arguments", is_flag=True, help="With the arguments and the result, which may be anybody's secrets.")
+@click.option("--task", "task_name", help="Only this task's message, if several tasks use the id.")
+@click.option("--arguments", is_flag=True, help="Show the arguments and the result too; they may contain secrets.")
 @as_json
 @click.pass_context
 def show(ctx: click.Context, message_id: str, task_name: str | None, arguments: bool, json_: bool) -> None:
-    """Show what is known of the message MESSAGE_ID.
+    """Show the message MESSAGE_ID.
 
-    Arguments and results are shown on demand only: what is printed ends in terminals, tickets and logs; what idempotent_redact names is masked even
-    then. The argsrepr and kwargsrepr of a
-    call, by which Celery's own logs call its arguments, are always shown.
+    Arguments and results are shown only on demand, because output ends up in terminals, tickets and logs. Values that idempotent_redact names
+    are masked even then. A call's argsrepr and kwargsrepr, which Celery's own logs show, are always shown.
     """
     with opened(ctx) as queue_log:
         rows = rows_of(queue_log, message_id, task_name)
         masked = queue_log.settings.redact if arguments else ()
         if masked:
-            queue_log.app.loader.import_default_modules()  # whose task is not known, has arguments without names
+            queue_log.app.loader.import_default_modules()  # arguments of an unknown task have no names
         contents = [contents_of(queue_log.app, row, masked) for row in rows]
     shown = contents if arguments else [_redacted(each, json_=json_) for each in contents]
     records = [{**record_of(row), **each} for row, each in zip(rows, shown, strict=True)]
@@ -129,7 +128,7 @@ def show(ctx: click.Context, message_id: str, task_name: str | None, arguments: 
 
 
 def not_there(message_id: str, task_name: str | None) -> str:
-    """Return what is said of a message that has no row."""
+    """Return the text for a message that has no row."""
     return f"no message {message_id!r}" + (f" of task {task_name}" if task_name else "")
 
 
@@ -141,7 +140,7 @@ def rows_of(queue_log: QueueLog, message_id: str, task_name: str | None) -> list
 
 def _tasks_of(queue_log: QueueLog, message_id: str) -> list[str]:
     """Return the tasks that use a message id."""
-    if "*" in message_id or "?" in message_id:  # which a filter would take for a pattern
+    if "*" in message_id or "?" in message_id:  # a filter would read these as wildcards
         return sorted({count.task_name for count in queue_log.store.counts()})
     return sorted(row.key.task_name for row in queue_log.store.rows(RowFilter(message_id=message_id, limit=1000)))
 
@@ -154,7 +153,7 @@ def record_of(row: Row) -> dict[str, Any]:
 
 
 def _redacted(contents: dict[str, Any], *, json_: bool) -> dict[str, Any]:
-    """Return the same without the values: for people it is said that there are some."""
+    """Return the contents without values; for people, with a note that there are some."""
     secret = [name for name in ("args", "kwargs", "result") if name in contents]
     kept = {name: value for name, value in contents.items() if name not in secret}
     return kept if json_ else {**kept, **dict.fromkeys(secret, "see --arguments")}

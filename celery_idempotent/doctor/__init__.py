@@ -1,4 +1,4 @@
-"""The doctor: each way in which the promise would not hold, as an app, its broker and its store are set up."""
+"""The doctor: find each way in which the set-up of an app, its broker and its store would break the promise."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The checks: pure functions of facts, a group for the app, its broker and its store each. They know neither Celery nor a server."""
+"""The checks: pure functions of facts, in groups for the app, its broker and its store. They know neither Celery nor a server."""
 
 # Longer than most: one function for each group of findings, and nothing else.
 
@@ -14,23 +14,23 @@ from celery_idempotent.doctor.finding import Finding
 
 __all__ = ["findings"]
 
-#: Seconds by which clocks of hosts that are in step differ, at most.
+#: Seconds by which synchronized clocks differ at most.
 _IN_STEP = 2.0
 
-#: Seconds for which the consumer holds a copy on RabbitMQ, at most: half of its usual consumer_timeout.
+#: Seconds of the longest hold of a copy on RabbitMQ: half of its usual consumer_timeout.
 _LONGEST_HOLD = 900.0
 
-#: Recovery steps that may be late, or fail, before nobody is presumed to take any; and at least so many seconds.
+#: Recovery passes that may be late or fail before recovery is presumed not to run; and the least number of seconds for that.
 _STEPS_IN_VAIN = 5
 _AT_LEAST = 120.0
 
-#: Seconds past its retention after which a row is said not to be purged: a long log is purged bit by bit.
+#: Seconds past its retention after which a row counts as not purged, since a long log is purged bit by bit.
 _PURGED_WITHIN = 86400.0
 
 
 @dataclass(frozen=True, slots=True)
 class _Setting:
-    """A setting that is too low: what it is called, and what it is now."""
+    """A setting that is too low: its name and its value."""
 
     name: str
     now: str
@@ -40,7 +40,7 @@ class _Setting:
 
 
 def findings(facts: Facts) -> list[Finding]:
-    """All that these facts show to be wrong: errors first."""
+    """Return all findings for these facts, errors first."""
     found = [finding for check in (_app, _timeouts, _queues, _store, _servers, _condition) for finding in check(facts)]
     return sorted(found, key=lambda finding: finding.severity)
 
@@ -51,12 +51,12 @@ def findings(facts: Facts) -> list[Finding]:
 def _app(facts: Facts) -> Iterator[Finding]:
     app = facts.app
     for wrong in app.wrong:
-        yield Finding("settings", wrong, "set it as the message says")
+        yield Finding("settings", wrong, "correct it as the message says")
     if not app.tasks and not app.wrong:
         yield Finding(
             "no-guarded-tasks",
-            "the app has no task with base=IdempotentTask, or their modules are not imported by it",
-            "give the tasks base=IdempotentTask, and name their modules in `imports` or `include`",
+            "the app has no task with base=IdempotentTask, or does not import their modules",
+            "give the tasks base=IdempotentTask, and add their modules to `imports` or `include`",
         )
     if app.without_base:
         yield Finding(
@@ -69,7 +69,7 @@ def _app(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             "past-the-guard",
             "something replaced __call__ and before_start of these tasks' classes after they were bound to the app",
-            "let it call what it replaces; or derive a class that overrides the hooks, and give it to the task as a base",
+            "make it call the methods that it replaces; or override them in a class, and use that as the task's base",
             replaced,
         )
     if lost := _names(facts, lambda task: task.told_lost):
@@ -90,8 +90,8 @@ def _app(facts: Facts) -> Iterator[Finding]:
     if not app.result_backend and awaited:
         yield Finding(
             "no-result-backend",
-            "there is no result backend, and these tasks are not told to ignore their results",
-            "result_backend = ...; or task_ignore_result = True, or ignore_result=True on the task, if nobody waits",
+            "there is no result backend, but these tasks do not ignore their results",
+            "result_backend = ...; or task_ignore_result = True, or ignore_result=True on the task, if no caller waits",
             awaited,
         )
     if app.result_backend and (tracked := _names(facts, lambda task: task.track_started and task.awaited)):
@@ -100,13 +100,13 @@ def _app(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             "result-expires",
             f"results are kept for {app.result_expires:g} s, and rows for {app.retention:g} s",
-            f"result_expires = {app.retention:g}; or a shorter idempotent_retention; or ignore this finding, if nobody waits for so long",
+            f"result_expires = {app.retention:g}; or a shorter idempotent_retention; or ignore this finding, if no caller waits that long",
         )
     if app.recovery_interval == 0 and app.tasks:
         early = _names(facts, lambda task: not task.acks_late)
         yield Finding(
             "recovery-off",
-            "idempotent_recovery_interval is 0, so that workers do not recover"
+            "idempotent_recovery_interval is 0, so workers do not recover"
             + ("; with early acknowledgement the broker has no copy of what runs" if early else ""),
             "idempotent_recovery_interval = 30; or run `celery -A proj idempotent recover --watch`, and ignore this finding",
             early,
@@ -127,7 +127,7 @@ def _timeouts(facts: Facts) -> Iterator[Finding]:
             longest = max(task.lease for task in app.tasks)
             yield Finding(
                 "visibility-lease",
-                f"leases of up to {longest:g} s, and a visibility timeout of {visible:g} s",
+                f"leases of up to {longest:g} s, but a visibility timeout of {visible:g} s",
                 f"{setting.above(longest)}; or a shorter idempotent_lease",
                 leases,
             )
@@ -142,7 +142,7 @@ def _timeouts(facts: Facts) -> Iterator[Finding]:
                 longest = max(min(task.lease, _LONGEST_HOLD) for task in app.tasks)
                 yield Finding(
                     "consumer-timeout-lease",
-                    f"copies are held for up to {longest:g} s, and the consumer timeout is {patience:g} s",
+                    f"copies are held for up to {longest:g} s, but the consumer timeout is {patience:g} s",
                     f"{setting.above(longest)}; or a shorter idempotent_lease",
                     leases,
                 )
@@ -151,33 +151,33 @@ def _timeouts(facts: Facts) -> Iterator[Finding]:
 
 
 def _long(code: str, facts: Facts, patience: float, whose: str, setting: _Setting) -> Iterator[Finding]:
-    """Bodies that may run for longer than the broker waits for their end."""
+    """Yield bodies that may run for longer than the broker waits."""
     if long := _names(facts, lambda task: task.acks_late and (task.time_limit or 0.0) >= patience):
         longest = max(task.time_limit or 0.0 for task in facts.app.tasks if task.acks_late)
         yield Finding(
             code,
-            f"acks_late with time limits of up to {longest:g} s, and {whose} of {patience:g} s",
+            f"acks_late with time limits of up to {longest:g} s, but {whose} of {patience:g} s",
             f"{setting.above(longest)}; or shorter time limits",
             long,
         )
 
 
 def _late(code: str, facts: Facts, patience: float, last_due: float, setting: _Setting) -> Iterator[Finding]:
-    """Messages that wait in a worker for longer than the broker waits for them."""
+    """Yield messages that wait in a worker for longer than the broker waits."""
     delayed = _names(facts, lambda task: task.longest_delay >= patience)
     longest = max([last_due, *(task.longest_delay for task in facts.app.tasks)])
     if longest >= patience:
         whose = "a message waits" if last_due >= patience else "retries are delayed by up to"
         yield Finding(
             code,
-            f"{whose} {longest:g} s for its time, and the broker waits {patience:g} s for the worker that keeps it",
+            f"{whose} {longest:g} s, but the broker waits {patience:g} s for the worker that keeps the message",
             f"{setting.above(longest)}; or shorter countdowns",
             delayed,
         )
 
 
 def _forgotten_early(facts: Facts, patience: float, name: str) -> Iterator[Finding]:
-    """Rows that are gone, or ids that are free again, before the broker's last copy may have come."""
+    """Yield rows that are purged, or ids that are free again, while the broker may still deliver a copy."""
     if facts.app.retention <= patience:
         yield Finding(
             "retention-short",
@@ -202,7 +202,7 @@ def _queues(facts: Facts) -> Iterator[Finding]:
         if queue.quorum and queue.delivery_limit is not None and 0 <= queue.delivery_limit < wanted:
             yield Finding(
                 "delivery-limit",
-                f"the quorum queue {queue.name} has a delivery limit of {queue.delivery_limit}; the guard gives a message up after {wanted}",
+                f"the quorum queue {queue.name} has a delivery limit of {queue.delivery_limit}, but the guard needs {wanted} deliveries",
                 f'queue_arguments={{"x-delivery-limit": ...}} of the queue, {wanted} or more',
             )
     policy = broker.configuration.get("maxmemory-policy", "")
@@ -219,7 +219,9 @@ def _store(facts: Facts) -> Iterator[Finding]:
         yield Finding("store-unreachable", store.away, "start it, or correct idempotent_store")
     if store.refused is not None:
         yield Finding(
-            "store-refused", store.refused, "see what it says; rights that are missing are listed with each store"
+            "store-refused",
+            store.refused,
+            "correct what it names; the page of each store lists the rights that it needs",
         )
     if store.schema is not None:
         yield Finding("schema", store.schema, "run `celery -A proj idempotent init`, or your migration")
@@ -245,27 +247,27 @@ def _store(facts: Facts) -> Iterator[Finding]:
     if (store.configuration or {}).get("file") and not facts.broker.local:
         yield Finding(
             "store-local-file",
-            f"{store.name} is a file of this host, and other hosts reach the broker at {facts.broker.url}",
+            f"{store.name} is a file on this host, but other hosts can reach the broker at {facts.broker.url}",
             "idempotent_store = a database server, unless all workers and callers are on this host",
         )
 
 
 def _servers(facts: Facts) -> Iterator[Finding]:
-    """How the store's server is set: each setting by the name that only one kind of server has."""
+    """Check the settings of the store's server. Each name belongs to only one kind of server."""
     told = facts.store.configuration
     if told is None:
         return
     if not told and facts.store.there:
         yield Finding(
             "store-configuration",
-            f"{facts.store.name} does not tell this account how it is set",
-            "let the account read the settings: for Redis +config|get or +info",
+            f"this account may not read the settings of {facts.store.name}",
+            "let the account read them: for Redis +config|get or +info",
         )
     if told.get("file") == "":
         yield Finding(
             "store-in-memory",
             f"{facts.store.name} is in the memory of one process",
-            "idempotent_store = a file or a server",
+            "idempotent_store = a file, or a server",
         )
     yield from _redis(facts, told)
     for name, bad, good in (
@@ -285,14 +287,14 @@ def _servers(facts: Facts) -> Iterator[Finding]:
     if told.get("pooler") and told.get("prepare_threshold"):
         yield Finding(
             "pooler-prepares",
-            f"the engine of {facts.store.name} gives statements a name after {told['prepare_threshold']} uses, and a pooler is in between",
+            f"the engine of {facts.store.name} prepares named statements after {told['prepare_threshold']} uses, but there is a pooler",
             'create_engine(url, connect_args={"prepare_threshold": None})',
         )
     yield from _isolation(facts, told)
 
 
 def _redis(facts: Facts, told: Mapping[str, str]) -> Iterator[Finding]:
-    for name, value in told.items():  # of a cluster there may be several, with the node behind the name
+    for name, value in told.items():  # for a cluster there may be several, with the node after the name
         setting, _, node = name.partition(" ")
         if setting == "appendonly" and value != "yes":
             yield Finding(
@@ -311,7 +313,7 @@ def _redis(facts: Facts, told: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def _evicts(policy: str, maxmemory: str | None) -> bool:
-    """Return whether a Redis deletes keys that have no time to live. Without a bound on its memory it never has to."""
+    """Return whether a Redis deletes keys that have no time to live. It never does without a limit on its memory."""
     return policy.startswith("allkeys") and maxmemory != "0"
 
 
@@ -335,14 +337,14 @@ def _isolation(facts: Facts, told: Mapping[str, str]) -> Iterator[Finding]:
         if atomic and fixed and own in {"REPEATABLE READ", "SERIALIZABLE"}:
             yield Finding(
                 "isolation-renewal",
-                f"atomic tasks run at {own} at {facts.store.name}, where a transaction keeps to what it first saw",
-                'QueueLog(app, isolation_level="READ COMMITTED"); or a lease of more than three times what a body takes',
+                f"atomic tasks run at {own} at {facts.store.name}, where a transaction keeps its first snapshot",
+                'QueueLog(app, isolation_level="READ COMMITTED"); or a lease of more than three times the body\'s duration',
                 atomic,
             )
 
 
 def _condition(facts: Facts) -> Iterator[Finding]:
-    """Yield what the rows, and the clock, show."""
+    """Check the rows and the clock."""
     store, app = facts.store, facts.app
     condition = store.condition
     if condition is None:
@@ -355,11 +357,9 @@ def _condition(facts: Facts) -> Iterator[Finding]:
                 "clock-skew",
                 f"this host's clock is {abs(skew):.1f} s {'ahead of' if skew > 0 else 'behind'} that of {store.name}"
                 + (
-                    f", more than the {AVAILABLE_GRACE:g} s that a retry is waited for"
-                    if abs(skew) > AVAILABLE_GRACE
-                    else ""
+                    f", more than the {AVAILABLE_GRACE:g} s of grace for a retry" if abs(skew) > AVAILABLE_GRACE else ""
                 ),
-                "keep the clocks of all hosts in step, by NTP",
+                "synchronize the clocks of all hosts, by NTP",
             )
     yield from _left_waiting(facts)
     patience = timedelta(seconds=max(_AT_LEAST, _STEPS_IN_VAIN * app.recovery_interval))
@@ -372,20 +372,20 @@ def _condition(facts: Facts) -> Iterator[Finding]:
             yield Finding(
                 "recovery-behind",
                 what.format(since.isoformat(sep=" ", timespec="seconds")),
-                "idempotent_recovery_interval = 30 in a worker that runs, or `celery -A proj idempotent recover`; its log says what keeps it",
+                "idempotent_recovery_interval = 30 in a running worker, or `celery -A proj idempotent recover`; its log says what goes wrong",
             )
     done = condition.done_since
     kept = max(app.retention, app.failure_retention)
     if done is not None and (now - done).total_seconds() > kept + _PURGED_WITHIN:
         yield Finding(
             "purge-behind",
-            f"a row that was done at {done.isoformat(sep=' ', timespec='seconds')} is still there, and retention is {kept:g} s",
-            "idempotent_recovery_interval = 30 in a worker that runs, or `celery -A proj idempotent purge`",
+            f"a row that was done at {done.isoformat(sep=' ', timespec='seconds')} is still there, but retention is {kept:g} s",
+            "idempotent_recovery_interval = 30 in a running worker, or `celery -A proj idempotent purge`",
         )
 
 
 def _left_waiting(facts: Facts) -> Iterator[Finding]:
-    """Messages whose tasks do not guard them here."""
+    """Yield waiting messages whose tasks are not guarded in this app."""
     app, guarded = facts.app, {task.name for task in facts.app.tasks} - set(facts.app.unguarded)
     waiting = [name for name in facts.store.waiting if name not in guarded]
     if unguarded := tuple(name for name in waiting if name in app.unguarded):
@@ -413,7 +413,7 @@ def _names(facts: Facts, concerned: Callable[[TaskFacts], bool]) -> tuple[str, .
 
 
 def _last_due(facts: Facts) -> float:
-    """Seconds until the last of the messages is due that wait for their time."""
+    """Return the seconds until the last of the waiting messages is due."""
     condition = facts.store.condition
     if condition is None or condition.last_due is None:
         return 0.0

@@ -1,4 +1,4 @@
-"""What the checks are made on: facts about an app, its broker and its store, as they were read."""
+"""The facts that the checks use, about an app, its broker and its store."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class TaskFacts:
     Attributes:
         name: Its name.
         acks_late: Whether its messages are acknowledged after the body.
-        told_lost: Whether a lost process of it is told to its caller as a failure, while the message runs again.
+        told_lost: Whether Celery reports a lost process to the caller as a failure, although the message runs again.
         awaited: Whether its results are stored.
         track_started: Whether the backend is told that it has started.
         time_limit: After which it is killed or interrupted; ``None`` for never.
@@ -28,7 +28,7 @@ class TaskFacts:
         lease: Of its claims.
         unique_for: After its end, for which its id stays taken; ``None`` until it is purged.
         atomic: Whether its body runs in a transaction.
-        past_the_guard: Whether something has replaced both hooks of its class that the guard comes before.
+        past_the_guard: Whether something has replaced both methods of its class that the guard wraps.
     """
 
     name: str
@@ -50,13 +50,13 @@ class AppFacts:
     """An app.
 
     Attributes:
-        wrong: What is wrong with its settings, or with a task's options, as the library says it.
+        wrong: The library's errors about its settings or a task's options.
         tasks: Its guarded tasks.
         result_backend: Whether it has one.
-        result_expires: Seconds for which that keeps results; ``None`` for ever, or where it cannot be told.
-        retention: As in the settings, in seconds.
-        failure_retention: As in the settings, in seconds.
-        recovery_interval: As in the settings, in seconds; 0 for none.
+        result_expires: Seconds for which the backend keeps results; ``None`` for ever, or if unknown.
+        retention: The setting, in seconds.
+        failure_retention: The setting, in seconds.
+        recovery_interval: The setting, in seconds; 0 for none.
         unguarded: Its tasks that are not guarded, or are turned off.
         without_base: Its tasks that have options of the guard, and not its base class.
         atomic_refused: Why its store cannot do with atomic tasks, if it has some.
@@ -83,7 +83,7 @@ class QueueFacts:
     Attributes:
         name: Its name.
         quorum: Whether it is a quorum queue of RabbitMQ.
-        delivery_limit: How often RabbitMQ delivers a message of it before it drops it; ``None`` for no limit.
+        delivery_limit: How often RabbitMQ delivers a message of this queue before it drops the message; ``None`` for no limit.
     """
 
     name: str
@@ -96,15 +96,15 @@ class BrokerFacts:
     """A broker.
 
     Attributes:
-        url: Where it is, without its password.
+        url: Its URL, without the password.
         away: Why it could not be reached.
         local: Whether only this host can reach it.
-        visibility_timeout: Seconds after which what was not acknowledged is delivered again; ``None`` where there is no such thing.
+        visibility_timeout: Seconds after which an unacknowledged message is delivered again; ``None`` if the broker has no such timeout.
         consumer_timeout: Seconds after which RabbitMQ closes the channel of a worker that has not acknowledged a message.
-        consumer_timeout_of: How that is known.
-        delays: Whether the broker itself keeps messages until their time has come; else a worker does.
+        consumer_timeout_of: Where that value comes from.
+        delays: Whether the broker keeps messages until they are due; otherwise a worker does.
         queues: The app's queues.
-        configuration: As far as a Redis tells it.
+        configuration: The settings of a Redis, if the account may read them.
     """
 
     url: str = ""
@@ -128,12 +128,12 @@ class StoreFacts:
         away: Why it could not be reached.
         refused: What it refused, and why.
         schema: What is wrong with its schema.
-        outstanding: What would take its schema to this version; it serves as it is.
-        there: Whether its schema is there; it may be one that is made on first use.
-        configuration: As far as its server tells it; ``None`` if it was not asked.
-        condition: How it stands; ``None`` if it was not asked.
+        outstanding: Changes that would bring its schema to this version; it can be used without them.
+        there: Whether its schema exists, or is created on first use.
+        configuration: The settings of its server, if the account may read them; ``None`` if it was not asked.
+        condition: The state of the log; ``None`` if it was not asked.
         waiting: The tasks of the messages that have waited longest.
-        local_clock: This host's clock, at the moment for which the condition tells the store's.
+        local_clock: This host's clock, when the condition's clock was read.
         clock_error: Seconds by which that may be wrong.
     """
 
@@ -153,7 +153,7 @@ class StoreFacts:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """All of it."""
+    """All facts."""
 
     app: AppFacts
     broker: BrokerFacts

@@ -1,4 +1,4 @@
-"""Reading the facts: from the app's configuration, its broker and its store. Nothing is changed, and nothing that is away is an error here."""
+"""Read the facts from the app's configuration, its broker and its store, without changing anything. A server that is down is a fact."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ if TYPE_CHECKING:
 
 __all__ = ["read_facts"]
 
-#: RabbitMQ's consumer_timeout in seconds unless it is told otherwise, and the version that brought it.
+#: RabbitMQ's default consumer_timeout in seconds, and the version that introduced it.
 _CONSUMER_TIMEOUT, _WITH_CONSUMER_TIMEOUT = 1800.0, (3, 8, 17)
-#: How often RabbitMQ delivers a message of a quorum queue unless it is told otherwise, and the version that brought that.
+#: RabbitMQ's default delivery limit of a quorum queue, and the version that introduced it.
 _DELIVERY_LIMIT, _WITH_DELIVERY_LIMIT = 20, (4, 0)
 
 _LOCAL_HOSTS = {None, "", "localhost", "127.0.0.1", "::1"}
 _LOCAL_TRANSPORTS = {"memory", "filesystem"}
 
-#: So many of the messages that have waited longest are looked at.
+#: How many of the messages that have waited longest are read.
 _OLDEST = 1000
 
-#: How a driver is told not to wait for longer for a server that says nothing.
+#: Transport options that limit a driver's wait for a silent server.
 _PATIENCE: Mapping[str, Mapping[str, float]] = {
     "redis": {"socket_timeout": ANSWER, "socket_connect_timeout": ANSWER},
     "amqp": {"read_timeout": ANSWER, "write_timeout": ANSWER},
@@ -58,12 +58,12 @@ def read_facts(
     consumer_timeout: float | None = None,
     clock: Callable[[], datetime] = lambda: datetime.now(UTC),
 ) -> Facts:
-    """Read all of it.
+    """Read all facts.
 
     Args:
         queue_log: The queue log; the modules of its app's tasks have been imported.
-        consumer_timeout: RabbitMQ's, in seconds, which it does not tell; ``None`` for what the app says of its queues, or the default.
-        clock: This host's.
+        consumer_timeout: RabbitMQ's, in seconds, which clients cannot read; ``None`` for the app's queue arguments, or the default.
+        clock: This host's clock.
     """
     app = _read_app(queue_log)
     broker = _read_broker(queue_log.app, consumer_timeout)
@@ -119,12 +119,12 @@ def _has_options(task: Task) -> bool:
 def _is_on(task: IdempotentTask) -> bool:
     try:
         return task.idempotency.idempotent
-    except ConfigurationError:  # a finding of its own
+    except ConfigurationError:  # reported as a separate finding
         return True
 
 
 def _read_task(name: str, task: IdempotentTask) -> TaskFacts:
-    _ = task.Request  # raises if it cannot be imported, or combined with ours
+    _ = task.Request  # raises if it cannot be imported or combined with ours
     options, conf = task.idempotency, task.app.conf
     reruns = options.delivery.on_abandoned == "rerun"
     limits = [task.time_limit or conf.task_time_limit, task.soft_time_limit or conf.task_soft_time_limit]
@@ -160,7 +160,7 @@ def _read_broker(app: Celery, consumer_timeout: float | None) -> BrokerFacts:
         connection = app.connection_for_write(transport_options=options)
         url, local = connection.as_uri(), _is_local(connection)
         visible = _visibility_timeout(connection)
-    except Exception as error:  # noqa: BLE001 - what a URL that cannot be read raises is kombu's, or any module's
+    except Exception as error:  # noqa: BLE001 - for a bad URL, kombu or any transport may raise anything
         return BrokerFacts(url="broker_url", away=_text(error))
     told: dict[str, Any] = {}
     away: str | None = None
@@ -184,7 +184,7 @@ def _ask_broker(app: Celery, connection: Connection, driver: str, consumer_timeo
     return {
         "consumer_timeout": timeout,
         "consumer_timeout_of": of,
-        # As Celery decides it for each message: by the exchange, once there is a quorum queue.
+        # Celery's rule for each message: by its exchange, if there is a quorum queue.
         "delays": detect_quorum_queues(app, driver)[0] and all(queue.exchange.type != "direct" for queue in queues),
         "queues": tuple(_read_queue(queue.name, queue.queue_arguments or {}, version) for queue in queues),
     }
@@ -200,24 +200,24 @@ def _consumer_timeout(
 ) -> tuple[float | None, str]:
     own = [arguments["x-consumer-timeout"] / 1000 for arguments in queues if "x-consumer-timeout" in arguments]
     if own:
-        return min(own), "by x-consumer-timeout of a queue"
+        return min(own), "from x-consumer-timeout of a queue"
     if given is not None:
-        return given, "as you say"
+        return given, "as given"
     if version >= _WITH_CONSUMER_TIMEOUT:
-        return _CONSUMER_TIMEOUT, "its default, since it does not tell; see --consumer-timeout"
+        return _CONSUMER_TIMEOUT, "the default, since clients cannot read it; see --consumer-timeout"
     return None, ""
 
 
 def _version(properties: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the version of a RabbitMQ; nothing for any other server that speaks AMQP."""
+    """Return the version of a RabbitMQ; empty for any other AMQP server."""
     if properties.get("product") != "RabbitMQ":
         return ()
     return tuple(int(part) for part in re.findall(r"\d+", str(properties.get("version", "")))[:3])
 
 
 def _visibility_timeout(connection: Connection) -> float | None:
-    """Of the transports that have one: as the app sets it, or their default."""
-    channel = getattr(connection.transport, "Channel", None)  # as kombu's own transports have it
+    """Return the visibility timeout that the app sets, or the transport's default; ``None`` for a transport without one."""
+    channel = getattr(connection.transport, "Channel", None)  # where kombu's own transports have it
     known = [getattr(channel, name, None) for name in ("visibility_timeout", "default_visibility_timeout")]
     defaults = [value for value in known if isinstance(value, (int, float))]
     if not defaults:
@@ -226,10 +226,10 @@ def _visibility_timeout(connection: Connection) -> float | None:
 
 
 def _ask_redis(client: Any) -> dict[str, str]:
-    """As far as the account may ask."""
+    """Return a Redis's settings, as far as the account may read them."""
     try:
         found = client.config_get("maxmemory*")
-    except Exception:  # noqa: BLE001 - an account without that right, or a service without that command
+    except Exception:  # noqa: BLE001 - the account may lack the right, or the service the command
         return {}
     return {_str(name): _str(value) for name, value in found.items()}
 
@@ -253,7 +253,7 @@ def _read_store(store: Store, clock: Callable[[], datetime]) -> StoreFacts:
             began, asked = clock(), time.monotonic()
             facts["condition"] = store.condition()
             took = time.monotonic() - asked
-            # The statement was somewhere between the two.
+            # The statement ran at some time between the two readings.
             oldest = store.rows(RowFilter(status=Status.PENDING, limit=_OLDEST, oldest_first=True))
             facts["waiting"] = tuple(sorted({row.key.task_name for row in oldest}))
             facts["local_clock"], facts["clock_error"] = began + timedelta(seconds=took / 2), took / 2

@@ -1,1 +1,1 @@
-"""What brings the queue log in order: rescue, relay, purge and requeue."""
+"""Maintain the queue log: recovery passes, rescue, purge and requeue."""

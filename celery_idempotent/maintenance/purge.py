@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["purge", "purgeable"]
 
-#: Seconds that a recovery pass spends on purging before it leaves the rest to the next.
+#: Seconds that a recovery pass spends on purging; the next pass continues.
 _PURGE_FOR = 5.0
 
 
@@ -27,21 +27,21 @@ def purge(
     processed_status: ProcessedStatus | None = None,
     within: float | None = None,
 ) -> int:
-    """Delete rows of messages that are done, in small batches; their ids are free again.
+    """Delete rows of messages that are done, in small batches. Their ids are free again.
 
     Args:
         queue_log: The queue log.
         older_than: Seconds since they were done; ``None`` for ``idempotent_retention``.
         task_name: Only rows of this task; a pattern with ``*`` and ``?``.
-        processed_status: Only rows that ended so. Unless it is ``FAILURE``, failures that can be requeued are kept for
+        processed_status: Only rows that ended with it. Unless it is ``FAILURE``, failures that can be requeued are kept for
             ``idempotent_failure_retention``.
-        within: Seconds after which the rest is left to the next time; ``None`` for a pass's share of them.
+        within: Seconds after which to stop; ``None`` for the share of a recovery pass.
 
     Returns:
         How many were deleted.
 
     Raises:
-        StoreError: The store gave no answer, or its schema is not of this version.
+        StoreError: The store did not answer, or its schema has another version.
     """
     chosen = _old(queue_log, older_than, task_name, processed_status)
     purged, deadline = 0, time.monotonic() + (_PURGE_FOR if within is None else within)
@@ -63,10 +63,10 @@ def purgeable(
     task_name: str | None = None,
     processed_status: ProcessedStatus | None = None,
 ) -> int:
-    """How many rows :func:`purge` would delete now.
+    """Return how many rows :func:`purge` would delete now.
 
     Raises:
-        StoreError: The store gave no answer, or its schema is not of this version.
+        StoreError: The store did not answer, or its schema has another version.
     """
     return queue_log.store.purgeable(**_old(queue_log, older_than, task_name, processed_status))
 

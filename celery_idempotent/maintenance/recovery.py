@@ -1,4 +1,4 @@
-"""Recovery: one pass brings back what a worker, a broker or a producer lost, and purges what is old.
+"""Recovery: a pass publishes messages that a worker, a broker or a producer lost, and purges old rows.
 
 Each kind of work has a module: :mod:`~celery_idempotent.maintenance.rescue`, :mod:`~celery_idempotent.producer.relay` and
 :mod:`~celery_idempotent.maintenance.purge`. Any number of passes may run at once.
@@ -25,18 +25,17 @@ if TYPE_CHECKING:
 
 __all__ = ["Due", "Recovered", "Recovery"]
 
-#: Seconds for which a process that does nothing else waits, in all, for what others are publishing, which may be left by the dead; and
-#: between two looks at it.
+#: Seconds that ``recover`` waits in all for rows that other, possibly dead, processes are publishing; and between two checks.
 _IN_FLIGHT = max(RELAY_LEASE, PUBLISH_WITHIN) + 1.0
 _LOOK_EVERY = 0.2
 
-#: Batches of what was committed and not published that a pass publishes; of everything else it is one.
+#: How many batches of committed but unpublished messages a pass relays. Of other messages, it publishes one batch.
 _RELAYED = 25
 
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
-    """What a pass did.
+    """The result of a pass.
 
     Attributes:
         taken_back: Messages published again because their owner's lease ran out.
@@ -55,18 +54,18 @@ class Recovered:
 
     @property
     def more(self) -> bool:
-        """Whether there may be more to do: something was done up to its limit."""
+        """Whether there may be more to do, because a limit was reached."""
         published = max(self.taken_back, self.relayed, self.lost)
         return published >= BATCH or (self.purged > 0 and self.purged % BATCH == 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Due:
-    """What would be done if everything was recovered now.
+    """The rows that are due for recovery.
 
     Attributes:
         taken_back: Rows whose owner's lease ran out.
-        relayed: Rows that were recorded and never handed to the broker, and that nobody is publishing.
+        relayed: Rows that were recorded and never handed to the broker, and that no process is publishing.
         lost: Rows that the broker is presumed to have lost.
         purged: How many rows would be deleted.
     """
@@ -78,7 +77,7 @@ class Due:
 
 
 class Recovery:
-    """Recovers the messages of one queue log, a pass at a time.
+    """Recover the messages of one queue log, a pass at a time.
 
     Args:
         queue_log: The queue log; its app publishes.
@@ -89,10 +88,10 @@ class Recovery:
         self._rescue = Rescue.of(queue_log)
 
     def run_pass(self) -> Recovered:
-        """Recover once.
+        """Run one pass.
 
         Raises:
-            StoreError: The store gave no answer, or its schema is not of this version.
+            StoreError: The store did not answer, or its schema has another version.
             kombu.exceptions.OperationalError: The broker did not take a message; its row waits for the next pass.
         """
         return Recovered(
@@ -112,13 +111,13 @@ class Recovery:
     ) -> Iterator[Recovered]:
         """Run passes until nothing more is due: for a process that does nothing else.
 
-        It has not seen any delivery, so that it looks in the table for what runs or ran lately, and may have overtaken others.
+        Such a process has seen no deliveries. So it reads from the table which messages run or ran lately, and may have overtaken others.
 
         Args:
-            lost_after: As for :meth:`Rescue.publish_waiting`, which comes last then; ``None`` leaves it out.
+            lost_after: As for :meth:`Rescue.publish_waiting`, which is then called last; ``None`` leaves it out.
             task: As for :meth:`Rescue.publish_waiting`.
-            in_flight: Whether to wait some seconds for what others are publishing just then, since they may be dead.
-            stopped: Asked after each batch whether the rest is to be left.
+            in_flight: Whether to wait some seconds for rows that other processes are publishing, since these may be dead.
+            stopped: Called after each batch; stop if it returns true.
 
         Raises:
             StoreError: As for :meth:`run_pass`.
@@ -140,12 +139,12 @@ class Recovery:
             yield Recovered(lost=self._rescue.publish_waiting(lost_after, task=task, stopped=stopped))
 
     def due(self, *, lost_after: float | None = None, task: str | None = None, at_most: int = 1000) -> Due:
-        """Return what :meth:`passes` would do, as far as that can be seen: nothing is published, changed or deleted.
+        """Return what :meth:`passes` would do, without publishing, changing or deleting anything.
 
         Args:
             lost_after: As for :meth:`passes`.
             task: As for :meth:`passes`.
-            at_most: Rows of each kind that are looked at.
+            at_most: How many rows of each kind to read.
 
         Raises:
             StoreError: As for :meth:`run_pass`.

@@ -1,7 +1,7 @@
-"""Requeue: a message that failed or was abandoned waits again, as when it was first sent, and is published from its row.
+"""Requeue: make a failed or abandoned message wait again, as when it was first sent.
 
-The row goes back to pending as one that was recorded and not published yet. So nothing is lost when this process dies next, or the broker is
-down: it is relayed (see :mod:`celery_idempotent.producer.relay`), by whoever asks for that first.
+The row becomes pending, as recorded and not yet published. The relay then publishes it (see :mod:`celery_idempotent.producer.relay`), here
+or in a worker. So nothing is lost if this process dies, or the broker is down.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 
 __all__ = ["NotRequeued", "Requeued", "obstacle", "requeue"]
 
-#: What was true of the deliveries that failed: when it was to run and how long it was good for, and how often it was retried.
+#: Options that do not apply to a restart: times, expiry, and those of the deliveries that failed.
 _OF_BEFORE = ("eta", "countdown", "expires", "retries", "redelivered", "is_eager")
 
 
-#: Why a message has failed whose worker had died when it was requeued.
+#: The error of a message whose worker had died when it was requeued.
 _OWNERLESS = "abandoned: its worker had died, and it was requeued"
 
 
@@ -45,7 +45,7 @@ class Requeued:
     Attributes:
         key: The message.
         task_id: The Celery id that it is published under.
-        renamed: Whether that is another one than before: the message was revoked, or had expired, and workers remember that by its id.
+        renamed: Whether that id is new. A message that was revoked or had expired needs a new one, since workers remember the old one.
     """
 
     key: MessageKey
@@ -67,33 +67,33 @@ class NotRequeued:
 
 
 def obstacle(row: Row) -> str | None:
-    """Why a message in this status is not requeued, and what to do instead; ``None`` if it may be."""
+    """Return why a message in this status cannot be requeued, and what to do instead; ``None`` if it can be."""
     match row.status:
         case Status.PENDING:
-            return "it waits already; if the broker has lost it, see `recover --lost-after`"
+            return "it already waits; if the broker has lost it, see `recover --lost-after`"
         case Status.PROCESSING if row.lease_left > 0:
-            return f"it runs, on {row.worker}"
+            return f"it is running on {row.worker}"
         case Status.PROCESSING if row.processed_status is not None:
-            return "its body ran, and what waits on it is sent once it is recovered: see `recover`"
+            return "its body has run; recovery will send its callbacks: see `recover`"
         case Status.DONE if row.processed_status is ProcessedStatus.SUCCESS:
-            return "it succeeded; to have it run once more, `forget` it and send it again"
+            return "it succeeded; to run it again, `forget` it and send it again"
         case _:
             return None
 
 
 def requeue(queue_log: QueueLog, row: Row) -> Requeued | NotRequeued:
-    """Have a failed message wait again. It is not published yet: :func:`~celery_idempotent.producer.relay.relay` does that, here or in a worker.
+    """Make a failed message wait again. It is published later, by :func:`~celery_idempotent.producer.relay.relay`, here or in a worker.
 
-    It starts over with all its retries, without its ETA and its expiry, under the message id and the Celery id that it had: the first
-    caller's AsyncResult shows the new outcome once there is one, and what waits behind it in a chain goes on. Calls that its body
-    made before have the ids that they had then and are not made twice; if one of them failed, requeue that one too.
+    It starts over with all its retries, without its ETA and its expiry, under its old message id and Celery id. So the first caller's
+    AsyncResult will show the new outcome, and a chain continues. Calls that its body made before have the same ids as then, and are not
+    made twice. If one of them failed, requeue that one too.
 
     Args:
-        queue_log: The queue log. Its app has to know the task.
-        row: The message's row with its message, as it was read.
+        queue_log: The queue log. Its app must know the task.
+        row: The row, with its message, as it was read.
 
     Raises:
-        StoreError: The store gave no answer, or its schema is not of this version.
+        StoreError: The store did not answer, or its schema has another version.
 
     Atomicity: one statement (compare and set on status, token and task id).
     """
@@ -103,20 +103,23 @@ def requeue(queue_log: QueueLog, row: Row) -> Requeued | NotRequeued:
     task = queue_log.app.tasks.get(row.key.task_name)
     if not is_guarded(task):
         return NotRequeued(
-            row.key, "its task is no IdempotentTask of this app; name the app that has it, or its module in `imports`"
+            row.key,
+            "its task is not an IdempotentTask of this app; use the app that has it, or add its module to `imports`",
         )
     if row.message is None:
-        return NotRequeued(row.key, "its row has no message any more")
+        return NotRequeued(row.key, "its row no longer has a message")
     try:
         args, kwargs, options = decode_message(queue_log.app, row.message)
     except UndecodableError as error:
         return NotRequeued(row.key, f"its message cannot be read: {error}")
     if options.get("exchange_type") == FANOUT:
-        return NotRequeued(row.key, "it went to a fanout exchange, and each worker would get it again: send it anew")
+        return NotRequeued(
+            row.key, "it went to a fanout exchange, so each worker would get it again: send it again instead"
+        )
     if row.status is Status.PROCESSING and not queue_log.store.abandon(row, error=row.error or _OWNERLESS):
-        return NotRequeued(row.key, "somebody else has changed it meanwhile")
+        return NotRequeued(row.key, "it has changed in the meantime")
     renamed = row.error is not None and row.error.startswith(DISCARDED)
-    # Behind a copy's retry the row has the copy's message, under the copy's id.
+    # After a copy's retry, the row has the copy's message, with the copy's id.
     task_id = uuid() if renamed else str(options.get("task_id") or row.task_id)
     message = NewMessage(
         key=row.key,
@@ -133,7 +136,7 @@ def requeue(queue_log: QueueLog, row: Row) -> Requeued | NotRequeued:
         ),
     )
     if not queue_log.store.resubmit(row, message):
-        return NotRequeued(row.key, "somebody else has changed it meanwhile")
+        return NotRequeued(row.key, "it has changed in the meantime")
     return Requeued(row.key, task_id, renamed)
 
 
@@ -142,7 +145,7 @@ def _options_of_a_restart(row: Row, options: Mapping[str, Any], task_id: str) ->
     kept = {name: value for name, value in options.items() if name not in _OF_BEFORE}
     sent = Header.read(options.get("headers"))
     headers = {name: value for name, value in (options.get("headers") or {}).items() if name != HEADER}
-    # Of a row that has had copies, or another Celery id before: the calls of its body are told by the first one.
+    # The body's calls are identified by the first Celery id, which differs from the current one after a copy or a renaming.
     original = sent.original_task_id if sent is not None and sent.belongs_to(row.key.task_name, row.task_id) else None
     if original is None and task_id != row.task_id:
         original = row.task_id

@@ -1,10 +1,10 @@
-"""Rescue: messages whose worker died, or whose broker lost them, are published again from their rows.
+"""Rescue: publish messages again, from their rows, if their worker died or their broker lost them.
 
-It only publishes; every decision stays with the consumer that gets the message, and its claim absorbs a copy too many. Any
-number of passes may run at once: each row is published by the one whose compare-and-set of ``published_at`` succeeds.
+Rescue only publishes. The consumer that gets the message decides, and its claim absorbs an extra copy. Any number of passes may run at
+once: each row is published by the pass whose compare-and-set of ``published_at`` succeeds.
 
-A pending row is never aged out by time alone, since a backlog is not a loss. It is presumed lost once it was overtaken: a message that
-was recorded ``idempotent_lost_after`` later on its queue has been claimed.
+Time alone never makes a pending row count as lost, since a backlog is not a loss. It is presumed lost after it was overtaken: a message
+recorded ``idempotent_lost_after`` later on its queue has been claimed.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Rescue"]
 
-#: The longest pause between two publications of one message that nobody takes.
+#: The longest pause between two publications of a message that no worker claims.
 _LONGEST_PAUSE = timedelta(days=1)
 
-#: Of how many queues, or routing keys, the last message is kept in mind: those seen last.
+#: For how many queues or routing keys the last message is remembered; the oldest are dropped.
 _QUEUES = 500
 
-#: How many messages that run, and how many that ended, are looked at for what they have overtaken.
+#: How many running and how many ended messages are read to find out which others they have overtaken.
 _NEWEST = 1000
 
 
@@ -47,7 +47,7 @@ class _Read(Protocol):
 
 
 class Rescue:
-    """Publishes messages again whose worker died, or whose broker lost them.
+    """Publish messages again if their worker died or their broker lost them.
 
     Args:
         queue_log: The queue log; its app publishes.
@@ -55,12 +55,12 @@ class Rescue:
 
     def __init__(self, queue_log: QueueLog) -> None:
         self._queue_log = queue_log
-        #: By queue, and by task where a rate limit keeps it waiting; those seen last come last.
+        #: The last message by queue, and by task if that has a rate limit; in the order in which they were seen.
         self._latest: dict[tuple[str | None, str | None], MessageKey] = {}
 
     @classmethod
     def of(cls, queue_log: QueueLog) -> Rescue:
-        """Return the queue log's one rescue in this process, which knows what its workers have seen."""
+        """Return the queue log's one rescue in this process, which knows what the worker has received."""
         return queue_log.part(cls, lambda: cls(queue_log))
 
     @property
@@ -68,7 +68,7 @@ class Rescue:
         return self._queue_log.store
 
     def saw(self, queue: str | None, key: MessageKey) -> None:
-        """Note that a message of this queue has just reached a worker: by its row the next pass tells what it has overtaken."""
+        """Note that a worker has received a message of this queue; the next pass reads from its row what it has overtaken."""
         of = queue, key.task_name if self._held_by_rate(key.task_name) else None
         self._latest.pop(of, None)
         self._latest[of] = key
@@ -76,18 +76,18 @@ class Rescue:
             self._latest.pop(next(iter(self._latest)), None)
 
     def see_what_ran(self) -> None:
-        """Take the newest message of each queue that ran or runs for the deliveries that other processes have seen."""
+        """Note the newest message of each queue that ran or runs, in place of deliveries that other processes have seen."""
         for row in reversed(self._store.newest(limit=_NEWEST)):
             self.saw(row.queue, row.key)
 
     # -- claims whose lease ran out ------------------------------------------------------------------------------------
 
     def publish_lapsed(self) -> int:
-        """Publish messages again whose owner's lease ran out; how many were."""
+        """Publish messages again whose owner's lease ran out; return how many."""
         return self._publish_due(partial(self._store.lapsed, **self._of_lapsed()), due=_lapsed_and_paused)
 
     def lapsed(self, at_most: int) -> list[Row]:
-        """Return what :meth:`publish_lapsed` would publish, among so many rows."""
+        """Return what :meth:`publish_lapsed` would publish, from the first ``at_most`` rows."""
         return [row for row in self._store.lapsed(**self._of_lapsed(), limit=at_most) if _lapsed_and_paused(row)]
 
     def _of_lapsed(self) -> dict[str, Any]:
@@ -96,28 +96,28 @@ class Rescue:
     # -- messages that the broker lost ---------------------------------------------------------------------------------
 
     def publish_overtaken(self) -> int:
-        """Publish messages again that were overtaken on their queues; how many were."""
+        """Publish messages again that were overtaken on their queues; return how many."""
         return sum(self._publish_due(read, due=_overtaken_and_paused) for read in self._overtaken())
 
     def overtaken(self, at_most: int) -> list[Row]:
-        """Return what :meth:`publish_overtaken` would publish, among so many rows."""
+        """Return what :meth:`publish_overtaken` would publish, from the first ``at_most`` rows."""
         return [row for read in self._overtaken() for row in read(limit=at_most) if _overtaken_and_paused(row)]
 
     def publish_waiting(
         self, lost_after: float, *, task: str | None = None, stopped: Callable[[], bool] = lambda: False
     ) -> int:
-        """Publish every pending message again that has waited longer, overtaken or not: for a broker that was emptied.
+        """Publish all pending messages again that have waited longer, overtaken or not: for a broker that was emptied.
 
         Args:
-            lost_after: Seconds; a message that the broker still has gets a copy, which its claim absorbs.
-            task: Only messages of this task. Those of a task that is turned off are only published if it is named.
-            stopped: Asked after each batch whether the rest is to be left.
+            lost_after: Seconds. A message that the broker still has gets a copy, which its claim absorbs.
+            task: Only messages of this task. Messages of a task with ``idempotent=False`` are published only if it is named.
+            stopped: Called after each batch; stop if it returns true.
 
         Returns:
             How many were published.
 
         Raises:
-            StoreError: The store gave no answer, or its schema is not of this version.
+            StoreError: The store did not answer, or its schema has another version.
             kombu.exceptions.OperationalError: The broker did not take a message; its row waits for the next pass.
         """
         relayed = relay(self._queue_log, at_most=math.inf, stopped=stopped).published
@@ -125,14 +125,14 @@ class Rescue:
         return relayed + self._publish_due(waiting, at_most=math.inf, stopped=stopped)
 
     def waiting(self, lost_after: float, *, task: str | None = None, at_most: int) -> list[Row]:
-        """Return what :meth:`publish_waiting` would publish, of so many rows, apart from what it relays."""
+        """Return what :meth:`publish_waiting` would publish, from the first ``at_most`` rows, without the rows that it relays."""
         return self._store.waiting(older_than=lost_after, limit=at_most, tasks=self._recorded_tasks(task))
 
     def _overtaken(self) -> list[_Read]:
-        """Return what reads the rows that have been overtaken on their queues: those of most tasks, and of each that has a rate limit.
+        """Return functions that read overtaken rows: one for each task with a rate limit, and one for all others.
 
-        Workers keep messages of such a task back while others pass: only what it overtakes itself counts, by more than what a worker keeps
-        back of it.
+        Workers hold messages of a rate-limited task back while others pass. So only messages of the same task count, and only if they
+        were recorded later by more than the time for which a worker holds them back.
         """
         lost_after = self._queue_log.settings.lost_after
         with no_fork():
@@ -140,7 +140,7 @@ class Rescue:
         before: dict[str | None, dict[str, datetime]] = {}
         for row in rows:
             held = self._held_by_rate(row.key.task_name)
-            # Of a message whose queue is not known nobody knows what it has overtaken.
+            # Without its queue, it is unknown which messages it has overtaken.
             if row.worker is None or row.queue is None or held == math.inf:
                 continue
             of = before.setdefault(row.key.task_name if held else None, {})
@@ -156,7 +156,7 @@ class Rescue:
         return reads
 
     def _held_by_rate(self, task_name: str) -> float:
-        """Seconds for which a worker keeps a message of a task back for its rate limit, at most; 0 for none."""
+        """Return the seconds for which a worker holds a task's message back at most, because of its rate limit; 0 for no limit."""
         app = self._queue_log.app
         limit = getattr(app.tasks.get(task_name), "rate_limit", None)
         if not limit or app.conf.worker_disable_rate_limits:
@@ -168,7 +168,7 @@ class Rescue:
         return prefetched / per_second if prefetched else math.inf
 
     def _recorded_tasks(self, task: str | None = None) -> list[str]:
-        """Of these, those that are not turned off: messages of one that is may have run without the guard, and are left to be named."""
+        """Return the tasks to rescue: the named one, or all that are not turned off, whose messages may have run without the guard."""
         tasks = self._queue_log.app.tasks
         return [
             name
@@ -186,10 +186,10 @@ class Rescue:
         at_most: float = BATCH,
         stopped: Callable[[], bool] = lambda: False,
     ) -> int:
-        """Publish what is due among the rows that a verb lists; how many were.
+        """Publish the due rows among those that ``read`` lists; return how many.
 
-        Rows that pause, that no task of this app is for or that cannot be published stay where they are, first in the list: they
-        are read past, lest they keep all others from being recovered.
+        Rows that pause, belong to no task of this app or cannot be published stay first in the list. Read past them, so that they do
+        not block the others.
         """
         published, seen, left = 0, set[MessageKey](), 0
         while published < at_most and not stopped():
@@ -214,12 +214,12 @@ def _lapsed_and_paused(row: Row) -> bool:
 
 
 def _overtaken_and_paused(row: Row) -> bool:
-    # A retry waits since it was due, which no message of its own that it had before has to do with.
+    # A retry's wait starts when it became due. Earlier publications don't count.
     return _has_paused(row, since=row.available_at or row.created_timestamp)
 
 
 def _has_paused(row: Row, *, since: datetime | None) -> bool:
-    """Return whether it is time to publish a row once more: each pause is as long as all before it together."""
+    """Return whether a row's pause is over. Each pause is as long as all before it together, up to a day."""
     if row.published_at is None or since is None or row.published_at <= since:
         return True
     return row.read_at - row.published_at >= min(row.published_at - since, _LONGEST_PAUSE)

@@ -154,9 +154,9 @@ class IdempotentRequest(Request):  # type: ignore[misc]
             self._end("expire", self.task.queue_log.store.expire)
 
     def _held_until_gone(self) -> bool:
-        """Have the claim of a child that was told to end follow the child; whether there is one.
+        """Keep the lease of a child that was told to exit until the child is gone; return whether there is one.
 
-        Celery 5.5's pool forgets what it runs when the connection breaks: then nobody calls :meth:`on_failure`.
+        When the connection breaks, Celery 5.5's pool forgets what it runs, and :meth:`on_failure` is never called.
         """
         if self.held is None:
             return False
