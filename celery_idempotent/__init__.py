@@ -1,7 +1,7 @@
-"""Keeps a Celery task from taking effect twice.
+"""Keep a Celery task from taking effect twice.
 
-A queue delivers at least once. ``base=IdempotentTask`` records each message in a table, ``queue_log``, that producer and consumer
-both consult, so that a repeated call, a redelivered message or a copy of it becomes a skip, and no message is lost for it.
+A queue delivers at least once. ``base=IdempotentTask`` records each message in a table, ``queue_log``, which producer and consumer both
+consult. So a repeated call, a redelivered message or a copy is skipped, and no message is lost.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ __all__ = [
 __version__ = "0.1.0"
 
 
-if not TYPE_CHECKING:  # or a type checker would take any name for one of ours
+if not TYPE_CHECKING:  # otherwise a type checker would accept any name
 
     def __getattr__(name: str) -> Any:
-        # On first use: SQLAlchemy, its dialects and a client of Redis take a while to import, and most modules only want to declare their tasks.
+        # On first use: SQLAlchemy, its dialects and a Redis client are slow to import, and most modules only declare their tasks.
         if name in {"SQLStore", "queue_log_table"}:
             from celery_idempotent.stores import sql
 

@@ -13,9 +13,9 @@
         ├── StoreUnavailableError                             transient
         └── SchemaError                                       run `idempotent init`
 
-Celery carries an exception through the result backend as its type and its ``args`` and rebuilds it with
-``type(e)(*e.args)``; ``pickle`` does the same. So each class here keeps every constructor argument in ``args``, in order,
-and composes its message in ``__str__``.
+Celery stores an exception in the result backend as its type and its ``args``, and rebuilds it with ``type(e)(*e.args)``.
+``pickle`` does the same. So each class here keeps all constructor arguments in ``args``, in order, and composes its message in
+``__str__``.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ __all__ = [
 
 
 class IdempotentError(Exception):
-    """Base of every error that celery-idempotent raises."""
+    """Base of all errors that celery-idempotent raises."""
 
 
 class ConfigurationError(IdempotentError, ValueError):
-    """An option, a setting or a message id is not valid; the text names it and says what to do."""
+    """An option, a setting or a message id is not valid. The text names it and says what to do."""
 
 
 class DuplicateMessageError(IdempotentError):
-    """This message was sent before, and the task says ``on_duplicate="raise"``. Nothing was published.
+    """This message was sent before, and the task has ``on_duplicate="raise"``. Nothing was published.
 
     Args:
         message_id: The id that is taken.
@@ -60,12 +60,12 @@ class DuplicateMessageError(IdempotentError):
     def __str__(self) -> str:
         return (
             f"message {self.message_id!r} was already sent as task {self.task_id} and is {self.status}; "
-            f"use another message_id, or on_duplicate='skip' to be given the first result"
+            f"use another message_id, or on_duplicate='skip' to get the first result"
         )
 
 
 class MessageMismatchError(IdempotentError):
-    """The same message id came with other arguments than the first time. Nothing was published or run.
+    """The message id was used before with other arguments. Nothing was published or run.
 
     Args:
         message_id: The id that is taken.
@@ -84,12 +84,12 @@ class MessageMismatchError(IdempotentError):
         which = "" if self.differs is None else f" (different: {self.differs})"
         return (
             f"message {self.message_id!r} of task {self.task_name} is already known with other arguments{which}; "
-            f"make the id depend on every argument that matters, or set fingerprint=False to accept the first ones"
+            f"make the id depend on all arguments that matter, or set fingerprint=False to ignore the difference"
         )
 
 
 class AlreadyProcessingError(IdempotentError):
-    """Another delivery of this message is running now, and the task says ``on_processing="raise"``.
+    """Another delivery of this message is running, and the task has ``on_processing="raise"``.
 
     Args:
         message_id: The message being processed.
@@ -127,7 +127,7 @@ class AlreadyFailedError(IdempotentError):
 
 
 class LeaseLostError(IdempotentError):
-    """This run's claim was taken over or ended while its body ran; what it produced was not recorded.
+    """This run's claim was taken over or ended while its body ran. Its outcome was not recorded.
 
     Args:
         message_id: The message whose claim was lost.
@@ -151,10 +151,10 @@ class StoreError(IdempotentError):
 
 
 class StoreUnavailableError(StoreError):
-    """The store gave no answer: it is down, unreachable or overloaded. Trying again later may succeed."""
+    """The store did not answer: it is down, unreachable or overloaded. A later attempt may succeed."""
 
-    #: Set by a store that is known not to have been reached. Otherwise what it was asked may have taken effect, or may yet.
-    #: A fact of the moment, for whoever asked; it does not travel through a result backend.
+    #: Whether the request is known not to have reached the store. Otherwise it may have taken effect, or may yet. The attribute is for
+    #: the direct caller; result backends do not keep it.
     unsent: bool = False
 
 
@@ -167,4 +167,4 @@ class AccessDeniedError(StoreUnavailableError):
 
 
 class SchemaError(StoreError):
-    """The queue log's table is missing or is not of this version. Run ``celery -A proj idempotent init``."""
+    """The queue log's table is missing or has another version. Run ``celery -A proj idempotent init``."""

@@ -1,7 +1,7 @@
-"""Outcomes: what becomes of each message, told to whoever counts, traces or logs it.
+"""Report the outcome of each message to an app's hooks, which count, trace or log it.
 
-An app names its hooks in ``idempotent_hooks``. Each is given a frozen record per outcome, right after what it tells of, in the process
-and the thread where that happened. Without hooks nothing is made up.
+An app names its hooks in ``idempotent_hooks``. Each hook is called with a frozen record right after the event, in the same process and
+thread. Without hooks, no record is made.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ SETTING = "idempotent_hooks"
 
 
 class OutcomeKind(StrEnum):
-    """What became of a message, a call or a delivery; the tables of the page "Monitor" say when each is told."""
+    """The kinds of outcomes of a message, a call or a delivery. The tables of the page "Monitor" say when each is reported."""
 
     RECORDED = "recorded"  # producer: it has a row and was published
     DUPLICATE = "duplicate"  # producer: its id was taken
     WITHDRAWN = "withdrawn"  # producer: it could not be published, and its id is free again
     MISMATCHED = "mismatched"  # either side: its id is known with other arguments
     CLAIMED = "claimed"  # consumer: its body is about to run
-    TAKEN_OVER = "taken_over"  # consumer: the same, after an owner whose lease ran out
+    TAKEN_OVER = "taken_over"  # consumer: its body is about to run, after the previous owner's lease ran out
     HELD = "held"  # consumer: a copy was published to come again later
     SKIPPED = "skipped"  # consumer: there was nothing to do
-    REPLAYED = "replayed"  # consumer: it was answered with what the message ended with before
-    COMPLETED = "completed"  # it ended as a success
-    FAILED = "failed"  # it ended as a failure
+    REPLAYED = "replayed"  # consumer: it got the stored outcome of the message
+    COMPLETED = "completed"  # it succeeded
+    FAILED = "failed"  # it failed
     RETRIED = "retried"  # it waits for its next attempt
-    ABANDONED = "abandoned"  # it ended as a failure, since its worker died or lost its lease
-    CANCELLED = "cancelled"  # it ended as a failure, since it was revoked, or had expired
-    LEASE_LOST = "lease_lost"  # its run is over, and somebody else had its claim by then
-    UNGUARDED = "unguarded"  # either side: the store gave no answer, and the app says "run"
+    ABANDONED = "abandoned"  # it failed, because its worker died or lost its lease
+    CANCELLED = "cancelled"  # it failed, because it was revoked or had expired
+    LEASE_LOST = "lease_lost"  # its run is over, but its claim had been lost by then
+    UNGUARDED = "unguarded"  # either side: the store did not answer, and idempotent_on_store_error is "run"
     RECOVERED = "recovered"  # it was published from its row
     PURGED = "purged"  # old rows were deleted
 
 
-#: Told when the body is over, or will not run: a time limit that strikes in a hook then comes too late for it.
+#: Outcomes reported when the body is over or will not run. A time limit that strikes in a hook then comes too late for the body.
 _ENDS = frozenset(
     (
         OutcomeKind.COMPLETED,
@@ -70,28 +70,28 @@ _ENDS = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """One outcome. What is not known where it happened, or does not apply, is ``None``; durations are seconds.
+    """One outcome. Durations are seconds. A field that is unknown, or does not apply, is ``None``.
 
-    It never holds arguments or results. A message id may be made of arguments, if the task says so.
+    It never contains arguments or results. But the task's option may make the message id from arguments.
 
     Attributes:
         kind: What happened.
-        task_name: The task; ``None`` for ``purged``, which is of rows of any.
+        task_name: The task; ``None`` for ``purged``, which covers rows of all tasks.
         message_id: The message.
         task_id: The Celery id of the call or the delivery.
-        first_task_id: The Celery id that was first sent under the message id, where a row stood in the way or was taken over.
-        queue: Where the message was routed.
-        attempt: Celery's ``retries``; of ``retried``, the next one.
+        first_task_id: The Celery id first sent under the message id, if an existing row was found or taken over.
+        queue: The queue that the message was routed to.
+        attempt: Celery's ``retries``; for ``retried``, the next attempt's.
         token: The fencing token of the claim.
-        worker: ``host:pid`` of the worker where it happened, and the thread if it has several.
-        status: Of the row that stood in the way: ``pending``, ``processing`` or ``done``.
-        reason: Why, in one word that is the same each time: the type of the error for ``failed``, else see the tables.
-        count: How many; more than 1 for ``purged`` only.
-        store: How long the store took for what is told: its statement, the waiting for it, and the encoding of a result.
+        worker: ``host:pid`` of the worker, and the thread if it has several.
+        status: The status of an existing row: ``pending``, ``processing`` or ``done``.
+        reason: The reason, in one fixed word: the type of the error for ``failed``; otherwise see the tables.
+        count: How many; more than 1 only for ``purged``.
+        store: How long the store took: its statement, waiting for it, and the encoding of a result.
         ran: How long the body took.
-        age: How old the message was, by the store's clock: since it was recorded, where its row was read.
-        delay: In what time a copy that is held comes again.
-        trace: W3C ``traceparent`` of the span in which the original was sent, where its row was read and that is known.
+        age: The time since the message was recorded, by the store's clock, if its row was read.
+        delay: The time until a held copy comes again.
+        trace: W3C ``traceparent`` of the span in which the original was sent, if its row was read and has one.
     """
 
     kind: OutcomeKind
@@ -114,10 +114,10 @@ class Outcome:
 
 
 class Hook(Protocol):
-    """What ``idempotent_hooks`` takes: a callable of one outcome.
+    """An entry of ``idempotent_hooks``: a callable that takes one outcome.
 
-    It runs in the path of the message, so it should be quick and wait for nothing. What it raises is logged once, and disturbs
-    nothing. It must not call guarded tasks, whose outcomes it would be told.
+    It runs in the path of the message, so it should be quick and never wait. If it raises, the error is logged once, and has no other
+    effect. It must not call guarded tasks, since it would be called for their outcomes too.
     """
 
     def __call__(self, outcome: Outcome, /) -> object:
@@ -127,19 +127,19 @@ class Hook(Protocol):
 
 @runtime_checkable
 class TracingHook(Protocol):
-    """A hook that also says in which span a message is sent; kept with it, so that a duplicate can be linked to that."""
+    """A hook that also returns the span in which a message is sent. The span is kept with the message, to link duplicates to it."""
 
     def __call__(self, outcome: Outcome, /) -> object:
         """Take an outcome."""
         ...
 
     def traceparent(self) -> str | None:
-        """Return the W3C ``traceparent`` of the span that is current here, or ``None``."""
+        """Return the W3C ``traceparent`` of the current span, or ``None``."""
         ...
 
 
 class Facts(TypedDict, total=False):
-    """What of an outcome is known where it happens; see :class:`Outcome`."""
+    """The fields of an outcome that its caller knows; see :class:`Outcome`."""
 
     task_id: str | None
     queue: str | None
@@ -153,7 +153,7 @@ class Facts(TypedDict, total=False):
 
 
 class Outcomes:
-    """Tells the hooks of an app.
+    """Report outcomes to the hooks of an app.
 
     Args:
         hooks: The hooks.
@@ -166,10 +166,10 @@ class Outcomes:
 
     @classmethod
     def of(cls, entries: Sequence[str | Hook]) -> Outcomes:
-        """Return what tells the hooks of the setting ``idempotent_hooks``, which may be none.
+        """Make one from the setting ``idempotent_hooks``, which may be empty.
 
         Raises:
-            ConfigurationError: One is not there, is no hook, or lacks a library.
+            ConfigurationError: A hook does not exist, is not a hook, or needs a library that is not installed.
         """
         return cls([_load(entry) if isinstance(entry, str) else entry for entry in entries])
 
@@ -182,17 +182,17 @@ class Outcomes:
         reason: str | None = None,
         **facts: Unpack[Facts],
     ) -> None:
-        """Tell each hook of an outcome; see :class:`Outcome`. Without hooks it costs next to nothing.
+        """Call each hook with an outcome; see :class:`Outcome`. Without hooks, it costs almost nothing.
 
         Args:
             kind: What happened.
             key: The message.
-            row: Its row as it was read, if it was.
+            row: Its row, if it was read.
             reason: The reason, as text or as a member of an enumeration.
-            facts: The rest of the outcome.
+            facts: The other fields of the outcome.
 
         Raises:
-            SoftTimeLimitExceeded: It struck in a hook while the body was running, or about to. Nothing else.
+            SoftTimeLimitExceeded: It struck in a hook while the body was running, or about to run. Nothing else is raised.
         """
         if not self._hooks:
             return
@@ -216,27 +216,32 @@ class Outcomes:
             except Exception:
                 if id(hook) not in self._complained:
                     self._complained.add(id(hook))
-                    logger.exception("the hook %r could not take %r; that is logged once", hook, outcome)
+                    logger.exception(
+                        "the hook %r raised an error for %r; further errors of this hook are not logged", hook, outcome
+                    )
 
     def traceparent(self) -> str | None:
-        """Return the span that is current here, if there is a hook that traces."""
+        """Return the current span, if one of the hooks traces."""
         if self._tracing is None:
             return None
         try:
             trace = self._tracing.traceparent()
             if trace is not None and not is_trace(trace):
-                raise ValueError(f"{trace!r} is no W3C traceparent")  # noqa: TRY301 - of the hook's, as if it had raised it
+                raise ValueError(f"{trace!r} is not a W3C traceparent")  # noqa: TRY301 - treated as an error of the hook
         except SoftTimeLimitExceeded:
             raise
         except Exception:
             if id(self._tracing) not in self._complained:
                 self._complained.add(id(self._tracing))
-                logger.exception("the hook %r could not say which span is current; that is logged once", self._tracing)
+                logger.exception(
+                    "the hook %r did not return the current span; further errors of this hook are not logged",
+                    self._tracing,
+                )
             return None
         return trace
 
     def trace_among(self, headers: Mapping[str, Any] | None) -> str | None:
-        """Return the span in which a message was sent whose sender has no hook that traces, but says it by W3C trace context."""
+        """Return the span in W3C trace context among a message's headers, for a sender without a tracing hook."""
         if self._tracing is None or not isinstance(headers, Mapping):
             return None
         found = headers.get(TRACE_HEADER)
@@ -244,7 +249,7 @@ class Outcomes:
 
 
 def reason_of(error: str) -> str:
-    """Return the word before the text of an error, as it is in the column ``error``: a type, or why a message was ended."""
+    """Return the first word of the column ``error``: the type of an error, or why a message was ended."""
     return error.partition(":")[0].partition(",")[0]
 
 
@@ -252,7 +257,9 @@ def _load(path: str) -> Hook:
     """Return the hook at a dotted path, ``package.module.name`` or ``package.module:name``."""
     module_name, _, name = path.replace(":", ".").rpartition(".")
     if not module_name or not name:
-        raise ConfigurationError(f"setting {SETTING}: {path!r} is no path of a hook such as 'package.module.hook'")
+        raise ConfigurationError(
+            f"setting {SETTING}: {path!r} is not the path of a hook, such as 'package.module.hook'"
+        )
     try:
         module = import_module(module_name)
     except ImportError as error:
@@ -261,6 +268,10 @@ def _load(path: str) -> Hook:
         raise ConfigurationError(f"setting {SETTING}: {path!r}: {error}") from error
     hook = getattr(module, name, None)
     if not callable(hook) or isinstance(hook, type):
-        what = "has no such name" if hook is None else f"has {hook!r} there, which is not a callable of one outcome"
+        what = (
+            "has no such name"
+            if hook is None
+            else f"has {hook!r} there, which is not a callable that takes one outcome"
+        )
         raise ConfigurationError(f"setting {SETTING}: {path!r}: the module {what}")
     return cast("Callable[[Outcome], object]", hook)

@@ -1,4 +1,4 @@
-"""The options of one task: class attributes and decorator arguments over the app's settings over the defaults."""
+"""The options of one task: from class attributes or decorator arguments, then the app's settings, then the defaults."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ __all__ = ["Options", "refuse_misspelt", "refuse_misspelt_call"]
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a task says about its messages, checked.
+    """The checked options of a task.
 
     Attributes:
-        idempotent: Whether new calls are recorded. Rows that were recorded are completed either way.
+        idempotent: Whether new calls are recorded. Recorded rows are completed in both cases.
         message_id: Makes the message id of a call from its arguments; ``None`` uses the task id.
         signature: Binds a call's arguments to the names of the body's parameters.
-        call: What the producer's decision depends on.
-        delivery: What the consumer's decision depends on.
+        call: The options for the producer's decision.
+        delivery: The options for the consumer's decision.
         lease: Seconds for which a claim lives without renewal.
         unique_for: Seconds after completion for which the id stays taken; ``None`` until it is purged.
-        fingerprint: Whether calls under one id are compared; ``None`` when an id is set, by the option or for one call.
+        fingerprint: Whether calls under one id are compared; with ``None``, only if an id is set, by the option or for one call.
         atomic: Whether the body runs in a transaction on the store's database.
         keep_result: Whether the return value is kept for replay.
     """
@@ -69,7 +69,7 @@ class Options:
         conf = task.app.conf
 
         def given(name: str) -> Any:
-            # From the class: a function stored there would become a method when read from the instance.
+            # Read from the class: on the instance, a function would become a method.
             value = getattr(type(task), name, None)
             return conf.get(PREFIX + name) if value is None else value
 
@@ -109,7 +109,7 @@ class Options:
 
 
 def _message_id_of(task: Task, option: Any, signature: CallSignature) -> Any:
-    """Return the option ``message_id`` as it asks to be called: a method gets the task before the arguments."""
+    """Return the option ``message_id``; if it is a method, bound to the task."""
     stored = inspect.getattr_static(type(task), "message_id", None)
     if isinstance(stored, partialmethod):
         return stored.__get__(task, type(task))
@@ -119,13 +119,13 @@ def _message_id_of(task: Task, option: Any, signature: CallSignature) -> Any:
 
 
 def refuse_misspelt_call(task_name: str, options: Mapping[str, Any]) -> None:
-    """Refuse a keyword of ``apply_async`` that is nearly ``message_id``, or an option of the task.
+    """Refuse a keyword of ``apply_async`` that resembles ``message_id``, or is an option of the task.
 
-    Celery hands keywords it does not know on as properties of the message, so ``mesage_id="m"`` would silently do nothing. Stamps are keywords
-    too, with names of the user's own.
+    Celery passes unknown keywords on as properties of the message, so ``mesage_id="m"`` would silently do nothing. Stamps are keywords
+    too, with names that the user chooses.
 
     Raises:
-        ConfigurationError: What is meant is named.
+        ConfigurationError: It names the nearest valid keyword.
     """
     stamps = maybe_list(options.get("stamped_headers")) or ()
     for name in options:
@@ -136,22 +136,22 @@ def refuse_misspelt_call(task_name: str, options: Mapping[str, Any]) -> None:
             )
         if near:
             raise ConfigurationError(
-                f"apply_async() of {task_name}: {name!r} is no keyword of a call; {near!r} is an option of the task: "
+                f"apply_async() of {task_name}: {name!r} is not a keyword of a call; {near!r} is an option of the task: "
                 f"give it to the decorator"
             )
 
 
 def refuse_misspelt(cls: type[Task], base: type) -> None:
-    """Refuse a class attribute or decorator argument that is nearly an option.
+    """Refuse a class attribute or decorator argument that resembles an option.
 
     Celery accepts any attribute on a task, so ``on_duplicat="raise"`` would silently do nothing. Attributes that resemble no
-    option are the user's own and stay.
+    option belong to the user, and are accepted.
 
     Raises:
-        ConfigurationError: The nearest option is named.
+        ConfigurationError: It names the nearest option.
     """
-    # Looked up without `hasattr`: the base's property `app` would bind it to an app, and its subclasses would share its stack
-    # of requests.
+    # Not `hasattr`, which would call the property `app` of the base: that binds the base to an app, and its subclasses would then share
+    # its stack of requests.
     known = {name for owner in base.__mro__ for name in vars(owner)}
     for owner in cls.__mro__:
         if owner is base:
@@ -168,5 +168,5 @@ def refuse_misspelt(cls: type[Task], base: type) -> None:
 
 @lru_cache(maxsize=1024)
 def _nearest(name: str) -> str:
-    """Return the option that a name is nearly, or is; empty when there is none. Kept, since every call has the same few keywords."""
+    """Return the option that a name is or resembles; empty if there is none. Cached, since calls have the same few keywords."""
     return next(iter(get_close_matches(name.lower(), (*OPTION_NAMES, "idempotent"), n=1, cutoff=0.85)), "")

@@ -1,4 +1,4 @@
-"""One queue log per app: its settings, its store, and the hooks that Celery needs."""
+"""The queue log of an app: its settings, its store and its hooks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol, TypeVar, cast, runtime_checkable
 
-# Before anybody can ask Celery for an app's settings, and before anything is logged.
+# Import these before an app's settings can be shown, and before anything is logged.
 from celery_idempotent.core import log_lines, settings_mask  # noqa: F401
 from celery_idempotent.errors import ConfigurationError
 from celery_idempotent.hooks import Outcomes
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 @runtime_checkable
 class _Resting(Protocol):
-    """A part that has a thread, or the like, which is to end with the app."""
+    """A part with a thread that must end with the app."""
 
     def rest(self) -> None: ...
 
@@ -38,22 +38,22 @@ class _Resting(Protocol):
 class QueueLog:
     """The queue log of an app.
 
-    Tasks with ``base=IdempotentTask`` make one for their app when they are bound; its store is opened at the first call or the
-    first delivery, in the process that needs it. Make one yourself, before the first call, to bring your own store::
+    Tasks with ``base=IdempotentTask`` make one for their app when they are bound. Its store is opened at the first call or the
+    first delivery, in the process that needs it. To use your own store, make one yourself before the first call::
 
         QueueLog(app, store=SQLStore(engine), session_factory=sessionmaker(expire_on_commit=False))
 
     Args:
         app: The Celery app. A queue log that it already has is replaced.
         store: The store to use instead of the setting ``idempotent_store``.
-        session_factory: Makes the sessions of atomic tasks: a ``sessionmaker`` or ``scoped_session`` of yours. Its ``bind`` is
-            overridden: each session keeps to the connection of its body. Default: SQLAlchemy's ``Session``.
-        isolation_level: The isolation level of atomic tasks, by SQLAlchemy's name for it (``"SERIALIZABLE"``). Default: the
-            engine's. Hazard: where a transaction's snapshot is fixed, as from ``REPEATABLE READ`` on PostgreSQL, a body that takes
+        session_factory: Makes the sessions of atomic tasks: your ``sessionmaker`` or ``scoped_session``. Its ``bind`` is
+            overridden, because each session uses the connection of its body. Default: SQLAlchemy's ``Session``.
+        isolation_level: The isolation level of atomic tasks, by SQLAlchemy's name (``"SERIALIZABLE"``). Default: the
+            engine's. Hazard: if a transaction's snapshot is fixed, as from ``REPEATABLE READ`` on PostgreSQL, a body that takes
             longer than a third of its lease is run twice; see "Atomic tasks".
 
     Raises:
-        ConfigurationError: ``store`` is no store, or ``session_factory`` cannot be called.
+        ConfigurationError: ``store`` is not a store, or ``session_factory`` cannot be called.
     """
 
     def __init__(
@@ -66,8 +66,8 @@ class QueueLog:
     ) -> None:
         if store is not None and not callable(getattr(store, "record", None)):
             raise ConfigurationError(
-                f"QueueLog(app, store=...) takes a store such as SQLStore(url), not one of type {type(store).__name__}; "
-                f"a URL is for the setting idempotent_store"
+                f"QueueLog(app, store=...) takes a store such as SQLStore(url), not {type(store).__name__}; "
+                f"for a URL, use the setting idempotent_store"
             )
         if session_factory is not None and not callable(session_factory):
             raise ConfigurationError(
@@ -83,7 +83,7 @@ class QueueLog:
 
     @classmethod
     def of(cls, app: Celery) -> QueueLog:
-        """Return the app's queue log; made when there is none yet."""
+        """Return the app's queue log; make one if there is none yet."""
         found = vars(app).get(_ATTRIBUTE)
         return found if isinstance(found, cls) else cls(app)
 
@@ -92,7 +92,7 @@ class QueueLog:
         """The app's ``idempotent_*`` settings, read once.
 
         Raises:
-            ConfigurationError: One is unknown or has a wrong value.
+            ConfigurationError: A setting is unknown or has a wrong value.
         """
         return Settings.from_app(self.app)
 
@@ -110,49 +110,49 @@ class QueueLog:
             store = open_store(settings.store, table=settings.table)
         except ConfigurationError as error:
             raise ConfigurationError(f"setting idempotent_store: {error}") from error
-        # What the app opened ends with it. At the end of the process the operating system closes it.
+        # Close the store when the app is collected. At exit, the operating system does it.
         weakref.finalize(self, store.close).atexit = False
         return store
 
     @cached_property
     def outcomes(self) -> Outcomes:
-        """What tells the app's hooks of each outcome, if it has any.
+        """The app's hooks, which may be none.
 
         Raises:
-            ConfigurationError: A hook of the setting ``idempotent_hooks`` cannot be had.
+            ConfigurationError: A hook of the setting ``idempotent_hooks`` cannot be imported.
         """
         return Outcomes.of(self.settings.hooks)
 
     def part(self, kind: type[T], make: Callable[[], T]) -> T:
-        """Return what a layer above keeps for this queue log, made when it is first asked for.
+        """Return an object that a higher layer keeps for this queue log; make it at the first call.
 
         Args:
-            kind: Its class, of which there is one.
-            make: Makes it.
+            kind: Its class; there is one object per class.
+            make: Makes the object.
 
-        Atomicity: of N threads that ask at once, all get the same one. No lock is held, which a fork could leave locked.
+        Atomicity: N concurrent threads get the same object. There is no lock, which a fork could leave locked.
         """
         found = self._parts.get(kind) or self._parts.setdefault(kind, make())
         return cast("T", found)
 
     def init(self) -> bool:
-        """Create the table if it is missing, or take one of an older version to this one; whether anything was created or changed.
+        """Create the table if it is missing, or upgrade one of an older version; return whether anything was created or changed.
 
-        Safe while workers run, those of one version before among them, and for any number at once. A large table takes its time.
+        Safe while workers run, also those of the version before, and for any number of concurrent calls. A large table takes long.
 
         Raises:
-            SchemaError: A table of that name is of no version.
-            StoreUnavailableError: The store gave no answer.
+            SchemaError: A table of that name has no known version.
+            StoreUnavailableError: The store did not answer.
         """
         return self.store.init()
 
     def close(self) -> None:
-        """Let go of the store's connections in this process; a store that was not opened stays so."""
+        """Close the store's connections in this process, if the store was opened."""
         if "store" in vars(self):
             self.store.close()
 
     def end(self) -> None:
-        """Close what was opened for the app in this process, which is closed; whatever is used again is opened again."""
+        """Close all that was opened for the app in this process, because the app is closed. It is opened again if it is used again."""
         if self._given_store is None:
             self.close()
         for part in list(self._parts.values()):
@@ -164,7 +164,7 @@ class QueueLog:
 
 
 def _close_with(app: Celery) -> None:
-    """Have ``app.close()`` close what the app's queue log has opened. Celery tells nobody of it."""
+    """Make ``app.close()`` close what the app's queue log has opened. Celery has no signal for it."""
     if "close" in vars(app):
         return
     itself = weakref.ref(app)

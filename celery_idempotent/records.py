@@ -1,4 +1,4 @@
-"""The records of the queue log, for those who read its rows: ``RowFilter``, ``Row`` and the like."""
+"""The records of the queue log, for code that reads its rows: ``RowFilter``, ``Row`` and others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a call returns."""
+"""The result of a call."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ if TYPE_CHECKING:
     from celery.result import AsyncResult
 
     class IdempotentResult(AsyncResult[Any]):  # type: ignore[misc]
-        """Celery's ``AsyncResult``, as the app makes it, and whether the call was a duplicate.
+        """Celery's ``AsyncResult``, with whether the call was a duplicate.
 
-        For type checkers only: at run time the attribute is set on whatever class of results the app has.
+        For type checkers only: at run time, the attribute is set on the app's own class of results.
         """
 
-        #: Whether the message was sent before; the result is then the first one's, unless something else waits on this call.
+        #: Whether the message was sent before. The result is then the first call's, unless something else waits on this call.
         duplicate: bool

@@ -32,7 +32,7 @@ OPTION_NAMES = (
     "keep_result",
 )
 
-#: How a setting begins that is meant to be one of ours.
+#: Beginnings of setting names that are probably misspelt settings of ours.
 _LIKE_OURS = ("idemp", "idemo", "idepo", "indemp")
 
 _APP_NAMES = (
@@ -52,18 +52,18 @@ _APP_NAMES = (
 
 @dataclass(frozen=True)
 class Settings:
-    """What an app says about its queue log as a whole.
+    """The settings of an app for its queue log.
 
     Attributes:
         store: URL of the store, as text or SQLAlchemy's ``URL``. Default: an SQLite file in the working directory.
-        table: Name of the table, ``schema.name`` where the database has schemas.
+        table: Name of the table, ``schema.name`` if the database has schemas.
         retention: Seconds for which a finished row is kept before it is purged.
-        recovery_interval: Seconds between two recovery steps of a worker; 0 turns recovery off in this worker.
+        recovery_interval: Seconds between two recovery passes of a worker; 0 turns recovery off in this worker.
         lost_after: Seconds for which a message may stay pending before its publication is doubted.
-        on_store_error: What happens while the store gives no answer. ``retry``: wait, then have the message delivered
+        on_store_error: What to do while the store does not answer. ``retry``: wait, then have the message delivered
             again. ``run``: run unguarded, with an error in the log. ``raise``: raise StoreUnavailableError.
-        hooks: Callables of one :class:`~celery_idempotent.hooks.Outcome`, or dotted paths of such, which are told what becomes
-            of each message. Default: none.
+        hooks: Callables that take an :class:`~celery_idempotent.hooks.Outcome`, or their dotted paths. They are called for each outcome
+            of a message. Default: none.
         redact: Names of parameters and keys, or patterns with ``*`` and ``?``, whose values are masked wherever arguments and results are
             shown. The rows keep them: a message has to be published again.
         failure_retention: The same as ``retention`` for a message that failed, which somebody may yet requeue. At least ``retention``.
@@ -114,12 +114,12 @@ class Settings:
 
 
 def _refuse_unknown(app: Celery) -> None:
-    """Refuse whatever looks like one of our settings and is none.
+    """Refuse keys that look like settings of ours and are not.
 
-    ``config_from_object(..., namespace="CELERY")`` has them written ``CELERY_IDEMPOTENT_STORE``. Without a namespace Celery reads
-    lower case only.
+    With ``config_from_object(..., namespace="CELERY")``, they are written ``CELERY_IDEMPOTENT_STORE``. Without a namespace, Celery reads
+    only lower case.
     """
-    keys = [str(key) for key in app.conf]  # which loads the configuration, and only then has it a namespace
+    keys = [str(key) for key in app.conf]  # loads the configuration, which then has its namespace
     namespace = getattr(app.conf, "prefix", None) or ""
     plain = [PREFIX + name for name in (*_APP_NAMES, *OPTION_NAMES)]
 
@@ -135,7 +135,7 @@ def _refuse_unknown(app: Celery) -> None:
 
 
 def _url(name: str, value: object) -> str | URL:
-    # Without importing SQLAlchemy, of which a queue log in Redis knows nothing.
+    # Do not import SQLAlchemy, which a queue log in Redis does not need.
     return value if _is_url(value) else _text(name, value)
 
 
@@ -145,7 +145,7 @@ def _is_url(value: object) -> TypeGuard[URL]:
 
 def _text(name: str, value: object) -> str:
     if not isinstance(value, str) or not value:
-        # A URL in a list, or in bytes, has a password as well.
+        # Do not show the value: a URL in a list, or in bytes, contains a password too.
         shown = repr(value) if not value or isinstance(value, (int, float)) else f"one of type {type(value).__name__}"
         raise ConfigurationError(f"setting {PREFIX + name} must be a non-empty string, not {shown}")
     return value
@@ -165,7 +165,7 @@ def _hooks(value: object) -> tuple[str | Callable[..., object], ...]:
 
 
 def _names(name: str, value: object) -> tuple[str, ...]:
-    # A text is a sequence of texts too: one of a single name would mask all that is called by one of its letters, and show the rest.
+    # Refuse a string, which is a sequence of strings too: each of its letters would be taken as a name.
     if isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(each, str) and each for each in value):
         return tuple(value)
     raise ConfigurationError(f"setting {PREFIX + name} must be a list of names, not {value!r}")
@@ -180,7 +180,7 @@ def seconds(name: str, value: object, *, positive: bool) -> float:
         positive: Whether 0 is refused too.
 
     Raises:
-        ConfigurationError: It is neither, not finite, or negative.
+        ConfigurationError: It is neither, or is infinite or negative.
     """
     if isinstance(value, timedelta):
         value = value.total_seconds()
@@ -192,10 +192,10 @@ def seconds(name: str, value: object, *, positive: bool) -> float:
 
 
 def one_of(name: str, value: object, *choices: str) -> Any:
-    """Return a value out of a few.
+    """Return the value if it is one of the choices.
 
     Raises:
-        ConfigurationError: It is none of them; the nearest is named.
+        ConfigurationError: It is not; the error names the nearest choice.
     """
     if value in choices:
         return value
@@ -208,7 +208,7 @@ def yes_or_no(name: str, value: object) -> bool:
     """Return a flag.
 
     Raises:
-        ConfigurationError: It is not a ``bool``; truthy strings such as ``"false"`` are a classic accident.
+        ConfigurationError: It is not a ``bool``. Strings such as ``"false"`` are truthy, so they are refused.
     """
     if isinstance(value, bool):
         return value

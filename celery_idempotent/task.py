@@ -1,4 +1,4 @@
-"""The task base class: what a user writes ``base=IdempotentTask`` for."""
+"""The base class of guarded tasks, for ``base=IdempotentTask``."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ T = TypeVar("T")
 
 
 class _InTheBody(Generic[T]):
-    """An attribute that a task has while its atomic body runs: that of this thread, since a task is one object for all.
+    """An attribute that a task has while its atomic body runs. It is per thread, since all threads share a task object.
 
-    A task that is not atomic may have something of its own under the name: on its class, on any of its bases, or on itself.
+    A task that is not atomic may define the name itself: on its class, on any of its bases, or on the object.
     """
 
     def __init__(self, read: Callable[[UnitOfWork], T], name: str, doc: str) -> None:
@@ -72,33 +72,33 @@ class _InTheBody(Generic[T]):
             if any(self._name in vars(base) for base in bases[bases.index(IdempotentTask) + 1 :]):
                 return cast("T", getattr(super(IdempotentTask, task), self._name))
             raise IdempotentError(
-                f"task {task.name} has no {self._name}: it is not atomic; give it the option atomic=True"
+                f"task {task.name} has no {self._name}, because it is not atomic: give it the option atomic=True"
             )
         raise IdempotentError(
-            f"task {task.name} has no {self._name} here: an atomic task has one while a worker, or apply(), runs its body; "
-            f"a call as a function, map, starmap and chunks are not guarded"
+            f"task {task.name} has no {self._name} here: an atomic task has one only while a worker, or apply(), runs its body; "
+            f"calls as a function, map, starmap and chunks are not guarded"
         )
 
 
 class IdempotentTask(Task):  # type: ignore[misc]
     """A Celery task that takes effect once per message.
 
-    Use it as ``base=IdempotentTask``, or subclass it. The options below are class attributes or arguments of the decorator; each
-    is also a setting of the app under ``idempotent_``, and ``None`` leaves it to that setting. Options that do not exist are
-    refused by name when the task is bound.
+    Use it as ``base=IdempotentTask``, or subclass it. The options below are class attributes or arguments of the decorator. Each
+    is also a setting of the app, with the prefix ``idempotent_``; ``None`` leaves it to that setting. Unknown options are refused
+    by name when the task is bound.
 
-    A redelivered, repeated or copied message is skipped, replayed or held as the decision tables say. A call of the task as a
+    A redelivered, repeated or copied message is skipped, replayed or held, by the decision tables. Calls of the task as a
     function, and ``map``, ``starmap`` and ``chunks``, run unguarded.
 
     Hazard:
-        The body is not interrupted when its lease runs out; another worker may then run it too. What it writes itself is
-        therefore at most once only as far as it is fenced or idempotent.
+        The body is not interrupted when its lease runs out, and another worker may then run it too. So its own writes take effect at
+        most once only if they are fenced or idempotent.
     """
 
     abstract = True
 
-    #: Whether new calls of the task are recorded. ``False`` turns the guard off for them: they run as plain Celery tasks. What was recorded
-    #: before is still guarded and completed, so that waiting messages do not run twice. Default: the setting ``idempotent_enabled``, ``True``.
+    #: Whether new calls of the task are recorded. ``False`` turns the guard off for them: they run as plain Celery tasks. Messages recorded
+    #: before are still guarded and completed, so that they do not run twice. Default: the setting ``idempotent_enabled``, ``True``.
     idempotent: ClassVar[bool | None] = None
 
     #: Where the message id comes from: ``None`` (the task id: safe against redelivery), a format string over the bound
@@ -110,12 +110,12 @@ class IdempotentTask(Task):  # type: ignore[misc]
     #: Default: ``"skip"``.
     on_duplicate: ClassVar[Literal["skip", "raise"] | None] = None
 
-    #: What becomes of a copy that arrives while another delivery runs: ``"hold"`` brings it back when the lease has run out,
+    #: What to do with a copy that arrives while another delivery runs: ``"hold"`` brings it back later, up to the end of the lease,
     #: ``"skip"`` drops it, ``"raise"`` fails it with AlreadyProcessingError. Default: ``"hold"``. Hazard: a copy may be the
-    #: broker's last; without recovery, ``"skip"`` and ``"raise"`` lose the message if the owner then dies.
+    #: broker's last one. Without recovery, ``"skip"`` and ``"raise"`` lose the message if the owner then dies.
     on_processing: ClassVar[Literal["hold", "skip", "raise"] | None] = None
 
-    #: What becomes of a message whose owner's lease ran out: run it again, or fail it. Default: ``"rerun"`` with ``acks_late``,
+    #: What to do with a message whose owner's lease ran out: run it again, or fail it. Default: ``"rerun"`` with ``acks_late``,
     #: else ``"fail"``.
     on_abandoned: ClassVar[Literal["rerun", "fail"] | None] = None
 
@@ -128,26 +128,26 @@ class IdempotentTask(Task):  # type: ignore[misc]
     #: How long after completion the id stays taken, in seconds or as a timedelta; ``None`` until the row is purged.
     unique_for: ClassVar[float | timedelta | None] = None
 
-    #: Whether the same id with other arguments is refused. Default: when a message id is set, by option or for one call.
+    #: Whether the same id with other arguments is refused. Default: yes if a message id is set, by option or for one call.
     fingerprint: ClassVar[bool | None] = None
 
     #: Whether the body runs in a transaction on the store's database, in :attr:`session` or :attr:`connection`, which is
-    #: committed together with the message's completion. Default: ``False``. Hazard: a body whose transaction gave way to
-    #: another one is run again, up to five times in all.
+    #: committed together with the message's completion. Default: ``False``. Hazard: if the database aborts the transaction
+    #: because of another one, the body is run again, up to five times in all.
     atomic: ClassVar[bool | None] = None
 
     #: Whether the return value is kept for replay. Default: ``True``.
     keep_result: ClassVar[bool | None] = None
 
-    #: The worker's side of a request, which learns of dead children and time limits. One of your own is combined with it.
+    #: The worker's request class, which handles dead children and time limits. Your own class is combined with it.
     Request: ClassVar[Any] = REQUEST
 
     @classmethod
     def bind(cls, app: Celery) -> Celery:
-        """Bind the task to an app: guard its class, and give the app what the guard needs, a queue log and the signal hooks.
+        """Bind the task to an app: guard its class, and give the app a queue log and the signal hooks.
 
         Raises:
-            ConfigurationError: An option is misspelt, or a class that it derives from keeps it from being guarded.
+            ConfigurationError: An option is misspelt, or one of the task's bases makes a guard impossible.
         """
         bound = super().bind(app)
         refuse_misspelt(cls, IdempotentTask)
@@ -164,7 +164,7 @@ class IdempotentTask(Task):  # type: ignore[misc]
             for base in cls.__mro__:
                 if not isinstance(vars(base).get(name, IdempotentTask.session), _InTheBody):
                     raise ConfigurationError(
-                        f"task {cls.name} is atomic, so self.{name} is its transaction's; {base.__name__} has another {name}: rename that one"
+                        f"task {cls.name} is atomic, so self.{name} is its transaction's, but {base.__name__} has another {name}: rename that"
                     )
 
     @property
@@ -172,14 +172,14 @@ class IdempotentTask(Task):  # type: ignore[misc]
         """The app's queue log."""
         return QueueLog.of(self.app)
 
-    #: The SQLAlchemy session of the atomic body that runs here and now. It is committed when the body has returned, together with
-    #: the message's completion; a commit of the body's own is an error. Undo a part of it by ``begin_nested()``, all by an error.
-    #: Elsewhere reading it raises IdempotentError.
+    #: The SQLAlchemy session of the atomic body that this thread runs. It is committed after the body has returned, together with
+    #: the message's completion. A commit by the body itself is an error. Undo a part by ``begin_nested()``, and all by raising an error.
+    #: Outside of an atomic body, reading it raises IdempotentError.
     session: ClassVar[_InTheBody[Session]] = _InTheBody(
         lambda unit: unit.session, "session", "The session of the atomic body that runs."
     )
 
-    #: The SQLAlchemy connection of the atomic body that runs here and now, in the same transaction as :attr:`session`.
+    #: The SQLAlchemy connection of the atomic body that this thread runs, in the same transaction as :attr:`session`.
     connection: ClassVar[_InTheBody[Connection]] = _InTheBody(
         lambda unit: unit.connection, "connection", "The connection of the atomic body."
     )
@@ -189,7 +189,7 @@ class IdempotentTask(Task):  # type: ignore[misc]
         """The task's options, collected and checked at the first use.
 
         Raises:
-            ConfigurationError: One has a wrong value.
+            ConfigurationError: An option has a wrong value.
         """
         return Options.of(self, self.queue_log.settings)
 
@@ -211,8 +211,7 @@ class IdempotentTask(Task):  # type: ignore[misc]
         Takes what Celery's ``apply_async`` takes, and ``message_id``.
 
         Args:
-            message_id: The id of this one message, instead of what the option ``message_id`` makes of the arguments; at most
-                255 characters.
+            message_id: The id of this one message, instead of the one from the option ``message_id``; at most 255 bytes of UTF-8.
 
         Returns:
             The message's AsyncResult. Its attribute ``duplicate`` is true when the message was sent before.
@@ -222,8 +221,8 @@ class IdempotentTask(Task):  # type: ignore[misc]
                 was sent.
             DuplicateMessageError: The message was sent before, and ``on_duplicate="raise"``.
             MessageMismatchError: The id is known with other arguments.
-            StoreUnavailableError: The store gave no answer within ``task_publish_retry_policy``, or at once with
-                ``idempotent_on_store_error="raise"``. Nothing was sent.
+            StoreUnavailableError: The store did not answer within ``task_publish_retry_policy`` or, with
+                ``idempotent_on_store_error="raise"``, at the first attempt. Nothing was sent.
             kombu.exceptions.OperationalError: The broker did not take the message; its id is free again.
 
         Atomicity: of N concurrent calls with one message id exactly one is recorded and published.
@@ -239,7 +238,7 @@ class IdempotentTask(Task):  # type: ignore[misc]
         return self.apply_async(args, kwargs)
 
     def apply(self, args: Any = None, kwargs: Any = None, **options: Any) -> EagerResult[Any]:
-        """Run the task here and now, guarded by its message id as a worker would; see Celery's ``apply``."""
+        """Run the task in this process, guarded by its message id as in a worker; see Celery's ``apply``."""
         refuse_misspelt_call(self.name, options)
         given = options.pop("task_id", None)
         task_id, step_id = (uuid(), None) if given is None else (given, id_of_step(given))
@@ -266,21 +265,21 @@ class IdempotentTask(Task):  # type: ignore[misc]
         result = super().apply(
             args, kwargs, task_id=task_id, **{**options, "headers": header.write(options.get("headers"))}
         )
-        if not hasattr(result, "duplicate"):  # as that of a retry has it already
+        if not hasattr(result, "duplicate"):  # a retry's result already has it
             result.duplicate = False
         return result
 
     def publish(self, args: Any, kwargs: Any, **options: Any) -> AsyncResult[Any]:
-        """Publish a message whose row is there: Celery's own ``apply_async``, without the guard."""
+        """Publish a message that has a row: Celery's own ``apply_async``, without the guard."""
         return super().apply_async(args, kwargs, **dated(self, options))
 
     def publish_copy(self, request: Context, message_id: str, countdown: float) -> None:
-        """Publish a running delivery's message once more, to arrive in ``countdown`` seconds; same task id, same retries."""
+        """Publish a running delivery's message again, to arrive in ``countdown`` seconds, with the same task id and retries."""
         signature: Signature[Any] = self.signature_from_request(request, retries=request.retries)
         options = {**signature.options, **content_of(request), "message_id": message_id, "add_to_parent": False}
         options["countdown"] = countdown
         if options.get("exchange"):
-            # Celery's native delayed delivery asks for it where no queue is named.
+            # Celery's native delayed delivery requires it if no queue is named.
             options["exchange_type"] = type_of_exchange(self.app, options["exchange"])
         options.pop("redelivered", None)
         self.publish(signature.args, signature.kwargs, **options)
@@ -290,7 +289,7 @@ class IdempotentTask(Task):  # type: ignore[misc]
     def push_request(self, *args: Any, **kwargs: Any) -> None:
         """Push a request for a direct call.
 
-        Celery's ``__call__`` calls this. When it is the end of the ``super()`` calls of a delivery, the body keeps that delivery's request.
+        Celery's ``__call__`` calls this. If that call is the end of a delivery's ``super()`` chain, the body keeps the delivery's request.
         """
         request = self.request_stack.top
         run = Run.of(request)
@@ -301,10 +300,10 @@ class IdempotentTask(Task):  # type: ignore[misc]
             self.request_stack.push(request)
 
     def add_to_chord(self, sig: Signature[Any], lazy: bool = False) -> Any:
-        """Add a signature to the chord that this task is a member of, once however often the body runs; see Celery's ``add_to_chord``.
+        """Add a signature to this task's chord, only once if the body runs again; see Celery's ``add_to_chord``.
 
         Hazard:
-            Only with Celery's Redis backend. Any other that has it is asked at each run.
+            Only Celery's Redis backend counts once. Other backends with such chords count at each run.
         """
         run = Run.of(self.request_stack.top)
         if run is None or not self.request.chord:

@@ -1,1 +1,1 @@
-"""What connects the queue log with other people's tools. Each module needs an extra of its own, and imports its library on first use."""
+"""Integrations with other tools. Each module needs its own extra, and imports its library on first use."""

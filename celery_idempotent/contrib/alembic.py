@@ -1,6 +1,6 @@
-"""The queue log's table in Alembic migrations, and out of the way of its autogenerate.
+"""Create and change the queue log's table in Alembic migrations, and keep it out of autogenerate.
 
-A migration names the version of the table that it leads to, and does the same for ever::
+A migration names the version of the table that it leads to, and always does the same::
 
     from celery_idempotent.contrib import alembic as queue_log
 
@@ -12,7 +12,7 @@ A migration names the version of the table that it leads to, and does the same f
     def downgrade() -> None:
         queue_log.downgrade(op, 0, since=2)
 
-Nothing of Alembic is imported here.
+This module does not import Alembic.
 """
 
 from __future__ import annotations
@@ -30,26 +30,27 @@ from celery_idempotent.stores.sql.table import table_of_version
 
 __all__ = ["apart_from", "downgrade", "upgrade"]
 
-#: Alembic's ``include_object``: of a thing, its name, its kind, whether it was reflected, and what it is compared to.
+#: Alembic's ``include_object``: takes an object, its name, its kind, whether it was reflected, and its counterpart.
 IncludeObject = Callable[[Any, str | None, str, bool, Any], bool]
 
 
 def upgrade(op: Any, version: int, *, since: int = 0, table: str = "queue_log", schema: str | None = None) -> None:
-    """Take the table to a version: create it, or give it what it lacks. What is there already, as after ``init``, is left.
+    """Bring the table to a version: create it, or add what it lacks. Parts that already exist, as after ``init``, stay as they are.
 
-    A table that is there is changed while it is used, as ``celery -A proj idempotent init`` does it. On PostgreSQL that cannot be in a
-    transaction: the migration's own is committed before, and another one begun behind. So give such a step a migration to itself.
+    An existing table is changed online, as by ``celery -A proj idempotent init``. On PostgreSQL this cannot run in a transaction. So the
+    migration's own transaction is committed before, and another one begins after. Give such a step its own migration.
 
     Args:
         op: Alembic's ``op``.
-        version: The version; see "The table over time" for what each is.
-        since: The version that the migration before this one led to; 0 if there was none. Needed for ``--sql`` only: otherwise it is seen.
+        version: The version; "The table over time" says what each is.
+        since: The version that the migration before this one led to; 0 if there was none. Only needed for ``--sql``; otherwise the
+            version is read.
         table: The table's name, as in the setting ``idempotent_table``.
-        schema: The schema or database that it lives in; ``None`` for the connection's default.
+        schema: The schema or database of the table; ``None`` for the connection's default.
 
     Raises:
         ConfigurationError: This version of the library has no such version of the table.
-        SchemaError: A table of that name is of no version; it is not touched.
+        SchemaError: A table of that name has no known version; it is not touched.
     """
     check_version(version)
     check_version(since)
@@ -68,16 +69,16 @@ def upgrade(op: Any, version: int, *, since: int = 0, table: str = "queue_log", 
 
 
 def downgrade(op: Any, version: int, *, since: int, table: str = "queue_log", schema: str | None = None) -> None:
-    """Take the table back to an older version. Hazard: to 0 is to drop it, with every message id that is taken.
+    """Take the table back to an older version. Hazard: version 0 drops it, with all message ids that are taken.
 
-    There is hardly a need for it: code of the version before goes on on the newer table.
+    This is rarely needed, because code of the version before works with the newer table.
 
     Args:
         op: Alembic's ``op``.
         version: The version to go back to.
         since: The version that the migration led to.
         table: The table's name.
-        schema: The schema or database that it lives in.
+        schema: The schema or database of the table.
 
     Raises:
         ConfigurationError: There is no such version.
@@ -99,14 +100,14 @@ def downgrade(op: Any, version: int, *, since: int, table: str = "queue_log", sc
 def apart_from(
     table: str = "queue_log", schema: str | None = None, *, otherwise: IncludeObject | None = None
 ) -> IncludeObject:
-    """Autogenerate, apart from the queue log: whatever of it is there or is not, it proposes nothing.
+    """Return an ``include_object`` that keeps the queue log out of autogenerate.
 
     For ``context.configure(include_object=apart_from())`` in ``env.py``.
 
     Args:
         table: The table's name.
-        schema: The schema or database that it lives in.
-        otherwise: An ``include_object`` of yours, for everything else.
+        schema: The schema or database of the table.
+        otherwise: Your own ``include_object``, for everything else.
     """
 
     def include_object(thing: Any, name: str | None, type_: str, reflected: bool, compare_to: Any) -> bool:
@@ -118,7 +119,7 @@ def apart_from(
 
 
 def _write(op: Any, written: Iterable[Step]) -> None:
-    """Have the statements written, as `--sql` does; those that are in no transaction between two."""
+    """Print the statements, for `--sql`; those that need no transaction go between two transactions."""
     written = list(written)
     context = op.get_context()
     with _outside(context) if any(step.alters for step in written) else nullcontext():
@@ -128,7 +129,7 @@ def _write(op: Any, written: Iterable[Step]) -> None:
 
 @contextmanager
 def _outside(context: Any) -> Iterator[None]:
-    """Outside of the migration's transaction, where there is one around statements like ours."""
+    """Leave the migration's transaction for the block, if there is one."""
     if context.dialect.name != "postgresql":
         yield
         return

@@ -1,6 +1,6 @@
-"""One log line for each outcome, with its fields beside its text.
+"""Log one line per outcome, with its fields as attributes.
 
-``idempotent_hooks = ["celery_idempotent.contrib.log.hook"]`` has them on the logger ``celery_idempotent.outcomes``.
+``idempotent_hooks = ["celery_idempotent.contrib.log.hook"]`` logs to ``celery_idempotent.outcomes``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ __all__ = ["hook"]
 
 logger = logging.getLogger("celery_idempotent.outcomes")
 
-#: What somebody may want to be told of; all else is told at level INFO.
+#: Outcomes logged as WARNING; all others are logged as INFO.
 _WARNINGS = frozenset(
     (
         OutcomeKind.ABANDONED,
@@ -33,8 +33,8 @@ _FIELDS = tuple(field.name for field in fields(Outcome) if field.name != "kind")
 def hook(outcome: Outcome, /) -> None:
     """Log an outcome.
 
-    The record has an attribute ``outcome``, its kind, and one for each field of the outcome that is known: ``task_name``,
-    ``message_id`` and so on, under their names there, so that a formatter for JSON, or structlog's ``ExtraAdder``, finds them.
+    The record has an attribute ``outcome``, the kind, and one for each known field of the outcome, under the field's name: ``task_name``,
+    ``message_id`` and so on. A JSON formatter, or structlog's ``ExtraAdder``, finds them there.
     """
     level = logging.WARNING if outcome.kind in _WARNINGS else logging.INFO
     if not logger.isEnabledFor(level):

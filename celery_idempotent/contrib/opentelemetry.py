@@ -1,8 +1,8 @@
-"""Outcomes as spans and events of OpenTelemetry; needs the extra ``opentelemetry``.
+"""Report outcomes as spans and events of OpenTelemetry; needs the extra ``opentelemetry``.
 
-``idempotent_hooks = ["celery_idempotent.contrib.opentelemetry.hook"]`` adds to the traces that an app has already, say by
-``opentelemetry-instrumentation-celery``: a duplicate is a span of its own, below what is current where it was met, and has a link
-to the span in which the original was sent. All else is an event of the current span.
+``idempotent_hooks = ["celery_idempotent.contrib.opentelemetry.hook"]`` adds to the traces that an app already has, for example from
+``opentelemetry-instrumentation-celery``. A duplicate becomes a child of the current span, with a link to the span in which the original
+was sent. All other outcomes become events of the current span.
 """
 
 from __future__ import annotations
@@ -17,20 +17,22 @@ try:
     from opentelemetry.trace import Link, TracerProvider, get_current_span, get_tracer
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 except ImportError as error:
-    raise ConfigurationError("it needs opentelemetry-api: pip install 'celery-idempotent[opentelemetry]'") from error
+    raise ConfigurationError(
+        "this hook needs opentelemetry-api: pip install 'celery-idempotent[opentelemetry]'"
+    ) from error
 
 __all__ = ["OpenTelemetryHook", "hook"]
 
 _NAMESPACE = "celery_idempotent"
 
-#: What an outcome's fields are called as attributes; durations say that they are seconds.
+#: The attributes for an outcome's fields; names of durations end in the unit.
 _ATTRIBUTES = {
     field.name: f"{_NAMESPACE}.{field.name}{'_seconds' if field.name in {'store', 'ran', 'age', 'delay'} else ''}"
     for field in fields(Outcome)
     if field.name not in {"kind", "trace"}
 }
 
-#: What is about another message or delivery, that may be in another trace.
+#: Outcomes that concern another message or delivery, which may be in another trace.
 _LINKED = frozenset(
     (
         OutcomeKind.DUPLICATE,
@@ -49,11 +51,11 @@ _TRACE_CONTEXT = TraceContextTextMapPropagator()
 class OpenTelemetryHook:
     """A hook that traces.
 
-    The span in which a message was sent is kept with it, in its row and in its header: 55 bytes. A message that succeeded keeps it in its
-    stored result; with ``keep_result=False`` there is none, and its later duplicates have no link.
+    The span in which a message was sent is kept in its row and in its header: 55 bytes. After a success it is kept in the stored result.
+    With ``keep_result=False`` there is no stored result, so later duplicates have no link.
 
     Args:
-        tracer_provider: Whose tracer makes the spans; the global one by default, also when that is set later.
+        tracer_provider: The provider of the tracer. By default the global one, even if that is set later.
     """
 
     def __init__(self, tracer_provider: TracerProvider | None = None) -> None:
@@ -66,7 +68,7 @@ class OpenTelemetryHook:
         return carrier.get("traceparent")
 
     def __call__(self, outcome: Outcome, /) -> None:
-        """Note an outcome."""
+        """Record an outcome."""
         attributes = {
             "celery_idempotent.outcome": outcome.kind.value,
             **{key: value for name, key in _ATTRIBUTES.items() if (value := getattr(outcome, name)) is not None},

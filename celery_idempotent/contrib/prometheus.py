@@ -1,9 +1,9 @@
-"""Outcomes as series of Prometheus; needs the extra ``prometheus``.
+"""Count outcomes for Prometheus; needs the extra ``prometheus``.
 
 ``idempotent_hooks = ["celery_idempotent.contrib.prometheus.hook"]`` counts in the default registry of ``prometheus_client``.
 
-A prefork worker counts in its children, and whoever asks for the series asks its main process: set ``PROMETHEUS_MULTIPROC_DIR`` to a
-directory that is empty when the worker starts, before anything imports ``prometheus_client``, and all of them count there.
+A prefork worker counts in its children, but a scraper asks its main process. So set ``PROMETHEUS_MULTIPROC_DIR`` to a directory that is
+empty when the worker starts, before anything imports ``prometheus_client``. Then all processes count there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ try:
     from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram, start_http_server
     from prometheus_client.multiprocess import MultiProcessCollector
 except ImportError as error:
-    raise ConfigurationError("it needs prometheus_client: pip install 'celery-idempotent[prometheus]'") from error
+    raise ConfigurationError(
+        "this hook needs prometheus_client: pip install 'celery-idempotent[prometheus]'"
+    ) from error
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,7 +35,7 @@ _DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
 
 _MINUTE, _HOUR, _DAY = 60.0, 3600.0, 86400.0
 
-#: Seconds: of a body, from a lookup to a report; of a statement; and between a message and its copy, from a double click to a week.
+#: Buckets in seconds: for a body, from a lookup to a report; for a statement; and for a copy's delay, from a double click to a week.
 _RUN = (0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 15.0, _MINUTE, 5 * _MINUTE, 15 * _MINUTE, _HOUR)
 _STORE = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0)
 _AGE = (0.1, 1.0, 10.0, _MINUTE, 5 * _MINUTE, _HOUR, 6 * _HOUR, _DAY, 2 * _DAY, 7 * _DAY)
@@ -44,30 +46,30 @@ _COPIES = frozenset(
 
 
 class PrometheusHook:
-    """A hook that counts outcomes, and how long what takes.
+    """A hook that counts outcomes and measures durations.
 
-    Its labels are the task's name and the outcome, never an id. Make one yourself to have the series elsewhere::
+    Its labels are the task's name and the outcome, never an id. To use another registry, make your own hook::
 
         app.conf.idempotent_hooks = [PrometheusHook(registry)]
 
     Args:
-        registry: Where the series are registered; ``prometheus_client``'s own by default.
+        registry: The registry of the series; by default ``prometheus_client``'s own.
 
     Raises:
-        ValueError: The registry has these series already.
+        ValueError: The registry already has these series.
     """
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
         by_task = ("task_name", "outcome")
         self._outcomes = Counter(
             "celery_idempotent_outcomes",
-            "What became of messages, calls and deliveries; of purged, how many rows",
+            "Outcomes of messages, calls and deliveries; for purged, the number of rows",
             by_task,
             registry=registry,
         )
         self._run = Histogram(
             "celery_idempotent_run_seconds",
-            "How long bodies took, by what they ended with",
+            "How long bodies took, by outcome",
             by_task,
             buckets=_RUN,
             registry=registry,
@@ -81,7 +83,7 @@ class PrometheusHook:
         )
         self._age = Histogram(
             "celery_idempotent_duplicate_age_seconds",
-            "How long after the message was recorded a copy of it came",
+            "How long after a message was recorded a copy of it came",
             by_task,
             buckets=_AGE,
             registry=registry,
@@ -105,8 +107,7 @@ class PrometheusHook:
         self._process = None
         if _DIRECTORY not in os.environ:
             logger.warning(
-                "the outcomes of this process are counted where nobody asks for them: it is the child of a prefork worker, "
-                "which needs %s in its environment",
+                "metrics from this prefork child are not exported; set %s before starting the worker",
                 _DIRECTORY,
             )
 
@@ -116,27 +117,27 @@ hook = PrometheusHook()
 
 
 def serve(port: int, *, address: str = "0.0.0.0") -> Callable[[], None]:  # noqa: S104 - a scraper is elsewhere
-    """Answer ``GET /metrics`` from a thread of this process: for a worker's main process, from the signal ``worker_ready`` on.
+    """Answer ``GET /metrics`` from a thread of this process. Call it in a worker's main process, on the signal ``worker_ready``.
 
-    With ``PROMETHEUS_MULTIPROC_DIR`` it answers for all processes that count there, else for this one alone.
+    With ``PROMETHEUS_MULTIPROC_DIR`` it answers for all processes that count there, otherwise for this one alone.
 
     Args:
-        port: The port; 0 for any that is free.
-        address: Where to listen.
+        port: The port; 0 for any free port.
+        address: The address to listen on.
 
     Returns:
-        What ends it.
+        A function that stops the server.
 
     Raises:
         OSError: The port is taken.
-        ValueError: ``PROMETHEUS_MULTIPROC_DIR`` is no directory.
+        ValueError: ``PROMETHEUS_MULTIPROC_DIR`` is not a directory.
     """
     registry = REGISTRY
     if _DIRECTORY in os.environ:
         registry = CollectorRegistry()
         MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
     server, thread = start_http_server(port, address, registry)
-    # Children that are forked from here on must not keep the port when this process is gone.
+    # Children forked later must not keep the port open after this process has ended.
     os.register_at_fork(after_in_child=server.socket.close)
     logger.info("metrics are at http://%s:%d/metrics", *server.server_address[:2])
 

@@ -345,7 +345,7 @@ class TestTheWorker:
 
         # The main process and its children: those of the pool, and those that took their places.
         logged, processes = (
-            log.count("could not take"),
+            log.count("raised an error for"),
             {note["pid"] for note in _every(hook_recorder) if note["worker"]},
         )
         assert 1 <= logged <= len(processes)

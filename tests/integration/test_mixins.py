@@ -150,7 +150,7 @@ def test_a_mixin_keeps_its_session_and_connection(app: Celery, base: type[Task])
 
 @pytest.mark.parametrize("base", both(Owner))
 def test_an_atomic_task_has_one_session_only(app: Celery, base: type[Task]) -> None:
-    with pytest.raises(ConfigurationError, match=r"task own is atomic.*; Owner has another session: rename that one"):
+    with pytest.raises(ConfigurationError, match=r"task own is atomic.*, but Owner has another session: rename that"):
         app.task(shared=False, base=base, name="own", atomic=True, lazy=False)(fails)
 
 
@@ -215,7 +215,7 @@ def test_a_run_past_the_guard_ends_as_celery_saw_it(
     assert result.state == state
     done = row(app, "past")
     assert (done.status, done.processed_status, done.error) == ended
-    assert "past[m] was still claimed when Celery had finished with it, and ends as Celery saw it" in caplog.text
+    assert "past[m] was still claimed when Celery had finished with it, and ends with Celery's state" in caplog.text
 
 
 def test_a_call_that_was_replaced_is_guarded_again(app: Celery, caplog: pytest.LogCaptureFixture) -> None:

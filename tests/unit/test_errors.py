@@ -115,7 +115,7 @@ def test_the_tree_is_drawn_in_the_docstring() -> None:
         ),
         (
             MessageMismatchError("order:1", "shop.charge"),
-            ["'order:1'", "shop.charge", "other arguments", "every argument that matters", "fingerprint=False"],
+            ["'order:1'", "shop.charge", "other arguments", "all arguments that matter", "fingerprint=False"],
         ),
         (
             MessageMismatchError("order:1", "shop.charge", "amount, note"),

@@ -64,11 +64,11 @@ class TestTheSetting:
             (len, "must be a list"),
             ([7], "7 is neither a callable of one outcome nor the dotted path of one"),
             ([NotAHook], "is neither"),
-            (["hook"], "'hook' is no path of a hook such as"),
+            (["hook"], "'hook' is not the path of a hook, such as"),
             (["there.is.none"], "'there.is.none' cannot be imported: No module named 'there'"),
             (["celery_idempotent.hooks.hok"], "'celery_idempotent.hooks.hok': the module has no such name"),
-            (["celery_idempotent.hooks.SETTING"], "which is not a callable of one outcome"),
-            (["celery_idempotent.hooks.Outcome"], "which is not a callable of one outcome"),
+            (["celery_idempotent.hooks.SETTING"], "which is not a callable that takes one outcome"),
+            (["celery_idempotent.hooks.Outcome"], "which is not a callable that takes one outcome"),
         ],
     )
     def test_an_invalid_hook_is_refused_by_name_before_anything_is_sent(self, hooks: Any, says: str) -> None:
@@ -172,7 +172,7 @@ class TestTraces:
         ("ValueError: no such card: 4711", "ValueError"),
         ("abandoned: the worker that ran it died or lost its lease", "abandoned"),
         ("revoked", "revoked"),
-        ("shop.Odd, whose text cannot be had: KeyError", "shop.Odd"),
+        ("shop.Odd, whose text raises KeyError", "shop.Odd"),
     ],
 )
 def test_the_reason_of_an_error_is_its_first_word(error: str, reason: str) -> None:

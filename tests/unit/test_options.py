@@ -366,7 +366,7 @@ class TestAKeywordOfACall:
     def test_a_task_option_given_to_a_call_is_refused(self, app: Celery, name: str) -> None:
         given: dict[str, Any] = {name: 1}
         with pytest.raises(
-            ConfigurationError, match=rf"'{name}' is no keyword of a call; '{name}' is an option of the task"
+            ConfigurationError, match=rf"'{name}' is not a keyword of a call; '{name}' is an option of the task"
         ):
             declare(app).apply_async(("o-1",), **given)
 
@@ -381,7 +381,7 @@ class TestAKeywordOfACall:
     def test_a_stamp_may_be_called_like_an_option(self) -> None:
         refuse_misspelt_call("charge", {"stamped_headers": ["leased", "message_ids"], "leased": 1, "message_ids": 2})
         refuse_misspelt_call("charge", {"stamped_headers": "leased", "leased": 1})
-        with pytest.raises(ConfigurationError, match="'leased' is no keyword of a call"):
+        with pytest.raises(ConfigurationError, match="'leased' is not a keyword of a call"):
             refuse_misspelt_call("charge", {"stamped_headers": ["other"], "leased": 1})
 
     def test_options_of_celery_and_kombu_are_accepted(self) -> None:

@@ -1,4 +1,4 @@
-"""What an operator has to know before anything else: what fails, and what stands still, since when, and what to do."""
+"""Alarms for an operator: what fails or is stuck, since when, and what to do."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from celery_idempotent.settings import Settings
 
 __all__ = ["Alarm", "alarms", "is_abandoned"]
 
-#: How long ago a failure counts as one of now, and of lately.
+#: The age of a failure that is current, and of one that is recent.
 _NOW, _LATELY = timedelta(minutes=15), timedelta(hours=1)
 
-#: What is younger is on its way.
+#: Younger messages are not alarming: they may be on their way.
 _BRIEF = timedelta(seconds=5)
 
-#: Steps of recovery that something may have waited for in vain, and seconds; as `doctor` has it.
+#: Recovery passes that a message may wait for in vain, and the least number of seconds; as in `doctor`.
 _STEPS_IN_VAIN, _AT_LEAST = 5, 120.0
 
 
 @dataclass(frozen=True, slots=True)
 class Alarm:
-    """Something that is wrong.
+    """An alarm.
 
     Attributes:
-        level: ``danger`` for what does not go away by itself.
-        what: What it is.
+        level: ``danger`` if it does not go away by itself.
+        what: The problem.
         since: Since when, or when last.
         remedy: What to do, or what will happen.
-        see: The part of the page that has it.
+        see: The part of the page that shows it.
     """
 
     level: Literal["danger", "warning"]
@@ -44,13 +44,13 @@ class Alarm:
 
 
 def alarms(glance: Glance, failed: Sequence[Row], waiting: Sequence[Row], settings: Settings) -> list[Alarm]:
-    """Return what is wrong, what is worst coming first.
+    """Return the alarms, the worst first.
 
     Args:
-        glance: How the queue log stands.
-        failed: Messages that failed, those that failed last coming first.
-        waiting: Messages that the broker has and that are due, without copies that are held: those wait for a message that runs.
-        settings: The app's, for how long recovery may take.
+        glance: The state of the queue log.
+        failed: Failed messages, the latest first.
+        waiting: Due messages that the broker has, without held copies, which wait for a running message.
+        settings: The app's settings, which say how long recovery may take.
     """
     found = [*_stuck(glance, settings), *_failing(glance.read_at, failed), *_behind(glance.read_at, waiting, settings)]
     return sorted(found, key=lambda alarm: alarm.level != "danger")
@@ -66,9 +66,9 @@ def _stuck(glance: Glance, settings: Settings) -> Iterator[Alarm]:
             "danger" if overdue else "warning",
             f"{number} not taken over",
             condition.lapsed_since,
-            "Nobody recovers it: is a worker up, with an idempotent_recovery_interval? `celery -A proj idempotent recover` does it now."
+            "Recovery does not run: is a worker up, with an idempotent_recovery_interval? `celery -A proj idempotent recover` recovers it now."
             if overdue
-            else "A worker's next recovery step publishes it again, or fails it as abandoned.",
+            else "A worker's next recovery pass publishes it again, or fails it as abandoned.",
             "running",
         )
     if condition.unsent_since is not None and glance.read_at - condition.unsent_since > _BRIEF:
@@ -78,9 +78,9 @@ def _stuck(glance: Glance, settings: Settings) -> Iterator[Alarm]:
             "danger" if overdue else "warning",
             f"{number} recorded and not handed to the broker",
             condition.unsent_since,
-            "Nobody publishes it: is the broker up, and a worker? `celery -A proj idempotent recover` does it now."
+            "Recovery does not publish it: are the broker and a worker up? `celery -A proj idempotent recover` publishes it now."
             if overdue
-            else "A worker's next recovery step publishes it.",
+            else "A worker's next recovery pass publishes it.",
             "waiting",
         )
 
@@ -90,7 +90,7 @@ def _failing(now: datetime, failed: Sequence[Row]) -> Iterator[Alarm]:
     if not lately:
         return
     last = lately[0].processed_timestamp
-    assert last is not None  # which was asked for
+    assert last is not None  # `failed` has only messages that ended
     kinds = Counter(_kind(row) for row in lately).most_common(3)
     yield Alarm(
         "danger" if now - last < _NOW else "warning",
@@ -116,7 +116,8 @@ def _behind(now: datetime, waiting: Sequence[Row], settings: Settings) -> Iterat
             "warning",
             f"The oldest message that is due waits{where}",
             oldest.waiting_since,
-            "Do workers consume from it, and fast enough? If the broker has lost it, it is published again once later ones were claimed.",
+            "Do workers consume from the queue, and fast enough? If the broker has lost the message, it is published again after later ones "
+            "were claimed.",
             "waiting",
         )
 

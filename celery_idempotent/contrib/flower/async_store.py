@@ -1,4 +1,4 @@
-"""Questions to a store from an event loop, which must not wait for one that is down."""
+"""Call a store from an event loop, which must not wait for a store that is down."""
 
 from __future__ import annotations
 
@@ -16,30 +16,29 @@ T = TypeVar("T")
 
 
 class Questions:
-    """Asks in threads: one each, so that a store that never answers keeps the loop neither from going on nor from ending.
+    """Ask each question in its own daemon thread, so that a store that never answers blocks neither the event loop nor its end.
 
-    Threads of an executor would be waited for at the end of the program. There are few at once: what is not answered is not asked any
-    more often for that.
+    An executor's threads would be waited for at exit. The number of threads is limited, so unanswered questions do not pile up.
 
     Args:
-        at_once: How many may be unanswered.
+        at_once: How many questions may be unanswered.
     """
 
     def __init__(self, at_once: int = 6) -> None:
-        self._free = at_once  # changed in the loop only
+        self._free = at_once  # changed only in the event loop
 
     async def ask(self, question: Callable[[], T], *, within: float | None) -> T:
         """Return the answer to a question.
 
         Args:
-            question: What is called in a thread. It goes on when its time is up, and its answer is lost.
-            within: Seconds; ``None`` for as long as it takes.
+            question: Called in a thread. After its time is up it continues, and its answer is dropped.
+            within: Seconds; ``None`` for no limit.
 
         Raises:
             StoreUnavailableError: There was no answer in time, or too many questions are unanswered.
         """
         if not self._free:
-            raise StoreUnavailableError("the store has not answered what it was asked before")
+            raise StoreUnavailableError("the store has not answered earlier questions yet")
         self._free -= 1
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[T] = loop.create_future()
@@ -57,7 +56,7 @@ class Questions:
             value, failed = None, None
             try:
                 value = question()
-            except Exception as error:  # noqa: BLE001 - whoever asked is to know
+            except Exception as error:  # noqa: BLE001 - the caller gets it
                 failed = error
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(answered, value, failed)

@@ -1,4 +1,4 @@
-"""Recent duplicates: what workers told of, and what the rows say that ran or ended last."""
+"""Recent duplicates, from the workers' events and from the rows that ran or ended last."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Duplicates:
     Attributes:
         key: The message.
         row: Its row, if it is among those that ran or ended last.
-        copy: The copy that was skipped last, if Flower was told of it.
+        copy: The copy that was skipped last, if Flower received an event.
     """
 
     key: MessageKey
@@ -28,27 +28,27 @@ class Duplicates:
 
     @property
     def at(self) -> datetime | None:
-        """When the last one was skipped, as far as that is known."""
+        """When the last one was skipped; ``None`` if unknown."""
         return None if self.copy is None else datetime.fromtimestamp(self.copy.at, UTC)
 
     @property
     def order(self) -> datetime:
-        """What they are ordered by: that, or when the message was last written."""
+        """The sort key: ``at``, or when the message was last written."""
         if self.at is not None:
             return self.at
-        assert self.row is not None  # one of both there is
+        assert self.row is not None  # there is a row or a copy
         return self.row.processed_timestamp or self.row.created_timestamp
 
 
 def latest_duplicates(glance: Glance, heard: Heard) -> list[Duplicates]:
-    """Messages of which copies were skipped, or that were sent again, the latest first.
+    """Return messages with skipped copies or repeated calls, the latest first.
 
-    A repeated call that its producer skipped sends no event: it shows in its message's row, and that is only looked at while it is among
-    those that run or ended last.
+    A repeated call that its producer skipped sends no event. It shows in its message's row, but only while that is among the rows that
+    run or ended last.
     """
     found = {row.key: Duplicates(row.key, row) for row in glance.latest if row.duplicates}
     for copy in heard.skipped():
         known = found.get(copy.key)
-        if known is None or known.copy is None:  # the last one comes first
+        if known is None or known.copy is None:  # `skipped` begins with the latest
             found[copy.key] = Duplicates(copy.key, None if known is None else known.row, copy)
     return sorted(found.values(), key=lambda duplicates: duplicates.order, reverse=True)[:LISTED]

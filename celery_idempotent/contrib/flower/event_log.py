@@ -1,6 +1,6 @@
-"""Copies that workers told of: what is held now, and what was skipped lately. No row tells either.
+"""Keep the copies in workers' events: those held now and those skipped lately, which no row shows.
 
-Flower receives the events of all workers already; they are listened to from the first request for one of our pages on, and kept in memory.
+Flower already receives the events of all workers. They are kept in memory, from the first request for one of our pages.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from celery_idempotent.worker.events import EVENTS
 
 __all__ = ["Copy", "Heard"]
 
-#: So many copies are kept.
+#: How many copies are kept.
 _KEPT = 1000
 
-#: Seconds for which a copy that should have come again is still said to be held.
+#: Seconds for which an overdue copy is still shown as held.
 _LATE = 60.0
 
-#: Seconds since the epoch beyond which there is no date.
+#: The last second since the epoch that can be shown as a date.
 _LAST = 250_000_000_000
 
-#: What else ends that a copy is held: its own end.
+#: Events that end a hold, because the copy itself has ended.
 _ENDS = {"task-succeeded", "task-failed", "task-revoked", "task-rejected"}
 
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """A copy that did not run, as it was last heard of.
+    """A copy that did not run, from its last event.
 
     Attributes:
         key: The message.
         task_id: The copy's Celery id.
         fate: ``skipped`` or ``held``.
-        worker: Which worker said so.
-        since: When it was first heard of, in seconds since the epoch, by that worker's clock.
-        at: When it was last heard of.
-        times: How often.
+        worker: The worker that sent the event.
+        since: The time of its first event, in seconds since the epoch, by that worker's clock.
+        at: The time of its last event.
+        times: How many events there were.
         countdown: Seconds from ``at`` until it comes again, if it is held.
     """
 
@@ -56,16 +56,16 @@ class Copy:
 
 
 class Heard:
-    """The copies that were heard of last."""
+    """The copies with the latest events."""
 
     def __init__(self) -> None:
         self._copies: OrderedDict[str, Copy] = OrderedDict()
         self._state: Any = None
 
     def listen(self, state: Any) -> None:
-        """Listen to what Flower's state of the cluster is told; once for each.
+        """Listen to the events of Flower's cluster state; repeating this for one state changes nothing.
 
-        Its ``event_callback`` is not used for it: ``--persistent`` writes that to a file together with the state.
+        Do not use the state's ``event_callback``: ``--persistent`` would write it to a file together with the state.
         """
         if self._state is state:
             return
@@ -78,10 +78,10 @@ class Heard:
         state.event = event
 
     def note(self, event: Mapping[str, Any]) -> None:
-        """Note what an event tells."""
+        """Note an event."""
         task_id, type_ = event.get("uuid"), event.get("type")
         if not (is_text(task_id) and isinstance(type_, str)):
-            return  # whoever reaches the broker may send anything
+            return  # anyone with access to the broker may send malformed events
         fate = EVENTS.get(type_)
         if fate is None:
             if type_ in _ENDS and task_id in self._copies and self._copies[task_id].fate == "held":
@@ -108,20 +108,20 @@ class Heard:
             self._copies.popitem(last=False)
 
     def held(self) -> list[Copy]:
-        """Return the copies that are held, those held longest first."""
+        """Return held copies, the longest held first."""
         now = time.time()
         held = (copy for copy in self._copies.values() if copy.fate == "held")
         return sorted((copy for copy in held if copy.at + copy.countdown + _LATE > now), key=lambda copy: copy.since)
 
     def skipped(self) -> list[Copy]:
-        """Return the copies that were skipped, the last one first."""
+        """Return skipped copies, the latest first."""
         return [copy for copy in reversed(self._copies.values()) if copy.fate == "skipped"]
 
     def of(self, key: MessageKey) -> list[Copy]:
-        """Return the copies of a message, the last one first."""
+        """Return the copies of a message, the latest first."""
         return [copy for copy in reversed(self._copies.values()) if copy.key == key]
 
 
 def _is_time(value: object) -> TypeGuard[float]:
-    """Return whether it is seconds since the epoch, or of a wait, that a page can show."""
+    """Return whether a value is a number of seconds, a time or a duration, that a page can show."""
     return isinstance(value, (int, float)) and 0 <= value < _LAST

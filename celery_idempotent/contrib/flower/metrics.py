@@ -1,4 +1,4 @@
-"""The queue log's figures as Prometheus series, which Flower's ``/metrics`` shows beside its own."""
+"""The queue log's figures as Prometheus series, shown in Flower's ``/metrics`` after its own."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ __all__ = ["Series"]
 
 
 class Series:
-    """The series of an app's queue log, in a registry of their own: nothing but Flower's ``/metrics`` shows them.
+    """The series of an app's queue log, in their own registry, so that only Flower's ``/metrics`` shows them.
 
     Args:
-        figures: Where they come from. They are shown as they are; nothing is asked for them here.
+        figures: The source of the series. Collecting them does not ask the store.
     """
 
     def __init__(self, figures: Figures) -> None:
@@ -31,7 +31,7 @@ class Series:
         self.registry.register(self)
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """All of them; of a store that does not answer only that, and what was counted before."""
+        """Yield all series; if the store does not answer, only that fact and the last counts."""
         glance, counted = self._figures.glance, self._figures.counted
         yield _gauge(
             "queue_log_up", "Whether the queue log's store answered when it was last asked.", glance is not None
@@ -41,7 +41,9 @@ class Series:
         if glance is not None:
             yield from _glance(glance)
             yield _gauge(
-                "held_copies", "Copies that workers hold, as far as Flower was told.", len(self._figures.heard.held())
+                "held_copies",
+                "Copies that workers hold, from the events that Flower received.",
+                len(self._figures.heard.held()),
             )
 
 
@@ -55,7 +57,7 @@ def _counted(counted: Counted, took: float) -> Iterator[GaugeMetricFamily]:
     yield messages
     skipped = GaugeMetricFamily(
         "celery_idempotent_message_duplicates",
-        "Copies and repeated calls that were skipped, of the messages in the queue log.",
+        "Skipped copies and repeated calls of the messages in the queue log.",
         labels=("task_name",),
     )
     for task_name, number in duplicates.items():
@@ -67,7 +69,7 @@ def _counted(counted: Counted, took: float) -> Iterator[GaugeMetricFamily]:
 
 def _glance(glance: Glance) -> Iterator[GaugeMetricFamily]:
     claims = GaugeMetricFamily(
-        "celery_idempotent_claims", "Claims; at most 100 of either are counted.", labels=("lease",)
+        "celery_idempotent_claims", "Claims, by lease; at most 100 of each kind are counted.", labels=("lease",)
     )
     lapsed: set[Row] = {row for row in glance.running if row.lease_left <= 0}
     claims.add_metric(["live"], len(glance.running) - len(lapsed))
@@ -75,15 +77,15 @@ def _glance(glance: Glance) -> Iterator[GaugeMetricFamily]:
     yield claims
     since = {
         "oldest_due_seconds": (
-            "For how long the oldest message waits that the broker has and that is due; 0 for none.",
+            "How long the oldest due message that the broker has is waiting; 0 for none.",
             min((row.waiting_since for row in glance.waiting), default=None),
         ),
         "oldest_unsent_seconds": (
-            "For how long the oldest message waits that was recorded and not handed to the broker; 0 for none.",
+            "How long the oldest message that was recorded and not handed to the broker is waiting; 0 for none.",
             glance.condition.unsent_since,
         ),
         "oldest_lapsed_seconds": (
-            "How long ago the lease ran out of the claim that nobody has recovered for longest; 0 for none.",
+            "How long ago the lease of the oldest unrecovered claim ran out; 0 for none.",
             glance.condition.lapsed_since,
         ),
     }

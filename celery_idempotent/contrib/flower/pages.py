@@ -1,4 +1,4 @@
-"""Where Flower finds the page: its addresses, its templates, its place in the navigation."""
+"""Add the page to Flower: its URLs, its templates, its entry in the navigation."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _ENTRY = b"""  <li class="nav-item">
 
 
 class _Templates(Loader):
-    """Flower's templates, with ours beside them, and our page in its navigation."""
+    """Flower's templates and ours, with our page in the navigation."""
 
     def _create_template(self, name: str) -> Template:
         if (_OURS / name).is_file():
@@ -44,7 +44,7 @@ class _Templates(Loader):
 
 
 def add(app: Celery) -> None:
-    """Put the page before Flower's own, whose last one answers whatever no other does, and whose ``/metrics`` ours extends."""
+    """Put our pages before Flower's: its last one answers all other URLs, and our ``/metrics`` extends its own."""
     figures = {"figures": Figures(app)}
     added = [
         url(r"/queue-log", views.QueueLogView, figures, name="queue-log"),
@@ -55,5 +55,5 @@ def add(app: Celery) -> None:
     names = {rule.name for rule in added}
     urls.handlers[:] = [*added, *(rule for rule in urls.handlers if getattr(rule, "name", None) not in names)]
     urls.settings["template_loader"] = _Templates(urls.settings["template_path"])
-    # A copy that was held may be the one that runs next. To Celery's states a name that it does not know is nearly final.
+    # A held copy may run next, but Celery ranks unknown states as nearly final.
     states.PRECEDENCE_LOOKUP["HELD"] = states.PRECEDENCE_LOOKUP[states.STARTED]

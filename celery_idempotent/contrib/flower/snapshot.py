@@ -1,7 +1,7 @@
-"""What Flower's page and series show of a queue log: what is read at a glance, and what is counted now and then.
+"""The data of Flower's page and series: a glance, read from indexes, and counts, read now and then.
 
-At a glance is what indexes tell, however long the log is. Counting, and looking for what failed, read the whole log: they are done in the
-background, once at a time, and so seldom that they take no more than a twentieth of the time.
+A glance is fast however long the log is. Counting, and finding failed messages, reads the whole log. So it is done in the background, one
+at a time, and so rarely that it takes at most a twentieth of the time.
 """
 
 from __future__ import annotations
@@ -42,33 +42,33 @@ logger = logging.getLogger("celery_idempotent")
 
 T = TypeVar("T")
 
-#: At most so many rows of a kind.
+#: How many rows of a kind are read at most.
 LISTED = 100
 
-#: Seconds for which a glance is good; within which it must be answered; and which a page waits for it.
+#: Seconds for which a glance is valid, and within which it must be answered.
 _GLANCE_GOOD, _GLANCE_WITHIN = 2.0, 5.0
 
-#: Seconds for which counts are good at least, and how many times as long as they took; and which a page waits for new ones.
+#: Counts are valid for at least this many seconds, and for this many times the time that they took. A page waits this long for new ones.
 _COUNT_GOOD, _COUNT_SHARE, _COUNT_PATIENCE = 5.0, 20.0, 1.0
 
-#: What of a row comes from a message, besides its key.
+#: Columns of a row, besides its key, whose text comes from a message or a worker.
 _TEXTS = ("task_id", "queue", "worker", "error", "ran_task_id")
 
-#: So many searches are kept with what they found.
+#: How many searches are kept with their results.
 _SEARCHES_KEPT = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Glance:
-    """How the queue log stands, as far as indexes tell. Rows of each kind: at most :data:`LISTED`.
+    """The state of the queue log, from indexes. At most :data:`LISTED` rows of each kind.
 
     Attributes:
         condition: See :class:`~celery_idempotent.core.records.LogHealth`.
-        running: Claims, those recorded first coming first.
-        lapsed: Those whose lease ran out and whose message nobody has published again since.
+        running: Claims, the first recorded first.
+        lapsed: Claims whose lease ran out and whose message was not published again since.
         unsent: Messages that were never handed to the broker, the oldest first.
-        waiting: Messages that the broker has and that are due, those published first coming first.
-        latest: What runs, and what ended last, in no order.
+        waiting: Due messages that the broker has, the first published first.
+        latest: Messages that run or that ended last, in no order.
     """
 
     condition: LogHealth
@@ -86,13 +86,13 @@ class Glance:
 
 @dataclass(frozen=True, slots=True)
 class Counted:
-    """What a look at the whole log told.
+    """The counts of the whole log.
 
     Attributes:
         counts: Rows by task and status.
-        failed: Of the messages that failed, those recorded last; at most :data:`LISTED`.
-        at: When, by :func:`time.monotonic`.
-        duplicates_before: Copies that were skipped, by the count before, and when that was; ``None`` for the first.
+        failed: The failed messages that were recorded last; at most :data:`LISTED`.
+        at: When they were counted, by :func:`time.monotonic`.
+        duplicates_before: Skipped copies in the count before, and its time; ``None`` for the first count.
     """
 
     counts: tuple[TaskCount, ...]
@@ -102,11 +102,11 @@ class Counted:
 
     @property
     def duplicates(self) -> int:
-        """Copies that were skipped, of all messages in the log."""
+        """The number of skipped copies of all messages in the log."""
         return sum(count.duplicates for count in self.counts)
 
     def number(self, status: Status, processed_status: ProcessedStatus | None = None) -> int:
-        """Messages in a status; and that ended so, if that is said."""
+        """Return the number of messages in a status and, if given, with an outcome."""
         return sum(
             count.rows
             for count in self.counts
@@ -115,7 +115,7 @@ class Counted:
 
 
 class _Kept(Generic[T]):
-    """The last answer to a question that many ask: it is passed on once at a time, and not before the answer is too old."""
+    """The last answer to a question that many ask. It is asked again only if the answer is too old, and once at a time."""
 
     def __init__(self, ask: Callable[[], Any], good: Callable[[float], float]) -> None:
         self._ask, self._good = ask, good
@@ -127,7 +127,7 @@ class _Kept(Generic[T]):
         self.began: float | None = None
 
     async def look(self, *, patience: float) -> None:
-        """Have it asked if that is due, and wait for an answer that is on its way for so many seconds."""
+        """Ask if that is due, and wait up to ``patience`` seconds for an answer that is on its way."""
         if self._asking is None and (self._since is None or time.monotonic() - self._since > self._good(self.took)):
             self.began = time.monotonic()
             self._asking = asyncio.ensure_future(self._look())
@@ -135,7 +135,7 @@ class _Kept(Generic[T]):
             await asyncio.wait({self._asking}, timeout=patience)
 
     def forget(self) -> None:
-        """Have it asked next time."""
+        """Forget the answer, so that it is asked next time."""
         self._since = None
 
     async def _look(self) -> None:
@@ -153,7 +153,7 @@ class _Kept(Generic[T]):
 
 
 class Figures:
-    """The figures of an app's queue log. All of it is for one event loop.
+    """The figures of an app's queue log, for one event loop.
 
     Args:
         app: The app.
@@ -161,7 +161,7 @@ class Figures:
 
     def __init__(self, app: Celery) -> None:
         self._app = app
-        # Each kind of question has threads of its own: searches that take minutes keep nobody from telling whether the store answers.
+        # Each kind of question has its own threads, so that long searches do not delay glances.
         glances, counts, self._questions, self._searches = Questions(2), Questions(1), Questions(), Questions(2)
         self._is_there = False
         self._glance: _Kept[Glance] = _Kept(
@@ -181,23 +181,23 @@ class Figures:
         return await self._questions.ask(question, within=within)
 
     async def search(self, pattern: str, *, limit: int, patience: float) -> list[Row]:
-        """Return the rows of a pattern of message ids, those recorded last coming first.
+        """Return the rows whose message ids match a pattern, the last recorded first.
 
-        A search reads the whole log. So it is made once for all who look for the same, as a count is, and its answer is good for as long.
+        A search reads the whole log. So, like a count, it is made once for all who search for the same, and its answer is kept as long.
 
         Args:
             pattern: The pattern.
-            limit: At most so many rows.
-            patience: Seconds for which an answer is waited for.
+            limit: How many rows to return at most.
+            patience: Seconds to wait for an answer.
 
         Raises:
-            StoreUnavailableError: There is none yet; it is being looked for, unless too many other searches are.
-            IdempotentError: What the store said instead.
+            StoreUnavailableError: There is no answer yet. The search continues, unless too many others are under way.
+            IdempotentError: The store's error.
         """
 
         def search() -> list[Row]:
             store = self.store()
-            if store is None or not is_text(pattern):  # nothing that could not be kept is there
+            if store is None or not is_text(pattern):  # the store cannot have kept such an id
                 return []
             return legible(store.rows(RowFilter(message_id=pattern, limit=limit)))
 
@@ -210,23 +210,22 @@ class Figures:
             raise found.error
         if found.answer is None:
             raise StoreUnavailableError(
-                f"the search is under way and has taken {patience:g} s so far: look again in a moment"
+                f"the search has taken {patience:g} s so far and continues: look again in a moment"
             )
         return found.answer
 
     async def look(self, *, patience: float = _GLANCE_WITHIN + 1.0) -> None:
-        """See to it that the figures are as new as they are to be.
+        """Update the figures that are too old.
 
         Args:
-            patience: Seconds for which a store is waited for that does not answer. Without an answer, nor the end of its time, the last
-                one stays.
+            patience: Seconds to wait for the store. If neither an answer nor a timeout has come by then, the last answer stays.
         """
         await self._glance.look(patience=patience)
         if self._glance.error is None:
             await self._counted.look(patience=_COUNT_PATIENCE)
 
     def changed(self, key: MessageKey) -> None:
-        """Forget what was read of a message, which has changed since."""
+        """Forget what was read of a message, because it has changed."""
         self._glance.forget()
         counted = self._counted.answer
         if counted is not None:
@@ -235,12 +234,12 @@ class Figures:
 
     @property
     def glance(self) -> Glance | None:
-        """What was read last, if the store has answered since it was last asked."""
+        """The last glance, if the store has answered since it was last asked."""
         return None if self._glance.error is not None else self._glance.answer
 
     @property
     def counted(self) -> Counted | None:
-        """What was counted last."""
+        """The last counts."""
         return self._counted.answer
 
     @property
@@ -250,7 +249,7 @@ class Figures:
 
     @property
     def counting_for(self) -> float | None:
-        """Seconds for which a count is under way."""
+        """Seconds for which a count has been under way; ``None`` if none is."""
         return None if self._counted.began is None else time.monotonic() - self._counted.began
 
     @property
@@ -260,7 +259,7 @@ class Figures:
 
     @property
     def failed(self) -> list[Row]:
-        """Messages that failed, those that failed last coming first; without what is known to have changed since."""
+        """Failed messages, the latest first, without those that are known to have changed since."""
         rows = {row.key: row for row in (self.counted.failed if self.counted else ())}
         if self.glance is not None:
             rows.update((row.key, row) for row in (*self.glance.latest, *self.glance.waiting, *self.glance.unsent))
@@ -270,9 +269,9 @@ class Figures:
     # -- in threads ------------------------------------------------------------------------------------------------------
 
     def store(self) -> Store | None:
-        """Return the store, once its schema is there."""
+        """Return the store; ``None`` until its schema exists."""
         store = self.queue_log.store
-        # Where it is made on first use, that is not ours to make.
+        # Do not create a schema that is created on first use.
         self._is_there = self._is_there or store.inspect()
         return store if self._is_there else None
 
@@ -300,7 +299,7 @@ class Figures:
 
 
 def legible(rows: Iterable[Row]) -> list[Row]:
-    """Return the rows as a page can show them: a lone surrogate, which Redis keeps and UTF-8 has not, as an escape."""
+    """Return rows that a page can show: escape lone surrogates, which Redis keeps and UTF-8 lacks."""
     return [_legible(row) for row in rows]
 
 
@@ -319,7 +318,7 @@ def _escaped(text: str) -> str:
 
 
 def _good_for(took: float) -> float:
-    """Seconds for which an answer is good that took so many: what reads the whole log takes no more than a twentieth of the time."""
+    """Return the seconds for which an answer is valid: reading the whole log may take at most a twentieth of the time."""
     return max(_COUNT_GOOD, _COUNT_SHARE * took)
 
 

@@ -1,4 +1,4 @@
-"""Moments and spans as people read them: ``3 min ago``, with the moment itself in UTC beside it."""
+"""Format times for people: ``3 min ago``, with the exact time in UTC."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
 
 
 def span(seconds: float) -> str:
-    """Return a span in its largest unit, with the next one where that says much: ``42 s``, ``12 min``, ``3 h 5 min``, ``2 d``."""
+    """Return a duration in its largest unit, with the next unit if that matters: ``42 s``, ``12 min``, ``3 h 5 min``, ``2 d``."""
     left = max(0, round(seconds))
     for index, (unit, length) in enumerate(_UNITS):
         if left >= length:
@@ -25,11 +25,11 @@ def span(seconds: float) -> str:
 
 
 def ago(moment: datetime | float | None, now: datetime) -> str:
-    """HTML that says how far a moment is from now, and shows the moment to whoever points at it.
+    """Return HTML that says how far a time is from now, with the exact time as a tooltip.
 
     Args:
-        moment: A moment, or seconds since the epoch; ``None`` becomes a dash.
-        now: By the same clock.
+        moment: A time, or seconds since the epoch; ``None`` becomes a dash.
+        now: The current time, by the same clock.
     """
     if moment is None:
         return '<span class="ql-none">&ndash;</span>'

@@ -1,4 +1,4 @@
-"""The pages that Flower serves for us: the queue log, a message of it, its requeue, and ``/metrics``."""
+"""The pages in Flower: the queue log, one message, its requeue, and ``/metrics``."""
 
 from __future__ import annotations
 
@@ -34,31 +34,31 @@ __all__ = ["MessageView", "Metrics", "QueueLogView", "Requeue"]
 
 logger = get_logger("celery_idempotent")
 
-#: Seconds for a search by a pattern, for a message, and for a requeue, which publishes.
+#: Seconds for a search by a pattern, for finding a message, and for a requeue, which publishes.
 _SEARCH_WITHIN, _FIND_WITHIN, _REQUEUE_WITHIN = 10.0, 5.0, 10.0
 
 #: Seconds for which Flower's own series wait for ours.
 _SCRAPE_WITHIN = 2.0
 
-#: So many rows of a search are shown.
+#: How many rows of a search are shown.
 _FOUND = 50
 
-#: So much of an error is shown in a list.
+#: How many characters of an error are shown in a list.
 _ERROR = 120
 
 
 class _Page(BaseHandler):  # type: ignore[misc]
-    """What the pages for people have in common."""
+    """The base of the pages for people."""
 
     def initialize(self, figures: Figures) -> None:
         self.figures = figures
 
     def prepare(self) -> None:
-        """Follow what Flower hears from workers."""
+        """Listen to the workers' events that Flower receives."""
         self.figures.heard.listen(self.application.events.state)
 
     def given(self, name: str) -> str:
-        """Return a parameter of the address as it was given: Flower's ``get_argument`` escapes it, and an id can be any text."""
+        """Return a parameter of the URL unchanged. Flower's ``get_argument`` escapes it, but an id can be any text."""
         values = self.request.query_arguments.get(name)
         return values[-1].decode("utf-8", "replace") if values else ""
 
@@ -86,7 +86,7 @@ class _Page(BaseHandler):  # type: ignore[misc]
         )
 
     def _store(self) -> str:
-        """Return what the store is called, without its password; nothing before it is open."""
+        """Return the store's name, without its password; empty until it is open."""
         opened = vars(self.figures.queue_log).get("store")
         return "" if opened is None else repr(opened)
 
@@ -94,7 +94,7 @@ class _Page(BaseHandler):  # type: ignore[misc]
         return f"{self.reverse_url('queue-log-message')}?{urlencode({'id': key.message_id, 'task': key.task_name})}"
 
     def _task_url(self, task_id: str | None) -> str | None:
-        """Flower's page of a task; ``None`` where Flower has not heard of it, or not any more."""
+        """Return the URL of Flower's page for a task; ``None`` if Flower does not know the task, or has forgotten it."""
         if task_id is None or task_id not in self.application.events.state.tasks:
             return None
         return str(self.reverse_url("task", task_id))
@@ -104,11 +104,11 @@ class _Page(BaseHandler):  # type: ignore[misc]
 
 
 class QueueLogView(_Page):
-    """The queue log: what is wrong, what fails, runs, waits and was skipped; and a search by message id."""
+    """The queue log: alarms; messages that failed, run, wait or were skipped; and a search by message id."""
 
     @authenticated
     async def get(self) -> None:
-        """Show it. A store that gives no answer makes a page that says so."""
+        """Show the page. If the store does not answer, the page says so."""
         wanted = self.given("q")
         await self.figures.look()
         found: list[Row] = []
@@ -126,7 +126,7 @@ class QueueLogView(_Page):
                 return
         figures, glance = self.figures, self.figures.glance
         failed_rows, held = figures.failed, figures.heard.held()
-        # A copy that something waits on has a row of its own, under its Celery id.
+        # A copy with a waiting caller or canvas has a row of its own, under its Celery id.
         held_ids = {copy.task_id for copy in held}
         waiting = [row for row in (glance.waiting if glance else ()) if row.key.message_id not in held_ids]
         self.show(
@@ -145,11 +145,11 @@ class QueueLogView(_Page):
 
 
 class MessageView(_Page):
-    """What is known of one message; never its arguments, nor its result."""
+    """One message, without its arguments and its result."""
 
     @authenticated
     async def get(self) -> None:
-        """Show it."""
+        """Show the page."""
         key = MessageKey(self.given("id"), self.given("task"))
         row, error = None, None
         try:
@@ -162,10 +162,10 @@ class MessageView(_Page):
 
 
 class Requeue(BaseApiHandler):  # type: ignore[misc]
-    """Has a failed message wait again: ``POST`` with ``message_id`` and ``task_name``.
+    """Requeue a failed message: ``POST`` with ``message_id`` and ``task_name``.
 
-    It takes what Flower asks of its own calls that change tasks: authentication, or ``FLOWER_UNAUTHENTICATED_API``; no ``--read-only``;
-    and no request that another site's page has sent.
+    It requires what Flower requires for changes of tasks: authentication, or ``FLOWER_UNAUTHENTICATED_API``; no ``--read-only``; and no
+    request from another site's page.
     """
 
     def initialize(self, figures: Figures) -> None:
@@ -174,10 +174,10 @@ class Requeue(BaseApiHandler):  # type: ignore[misc]
 
     @authenticated
     async def post(self) -> None:
-        """Requeue it, and publish it at once.
+        """Requeue the message, and publish it at once.
 
-        The answer is JSON, or the reason as plain text: 401 without authentication, 403 in read-only mode, 404 for no such message, 409
-        for one that is not requeued, 503 from a store that gave no answer.
+        The answer is JSON, or the reason as plain text: 401 without authentication, 403 in read-only mode, 404 for an unknown message, 409
+        for one that cannot be requeued, 503 if the store does not answer.
         """
         if getattr(self.application.options, "read_only", False):
             self._refuse(HTTPStatus.FORBIDDEN, "Read only mode is enabled")
@@ -186,13 +186,13 @@ class Requeue(BaseApiHandler):  # type: ignore[misc]
         try:
             answer = await self.figures.ask(lambda: _requeue(self.figures, key), within=_REQUEUE_WITHIN)
         except IdempotentError as error:
-            self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, f"{error}; look again whether it was requeued")
+            self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, f"{error}; check whether it was requeued")
             return
         self.figures.changed(key)
         if answer is None:
             self._refuse(HTTPStatus.NOT_FOUND, f"No message {key.message_id!r} of task {key.task_name}")
         elif isinstance(answer, NotRequeued):
-            self._refuse(HTTPStatus.CONFLICT, f"It stays as it is: {answer.reason}")
+            self._refuse(HTTPStatus.CONFLICT, f"Not requeued: {answer.reason}")
         else:
             logger.info("%s was requeued from Flower by %s", key, self._who())
             self.write(answer)
@@ -203,7 +203,7 @@ class Requeue(BaseApiHandler):  # type: ignore[misc]
 
     def _who(self) -> str:
         user = self.current_user
-        return user if isinstance(user, str) else f"somebody at {self.request.remote_ip}"
+        return user if isinstance(user, str) else f"a user at {self.request.remote_ip}"
 
     def _refuse(self, status: HTTPStatus, text: str) -> None:
         self.set_status(status)
@@ -220,7 +220,7 @@ class Metrics(monitor.Metrics):  # type: ignore[misc]
         self.series = Series(figures)
 
     async def get(self) -> None:
-        """Show both; a store that gives no answer is a series."""
+        """Show both. Whether the store answers is a series too."""
         self.figures.heard.listen(self.application.events.state)
         await self.figures.look(patience=_SCRAPE_WITHIN)
         await super().get()
@@ -231,7 +231,7 @@ class Metrics(monitor.Metrics):  # type: ignore[misc]
 
 
 def _search(figures: Figures, wanted: str) -> list[Row]:
-    """Return the rows of a message id. By its key: in Redis whatever else finds it reads the whole log."""
+    """Return the rows of a message id, by key, because any other search in Redis reads the whole log."""
     names = {name for name, task in figures.queue_log.app.tasks.items() if is_guarded(task)}
     names |= {count.task_name for count in (figures.counted.counts if figures.counted else ())}
     found = (_find(figures, MessageKey(wanted, name)) for name in sorted(names))
@@ -240,7 +240,9 @@ def _search(figures: Figures, wanted: str) -> list[Row]:
 
 def _find(figures: Figures, key: MessageKey) -> Row | None:
     store = figures.store()
-    if store is None or not (is_text(key.message_id) and is_text(key.task_name)):  # what could not be kept is not there
+    if store is None or not (
+        is_text(key.message_id) and is_text(key.task_name)
+    ):  # the store cannot have kept such an id
         return None
     row = store.find(key)
     return None if row is None else legible([row])[0]
@@ -251,7 +253,7 @@ def _is_pattern(wanted: str) -> bool:
 
 
 def _requeue(figures: Figures, key: MessageKey) -> dict[str, Any] | NotRequeued | None:
-    """Return what was done: as JSON if it waits again."""
+    """Requeue a message; return a JSON object if it waits again, the reason if not, and ``None`` if there is no such message."""
     queue_log, row = figures.queue_log, _find(figures, key)
     if row is None:
         return None
@@ -264,8 +266,12 @@ def _requeue(figures: Figures, key: MessageKey) -> dict[str, Any] | NotRequeued 
     try:
         relay(queue_log)
     except (IdempotentError, OperationalError):
-        return {**said, "message": "It waits again; the broker has not got it yet, and a worker publishes it later."}
-    renamed = f" Its task id is {done.task_id} now: workers remember the old one as discarded." if done.renamed else ""
+        return {**said, "message": "It waits again. The broker does not have it yet; a worker will publish it."}
+    renamed = (
+        f" Its task id is now {done.task_id}, because workers remember the old one as discarded."
+        if done.renamed
+        else ""
+    )
     return {**said, "message": f"It waits again.{renamed}"}
 
 
@@ -273,12 +279,14 @@ def _requeue(figures: Figures, key: MessageKey) -> dict[str, Any] | NotRequeued 
 
 
 def _requeue_off(options: Any) -> str | None:
-    """Why nobody may requeue here; ``None`` if one may. Flower's own rule for calls that change tasks."""
+    """Return why requeuing is off; ``None`` if it is on. The rule is Flower's own for changes of tasks."""
     if getattr(options, "read_only", False):
         return "Flower is in read-only mode"
     if options.basic_auth or options.auth or strtobool(os.environ.get("FLOWER_UNAUTHENTICATED_API") or "false"):
         return None
-    return "Flower takes no changes without authentication: --basic-auth, --auth, or FLOWER_UNAUTHENTICATED_API=true"
+    return (
+        "Flower allows no changes without authentication: set --basic-auth, --auth, or FLOWER_UNAUTHENTICATED_API=true"
+    )
 
 
 def _short(error: str | None) -> str:
@@ -287,7 +295,7 @@ def _short(error: str | None) -> str:
 
 
 def _by_task(figures: Figures) -> Mapping[str, Mapping[str, int]]:
-    """Lay the counts out as a table: task by task, status by status."""
+    """Return the counts as a table, by task and status."""
     table: dict[str, dict[str, int]] = {}
     for count in figures.counted.counts if figures.counted else ():
         row = table.setdefault(

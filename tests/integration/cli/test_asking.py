@@ -93,7 +93,7 @@ FAILURES = ("--older-than", "0", "--processed-status", "failure")
 def test_at_a_terminal_purge_asks_before_it_deletes(project: Path, store: SQLStore) -> None:
     status, seen = at_a_terminal(project, "purge", *FAILURES, answer="n\n")
     assert status == 1
-    assert "Delete 2 rows, up to some that were done 0 s ago? [y/N]" in seen
+    assert "Delete 2 rows of messages that were done 0 s ago or earlier? [y/N]" in seen
     assert statuses(store) == [Status.DONE, Status.DONE]
 
     # There is nothing to delete: a failure is kept for its own retention.

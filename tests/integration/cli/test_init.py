@@ -82,7 +82,7 @@ def test_an_older_table_is_changed_by_those_who_say_so(init: Init, url: str) -> 
     assert json.loads(done.stdout) == {"table": "queue_log", "created": False, "changes": TO_DO}
     assert "drop the index queue_log_published_at ...\n" in done.stderr
     assert outstanding(url) == []
-    assert init().stdout == "queue_log is there already\n"
+    assert init().stdout == "queue_log is up to date\n"
 
 
 def test_at_a_terminal_it_asks_and_says_what_it_does(project: Path, url: str) -> None:
@@ -94,7 +94,7 @@ def test_at_a_terminal_it_asks_and_says_what_it_does(project: Path, url: str) ->
     status, seen = at_a_terminal(project, "init", answer="y\n")
     assert status == 0
     assert "create the index queue_log_open ..." in seen
-    assert "queue_log brought up to this version" in seen
+    assert "queue_log upgraded" in seen
     assert outstanding(url) == []
 
 
@@ -111,7 +111,7 @@ def test_a_dry_run_prints_what_would_be_run(init: Init, project: Path, url: str)
 
     run_sql(url, "\n".join(line for line in said.stdout.splitlines() if not line.startswith("--")))
     assert outstanding(url) == []
-    assert init("--dry-run").stdout == "-- queue_log is of this version\n"
+    assert init("--dry-run").stdout == "-- queue_log has this version already\n"
 
     said = init("--dry-run", store="sqlite:///none.db")
     assert "CREATE TABLE IF NOT EXISTS queue_log (\n    message_id VARCHAR(255) NOT NULL,\n" in said.stdout

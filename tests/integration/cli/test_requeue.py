@@ -280,9 +280,9 @@ def test_a_message_that_has_not_failed_is_not_requeued(shared_worker: SharedWork
     assert (status, said["requeued"], said["missing"]) == (1, [], ["no message 'never'"])
     reasons = {one["message_id"]: one["reason"] for one in said["refused"]}
     assert reasons[done].startswith("it succeeded")
-    assert reasons[waits].startswith("it waits already")
-    assert reasons[runs].startswith("it runs, on ")
-    assert reasons[dead] == "its row has no message any more"
+    assert reasons[waits].startswith("it already waits")
+    assert reasons[runs].startswith("it is running on ")
+    assert reasons[dead] == "its row no longer has a message"
     assert [shared_worker.row("echo", m).token for m in (done, waits, dead)] == [1, 0, 1]
     shared_worker.app.queue_log.store.fail(lost.claim, error="over")
     Path(gate).touch()
@@ -323,8 +323,8 @@ def test_a_message_that_cannot_be_published_stays_failed(shared_worker: SharedWo
     reasons = {one["message_id"].rpartition(":")[2]: one["reason"] for one in said["refused"]}
     assert reasons["foreign"] == reasons["plain"]
     assert "no IdempotentTask of this app" in reasons["foreign"]
-    assert reasons["empty"] == "its row has no message any more"
-    assert reasons["damaged"].startswith("its message cannot be read: it does not begin with the content type")
+    assert reasons["empty"] == "its row no longer has a message"
+    assert reasons["damaged"].startswith("its message cannot be read: the data begins with")
     assert all(row.token == 1 and row.status is Status.DONE for row in store.rows(RowFilter(message_id=f"{mark}:*")))
 
 
@@ -334,6 +334,6 @@ def test_of_two_who_requeue_one_does(shared_worker: SharedWorker) -> None:
     row = failed(shared_worker, "fail", m)
     first, second = (requeue(shared_worker.app.queue_log, row) for _ in range(2))
     assert not isinstance(first, NotRequeued)
-    assert second == NotRequeued(row.key, "somebody else has changed it meanwhile")
+    assert second == NotRequeued(row.key, "it has changed in the meantime")
     relay(shared_worker.app.queue_log)
     shared_worker.wait_for_starts("fail", m, 2)

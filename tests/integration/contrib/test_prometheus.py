@@ -116,7 +116,7 @@ class TestAWorker:
         # Told by the main process, in the child's place.
         assert series["celery_idempotent_outcomes_total", "die.early", "claimed"] == 1
         assert series["celery_idempotent_outcomes_total", "die.early", "abandoned"] == 1
-        assert "are counted where nobody asks for them" not in worker.log.read_text()
+        assert "metrics from this prefork child are not exported" not in worker.log.read_text()
         assert list(multiprocess.glob("counter_*.db"))
 
     @pytest.mark.parametrize("pool", ["threads", "solo", "gevent"])
@@ -137,8 +137,8 @@ class TestAWorker:
         app = open_app(spec)
         worker = start_worker(measured(spec))
         app.tasks["add"].delay(1, 1).get(timeout=TIMEOUT)
-        worker.wait_for_log("are counted where nobody asks for them")
-        worker.wait_for_log("needs PROMETHEUS_MULTIPROC_DIR in its environment")
+        worker.wait_for_log("metrics from this prefork child are not exported")
+        worker.wait_for_log("set PROMETHEUS_MULTIPROC_DIR before starting the worker")
 
 
 def test_without_the_library_the_extra_is_named(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ class OpenBroker(SharedWorker):
             lambda: self.app.queue_log.store.find(key) is None,
             describe=lambda: f"no row of {key}; {self.worker.log_tail()}",
         )
-        assert "could not finish its step" not in self.worker.log.read_text(errors="replace")
+        assert "a recovery pass failed" not in self.worker.log.read_text(errors="replace")
 
 
 @pytest.fixture(params=["sqlite", "postgresql", "mariadb", "redis"])

@@ -78,8 +78,8 @@ def test_a_refused_requeue_changes_nothing_and_says_why(flower: FlowerProcess, s
     succeeded = requeue(flower, message_id, task="echo", credentials=OPERATOR)
 
     assert succeeded.status == 409
-    assert succeeded.text.startswith("It stays as it is: it succeeded;")
-    assert requeue(flower, forgotten, credentials=OPERATOR) == (409, "It stays as it is: it was forgotten")
+    assert succeeded.text.startswith("Not requeued: it succeeded;")
+    assert requeue(flower, forgotten, credentials=OPERATOR) == (409, "Not requeued: it was forgotten")
     assert requeue(flower, "nobody's", credentials=OPERATOR) == (404, 'No message "nobody\'s" of task fail')
     assert requeue(flower, "", task="", credentials=OPERATOR).status == 404
 
@@ -95,7 +95,7 @@ def test_without_authentication_one_looks_and_changes_nothing(shared_worker: Sha
         assert answer.status == 401
         assert "FLOWER_UNAUTHENTICATED_API" in answer.text
         assert not button.is_enabled()
-        assert "Flower takes no changes without authentication" in text_of(browser, "#failed")
+        assert "Flower allows no changes without authentication" in text_of(browser, "#failed")
     assert untouched(shared_worker, message_id)
 
 

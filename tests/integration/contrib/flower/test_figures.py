@@ -191,7 +191,7 @@ def test_a_silent_store_is_asked_a_few_times() -> None:
         for _ in range(2):
             with pytest.raises(StoreUnavailableError, match=r"no answer within 0.05 s"):
                 await questions.ask(question, within=0.05)
-        with pytest.raises(StoreUnavailableError, match="has not answered what it was asked before"):
+        with pytest.raises(StoreUnavailableError, match="has not answered earlier questions yet"):
             await questions.ask(question, within=0.05)
         never.set()
         await asyncio.to_thread(wait_until, lambda: questions._free == 2)

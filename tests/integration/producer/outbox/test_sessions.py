@@ -294,7 +294,7 @@ def test_a_call_outside_the_outbox_is_published_at_once_and_logged(
         assert len(outbox_app.messages()) == 2
         session.rollback()
     for name in ("foreign", "charge"):
-        assert f"{name} is published at once, although in an outbox" in caplog.text
+        assert f"{name} is published at once although in an outbox" in caplog.text
 
 
 def test_a_message_is_published_with_an_id_for_its_results(outbox_app: OutboxApp) -> None:

@@ -509,7 +509,7 @@ class TestElsewhere:
 
     def test_nor_has_a_task_that_is_not_atomic(self, eager_app: EagerApp) -> None:
         done = eager_app.run(lambda self: self.session, atomic=False)
-        assert "it is not atomic; give it the option atomic=True" in str(done.result.result)
+        assert "it is not atomic: give it the option atomic=True" in str(done.result.result)
 
     def test_a_task_may_have_its_own(self, eager_app: EagerApp) -> None:
         class Ours(IdempotentTask):

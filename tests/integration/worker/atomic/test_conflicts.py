@@ -98,7 +98,7 @@ def test_a_deadlock_runs_the_body_again(eager_app: EagerApp, caught: bool, caplo
     assert (done.row.processed_status, done.row.token) == (SUCCESS, 1)
     assert eager_app.effects.count("paid") == 1
     assert (eager_app.effects.value("a"), eager_app.effects.value("b")) == (2, 2)
-    assert f"is run again, as its transaction was not committed (run 1 of {RUNS})" in caplog.text
+    assert f"is run again, because its transaction was not committed (run 1 of {RUNS})" in caplog.text
 
 
 # -- fixed snapshots ---------------------------------------------------------------------------------------------------
@@ -423,7 +423,7 @@ class TestABrokenConnection:
         assert done.result.get() == 1
         assert eager_app_behind_tap.effects.names() == ["paid"]
         assert (done.row.status, done.row.processed_status, done.row.token) == (Status.DONE, SUCCESS, 1)
-        assert "was committed, although the answer was lost" in caplog.text
+        assert "was committed, although the answer to the commit was lost" in caplog.text
 
     def test_at_the_commit_of_a_recovery_point_too(self, eager_app_behind_tap: EagerApp, wire_tap: WireTap) -> None:
         runs, called = [], []
