@@ -67,8 +67,7 @@ class RenewedLease:
     pid: int | None = None
     ended: bool = False
     asked: float = field(default_factory=time.monotonic)
-    #: Whether the last renewal did not find the claim.
-    missed: bool = field(default=False, init=False)
+    missed: bool = field(default=False, init=False)  # whether the last renewal did not find the claim
     pause: float = field(init=False)
     due: float = field(init=False)
 
@@ -86,8 +85,7 @@ class LeaseRenewer:
 
     def __init__(self, store: Callable[[], Store]) -> None:
         self._store = store
-        # By process id. A forked child inherits the parent's leases, but not the thread, and perhaps a lock that is never released. So
-        # each process starts empty.
+        # By process id, since a forked child inherits leases and perhaps a locked lock, but not the thread: each process starts empty.
         self._renewals: dict[int, _Renewer] = {}
 
     @classmethod
