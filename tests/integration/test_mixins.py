@@ -286,4 +286,4 @@ def test_a_coroutine_that_a_body_returns_is_a_failure(app: Celery, atomic: bool,
     assert inspect.getcoroutinestate(returned[0]) == inspect.CORO_CLOSED
     done = row(app, "later")
     assert (done.status, done.processed_status) == (Status.DONE, FAILURE)
-    assert "task later returned a coroutine that nobody awaits" in str(done.error)
+    assert "task later returned a coroutine, which Celery does not await" in str(done.error)

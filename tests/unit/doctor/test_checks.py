@@ -179,7 +179,7 @@ SICK = [
         "atomic-store", replace(ATOMIC, app=replace(ATOMIC.app, atomic_refused="needs SQL")), "needs SQL", ("late",)
     ),
     Provoked("store-in-memory", told(SQLITE, LOCAL, file=""), "in the memory of one process"),
-    Provoked("store-local-file", told(SQLITE), "a file of this host"),
+    Provoked("store-local-file", told(SQLITE), "a file on this host"),
     Provoked("store-relative-file", store(relative_file="/srv/queue_log.db"), "/srv/queue_log.db here"),
     Provoked("store-durability", told({"fsync": "off"}), "fsync is off"),
     Provoked("store-durability", told({"synchronous_commit": "off"}), "synchronous_commit is off"),
