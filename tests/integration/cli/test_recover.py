@@ -214,7 +214,7 @@ def test_recover_without_a_broker_loses_nothing(celery: RunCelery, lost_messages
     assert (run.returncode, run.stdout) == (1, "")
     (line,) = run.stderr.splitlines()
     assert line.startswith("Error: the broker took no message: ")
-    assert line.endswith("; what was not published waits in the queue log")
+    assert line.endswith("; unpublished messages wait in the queue log")
 
     lost_messages.broker.start()
     assert celery("idempotent", "recover", **lost_messages.environment).returncode == 0
@@ -232,7 +232,7 @@ def test_a_message_requeued_while_the_broker_is_down_waits_in_the_log(
     run = celery(*arguments, **lost_messages.environment)
 
     assert (run.returncode, run.stdout) == (1, "")
-    assert run.stderr.splitlines()[-1].endswith("; what was not published waits in the queue log")
+    assert run.stderr.splitlines()[-1].endswith("; unpublished messages wait in the queue log")
 
     lost_messages.broker.start()
     again = celery(*arguments, "--json", **lost_messages.environment)
@@ -262,7 +262,7 @@ def test_messages_not_requeued_are_named(celery: RunCelery, lost_messages: LostM
     assert run.stderr.splitlines() == [
         "shop.charge[failed] is published: it waited in the queue log",
         "no message 'never'",
-        "shop.charge[waits] stays as it is: it waits already; if the broker has lost it, see `recover --lost-after`",
+        "shop.charge[waits] stays as it is: it already waits; if the broker has lost it, see `recover --lost-after`",
     ]
     assert lost_messages.published() == ["failed"]
 
@@ -339,15 +339,15 @@ def test_watch_says_each_step_that_did_something_and_waits_for_the_broker(
 
     lost_messages.broker.stop()
     lost_messages.unsent("second")
-    watching.wait_for(lambda: watching.log.count("recovery goes on in") >= 2)
+    watching.wait_for(lambda: watching.log.count("recovery continues in") >= 2)
     lost_messages.broker.start()
     watching.wait_for(lambda: len(watching.lines) == 2)
 
     assert watching.stop(signal.SIGTERM) == 0
     relayed = {"taken_back": 0, "relayed": 1, "lost": 0, "purged": 0}
     assert [json.loads(line) for line in watching.lines] == [relayed, relayed]
-    assert "recovery goes on in 0.4 s" in watching.log
-    assert "recovery goes on in 0.8 s" in watching.log
+    assert "recovery continues in 0.4 s" in watching.log
+    assert "recovery continues in 0.8 s" in watching.log
     assert "Traceback" not in watching.log
     assert lost_messages.published() == ["first", "second"]
 
@@ -362,7 +362,7 @@ def test_watch_waits_for_the_store(
         watching = watch()
         watching.wait_for(lambda: watching.lines)
         private_postgresql.stop()
-        watching.wait_for(lambda: "recovery goes on in" in watching.log)
+        watching.wait_for(lambda: "recovery continues in" in watching.log)
         private_postgresql.start()
         lost_messages.unsent("second")
         watching.wait_for(lambda: len(watching.lines) == 2)
