@@ -19,6 +19,7 @@ from celery_idempotent.message.identity import type_of_exchange
 from celery_idempotent.message.serialization import content_of
 from celery_idempotent.options import Options, refuse_misspelt, refuse_misspelt_call
 from celery_idempotent.producer.answers import answer_of
+from celery_idempotent.producer.call_options import expiring_in_workers
 from celery_idempotent.producer.identify import identify
 from celery_idempotent.producer.send import is_unrecorded, send
 from celery_idempotent.queue_log import QueueLog
@@ -282,7 +283,7 @@ class IdempotentTask(Task):  # type: ignore[misc]
             # Celery's native delayed delivery requires it if no queue is named.
             options["exchange_type"] = type_of_exchange(self.app, options["exchange"])
         options.pop("redelivered", None)
-        self.publish(signature.args, signature.kwargs, **options)
+        self.publish(signature.args, signature.kwargs, **expiring_in_workers(self.app, options))
 
     # -- consumer ------------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,16 @@ if TYPE_CHECKING:
 
     from celery_idempotent.producer.guarded import Guarded, GuardedRun
 
-__all__ = ["delay_of", "for_later", "is_dispatched", "is_waited_on", "kept", "moment", "routed_options"]
+__all__ = [
+    "delay_of",
+    "expiring_in_workers",
+    "for_later",
+    "is_dispatched",
+    "is_waited_on",
+    "kept",
+    "moment",
+    "routed_options",
+]
 
 _SCALARS = (str, bytes, int, float, bool, type(None))
 
@@ -38,6 +47,20 @@ def for_later(app: Celery, options: Mapping[str, Any]) -> dict[str, Any]:
         later.setdefault("root_id", parent.request.root_id or parent.request.id)
         later.setdefault("parent_id", parent.request.id)
     return later
+
+
+def expiring_in_workers(app: Celery, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a message that has a row already: it expires by Celery's header only, not in the broker too.
+
+    RabbitMQ drops what has expired, and the row would wait for ever. A worker ends both.
+    """
+    expires = options.get("expires")
+    if expires is None or app.conf.task_protocol == 1:  # the first protocol has no headers
+        return dict(options)
+    expires = as_moments({"expires": expires}, app.now())["expires"]
+    text = expires if isinstance(expires, str) else expires.isoformat()
+    kept = {name: value for name, value in options.items() if name != "expires"}
+    return {**kept, "headers": {**(options.get("headers") or {}), "expires": text}}
 
 
 def kept(value: Any) -> Any:

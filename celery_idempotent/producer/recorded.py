@@ -20,6 +20,7 @@ from celery_idempotent.message.header import Header
 from celery_idempotent.message.identity import FANOUT
 from celery_idempotent.message.serialization import UndecodableError, decode_message, trace_of
 from celery_idempotent.producer.broadcast import end_broadcast
+from celery_idempotent.producer.call_options import expiring_in_workers
 
 if TYPE_CHECKING:
     from celery.result import AsyncResult
@@ -195,13 +196,6 @@ def _publication_of(queue_log: QueueLog, row: Row, whole: Row) -> Callable[[], o
     if row.processed_status is ProcessedStatus.SUCCESS:
         replaced += ("expires",)  # its body ran in time
     kept = {name: value for name, value in options.items() if name not in replaced}
-    expires = kept.get("expires")
-    if expires is not None and queue_log.app.conf.task_protocol != 1:
-        # As a header only. With the option, RabbitMQ would drop the expired message, and its row would wait for ever. With the header, a
-        # worker ends both.
-        del kept["expires"]
-        moment = expires if isinstance(expires, str) else expires.isoformat()
-        kept["headers"] = {**(kept.get("headers") or {}), "expires": moment}
     return partial(
         publish,
         task,
@@ -211,7 +205,7 @@ def _publication_of(queue_log: QueueLog, row: Row, whole: Row) -> Callable[[], o
         due_in=row.available_in if row.status is Status.PENDING else None,
         ignore_result=options.get("ignore_result", task.ignore_result),
         retries=row.attempt,
-        **kept,
+        **expiring_in_workers(queue_log.app, kept),
     )
 
 

@@ -35,9 +35,7 @@ from celery_idempotent.message.serialization import (
 from celery_idempotent.producer.answers import answer_again, differs, eager_result
 from celery_idempotent.producer.box import Outbox
 from celery_idempotent.producer.broadcast import end_broadcast
-from celery_idempotent.producer.call_options import (
-    moment,
-)
+from celery_idempotent.producer.call_options import expiring_in_workers, moment
 from celery_idempotent.producer.guarded import Guarded, GuardedRun, current_run
 from celery_idempotent.producer.prepared import PreparedCall
 from celery_idempotent.producer.publisher import Outgoing
@@ -352,6 +350,8 @@ class Sending:
             return self._trailed(self._result(header.task_id, duplicate=duplicate))
         headers = header.write(self.prepared.options.get("headers"))
         options = {**self.prepared.options, "headers": headers, "message_id": header.message_id}
+        if self.prepared.call.own:
+            options = expiring_in_workers(self.task.app, options)
         result = self.task.publish(self.prepared.args, self.prepared.kwargs, task_id=header.task_id, **options)
         result.duplicate = duplicate
         if emit is not None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from celery import Celery
+from celery.app.task import Context
 from celery.exceptions import TaskRevokedError
 
 from celery_idempotent.core.records import Claimed, MessageKey, NewMessage, ProcessedStatus, Row, Status
@@ -102,13 +105,53 @@ def test_a_message_that_the_broker_dropped_as_expired_ends(
     assert rescue.publish_lapsed() + rescue.publish_waiting(0.0) == 1
     start_worker(spec)  # a consumer that waits would be given it all the same
 
-    def ended() -> Row | None:
-        row = store.find(key)
-        return row if row is not None and row.status is Status.DONE else None
-
-    row: Row = wait_until(ended, describe=lambda: str(store.find(key)))
+    row = wait_for_end(app, key)
     assert row.processed_status is ProcessedStatus.FAILURE
     assert str(row.error).startswith("expired")
     assert ledger.starts("echo") == []
     with pytest.raises(TaskRevokedError):
         result.get(timeout=TIMEOUT)
+
+
+@pytest.mark.parametrize("broker", ["rabbitmq-classic", "rabbitmq-quorum"], indirect=True)
+def test_a_retry_that_has_expired_ends_its_message(spec: AppSpec, open_app: OpenApp, start_worker: StartWorker) -> None:
+    """Its worker takes one message at a time: RabbitMQ drops what has expired and nobody waits for."""
+    busy = replace(spec, settings={**spec.settings, "worker_prefetch_multiplier": 1})
+    app = open_app(busy)
+    start_worker(busy, pool="threads", concurrency=1)
+
+    result = app.tasks["retry_late"].apply_async((), message_id="m-1", expires=3)
+
+    row = wait_for_end(app, MessageKey("m-1", "retry_late"))
+    assert (row.attempt, row.processed_status) == (1, ProcessedStatus.FAILURE)
+    assert str(row.error).startswith("expired")
+    with pytest.raises(TaskRevokedError):
+        result.get(timeout=TIMEOUT)
+
+
+@pytest.mark.parametrize("broker", ["rabbitmq-classic"], indirect=True)
+def test_a_held_copy_that_has_expired_is_not_dropped(spec: AppSpec, open_app: OpenApp) -> None:
+    app = open_app(spec)
+    expires = datetime.now(UTC) - timedelta(seconds=1)
+    request = Context(
+        id="t-1", args=["value"], kwargs={}, expires=expires.isoformat(), delivery_info={"routing_key": spec.queue}
+    )
+    with app.connection_for_write() as connection, connection.channel() as channel:
+        queue = app.amqp.queues[spec.queue](channel)
+        queue.declare()
+
+        app.tasks["echo"].publish_copy(request, "m-1", 1.0)
+
+        message = wait_until(lambda: queue.get(no_ack=True), timeout=TIMEOUT)
+    assert (message.headers["expires"], message.properties.get("expiration")) == (expires.isoformat(), None)
+
+
+def wait_for_end(app: Celery, key: MessageKey) -> Row:
+    """Wait until a message is done; its row."""
+
+    def ended() -> Row | None:
+        row: Row | None = app.queue_log.store.find(key)
+        return row if row is not None and row.status is Status.DONE else None
+
+    row: Row = wait_until(ended, timeout=TIMEOUT, describe=lambda: str(app.queue_log.store.find(key)))
+    return row

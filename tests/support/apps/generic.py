@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ __all__ = ["register"]
 
 
 def register(app: Celery, *, base: type[Task], ledger: Ledger) -> None:
-    """Register the tasks ``add``, ``echo``, ``slow``, ``gated``, ``fail`` and ``retry_n``."""
+    """Register the tasks ``add``, ``echo``, ``slow``, ``gated``, ``fail``, ``retry_returned``, ``retry_n`` and ``retry_late``."""
 
     @app.task(base=base, bind=True, name="add")
     def add(self: Task, left: int, right: int) -> int:
@@ -61,3 +62,11 @@ def register(app: Celery, *, base: type[Task], ledger: Ledger) -> None:
             if self.request.retries < times:
                 raise self.retry(countdown=countdown)
             return int(self.request.retries)
+
+    @app.task(base=base, bind=True, name="retry_late", acks_late=True)
+    def retry_late(self: Task) -> None:
+        """Ask for a retry when the message has expired."""
+        with ledger.run(self):
+            until = datetime.fromisoformat(self.request.expires)
+            wait_until(lambda: datetime.now(UTC) > until, timeout=20.0, describe="the end of its time")
+            raise self.retry(countdown=0)
