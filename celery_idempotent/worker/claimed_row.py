@@ -23,7 +23,8 @@ from celery_idempotent.producer.guarded import RUN, Guarded
 from celery_idempotent.worker.delivery import worker_label
 from celery_idempotent.worker.lease_renewal import LeaseRenewer
 from celery_idempotent.worker.run_state import Checkpointed, Claimed, Lost, RunState, Unguarded, check_transition
-from celery_idempotent.worker.unit_of_work import NotCommittedError, Setback, UnitOfWork, given_up_error
+from celery_idempotent.worker.transaction_watch import Setback, given_up_error
+from celery_idempotent.worker.unit_of_work import NotCommittedError, UnitOfWork
 from celery_idempotent.worker.unstorable import Keeping
 
 if TYPE_CHECKING:
@@ -267,16 +268,16 @@ class ClaimedRow:
             held = unit.commit(write_in_transaction)
         except Exception as error:
             unit.roll_back(broken=True)
-            if not (unit.in_doubt and self._commit_succeeded(written)):
-                again = unit.gave_way is not None
-                if error in refused and unit.setback is not Setback.COLLIDED:
+            if not (unit.watch.in_doubt and self._commit_succeeded(written)):
+                again = unit.watch.gave_way is not None
+                if error in refused and unit.watch.setback is not Setback.COLLIDED:
                     again = self.keeping.learn(error, kept, silent=again) or again
                 raise NotCommittedError(error, again=again) from error
             logger.warning("%s was committed, although the answer to the commit was lost: %r", self, error)
             held = True
         else:
-            if unit.in_doubt and not written():
-                raise NotCommittedError(given_up_error(), again=unit.gave_way is not None)
+            if unit.watch.in_doubt and not written():
+                raise NotCommittedError(given_up_error(), again=unit.watch.gave_way is not None)
         if held:
             self.publish(unit)
         return held

@@ -18,7 +18,8 @@ from celery_idempotent.worker.body_end import BodyEnd, Failed, Retried, end_by_e
 from celery_idempotent.worker.delivery import describe
 from celery_idempotent.worker.run import Passage, Run
 from celery_idempotent.worker.run_state import Checkpointed, Claimed, HandedOn, Replayed, Unguarded
-from celery_idempotent.worker.unit_of_work import RUNS, NotCommittedError, Setback, UnitOfWork
+from celery_idempotent.worker.transaction_watch import Setback
+from celery_idempotent.worker.unit_of_work import RUNS, NotCommittedError, UnitOfWork
 
 __all__ = ["perform"]
 
@@ -98,7 +99,7 @@ def _perform_atomically(run: Run, body: Callable[[], T]) -> T:
                 return _perform(run, flushed)
         except NotCommittedError as stopped:
             error, again = stopped.error, stopped.again and number < RUNS
-            setback = unit.setback
+            setback = unit.watch.setback
             collided = collided or setback is Setback.COLLIDED
         finally:
             run.unit = None
@@ -150,8 +151,8 @@ def _perform(run: Run, body: Callable[[], T]) -> T:
             raise
         _stop_if_handed_on(run)
         if run.unit is not None:
-            run.unit.note(error)  # of a framework's own connection
-            if run.unit.gave_way is not None:  # whatever the body made of it
+            run.unit.watch.on_error(error)  # of a framework's own connection
+            if run.unit.watch.gave_way is not None:  # whatever the body made of it
                 raise NotCommittedError(error, again=True) from error
             # A signal may have interrupted the driver in the middle of an answer.
             run.unit.roll_back(broken=isinstance(error, SoftTimeLimitExceeded))

@@ -5,46 +5,32 @@ leases are renewed beside it. Whoever runs the body (:mod:`celery_idempotent.wor
 message, in the same transaction, or by rolling back.
 """
 
-# Longer than most: the transaction, and the listeners that tell how it went, are read together.
-
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from enum import Enum, auto
 from typing import TYPE_CHECKING, Self
 
 from celery_idempotent.core.begin import begin
 from celery_idempotent.core.transactions import refuse_autocommit, transactional
 from celery_idempotent.errors import ConfigurationError, IdempotentError, StoreUnavailableError
 from celery_idempotent.producer.box import OUTBOX, Outbox
+from celery_idempotent.worker.transaction_watch import Phase, Setback, TransactionWatch
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection, Engine
-    from sqlalchemy.engine import ExceptionContext
+    from sqlalchemy import Connection
     from sqlalchemy.orm import Session
 
     from celery_idempotent.core.store import Store
     from celery_idempotent.queue_log import QueueLog
 
-__all__ = ["RUNS", "NotCommittedError", "Setback", "UnitOfWork", "given_up_error"]
+__all__ = ["RUNS", "NotCommittedError", "UnitOfWork"]
 
 logger = logging.getLogger("celery_idempotent")
 
 #: How often a body is run at most whose transaction gave way to another one (a deadlock, a serialization failure, a lock that was
 #: waited for in vain), or whose connection broke, or could not be had.
 RUNS = 5
-
-#: The execution option by which a connection knows its unit.
-_UNIT = "celery_idempotent_unit"
-
-
-class Setback(Enum):
-    """Why the transaction of a body gave way."""
-
-    COLLIDED = auto()  # another transaction went first
-    BROKE = auto()  # its connection broke, or the database takes nothing for now
-    NOT_CONNECTED = auto()  # there was no connection to be had
 
 
 class NotCommittedError(Exception):
@@ -59,14 +45,6 @@ class NotCommittedError(Exception):
         super().__init__(error)
         self.error = error
         self.again = again
-
-
-def given_up_error() -> IdempotentError:
-    """Return what to tell of a commit that the database answers, or would answer, by a rollback."""
-    return IdempotentError(
-        "the transaction of this atomic body was not committed: a statement in it failed, the error was caught, and so the database "
-        "rolled it back; run what may fail in begin_nested()"
-    )
 
 
 class UnitOfWork:
@@ -88,17 +66,8 @@ class UnitOfWork:
         self._connection: Connection | None = None
         self._session: Session | None = None
         self._over = False
-        self._committing = False
-        self._undone = False
-        #: The error by which the database ended the transaction, or a statement of it. The body may have caught it, but what it wrote
-        #: before may be gone.
-        self.gave_way: BaseException | None = None
-        #: For what.
-        self.setback: Setback | None = None
-        #: Whether a commit was asked for, and how it went is not known.
-        self.in_doubt = False
-        #: Whether the driver tells how the transaction stands.
-        self._told = True
+        #: How the transaction goes.
+        self.watch = TransactionWatch(self._store)
         #: The messages that the body sends: recorded in the transaction, published by whoever learns that it has committed.
         self.outbox: Outbox = _BodysOutbox(self, queue_log)
 
@@ -161,11 +130,11 @@ class UnitOfWork:
         Raises:
             StoreUnavailableError: There is no connection to be had for now.
         """
-        self.gave_way = self.setback = None
+        self.watch = TransactionWatch(self._store)
         try:
             self._open()
         except Exception as error:
-            if self.setback is Setback.NOT_CONNECTED:
+            if self.watch.setback is Setback.NOT_CONNECTED:
                 raise StoreUnavailableError(f"no connection to the store's database: {error}") from error
             raise
 
@@ -191,18 +160,13 @@ class UnitOfWork:
             IdempotentError: The body ended the transaction itself.
             Exception: The database's or the session's own.
         """
-        if self.gave_way is not None:
-            raise self.gave_way
+        if self.watch.gave_way is not None:
+            raise self.watch.gave_way
         if self._connection is None:
             return
-        if self._is_ours() and self._session is not None:
+        if self._session is not None and self.watch.is_intact(self._connection):
             self._session.flush()
-        if not self._is_ours():
-            raise IdempotentError(
-                "the body of an atomic task ended its transaction itself: by rollback() or close(), or by an error of a flush that "
-                "it caught; nothing of it is kept. To undo a part use begin_nested(), to undo all of it raise an error"
-            )
-        self._refuse_given_up(self._connection)
+        self.watch.refuse_ended(self._connection)
 
     def commit(self, write: Callable[[Store], bool]) -> bool:
         """Write how the message ended, in the transaction, and commit.
@@ -214,21 +178,21 @@ class UnitOfWork:
             Whether it did; if not, the transaction was rolled back.
 
         Raises:
-            Exception: Nothing was committed, unless :attr:`in_doubt` is set.
+            Exception: Nothing was committed, unless the watch says ``in_doubt``.
         """
         self.flush()
         if not write(self.store):
             self.roll_back()
             return False
         connection, session = self.connection, self._session
-        self._committing = self._over = True
+        self.watch.phase, self._over = Phase.COMMITTING, True
         # By the session, so that what listens to it is told. One that was not used yet has nothing to commit.
         if session is not None and session.in_transaction():
             session.commit()
         transaction = connection.get_transaction()
         if transaction is not None and transaction.is_active:
             transaction.commit()
-        self.in_doubt = not self._told
+        self.watch.committed()
         self.roll_back()  # which closes what is left
         return True
 
@@ -243,7 +207,7 @@ class UnitOfWork:
         if not self._over:  # or a commit may have taken place
             self._over = True
             self.outbox.discard()
-        connection, session, undone = self._connection, self._session, self._undone
+        connection, session, undone = self._connection, self._session, self.watch.rolled_back
         self._connection = self._session = None
         if connection is None:
             return
@@ -273,14 +237,14 @@ class UnitOfWork:
         from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
         engine = self._store.engine
-        _listen(engine)
         try:
             connection = engine.connect()
         except (DBAPIError, PoolTimeoutError) as error:  # which belong to no connection, and have done nothing
-            self.gave_way, self.setback = error, Setback.NOT_CONNECTED
+            self.watch.gave_way, self.watch.setback = error, Setback.NOT_CONNECTED
             raise
         try:
-            connection.execution_options(**{_UNIT: self, OUTBOX: self.outbox})
+            self.watch.watch(connection)
+            connection.execution_options(**{OUTBOX: self.outbox})
             if self._isolation_level is not None:
                 connection.execution_options(isolation_level=self._isolation_level)
             refuse_autocommit(
@@ -290,7 +254,8 @@ class UnitOfWork:
             )
             connection.begin()
             begin(connection, at_once=self._contended)
-            self._store.watch(connection, self.note)
+            self._store.watch(connection, self.watch.on_error)
+            self.watch.phase = Phase.IN_BODY
         except BaseException:
             connection.close()
             raise
@@ -309,39 +274,6 @@ class UnitOfWork:
             session.begin()
         return session
 
-    # -- what the connection tells -------------------------------------------------------------------------------------
-
-    def _is_ours(self) -> bool:
-        """Return whether the transaction is still the one that was begun, and can be committed."""
-        assert self._connection is not None, "it was opened"
-        transaction = self._connection.get_transaction()
-        return transaction is not None and transaction.is_active and not self._undone
-
-    def note(self, error: BaseException) -> None:
-        """Note an error that a statement has met, if the transaction gave way by it."""
-        if self.gave_way is None and self._store.gave_way(error):
-            self.gave_way = error
-            self.setback = Setback.COLLIDED if self._store.collided(error) else Setback.BROKE
-
-    def _before_commit(self, connection: Connection) -> None:
-        if not self._committing:
-            raise IdempotentError(
-                "the body of an atomic task is committed when it ends, together with its message, and not before: leave commit() out "
-                "(with session.begin() too)"
-            )
-        # The completion is written, but what listens to the session's commit may have failed since.
-        self._refuse_given_up(connection)
-        self.in_doubt = True
-
-    def _refuse_given_up(self, connection: Connection) -> None:
-        given_up = self._store.gave_up(connection)
-        self._told = given_up is not None
-        if given_up:
-            raise given_up_error()
-
-    def _before_rollback(self) -> None:
-        self._undone = True
-
 
 class _BodysOutbox(Outbox):
     """The calls of the body, which are recorded in its transaction."""
@@ -353,36 +285,3 @@ class _BodysOutbox(Outbox):
 
     def takes(self, queue_log: QueueLog) -> bool:
         return queue_log is self._queue_log and not self._unit.over
-
-
-# -- events of an engine, which may be its owner's: for all of its connections, those that have no unit included ------------
-
-
-def _listen(engine: Engine) -> None:
-    from sqlalchemy import event
-
-    for name, listener in (("handle_error", _on_error), ("commit", _on_commit), ("rollback", _on_rollback)):
-        if not event.contains(engine, name, listener):
-            event.listen(engine, name, listener)
-
-
-def _unit_of(connection: Connection | None) -> UnitOfWork | None:
-    return None if connection is None else connection.get_execution_options().get(_UNIT)
-
-
-def _on_error(context: ExceptionContext) -> None:
-    unit = _unit_of(context.connection)
-    if unit is not None and context.sqlalchemy_exception is not None:
-        unit.note(context.sqlalchemy_exception)
-
-
-def _on_commit(connection: Connection) -> None:
-    unit = _unit_of(connection)
-    if unit is not None:
-        unit._before_commit(connection)  # noqa: SLF001
-
-
-def _on_rollback(connection: Connection) -> None:
-    unit = _unit_of(connection)
-    if unit is not None:
-        unit._before_rollback()  # noqa: SLF001

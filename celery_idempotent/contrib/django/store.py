@@ -14,6 +14,7 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
 from celery_idempotent.contrib.django.connections import Alias, in_test_case
+from celery_idempotent.core.store import TransactionStatus
 from celery_idempotent.stores.sql import SQLStore
 from celery_idempotent.stores.sql.connection import Database, Joined
 from celery_idempotent.stores.sql.dialects import Dialect
@@ -77,8 +78,10 @@ class DjangoStore(SQLStore):
         wrapper.execute_wrappers.append(noting)
         wrapper.atomic_blocks[-1].celery_idempotent = lambda: wrapper.execute_wrappers.remove(noting)
 
-    def gave_up(self, connection: Connection) -> bool | None:
-        return bool(self._alias.wrapper.needs_rollback) or super().gave_up(connection)
+    def transaction_status(self, connection: Connection) -> TransactionStatus:
+        return (
+            TransactionStatus.FAILED if self._alias.wrapper.needs_rollback else super().transaction_status(connection)
+        )
 
     def gave_way(self, error: BaseException) -> bool:
         return super().gave_way(self._as_sqlalchemy(error))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from enum import Enum, auto
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from celery_idempotent.core.records import MessageKey
@@ -11,7 +12,16 @@ from celery_idempotent.core.store.port import Store
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
 
-__all__ = ["Surrounding", "TransactionalStore"]
+__all__ = ["Surrounding", "TransactionStatus", "TransactionalStore"]
+
+
+class TransactionStatus(Enum):
+    """How a transaction stands in the database."""
+
+    OPEN = auto()
+    FAILED = auto()  # the database has given it up: its commit would be a rollback, without an error
+    NONE = auto()  # nothing has begun one yet, or it was ended
+    UNKNOWN = auto()  # the driver does not tell: how a commit went is known by what is there afterwards
 
 
 class Surrounding(Protocol):
@@ -80,15 +90,8 @@ class TransactionalStore(Store, Protocol):
         """
         ...
 
-    def gave_up(self, connection: Connection) -> bool | None:
-        """Return whether the database has given a transaction up, so that its commit would be a rollback, without an error.
-
-        Args:
-            connection: In the transaction.
-
-        Returns:
-            ``None`` when the driver does not tell: then it is known by what is there after the commit.
-        """
+    def transaction_status(self, connection: Connection) -> TransactionStatus:
+        """Return how a connection's transaction stands in the database, as its driver heard last. Asks the database nothing."""
         ...
 
     def gave_way(self, error: BaseException) -> bool:

@@ -30,6 +30,7 @@ from celery_idempotent.core.records import (
     RowFilter,
     TaskCount,
 )
+from celery_idempotent.core.store import TransactionStatus
 from celery_idempotent.errors import SchemaError, StoreError, StoreUnavailableError
 from celery_idempotent.stores.sql import schema
 from celery_idempotent.stores.sql.address import parse, refuse_driver
@@ -132,8 +133,8 @@ class SQLStore:
     def watch(self, connection: Connection, note: Callable[[BaseException], None]) -> None:
         """Do nothing: SQLAlchemy makes every statement."""
 
-    def gave_up(self, connection: Connection) -> bool | None:
-        return self._dialect.gave_up(connection.connection.driver_connection)
+    def transaction_status(self, connection: Connection) -> TransactionStatus:
+        return self._dialect.transaction_status(connection.connection.driver_connection)
 
     def gave_way(self, error: BaseException) -> bool:
         return self._database.gave_way(error)

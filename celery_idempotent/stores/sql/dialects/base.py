@@ -25,6 +25,8 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError
 
+from celery_idempotent.core.store import TransactionStatus
+
 __all__ = ["Dialect", "Fault", "OnConflict"]
 
 
@@ -118,9 +120,9 @@ class Dialect(ABC):
     def fault(self, error: DBAPIError) -> Fault:
         """Return what an error means."""
 
-    def gave_up(self, connection: Any) -> bool | None:
-        """Return whether the transaction of a driver's connection can only be rolled back; ``None`` when the driver does not tell."""
-        return False
+    def transaction_status(self, connection: Any) -> TransactionStatus:
+        """Return how the transaction of a driver's connection stands in the database."""
+        return TransactionStatus.UNKNOWN
 
     def socket(self, connection: Any) -> int | None:
         """Return the descriptor of a driver's connection; ``None`` when there is none, or it is closed, or the driver does not tell."""

@@ -28,6 +28,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError
 
+from celery_idempotent.core.store import TransactionStatus
 from celery_idempotent.stores.sql.dialects.base import Dialect, Fault
 
 __all__ = ["MySQL"]
@@ -47,6 +48,9 @@ _UNAVAILABLE = {
 }
 #: Access or database not there (yet).
 _DENIED = {1044, 1045, 1049, 1698}
+
+#: The flag of the protocol that says that the session is in a transaction.
+_IN_TRANSACTION = 1
 
 _STRICT = "sql_mode = CONCAT_WS(',', @@SESSION.sql_mode, 'STRICT_ALL_TABLES')"
 
@@ -138,6 +142,12 @@ class MySQL(Dialect):
         if code in _UNAVAILABLE | _TIMED_OUT or isinstance(error, InterfaceError):
             return Fault.UNAVAILABLE
         return Fault.UNAVAILABLE if isinstance(error, OperationalError) and 2000 <= code < 3000 else Fault.OTHER
+
+    def transaction_status(self, connection: Any) -> TransactionStatus:
+        status = getattr(connection, "server_status", None)  # of PyMySQL
+        if status is None:
+            return TransactionStatus.UNKNOWN
+        return TransactionStatus.OPEN if status & _IN_TRANSACTION else TransactionStatus.NONE
 
     def timed_out(self, error: DBAPIError) -> bool:
         return _code(error) in _TIMED_OUT

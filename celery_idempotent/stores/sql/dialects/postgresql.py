@@ -13,6 +13,7 @@ from sqlalchemy import URL, Connection, PoolProxiedConnection, text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
+from celery_idempotent.core.store import TransactionStatus
 from celery_idempotent.errors import ConfigurationError
 from celery_idempotent.stores.sql.dialects.base import Fault, OnConflict
 
@@ -35,8 +36,8 @@ _DENIED = re.compile(
     r'|permission denied for database|role "[^\n]*" is not permitted to log in)|no password supplied'
 )
 
-#: libpq's PQTRANS_INERROR: after an error PostgreSQL answers a commit by a rollback.
-_IN_ERROR = 3
+#: libpq's PQTRANS_IDLE and PQTRANS_INERROR: after an error PostgreSQL answers a commit by a rollback.
+_STATUS = {0: TransactionStatus.NONE, 3: TransactionStatus.FAILED}
 
 #: Seconds to reach the server; libpq itself waits for as long as TCP does, which is minutes.
 _CONNECT_TIMEOUT = 10
@@ -85,9 +86,11 @@ class PostgreSQL(OnConflict):
     def timed_out(self, error: DBAPIError) -> bool:
         return _CANCELED in {getattr(error.orig, "sqlstate", None), getattr(error.orig, "pgcode", None)}
 
-    def gave_up(self, connection: Any) -> bool | None:
+    def transaction_status(self, connection: Any) -> TransactionStatus:
         status = getattr(getattr(connection, "info", None), "transaction_status", None)  # of psycopg and psycopg2
-        return None if status is None else int(status) == _IN_ERROR
+        if status is None:
+            return TransactionStatus.UNKNOWN
+        return _STATUS.get(int(status), TransactionStatus.OPEN)
 
     def socket(self, connection: Any) -> int | None:
         tell = getattr(connection, "fileno", None)  # psycopg and psycopg2 have it

@@ -17,6 +17,7 @@ from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from celery_idempotent.core.begin import begin
+from celery_idempotent.core.store import TransactionStatus
 from celery_idempotent.stores.sql.dialects.base import Fault, OnConflict
 
 if TYPE_CHECKING:
@@ -60,8 +61,9 @@ class SQLite(OnConflict):
             return Fault.UNAVAILABLE
         return Fault.OTHER
 
-    def gave_up(self, connection: Any) -> bool:
-        return not connection.in_transaction  # after some errors, as for want of room, it has rolled back itself
+    def transaction_status(self, connection: Any) -> TransactionStatus:
+        # After some errors, as for want of room, SQLite has rolled back itself.
+        return TransactionStatus.OPEN if connection.in_transaction else TransactionStatus.NONE
 
     def exists(self, url: URL) -> bool:
         # What begins with "file:" is a URI, which may say anything.

@@ -10,8 +10,9 @@ import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, sessionmaker
 
-from celery_idempotent import IdempotentTask, SQLStore
+from celery_idempotent import IdempotentError, IdempotentTask, SQLStore
 from celery_idempotent.core.records import ProcessedStatus
+from celery_idempotent.core.store import TransactionStatus
 from celery_idempotent.stores.sql.dialects import dialect_named
 from tests.integration.worker.atomic.conftest import EagerApp
 from tests.support.effects import Effect
@@ -35,7 +36,9 @@ def by_the_driver(session: Session) -> None:
 def told(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """By psycopg; and by a driver that does not tell how a transaction stands, as pg8000."""
     if request.param == "the row is read":
-        monkeypatch.setattr(type(dialect_named("postgresql")), "gave_up", lambda *_: None)
+        monkeypatch.setattr(
+            type(dialect_named("postgresql")), "transaction_status", lambda *_: TransactionStatus.UNKNOWN
+        )
 
 
 @pytest.mark.usefixtures("told")
@@ -112,3 +115,84 @@ def test_a_transaction_that_sqlite_has_ended_is_no_success(eager_app: EagerApp) 
 
     assert done.row.processed_status is ProcessedStatus.FAILURE
     assert eager_app.effects.names() == []
+
+
+def in_words(words: str) -> Callable[[IdempotentTask], object]:
+    return lambda task: task.session.execute(sa.text(words))
+
+
+def to_the_driver(words: str) -> Callable[[IdempotentTask], object]:
+    return lambda task: task.connection.exec_driver_sql(words)
+
+
+def on_the_drivers_cursor(words: str) -> Callable[[IdempotentTask], object]:
+    def execute(task: IdempotentTask) -> None:
+        cursor = task.connection.connection.cursor()
+        cursor.execute(words)
+        cursor.close()
+
+    return execute
+
+
+ENDS = {
+    "rollback": in_words("rollback"),
+    "commit": in_words("COMMIT"),
+    "commit, after a comment": in_words("/* now */ -- so\n commit"),
+    "to the driver": to_the_driver("ROLLBACK"),
+    "on a cursor": on_the_drivers_cursor("ROLLBACK"),
+}
+
+
+@pytest.mark.parametrize("caught", [False, True], ids=["the error is raised", "it is caught"])
+@pytest.mark.parametrize("end", ENDS)
+def test_a_transaction_ended_by_a_statement_fails(eager_app: EagerApp, end: str, caught: bool) -> None:
+    def body(self: IdempotentTask) -> str:
+        self.session.add(Effect(name="before"))
+        self.session.flush()
+        try:
+            ENDS[end](self)
+            self.session.execute(sa.insert(Effect).values(name="after", value=0))
+        except IdempotentError:
+            if not caught:
+                raise
+        return "paid"
+
+    done = eager_app.run(body)
+
+    assert "ended its transaction itself" in str(done.result.result)
+    assert done.row.processed_status is ProcessedStatus.FAILURE
+    assert eager_app.effects.names() == []
+
+
+@pytest.mark.parametrize("store_url", ["mariadb"], indirect=True)
+def test_a_statement_that_commits_implicitly_fails(eager_app: EagerApp) -> None:
+    def body(self: IdempotentTask) -> str:
+        self.session.add(Effect(name="before"))
+        self.session.flush()
+        self.session.execute(sa.text("CREATE OR REPLACE TABLE of_the_body (id int)"))
+        return "paid"
+
+    done = eager_app.run(body)
+
+    assert "commits by itself" in str(done.result.result)
+    assert done.row.processed_status is ProcessedStatus.FAILURE
+    assert eager_app.effects.names() == ["before"]  # the server has committed it: the message says so by its failure
+
+
+def test_savepoints_in_words_leave_the_transaction_alone(eager_app: EagerApp) -> None:
+    def body(self: IdempotentTask) -> str:
+        self.session.add(Effect(name="before"))
+        self.session.flush()
+        for words in (
+            "SAVEPOINT mine",
+            "INSERT INTO effects (name, value) VALUES ('undone', 0)",
+            "ROLLBACK TO SAVEPOINT mine",
+        ):
+            self.session.execute(sa.text(words))
+        self.session.execute(sa.text("-- commit;\nINSERT INTO effects (name, value) VALUES ('after', 0)"))
+        return "paid"
+
+    done = eager_app.run(body)
+
+    assert done.result.get() == "paid"
+    assert eager_app.effects.names() == ["after", "before"]
