@@ -41,6 +41,9 @@ __all__ = ["Passage", "Run"]
 
 logger = logging.getLogger("celery_idempotent")
 
+#: What is kept of a message that was given back where there is no broker. Its id is free, so that the next call runs.
+_NO_BROKER = "rejected with requeue=True: an eager call has no broker that brings it back"
+
 
 class Passage(StrEnum):
     """How deep a run is in its chain of calls: the guard, then each ``__call__`` of the task's classes, then the body."""
@@ -153,11 +156,25 @@ class Run(ClaimedRow):
         self.move_to(Checkpointed(self.held_claim, end.value))
 
     def _release(self) -> None:
+        if self.request.is_eager:
+            held = self.write_end(
+                "end a message that was given back",
+                lambda: self._store.fail(self.held_claim, error=_NO_BROKER, unique_for=0.0),
+            )
+            if held:
+                self.emit(OutcomeKind.FAILED, reason="rejected")
+            self._finish(held)
+            return
         held = self.write_end("release a message", lambda: self._store.release(self.held_claim))
         held = held or self.is_pending(self.message.attempt)
         if held:
             self.emit(OutcomeKind.RETRIED, reason="rejected")
         self._finish(held)
+        if not self.task.acks_late:
+            # The broker has its acknowledgement, and does not bring it back.
+            self.write(
+                "have a message relayed", lambda: self._store.not_published(self.key, token=self.held_claim.token)
+            )
 
     def _completed(self, result: bytes | None, note: NoResultReason | None = None) -> bool:
         unique_for, began = self.task.idempotency.unique_for, time.monotonic()

@@ -198,6 +198,20 @@ def test_ignore_and_reject_end_the_row(app: Celery) -> None:
     assert (rejected.status, rejected.processed_status) == (Status.DONE, FAILURE)
 
 
+def test_a_message_that_is_given_back_frees_its_id(app: Celery, tmp_path: Path) -> None:
+    """No broker brings it back."""
+    task = app.tasks["requeued"]
+
+    rejected = task.apply_async((str(tmp_path / "flag"),), message_id="m")
+
+    given_back = row(app, "requeued", "m")
+    assert rejected.state == states.REJECTED
+    assert (given_back.status, given_back.processed_status, given_back.expired) == (Status.DONE, FAILURE, True)
+    assert "no broker" in str(given_back.error)
+    assert task.apply_async((str(tmp_path / "flag"),), message_id="m").get() == "the second time"
+    assert row(app, "requeued", "m").processed_status is SUCCESS
+
+
 @pytest.mark.parametrize("kind", ["guarded", "identified", "plain"])
 def test_a_replaced_task_runs_its_replacement(app: Celery, ledger: Ledger, kind: str) -> None:
     # With `apply`: from `apply_async`, Celery refuses to wait for the replacement.

@@ -96,13 +96,15 @@ def _exceptions(app: Celery, base: type[Task], ledger: Ledger) -> None:
         with ledger.run(self):
             raise Reject("not for me", requeue=False)
 
-    @app.task(base=base, bind=True, name="requeued", acks_late=True)
     def requeued(self: Task, flag: str) -> str:
         """Give the message back the first time."""
         with ledger.run(self):
             if first(flag):
                 raise Reject("not now", requeue=True)
             return "the second time"
+
+    for name, acks_late in (("requeued", True), ("requeued_early", False)):
+        app.task(base=base, bind=True, name=name, acks_late=acks_late)(requeued)
 
     class UnbuildableError(Exception):
         """Celery rebuilds an exception from its ``args``, and this one does not take them."""

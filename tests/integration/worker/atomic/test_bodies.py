@@ -259,10 +259,8 @@ def test_an_ignored_message_keeps_its_effects(eager_app: EagerApp) -> None:
     assert eager_app.effects.names() == ["paid"]
 
 
-@pytest.mark.parametrize(
-    ("requeue", "left"), [(False, (Status.DONE, FAILURE)), (True, (Status.PENDING, None))], ids=["dropped", "requeued"]
-)
-def test_a_rejected_message_has_no_effect(eager_app: EagerApp, requeue: bool, left: object) -> None:
+@pytest.mark.parametrize("requeue", [False, True], ids=["dropped", "requeued"])
+def test_a_rejected_message_has_no_effect(eager_app: EagerApp, requeue: bool) -> None:
     def body(self: IdempotentTask) -> None:
         self.session.add(Effect(name="paid"))
         self.session.flush()
@@ -270,7 +268,7 @@ def test_a_rejected_message_has_no_effect(eager_app: EagerApp, requeue: bool, le
 
     done = eager_app.run(body)
 
-    assert ending(done.row) == left
+    assert ending(done.row) == (Status.DONE, FAILURE)
     assert eager_app.effects.names() == []
 
 
@@ -502,7 +500,7 @@ class TestElsewhere:
     @pytest.mark.parametrize("name", ["session", "connection"])
     def test_a_direct_call_has_no_transaction(self, eager_app: EagerApp, name: str) -> None:
         task = eager_app.task(lambda self: getattr(self, name))
-        with pytest.raises(IdempotentError, match=f"no {name} here: an atomic task has one while a worker, or apply"):
+        with pytest.raises(IdempotentError, match=f"no {name} eager_app: an atomic task has one while a worker, or apply"):
             task()
         with pytest.raises(IdempotentError, match=f"no {name} here"):
             getattr(task, name)
