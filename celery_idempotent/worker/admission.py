@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, assert_never
 
 from celery import states
@@ -61,6 +62,7 @@ from celery_idempotent.worker.claim_request import ClaimAnswer, ClaimRequest
 from celery_idempotent.worker.delivery import answered, describe, waited_on, worker_label
 from celery_idempotent.worker.events import DuplicateIgnored
 from celery_idempotent.worker.hold import hold_countdown, hold_delay, publish_copy
+from celery_idempotent.worker.late_retry import OWN_RESULT_WITHIN
 from celery_idempotent.worker.run import Run
 
 if TYPE_CHECKING:
@@ -78,6 +80,9 @@ _ATTEMPTS = 10
 
 #: Seconds for which a message is held whose row kept moving.
 _SETTLE = 1.0
+
+#: How long a failed attempt is given to store its error, after its row says failure.
+_OWN_RESULT_WITHIN = timedelta(seconds=OWN_RESULT_WITHIN)
 
 #: Seconds of grace for an older copy in the claim itself: whether it may run in a retry's place, and as which attempt, is told by the row.
 _NEVER = 1e9
@@ -372,9 +377,10 @@ class _Admission:
                 self._wait_for_the_chord()
                 return self._replay(row)
             case DeliveryAction.RAISE_FAILED:
+                error = self._first_error(row)
                 self._store.count_duplicate(row.key)
                 self.run.emit(OutcomeKind.REPLAYED, row, reason="failure")
-                raise self._first_error(row)
+                raise error
             case DeliveryAction.RAISE_PROCESSING:
                 self._store.count_duplicate(row.key)
                 self.run.emit(OutcomeKind.SKIPPED, row, reason="raise_processing")
@@ -519,12 +525,19 @@ class _Admission:
         return self.run
 
     def _first_error(self, row: Row) -> BaseException:
-        """Return what a copy of a failed message ends with: what it ended with before, if that was itself."""
-        if row.ran_task_id == self.request.id and self._result_is_ready():
-            with self._asking_the_backend():
-                stored = self.task.AsyncResult(self.request.id).result
-            if isinstance(stored, Exception):
-                return stored
+        """Return what a copy of a failed message ends with: what it ended with before, if that was itself.
+
+        Raises:
+            Ignore: That may be about to be stored, which the copy must not store its own error over. It comes again.
+        """
+        if row.ran_task_id == self.request.id and self._backend_tells:
+            if self._result_is_ready():
+                with self._asking_the_backend():
+                    stored = self.task.AsyncResult(self.request.id).result
+                if isinstance(stored, Exception):
+                    return stored
+            elif row.processed_timestamp and row.read_at - row.processed_timestamp < _OWN_RESULT_WITHIN:
+                raise self._hold(_SETTLE, row)
         return AlreadyFailedError(row.key.message_id, row.error)
 
     def _first_result(self, row: Row) -> Any:
@@ -658,13 +671,18 @@ class _Admission:
             return False
         return self._store.find(self.run.header.row_of_its_own) is not None
 
-    def _result_is_ready(self) -> bool:
-        backend = self.task.backend
+    @property
+    def _backend_tells(self) -> bool:
+        """Whether the result backend can say how this Celery id ended."""
         # An eager run has no stored result; rpc:// keeps results in their caller's queue, where a worker cannot look.
-        if self.request.is_eager or not backend.persistent:
+        backend = self.task.backend
+        return not self.request.is_eager and bool(backend.persistent) and not isinstance(backend, DisabledBackend)
+
+    def _result_is_ready(self) -> bool:
+        if not self._backend_tells:
             return False
         with self._asking_the_backend():
-            return bool(backend.get_state(self.request.id) in states.READY_STATES)
+            return bool(self.task.backend.get_state(self.request.id) in states.READY_STATES)
 
     def _adopted(self) -> NewMessage:
         """Return the full record of a message whose producer recorded none."""

@@ -14,10 +14,10 @@ from celery_idempotent.worker.celery_versions import ignores_result
 from celery_idempotent.worker.run import Run
 from celery_idempotent.worker.run_state import HandedOn
 
-__all__ = ["retry_stored"]
+__all__ = ["OWN_RESULT_WITHIN", "retry_stored"]
 
 #: Seconds for an attempt to store its result after it has ended its row, and between two checks for that.
-_OWN_RESULT_WITHIN = 2.0
+OWN_RESULT_WITHIN = 2.0
 _ASK_EVERY = 0.05
 
 
@@ -36,7 +36,7 @@ def retry_stored(run: Run) -> None:
     if row is None or row.ran_task_id != task_id or row.processed_status is None:
         return
     # The row is written before the result, so the attempt may be about to store its result, with the original error.
-    deadline = time.monotonic() + _OWN_RESULT_WITHIN
+    deadline = time.monotonic() + OWN_RESULT_WITHIN
     while backend.get_state(task_id) not in states.READY_STATES:
         if time.monotonic() >= deadline:
             break
