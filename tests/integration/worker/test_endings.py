@@ -9,8 +9,8 @@ from celery import states
 from celery.exceptions import Reject
 
 from celery_idempotent.core.records import ProcessedStatus, Row, Status
-from tests.support.deployment import unique
-from tests.support.shared_workers import SharedWorker
+from celery_idempotent.producer.relay import relay
+from tests.support.shared_workers import TIMEOUT, SharedWorker
 from tests.support.versions import CELERY
 from tests.support.waiting import TIMEOUT, wait_until
 
@@ -101,6 +101,18 @@ def test_a_requeued_message_comes_back_and_runs(shared_worker: SharedWorker) -> 
     row = shared_worker.row("requeued", m)
     assert ending(row) == (Status.DONE, SUCCESS, 2, 0)
     assert row.duplicates == 0
+
+
+def test_a_requeued_message_that_was_acknowledged_is_relayed(shared_worker: SharedWorker) -> None:
+    m = shared_worker.fresh()
+    result = shared_worker.task("requeued_early").apply_async((shared_worker.path("flag"),), message_id=m)
+    shared_worker.wait_for_row("requeued_early", m, lambda row: row.token == 1 and row.status is Status.PENDING)
+    shared_worker.wait_for_row("requeued_early", m, lambda row: row.published_at is None)
+
+    assert relay(shared_worker.app.queue_log).published == 1
+
+    assert result.get(timeout=TIMEOUT) == "the second time"
+    assert ending(shared_worker.row("requeued_early", m)) == (Status.DONE, SUCCESS, 2, 0)
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,8 @@ from celery import states
 from kombu.exceptions import EncodeError
 
 from celery_idempotent import AlreadyFailedError, queue_log_table
-from celery_idempotent.core.records import ProcessedStatus, Status
-from tests.support.deployment import unique
-from tests.support.shared_workers import SharedWorker
-from tests.support.waiting import TIMEOUT
+from celery_idempotent.core.records import Claimed, MessageKey, NewMessage, ProcessedStatus, Status
+from tests.support.shared_workers import TIMEOUT, SharedWorker
 
 SUCCESS = ProcessedStatus.SUCCESS
 
@@ -80,6 +78,24 @@ def test_a_duplicate_does_not_store_a_result_that_is_there(shared_worker: Shared
     shared_worker.task("echo").apply_async(("value",), message_id=m)
 
     assert backend.get_state(first.id) == states.PENDING, "it has not expired: somebody has forgotten it"
+
+
+def test_a_copy_leaves_its_message_the_time_to_store_its_error(shared_worker: SharedWorker) -> None:
+    """Its row is written first: a copy that looks in between would store an error of its own over that."""
+    m, task_id, store = shared_worker.fresh(), shared_worker.fresh("task"), shared_worker.app.queue_log.store
+    claimed = store.claim(
+        NewMessage(MessageKey(m, "fail"), task_id, message=b""), worker="another:1", lease=60.0, grace=0.0
+    )
+    assert isinstance(claimed, Claimed)
+    store.fail(claimed.claim, error="ValueError: as told", unique_for=None)
+
+    result = shared_worker.deliver("fail", message_id=m, task_id=task_id)
+
+    shared_worker.wait_until_held("fail", m)
+    shared_worker.app.backend.store_result(task_id, ValueError("as told"), states.FAILURE)
+    shared_worker.wait_for_row("fail", m, lambda row: row.duplicates == 1)
+    assert isinstance(result.get(timeout=TIMEOUT, propagate=False), ValueError)
+    assert shared_worker.starts("fail", m) == []
 
 
 def test_a_result_that_is_not_kept_is_replayed_from_the_backend(shared_worker: SharedWorker) -> None:
