@@ -15,8 +15,10 @@ from celery.exceptions import InvalidTaskError, Terminated, TimeLimitExceeded, W
 from celery.worker.request import Request
 from celery.worker.state import active_requests
 
+from celery_idempotent.core.fork_lock import no_fork
 from celery_idempotent.core.records import ABANDONED, MessageKey, NewMessage, Owner, ProcessedStatus, Status
 from celery_idempotent.core.storable import LONGEST, is_text
+from celery_idempotent.core.store_retry import ask_until_answered
 from celery_idempotent.errors import StoreError
 from celery_idempotent.hooks import OutcomeKind, reason_of
 from celery_idempotent.maintenance.rescue import Rescue
@@ -25,6 +27,7 @@ from celery_idempotent.message.header import Header
 from celery_idempotent.message.identity import Identity, identity_of_sent
 from celery_idempotent.message.serialization import UndecodableError, decode_result, encode_message, serializer_of
 from celery_idempotent.producer.identify import identify
+from celery_idempotent.worker.body_end import Completed
 from celery_idempotent.worker.celery_versions import acknowledges_timeouts, retries_lost_workers
 from celery_idempotent.worker.delivery import describe, worker_label
 from celery_idempotent.worker.discards import REVOKED, discard
@@ -134,10 +137,8 @@ class IdempotentRequest(Request):  # type: ignore[misc]
             elif cancelled:
                 # Celery reports to the caller that it will run again. Whether it does is decided at its next delivery.
                 self._end("expire", self.task.queue_log.store.expire)
-            elif self._had_succeeded():
+            elif self._lost() is False and self._had_succeeded():
                 return None
-            else:
-                self._lost()
         announce(self, error)
         return super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
 
@@ -167,35 +168,69 @@ class IdempotentRequest(Request):  # type: ignore[misc]
         if not self._fail(TERMINATED, OutcomeKind.CANCELLED):
             discard(self.task, self._context, REVOKED)  # it ended before it claimed
 
-    def _had_succeeded(self) -> bool:
-        """Return whether a lost child had recorded a success; if so, store the result, which the child did not get to."""
-        store, key = self.task.queue_log.store, self.key
-        if key is None:
-            return False
-        try:
-            row = store.find(key)
-            if row is None or row.processed_status is not ProcessedStatus.SUCCESS or row.status is not Status.DONE:
-                return False
-            if self.owner is None or row.worker != self.owner.worker or row.result is None:
-                return False
-            value = decode_result(self.app, row.result)
-        except (StoreError, UndecodableError) as error:
-            logger.error("cannot tell whether %s had succeeded: %s", self, error)
-            return False
-        logger.warning("%s had succeeded when its process was lost", self)
-        if not self.ignore_result:
-            self.task.backend.store_result(self.id, value, states.SUCCESS, request=self._context)
-        self.on_success((False, value, 0.0))
-        return True
+    def _lost(self) -> bool | None:
+        """End the claim of a lost child; whether it was there to be ended, or ``None`` if the store gave no answer.
 
-    def _lost(self) -> None:
+        Then Celery says that the worker was lost, and another thread corrects that once the store answers: the child may have succeeded.
+        """
         task = self.task
         # Celery's own rule for sending the next attempt from this process, which then moves the row to that attempt.
         retried = retries_lost_workers(task) and (task.max_retries is None or self._context.retries < task.max_retries)
         if retried or task.idempotency.delivery.on_abandoned == "rerun":
-            self._end("expire", self.task.queue_log.store.expire)
+            ended = self._end("expire", self.task.queue_log.store.expire)
         else:
-            self._fail(ABANDONED, OutcomeKind.ABANDONED)
+            ended = self._fail(ABANDONED, OutcomeKind.ABANDONED)
+        if ended is None:
+            threading.Thread(target=self._correct_result, name="celery_idempotent_correct", daemon=True).start()
+        return ended
+
+    def _had_succeeded(self) -> bool:
+        """Return whether the row of a lost child says success: it was lost before Celery stored the result, which is done from here."""
+        try:
+            stored = self._stored_success()
+        except StoreError as error:
+            logger.error("cannot tell whether %s had succeeded: %s", self, error)
+            return False
+        if stored is None:
+            return False
+        self._store_success(stored)
+        self.on_success((False, stored.value, 0.0))
+        return True
+
+    def _correct_result(self) -> None:
+        def ask() -> Completed | None:
+            with no_fork():
+                return self._stored_success()
+
+        try:
+            stored = ask_until_answered(ask, "read the row of", self)
+            if stored is not None:
+                self._store_success(stored)
+        except Exception:
+            logger.exception("%s may have succeeded, but its result says that its worker was lost", self)
+
+    def _stored_success(self) -> Completed | None:
+        """Return what the row keeps of the child's success; ``None`` if it had none, or its value cannot be read.
+
+        Raises:
+            StoreError: The store gave no answer.
+        """
+        key, owner = self.key, self.owner
+        row = None if key is None else self.task.queue_log.store.find(key)
+        if row is None or owner is None or row.worker != owner.worker or row.result is None:
+            return None
+        if (row.status, row.processed_status) != (Status.DONE, ProcessedStatus.SUCCESS):
+            return None
+        try:
+            return Completed(decode_result(self.app, row.result))
+        except UndecodableError as error:
+            logger.error("%s had succeeded, but its result cannot be read: %s", self, error)
+            return None
+
+    def _store_success(self, stored: Completed) -> None:
+        logger.warning("%s had succeeded when its process was lost", self)
+        if not self.ignore_result:
+            self.task.backend.store_result(self.id, stored.value, states.SUCCESS, request=self._context)
 
     def _retry_worker_lost(self, exc: BaseException, exc_info: ExceptionInfo) -> Any:
         # Celery sends the next attempt from this process, outside of any run. Move the row to it first, and put our header on it.
@@ -245,15 +280,15 @@ class IdempotentRequest(Request):  # type: ignore[misc]
         )
         return fingerprint
 
-    def _fail(self, error: str, kind: OutcomeKind = OutcomeKind.FAILED) -> bool:
+    def _fail(self, error: str, kind: OutcomeKind = OutcomeKind.FAILED) -> bool | None:
         store, unique_for = self.task.queue_log.store, self.task.idempotency.unique_for
         failed = self._end("fail", lambda owner: store.fail(owner, error=error, unique_for=unique_for))
         if failed:
             self._emit(kind, reason_of(error))
         return failed
 
-    def _end(self, what: str, write: Callable[[Owner], bool]) -> bool:
-        """End the claim of a body that cannot end it itself; return whether ``write`` found the claim."""
+    def _end(self, what: str, write: Callable[[Owner], bool]) -> bool | None:
+        """End the claim of a body that cannot end it itself; whether it was there to be ended so, or ``None`` without an answer."""
         if self.owner is None:
             return False  # never accepted, so never claimed
         if self.held is not None:
@@ -269,6 +304,7 @@ class IdempotentRequest(Request):  # type: ignore[misc]
             self.task.queue_log.store.expire(self.owner)
         except StoreError as error:
             logger.error("could not %s the claim of %s; it runs out with its lease: %s", what, self, error)
+            return None
         return False
 
     def _emit(self, kind: OutcomeKind, reason: str, attempt: int | None = None) -> None:

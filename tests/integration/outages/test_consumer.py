@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from sqlalchemy import NullPool, create_engine, text
 
 from celery_idempotent import StoreUnavailableError
 from celery_idempotent.core.records import MessageKey, ProcessedStatus, Row, RowFilter, Status
+from tests.conftest import StartWorker
 from tests.support.apps import AppSpec, OpenApp
 from tests.support.ledger import Ledger
 from tests.support.proxy import Proxy
@@ -404,3 +406,24 @@ def test_raise_tells_the_caller(
         assert "the queue log at postgresql+psycopg://postgres@127.0.0.1" in str(error)
         assert "gave no answer" in str(error)
     assert ledger.starts("echo") == []
+
+
+def test_a_lost_process_that_had_succeeded_is_answered_when_the_store_is_back(
+    spec: AppSpec, app: Celery, start_worker: StartWorker, tmp_path: Path
+) -> None:
+    """It dies between the end of its row and its result, and the worker cannot ask the store just then."""
+    gate = tmp_path / "gate"
+    with Proxy(spec.store) as proxy:
+        worker = start_worker(replace(spec, store=proxy.url, tasks=(*spec.tasks, "tests.support.apps.outcomes")))
+        task = "die.unstored"
+        app.send_task(task, (str(gate),), task_id="t-1", message_id="m-1")
+        wait_until(lambda: done(app, task) == 1, timeout=60, describe="the end of the row")
+
+        proxy.close_for_now()
+        gate.touch()
+        wait_for_log(worker, "could not expire the claim of", "could not fail the claim of")
+        wait_until(lambda: app.AsyncResult("t-1").ready(), timeout=60, describe="a first answer")
+        proxy.reopen()
+
+        wait_until(lambda: app.AsyncResult("t-1").successful(), timeout=60, describe=worker.log_tail)
+    assert app.AsyncResult("t-1").get() == {"value": "stored by another"}

@@ -251,13 +251,16 @@ def _losses(app: Celery, base: type[Task], ledger: Ledger) -> None:
         app.task(die, base=base, bind=True, name=name, lease=3600, **options)
 
     @app.task(base=base, bind=True, name="die.unstored", lease=3600)
-    def die_unstored(self: Task) -> dict[str, str]:
-        """Take the pool's process along between the end of its row and its result."""
+    def die_unstored(self: Task, gate: str | None = None) -> dict[str, str]:
+        """Take the pool's process along between the end of its row and its result, when the test opens the gate."""
+        store = self.queue_log.store
+        key = MessageKey(self.request.properties["message_id"], self.name)
 
         class Fatal(dict[str, str]):
             def items(_) -> Any:  # noqa: N805
-                row = self.queue_log.store.find(MessageKey(self.request.properties["message_id"], self.name))
-                if row.status == "done":
+                if store.find(key).status == "done":
+                    if gate is not None:
+                        wait_until(Path(gate).exists, timeout=100.0, describe=f"the gate {gate}")
                     os.kill(os.getpid(), signal.SIGKILL)
                 return super().items()
 
