@@ -142,7 +142,7 @@ def test_a_held_copy_that_has_expired_is_not_dropped(spec: AppSpec, open_app: Op
 
         app.tasks["echo"].publish_copy(request, "m-1", 1.0)
 
-        message = wait_until(lambda: queue.get(no_ack=True), timeout=TIMEOUT)
+        message = wait_until(lambda: queue.get(no_ack=True))
     assert (message.headers["expires"], message.properties.get("expiration")) == (expires.isoformat(), None)
 
 
@@ -153,5 +153,5 @@ def wait_for_end(app: Celery, key: MessageKey) -> Row:
         row: Row | None = app.queue_log.store.find(key)
         return row if row is not None and row.status is Status.DONE else None
 
-    row: Row = wait_until(ended, timeout=TIMEOUT, describe=lambda: str(app.queue_log.store.find(key)))
+    row: Row = wait_until(ended, describe=lambda: str(app.queue_log.store.find(key)))
     return row

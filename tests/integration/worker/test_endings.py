@@ -10,7 +10,8 @@ from celery.exceptions import Reject
 
 from celery_idempotent.core.records import ProcessedStatus, Row, Status
 from celery_idempotent.producer.relay import relay
-from tests.support.shared_workers import TIMEOUT, SharedWorker
+from tests.support.deployment import unique
+from tests.support.shared_workers import SharedWorker
 from tests.support.versions import CELERY
 from tests.support.waiting import TIMEOUT, wait_until
 
@@ -104,7 +105,7 @@ def test_a_requeued_message_comes_back_and_runs(shared_worker: SharedWorker) -> 
 
 
 def test_a_requeued_message_that_was_acknowledged_is_relayed(shared_worker: SharedWorker) -> None:
-    m = shared_worker.fresh()
+    m = unique("m")
     result = shared_worker.task("requeued_early").apply_async((shared_worker.path("flag"),), message_id=m)
     shared_worker.wait_for_row("requeued_early", m, lambda row: row.token == 1 and row.status is Status.PENDING)
     shared_worker.wait_for_row("requeued_early", m, lambda row: row.published_at is None)

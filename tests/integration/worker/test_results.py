@@ -14,7 +14,9 @@ from kombu.exceptions import EncodeError
 
 from celery_idempotent import AlreadyFailedError, queue_log_table
 from celery_idempotent.core.records import Claimed, MessageKey, NewMessage, ProcessedStatus, Status
-from tests.support.shared_workers import TIMEOUT, SharedWorker
+from tests.support.deployment import unique
+from tests.support.shared_workers import SharedWorker
+from tests.support.waiting import TIMEOUT
 
 SUCCESS = ProcessedStatus.SUCCESS
 
@@ -82,7 +84,7 @@ def test_a_duplicate_does_not_store_a_result_that_is_there(shared_worker: Shared
 
 def test_a_copy_leaves_its_message_the_time_to_store_its_error(shared_worker: SharedWorker) -> None:
     """Its row is written first: a copy that looks in between would store an error of its own over that."""
-    m, task_id, store = shared_worker.fresh(), shared_worker.fresh("task"), shared_worker.app.queue_log.store
+    m, task_id, store = unique("m"), unique("task"), shared_worker.app.queue_log.store
     claimed = store.claim(
         NewMessage(MessageKey(m, "fail"), task_id, message=b""), worker="another:1", lease=60.0, grace=0.0
     )
