@@ -109,8 +109,8 @@ def test_a_body_that_is_run_again_sends_once(eager_app: EagerApp, child: Idempot
         task.connection.execute(add_to("count"))
         if len(runs) == 1:
             unit: Any = task.request.idempotent_run.unit
-            unit.gave_way = ValueError("another one had to go first")
-            raise unit.gave_way
+            unit.watch.gave_way = ValueError("another one had to go first")
+            raise unit.watch.gave_way
         return str(result.id)
 
     outcome = eager_app.run(body)
