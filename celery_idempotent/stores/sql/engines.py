@@ -30,7 +30,7 @@ _USED = "celery_idempotent.used"
 
 #: Execution options: of an engine of ours for bodies; and of a body's connection, which may be an owner's engine's.
 _FOLLOWS = "celery_idempotent_follows"
-_OF_BODIES = {_FOLLOWS, "celery_idempotent_unit"}
+_OF_BODIES = {_FOLLOWS, "celery_idempotent_watch"}
 
 
 def for_statements(url: URL, dialect: Dialect, limit: float) -> Engine:

@@ -158,7 +158,7 @@ def test_a_server_that_is_read_only_now_is_left(pair: tuple[PrivateServer, Priva
                 each.record(new_message(MessageKey("meanwhile", "t")))
             assert caught.value.unsent
             with each.engine.connect() as body, pytest.raises(sa.exc.DBAPIError) as refused:
-                body.execution_options(celery_idempotent_unit=None).execute(
+                body.execution_options(celery_idempotent_watch=None).execute(
                     sa.text("UPDATE queue_log SET duplicates = 1")
                 )
             assert each.gave_way(refused.value)
