@@ -10,7 +10,17 @@ from typing import Any, TypeGuard
 
 from celery_idempotent.errors import ConfigurationError
 
-__all__ = ["FINGERPRINT", "LONGEST", "MOST", "check_number", "check_plain", "check_text", "is_text"]
+__all__ = [
+    "FINGERPRINT",
+    "LONGEST",
+    "MOST",
+    "check_number",
+    "check_plain",
+    "check_text",
+    "in_ascii",
+    "is_text",
+    "storable_error",
+]
 
 #: Characters in an id or a name: what each column has room for.
 LONGEST = 255
@@ -90,6 +100,16 @@ def check_number(what: str, value: object) -> int:
             f"{what} is a whole number from 0 to {MOST}, not {_shown(value)}: correct it where the message is sent"
         )
     return value
+
+
+def storable_error(text: str) -> str:
+    """Return the text of an error with NULs (refused by PostgreSQL) and lone surrogates (not UTF-8) as backslash escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8").replace("\0", "\\x00")
+
+
+def in_ascii(text: str) -> str:
+    """Return the text with all but ASCII as backslash escapes, for a database that lacks its characters."""
+    return storable_error(text).encode("ascii", "backslashreplace").decode()
 
 
 def _shown(value: Any) -> str:

@@ -1,19 +1,23 @@
 """What operators ask for besides reading: forget a row, count what may be purged, tell how the log and its servers stand."""
 
+# ruff: noqa: D102 - the verbs are documented in the port
+
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from typing import Any
 
-from celery_idempotent.core.records import FORGOTTEN, LogHealth, ProcessedStatus, Row, Status
+from celery_idempotent.core.records import FORGOTTEN, LogHealth, ProcessedStatus, Row
+from celery_idempotent.stores import took_effect
 from celery_idempotent.stores.redis.connection import ScriptSession
-from celery_idempotent.stores.redis.layout import SHARDS, encoded, identity
-from celery_idempotent.stores.redis.recovering import PURGEABLE
-from celery_idempotent.stores.redis.rows import Argument, optional_moment, row_of, storable
+from celery_idempotent.stores.redis.layout import SHARDS, encoded
+from celery_idempotent.stores.redis.recovering import PURGEABLE, chosen_by
+from celery_idempotent.stores.redis.rows import optional_moment
 from celery_idempotent.stores.redis.scripts import Script
+from celery_idempotent.stores.redis.verbs import Verbs, ask, shows, verb, wrote
 
-__all__ = ["condition", "configuration", "forget", "purgeable"]
+__all__ = ["Admin"]
 
 _FORGET = Script("""
 local ident, row = ARGV[1], read(ARGV[1])
@@ -100,64 +104,61 @@ _FROM_INFO: Mapping[str, tuple[str, Callable[[str], str]]] = {
 }
 
 
-def forget(on: ScriptSession, row: Row, *, is_retry: bool) -> bool:
-    """Empty it and free its id, by compare and set."""
-    ident = identity(row.key)
-    answer = on.call(_FORGET, ident, ident, row.status.encode(), row.token, encoded(row.task_id), storable(FORGOTTEN))
-    if answer == 1:
-        return True
-    if not is_retry or answer is None:
-        return False
-    found = row_of(row.key, answer)
-    return (found.status, found.processed_status, found.token, found.task_id, found.error) == (
-        Status.DONE,
-        ProcessedStatus.FAILURE,
-        row.token,
-        row.task_id,
-        FORGOTTEN,
-    )
+class Admin(Verbs):
+    """Forgets rows, and tells how the log and its servers stand."""
+
+    @verb
+    def forget(self, on: ScriptSession, row: Row) -> bool:
+        read = (row.status.encode(), row.token, encoded(row.task_id))
+        answer = ask(on, _FORGET, row.key, *read, FORGOTTEN.encode())
+        return wrote(answer) or (on.is_retry and shows(row.key, answer, lambda found: took_effect.forget(found, row)))
+
+    @verb
+    def purgeable(
+        self,
+        on: ScriptSession,
+        *,
+        older_than: float,
+        failures_older_than: float | None = None,
+        task_name: str | None = None,
+        processed_status: ProcessedStatus | None = None,
+    ) -> int:
+        chosen = chosen_by(older_than, failures_older_than, task_name, processed_status)
+        counted, shards, first = 0, list(range(SHARDS)), 0
+        while shards:
+            answers = on.call_each(_PURGEABLE, [(shard, (*chosen, first)) for shard in shards])
+            counted += sum(count for count, _ in answers)
+            shards = [shard for shard, (_, looked_at) in zip(shards, answers, strict=True) if looked_at == 500]
+            first += 500
+        return counted
+
+    def condition(self) -> LogHealth:
+        every = [(shard, ()) for shard in range(SHARDS)]
+        answers = self._run(lambda on: on.call_each(_CONDITION, every), prepared=False)
+        now, *moments = zip(*([optional_moment(value) for value in answer] for answer in answers), strict=True)
+        last_due, lapsed_since, unsent_since, done_since = moments
+        read_at = _which(max, now)
+        assert read_at is not None, "every script tells the clock"
+        return LogHealth(
+            read_at,
+            last_due=_which(max, last_due),
+            lapsed_since=_which(min, lapsed_since),
+            unsent_since=_which(min, unsent_since),
+            done_since=_which(min, done_since),
+        )
+
+    def configuration(self) -> Mapping[str, str]:
+        told: dict[str, str] = {}
+        for node, answers in self._run(lambda on: on.command_each(_ASK), prepared=False).items():
+            for name, value in _settings(answers).items():
+                if told.setdefault(name, value) != value:
+                    told[f"{name} [{node}]"] = value
+        return told
 
 
-def purgeable(on: ScriptSession, chosen: Sequence[Argument]) -> int:
-    """How many rows are past retention."""
-    counted, shards, first = 0, list(range(SHARDS)), 0
-    while shards:
-        answers = on.call_each(_PURGEABLE, [(shard, (*chosen, first)) for shard in shards])
-        counted += sum(count for count, _ in answers)
-        shards = [shard for shard, (_, looked_at) in zip(shards, answers, strict=True) if looked_at == 500]
-        first += 500
-    return counted
-
-
-def condition(on: ScriptSession) -> LogHealth:
-    """Return what waits, and since when."""
-    answers = on.call_each(_CONDITION, [(shard, ()) for shard in range(SHARDS)])
-    now, *moments = zip(*([optional_moment(value) for value in answer] for answer in answers), strict=True)
-
-    def which(pick: Callable[[list[datetime]], datetime], found: tuple[datetime | None, ...]) -> datetime | None:
-        known = [moment for moment in found if moment is not None]
-        return pick(known) if known else None
-
-    last_due, lapsed_since, unsent_since, done_since = moments
-    read_at = which(max, now)
-    assert read_at is not None, "every script tells the clock"
-    return LogHealth(
-        read_at,
-        last_due=which(max, last_due),
-        lapsed_since=which(min, lapsed_since),
-        unsent_since=which(min, unsent_since),
-        done_since=which(min, done_since),
-    )
-
-
-def configuration(on: ScriptSession) -> dict[str, str]:
-    """Return the settings of the server, or of every node."""
-    told: dict[str, str] = {}
-    for node, answers in on.command_each(_ASK).items():
-        for name, value in _settings(answers).items():
-            if told.setdefault(name, value) != value:
-                told[f"{name} [{node}]"] = value
-    return told
+def _which(pick: Callable[[list[datetime]], datetime], moments: Iterable[datetime | None]) -> datetime | None:
+    known = [moment for moment in moments if moment is not None]
+    return pick(known) if known else None
 
 
 def _settings(answers: list[Any]) -> dict[str, str]:

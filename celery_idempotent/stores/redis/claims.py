@@ -1,20 +1,22 @@
-"""The consumer's verbs that begin and keep a run: claim, take over, renew.
+"""The consumer's verbs that begin and keep a run: claim, take over, renew."""
 
-As in :mod:`~celery_idempotent.stores.redis.producer`, each takes the connection, and ``is_retry`` says that it is a repeat.
-"""
+# ruff: noqa: D102 - the verbs are documented in the port
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from celery_idempotent.core.records import Claim, Claimed, Holder, NewMessage, NotClaimed, Row, Status
+from celery_idempotent.core.records import Claim, Claimed, Holder, NewMessage, NotClaimed, Row
 from celery_idempotent.errors import StoreUnavailableError
+from celery_idempotent.stores import took_effect
+from celery_idempotent.stores.batches import in_batches
 from celery_idempotent.stores.redis.connection import ScriptSession
 from celery_idempotent.stores.redis.layout import encoded, identity
 from celery_idempotent.stores.redis.rows import duration, fence, message_arguments, optional, row_of
 from celery_idempotent.stores.redis.scripts import Script
+from celery_idempotent.stores.redis.verbs import Verbs, ask, shows, verb, wrote
 
-__all__ = ["claim", "renew", "take_over"]
+__all__ = ["Claims"]
 
 #: How often a claim starts over because the row changed between two of its scripts. Each time somebody else got on, so that this
 #: many in a row mean that something is wrong.
@@ -100,61 +102,60 @@ return answers
 """)
 
 
-def claim(
-    on: ScriptSession,
-    message: NewMessage,
-    *,
-    worker: str,
-    lease: float,
-    grace: float,
-    adopt: Callable[[], NewMessage] | None,
-    is_retry: bool,
-) -> Claimed | NotClaimed:
-    """One script for a message that was recorded, and another for one that was not."""
-    key = message.key
-    ident = identity(key)
-    who = (encoded(worker), encoded(message.task_id), duration(lease))
-    first = optional(message.original_task_id)
-    asked = (ident, message.attempt, optional(message.fingerprint), *who, duration(grace), first)
-    whole: tuple[bytes, ...] | None = None
-    for _ in range(ROUNDS):
-        answer = on.call(_CLAIM, ident, *asked)
-        if isinstance(answer, list):
-            row = row_of(key, answer)
-            # The first attempt of this very call took effect, and its answer was lost.
-            if is_retry and row.status is Status.PROCESSING and row.worker == worker:
-                return Claimed(Claim(key, row.token))
-            return NotClaimed(row)
-        if answer is None:
-            if whole is None:
-                whole = message_arguments(message if adopt is None else adopt())
-            answer = on.call(_CLAIM_NEW, ident, ident, *who, first, *whole)
-        if isinstance(answer, int):
-            return Claimed(Claim(key, answer))
-    raise StoreUnavailableError(f"message {key.message_id!r} could not be claimed: its row kept changing")
+class Claims(Verbs):
+    """Grants claims and leases."""
 
+    @verb
+    def claim(
+        self,
+        on: ScriptSession,
+        message: NewMessage,
+        *,
+        worker: str,
+        lease: float,
+        grace: float,
+        adopt: Callable[[], NewMessage] | None = None,
+    ) -> Claimed | NotClaimed:
+        # One script for a message that was recorded, and another for one that was not.
+        key = message.key
+        ident = identity(key)
+        who = (encoded(worker), encoded(message.task_id), duration(lease))
+        first = optional(message.original_task_id)
+        asked = (ident, message.attempt, optional(message.fingerprint), *who, duration(grace), first)
+        whole: tuple[bytes, ...] | None = None
+        for _ in range(ROUNDS):
+            answer = on.call(_CLAIM, ident, *asked)
+            if isinstance(answer, list):
+                row = row_of(key, answer)
+                if on.is_retry and took_effect.claim(row, worker=worker):
+                    return Claimed(Claim(key, row.token))
+                return NotClaimed(row)
+            if answer is None:
+                if whole is None:
+                    whole = message_arguments(message if adopt is None else adopt())
+                answer = on.call(_CLAIM_NEW, ident, ident, *who, first, *whole)
+            if isinstance(answer, int):
+                return Claimed(Claim(key, answer))
+        raise StoreUnavailableError(f"message {key.message_id!r} could not be claimed: its row kept changing")
 
-def take_over(
-    on: ScriptSession, row: Row, *, task_id: str, worker: str, lease: float, attempt: int, is_retry: bool
-) -> Claimed | None:
-    """Take the next token, by compare and set on the last one and on the lease."""
-    ident = identity(row.key)
-    processed = b"" if row.processed_status is None else row.processed_status.encode()
-    who = (encoded(worker), encoded(task_id), duration(lease))
-    answer = on.call(_TAKE_OVER, ident, ident, row.token, processed, *who, attempt)
-    claimed = Claimed(Claim(row.key, row.token + 1))
-    if answer == 1:
-        return claimed
-    if is_retry and answer is not None:
-        found = row_of(row.key, answer)
-        if (found.status, found.token, found.worker) == (Status.PROCESSING, row.token + 1, worker):
-            return claimed
-    return None
+    @verb
+    def take_over(
+        self, on: ScriptSession, row: Row, *, task_id: str, worker: str, lease: float, attempt: int
+    ) -> Claimed | None:
+        processed = b"" if row.processed_status is None else row.processed_status.encode()
+        who = (encoded(worker), encoded(task_id), duration(lease))
+        answer = ask(on, _TAKE_OVER, row.key, row.token, processed, *who, attempt)
+        taken = wrote(answer) or (
+            on.is_retry and shows(row.key, answer, lambda found: took_effect.take_over(found, row, worker=worker))
+        )
+        return Claimed(Claim(row.key, row.token + 1)) if taken else None
 
+    def renew(self, holders: Sequence[Holder], *, lease: float) -> list[Holder]:
+        return [lost for some in in_batches(holders) for lost in self._renew_some(some, lease=lease)]
 
-def renew(on: ScriptSession, holders: Sequence[Holder], *, lease: float) -> list[Holder]:
-    """Give new leases, each on its own."""
-    idents = [identity(holder.key) for holder in holders]
-    items = [(ident, (ident, *fence(holder))) for ident, holder in zip(idents, holders, strict=True)]
-    answers = on.call_all(_RENEW, [duration(lease)], items)
-    return [holder for holder, kept in zip(holders, answers, strict=True) if not kept]
+    @verb
+    def _renew_some(self, on: ScriptSession, holders: Sequence[Holder], *, lease: float) -> list[Holder]:
+        idents = [identity(holder.key) for holder in holders]
+        items = [(ident, (ident, *fence(holder))) for ident, holder in zip(idents, holders, strict=True)]
+        answers = on.call_all(_RENEW, [duration(lease)], items)
+        return [holder for holder, kept in zip(holders, answers, strict=True) if not kept]

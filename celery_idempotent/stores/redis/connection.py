@@ -1,7 +1,7 @@
 """Run operations on a server: one round trip per call, and what to do if there is no answer.
 
 An idle connection that the server has closed is noticed at its socket, without a round trip. If a connection breaks during an operation, the
-operation is repeated once on a new one. Its first attempt may have taken effect, so the operation is told that it is a repeat (``is_retry``).
+operation is repeated once on a new one. Its first attempt may have taken effect, so the session tells the operation (``is_retry``).
 No answer is waited for longer than :data:`ANSWER`.
 """
 
@@ -77,10 +77,12 @@ class ScriptSession:
         server: Where the scripts run.
         layout: The keys of the log.
         wires: The operation's connections.
+        is_retry: Whether an earlier attempt at the operation broke off with its connection: it may have taken effect.
     """
 
-    def __init__(self, server: Server, layout: Layout, wires: Wires) -> None:
+    def __init__(self, server: Server, layout: Layout, wires: Wires, *, is_retry: bool) -> None:
         self.layout = layout
+        self.is_retry = is_retry
         #: Whether one server has all shards, and one clock.
         self.whole = server.whole
         #: Whether calls took effect that were made together with one that was refused.
@@ -233,11 +235,11 @@ class Server:
     def __str__(self) -> str:
         return self._address.text
 
-    def run(self, operation: Callable[[ScriptSession, bool], T], *, prepared: bool = True) -> T:
+    def run(self, operation: Callable[[ScriptSession], T], *, prepared: bool = True) -> T:
         """Run an operation on a connection, repeating it once if that breaks.
 
         Args:
-            operation: Given a session, and whether an earlier attempt broke off with its connection.
+            operation: Given a session.
             prepared: Whether the layout must be checked first; ``False`` for operations that do it themselves.
 
         Raises:
@@ -249,13 +251,13 @@ class Server:
             # ``setdefault`` is atomic.
             opened = self._opened.get(os.getpid()) or self._opened.setdefault(os.getpid(), Opened())
             wires = Wires(opened, self._connect, at_once=self._address.at_once, patience=CONNECT)
-            on = ScriptSession(self, self._layout, wires)
+            on = ScriptSession(self, self._layout, wires, is_retry=is_retry)
             try:
                 with wires:
                     if prepared and not opened.ready:
                         self._prepare(on)
                         opened.ready = True
-                    return operation(on, is_retry)
+                    return operation(on)
             except (NoAdmissionError, AuthenticationError) as error:
                 raise _unavailable(
                     f"the queue log at {self} refused: {error}", is_retry or on.partly, AccessDeniedError

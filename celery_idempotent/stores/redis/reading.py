@@ -5,24 +5,28 @@ time: it takes a while in a large log, and keeps nobody waiting. They are no sna
 before or as it is after. They follow the way that rows take, so that one that goes on is not missed.
 """
 
+# ruff: noqa: D102 - the verbs are documented in the port
+
 from __future__ import annotations
 
 import fnmatch
 import heapq
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from celery_idempotent.core.records import FORGOTTEN, MessageKey, ProcessedStatus, Row, RowFilter, Status, TaskCount
-from celery_idempotent.errors import StoreError
+from celery_idempotent.stores.batches import in_batches
+from celery_idempotent.stores.faults import statuses_of
 from celery_idempotent.stores.redis.connection import ScriptSession
 from celery_idempotent.stores.redis.layout import SHARDS, identity, key_of
 from celery_idempotent.stores.redis.recovering import fetch, first_of_all
 from celery_idempotent.stores.redis.rows import row_of
 from celery_idempotent.stores.redis.scripts import Script
+from celery_idempotent.stores.redis.verbs import Verbs, ask, verb
 
-__all__ = ["counts", "find", "find_all", "newest", "rows"]
+__all__ = ["Reading"]
 
 _FIND = Script("return tell(ARGV[1])")
 
@@ -61,66 +65,67 @@ return {found[1], looked}
 _INDEXES = {Status.PENDING: (b":unsent",), Status.PROCESSING: (b":running",), Status.DONE: (b":kept", b":done")}
 
 
-def find(on: ScriptSession, key: MessageKey) -> Row | None:
-    """Return the row of a message."""
-    ident = identity(key)
-    answer = on.call(_FIND, ident, ident)
-    return None if answer is None else row_of(key, answer)
+class Reading(Verbs):
+    """Finds rows, lists them and counts them."""
 
+    @verb
+    def find(self, on: ScriptSession, key: MessageKey) -> Row | None:
+        answer = ask(on, _FIND, key)
+        return None if answer is None else row_of(key, answer)
 
-def find_all(on: ScriptSession, keys: Collection[MessageKey]) -> list[Row]:
-    """Those that are there, without what is large."""
-    return fetch(on, [identity(key) for key in keys], _FETCH_SMALL)
+    def find_all(self, keys: Collection[MessageKey]) -> list[Row]:
+        return [row for some in in_batches(keys) for row in self._find_some(some)]
 
+    @verb
+    def _find_some(self, on: ScriptSession, keys: Sequence[MessageKey]) -> list[Row]:
+        return fetch(on, [identity(key) for key in keys], _FETCH_SMALL)
 
-def rows(on: ScriptSession, where: RowFilter) -> list[Row]:
-    """Rows that match, in the order asked for, without what is large."""
-    matches_id, matches_task, matches_queue, matches_error = map(
-        _matches, (where.message_id, where.task_name, where.queue, where.error)
-    )
-    chosen: dict[bytes, int] = {}
-    for seen in _look(on, where.status):
-        key = key_of(seen.ident)
-        if (
-            matches_id(key.message_id)
-            and matches_task(key.task_name)
-            and where.status in {None, seen.status}
-            and (
-                where.processed_status is None
-                or (where.processed_status is seen.processed_status and seen.error != FORGOTTEN)
-            )
-            and (where.older_than is None or seen.age >= where.older_than)
-            and (where.newer_than is None or seen.age < where.newer_than)
-            and (where.queue is None or (seen.queue is not None and matches_queue(seen.queue)))
-            and (where.error is None or (seen.error is not None and matches_error(seen.error)))
-        ):
-            chosen[seen.ident] = seen.created
-            if len(chosen) >= 2 * where.limit + 1000:
-                chosen = dict(_first(chosen, where))
-    return fetch(on, [ident for ident, _ in _first(chosen, where)], _FETCH_SMALL)
+    @verb
+    def rows(self, on: ScriptSession, where: RowFilter) -> Iterator[Row]:
+        matches_id, matches_task, matches_queue, matches_error = map(
+            _matches, (where.message_id, where.task_name, where.queue, where.error)
+        )
+        chosen: dict[bytes, int] = {}
+        for seen in _look(on, where.status):
+            key = key_of(seen.ident)
+            if (
+                matches_id(key.message_id)
+                and matches_task(key.task_name)
+                and where.status in {None, seen.status}
+                and (
+                    where.processed_status is None
+                    or (where.processed_status is seen.processed_status and seen.error != FORGOTTEN)
+                )
+                and (where.older_than is None or seen.age >= where.older_than)
+                and (where.newer_than is None or seen.age < where.newer_than)
+                and (where.queue is None or (seen.queue is not None and matches_queue(seen.queue)))
+                and (where.error is None or (seen.error is not None and matches_error(seen.error)))
+            ):
+                chosen[seen.ident] = seen.created
+                if len(chosen) >= 2 * where.limit + 1000:
+                    chosen = dict(_first(chosen, where))
+        return iter(fetch(on, [ident for ident, _ in _first(chosen, where)], _FETCH_SMALL))
 
+    @verb
+    def newest(self, on: ScriptSession, *, limit: int) -> list[Row]:
+        # Of those that run the ones whose leases last longest: they were claimed or renewed last.
+        running = fetch(on, first_of_all(on, _RUNNING, limit, limit=limit, last=True), _FETCH_SMALL)
+        ended = fetch(on, first_of_all(on, _RECENT, limit, limit=limit, last=True), _FETCH_SMALL)
+        claimed = {row.key: row for row in (*running, *ended) if row.worker is not None}
+        return sorted(claimed.values(), key=lambda row: row.created_timestamp, reverse=True)
 
-def newest(on: ScriptSession, *, limit: int) -> list[Row]:
-    """Rows that were claimed, of either end of what there is an index of."""
-    # Of those that run the ones whose leases last longest: they were claimed or renewed last.
-    running = fetch(on, first_of_all(on, _RUNNING, limit, limit=limit, last=True), _FETCH_SMALL)
-    ended = fetch(on, first_of_all(on, _RECENT, limit, limit=limit, last=True), _FETCH_SMALL)
-    claimed = {row.key: row for row in (*running, *ended) if row.worker is not None}
-    return sorted(claimed.values(), key=lambda row: row.created_timestamp, reverse=True)
-
-
-def counts(on: ScriptSession) -> list[TaskCount]:
-    """How many rows stand where."""
-    rows: Counter[tuple[str, Status, ProcessedStatus | None]] = Counter()
-    duplicates: Counter[tuple[str, Status, ProcessedStatus | None]] = Counter()
-    for seen in _look(on, None):
-        if seen.error == FORGOTTEN:
-            continue
-        kind = (key_of(seen.ident).task_name, seen.status, seen.processed_status)
-        rows[kind] += 1
-        duplicates[kind] += seen.duplicates
-    counts = [TaskCount(*kind, rows=number, duplicates=duplicates[kind]) for kind, number in rows.items()]
-    return sorted(counts, key=lambda count: (count.task_name, count.status, count.processed_status or ""))
+    @verb
+    def counts(self, on: ScriptSession) -> list[TaskCount]:
+        rows: Counter[tuple[str, Status, ProcessedStatus | None]] = Counter()
+        duplicates: Counter[tuple[str, Status, ProcessedStatus | None]] = Counter()
+        for seen in _look(on, None):
+            if seen.error == FORGOTTEN:
+                continue
+            kind = (key_of(seen.ident).task_name, seen.status, seen.processed_status)
+            rows[kind] += 1
+            duplicates[kind] += seen.duplicates
+        counts = [TaskCount(*kind, rows=number, duplicates=duplicates[kind]) for kind, number in rows.items()]
+        return sorted(counts, key=lambda count: (count.task_name, count.status, count.processed_status or ""))
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,10 +158,12 @@ def _look(on: ScriptSession, status: Status | None) -> Iterator[_Seen]:
                 for ident, *columns in found:
                     if ident not in seen:
                         seen.add(ident)
-                        duplicates, created, age, text, queue = columns[2:]
+                        status_, processed, duplicates, created, age, text, queue = columns
+                        key = key_of(ident)
+                        of = (key.message_id, key.task_name)
                         yield _Seen(
                             ident,
-                            *_statuses(ident, columns[0], columns[1]),
+                            *statuses_of(status_.decode(), processed.decode() or None, of=of),
                             int(duplicates),
                             int(created),
                             int(age) / 1_000_000,
@@ -165,17 +172,6 @@ def _look(on: ScriptSession, status: Status | None) -> Iterator[_Seen]:
                         )
                 if cursor == b"0":
                     cursor = None
-
-
-def _statuses(ident: bytes, status: bytes, processed: bytes) -> tuple[Status, ProcessedStatus | None]:
-    try:
-        return Status(status.decode()), ProcessedStatus(processed.decode()) if processed else None
-    except ValueError:
-        key = key_of(ident)
-        raise StoreError(
-            f"the queue log's row of {key.message_id!r} and {key.task_name!r} is damaged: status {status!r} and processed_status "
-            f"{processed!r} are not among {', '.join(Status)} and {', '.join(ProcessedStatus)}; correct the row, or delete it"
-        ) from None
 
 
 def _first(created: dict[bytes, int], where: RowFilter) -> list[tuple[bytes, int]]:

@@ -4,38 +4,25 @@ What is to be found is found in an index of each shard; all shards are asked in 
 so that nothing recorded earlier is missed beside something recorded later), and the rows that come first of all are read in another.
 """
 
+# ruff: noqa: D102 - the verbs are documented in the port
+
 from __future__ import annotations
 
 import heapq
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime
-from functools import partial
-from typing import Any
 
 from celery_idempotent.core.records import MessageKey, ProcessedStatus, Row, Status
 from celery_idempotent.core.store import LARGE_MESSAGE
+from celery_idempotent.stores.batches import in_batches
 from celery_idempotent.stores.redis.connection import ScriptSession
 from celery_idempotent.stores.redis.layout import SHARDS, VERSION, encoded, identity, key_of
 from celery_idempotent.stores.redis.rows import Argument, duration, moment, row_of
 from celery_idempotent.stores.redis.scripts import Script
+from celery_idempotent.stores.redis.verbs import Verbs, ask, verb, wrote
 
-__all__ = [
-    "PURGEABLE",
-    "chosen_by",
-    "fetch",
-    "first_of_all",
-    "lapsed",
-    "not_published",
-    "purge",
-    "relay",
-    "relayed",
-    "unsent",
-    "waiting",
-]
-
-#: Rows that one round trip reads: they are as large as their messages.
-_ROWS = 500
+__all__ = ["PURGEABLE", "Recovering", "chosen_by", "fetch", "first_of_all"]
 
 # Whether a row, by its key, is of one of the tasks that the arguments from some place on name, or there are none.
 _WANTED = """
@@ -193,71 +180,86 @@ return {{#old, (#old == limit or #free == limit) and 1 or 0}}
 """)
 
 
-def lapsed(on: ScriptSession, *, again_after: float, limit: int, tasks: Collection[str] | None) -> list[Row]:
-    """Return the processing rows whose lease ran out."""
-    found = first_of_all(on, _LAPSED, duration(again_after), limit, *_names(tasks), limit=limit)
-    return [row for row in fetch(on, found) if row.status is Status.PROCESSING and row.lease_left <= 0]
+class Recovering(Verbs):
+    """Lists what is due for recovery, and notes what was done about it."""
 
+    @verb
+    def lapsed(
+        self, on: ScriptSession, *, again_after: float, limit: int, tasks: Collection[str] | None = None
+    ) -> list[Row]:
+        found = first_of_all(on, _LAPSED, duration(again_after), limit, *_names(tasks), limit=limit)
+        return [row for row in fetch(on, found) if row.status is Status.PROCESSING and row.lease_left <= 0]
 
-def waiting(
-    on: ScriptSession,
-    *,
-    older_than: float,
-    limit: int,
-    before: Mapping[str, datetime] | None,
-    tasks: Collection[str] | None,
-) -> list[Row]:
-    """Pending for a while, those first that have been published and due for longest."""
-    queues: list[Argument] = [b""]
-    if before is not None:
-        pairs = [(encoded(queue), moment(last)) for queue, last in before.items()]
-        queues = [len(pairs), *(argument for pair in pairs for argument in pair)]
-    found = first_of_all(on, _WAITING, duration(older_than), limit, *queues, *_names(tasks), limit=limit)
-    return [row for row in fetch(on, found) if row.status is Status.PENDING and row.published_at is not None]
+    @verb
+    def waiting(
+        self,
+        on: ScriptSession,
+        *,
+        older_than: float,
+        limit: int,
+        before: Mapping[str, datetime] | None = None,
+        tasks: Collection[str] | None = None,
+    ) -> list[Row]:
+        queues: list[Argument] = [b""]
+        if before is not None:
+            pairs = [(encoded(queue), moment(last)) for queue, last in before.items()]
+            queues = [len(pairs), *(argument for pair in pairs for argument in pair)]
+        found = first_of_all(on, _WAITING, duration(older_than), limit, *queues, *_names(tasks), limit=limit)
+        return [row for row in fetch(on, found) if row.status is Status.PENDING and row.published_at is not None]
 
+    @verb
+    def unsent(self, on: ScriptSession, *, limit: int, tasks: Collection[str] | None = None) -> list[Row]:
+        found = first_of_all(on, _UNSENT, limit, *_names(tasks), limit=limit)
+        return [row for row in fetch(on, found) if row.status is Status.PENDING and row.published_at is None]
 
-def unsent(on: ScriptSession, *, limit: int, tasks: Collection[str] | None) -> list[Row]:
-    """Pending, never published."""
-    found = first_of_all(on, _UNSENT, limit, *_names(tasks), limit=limit)
-    return [row for row in fetch(on, found) if row.status is Status.PENDING and row.published_at is None]
+    @verb
+    def relay(self, on: ScriptSession, row: Row, *, lease: float) -> bool:
+        # A retry cannot tell whether its first attempt took the right: then nobody relays until that runs out.
+        return wrote(ask(on, _RELAY, row.key, row.token, duration(lease)))
+
+    def relayed(self, keys: Sequence[MessageKey], *, published: bool) -> None:
+        for some in in_batches(keys):
+            self._relayed_some(some, published=published)
+
+    @verb
+    def _relayed_some(self, on: ScriptSession, keys: Sequence[MessageKey], *, published: bool) -> None:
+        idents = [identity(key) for key in keys]
+        on.call_all(_RELAYED, [b"1" if published else b""], [(ident, (ident,)) for ident in idents])
+
+    @verb
+    def not_published(self, on: ScriptSession, key: MessageKey, *, token: int) -> None:
+        ask(on, _NOT_PUBLISHED, key, token)
+
+    @verb
+    def purge(
+        self,
+        on: ScriptSession,
+        *,
+        older_than: float,
+        limit: int,
+        failures_older_than: float | None = None,
+        task_name: str | None = None,
+        processed_status: ProcessedStatus | None = None,
+    ) -> int:
+        # So many in each shard that it is no more than asked for.
+        chosen = chosen_by(older_than, failures_older_than, task_name, processed_status)
+        purged, shards = 0, list(range(SHARDS))
+        while shards and purged < limit:
+            share, rest = divmod(limit - purged, len(shards))
+            shares = [(shard, share + (place < rest)) for place, shard in enumerate(shards)]
+            asked = [(shard, some) for shard, some in shares if some]
+            answers = on.call_each(
+                _PURGE, [(shard, (*chosen, some, b"" if shard else VERSION)) for shard, some in asked]
+            )
+            purged += sum(deleted for deleted, _ in answers)
+            exhausted = {shard for (shard, _), (_, more) in zip(asked, answers, strict=True) if not more}
+            shards = [shard for shard in shards if shard not in exhausted]
+        return purged
 
 
 def _names(tasks: Collection[str] | None) -> list[bytes]:
     """Tasks as the scripts are given them: any, or these; a name that none has stands for none."""
     return [] if tasks is None else [encoded(name) for name in tasks] or [b""]
-
-
-def relay(on: ScriptSession, row: Row, *, lease: float) -> bool:
-    """Take the right to publish, by compare and set."""
-    ident = identity(row.key)
-    # Whether it was this call that took it cannot be told on a repeat: nobody relays until that runs out.
-    return bool(on.call(_RELAY, ident, ident, row.token, duration(lease)))
-
-
-def relayed(on: ScriptSession, keys: Sequence[MessageKey], *, published: bool) -> None:
-    """End that right."""
-    idents = [identity(key) for key in keys]
-    on.call_all(_RELAYED, [b"1" if published else b""], [(ident, (ident,)) for ident in idents])
-
-
-def not_published(on: ScriptSession, key: MessageKey, *, token: int) -> None:
-    """Note that it was not handed to the broker after all."""
-    ident = identity(key)
-    on.call(_NOT_PUBLISHED, ident, ident, token)
-
-
-def purge(on: ScriptSession, chosen: Sequence[Argument], *, limit: int) -> int:
-    """Delete what is done and past retention, so many in each shard that it is no more than asked for."""
-    purged, shards = 0, list(range(SHARDS))
-    while shards and purged < limit:
-        share, rest = divmod(limit - purged, len(shards))
-        shares = [(shard, share + (place < rest)) for place, shard in enumerate(shards)]
-        asked = [(shard, some) for shard, some in shares if some]
-        answers = on.call_each(_PURGE, [(shard, (*chosen, some, b"" if shard else VERSION)) for shard, some in asked])
-        purged += sum(deleted for deleted, _ in answers)
-        exhausted = {shard for (shard, _), (_, more) in zip(asked, answers, strict=True) if not more}
-        shards = [shard for shard in shards if shard not in exhausted]
-    return purged
 
 
 def chosen_by(
@@ -300,9 +302,7 @@ def first_of_all(
 def fetch(on: ScriptSession, idents: Sequence[bytes], script: Script = _FETCH) -> list[Row]:
     """Rows by their identities, in that order; those that are gone are left out."""
     rows: list[Row] = []
-    read = partial(on.call_all, script, ())
-    for first in range(0, len(idents), _ROWS):
-        some = idents[first : first + _ROWS]
-        answers: list[Any] = read([(ident, (ident,)) for ident in some])
+    for some in in_batches(idents):
+        answers = on.call_all(script, (), [(ident, (ident,)) for ident in some])
         rows += [row_of(key_of(ident), answer) for ident, answer in zip(some, answers, strict=True) if answer]
     return rows

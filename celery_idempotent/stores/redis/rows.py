@@ -14,13 +14,11 @@ __all__ = [
     "Argument",
     "duration",
     "fence",
-    "held_by",
     "message_arguments",
     "moment",
     "optional",
     "optional_moment",
     "row_of",
-    "storable",
 ]
 
 #: What a script is given.
@@ -76,11 +74,6 @@ def message_arguments(message: NewMessage) -> tuple[bytes, ...]:
     )
 
 
-def storable(text: str) -> bytes:
-    """Return the text of an error, which may hold anything: what UTF-8 cannot say, as an escape."""
-    return text.encode("utf-8", "backslashreplace")
-
-
 # -- what they answer --------------------------------------------------------------------------------------------------------
 
 
@@ -129,11 +122,6 @@ def row_of(key: MessageKey, answer: Sequence[Any]) -> Row:
 def optional_moment(value: bytes) -> datetime | None:
     """Return a moment as a script tells it; empty for none."""
     return _datetime(value) if value else None
-
-
-def held_by(row: Row, holder: Holder) -> bool:
-    """Return whether the holder was the last to claim the row."""
-    return row.token == holder.token if isinstance(holder, Claim) else row.worker == holder.worker
 
 
 def _moment(read: dict[bytes, bytes], column: bytes) -> datetime | None:

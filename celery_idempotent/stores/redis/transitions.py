@@ -1,39 +1,23 @@
-"""The verbs that end or hand on a run: checkpoint, complete, fail, retry, release, expire, abandon, cancel.
+"""The verbs that end or hand on a run: checkpoint, complete, fail, retry, release, expire, abandon, cancel, forbid.
 
-As in :mod:`~celery_idempotent.stores.redis.producer`, each takes the connection, and ``is_retry`` says that it is a repeat. Every
-one is a single script fenced by the holder, which answers 1 or, where it wrote nothing, with the row as it stands: by it an ending
-that was already written is told from one that came too late.
+Each is a single script, fenced by the holder. It answers 1; or, if it wrote nothing, with the row as it stands, so that an ending that was
+already written can be told from one that came too late.
 """
+
+# ruff: noqa: D102 - the verbs are documented in the port
 
 from __future__ import annotations
 
-from typing import Any
-
-from celery_idempotent.core.records import (
-    Claim,
-    Holder,
-    MessageKey,
-    NewMessage,
-    NoResultReason,
-    Owner,
-    ProcessedStatus,
-    Row,
-    Status,
-)
+from celery_idempotent.core.records import Claim, Holder, MessageKey, NewMessage, NoResultReason, Row
+from celery_idempotent.core.storable import storable_error
+from celery_idempotent.stores import took_effect
 from celery_idempotent.stores.redis.connection import ScriptSession
-from celery_idempotent.stores.redis.layout import encoded, identity
-from celery_idempotent.stores.redis.rows import (
-    duration,
-    fence,
-    held_by,
-    message_arguments,
-    optional,
-    row_of,
-    storable,
-)
+from celery_idempotent.stores.redis.layout import encoded
+from celery_idempotent.stores.redis.rows import duration, fence, message_arguments, optional
 from celery_idempotent.stores.redis.scripts import Script
+from celery_idempotent.stores.redis.verbs import Verbs, ask, shows, verb, wrote
 
-__all__ = ["abandon", "cancel", "checkpoint", "complete", "expire", "fail", "forbid", "release", "retry"]
+__all__ = ["Transitions"]
 
 _CHECKPOINT = Script("""
 local ident, row = ARGV[1], read(ARGV[1])
@@ -120,7 +104,6 @@ write_big(ident, 'result', false)
 return 1
 """)
 
-
 _FORBID = Script("""
 local ident, row = ARGV[1], read(ARGV[1])
 if not (row and row.status == 'processing' and row.token == ARGV[2] and not row.processed_status) then return 0 end
@@ -129,96 +112,72 @@ return 1
 """)
 
 
-def checkpoint(on: ScriptSession, claim: Claim, *, result: bytes | None, lease: float | None) -> bool:
-    """Write the recovery point; written a second time it is the same."""
-    ident = identity(claim.key)
-    return _wrote(on.call(_CHECKPOINT, ident, ident, *fence(claim), optional(result), duration(lease)))
+class Transitions(Verbs):
+    """Writes how a run, or a message, ended."""
+
+    @verb
+    def checkpoint(self, on: ScriptSession, claim: Claim, *, result: bytes | None, lease: float | None = None) -> bool:
+        return wrote(ask(on, _CHECKPOINT, claim.key, *fence(claim), optional(result), duration(lease)))
+
+    @verb
+    def complete(
+        self,
+        on: ScriptSession,
+        claim: Claim,
+        *,
+        result: bytes | None,
+        note: NoResultReason | None = None,
+        unique_for: float | None = None,
+    ) -> bool:
+        ended = (optional(result), optional(note), duration(unique_for))
+        return wrote(ask(on, _COMPLETE, claim.key, *fence(claim), *ended))
+
+    @verb
+    def fail(self, on: ScriptSession, holder: Holder, *, error: str, unique_for: float | None = None) -> bool:
+        answer = ask(on, _FAIL, holder.key, *fence(holder), _error(error), duration(unique_for))
+        if wrote(answer) or not (on.is_retry or isinstance(holder, Claim)):
+            return wrote(answer)
+        return shows(holder.key, answer, lambda row: took_effect.fail(row, holder, error=error))
+
+    @verb
+    def retry(self, on: ScriptSession, holder: Holder, message: NewMessage) -> bool:
+        answer = ask(on, _RETRY, holder.key, *fence(holder), *message_arguments(message))
+        return wrote(answer) or (
+            on.is_retry and shows(holder.key, answer, lambda row: took_effect.retry(row, holder, message))
+        )
+
+    @verb
+    def release(self, on: ScriptSession, holder: Holder) -> bool:
+        answer = ask(on, _RELEASE, holder.key, *fence(holder))
+        return wrote(answer) or (
+            on.is_retry and shows(holder.key, answer, lambda row: took_effect.release(row, holder))
+        )
+
+    @verb
+    def expire(self, on: ScriptSession, holder: Holder) -> bool:
+        return wrote(ask(on, _EXPIRE, holder.key, *fence(holder)))
+
+    @verb
+    def abandon(self, on: ScriptSession, row: Row, *, error: str, unique_for: float | None = None) -> bool:
+        processed = b"" if row.processed_status is None else row.processed_status.encode()
+        answer = ask(on, _ABANDON, row.key, row.token, processed, _error(error), duration(unique_for))
+        return wrote(answer) or (
+            on.is_retry and shows(row.key, answer, lambda found: took_effect.abandon(found, row, error=error))
+        )
+
+    @verb
+    def cancel(
+        self, on: ScriptSession, key: MessageKey, *, task_id: str, error: str, unique_for: float | None = None
+    ) -> bool:
+        answer = ask(on, _CANCEL, key, encoded(task_id), _error(error), duration(unique_for))
+        return wrote(answer) or (
+            on.is_retry and shows(key, answer, lambda row: took_effect.cancel(row, task_id=task_id, error=error))
+        )
+
+    @verb
+    def forbid(self, on: ScriptSession, row: Row, *, error: str) -> bool:
+        return wrote(ask(on, _FORBID, row.key, row.token, _error(error)))
 
 
-def complete(
-    on: ScriptSession, claim: Claim, *, result: bytes | None, note: NoResultReason | None, unique_for: float | None
-) -> bool:
-    """Done, success."""
-    ident = identity(claim.key)
-    return _wrote(
-        on.call(_COMPLETE, ident, ident, *fence(claim), optional(result), optional(note), duration(unique_for))
-    )
-
-
-def fail(on: ScriptSession, holder: Holder, *, error: str, unique_for: float | None, is_retry: bool) -> bool:
-    """Done, failure."""
-    ident, text = identity(holder.key), storable(error)
-    answer = on.call(_FAIL, ident, ident, *fence(holder), text, duration(unique_for))
-    if _wrote(answer) or (isinstance(holder, Owner) and not is_retry):
-        return _wrote(answer)
-    # An owner that was found dead and abandoned ends so too, under the same token: the error tells them apart.
-    row = _row(holder.key, answer)
-    return row is not None and held_by(row, holder) and _failed(row, text)
-
-
-def retry(on: ScriptSession, holder: Holder, message: NewMessage, *, is_retry: bool) -> bool:
-    """Back to pending, for the next attempt."""
-    ident = identity(holder.key)
-    answer = on.call(_RETRY, ident, ident, *fence(holder), *message_arguments(message))
-    if _wrote(answer) or not is_retry:
-        return _wrote(answer)
-    row = _row(holder.key, answer)
-    return row is not None and held_by(row, holder) and (row.status, row.attempt) == (Status.PENDING, message.attempt)
-
-
-def release(on: ScriptSession, holder: Holder, *, is_retry: bool) -> bool:
-    """Back to pending, for the same attempt."""
-    ident = identity(holder.key)
-    answer = on.call(_RELEASE, ident, ident, *fence(holder))
-    if _wrote(answer) or not is_retry:
-        return _wrote(answer)
-    row = _row(holder.key, answer)
-    return row is not None and held_by(row, holder) and row.status is Status.PENDING
-
-
-def expire(on: ScriptSession, holder: Holder) -> bool:
-    """End the lease now."""
-    ident = identity(holder.key)
-    return _wrote(on.call(_EXPIRE, ident, ident, *fence(holder)))
-
-
-def abandon(on: ScriptSession, row: Row, *, error: str, unique_for: float | None, is_retry: bool) -> bool:
-    """Done, failure, on behalf of an owner whose lease ran out."""
-    ident, text = identity(row.key), storable(error)
-    processed = b"" if row.processed_status is None else row.processed_status.encode()
-    answer = on.call(_ABANDON, ident, ident, row.token, processed, text, duration(unique_for))
-    if _wrote(answer) or not is_retry:
-        return _wrote(answer)
-    found = _row(row.key, answer)
-    return found is not None and found.token == row.token and _failed(found, text)
-
-
-def cancel(
-    on: ScriptSession, key: MessageKey, *, task_id: str, error: str, unique_for: float | None, is_retry: bool
-) -> bool:
-    """Done, failure, without having run."""
-    ident, text = identity(key), storable(error)
-    answer = on.call(_CANCEL, ident, ident, encoded(task_id), text, duration(unique_for))
-    if _wrote(answer) or not is_retry:
-        return _wrote(answer)
-    found = _row(key, answer)
-    return found is not None and found.task_id == task_id and _failed(found, text)
-
-
-def forbid(on: ScriptSession, row: Row, *, error: str) -> bool:
-    """Not to run again."""
-    ident = identity(row.key)
-    return _wrote(on.call(_FORBID, ident, ident, row.token, storable(error)))
-
-
-def _wrote(answer: Any) -> bool:
-    return isinstance(answer, int) and answer == 1
-
-
-def _row(key: MessageKey, answer: Any) -> Row | None:
-    return None if answer is None else row_of(key, answer)
-
-
-def _failed(row: Row, error: bytes) -> bool:
-    failed = row.status is Status.DONE and row.processed_status is ProcessedStatus.FAILURE
-    return failed and row.error is not None and storable(row.error) == error
+def _error(text: str) -> bytes:
+    return storable_error(text).encode()

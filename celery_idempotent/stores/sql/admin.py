@@ -1,35 +1,83 @@
 """What operators ask for besides reading: forget a row, count what may be purged, tell how the log and its server stand."""
 
+# ruff: noqa: D102 - the verbs are documented in the port
+
 from __future__ import annotations
 
-from sqlalchemy import Connection, Table, func, literal_column, null, or_, select, update
+from collections.abc import Mapping
 
-from celery_idempotent.core.records import FORGOTTEN, LogHealth, ProcessedStatus, Row, Status
+from sqlalchemy import Table, func, literal_column, null, or_, select, update
+
+from celery_idempotent.core.records import FORGOTTEN, LogHealth, ProcessedStatus, Row
+from celery_idempotent.stores import took_effect
 from celery_idempotent.stores.sql.clock import FromNow, Now, seconds
 from celery_idempotent.stores.sql.columns import (
     DONE,
     FAILURE,
     PENDING,
     PROCESSING,
-    Lookup,
     Old,
     has_key,
     key_parameters,
     parameter,
     unneeded,
 )
-from celery_idempotent.stores.sql.dialects import Dialect
+from celery_idempotent.stores.sql.connection import Attempt, Database
+from celery_idempotent.stores.sql.verbs import Verbs, verb, wrote
 
 __all__ = ["Admin"]
 
 
-class Admin:
-    """Statements for operators, for one table."""
+class Admin(Verbs):
+    """Forgets rows, and tells how the log and its server stand."""
 
-    def __init__(self, table: Table, dialect: Dialect) -> None:
-        self._table, self._dialect = table, dialect
-        self._read = Lookup(table)
-        self._forget = (
+    def __init__(self, table: Table, database: Database) -> None:
+        super().__init__(table, database)
+        self._admin = _Statements(table)
+
+    @verb
+    def forget(self, on: Attempt, row: Row) -> bool:
+        parameters = {
+            **key_parameters(row.key),
+            "p_status": row.status.value,
+            "p_token": row.token,
+            "p_task_id": row.task_id,
+        }
+        return wrote(on, self._admin.forget, parameters) or (
+            on.is_retry and self._shows(on, row.key, lambda found: took_effect.forget(found, row))
+        )
+
+    def purgeable(
+        self,
+        *,
+        older_than: float,
+        failures_older_than: float | None = None,
+        task_name: str | None = None,
+        processed_status: ProcessedStatus | None = None,
+    ) -> int:
+        chosen = Old(older_than, failures_older_than, task_name, processed_status)
+        count = self._admin.purgeable.where(*chosen.conditions(self._table, self._dialect))
+        return self._run(lambda on: on.connection.execute(count, chosen.parameters).scalar_one(), patient=True)
+
+    def condition(self) -> LogHealth:
+        found = self._run(
+            lambda on: on.connection.execute(self._admin.condition).mappings().one(), prepared=False, patient=True
+        )
+        return LogHealth(**found)
+
+    def configuration(self) -> Mapping[str, str]:
+        if not self._database.exists():
+            return {"file": str(self._database.engine.url.database)}
+        settings = self._dialect.configuration
+        told = self._run(lambda on: on.connection.execute(settings).all(), prepared=False)
+        return {**{name: str(value) for name, value in told}, **self._database.of_bodies()}
+
+
+class _Statements:
+    """The statements of these verbs, for one table."""
+
+    def __init__(self, table: Table) -> None:
+        self.forget = (
             update(table)
             .where(
                 has_key(table),
@@ -53,12 +101,12 @@ class Admin:
         )
         ended = table.c.processed_timestamp
         ago = FromNow(seconds("p_ago"))
-        self._purgeable = select(func.count()).select_from(table).where(unneeded(table), ended <= ago)
+        self.purgeable = select(func.count()).select_from(table).where(unneeded(table), ended <= ago)
         is_open = ended.is_(None)
         lease, published = table.c.lease_expires_at, table.c.published_at
         lapsed = (table.c.status == PROCESSING, lease <= Now(), or_(published.is_(None), published < lease))
         unsent = (table.c.status == PENDING, published.is_(None), or_(lease.is_(None), lease <= Now()))
-        self._condition = select(
+        self.condition = select(
             Now().label("read_at"),
             select(func.max(table.c.available_at))
             .where(is_open, table.c.status == PENDING, published.is_not(None), table.c.available_at > Now())
@@ -74,32 +122,3 @@ class Admin:
             .scalar_subquery()
             .label("done_since"),
         )
-
-    def forget(self, connection: Connection, row: Row, *, is_retry: bool) -> bool:
-        """Empty it and free its id, by compare and set."""
-        parameters = {
-            **key_parameters(row.key),
-            "p_status": row.status.value,
-            "p_token": row.token,
-            "p_task_id": row.task_id,
-        }
-        if connection.execute(self._forget, parameters).rowcount:
-            return True
-        if not is_retry:
-            return False
-        found = self._read(connection, row.key)
-        return (
-            found is not None
-            and (found.status, found.processed_status) == (Status.DONE, ProcessedStatus.FAILURE)
-            and (found.token, found.task_id, found.error) == (row.token, row.task_id, FORGOTTEN)
-        )
-
-    def purgeable(self, connection: Connection, chosen: Old) -> int:
-        """How many rows are past retention."""
-        conditions = chosen.conditions(self._table, self._dialect)
-        counted: int = connection.execute(self._purgeable.where(*conditions), chosen.parameters).scalar_one()
-        return counted
-
-    def condition(self, connection: Connection) -> LogHealth:
-        """Return what waits, and since when."""
-        return LogHealth(**connection.execute(self._condition).mappings().one())

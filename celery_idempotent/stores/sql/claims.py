@@ -1,25 +1,24 @@
-"""The consumer's verbs that begin and keep a run: claim, take over, renew.
+"""The consumer's verbs that begin and keep a run: claim, take over, renew."""
 
-As in :mod:`~celery_idempotent.stores.sql.producer`, each takes the connection, and ``is_retry`` says that it is a repeat.
-"""
+# ruff: noqa: D102 - the verbs are documented in the port
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Table, case, literal_column, null, or_, update
+from sqlalchemy import Table, case, literal_column, null, or_, update
 
 from celery_idempotent.core.records import Claim, Claimed, Holder, NewMessage, NotClaimed, Row, Status
 from celery_idempotent.errors import StoreUnavailableError
+from celery_idempotent.stores import took_effect
+from celery_idempotent.stores.batches import in_batches
 from celery_idempotent.stores.sql.clock import FromNow, Now, seconds
 from celery_idempotent.stores.sql.columns import (
     PENDING,
     PROCESSING,
-    Lookup,
     free_again,
     has_key,
-    held_by,
     holder_parameters,
     initial_values,
     key_parameters,
@@ -27,19 +26,116 @@ from celery_idempotent.stores.sql.columns import (
     new_key,
     parameter,
 )
+from celery_idempotent.stores.sql.connection import Attempt, Database
 from celery_idempotent.stores.sql.dialects import Dialect
 from celery_idempotent.stores.sql.direct import directly
-from celery_idempotent.stores.sql.producer import ROUNDS
+from celery_idempotent.stores.sql.verbs import ROUNDS, Verbs, verb, wrote
 
 __all__ = ["Claims"]
 
 
-class Claims:
-    """Statements and verbs that take and keep messages, for one table."""
+class Claims(Verbs):
+    """Grants claims and leases."""
+
+    def __init__(self, table: Table, database: Database) -> None:
+        super().__init__(table, database)
+        self._claims = _Statements(table, database.dialect)
+
+    @verb
+    def claim(
+        self,
+        on: Attempt,
+        message: NewMessage,
+        *,
+        worker: str,
+        lease: float,
+        grace: float,
+        adopt: Callable[[], NewMessage] | None = None,
+    ) -> Claimed | NotClaimed:
+        # One update for a recorded, pending message. What else there may be is found out after it.
+        key = message.key
+        claim_parameters = {
+            **key_parameters(key),
+            "p_attempt": message.attempt,
+            "p_fingerprint": message.fingerprint,
+            "p_worker": worker,
+            "p_ran_task_id": message.task_id,
+            "p_lease": lease,
+            "p_grace_ago": -grace,
+        }
+        whole: dict[str, Any] | None = None
+        for _ in range(ROUNDS):
+            token = self._dialect.token(on.connection.execute(self._claims.claim, claim_parameters))
+            if token is not None:
+                return Claimed(Claim(key, token))
+            row = self._read(on.connection, key)
+            if row is not None and not row.is_free_for(message.task_id, message.original_task_id):
+                if on.is_retry and took_effect.claim(row, worker=worker):
+                    return Claimed(Claim(key, row.token))
+                if _claimable(row, message, grace):
+                    continue  # became so since
+                return NotClaimed(row)
+            if whole is None:
+                adopted = message if adopt is None else adopt()
+                own = {name: claim_parameters[name] for name in ("p_worker", "p_ran_task_id", "p_lease")}
+                whole = {**message_parameters(adopted), **key_parameters(key), **own}
+            if row is None:
+                if self._dialect.inserted(on.connection, self._claims.insert, whole):
+                    return Claimed(Claim(key, 1))
+            else:
+                restart = on.connection.execute(self._claims.restart, {**whole, "p_token": row.token})
+                token = self._dialect.token(restart)
+                if token is not None:
+                    return Claimed(Claim(key, token))
+        raise StoreUnavailableError(f"message {key.message_id!r} could not be claimed: its row kept changing")
+
+    @verb
+    def take_over(
+        self, on: Attempt, row: Row, *, task_id: str, worker: str, lease: float, attempt: int
+    ) -> Claimed | None:
+        parameters = {
+            **key_parameters(row.key),
+            "p_token": row.token,
+            "p_processed_status": None if row.processed_status is None else row.processed_status.value,
+            "p_worker": worker,
+            "p_ran_task_id": task_id,
+            "p_lease": lease,
+            "p_attempt": attempt,
+        }
+        taken = wrote(on, self._claims.take_over, parameters) or (
+            on.is_retry and self._shows(on, row.key, lambda found: took_effect.take_over(found, row, worker=worker))
+        )
+        return Claimed(Claim(row.key, row.token + 1)) if taken else None
+
+    def renew(self, holders: Sequence[Holder], *, lease: float) -> list[Holder]:
+        return [lost for some in in_batches(holders) for lost in self._renew_some(some, lease=lease)]
+
+    @verb
+    def _renew_some(self, on: Attempt, holders: Sequence[Holder], *, lease: float) -> list[Holder]:
+        # In the order of the key, so that two calls over the same rows do not wait for each other crosswise.
+        ordered = sorted(holders, key=lambda holder: (holder.key.message_id, holder.key.task_name))
+        kept = {holder for holder in ordered if self._renewed(on, holder, lease)}
+        return [holder for holder in holders if holder not in kept]
+
+    def _renewed(self, on: Attempt, holder: Holder, lease: float) -> bool:
+        renew = self._claims.renew_by_token if isinstance(holder, Claim) else self._claims.renew_by_worker
+        if wrote(on, renew, {**holder_parameters(holder), "p_lease": lease}):
+            return True
+        row = self._read(on.connection, holder.key)  # whose lease may be longer
+        return row is not None and row.status is Status.PROCESSING and took_effect.held_by(row, holder)
+
+
+def _claimable(row: Row, message: NewMessage, grace: float) -> bool:
+    """Return whether the row as it was read would have been claimed: the ``WHERE`` of the claim, in Python."""
+    due = row.attempt <= message.attempt or (row.available_at is not None and row.available_in <= -grace)
+    same = None in (row.fingerprint, message.fingerprint) or row.fingerprint == message.fingerprint
+    return row.status is Status.PENDING and due and same
+
+
+class _Statements:
+    """The statements of these verbs, for one table."""
 
     def __init__(self, table: Table, dialect: Dialect) -> None:
-        self._dialect = dialect
-        self._read = Lookup(table)
         attempt, fingerprint = parameter(table, "attempt"), parameter(table, "fingerprint")
         taken: dict[str, Any] = {
             "status": PROCESSING,
@@ -68,17 +164,17 @@ class Claims:
             ),
             table,
         )
-        self._claim = directly(claim)
+        self.claim = directly(claim)
         restarted = {**initial_values(table), **taken, "available_at": null()}
-        self._insert = directly(dialect.insert(table, {**new_key(table), "token": literal_column("1"), **restarted}))
-        self._restart = dialect.telling_token(
+        self.insert = directly(dialect.insert(table, {**new_key(table), "token": literal_column("1"), **restarted}))
+        self.restart = dialect.telling_token(
             update(table)
             # The row as it was read: of a message that started anew and ended since, this delivery may be a copy.
             .where(has_key(table), free_again(table), table.c.token == parameter(table, "token"))
             .values(**restarted, token=next_token),
             table,
         )
-        self._take_over = (
+        self.take_over = (
             update(table)
             .where(
                 has_key(table),
@@ -102,101 +198,5 @@ class Claims:
             .where(has_key(table), table.c.status == PROCESSING, table.c.lease_expires_at <= renewed)
             .values(lease_expires_at=renewed)
         )
-        self._renew_by_token = directly(renew.where(table.c.token == parameter(table, "token")))
-        self._renew_by_worker = directly(renew.where(table.c.worker == parameter(table, "worker")))
-
-    def claim(
-        self,
-        connection: Connection,
-        message: NewMessage,
-        *,
-        worker: str,
-        lease: float,
-        grace: float,
-        adopt: Callable[[], NewMessage] | None,
-        is_retry: bool,
-    ) -> Claimed | NotClaimed:
-        """One update for a recorded, pending message; what else there may be is found out after it."""
-        key = message.key
-        claim_parameters = {
-            **key_parameters(key),
-            "p_attempt": message.attempt,
-            "p_fingerprint": message.fingerprint,
-            "p_worker": worker,
-            "p_ran_task_id": message.task_id,
-            "p_lease": lease,
-            "p_grace_ago": -grace,
-        }
-        whole: dict[str, Any] | None = None
-        for _ in range(ROUNDS):
-            token = self._dialect.token(connection.execute(self._claim, claim_parameters))
-            if token is not None:
-                return Claimed(Claim(key, token))
-            row = self._read(connection, key)
-            if row is not None and not row.is_free_for(message.task_id, message.original_task_id):
-                # The first attempt of this very call took effect, and its answer was lost.
-                if is_retry and row.status is Status.PROCESSING and row.worker == worker:
-                    return Claimed(Claim(key, row.token))
-                if _claimable(row, message, grace):
-                    continue  # became so since
-                return NotClaimed(row)
-            if whole is None:
-                adopted = message if adopt is None else adopt()
-                own = {name: claim_parameters[name] for name in ("p_worker", "p_ran_task_id", "p_lease")}
-                whole = {**message_parameters(adopted), **key_parameters(key), **own}
-            if row is None:
-                if self._dialect.inserted(connection, self._insert, whole):
-                    return Claimed(Claim(key, 1))
-            else:
-                token = self._dialect.token(connection.execute(self._restart, {**whole, "p_token": row.token}))
-                if token is not None:
-                    return Claimed(Claim(key, token))
-        raise StoreUnavailableError(f"message {key.message_id!r} could not be claimed: its row kept changing")
-
-    def take_over(
-        self, connection: Connection, row: Row, *, task_id: str, worker: str, lease: float, attempt: int, is_retry: bool
-    ) -> Claimed | None:
-        """Take the next token, by compare and set on the last one and on the lease."""
-        parameters = {
-            **key_parameters(row.key),
-            "p_token": row.token,
-            "p_processed_status": None if row.processed_status is None else row.processed_status.value,
-            "p_worker": worker,
-            "p_ran_task_id": task_id,
-            "p_lease": lease,
-            "p_attempt": attempt,
-        }
-        claimed = Claimed(Claim(row.key, row.token + 1))
-        if connection.execute(self._take_over, parameters).rowcount:
-            return claimed
-        if is_retry:
-            found = self._read(connection, row.key)
-            if found is not None and (found.status, found.token, found.worker) == (
-                Status.PROCESSING,
-                row.token + 1,
-                worker,
-            ):
-                return claimed
-        return None
-
-    def renew(self, connection: Connection, holders: Sequence[Holder], *, lease: float) -> list[Holder]:
-        """Give new leases, each on its own."""
-        # In the order of the key, so that two calls over the same rows do not wait for each other crosswise.
-        ordered = sorted(holders, key=lambda holder: (holder.key.message_id, holder.key.task_name))
-        renewed = set()
-        for holder in ordered:
-            statement = self._renew_by_token if isinstance(holder, Claim) else self._renew_by_worker
-            if connection.execute(statement, {**holder_parameters(holder), "p_lease": lease}).rowcount:
-                renewed.add(holder)
-                continue
-            row = self._read(connection, holder.key)
-            if row is not None and row.status is Status.PROCESSING and held_by(row, holder):
-                renewed.add(holder)  # its lease is longer
-        return [holder for holder in holders if holder not in renewed]
-
-
-def _claimable(row: Row, message: NewMessage, grace: float) -> bool:
-    """Return whether the row as it was read would have been claimed: the ``WHERE`` of the claim, in Python."""
-    due = row.attempt <= message.attempt or (row.available_at is not None and row.available_in <= -grace)
-    same = None in (row.fingerprint, message.fingerprint) or row.fingerprint == message.fingerprint
-    return row.status is Status.PENDING and due and same
+        self.renew_by_token = directly(renew.where(table.c.token == parameter(table, "token")))
+        self.renew_by_worker = directly(renew.where(table.c.worker == parameter(table, "worker")))

@@ -28,12 +28,11 @@ from sqlalchemy import (
 )
 
 from celery_idempotent.core.records import Claim, Holder, MessageKey, NewMessage, ProcessedStatus, Row, Status
-from celery_idempotent.errors import StoreError
+from celery_idempotent.stores.faults import statuses_of
 from celery_idempotent.stores.sql.clock import FromNow, Now, seconds
 from celery_idempotent.stores.sql.dialects import Dialect
 
 __all__ = [
-    "AT_ONCE",
     "DONE",
     "FAILURE",
     "PENDING",
@@ -43,7 +42,6 @@ __all__ = [
     "Old",
     "free_again",
     "has_key",
-    "held_by",
     "holder_parameters",
     "initial_values",
     "key_in",
@@ -53,13 +51,8 @@ __all__ = [
     "new_key",
     "parameter",
     "row_of",
-    "statuses_of",
     "unneeded",
 ]
-
-
-#: Rows that one statement names by their keys, at most.
-AT_ONCE = 500
 
 
 def _word(value: Status | ProcessedStatus) -> ColumnElement[str]:
@@ -239,33 +232,13 @@ class Lookup:
         return [row_of(read) for read in connection.execute(self._all.where(key_in(self._table, keys))).mappings()]
 
 
-def held_by(row: Row, holder: Holder) -> bool:
-    """Return whether the holder was the last to claim the row."""
-    return row.token == holder.token if isinstance(holder, Claim) else row.worker == holder.worker
-
-
-def statuses_of(read: RowMapping) -> tuple[Status, ProcessedStatus | None]:
-    """Both statuses of a row.
-
-    Raises:
-        StoreError: One is a word that this library does not write.
-    """
-    status, processed = read["status"], read["processed_status"]
-    try:
-        return Status(status), None if processed is None else ProcessedStatus(processed)
-    except ValueError:
-        which = " and ".join(repr(read[name]) for name in ("message_id", "task_name") if name in read)
-        raise StoreError(
-            f"the queue log's row of {which} is damaged: status {status!r} and processed_status {processed!r} are not among "
-            f"{', '.join(Status)} and {', '.join(ProcessedStatus)}; correct the row, or delete it"
-        ) from None
-
-
 def row_of(read: RowMapping) -> Row:
     """Return a row as a record. Columns that were not selected are ``None``."""
-    status, processed = statuses_of(read)
+    key = MessageKey(read["message_id"], read["task_name"])
+    of = (key.message_id, key.task_name)
+    status, processed = statuses_of(read["status"], read["processed_status"], of=of)
     return Row(
-        key=MessageKey(read["message_id"], read["task_name"]),
+        key=key,
         status=status,
         processed_status=processed,
         created_timestamp=read["created_timestamp"],

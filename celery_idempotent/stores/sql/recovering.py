@@ -1,5 +1,7 @@
 """What recovery asks for: leases that ran out, messages that wait, rows past retention."""
 
+# ruff: noqa: D102 - the verbs are documented in the port
+
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -8,7 +10,6 @@ from typing import Any
 
 from sqlalchemy import (
     ColumnElement,
-    Connection,
     Executable,
     Select,
     Table,
@@ -23,11 +24,11 @@ from sqlalchemy import (
     update,
 )
 
-from celery_idempotent.core.records import MessageKey, Row
+from celery_idempotent.core.records import MessageKey, ProcessedStatus, Row
 from celery_idempotent.core.store import LARGE_MESSAGE
+from celery_idempotent.stores.batches import in_batches
 from celery_idempotent.stores.sql.clock import FromNow, Now, seconds
 from celery_idempotent.stores.sql.columns import (
-    AT_ONCE,
     DONE,
     PENDING,
     PROCESSING,
@@ -39,7 +40,9 @@ from celery_idempotent.stores.sql.columns import (
     row_of,
     unneeded,
 )
+from celery_idempotent.stores.sql.connection import Attempt, Database
 from celery_idempotent.stores.sql.dialects import Dialect
+from celery_idempotent.stores.sql.verbs import Verbs, verb, wrote
 
 __all__ = ["Recovering"]
 
@@ -47,90 +50,30 @@ __all__ = ["Recovering"]
 _QUEUES_AT_ONCE = 50
 
 
-class Recovering:
-    """Statements of the recovery step, for one table; each finds its rows together in one index."""
+class Recovering(Verbs):
+    """Lists what is due for recovery, and notes what was done about it."""
 
-    def __init__(self, table: Table, dialect: Dialect) -> None:
-        self._table, self._dialect = table, dialect
-        ago = FromNow(seconds("p_ago"))
-        # Of what is not done there is an index, and by this the databases know that it serves.
-        read = select(*_listed(table), Now().label("read_at")).where(table.c.processed_timestamp.is_(None))
-        self._lapsed = (
-            read.where(
-                table.c.status == PROCESSING,
-                table.c.lease_expires_at <= Now(),
-                or_(
-                    table.c.published_at.is_(None),
-                    table.c.published_at < table.c.lease_expires_at,
-                    table.c.published_at <= ago,
-                ),
-            )
-            # Sorted by hand: only as many rows are processing as there are messages that run.
-            .order_by(table.c.lease_expires_at)
-        )
-        self._waiting = read.where(
-            table.c.status == PENDING,
-            table.c.published_at <= ago,
-            or_(table.c.available_at.is_(None), table.c.available_at <= ago),
-        ).order_by(table.c.published_at)
-        # The first queue with pending rows, or the next one: the index leads from each to the next, past what waits on it.
-        self._first_queue = select(func.min(table.c.queue)).where(
-            table.c.processed_timestamp.is_(None), table.c.status == PENDING
-        )
-        self._next_queue = self._first_queue.where(table.c.queue > parameter(table, "queue"))
-        # Neither done nor processing, which is pending, said so that none looks for them among all that is pending.
-        unsent = (table.c.status != PROCESSING, table.c.published_at.is_(None))
-        tie = () if dialect.recorded_order is None else (dialect.recorded_order,)
-        self._unsent = read.where(*unsent).order_by(table.c.created_timestamp, *tie)
-        self._relay = (
-            update(table)
-            .where(
-                has_key(table),
-                table.c.status == PENDING,
-                table.c.published_at.is_(None),
-                table.c.token == parameter(table, "token"),
-                or_(table.c.lease_expires_at.is_(None), table.c.lease_expires_at <= Now()),
-            )
-            .values(lease_expires_at=FromNow(seconds("p_lease")))
-        )
-        # Of a row that runs the lease is its owner's.
-        self._relayed = (
-            update(table)
-            .where(table.c.status == PENDING, table.c.published_at.is_(None))
-            .values(published_at=FromNow(seconds("p_published")), lease_expires_at=null())
-        )
-        self._not_published = (
-            update(table)
-            .where(has_key(table), table.c.status != DONE, table.c.token == parameter(table, "token"))
-            .values(published_at=null())
-        )
-        self._old = (
-            select(table.c.message_id, table.c.task_name, table.c.processed_timestamp)
-            .where(table.c.processed_timestamp <= ago, unneeded(table))
-            .order_by(table.c.processed_timestamp)
-        )
-        self._old_from = self._old.where(table.c.processed_timestamp >= parameter(table, "processed_timestamp"))
+    def __init__(self, table: Table, database: Database) -> None:
+        super().__init__(table, database)
+        self._recovering = _Statements(table, database.dialect)
         # Where the last batch of a purge ended, while there is more.
         self._purged_to: dict[Old, datetime] = {}
-        self._delete = delete(table).where(table.c.processed_timestamp <= ago, unneeded(table))
 
-    def lapsed(
-        self, connection: Connection, *, again_after: float, limit: int, tasks: Collection[str] | None
-    ) -> list[Row]:
-        """Return the processing rows whose lease ran out."""
-        return self._rows(connection, self._of(self._lapsed, tasks).limit(limit), again_after)
+    @verb
+    def lapsed(self, on: Attempt, *, again_after: float, limit: int, tasks: Collection[str] | None = None) -> list[Row]:
+        return _rows(on, self._of(self._recovering.lapsed, tasks).limit(limit), again_after)
 
+    @verb
     def waiting(
         self,
-        connection: Connection,
+        on: Attempt,
         *,
         older_than: float,
         limit: int,
-        before: Mapping[str, datetime] | None,
-        tasks: Collection[str] | None,
+        before: Mapping[str, datetime] | None = None,
+        tasks: Collection[str] | None = None,
     ) -> list[Row]:
-        """Pending for a while."""
-        table, waiting = self._table, self._of(self._waiting, tasks).limit(limit)
+        table, waiting = self._table, self._of(self._recovering.waiting, tasks).limit(limit)
         if before is not None:
             of_queues = [
                 waiting.where(
@@ -142,68 +85,80 @@ class Recovering:
             ]
             rows: list[Row] = []
             for first in range(0, len(of_queues), _QUEUES_AT_ONCE):
-                rows += self._rows(connection, _together(of_queues[first : first + _QUEUES_AT_ONCE]), older_than)
+                rows += _rows(on, _together(of_queues[first : first + _QUEUES_AT_ONCE]), older_than)
             return sorted(rows, key=_published)[:limit]
         # Queue by queue, each in the order of the index: read at once, the whole backlog would have to be sorted.
-        rows = self._rows(connection, waiting.where(table.c.queue.is_(None)), older_than)
-        for name in self._queues(connection):
-            rows += self._rows(connection, waiting.where(table.c.queue == name), older_than)
+        rows = _rows(on, waiting.where(table.c.queue.is_(None)), older_than)
+        for name in self._queues(on):
+            rows += _rows(on, waiting.where(table.c.queue == name), older_than)
         return sorted(rows, key=_published)[:limit]
 
-    def unsent(self, connection: Connection, *, limit: int, tasks: Collection[str] | None) -> list[Row]:
-        """Pending, never published."""
-        unsent = self._of(self._unsent, tasks).limit(limit)
-        return [row_of(read) for read in connection.execute(unsent).mappings()]
+    @verb
+    def unsent(self, on: Attempt, *, limit: int, tasks: Collection[str] | None = None) -> list[Row]:
+        unsent = self._of(self._recovering.unsent, tasks).limit(limit)
+        return [row_of(read) for read in on.connection.execute(unsent).mappings()]
 
     def _of(self, statement: Select[Any], tasks: Collection[str] | None) -> Select[Any]:
         return statement if tasks is None else statement.where(self._table.c.task_name.in_(sorted(tasks)))
 
-    def relay(self, connection: Connection, row: Row, *, lease: float) -> bool:
-        """Take the right to publish, by compare and set."""
-        parameters = {**key_parameters(row.key), "p_token": row.token, "p_lease": lease}
-        # Whether it was this call that took it cannot be told on a repeat: nobody relays until that runs out.
-        return connection.execute(self._relay, parameters).rowcount > 0
+    @verb
+    def relay(self, on: Attempt, row: Row, *, lease: float) -> bool:
+        # A retry cannot tell whether its first attempt took the right: then nobody relays until that runs out.
+        return wrote(on, self._recovering.relay, {**key_parameters(row.key), "p_token": row.token, "p_lease": lease})
 
-    def relayed(self, connection: Connection, keys: Sequence[MessageKey], *, published: bool) -> None:
-        """End that right."""
-        parameters = {"p_published": 0.0 if published else None}
-        for first in range(0, len(keys), AT_ONCE):
-            some = keys[first : first + AT_ONCE]
-            connection.execute(self._relayed.where(key_in(self._table, some)), parameters)
+    def relayed(self, keys: Sequence[MessageKey], *, published: bool) -> None:
+        for some in in_batches(keys):
+            self._relayed_some(some, published=published)
 
-    def not_published(self, connection: Connection, key: MessageKey, *, token: int) -> None:
-        """Note that it was not handed to the broker after all."""
-        connection.execute(self._not_published, {**key_parameters(key), "p_token": token})
+    @verb
+    def _relayed_some(self, on: Attempt, keys: Sequence[MessageKey], *, published: bool) -> None:
+        these = self._recovering.relayed.where(key_in(self._table, keys))
+        on.connection.execute(these, {"p_published": 0.0 if published else None})
 
-    def purge(self, connection: Connection, chosen: Old, *, limit: int) -> int:
-        """Delete what is done and past retention, by its keys: a limit on DELETE is not everywhere.
+    @verb
+    def not_published(self, on: Attempt, key: MessageKey, *, token: int) -> None:
+        on.connection.execute(self._recovering.not_published, {**key_parameters(key), "p_token": token})
 
-        A batch begins where a full one before it has ended. What that deleted stands in the index until the table is vacuumed, and
-        what its ``expires_at`` keeps stays: read again by each batch, either would make a purge of millions take ever longer.
-        """
+    @verb
+    def purge(
+        self,
+        on: Attempt,
+        *,
+        older_than: float,
+        limit: int,
+        failures_older_than: float | None = None,
+        task_name: str | None = None,
+        processed_status: ProcessedStatus | None = None,
+    ) -> int:
+        # Deleted by their keys: not every database has a limit on DELETE.
+        #
+        # A batch begins where a full one before it has ended. What that deleted stands in the index until the table is vacuumed, and
+        # what its ``expires_at`` keeps stays: read again by each batch, either would make a purge of millions take ever longer.
+        chosen = Old(older_than, failures_older_than, task_name, processed_status)
         conditions, parameters = chosen.conditions(self._table, self._dialect), chosen.parameters
-        since, old = self._purged_to.get(chosen), list[Any]()
+        statements, since, old = self._recovering, self._purged_to.get(chosen), list[Any]()
         if since is not None:
-            rest = self._old_from.where(*conditions).limit(limit)
-            old += connection.execute(rest, {**parameters, "p_processed_timestamp": since})
+            rest = statements.old_from.where(*conditions).limit(limit)
+            old += on.connection.execute(rest, {**parameters, "p_processed_timestamp": since})
         if len(old) < limit:  # from the beginning: what was kept there may have become free since
-            old = list(connection.execute(self._old.where(*conditions).limit(limit), parameters))
+            old = list(on.connection.execute(statements.old.where(*conditions).limit(limit), parameters))
         self._purged_to = {chosen: old[-1].processed_timestamp} if len(old) == limit else {}
         if not old:
             return 0
         keys = [MessageKey(row.message_id, row.task_name) for row in old]
-        chosen_keys = self._delete.where(*conditions).where(key_in(self._table, keys))
-        return connection.execute(chosen_keys, parameters).rowcount
+        chosen_keys = statements.delete.where(*conditions).where(key_in(self._table, keys))
+        return on.connection.execute(chosen_keys, parameters).rowcount
 
-    def _queues(self, connection: Connection) -> Iterator[str]:
+    def _queues(self, on: Attempt) -> Iterator[str]:
         """Yield the queues that pending rows wait on."""
-        name: str | None = connection.execute(self._first_queue).scalar()
+        name: str | None = on.connection.execute(self._recovering.first_queue).scalar()
         while name is not None:
             yield name
-            name = connection.execute(self._next_queue, {"p_queue": name}).scalar()
+            name = on.connection.execute(self._recovering.next_queue, {"p_queue": name}).scalar()
 
-    def _rows(self, connection: Connection, statement: Executable, ago: float) -> list[Row]:
-        return [row_of(read) for read in connection.execute(statement, {"p_ago": -ago}).mappings()]
+
+def _rows(on: Attempt, statement: Executable, ago: float) -> list[Row]:
+    return [row_of(read) for read in on.connection.execute(statement, {"p_ago": -ago}).mappings()]
 
 
 def _listed(table: Table) -> list[ColumnElement[Any]]:
@@ -223,3 +178,68 @@ def _together(of_queues: Sequence[Select[Any]]) -> Executable:
 def _published(row: Row) -> datetime:
     assert row.published_at is not None  # which was asked for
     return row.published_at
+
+
+class _Statements:
+    """The statements of these verbs, for one table; each finds its rows together in one index."""
+
+    def __init__(self, table: Table, dialect: Dialect) -> None:
+        ago = FromNow(seconds("p_ago"))
+        # Of what is not done there is an index, and by this the databases know that it serves.
+        read = select(*_listed(table), Now().label("read_at")).where(table.c.processed_timestamp.is_(None))
+        self.lapsed = (
+            read.where(
+                table.c.status == PROCESSING,
+                table.c.lease_expires_at <= Now(),
+                or_(
+                    table.c.published_at.is_(None),
+                    table.c.published_at < table.c.lease_expires_at,
+                    table.c.published_at <= ago,
+                ),
+            )
+            # Sorted by hand: only as many rows are processing as there are messages that run.
+            .order_by(table.c.lease_expires_at)
+        )
+        self.waiting = read.where(
+            table.c.status == PENDING,
+            table.c.published_at <= ago,
+            or_(table.c.available_at.is_(None), table.c.available_at <= ago),
+        ).order_by(table.c.published_at)
+        # The first queue with pending rows, or the next one: the index leads from each to the next, past what waits on it.
+        self.first_queue = select(func.min(table.c.queue)).where(
+            table.c.processed_timestamp.is_(None), table.c.status == PENDING
+        )
+        self.next_queue = self.first_queue.where(table.c.queue > parameter(table, "queue"))
+        # Neither done nor processing, which is pending, said so that none looks for them among all that is pending.
+        unsent = (table.c.status != PROCESSING, table.c.published_at.is_(None))
+        tie = () if dialect.recorded_order is None else (dialect.recorded_order,)
+        self.unsent = read.where(*unsent).order_by(table.c.created_timestamp, *tie)
+        self.relay = (
+            update(table)
+            .where(
+                has_key(table),
+                table.c.status == PENDING,
+                table.c.published_at.is_(None),
+                table.c.token == parameter(table, "token"),
+                or_(table.c.lease_expires_at.is_(None), table.c.lease_expires_at <= Now()),
+            )
+            .values(lease_expires_at=FromNow(seconds("p_lease")))
+        )
+        # Of a row that runs the lease is its owner's.
+        self.relayed = (
+            update(table)
+            .where(table.c.status == PENDING, table.c.published_at.is_(None))
+            .values(published_at=FromNow(seconds("p_published")), lease_expires_at=null())
+        )
+        self.not_published = (
+            update(table)
+            .where(has_key(table), table.c.status != DONE, table.c.token == parameter(table, "token"))
+            .values(published_at=null())
+        )
+        self.old = (
+            select(table.c.message_id, table.c.task_name, table.c.processed_timestamp)
+            .where(table.c.processed_timestamp <= ago, unneeded(table))
+            .order_by(table.c.processed_timestamp)
+        )
+        self.old_from = self.old.where(table.c.processed_timestamp >= parameter(table, "processed_timestamp"))
+        self.delete = delete(table).where(table.c.processed_timestamp <= ago, unneeded(table))

@@ -34,9 +34,10 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import TypeCompiler
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
+from celery_idempotent.core.storable import storable_error
 from celery_idempotent.stores.sql.clock import MYSQL_NAMES, UtcTimestamp
 
-__all__ = ["VERSIONS", "ErrorText", "ExactText", "Version", "queue_log_table", "storable", "table_of_version"]
+__all__ = ["VERSIONS", "ErrorText", "ExactText", "Version", "queue_log_table", "table_of_version"]
 
 
 class ExactText(String):
@@ -64,12 +65,7 @@ class ErrorText(TypeDecorator[str]):
         return dialect.type_descriptor(Text())
 
     def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
-        return None if value is None else storable(value)
-
-
-def storable(text: str) -> str:
-    """Return the text with NULs (refused by PostgreSQL) and lone surrogates (not UTF-8) as backslash escapes."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8").replace("\0", "\\x00")
+        return None if value is None else storable_error(value)
 
 
 def queue_log_table(metadata: MetaData, name: str = "queue_log", schema: str | None = None) -> Table:

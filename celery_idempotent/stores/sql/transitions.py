@@ -1,28 +1,23 @@
-"""The verbs that end or hand on a run: checkpoint, complete, fail, retry, release, expire, abandon, cancel.
+"""The verbs that end or hand on a run: checkpoint, complete, fail, retry, release, expire, abandon, cancel, forbid.
 
-As in :mod:`~celery_idempotent.stores.sql.producer`, each takes the connection, and ``is_retry`` says that it is a repeat. Every
-one is a single ``UPDATE`` fenced by the holder; only when that changed no row is the row read, to tell an ending that was
-already written from one that came too late.
+Each is a single ``UPDATE``, fenced by the holder. Only if that changed no row is the row read, to tell an ending that was already written
+from one that came too late.
 """
+
+# ruff: noqa: D102 - the verbs are documented in the port
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Table, Update, bindparam, func, null, update
+from sqlalchemy import Table, Update, bindparam, func, null, update
+from sqlalchemy.exc import DBAPIError
 
-from celery_idempotent.core.records import (
-    Claim,
-    Holder,
-    MessageKey,
-    NewMessage,
-    NoResultReason,
-    Owner,
-    ProcessedStatus,
-    Row,
-    Status,
-)
+from celery_idempotent.core.records import Claim, Holder, MessageKey, NewMessage, NoResultReason, Row
+from celery_idempotent.core.storable import in_ascii
+from celery_idempotent.stores import took_effect
 from celery_idempotent.stores.sql.clock import FromNow, Now, seconds
 from celery_idempotent.stores.sql.columns import (
     DONE,
@@ -30,17 +25,120 @@ from celery_idempotent.stores.sql.columns import (
     PENDING,
     PROCESSING,
     SUCCESS,
-    Lookup,
     has_key,
-    held_by,
     holder_parameters,
     key_parameters,
     parameter,
 )
+from celery_idempotent.stores.sql.connection import Attempt, Database
+from celery_idempotent.stores.sql.dialects import Fault
 from celery_idempotent.stores.sql.direct import directly
-from celery_idempotent.stores.sql.table import storable
+from celery_idempotent.stores.sql.verbs import Verbs, verb, wrote
 
 __all__ = ["Transitions"]
+
+
+class Transitions(Verbs):
+    """Writes how a run, or a message, ended."""
+
+    def __init__(self, table: Table, database: Database) -> None:
+        super().__init__(table, database)
+        self._transitions = _Statements(table)
+
+    @verb
+    def checkpoint(self, on: Attempt, claim: Claim, *, result: bytes | None, lease: float | None = None) -> bool:
+        parameters = {**holder_parameters(claim), "p_result": result, "p_lease": lease}
+        return wrote(on, self._transitions.checkpoint, parameters)
+
+    @verb
+    def complete(
+        self,
+        on: Attempt,
+        claim: Claim,
+        *,
+        result: bytes | None,
+        note: NoResultReason | None = None,
+        unique_for: float | None = None,
+    ) -> bool:
+        parameters = {
+            **holder_parameters(claim),
+            "p_result": result,
+            "p_error": None if note is None else note.value,
+            "p_unique_for": unique_for,
+        }
+        return wrote(on, self._transitions.complete, parameters) or self._shows(
+            on, claim.key, lambda row: took_effect.complete(row, claim)
+        )
+
+    @verb
+    def fail(self, on: Attempt, holder: Holder, *, error: str, unique_for: float | None = None) -> bool:
+        parameters = {**holder_parameters(holder), "p_error": error, "p_unique_for": unique_for}
+        return self._wrote_error(on, self._transitions.fail.by(holder), parameters) or (
+            (on.is_retry or isinstance(holder, Claim))
+            and self._shows(on, holder.key, lambda row: took_effect.fail(row, holder, error=error))
+        )
+
+    @verb
+    def retry(self, on: Attempt, holder: Holder, message: NewMessage) -> bool:
+        parameters = {
+            **holder_parameters(holder),
+            "p_attempt": message.attempt,
+            "p_fingerprint": message.fingerprint,
+            "p_queue": message.queue,
+            "p_message": message.message,
+            "p_delay": message.delay,
+            "p_published": 0.0 if message.published else None,
+        }
+        return wrote(on, self._transitions.retry.by(holder), parameters) or (
+            on.is_retry and self._shows(on, holder.key, lambda row: took_effect.retry(row, holder, message))
+        )
+
+    @verb
+    def release(self, on: Attempt, holder: Holder) -> bool:
+        return wrote(on, self._transitions.release.by(holder), holder_parameters(holder)) or (
+            on.is_retry and self._shows(on, holder.key, lambda row: took_effect.release(row, holder))
+        )
+
+    @verb
+    def expire(self, on: Attempt, holder: Holder) -> bool:
+        return wrote(on, self._transitions.expire.by(holder), holder_parameters(holder))
+
+    @verb
+    def abandon(self, on: Attempt, row: Row, *, error: str, unique_for: float | None = None) -> bool:
+        parameters = {
+            **key_parameters(row.key),
+            "p_token": row.token,
+            "p_processed_status": None if row.processed_status is None else row.processed_status.value,
+            "p_error": error,
+            "p_unique_for": unique_for,
+        }
+        return self._wrote_error(on, self._transitions.abandon, parameters) or (
+            on.is_retry and self._shows(on, row.key, lambda found: took_effect.abandon(found, row, error=error))
+        )
+
+    @verb
+    def cancel(
+        self, on: Attempt, key: MessageKey, *, task_id: str, error: str, unique_for: float | None = None
+    ) -> bool:
+        parameters = {**key_parameters(key), "p_task_id": task_id, "p_error": error, "p_unique_for": unique_for}
+        return self._wrote_error(on, self._transitions.cancel, parameters) or (
+            on.is_retry and self._shows(on, key, lambda row: took_effect.cancel(row, task_id=task_id, error=error))
+        )
+
+    @verb
+    def forbid(self, on: Attempt, row: Row, *, error: str) -> bool:
+        return wrote(on, self._transitions.forbid, {**key_parameters(row.key), "p_token": row.token, "p_error": error})
+
+    def _wrote_error(self, on: Attempt, statement: Update, parameters: Mapping[str, Any]) -> bool:
+        """Write an ending with its error. If the database lacks characters of the error, write it in ASCII: no ending is refused for that."""
+        error = parameters["p_error"]
+        try:
+            return wrote(on, statement, parameters)
+        except (DBAPIError, UnicodeEncodeError) as refusal:
+            refused = isinstance(refusal, UnicodeEncodeError) or self._dialect.fault(refusal) is Fault.OTHER
+            if on.in_transaction or error.isascii() or not refused:
+                raise
+        return wrote(on, statement, {**parameters, "p_error": in_ascii(error)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +152,10 @@ class _Fenced:
         return self.by_token if isinstance(holder, Claim) else self.by_worker
 
 
-class Transitions:
-    """Statements and verbs that end runs, for one table."""
+class _Statements:
+    """The statements of these verbs, for one table."""
 
     def __init__(self, table: Table) -> None:
-        self._read = Lookup(table)
         token = table.c.token == parameter(table, "token")
         worker = table.c.worker == parameter(table, "worker")
         processing = table.c.status == PROCESSING
@@ -80,23 +177,23 @@ class Transitions:
         returned = {"status": PENDING, "processed_status": null(), "lease_expires_at": null(), "result": null()}
         result = bindparam("p_result", type_=table.c.result.type)
         lease = func.coalesce(FromNow(seconds("p_lease")), table.c.lease_expires_at)
-        self._checkpoint = fenced(processed_status=SUCCESS, result=result, lease_expires_at=lease).by_token
-        self._complete = fenced(
+        self.checkpoint = fenced(processed_status=SUCCESS, result=result, lease_expires_at=lease).by_token
+        self.complete = fenced(
             **ended, processed_status=SUCCESS, message=null(), result=func.coalesce(result, table.c.result)
         ).by_token
         failed = {**ended, "processed_status": FAILURE, "result": null()}
-        self._fail = fenced(**failed)
-        self._retry = fenced(
+        self.fail = fenced(**failed)
+        self.retry = fenced(
             **returned,
             **{name: parameter(table, name) for name in ("attempt", "fingerprint", "queue", "message")},
             available_at=FromNow(seconds("p_delay")),
             published_at=FromNow(seconds("p_published")),
         )
         # The broker has it again as of now: how long it has been waiting does not count the time it ran.
-        self._release = fenced(**returned, published_at=Now())
+        self.release = fenced(**returned, published_at=Now())
         expired = update(table).where(has_key(table), processing).values(lease_expires_at=Now())
-        self._expire = _Fenced(expired.where(token), expired.where(worker))
-        self._abandon = (
+        self.expire = _Fenced(expired.where(token), expired.where(worker))
+        self.abandon = (
             update(table)
             .where(
                 has_key(table),
@@ -108,143 +205,13 @@ class Transitions:
             )
             .values(failed)
         )
-        self._cancel = (
+        self.cancel = (
             update(table)
             .where(has_key(table), table.c.status == PENDING, table.c.task_id == parameter(table, "task_id"))
             .values(failed)
         )
-
-        self._forbid = (
+        self.forbid = (
             update(table)
             .where(has_key(table), processing, token, table.c.processed_status.is_(None))
             .values(error=parameter(table, "error"))
         )
-
-    def checkpoint(self, connection: Connection, claim: Claim, *, result: bytes | None, lease: float | None) -> bool:
-        """Write the recovery point; written a second time it is the same."""
-        return _wrote(connection, self._checkpoint, {**holder_parameters(claim), "p_result": result, "p_lease": lease})
-
-    def complete(
-        self,
-        connection: Connection,
-        claim: Claim,
-        *,
-        result: bytes | None,
-        note: NoResultReason | None,
-        unique_for: float | None,
-    ) -> bool:
-        """Done, success."""
-        parameters = {
-            **holder_parameters(claim),
-            "p_result": result,
-            "p_error": None if note is None else note.value,
-            "p_unique_for": unique_for,
-        }
-        if _wrote(connection, self._complete, parameters):
-            return True
-        # Nobody else can have ended it so under this token.
-        row = self._read(connection, claim.key)
-        return row is not None and row.token == claim.token and _ended(row, ProcessedStatus.SUCCESS)
-
-    def fail(
-        self, connection: Connection, holder: Holder, *, error: str, unique_for: float | None, is_retry: bool
-    ) -> bool:
-        """Done, failure."""
-        parameters = {**holder_parameters(holder), "p_error": error, "p_unique_for": unique_for}
-        if _wrote(connection, self._fail.by(holder), parameters):
-            return True
-        if isinstance(holder, Owner) and not is_retry:
-            return False
-        # An owner that was found dead and abandoned ends so too, under the same token: the error tells them apart.
-        row = self._read(connection, holder.key)
-        return (
-            row is not None
-            and held_by(row, holder)
-            and _ended(row, ProcessedStatus.FAILURE)
-            and row.error == storable(error)
-        )
-
-    def retry(self, connection: Connection, holder: Holder, message: NewMessage, *, is_retry: bool) -> bool:
-        """Back to pending, for the next attempt."""
-        parameters = {
-            **holder_parameters(holder),
-            "p_attempt": message.attempt,
-            "p_fingerprint": message.fingerprint,
-            "p_queue": message.queue,
-            "p_message": message.message,
-            "p_delay": message.delay,
-            "p_published": 0.0 if message.published else None,
-        }
-        if _wrote(connection, self._retry.by(holder), parameters):
-            return True
-        row = self._read(connection, holder.key) if is_retry else None
-        return (
-            row is not None and held_by(row, holder) and (row.status, row.attempt) == (Status.PENDING, message.attempt)
-        )
-
-    def release(self, connection: Connection, holder: Holder, *, is_retry: bool) -> bool:
-        """Back to pending, for the same attempt."""
-        if _wrote(connection, self._release.by(holder), holder_parameters(holder)):
-            return True
-        row = self._read(connection, holder.key) if is_retry else None
-        return row is not None and held_by(row, holder) and row.status is Status.PENDING
-
-    def expire(self, connection: Connection, holder: Holder) -> bool:
-        """End the lease now."""
-        return _wrote(connection, self._expire.by(holder), holder_parameters(holder))
-
-    def abandon(
-        self, connection: Connection, row: Row, *, error: str, unique_for: float | None, is_retry: bool
-    ) -> bool:
-        """Done, failure, on behalf of an owner whose lease ran out."""
-        parameters = {
-            **key_parameters(row.key),
-            "p_token": row.token,
-            "p_processed_status": None if row.processed_status is None else row.processed_status.value,
-            "p_error": error,
-            "p_unique_for": unique_for,
-        }
-        if _wrote(connection, self._abandon, parameters):
-            return True
-        found = self._read(connection, row.key) if is_retry else None
-        return (
-            found is not None
-            and found.token == row.token
-            and _ended(found, ProcessedStatus.FAILURE)
-            and found.error == storable(error)
-        )
-
-    def cancel(
-        self,
-        connection: Connection,
-        key: MessageKey,
-        *,
-        task_id: str,
-        error: str,
-        unique_for: float | None,
-        is_retry: bool,
-    ) -> bool:
-        """Done, failure, without having run."""
-        parameters = {**key_parameters(key), "p_task_id": task_id, "p_error": error, "p_unique_for": unique_for}
-        if _wrote(connection, self._cancel, parameters):
-            return True
-        found = self._read(connection, key) if is_retry else None
-        return (
-            found is not None
-            and found.task_id == task_id
-            and _ended(found, ProcessedStatus.FAILURE)
-            and found.error == storable(error)
-        )
-
-    def forbid(self, connection: Connection, row: Row, *, error: str) -> bool:
-        """Not to run again."""
-        return _wrote(connection, self._forbid, {**key_parameters(row.key), "p_token": row.token, "p_error": error})
-
-
-def _wrote(connection: Connection, statement: Update, parameters: dict[str, Any]) -> bool:
-    """Execute it. Returns whether its condition held."""
-    return connection.execute(statement, parameters).rowcount > 0
-
-
-def _ended(row: Row, how: ProcessedStatus) -> bool:
-    return row.status is Status.DONE and row.processed_status is how

@@ -48,7 +48,7 @@ def models(store: Store) -> Iterator[type[Model]]:
     """Yield a function that begins a new model on the store; Hypothesis says it wants a class."""
     assert isinstance(store, SQLStore)
     clock, app = Clock(), build_app()
-    clock.attach(store._database._autocommit(store._database._here()))
+    clock.attach(store._database._here().for_statements)
     store.init()
     yield cast("type[Model]", partial(Model, app, store, clock))
     store.close()

@@ -90,7 +90,7 @@ def test_a_lower_limit_of_the_users_stays(store_url: str) -> None:
         ask = "SELECT CONCAT(ROUND(@@max_statement_time), 's')"
     store = SQLStore(mine)
     store.init()
-    assert store._database.run(lambda on, _: on.execute(sa.text(ask)).scalar()) == "3s"
+    assert store._database.run(lambda on: on.connection.execute(sa.text(ask)).scalar()) == "3s"
     store.close()
 
 

@@ -44,7 +44,7 @@ def in_child(work: Callable[[], None]) -> None:
 def session(store: SQLStore) -> object:
     """Return the server's name for the connection that the store uses."""
     ask = "SELECT pg_backend_pid()" if store.engine.dialect.name == "postgresql" else "SELECT CONNECTION_ID()"
-    return store._database.run(lambda on, again: on.execute(sa.text(ask)).scalar())
+    return store._database.run(lambda on: on.connection.execute(sa.text(ask)).scalar())
 
 
 @on_servers
@@ -125,7 +125,7 @@ def test_a_fork_while_another_thread_opens_the_store_does_not_hang(store_url: st
     locked, forked = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with opened.lock:
+        with opened._lock:
             locked.set()
             forked.wait(30)
 

@@ -40,9 +40,9 @@ def test_no_connection_waits_for_minutes_for_a_host_out_of_reach(store: SQLStore
     owner = sa.create_engine(store_url)
     owned = SQLStore(owner)
     for engine in (
-        store._database._autocommit(store._database._here()),
+        store._database._here().for_statements,
         store.engine,
-        owned._database._autocommit(owned._database._here()),
+        owned._database._here().for_statements,
     ):
         with engine.connect() as connection:
             descriptor = store._dialect.socket(connection.connection.dbapi_connection)
