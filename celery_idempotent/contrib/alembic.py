@@ -6,11 +6,11 @@ A migration names the version of the table that it leads to, and always does the
 
 
     def upgrade() -> None:
-        queue_log.upgrade(op, 2)
+        queue_log.upgrade(op, 1)
 
 
     def downgrade() -> None:
-        queue_log.downgrade(op, 0, since=2)
+        queue_log.downgrade(op, 0, since=1)
 
 This module does not import Alembic.
 """
@@ -23,9 +23,9 @@ from typing import Any
 
 from sqlalchemy import Connection, MetaData
 
-from celery_idempotent.stores.sql.migrations import Step, check_version, present_in, steps_back, steps_to
+from celery_idempotent.stores.sql.migrations import Statement, check_version, present_in, statements_back, statements_to
 from celery_idempotent.stores.sql.online import alone, execute
-from celery_idempotent.stores.sql.schema import steps
+from celery_idempotent.stores.sql.schema import statements
 from celery_idempotent.stores.sql.table import table_of_version
 
 __all__ = ["apart_from", "downgrade", "upgrade"]
@@ -42,7 +42,7 @@ def upgrade(op: Any, version: int, *, since: int = 0, table: str = "queue_log", 
 
     Args:
         op: Alembic's ``op``.
-        version: The version; "The table over time" says what each is.
+        version: The version; "Create and upgrade the table" says what each is.
         since: The version that the migration before this one led to; 0 if there was none. Only needed for ``--sql``; otherwise the
             version is read.
         table: The table's name, as in the setting ``idempotent_table``.
@@ -56,16 +56,16 @@ def upgrade(op: Any, version: int, *, since: int = 0, table: str = "queue_log", 
     check_version(since)
     context = op.get_context()
     if context.as_sql:
-        _write(op, steps_to(version, table, schema, present_in(since, table)))
+        _write(op, statements_to(version, table, schema, present_in(since, table)))
         return
     declared = table_of_version(version, MetaData(), table, schema)
 
-    alters = any(step.alters for step in steps(op.get_bind(), declared, version))
+    alters = any(statement.alters for statement in statements(op.get_bind(), declared, version))
     with _outside(context) if alters else nullcontext():
         connection: Connection = op.get_bind()
         with alone(connection, declared):
-            for step in steps(connection, declared, version):
-                execute(connection, step)
+            for statement in statements(connection, declared, version):
+                execute(connection, statement)
 
 
 def downgrade(op: Any, version: int, *, since: int, table: str = "queue_log", schema: str | None = None) -> None:
@@ -86,15 +86,15 @@ def downgrade(op: Any, version: int, *, since: int, table: str = "queue_log", sc
     check_version(version)
     check_version(since)
     context = op.get_context()
-    back = list(steps_back(since, version, table, schema))
+    back = list(statements_back(since, version, table, schema))
     if context.as_sql:
         _write(op, back)
         return
     with _outside(context) if version else nullcontext():
         connection = op.get_bind()
         with alone(connection, table_of_version(since, MetaData(), table, schema)):
-            for step in back:
-                execute(connection, step)
+            for statement in back:
+                execute(connection, statement)
 
 
 def apart_from(
@@ -118,13 +118,13 @@ def apart_from(
     return include_object
 
 
-def _write(op: Any, written: Iterable[Step]) -> None:
+def _write(op: Any, written: Iterable[Statement]) -> None:
     """Print the statements, for `--sql`; those that need no transaction go between two transactions."""
     written = list(written)
     context = op.get_context()
-    with _outside(context) if any(step.alters for step in written) else nullcontext():
-        for step in written:
-            op.execute(step.ddl)
+    with _outside(context) if any(statement.alters for statement in written) else nullcontext():
+        for statement in written:
+            op.execute(statement.ddl)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The steps from one version of the table to another: statements, for a database that was looked at or for one that was not."""
+"""The statements that take the table from one version to another, in a database that was looked at or in one that was not."""
 
 # ruff: noqa: ARG001 - signatures are SQLAlchemy's
 
@@ -23,16 +23,15 @@ __all__ = [
     "AddColumn",
     "OnlineIndex",
     "Present",
-    "Step",
+    "Statement",
     "at_once",
     "check_version",
     "is_online",
     "newest",
     "present_in",
-    "steps_back",
-    "steps_to",
+    "statements_back",
+    "statements_to",
 ]
-
 
 _CONCURRENTLY = "postgresql_concurrently"
 
@@ -53,8 +52,8 @@ class Present:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """One statement.
+class Statement:
+    """One statement about the table.
 
     Attributes:
         what: What it does, for people.
@@ -78,7 +77,7 @@ class Step:
 
 def newest() -> int:
     """Return the version of the table that this version of the library has."""
-    return tables.VERSIONS[-1].number
+    return len(tables.VERSIONS)
 
 
 def check_version(number: int) -> None:
@@ -104,19 +103,17 @@ def present_in(version: int, name: str) -> Present | None:
     )
 
 
-def steps_to(version: int, name: str, schema: str | None, present: Present | None) -> Iterator[Step]:
-    """Yield what takes a table from what it is to a version; nothing if it has all that.
-
-    Columns come first, and what a version does without goes last, so that at no moment less is there than before.
+def statements_to(version: int, name: str, schema: str | None, present: Present | None) -> Iterator[Statement]:
+    """Yield what gives a table all that a version has; nothing if it has that.
 
     Raises:
         SchemaError: It lacks columns of the first version: whatever it is, it is none of ours.
     """
     table = table_of_version(version, MetaData(), name, schema)
     if present is None:
-        yield Step(f"create the table {table.fullname}", CreateTable(table, if_not_exists=True), alters=False)
+        yield Statement(f"create the table {table.fullname}", CreateTable(table, if_not_exists=True), alters=False)
         for index in _sorted(table):
-            yield Step(f"create the index {index.name}", CreateIndex(index), alters=False)
+            yield Statement(f"create the index {index.name}", CreateIndex(index), alters=False)
         return
     missing = [column for column in table.columns if column.name not in present.columns]
     first = {column.name for column in tables.VERSIONS[0].columns()}
@@ -126,50 +123,34 @@ def steps_to(version: int, name: str, schema: str | None, present: Present | Non
             f"add the columns by a migration, or rename it and run `celery -A proj idempotent init`"
         )
     for column in missing:
-        yield Step(f"add the column {column.name} to {table.fullname}", AddColumn(column))
+        yield Statement(f"add the column {column.name} to {table.fullname}", AddColumn(column))
     for index in _sorted(table):
         # By its columns: one of another name, that a migration has made, serves as well.
         if tuple(index.columns.keys()) in present.indexes.values():
             continue
         if index.name in present.broken:
-            yield Step(f"drop the index {index.name}, which was not built to the end", _online(DropIndex(index)))
-        yield Step(f"create the index {index.name}", _online(OnlineIndex(index)))
-    for index in _retired(version, name, schema):
-        if present.indexes.get(str(index.name)) == tuple(index.columns.keys()):
-            yield Step(f"drop the index {index.name}", _online(DropIndex(index)))
+            yield Statement(f"drop the index {index.name}, which was not built to the end", _online(DropIndex(index)))
+        yield Statement(f"create the index {index.name}", _online(OnlineIndex(index)))
 
 
-def steps_back(since: int, version: int, name: str, schema: str | None) -> Iterator[Step]:
+def statements_back(since: int, version: int, name: str, schema: str | None) -> Iterator[Statement]:
     """Yield what takes a table from one version back to an older one; to 0 is without it, and all that is in it."""
     before = table_of_version(since, MetaData(), name, schema)
     if version == 0:
-        yield Step(f"drop the table {before.fullname}", DropTable(before))
+        yield Statement(f"drop the table {before.fullname}", DropTable(before))
         return
     after = table_of_version(version, MetaData(), name, schema)
     kept = {index.name for index in after.indexes}
-    for index in _sorted(after):
-        if index.name not in {each.name for each in before.indexes}:
-            yield Step(f"create the index {index.name}", _online(OnlineIndex(index)))
     for index in _sorted(before):
         if index.name not in kept:
-            yield Step(f"drop the index {index.name}", _online(DropIndex(index)))
+            yield Statement(f"drop the index {index.name}", _online(DropIndex(index)))
     for column in before.columns:
         if column.name not in after.columns:
-            yield Step(f"drop the column {column.name} of {before.fullname}", DropColumn(column))
+            yield Statement(f"drop the column {column.name} of {before.fullname}", DropColumn(column))
 
 
 def _sorted(table: Table) -> list[Any]:
     return sorted(table.indexes, key=lambda index: str(index.name))
-
-
-def _retired(version: int, name: str, schema: str | None) -> Iterator[Any]:
-    """Indexes that earlier versions had, as they had them."""
-    kept = {index.name for index in table_of_version(version, MetaData(), name, schema).indexes}
-    for number in range(1, version):
-        for index in _sorted(table_of_version(number, MetaData(), name, schema)):
-            if index.name not in kept:
-                kept.add(index.name)
-                yield index
 
 
 # -- statements --------------------------------------------------------------------------------------------------------
@@ -207,13 +188,13 @@ def is_online(ddl: DDLElement) -> bool:
     return isinstance(ddl, CreateIndex | DropIndex) and ddl.element.dialect_kwargs.get(_CONCURRENTLY) is True
 
 
-def at_once(step: Step) -> Step:
-    """Return the same step without that, where it takes a moment only, or PostgreSQL has no other way."""
-    ddl = step.ddl
+def at_once(statement: Statement) -> Statement:
+    """Return the same statement without that, where it takes a moment only, or PostgreSQL has no other way."""
+    ddl = statement.ddl
     if is_online(ddl):
         assert isinstance(ddl, CreateIndex | DropIndex)
         ddl.element.dialect_kwargs[_CONCURRENTLY] = False
-    return step
+    return statement
 
 
 @compiles(AddColumn)

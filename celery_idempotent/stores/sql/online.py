@@ -19,7 +19,7 @@ from sqlalchemy.schema import DDLElement, DropIndex
 
 from celery_idempotent.errors import StoreUnavailableError
 from celery_idempotent.stores.sql.clock import MYSQL_NAMES
-from celery_idempotent.stores.sql.migrations import Step, is_online
+from celery_idempotent.stores.sql.migrations import Statement, is_online
 
 __all__ = ["alone", "broken_indexes", "execute", "partitions", "seen_at_once"]
 
@@ -168,11 +168,11 @@ def partitions(connection: Connection, table: Table) -> list[tuple[str, str]]:
     return [(schema, name) for schema, name in found]
 
 
-def execute(connection: Connection, step: Step) -> bool:
-    """Take a step, unless somebody else takes it at the same time.
+def execute(connection: Connection, statement: Statement) -> bool:
+    """Execute a statement, unless somebody else does at the same time.
 
     Returns:
-        Whether it was taken here.
+        Whether it was executed here.
 
     Raises:
         StoreUnavailableError: The table was in use for ten minutes, without a moment in between.
@@ -181,19 +181,19 @@ def execute(connection: Connection, step: Step) -> bool:
     deadline = time.monotonic() + _PATIENCE
     while True:
         try:
-            with _briefly(connection, step.ddl):
-                connection.execute(step.ddl)
+            with _briefly(connection, statement.ddl):
+                connection.execute(statement.ddl)
         except DBAPIError as error:
             said = str(error.orig).lower()
-            if any(face in said for face in (_GONE if isinstance(step.ddl, DropIndex) else _DONE)):
+            if any(face in said for face in (_GONE if isinstance(statement.ddl, DropIndex) else _DONE)):
                 return False
             if not _in_use(connection, error):
                 raise
             if time.monotonic() > deadline:
                 raise StoreUnavailableError(
-                    f"cannot {step.what}: transactions that use the table have followed each other for {_PATIENCE:g} s"
+                    f"cannot {statement.what}: transactions that use the table have followed each other for {_PATIENCE:g} s"
                 ) from error
-            logger.warning("cannot %s yet, a transaction uses the table; asked again in %g s", step.what, _PAUSE)
+            logger.warning("cannot %s yet, a transaction uses the table; asked again in %g s", statement.what, _PAUSE)
             time.sleep(_PAUSE)
         else:
             return True

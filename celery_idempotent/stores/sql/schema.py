@@ -12,10 +12,18 @@ from sqlalchemy.exc import NoSuchTableError
 
 from celery_idempotent.core.records import Change
 from celery_idempotent.errors import SchemaError
-from celery_idempotent.stores.sql.migrations import AddColumn, OnlineIndex, Present, Step, at_once, newest, steps_to
+from celery_idempotent.stores.sql.migrations import (
+    AddColumn,
+    OnlineIndex,
+    Present,
+    Statement,
+    at_once,
+    newest,
+    statements_to,
+)
 from celery_idempotent.stores.sql.online import alone, broken_indexes, execute, partitions, seen_at_once
 
-__all__ = ["create", "is_there", "outstanding", "steps", "verify"]
+__all__ = ["create", "is_there", "outstanding", "statements", "verify"]
 
 _INIT = "`celery -A proj idempotent init`"
 
@@ -30,7 +38,7 @@ def verify(connection: Connection, table: Table) -> None:
     if columns is None:
         raise SchemaError(f"the table {table.fullname} is missing; run {_INIT}")
     if missing := [column.name for column in table.columns if column.name not in columns]:
-        list(steps_to(newest(), table.name, table.schema, Present(columns)))  # which refuses what is of no version
+        list(statements_to(newest(), table.name, table.schema, Present(columns)))  # which refuses what is of no version
         raise SchemaError(
             f"the table {table.fullname} lacks {', '.join(missing)}: it is of an older version; run {_INIT}, or your migration"
         )
@@ -48,7 +56,7 @@ def outstanding(connection: Connection, table: Table) -> list[Change]:
         SchemaError: A table of that name is of no version.
     """
     with seen_at_once(connection):
-        return [step.change(connection.dialect) for step in steps(connection, table, newest())]
+        return [statement.change(connection.dialect) for statement in statements(connection, table, newest())]
 
 
 def create(connection: Connection, table: Table, before: Callable[[Change], None] | None = None) -> bool:
@@ -66,45 +74,47 @@ def create(connection: Connection, table: Table, before: Callable[[Change], None
         SchemaError: A table of that name is of no version; it is not touched.
     """
     with seen_at_once(connection):
-        if not steps(connection, table, newest()):
+        if not statements(connection, table, newest()):
             return False
     changed = False
     with alone(connection, table):
-        for step in steps(connection, table, newest()):
+        for statement in statements(connection, table, newest()):
             if before is not None:
-                before(step.change(connection.dialect))
-            changed = execute(connection, step) or changed
+                before(statement.change(connection.dialect))
+            changed = execute(connection, statement) or changed
     verify(connection, table)
     return changed
 
 
-def steps(connection: Connection, table: Table, version: int) -> list[Step]:
+def statements(connection: Connection, table: Table, version: int) -> list[Statement]:
     """Return what takes the database's table to a version.
 
     Raises:
         SchemaError: A table of that name is of no version.
     """
-    whole = list(steps_to(version, table.name, table.schema, _present(connection, table)))
-    if any(step.alters for step in whole) and (parts := partitions(connection, table)):
+    whole = list(statements_to(version, table.name, table.schema, _present(connection, table)))
+    if any(statement.alters for statement in whole) and (parts := partitions(connection, table)):
         return list(_by_parts(connection, whole, parts, version))
     return whole
 
 
-def _by_parts(connection: Connection, whole: list[Step], parts: list[tuple[str, str]], version: int) -> Iterator[Step]:
-    """Yield the steps for a table in partitions. PostgreSQL builds no index beside the writers of all of them.
+def _by_parts(
+    connection: Connection, whole: list[Statement], parts: list[tuple[str, str]], version: int
+) -> Iterator[Statement]:
+    """Yield the statements for a table in partitions. PostgreSQL builds no index beside the writers of all of them.
 
     But of one, and an index over all that finds its like on each takes those for its parts, in a moment.
     """
-    of_parts = any(isinstance(step.ddl, OnlineIndex) for step in whole)
-    for step in whole:
-        if of_parts and not isinstance(step.ddl, AddColumn):
+    of_parts = any(isinstance(statement.ddl, OnlineIndex) for statement in whole)
+    for statement in whole:
+        if of_parts and not isinstance(statement.ddl, AddColumn):
             of_parts = False
             for schema, name in parts:
                 part = Table(name, MetaData(), schema=schema)
-                for each in steps_to(version, name, schema, _present(connection, part)):
+                for each in statements_to(version, name, schema, _present(connection, part)):
                     if not isinstance(each.ddl, AddColumn):  # which a partition has of the table
                         yield each
-        yield at_once(step)
+        yield at_once(statement)
 
 
 def _present(connection: Connection, table: Table) -> Present | None:

@@ -18,7 +18,7 @@ from celery_idempotent.stores.sql.admin import Admin
 from celery_idempotent.stores.sql.claims import Claims
 from celery_idempotent.stores.sql.connection import Database
 from celery_idempotent.stores.sql.dialects import Dialect, dialect_named
-from celery_idempotent.stores.sql.migrations import newest, steps_to
+from celery_idempotent.stores.sql.migrations import newest, statements_to
 from celery_idempotent.stores.sql.reading import Reading
 from celery_idempotent.stores.sql.recording import Recording
 from celery_idempotent.stores.sql.recovering import Recovering
@@ -113,7 +113,7 @@ class SQLStore(Recording, Claims, Transitions, Recovering, Reading, Admin):
 
     def outstanding(self) -> list[Change]:
         if not self._database.exists():
-            return [step.change(self.engine.dialect) for step in steps_to(newest(), self._table.name, None, None)]
+            return [each.change(self.engine.dialect) for each in statements_to(newest(), self._table.name, None, None)]
         return self._run(lambda on: schema.outstanding(on.connection, self._table), prepared=False)
 
     def check(self) -> None:

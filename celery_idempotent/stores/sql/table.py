@@ -1,9 +1,8 @@
-"""The table ``queue_log``: its columns, their types, its indexes, and the versions that it has had.
+"""The table ``queue_log``: its columns, their types, its indexes, and its versions.
 
 A version is only ever added at the end of :data:`VERSIONS`. Code that is one version older goes on on the newer table: it names the
 columns that it inserts and reads, so a new one has to be nullable or have a default on the server; no column is dropped or renamed, none
-gets a narrower type, and what a column means stays, since code that has another meaning for it would not be told. An index comes and goes as
-it likes. ADR 12.
+gets a narrower type, and what a column means stays, since code that has another meaning for it would not be told. ADR 12.
 """
 
 # ruff: noqa: ARG001, ARG002, D102 - signatures and meaning are SQLAlchemy's
@@ -26,7 +25,6 @@ from sqlalchemy import (
     String,
     Table,
     Text,
-    literal_column,
     or_,
 )
 from sqlalchemy.dialects import mysql
@@ -84,7 +82,7 @@ def queue_log_table(metadata: MetaData, name: str = "queue_log", schema: str | N
         The table. Nothing is created: that is for your migration, or ``celery -A proj idempotent init``.
     """
     declared = metadata.tables.get(f"{schema or metadata.schema}.{name}" if schema or metadata.schema else name)
-    return table_of_version(VERSIONS[-1].number, metadata, name, schema) if declared is None else declared
+    return table_of_version(len(VERSIONS), metadata, name, schema) if declared is None else declared
 
 
 def table_of_version(version: int, metadata: MetaData, name: str, schema: str | None) -> Table:
@@ -102,11 +100,9 @@ def table_of_version(version: int, metadata: MetaData, name: str, schema: str | 
         mariadb_charset="utf8mb4",
         mariadb_row_format="DYNAMIC",
     )
-    retired = {index for each in VERSIONS[:version] for index in each.retires}
     for each in VERSIONS[:version]:
         for index in each.indexes:
-            if index.name not in retired:
-                index.over(table)
+            index.over(table)
     return table
 
 
@@ -135,25 +131,17 @@ class _Index:
         )
 
 
-def _no_columns() -> Sequence[Column[Any]]:
-    return ()
-
-
 @dataclass(frozen=True, slots=True)
 class Version:
     """What one version of the table has that the one before has not.
 
     Attributes:
-        number: Its place in :data:`VERSIONS`, counted from 1.
-        columns: Makes its new columns: nullable or with a server default, behind the first version.
+        columns: Makes its new columns: nullable or with a server default, but for the first version's.
         indexes: Its new indexes.
-        retires: Names of indexes that it does without.
     """
 
-    number: int
-    columns: Callable[[], Sequence[Column[Any]]] = _no_columns
+    columns: Callable[[], Sequence[Column[Any]]]
     indexes: tuple[_Index, ...] = ()
-    retires: tuple[str, ...] = ()
 
 
 def _first_columns() -> Sequence[Column[Any]]:
@@ -189,24 +177,11 @@ def _first_columns() -> Sequence[Column[Any]]:
 #: Every version of the table, the newest last.
 VERSIONS: tuple[Version, ...] = (
     Version(
-        1,
         _first_columns,
+        # What recovery reads besides the key: two indexes, since each costs every message. In both, what is looked for stands together,
+        # so that a pass costs what it finds and what runs, however long the log or the backlog is, where an index cannot be partial too.
+        # None is over the lease: it would be written at each renewal, to find what is among the rows that run anyway.
         (
-            _Index("lease_expires_at", ("lease_expires_at",), lambda table: table.c.lease_expires_at.is_not(None)),
-            _Index("published_at", ("published_at",), lambda table: table.c.status == literal_column("'pending'")),
-            _Index(
-                "processed_timestamp",
-                ("processed_timestamp",),
-                lambda table: table.c.processed_timestamp.is_not(None),
-            ),
-        ),
-    ),
-    # What recovery reads besides the key: two indexes, since each costs every message. In both, what is looked for stands together,
-    # so that a step costs what it finds and what runs, however long the log or the backlog is, where an index cannot be partial too.
-    # None is over the lease: it would be written at each renewal, to find what is among the rows that run anyway.
-    Version(
-        2,
-        indexes=(
             # What is not done. The condition is not on the status, which other statements name beside the key: while few rows were
             # running PostgreSQL would plan to look for a row among them rather than by its key, and keep to it when there are many.
             _Index("open", ("status", "queue", "published_at"), lambda table: table.c.processed_timestamp.is_(None)),
@@ -217,6 +192,5 @@ VERSIONS: tuple[Version, ...] = (
                 lambda table: or_(table.c.processed_timestamp.is_not(None), table.c.published_at.is_(None)),
             ),
         ),
-        retires=("lease_expires_at", "published_at", "processed_timestamp"),
     ),
 )

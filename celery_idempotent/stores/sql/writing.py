@@ -8,7 +8,7 @@ from sqlalchemy import Dialect
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 
 from celery_idempotent.core.records import Change
-from celery_idempotent.stores.sql.migrations import check_version, newest, present_in, steps_to
+from celery_idempotent.stores.sql.migrations import check_version, newest, present_in, statements_to
 
 __all__ = ["changes_between"]
 
@@ -27,7 +27,7 @@ def changes_between(since: int, *, dialect: str, name: str, schema: str | None) 
     """
     check_version(since)
     speaker = _dialect(dialect)
-    return [step.change(speaker) for step in steps_to(newest(), name, schema, present_in(since, name))]
+    return [statement.change(speaker) for statement in statements_to(newest(), name, schema, present_in(since, name))]
 
 
 def _dialect(name: str) -> Dialect:

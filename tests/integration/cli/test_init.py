@@ -13,25 +13,27 @@ import sqlalchemy as sa
 
 from celery_idempotent import SQLStore
 from tests.integration.cli.test_asking import at_a_terminal
+from tests.support.apps.newer import CHANGES, newer
 from tests.support.cli import PROJECT, popen_arguments
+from tests.support.worker import ROOT
 
 WRITTEN = Path(__file__).parents[1] / "stores" / "sql" / "versions"
 
 Init = Callable[..., subprocess.CompletedProcess[str]]
 
-#: What takes a table of the first version to this one.
-TO_DO = [
-    "create the index queue_log_open",
-    "create the index queue_log_processed",
-    "drop the index queue_log_lease_expires_at",
-    "drop the index queue_log_processed_timestamp",
-    "drop the index queue_log_published_at",
-]
+#: What makes the commands those of the next version.
+NEXT = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from celery_idempotent.stores.sql import table
+from tests.support.apps.newer import VERSIONS
+table.VERSIONS = VERSIONS
+"""
 
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    (tmp_path / "proj.py").write_text(PROJECT)
+    (tmp_path / "proj.py").write_text(PROJECT + NEXT)
     return tmp_path
 
 
@@ -53,7 +55,7 @@ def url(project: Path) -> str:
 
 
 def outstanding(url: str) -> list[str]:
-    with closing(SQLStore(url)) as store:
+    with newer(), closing(SQLStore(url)) as store:
         return [change.what for change in store.outstanding()]
 
 
@@ -69,18 +71,18 @@ def init(project: Path) -> Init:
 
 
 def test_an_older_table_is_changed_by_those_who_say_so(init: Init, url: str) -> None:
-    assert outstanding(url) == TO_DO
+    assert outstanding(url) == CHANGES
 
     refused = init()
     assert (refused.returncode, refused.stdout) == (2, "")
-    assert "to do: create the index queue_log_open\n" in refused.stderr
+    assert "to do: add the column tenant to queue_log\n" in refused.stderr
     assert "check with --dry-run, then pass --yes" in refused.stderr
-    assert outstanding(url) == TO_DO
+    assert outstanding(url) == CHANGES
 
     done = init("--yes", "--json")
     assert done.returncode == 0
-    assert json.loads(done.stdout) == {"table": "queue_log", "created": False, "changes": TO_DO}
-    assert "drop the index queue_log_published_at ...\n" in done.stderr
+    assert json.loads(done.stdout) == {"table": "queue_log", "created": False, "changes": CHANGES}
+    assert "create the index queue_log_tenant ...\n" in done.stderr
     assert outstanding(url) == []
     assert init().stdout == "queue_log is up to date\n"
 
@@ -89,11 +91,11 @@ def test_at_a_terminal_it_asks_and_says_what_it_does(project: Path, url: str) ->
     status, seen = at_a_terminal(project, "init", answer="n\n")
     assert status == 1
     assert "Change the table queue_log? [y/N]" in seen
-    assert outstanding(url) == TO_DO
+    assert outstanding(url) == CHANGES
 
     status, seen = at_a_terminal(project, "init", answer="y\n")
     assert status == 0
-    assert "create the index queue_log_open ..." in seen
+    assert "create the index queue_log_tenant ..." in seen
     assert "queue_log upgraded" in seen
     assert outstanding(url) == []
 
@@ -106,8 +108,8 @@ def test_at_a_terminal_a_missing_table_is_made_without_a_question(project: Path)
 def test_a_dry_run_prints_what_would_be_run(init: Init, project: Path, url: str) -> None:
     said = init("--dry-run")
     assert (said.returncode, said.stderr) == (0, "")
-    assert [line.removeprefix("-- ") for line in said.stdout.splitlines() if line.startswith("--")] == TO_DO
-    assert outstanding(url) == TO_DO
+    assert [line.removeprefix("-- ") for line in said.stdout.splitlines() if line.startswith("--")] == CHANGES
+    assert outstanding(url) == CHANGES
 
     run_sql(url, "\n".join(line for line in said.stdout.splitlines() if not line.startswith("--")))
     assert outstanding(url) == []
@@ -129,7 +131,7 @@ def test_the_printed_sql_makes_the_table(init: Init, store_url: str) -> None:
         return "\n".join(line for line in said.stdout.splitlines() if not line.startswith("--"))
 
     run_sql(store_url, (WRITTEN / f"1.{kind}.sql").read_text())
-    assert outstanding(store_url) == TO_DO
+    assert outstanding(store_url) == CHANGES
     run_sql(store_url, printed("--since", "1"))
     assert outstanding(store_url) == []
     run_sql(store_url, "DROP TABLE queue_log")
@@ -140,9 +142,7 @@ def test_the_printed_sql_makes_the_table(init: Init, store_url: str) -> None:
 def test_the_sql_printed_for_mysql_is_mysqls(init: Init) -> None:
     assert "COLLATE utf8mb4_0900_bin" in init("--sql", "mysql").stdout
     since = init("--sql", "mysql", "--since", "1").stdout
-    assert (
-        "CREATE INDEX queue_log_open ON queue_log (status, queue, published_at) ALGORITHM=INPLACE LOCK=NONE;" in since
-    )
+    assert "CREATE INDEX queue_log_tenant ON queue_log (tenant) ALGORITHM=INPLACE LOCK=NONE;" in since
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,11 @@
-"""The table over time: an older one is taken to this version while it is used, and code one version older goes on on a newer one."""
+"""The table over time: it is taken to the next version while it is used, and code one version older goes on on the newer table."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from threading import Barrier
@@ -17,11 +17,10 @@ from celery_idempotent.core.records import Change, Claimed, Inserted, MessageKey
 from celery_idempotent.core.store import Store
 from celery_idempotent.errors import SchemaError
 from celery_idempotent.stores.sql import SQLStore, queue_log_table
-from celery_idempotent.stores.sql import table as tables
 from celery_idempotent.stores.sql.online import alone
 from celery_idempotent.testing.examples import KEY, claim, done, new_message, pending, read
 from tests.support.apps import AppSpec, OpenApp
-from tests.support.apps.newer import VERSIONS as NEWER
+from tests.support.apps.newer import CHANGES, newer
 from tests.support.waiting import TIMEOUT, wait_until
 from tests.support.worker import StartWorker
 
@@ -41,7 +40,7 @@ def engine(store_url: str) -> Iterator[sa.Engine]:
 
 @pytest.fixture
 def first(engine: sa.Engine) -> sa.Engine:
-    """Return a database with a table of the first version, as that made it, and a message that was done."""
+    """Return a database with a table of the first version, as it was made, and a message that was done."""
     kind = engine.dialect.name.replace("mysql", "mariadb")
     with engine.begin() as connection:
         for statement in (WRITTEN / f"1.{kind}.sql").read_text().split(";\n"):
@@ -58,15 +57,10 @@ def first(engine: sa.Engine) -> sa.Engine:
     return engine
 
 
-@contextmanager
-def newer() -> Iterator[None]:
-    """Code of the next version, in this process; a store keeps to the version that it was made by."""
-    before = tables.VERSIONS
-    tables.VERSIONS = NEWER
-    try:
+@pytest.fixture
+def next_version() -> Iterator[None]:
+    with newer():
         yield
-    finally:
-        tables.VERSIONS = before
 
 
 def next_init(url: str) -> bool:
@@ -82,36 +76,39 @@ def shape(engine: sa.Engine) -> tuple[list[str], dict[str | None, list[str | Non
     }
 
 
+def without_index(engine: sa.Engine) -> None:
+    """Drop one of the table's indexes."""
+    on = " ON queue_log" if engine.dialect.name == "mysql" else ""
+    with engine.begin() as connection:
+        connection.execute(sa.text(f"DROP INDEX queue_log_open{on}"))
+
+
 def expected() -> tuple[list[str], dict[str | None, list[str | None]]]:
     table = queue_log_table(sa.MetaData())
     return list(table.columns.keys()), {index.name: list(index.columns.keys()) for index in table.indexes}
 
 
-# -- from the first version to this one ----------------------------------------------------------------------------------------
+# -- from one version to the next ----------------------------------------------------------------------------------------------
 
 
-def test_a_table_of_the_first_version_is_taken_to_this_one(first: sa.Engine, store_url: str) -> None:
+def test_a_table_of_one_version_is_taken_to_the_next(first: sa.Engine, store_url: str) -> None:
     seen: list[Change] = []
-    with closing(SQLStore(store_url)) as store:
+    with newer(), closing(SQLStore(store_url)) as store:
         would = store.outstanding()
         assert store.init(before=seen.append)
         assert seen == would
-        assert [change.what for change in seen] == [
-            "create the index queue_log_open",
-            "create the index queue_log_processed",
-            "drop the index queue_log_lease_expires_at",
-            "drop the index queue_log_processed_timestamp",
-            "drop the index queue_log_published_at",
-        ]
+        assert [change.what for change in seen] == CHANGES
         assert all(change.alters for change in seen)
         assert (store.outstanding(), store.init()) == ([], False)
         assert read(store, MessageKey("old", "shop.charge")).status is Status.DONE
-    assert shape(first) == expected()
+        assert shape(first) == expected()
 
 
 @on_servers
-def test_the_older_table_serves_without_the_new_indexes(first: sa.Engine, store_url: str) -> None:
+def test_all_goes_on_without_an_index(first: sa.Engine, store_url: str) -> None:
+    without_index(first)
     with closing(SQLStore(store_url)) as store:
+        assert [change.what for change in store.outstanding()] == ["create the index queue_log_open"]
         store.check()
         assert store.inspect()
         assert store.record(new_message()) == Inserted()
@@ -120,12 +117,19 @@ def test_the_older_table_serves_without_the_new_indexes(first: sa.Engine, store_
 
 @pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
 def test_a_file_is_taken_to_this_version_by_its_first_use(first: sa.Engine, store_url: str) -> None:
+    without_index(first)
     with closing(SQLStore(store_url)) as store:
-        assert len(store.outstanding()) == 5
         assert store.inspect()
         assert shape(first) != expected(), "looking at it changes nothing"
         pending(store)
-    assert shape(first) == expected()
+        assert shape(first) == expected()
+    with newer(), closing(SQLStore(store_url)) as store:
+        assert len(store.outstanding()) == len(CHANGES)
+        with pytest.raises(SchemaError, match="lacks tenant, weight"):
+            store.inspect()
+        assert shape(first) != expected(), "looking at it changes nothing"
+        assert store.find(KEY) is not None
+        assert shape(first) == expected()
 
 
 @pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
@@ -160,6 +164,7 @@ def test_another_schema_and_another_name_work(store_url: str, engine: sa.Engine)
             connection.execute(sa.text(f"DROP SCHEMA {namespace} {'' if mariadb else 'CASCADE'}"))
 
 
+@pytest.mark.usefixtures("next_version")
 def test_many_may_do_it_at_once(first: sa.Engine, store_url: str) -> None:
     stores = [SQLStore(store_url) for _ in range(4)]
     start = Barrier(len(stores))
@@ -201,9 +206,7 @@ def test_it_waits_for_a_body_and_blocks_no_other(store_url: str, engine: sa.Engi
         store.init()
         done(store)
         if what == "an index":
-            with engine.begin() as connection:
-                on = " ON queue_log" if engine.dialect.name != "postgresql" else ""
-                connection.execute(sa.text(f"DROP INDEX queue_log_open{on}"))
+            without_index(engine)
         body.execute(sa.text(f"UPDATE queue_log SET duplicates = 1 WHERE {_KEY}"))
         init = threads.submit(store.init) if what == "an index" else threads.submit(next_init, store_url)
         wait_until(lambda: init.done() or blocked(engine), describe="init at the table")
@@ -225,8 +228,7 @@ def test_a_half_built_index_is_rebuilt(store_url: str, engine: sa.Engine) -> Non
     with closing(SQLStore(store_url)) as store, engine.connect() as body:
         store.init()
         pending(store)
-        with engine.begin() as connection:
-            connection.execute(sa.text("DROP INDEX queue_log_open"))
+        without_index(engine)
         body.execute(sa.text("UPDATE queue_log SET duplicates = 1"))
         impatient = sa.create_engine(store_url, poolclass=sa.NullPool, isolation_level="AUTOCOMMIT")
         with impatient.connect() as connection:

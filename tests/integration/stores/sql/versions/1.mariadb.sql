@@ -24,8 +24,6 @@ CREATE TABLE queue_log (
     PRIMARY KEY (message_id, task_name)
 )ENGINE=InnoDB CHARSET=utf8mb4 ROW_FORMAT=DYNAMIC;
 
-CREATE INDEX queue_log_lease_expires_at ON queue_log (lease_expires_at);
+CREATE INDEX queue_log_open ON queue_log (status, queue, published_at);
 
-CREATE INDEX queue_log_processed_timestamp ON queue_log (processed_timestamp);
-
-CREATE INDEX queue_log_published_at ON queue_log (published_at);
+CREATE INDEX queue_log_processed ON queue_log (processed_timestamp, published_at);

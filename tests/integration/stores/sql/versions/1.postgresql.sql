@@ -24,8 +24,6 @@ CREATE TABLE queue_log (
     PRIMARY KEY (message_id, task_name)
 );
 
-CREATE INDEX queue_log_lease_expires_at ON queue_log (lease_expires_at) WHERE lease_expires_at IS NOT NULL;
+CREATE INDEX queue_log_open ON queue_log (status, queue, published_at) WHERE processed_timestamp IS NULL;
 
-CREATE INDEX queue_log_processed_timestamp ON queue_log (processed_timestamp) WHERE processed_timestamp IS NOT NULL;
-
-CREATE INDEX queue_log_published_at ON queue_log (published_at) WHERE status = 'pending';
+CREATE INDEX queue_log_processed ON queue_log (processed_timestamp, published_at) WHERE processed_timestamp IS NOT NULL OR published_at IS NULL;
