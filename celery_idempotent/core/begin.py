@@ -1,7 +1,7 @@
-"""Where a transaction begins: in the database too, and not only in the mind of a driver that puts that off.
+"""Begin a transaction in the database itself, where the driver would put that off.
 
-Python's driver for SQLite begins before a statement that writes. What is read before that is in no transaction, and a savepoint that is set
-before that is one itself: its release commits.
+Python's driver for SQLite begins a transaction before the first statement that writes. What is read before is in no transaction. A savepoint
+that is set before is a transaction itself: its release commits.
 """
 
 from __future__ import annotations

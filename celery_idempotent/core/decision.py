@@ -1,7 +1,7 @@
 """The two decisions: what a producer does with a call, and what a consumer does with a delivered message.
 
-Pure functions of the row, the call or the delivery, and the task's policy. They know neither Celery nor a database; whoever
-asks carries the answer out with one compare-and-set of the store, and asks again when the row moved meanwhile. The branches
+Pure functions of the row, the call or the delivery, and the task's policy. They know neither Celery nor a database. The caller
+carries the answer out with one compare-and-set of the store, and asks again if the row changed meanwhile. The branches
 stand in the order of the tables in ``docs/explanation/decisions.md``, and the tests repeat their words.
 """
 
@@ -121,7 +121,7 @@ def decide_call(row: Row | None, call: Call, policy: CallPolicy) -> CallAction:
 
 
 def _decide_repeated(row: Row, call: Call) -> CallAction:
-    # the same call, in a canvas that this run has made anew
+    # the same call, in a canvas that this run has built again
     if call.canvas:
         return CallAction.PUBLISH_COPY
     # the same call, never claimed: the run that recorded it may have ended before it was published
@@ -159,7 +159,7 @@ class Delivery:
         fingerprint: SHA-256 of its canonical arguments; ``None`` when they are not compared.
         discarded: Why Celery discards it without running it: it was revoked, or has expired. ``None`` when it does not.
         rejected: How often it was rejected before, as RabbitMQ counts that in ``x-death``.
-        awaited: Whether its result is kept for somebody (``ignore_result`` is off).
+        awaited: Whether its result is kept (``ignore_result`` is off).
         canvas: Whether callbacks, a chain, a group or a chord wait on it.
         result_ready: Whether the result backend already has its final state; only looked at when the row is done.
         callbacks_pending: Whether errbacks wait on it of which one is known not to have been sent; only looked at when it failed.
@@ -292,7 +292,7 @@ def _decide_done(row: Row, delivery: Delivery) -> DeliveryAction:
     # done/failure by `Reject(requeue=False)`, and the delivery's `x-death` count for `rejected` is higher than the row's
     if row.rejected_before is not None and delivery.rejected > row.rejected_before:
         return DeliveryAction.CLAIM
-    # done/failure, and an errback that nobody has had yet waits on it
+    # done/failure, and an errback waits on it that was not sent yet
     if failed and delivery.callbacks_pending:
         return DeliveryAction.RAISE_FAILED
     # done, this task id's result is ready, or results are ignored
@@ -302,12 +302,12 @@ def _decide_done(row: Row, delivery: Delivery) -> DeliveryAction:
     # done/failure, another task id waits on this message_id (or this one's failure never reached the backend)
     if failed:
         return DeliveryAction.RAISE_FAILED
-    # done behind its own callbacks: `done` is written after they and the result were sent, so a result that is missing now
+    # done, with callbacks of its own: `done` is written after they and the result were sent. So a result that is missing now
     # has expired, and a replay would send the callbacks twice
     if ran and delivery.canvas:
         return DeliveryAction.SKIP
-    # done without a result of its own (ignored, replaced): what was ignored has none for anybody, and what was replaced is
-    # answered under its own task id by what took its place
+    # done without a result (ignored, replaced): a task that was ignored has none to give, and one that was replaced is
+    # answered under its own task id by its replacement
     if row.error == NoResultReason.IGNORED or (row.error == NoResultReason.REPLACED and ran):
         return DeliveryAction.SKIP
     # done, another task id waits on this message_id, or the result never reached the backend

@@ -1,8 +1,8 @@
-"""Threads and forks: a process is not forked while one of our threads is in the midst of something.
+"""Threads and forks: a process does not fork while one of our threads works on a statement or a publication.
 
-A child inherits the locks that the threads of its parent hold at the fork, and none of those threads: whatever needs such a lock waits
-for ever. A prefork worker forks while it works, since it replaces children that died, and it is then that its main process ends
-their claims, renews leases and publishes messages again. So forks wait for that, and that for forks.
+A child inherits the locks that its parent's threads hold, but not the threads: code that needs such a lock never gets it. A prefork worker
+forks while it works, because it replaces children that died. At the same time its main process ends their claims, renews leases and
+publishes messages again. So forks and this work wait for each other.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ from typing import Any
 
 __all__ = ["before_forks", "no_fork"]
 
-#: Seconds that a fork waits. A publication into a broker that says nothing may take for ever, and no worker must wait so long for
-#: the child that it replaces.
+#: Seconds that a fork waits. A publication to a silent broker may never end, and no worker must wait that long to replace a child.
 PATIENCE = 10.0
 
 
 class _Turns:
-    """Whose turn it is: a thread's that must not be forked, or of whoever forks."""
+    """Whose turn it is: that of a thread which must not be forked, or of the one that forks."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -50,10 +49,10 @@ os.register_at_fork(
 
 
 def no_fork() -> AbstractContextManager[Any]:
-    """Return what to hold in a thread beside the worker's own, for as long as one statement or one publication takes."""
+    """Return what a thread of ours holds for as long as one statement or one publication takes."""
     return _turns.lock
 
 
 def before_forks(callback: Callable[[], object]) -> None:
-    """Have a function called before this process is forked, when nobody is in the midst of anything any more."""
+    """Have a function called before this process is forked, when none of our threads is at work."""
     _turns.callbacks.append(callback)

@@ -1,7 +1,7 @@
-"""One record is one line in a log: what an id holds cannot begin another, nor speak to a terminal.
+"""One record is one line in a log: an id cannot begin another line, nor control a terminal.
 
-An id is any text that a caller, or whoever reaches the broker, may choose. A newline in it would forge a line of the log, an escape code
-would reach the terminal of whoever reads it, and a lone surrogate would keep the line from being written.
+A caller may choose any text as an id, and so may anyone who reaches the broker. A newline in it would forge a line of the log. An escape code
+would reach the reader's terminal. A lone surrogate would keep the line from being written.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ LOGGERS = ("celery_idempotent", "celery_idempotent.outcomes")
 
 
 class OneLine(logging.Filter):
-    """Writes what is not printable in the text of a record as escapes; tracebacks, which have lines of their own, stay."""
+    """Writes what is not printable in a record's text as escapes. Tracebacks keep their lines."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Let every record pass."""
         text = record.getMessage()
         if not text.isprintable():
-            # A record whose text is as it should be keeps its template, by which collectors of errors group.
+            # A printable record keeps its template, by which error collectors group.
             record.msg = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
             record.args = ()
         return True

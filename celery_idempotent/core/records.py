@@ -82,7 +82,7 @@ DISCARDED = ("revoked", "expired")
 class ProcessedStatus(StrEnum):
     """How a message ended.
 
-    ``SUCCESS`` beside ``Status.PROCESSING`` is a recovery point: the body ran and its result is stored, its callbacks are
+    ``SUCCESS`` with ``Status.PROCESSING`` is a recovery point: the body ran and its result is stored, its callbacks are
     not yet known to be dispatched.
     """
 
@@ -246,7 +246,7 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """Whoever holds the message, named by worker: for a parent process that ends a dead child's claim without its token."""
+    """The holder of a message, named by its worker: for a parent process that ends a dead child's claim and lacks its token."""
 
     key: MessageKey
     worker: str
@@ -324,13 +324,13 @@ class TaskCount:
 
 @dataclass(frozen=True, slots=True)
 class LogHealth:
-    """How the queue log stands at ``read_at``: what is waiting, and whether anybody recovers and purges it.
+    """How the queue log stands at ``read_at``: what is waiting, and whether it is recovered and purged.
 
     Attributes:
         read_at: The store's clock.
         last_due: When the last of the messages is due that the broker has and that are not due yet; ``None`` when there is none.
-        lapsed_since: When that lease ran out, of those whose message nobody has published again since, that ran out first.
-        unsent_since: When the oldest message was recorded that was never handed to the broker, and that nobody is publishing.
+        lapsed_since: When the first lease ran out whose message was not published again since.
+        unsent_since: When the oldest message was recorded that was never handed to the broker, and that no process is publishing.
         done_since: When the oldest message that may be purged was done.
     """
 
@@ -343,7 +343,7 @@ class LogHealth:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A step that takes the store's schema to this version.
+    """A change that takes the store's schema to this version.
 
     Attributes:
         what: What it does, for people.

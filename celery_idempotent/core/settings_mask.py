@@ -2,7 +2,7 @@
 
 ``celery report``, ``celery inspect conf`` and Flower's page of a worker show settings by ``Settings.table()``, which masks those whose names
 Celery knows to be secret. There is no public way to name another one. A value that masks itself is none: it is sent as JSON, which knows no
-subclass of ``str``, and whoever reads the setting would get something else than was set.
+subclass of ``str``, so its readers would get something else than was set.
 
 Read from Celery 5.5 to 5.7, ``celery/app/utils.py``.
 """
@@ -15,7 +15,7 @@ from celery.app import utils
 
 __all__ = ["mask_in_settings"]
 
-#: The name of the setting, in any case and behind any namespace.
+#: The name of the setting, in any case and after any namespace.
 SETTING = "IDEMPOTENT_STORE$"
 
 

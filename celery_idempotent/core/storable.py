@@ -1,7 +1,7 @@
-"""What every store can keep of a message: checked where the message comes in, before a store is asked.
+"""Check that every store can keep an id, a name or a number, where the message comes in.
 
-Anybody who reaches the broker can put any id, header or number on it. A database refuses some of them, each database others, and a refusal
-looks like a store in trouble: the message would be held, and held again, for ever.
+Anyone who reaches the broker can put any id, header or number on a message. Each database refuses others, and a refusal looks like a store
+in trouble: the message would be held again and again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is done while the store gives no answer: asking again for a while, in the two places where a caller can wait."""
+"""Ask the store again while it gives no answer, in the places where a caller can wait."""
 
 from __future__ import annotations
 
@@ -63,13 +63,13 @@ def ask_again(ask: Callable[[], T], policy: Mapping[str, Any], *, silence: Store
 def ask_until_deadline(ask: Callable[[], T], what: str, whose: object, wait: Callable[[], float]) -> T:
     """Ask, and repeat with growing pauses for some seconds; but once the store may have heard, until it answers.
 
-    Whoever gives up after a claim that may stand, or may yet be taken by a server that was frozen, leaves a message that nobody
-    runs and nobody else may run.
+    A claim may stand although its answer was lost, or a frozen server may still carry it out. Giving up then would leave a message that is
+    claimed and never runs.
 
     Args:
         ask: One call of the store.
         what: What is asked for, for the log.
-        whose: For whom; made a text of only if there is something to complain of.
+        whose: For whom; converted to text only if there is something to log.
         wait: How many seconds; asked only if the store gave no answer.
 
     Raises:
@@ -105,7 +105,7 @@ def ask_until_answered(
     Args:
         ask: One call of the store.
         what: What is asked for, for the log.
-        whose: For whom; made a text of only if there is something to complain of.
+        whose: For whom; converted to text only if there is something to log.
         silences: Errors after which it is asked again.
     """
     complained: float | None = None

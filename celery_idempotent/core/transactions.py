@@ -1,4 +1,4 @@
-"""What a transaction must be like in which messages are recorded or completed: on a store that has some, and not in autocommit."""
+"""Refuse transactions in which no message can be recorded or completed: on a store without them, or in autocommit."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def take_over(row: Row, before: Row, *, worker: str) -> bool:
 
 
 def complete(row: Row, by: Claim) -> bool:
-    """Return whether the message succeeded: nobody else can complete it under this token."""
+    """Return whether the message succeeded: no other run can complete it under this token."""
     return row.token == by.token and _ended(row, ProcessedStatus.SUCCESS)
 
 

@@ -3,7 +3,7 @@
 A store keeps rows and answers by its own clock; it takes no decision that needs Celery. Every method is atomic and safe
 between threads, processes and hosts. Each raises :class:`~celery_idempotent.errors.StoreUnavailableError` when the store gave
 no answer (nothing is known to have been written, and the call may be repeated) and
-:class:`~celery_idempotent.errors.SchemaError` when the table is missing or behind. The suite in
+:class:`~celery_idempotent.errors.SchemaError` when the table is missing or of an older version. The suite in
 :mod:`celery_idempotent.testing` is the contract in executable form.
 """
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from celery_idempotent.core.store.claiming import Claimer
-from celery_idempotent.core.store.ending import Ender
-from celery_idempotent.core.store.operating import Operator
+from celery_idempotent.core.store.admin import Operator
+from celery_idempotent.core.store.claims import Claimer
 from celery_idempotent.core.store.recording import Recorder
 from celery_idempotent.core.store.recovering import Recoverer
 from celery_idempotent.core.store.schema import Schema
+from celery_idempotent.core.store.transitions import Ender
 
 __all__ = ["BATCH", "LARGE_MESSAGE", "Store"]
 

@@ -16,7 +16,7 @@ class Recorder(Protocol):
     def record(self, message: NewMessage) -> Inserted | Duplicate:
         """Record a message as pending unless its id is taken.
 
-        An id whose ``expires_at`` has passed is free: its row starts anew, keeping only its token, so that a run of the old
+        An id whose ``expires_at`` has passed is free: its row starts again and keeps only its token. So a run of the old
         message that still lives stays fenced.
 
         Args:
@@ -25,7 +25,7 @@ class Recorder(Protocol):
         Returns:
             ``Inserted``, or ``Duplicate`` with the row that has the id.
 
-        Atomicity: one statement when the id is new; of N concurrent callers exactly one is told ``Inserted``.
+        Atomicity: one statement when the id is new; of N concurrent callers exactly one gets ``Inserted``.
         """
         ...
 
@@ -66,14 +66,14 @@ class Recorder(Protocol):
             message: What is published now; its task id, message, fingerprint, queue, attempt and delay replace the row's.
 
         Returns:
-            Whether the row still stood as read; ``False`` means that somebody else was first.
+            Whether the row still stood as read; ``False`` means that another caller was first.
 
         Atomicity: one statement (compare and set on status, token and task id).
         """
         ...
 
     def republish(self, row: Row) -> bool:
-        """Note that a message is handed to the broker again (``published_at`` is now).
+        """Record that a message is handed to the broker again (``published_at`` is now).
 
         Args:
             row: A pending row, or a processing one whose lease ran out, as it was read.

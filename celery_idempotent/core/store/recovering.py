@@ -37,7 +37,7 @@ class Recoverer(Protocol):
         before: Mapping[str, datetime] | None = None,
         tasks: Collection[str] | None = None,
     ) -> list[Row]:
-        """Pending rows that were published, and due, more than ``older_than`` seconds ago.
+        """Return pending rows that were published, and due, more than ``older_than`` seconds ago.
 
         Args:
             older_than: Seconds; >= 0.
@@ -52,24 +52,24 @@ class Recoverer(Protocol):
         ...
 
     def unsent(self, *, limit: int, tasks: Collection[str] | None = None) -> list[Row]:
-        """Pending rows that were never handed to the broker (``published_at`` is null), oldest first.
+        """Return pending rows that were never handed to the broker (``published_at`` is null), oldest first.
 
         With their messages if these are not large; only of these tasks.
 
-        Those of one recorder come in the order in which it recorded them. A row whose lease lives is being published by whoever
-        recorded it, or by a relay: see :meth:`relay`.
+        Those of one recorder come in the order in which it recorded them. A row whose lease lives is being published by its
+        recorder, or by a relay: see :meth:`relay`.
         """
         ...
 
     def relay(self, row: Row, *, lease: float) -> bool:
-        """Take the right to publish a row that was never handed to the broker, and the unsent rows behind it.
+        """Take the right to publish a row that was never handed to the broker, and the unsent rows after it.
 
         Args:
             row: A row of :meth:`unsent`, as it was read.
-            lease: Seconds for which nobody else relays it; > 0. A relay that dies leaves it to others then.
+            lease: Seconds for which no other relay takes it; > 0. If this relay dies, others take over after that.
 
         Returns:
-            Whether the row was still unsent and nobody had that right: of N callers one has it.
+            Whether the row was still unsent and the right was free: of N callers one gets it.
 
         Atomicity: one statement.
         """
@@ -79,7 +79,7 @@ class Recoverer(Protocol):
         """Give up the right to publish rows that were never handed to the broker.
 
         Args:
-            keys: The rows; an empty list asks nothing. What was claimed meanwhile, or published by somebody else, is left alone.
+            keys: The rows; an empty list asks nothing. A row that was claimed or published meanwhile is left alone.
             published: Whether they were handed to the broker (``published_at`` is now), or are left to others.
 
         Atomicity: one statement for some hundreds of rows.
@@ -117,12 +117,12 @@ class Recoverer(Protocol):
         Returns:
             How many were deleted; fewer than ``limit`` when there are no more.
 
-        Atomicity: one transaction of at most ``limit`` rows; a row that starts anew meanwhile stays.
+        Atomicity: one transaction of at most ``limit`` rows; a row that starts again meanwhile stays.
         """
         ...
 
     def newest(self, *, limit: int) -> list[Row]:
-        """Rows that were claimed, newest first, out of those that run and those that ended last, without ``message`` and ``result``.
+        """Return rows that were claimed, newest first: those that run, and those that ended last; without ``message`` and ``result``.
 
         Args:
             limit: At most so many of either, > 0; it costs no more than these, however long the log is.
@@ -130,7 +130,7 @@ class Recoverer(Protocol):
         ...
 
     def find_all(self, keys: Collection[MessageKey]) -> list[Row]:
-        """Those rows of some messages that are there, in any order, without ``message`` and ``result``.
+        """Return the rows of some messages that are there, in any order, without ``message`` and ``result``.
 
         Atomicity: one statement for some hundreds of rows.
         """

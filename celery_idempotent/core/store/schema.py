@@ -14,7 +14,7 @@ class Schema(Protocol):
     """Creates, upgrades and checks what a store keeps its rows in."""
 
     def init(self, *, before: Callable[[Change], None] | None = None) -> bool:
-        """Create the table if it is missing, or take one of an older version to this one; beside those who use it.
+        """Create the table if it is missing, or take one of an older version to this one, while it is in use.
 
         Code that is one version older goes on on a table of this version. Any number may do this at once.
 
@@ -27,7 +27,7 @@ class Schema(Protocol):
         Raises:
             SchemaError: A table of that name is there and is of no version that this one knows; it is not touched.
 
-        Atomicity: none over all changes. What is broken off is taken up by the next ``init``.
+        Atomicity: none over all changes. If it is interrupted, the next ``init`` goes on from there.
         """
         ...
 
@@ -48,7 +48,7 @@ class Schema(Protocol):
         ...
 
     def inspect(self) -> bool:
-        """Do what :meth:`check` does, and make nothing and write nothing where that makes what is missing.
+        """Do what :meth:`check` does, but create and write nothing.
 
         Returns:
             Whether the schema is there. ``False`` only from a store that makes it on first use: then it is not missing.

@@ -67,9 +67,9 @@ class TransactionalStore(Store, Protocol):
     def within(self, connection: Connection) -> Store:
         """Return the same store, with its verbs in a transaction of the caller's.
 
-        What they write takes effect, and is seen by others, when the caller commits. Nothing is repeated, and errors are the
-        database's own: what they make of the transaction is the caller's affair. A message that is found to be there is not locked by
-        that, where the database leaves the choice (MySQL and MariaDB keep a shared lock on its row until the transaction ends).
+        What they write takes effect, and is seen by others, when the caller commits. Nothing is repeated. Errors are the database's own,
+        and the caller decides what becomes of the transaction. Finding a message does not lock it, where the database leaves the choice
+        (MySQL and MariaDB keep a shared lock on its row until the transaction ends).
 
         Args:
             connection: One of :attr:`engine`'s database, in a transaction.
@@ -81,7 +81,7 @@ class TransactionalStore(Store, Protocol):
         ...
 
     def recorded(self, keys: Sequence[MessageKey]) -> Mapping[MessageKey, str]:
-        """Which of these messages have a row now, whatever its status, and under which Celery task id each was recorded.
+        """Return which of these messages have a row now, in any status, and the Celery task id that each was recorded under.
 
         Args:
             keys: The messages; an empty list asks nothing.

@@ -41,7 +41,7 @@ class Address:
     """Where the log is, and how one connects to it.
 
     Attributes:
-        kind: A server of its own; whichever server the Sentinels say is the master; or a cluster.
+        kind: A single server; the one that Sentinels name as the master; or a cluster.
         text: The URL for people, without its password.
         hosts: Host and port of each server that was named; none for a socket in the file system.
         connection: The class of connections.
@@ -84,7 +84,7 @@ def parse(url: str) -> Address:
 
 
 def _parse(url: str, scheme: str, kind: Literal["server", "sentinel", "cluster"]) -> Address:
-    # Sentinels, as Celery has them: one URL each, with semicolons between them, and what follows them behind the last.
+    # Sentinels, as Celery has them: one URL each, with semicolons between them, and the rest after the last.
     parts = [urlsplit(part if "://" in part else f"{scheme}://{part}") for part in url.split(";")]
     last = parts[-1]
     if kind == "server" and (len(parts) > 1 or "," in last.netloc.rpartition("@")[2]):

@@ -18,8 +18,8 @@ from celery_idempotent.stores.redis.verbs import Verbs, ask, shows, verb, wrote
 
 __all__ = ["Claims"]
 
-#: How often a claim starts over because the row changed between two of its scripts. Each time somebody else got on, so that this
-#: many in a row mean that something is wrong.
+#: How often a claim starts over because the row changed between two of its scripts. Each time another process made progress, so
+#: this many in a row mean that something is wrong.
 ROUNDS = 20
 
 # The token; nothing for a message that is absent, or whose id is free again; or the row that stands in the way.
@@ -49,7 +49,7 @@ move(ident, row, {
 return token
 """)
 
-# The token, or the row that somebody else has made meanwhile.
+# The token, or the row that another process has made meanwhile.
 _CLAIM_NEW = Script("""
 local ident, row = ARGV[1], read(ARGV[1])
 if row and not is_free_for(row, ARGV[3], ARGV[5]) then return tell(ident) end

@@ -1,7 +1,7 @@
 """Where in Redis things are: the shards of a log, the keys of a row, the indexes.
 
 A log is spread over :data:`SHARDS` hash tags, and a message belongs to one of them by its key. All keys of a shard are in one slot of a
-Redis Cluster, so that a script may touch a row and every index it is in. A server of its own has the same layout::
+Redis Cluster, so that a script may touch a row and every index it is in. A single server has the same layout::
 
     {queue_log:6.43}:row:11:shop.charge:order:1  hash: the columns, null ones left out, moments in microseconds since 1970
     {queue_log:6.43}:big:11:shop.charge:order:1  hash: message and result, apart so that the row stays small and compact
@@ -14,7 +14,7 @@ Redis Cluster, so that a script may touch a row and every index it is in. A serv
     {queue_log:6.43}:recent                      sorted set: the last thousand that ran to an end
     {queue_log:0.13}:layout                      string, in the first shard only: the version of all this
 
-A row is in exactly one of *unsent*, *waiting*, *running*, *done* and *kept*. What an index names are its rows' identities: the length
+A row is in exactly one of *unsent*, *waiting*, *running*, *done* and *kept*. An index holds its rows' identities: the length
 of the task's name in bytes, the name, and the message id.
 """
 
@@ -33,7 +33,7 @@ __all__ = ["SHARDS", "VERSION", "Layout", "encoded", "identity", "key_of"]
 #: How many parts a log has. It is part of the layout: a log that was written with another number is not found.
 SHARDS = 16
 
-#: The version of the layout, kept beside the rows.
+#: The version of the layout, kept with the rows.
 VERSION = b"1"
 
 
@@ -64,7 +64,7 @@ class Layout:
 
 
 def identity(key: MessageKey) -> bytes:
-    """Return what a row is called in its keys and in the indexes."""
+    """Return the name of a row in its keys and in the indexes."""
     task_name = encoded(key.task_name)
     return b"%d:%b:%b" % (len(task_name), task_name, encoded(key.message_id))
 

@@ -1,8 +1,8 @@
 """What operators ask for: find, rows, counts; and what ran lately.
 
-There is no index by task or by the moment of recording, so that ``rows`` and ``counts`` look at every row there is, some hundreds at a
-time: it takes a while in a large log, and keeps nobody waiting. They are no snapshot; a row that changes meanwhile is seen as it was
-before or as it is after. They follow the way that rows take, so that one that goes on is not missed.
+There is no index by task or by the moment of recording. So ``rows`` and ``counts`` look at every row, some hundreds at a time: it takes a
+while in a large log, and holds up no other client. They are no snapshot: a row that changes meanwhile is seen as it was before or as it is
+after. They read the indexes in the order in which rows move through them, so that a row that moves on is not missed.
 """
 
 # ruff: noqa: D102 - the verbs are documented in the port

@@ -47,8 +47,7 @@ if not row.token then
   leave(ident, row)
   redis.call('UNLINK', tag .. ':row:' .. ident, tag .. ':big:' .. ident)
 else
-  -- A row that started anew has a token that must outlive it: an old run may still hold it. So it becomes free again
-  -- rather than absent.
+  -- A row that was started again keeps its token, which an old run may still hold. So it becomes free instead of being deleted.
   local columns = ended('failure', 'withdrawn: the message could not be published', '0')
   columns.lease_expires_at = nil
   move(ident, row, columns)

@@ -1,7 +1,7 @@
 """What recovery asks for: leases that ran out, messages that wait, rows past retention.
 
-What is to be found is found in an index of each shard; all shards are asked in one round trip (on a server of its own at one moment,
-so that nothing recorded earlier is missed beside something recorded later), and the rows that come first of all are read in another.
+Each query reads one index per shard. One round trip asks all shards; a single server answers for one moment, so that no row is missed that
+was recorded earlier than one that is found. A second round trip reads the rows that come first of all.
 """
 
 # ruff: noqa: D102 - the verbs are documented in the port
@@ -38,7 +38,7 @@ local function wanted(first)
 end
 """
 
-# An identity and its place in the order, one behind the other; so with each script that looks into an index.
+# An identity and its place in the order, one after the other; the same for each script that looks into an index.
 _LAPSED = Script(f"""{_WANTED}
 local again_after, is_wanted = tonumber(ARGV[1]), wanted(3)
 return look(':running', at(now), tonumber(ARGV[2]), function (key, lease)
@@ -174,7 +174,7 @@ repeat
     end
   end
 until #some == 0 or #old == limit
--- Somebody may have emptied the server under running processes: what they write then is to say of which layout it is.
+-- If the server was emptied under running processes, mark again of which layout the rows are that they write then.
 if ARGV[6] ~= '' and redis.call('EXISTS', tag .. ':layout') == 0 then redis.call('SETNX', tag .. ':layout', ARGV[6]) end
 return {{#old, (#old == limit or #free == limit) and 1 or 0}}
 """)

@@ -26,7 +26,7 @@ Argument = bytes | int
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
-#: What a datetime can tell, in microseconds since 1970; an ETA beyond it is told as that.
+#: What a datetime can tell, in microseconds since 1970; an ETA beyond it is read as that.
 _FIRST, _LAST = (
     (datetime.min.replace(tzinfo=UTC) - _EPOCH) // _MICROSECOND,
     (datetime.max.replace(tzinfo=UTC) - _EPOCH) // _MICROSECOND,
@@ -37,7 +37,7 @@ _FIRST, _LAST = (
 
 
 def optional(value: str | bytes | None) -> bytes:
-    """Return a text or bytes that may be missing: empty then, and otherwise behind a mark, since it may be empty itself."""
+    """Return a text or bytes that may be missing: empty if it is, otherwise after a mark, because the text may be empty itself."""
     if value is None:
         return b""
     return b"=" + (value if isinstance(value, bytes) else encoded(value))

@@ -28,7 +28,7 @@ local function from(moment, duration)
   return duration ~= '' and at(moment + tonumber(duration))
 end
 
--- An argument that may be missing: false, which is null, or what is behind its mark.
+-- An argument that may be missing: false, which is null, or what follows its mark.
 local function optional(argument)
   return argument ~= '' and string.sub(argument, 2)
 end
@@ -114,9 +114,9 @@ local function enter(ident, row)
   end
 end
 
--- The identities in an index up to a place in it, each with its place behind it. `wanted` is given a row's key and its place, and says
--- whether it is to be told; or nil of one that is not in this index by rights, since its row was evicted or deleted. Such a one is taken
--- out, with what is left of it: where it stood it would count for one that is there.
+-- The identities in an index up to a place in it, each followed by its place. `wanted` gets a row's key and its place, and says whether to
+-- return it; or nil if it does not belong in this index, because its row was evicted or deleted. Such an entry is removed, with what is left
+-- of its row: it would count as one that is there.
 local function look(index, last, limit, wanted)
   local found, stale, start, page = {}, {}, 0, math.min(limit, 500)
   repeat
@@ -190,7 +190,7 @@ local function new(i, moment)
   }, optional(ARGV[i + 7])
 end
 
--- Begin a row, or begin it anew: then only its token outlives it, to which whoever begins it may add.
+-- Begin a row, or begin it again: then only its token stays, to which the caller may add.
 local function begin(ident, old, columns, message)
   if old then
     leave(ident, old)
@@ -210,7 +210,7 @@ local function held(row, i)
   return row and row.status == 'processing' and row[ARGV[i]] == ARGV[i + 1]
 end
 
--- Whoever ends a run from outside knows that its process died, not that its body had ended before.
+-- Another process that ends a run knows that its worker died, but not whether its body had ended before.
 local function held_for_ending(row, i)
   return held(row, i) and not (ARGV[i] == 'worker' and row.processed_status)
 end
@@ -234,7 +234,7 @@ class Script:
     """A script, known to the server by its digest once it was loaded.
 
     Args:
-        body: What comes behind the common beginning.
+        body: What follows the common beginning.
     """
 
     body: str

@@ -35,10 +35,10 @@ _VERSION = Script("return {redis.call('GET', tag .. ':layout')}")
 
 
 class RedisStore(Recording, Claims, Transitions, Recovering, Reading, Admin):
-    """The queue log in Redis: on a server of its own, on whichever one Sentinels say is the master, or in a Redis Cluster.
+    """The queue log in Redis: on a single server, on the master that Sentinels name, or in a Redis Cluster.
 
     Implements :class:`~celery_idempotent.core.store.Store`. It has no transactions for its users: ``atomic=True`` and ``outbox(session)``
-    need a SQL store. What it has recorded is as durable as the server is told to be, see "Keep the queue log in Redis".
+    need a SQL store. Its rows are as durable as the server's settings make them, see "Keep the queue log in Redis".
 
     Safe between threads, greenlets and processes, and across forks: nothing is connected before the first verb, and each
     process connects for itself.
@@ -46,7 +46,7 @@ class RedisStore(Recording, Claims, Transitions, Recovering, Reading, Admin):
     Args:
         url: As for :func:`~celery_idempotent.stores.open_store`: ``redis://``, ``rediss://``, ``redis+socket://``,
             ``sentinel://`` or ``redis+cluster://``.
-        table: What all keys of this log begin with, in braces; without braces of its own.
+        table: What all keys of this log begin with, in braces; the name itself has none.
 
     Raises:
         ConfigurationError: The URL or the table is not valid.

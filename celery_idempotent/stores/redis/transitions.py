@@ -30,7 +30,7 @@ return 1
 _COMPLETE = Script("""
 local ident, row = ARGV[1], read(ARGV[1])
 if not held(row, 2) then
-  -- Nobody else can have ended it so under this token.
+  -- No other run can have ended it so under this token.
   return row and row[ARGV[2]] == ARGV[3] and row.status == 'done' and row.processed_status == 'success' and 1 or 0
 end
 move(ident, row, ended('success', optional(ARGV[5]), ARGV[6]))

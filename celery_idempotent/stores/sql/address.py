@@ -1,4 +1,4 @@
-"""The store's URL: short forms written out, mistakes told, passwords kept out of texts."""
+"""The store's URL: write out short forms, name mistakes, keep passwords out of texts."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def _one_host(text: str) -> str:
 
 
 def _with_tls(url: URL) -> URL:
-    """``?ssl=true`` for PyMySQL, whose option of that name is a mapping: TLS, whoever the server is."""
+    """``?ssl=true`` for PyMySQL, whose option of that name is a mapping: TLS, without checking who the server is."""
     asked = url.query.get("ssl")
     if url.get_driver_name() != "pymysql" or asked is None:
         return url

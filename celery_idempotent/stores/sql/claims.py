@@ -169,7 +169,7 @@ class _Statements:
         self.insert = directly(dialect.insert(table, {**new_key(table), "token": literal_column("1"), **restarted}))
         self.restart = dialect.telling_token(
             update(table)
-            # The row as it was read: of a message that started anew and ended since, this delivery may be a copy.
+            # The row as it was read: since then it may have been started again and ended, and this delivery be a copy of that.
             .where(has_key(table), free_again(table), table.c.token == parameter(table, "token"))
             .values(**restarted, token=next_token),
             table,

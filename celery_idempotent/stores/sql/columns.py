@@ -149,7 +149,7 @@ def free_again(table: Table) -> ColumnElement[bool]:
 
 
 def new_key(table: Table) -> dict[str, Any]:
-    """Return the columns that a row keeps when it starts anew: its key."""
+    """Return the columns that a row keeps when it is started again: its key."""
     return {"message_id": parameter(table, "message_id"), "task_name": parameter(table, "task_name")}
 
 

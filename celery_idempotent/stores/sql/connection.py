@@ -41,8 +41,8 @@ __all__ = ["Attempt", "Database", "Joined"]
 
 T = TypeVar("T")
 
-#: A collision (deadlock, serialization failure, busy) is repeated so often, and not once this many seconds have passed: a
-#: lock that was waited for in vain for a minute is not waited for again.
+#: A collision (deadlock, serialization failure, busy) is repeated so often, and not once this many seconds have passed: after a
+#: minute of waiting for a lock it is not waited for again.
 COLLISIONS = 8
 PATIENCE = 10.0
 _BACKOFF = Backoff(0.01)
@@ -57,7 +57,7 @@ _GAVE_WAY = {Fault.COLLISION, Fault.LOST, Fault.MOVED}
 #: Faults of a database that takes nothing for now.
 _TAKES_NOTHING = {Fault.UNAVAILABLE, Fault.DENIED}
 
-#: Seconds for a statement to be cancelled that an exception from elsewhere broke into.
+#: Seconds for the server to cancel a statement that an exception from elsewhere interrupted.
 _CANCEL = 2.0
 
 
@@ -117,7 +117,7 @@ class Database:
         return self._here().for_transactions
 
     def of_bodies(self) -> dict[str, str]:
-        """How the connections of atomic bodies are set up, as far as that can be wrong: an engine's, which its owner made.
+        """Return how the connections of atomic bodies are set up, where that can be wrong: if an owner made the engine.
 
         Raises:
             StoreUnavailableError: No connection.
@@ -176,7 +176,7 @@ class Database:
                     raise self._explained(fault, error, is_retry) from error
 
     def join(self, connection: Connection) -> Joined:
-        """Somebody's transaction on this database, as the store's operations see it.
+        """Return a caller's transaction on this database, as the store's verbs see it.
 
         Raises:
             ConfigurationError: It is a connection to another kind of database.
@@ -235,18 +235,18 @@ class Database:
             except IdempotentError:
                 raise
             except BaseException:
-                # Celery's soft time limit and the like are raised by signal, perhaps in the middle of an answer: whoever
-                # used this connection next would read the rest of it.
+                # Celery's soft time limit and the like are raised by a signal, perhaps in the middle of an answer: the
+                # next user of this connection would read the rest of it.
                 self._abandon(connection)
                 raise
 
     def _alone(self, connection: Connection) -> AbstractContextManager[None]:
-        """Have each statement stand for itself, whatever listeners make of a transaction."""
+        """Have each statement stand for itself, even if listeners begin a transaction."""
         quiet = isinstance(connection, DirectConnection) and not connection.watched
         return nullcontext() if quiet else self.dialect.autocommit(connection)
 
     def _bounded(self, opened: Opened, connection: Connection, patient: bool) -> AbstractContextManager[Watched | None]:
-        """Whatever is asked of the connection is answered in time, or it is cut; unless a person waits for it."""
+        """Cut the connection if its server does not answer in time, unless a person waits for the answer."""
         if patient:
             return self.dialect.unlimited(connection) if LIMITED in connection.info else nullcontext()
         descriptor = self.dialect.socket(connection.connection.dbapi_connection)
@@ -264,7 +264,7 @@ class Database:
             cancel()
 
     def _abandon(self, connection: Connection) -> None:
-        """Give a connection up that may be in the middle of an answer, and have the server give up what it works on."""
+        """Give up a connection that may be in the middle of an answer, and have its server give up the statement."""
         if not connection.invalidated:
             asking = beside_us(partial(self._cancel, connection))
             if asking.is_alive():
@@ -298,7 +298,7 @@ class Database:
 
 
 class Joined:
-    """A transaction of the caller's, as the store's operations see it: they run in it once, for better or worse."""
+    """A transaction of the caller's, as the store's verbs see it: they run in it once, and nothing is repeated."""
 
     def __init__(self, connection: Connection, dialect: Dialect, name: str) -> None:
         self._connection = connection

@@ -2,8 +2,8 @@
 
 SQLAlchemy writes every statement of the store, and keeps the connections. But what it does for one execution (a context, a result,
 processors, events) takes longer than the driver and half as long as a database on the same host, and a task pays for three of them.
-So those that a task needs are compiled once per process and dialect, and executed by the driver's own cursor; unless somebody listens
-to SQLAlchemy's events, which these have none of.
+So those that a task needs are compiled once per process and dialect, and executed by the driver's own cursor; unless SQLAlchemy's
+events have listeners, for which these statements have none.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class DirectConnection(Connection):
 
     @property
     def watched(self) -> bool:
-        """Whether somebody listens to what SQLAlchemy executes, as tracing does: then it executes everything."""
+        """Whether there are listeners to what SQLAlchemy executes, as for tracing: then it executes everything."""
         if self._has_events or self.engine._has_events:  # noqa: SLF001 - as it asks itself before each event
             return True
         # Events of executions that SQLAlchemy keeps at the dialect, where events of connecting are as well.

@@ -1,7 +1,7 @@
 """The engines that the store opens: for its own statements, and for the transactions of atomic bodies.
 
-The store's own statements have connections of their own, also where an engine was given: bodies may hold all of that engine's for minutes,
-and a lease has to be renewed meanwhile. What they are set to is the store's, too, and reaches nobody else.
+The store's own statements have separate connections, even where an engine was given: bodies may hold all of that engine's for minutes, and
+a lease has to be renewed meanwhile. How they are set up is the store's own affair, and affects no other code.
 """
 
 # ruff: noqa: SLF001 - an engine of ours is made here as SQLAlchemy makes its own
@@ -47,10 +47,10 @@ def for_statements(url: URL, dialect: Dialect, limit: float) -> Engine:
 
 
 def beside(owner: Engine, dialect: Dialect, limit: float) -> Engine | None:
-    """Return the same on the database of somebody's engine, by connections that are made as that makes its own.
+    """Return the same on the database of an owner's engine, with connections that are made as that engine makes its own.
 
     Returns:
-        ``None`` where the engine's pool keeps none, or one for all: where its connections come from is its owner's to say then. And on
+        ``None`` if the engine's pool keeps no connections, or one for all: then its owner decides where they come from. And on
         SQLite, which has one writer at a time, however many connections there are.
     """
     if not isinstance(owner.pool, QueuePool) or owner.dialect.name == "sqlite":
@@ -66,9 +66,9 @@ def beside(owner: Engine, dialect: Dialect, limit: float) -> Engine | None:
 
 
 class _Beside(Engine):
-    """Somebody's engine with a pool of its own, which is emptied with theirs.
+    """An owner's engine with a second pool, which is emptied with the first.
 
-    Whoever listens to that engine is told of statements here, too, but of no transactions: there are none, and a listener that sends ``BEGIN``
+    The engine's listeners hear of statements here, too, but of no transactions: there are none, and a listener that sends ``BEGIN``
     would make one. How an engine is made, and listeners are joined, is read from SQLAlchemy 2.0.30 and 2.1.9, whose
     ``execution_options()`` makes engines in this way.
     """

@@ -1,7 +1,7 @@
 """SQLite and forks: a process that is forked while one of its threads works on a file leaves the child locked out for good.
 
 SQLite keeps in the memory of the process, per file, which locks that process has. A child inherits this book-keeping as it was at
-the fork, and with it the lock of a statement that no thread of its own will ever finish: to whatever it asks, the answer is
+the fork. That includes the lock of a statement which no thread of the child will ever finish, so that everything it asks is answered by
 "database is locked". So forks wait for statements, statements for forks, and no connection is open in between. A prefork worker
 forks while it works: it replaces a child that died, while it ends that child's claim, renews leases and recovers.
 """

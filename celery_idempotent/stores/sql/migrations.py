@@ -43,7 +43,7 @@ class Present:
     Attributes:
         columns: Their names.
         indexes: The columns of each index, by its name.
-        broken: Names of indexes that were not built to the end, and serve nobody.
+        broken: Names of indexes that were not built to the end, and are of no use.
     """
 
     columns: frozenset[str]
@@ -81,7 +81,7 @@ def newest() -> int:
 
 
 def check_version(number: int) -> None:
-    """Refuse a version of the table that there is not; 0 is none.
+    """Refuse a version of the table that does not exist; 0 is no table.
 
     Raises:
         ConfigurationError: It is not known here.
@@ -107,7 +107,7 @@ def statements_to(version: int, name: str, schema: str | None, present: Present 
     """Yield what gives a table all that a version has; nothing if it has that.
 
     Raises:
-        SchemaError: It lacks columns of the first version: whatever it is, it is none of ours.
+        SchemaError: It lacks columns of the first version, so it is none of ours.
     """
     table = table_of_version(version, MetaData(), name, schema)
     if present is None:
@@ -178,18 +178,18 @@ class OnlineIndex(CreateIndex):
 
 
 def _online(ddl: Any) -> Any:
-    """Without keeping writers away, where PostgreSQL has to be told that."""
+    """Let writers go on meanwhile, which PostgreSQL does only if it is told to."""
     ddl.element.dialect_kwargs[_CONCURRENTLY] = True
     return ddl
 
 
 def is_online(ddl: DDLElement) -> bool:
-    """Return whether PostgreSQL is told so."""
+    """Return whether PostgreSQL is to let writers go on."""
     return isinstance(ddl, CreateIndex | DropIndex) and ddl.element.dialect_kwargs.get(_CONCURRENTLY) is True
 
 
 def at_once(statement: Statement) -> Statement:
-    """Return the same statement without that, where it takes a moment only, or PostgreSQL has no other way."""
+    """Return the same statement without that: it takes a moment only, or PostgreSQL has no other way."""
     ddl = statement.ddl
     if is_online(ddl):
         assert isinstance(ddl, CreateIndex | DropIndex)

@@ -1,8 +1,8 @@
-"""A table that is in use is changed so that those who use it go on.
+"""Change a table while it is in use.
 
-An index is built beside the writers. What does want the table for itself, for a moment, waits for every transaction that has touched it,
-an atomic body of minutes among them, and whoever comes after that waits behind it: so it is asked for for a second or two only, and then
-again, with all others let by in between.
+An index is built while others write. A change that needs the whole table for a moment waits for every transaction that has touched it, which
+may be an atomic body of minutes. Everything that comes later waits for the change. So the change waits for two seconds only, lets the others
+pass, and tries again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ logger = logging.getLogger("celery_idempotent")
 #: Seconds for which a statement waits for the table at a time, the pause between two times, and how long this goes on.
 _AT_A_TIME, _PAUSE, _PATIENCE = 2, 1.0, 600.0
 
-#: Seconds between two looks whether somebody else has finished.
+#: Seconds between two looks whether the other process has finished.
 _LOOK = 0.1
 
 #: Half of the key of PostgreSQL's advisory lock; the other half is the table's name, with its schema.
@@ -38,7 +38,7 @@ _ADVISORY = crc32(b"celery_idempotent init") - 2**31
 #: builds would wait for that. This one has none.
 _LET_GO = "SHOW transaction_isolation"
 
-#: Faces of "somebody else has done it already". One is of PostgreSQL's catalogue, when two create at once.
+#: How databases say that another process has done it already. One is of PostgreSQL's catalogue, when two create at once.
 _DONE = ("already exists", "duplicate key", "duplicate column")
 _GONE = ("does not exist", "can't drop", "no such index")
 
@@ -48,16 +48,15 @@ _LOCK_WAIT_TIMEOUT, _LOCK_NOT_AVAILABLE = 1205, "55P03"
 
 @contextmanager
 def alone(connection: Connection, table: Table) -> Iterator[None]:
-    """One at a time changes the table, where two would be in each other's way.
+    """Let one process at a time change the table, where two would be in each other's way.
 
-    PostgreSQL builds an index beside others only when all transactions have ended that can see the table as it was, and a session that
-    waits for a lock is one of them: two builds wait for each other, and the one that is ended leaves half an index. So nobody waits in the
-    database. Such a build is in no transaction, so another connection has the lock, in one of its own: a session's lock would be left with whichever
-    session a pooler had lent. While it does nothing that transaction has no snapshot, and no build waits for it. Who has not got the lock ends
-    the transaction in which it asked: a build that once saw it with a snapshot waits for its end.
+    PostgreSQL finishes an online build of an index only when all transactions have ended that can see the table as it was. A session that waits
+    for a lock is one of them: two builds wait for each other, and the one that PostgreSQL ends leaves half an index. So no process waits in the
+    database. Such a build is in no transaction, so a second connection holds the lock, in a transaction: a session's lock would stay with the
+    session that a pooler had lent. While that transaction is idle it has no snapshot, and no build waits for it. A process that did not get the
+    lock ends the transaction in which it asked: a build that once saw it with a snapshot waits for its end.
 
-    SQLite has one writer at a time, and does it all in one transaction. MySQL and MariaDB sort it out by themselves: the second one is told that
-    it is done.
+    SQLite has one writer at a time, and does it all in one transaction. MySQL and MariaDB need nothing: the second process learns that it is done.
     """
     if connection.dialect.name != "postgresql":
         with _sqlite_transaction(connection, "BEGIN IMMEDIATE"):
@@ -83,7 +82,7 @@ def alone(connection: Connection, table: Table) -> Iterator[None]:
 
 
 def _lock(other: PoolProxiedConnection, table: Table) -> None:
-    """Begin the transaction that has the lock, as soon as nobody else has it."""
+    """Begin the transaction that has the lock, as soon as the lock is free."""
     waiting = False
     cursor = other.cursor()
     while True:
@@ -99,7 +98,7 @@ def _lock(other: PoolProxiedConnection, table: Table) -> None:
         cursor.execute("ROLLBACK")
         if not waiting:
             waiting = True
-            logger.warning("%s is being changed by somebody else, who is waited for", table.fullname)
+            logger.warning("waiting: another process is changing %s", table.fullname)
         time.sleep(_LOOK)
 
 
@@ -169,7 +168,7 @@ def partitions(connection: Connection, table: Table) -> list[tuple[str, str]]:
 
 
 def execute(connection: Connection, statement: Statement) -> bool:
-    """Execute a statement, unless somebody else does at the same time.
+    """Execute a statement, unless another process does at the same time.
 
     Returns:
         Whether it was executed here.
@@ -201,9 +200,9 @@ def execute(connection: Connection, statement: Statement) -> bool:
 
 @contextmanager
 def _briefly(connection: Connection, ddl: DDLElement) -> Iterator[None]:
-    """For the statement inside, no lock is waited for for long."""
+    """Have the statement inside wait for a lock for a moment only."""
     name = connection.dialect.name
-    if name == "postgresql" and not is_online(ddl):  # which waits in nobody's way
+    if name == "postgresql" and not is_online(ddl):  # which holds up no one while it waits
         with _transaction(connection, "BEGIN"):
             connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{_AT_A_TIME}s'")
             yield
@@ -220,7 +219,7 @@ def _briefly(connection: Connection, ddl: DDLElement) -> Iterator[None]:
 
 
 def _in_use(connection: Connection, error: DBAPIError) -> bool:
-    """Return whether an error says that somebody else had the table."""
+    """Return whether an error says that the table was in use."""
     if connection.dialect.name in MYSQL_NAMES:
         return bool(error.orig is not None and error.orig.args and error.orig.args[0] == _LOCK_WAIT_TIMEOUT)
     return _LOCK_NOT_AVAILABLE in {getattr(error.orig, "sqlstate", None), getattr(error.orig, "pgcode", None)}

@@ -84,7 +84,7 @@ class Opened:
         """Return a connection for the store's own statements."""
         engine = self.for_statements
         try:
-            # An engine of somebody's own has events of theirs, and is put into autocommit connection by connection.
+            # An owner's engine has its owner's events, and is put into autocommit connection by connection.
             return DirectConnection(engine, self._plans) if self.is_ours(engine) else engine.connect()
         except _AT_OPENING as error:
             self._explain(error)
@@ -121,7 +121,7 @@ class Opened:
             return self._target
         if isinstance(statements.pool, StaticPool):
             return statements.execution_options(isolation_level="SERIALIZABLE")
-        # A pool of its own: bodies that hold a connection for minutes must not keep a lease from being renewed.
+        # A separate pool: bodies that hold a connection for minutes must not keep a lease from being renewed.
         return for_transactions(self._target, self._dialect)
 
     def _explain(self, error: Exception) -> None:

@@ -101,8 +101,7 @@ class Recording(Verbs):
     @verb
     def withdraw(self, on: Attempt, key: MessageKey, *, task_id: str) -> bool:
         parameters = {**key_parameters(key), "p_task_id": task_id}
-        # A row that started anew has a token that must outlive it: an old run may still hold it. So it becomes free again
-        # rather than absent.
+        # A row that was started again keeps its token, which an old run may still hold. So it becomes free instead of being deleted.
         if wrote(on, self._recording.withdraw_new, parameters) or wrote(
             on, self._recording.withdraw_restarted, parameters
         ):

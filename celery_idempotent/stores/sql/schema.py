@@ -1,6 +1,6 @@
-"""Whether the table is there with every column of this version, making it, and taking an older one to this version.
+"""Check that the table has every column of this version, create it, or upgrade an older one.
 
-By inspection of what the database has, so that a table made by a migration of one's own serves as well. ADR 12.
+The database's own catalogue tells what is there, so a table that a migration created serves as well. ADR 12.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _INIT = "`celery -A proj idempotent init`"
 
 
 def verify(connection: Connection, table: Table) -> None:
-    """Compare the columns of the database's table with this version's. Indexes are not missed: all goes on without, if slowly.
+    """Compare the columns of the database's table with this version's. Indexes are not needed: all works without them, if slowly.
 
     Raises:
         SchemaError: It is missing, or lacks columns.
@@ -45,7 +45,7 @@ def verify(connection: Connection, table: Table) -> None:
 
 
 def is_there(connection: Connection, table: Table) -> bool:
-    """Return whether there is a table of that name, whatever its columns."""
+    """Return whether there is a table of that name, with any columns."""
     return _columns(connection, table) is not None
 
 
@@ -60,7 +60,7 @@ def outstanding(connection: Connection, table: Table) -> list[Change]:
 
 
 def create(connection: Connection, table: Table, before: Callable[[Change], None] | None = None) -> bool:
-    """Make the table, or take it to this version, whatever is missing; any number of processes at once.
+    """Create the table, or add what it lacks of this version. Any number of processes may do this at once.
 
     Args:
         connection: In autocommit, but for SQLite, whose transaction takes it all.
@@ -101,9 +101,9 @@ def statements(connection: Connection, table: Table, version: int) -> list[State
 def _by_parts(
     connection: Connection, whole: list[Statement], parts: list[tuple[str, str]], version: int
 ) -> Iterator[Statement]:
-    """Yield the statements for a table in partitions. PostgreSQL builds no index beside the writers of all of them.
+    """Yield the statements for a table in partitions. PostgreSQL builds an index on all of them only by locking out writers.
 
-    But of one, and an index over all that finds its like on each takes those for its parts, in a moment.
+    So it is built on each partition first. An index over all then takes those for its parts, in a moment.
     """
     of_parts = any(isinstance(statement.ddl, OnlineIndex) for statement in whole)
     for statement in whole:

@@ -1,4 +1,4 @@
-"""What a connection's socket tells, and is told: whether its peer has closed it, and how long a peer may be silent."""
+"""Read from a connection's socket whether its peer has closed it, and set how long the peer may be silent."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import socket
 
 __all__ = ["has_something_to_say", "notice_silence"]
 
-#: Seconds of silence after which the other host is asked whether it is there, the pause between two such questions, and how many are asked
-#: in vain. A NAT or a firewall forgets a connection after some minutes of silence; most do not, while it is asked.
+#: Seconds of silence after which the other host is probed, the pause between two probes, and how many may fail. A NAT or a firewall forgets a
+#: connection after some minutes of silence. Probes keep most of them from that.
 _IDLE, _PAUSE, _QUESTIONS = 30, 10, 3
 
 #: Seconds for what was sent to be received. The kernel's own is some fifteen minutes of repetitions.
@@ -17,7 +17,7 @@ _RECEIVED_WITHIN = 30
 
 
 def has_something_to_say(descriptor: int) -> bool:
-    """Return whether something waits to be read where nothing was asked: the end, or words of farewell."""
+    """Return whether something waits to be read where nothing was asked: the end of the connection, or a last message."""
     waiting = select.poll()
     waiting.register(descriptor, select.POLLIN)
     return bool(waiting.poll(0))

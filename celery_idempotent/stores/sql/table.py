@@ -111,7 +111,7 @@ def table_of_version(version: int, metadata: MetaData, name: str, schema: str | 
 
 @dataclass(frozen=True, slots=True)
 class _Index:
-    """An index, by what it is called behind the table's name.
+    """An index, by the part of its name that follows the table's.
 
     A name is given once: under another condition, or over other columns, an index has another one.
     """
@@ -182,7 +182,7 @@ VERSIONS: tuple[Version, ...] = (
         # so that a pass costs what it finds and what runs, however long the log or the backlog is, where an index cannot be partial too.
         # None is over the lease: it would be written at each renewal, to find what is among the rows that run anyway.
         (
-            # What is not done. The condition is not on the status, which other statements name beside the key: while few rows were
+            # What is not done. The condition is not on the status, which other statements name with the key: while few rows were
             # running PostgreSQL would plan to look for a row among them rather than by its key, and keep to it when there are many.
             _Index("open", ("status", "queue", "published_at"), lambda table: table.c.processed_timestamp.is_(None)),
             # What is done, by its age; and at the other end, not done and never published, what waits for the relay.

@@ -162,7 +162,7 @@ class _Statements:
 
         def fenced(**values: Any) -> _Fenced:
             written = update(table).where(has_key(table), processing).values(values)
-            # Whoever ends a run from outside knows that its process died, not that its body had ended before.
+            # Another process that ends a run knows that its worker died, but not whether its body had ended before.
             by_worker = written.where(worker, table.c.processed_status.is_(None))
             return _Fenced(directly(written.where(token)), directly(by_worker))
 

@@ -12,14 +12,14 @@ from celery_idempotent.core.records import MessageKey, Row
 from celery_idempotent.stores.sql.columns import Lookup
 from celery_idempotent.stores.sql.connection import Attempt, Database
 
-__all__ = ["Verbs", "verb", "wrote"]
+__all__ = ["ROUNDS", "Verbs", "verb", "wrote"]
 
 S = TypeVar("S", bound="Verbs")
 P = ParamSpec("P")
 T = TypeVar("T")
 
-#: How often a verb of several statements starts over because the row changed between two of them. Each time somebody else got on, so
-#: this many in a row mean that something is wrong.
+#: How often a verb of several statements starts over because the row changed between two of them. Each time another process made
+#: progress, so this many in a row mean that something is wrong.
 ROUNDS = 20
 
 

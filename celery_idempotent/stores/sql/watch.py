@@ -1,8 +1,7 @@
-"""A server that takes a statement and says nothing: it is asked to give the statement up, then its connection is cut, so that
-whoever waits is told.
+"""Watch for a server that does not answer: ask it to give the statement up, then cut its connection, so that the caller learns of it.
 
-Drivers bound how long a connection may take, not how long an answer may. A server that is frozen, cut off from its disk, or that
-waits for a lock somebody forgot answers neither yes nor no, and TCP finds nothing wrong with it.
+Drivers limit how long a connection may take, but not how long an answer may. A server may be frozen, cut off from its disk, or waiting for
+a forgotten lock. Then it does not answer, and TCP finds nothing wrong with it.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ __all__ = ["Watch", "Watched", "beside_us"]
 
 logger = logging.getLogger("celery_idempotent")
 
-#: The part of the patience after which the server is asked to give up. A server that is told so answers, most of them within the rest.
+#: The part of the patience after which the server is asked to give up. Most servers then answer within the rest.
 _ASKED_AFTER = 0.9
 
 
@@ -74,7 +73,7 @@ class Watch:
 
         Args:
             descriptor: The socket's.
-            cancel: Asks the server to give up, some time before; called in a thread of its own.
+            cancel: Asks the server to give up, some time before; called in a separate thread.
 
         Raises:
             OSError: This process has no descriptor left.
@@ -117,7 +116,7 @@ class Watch:
             time.sleep(max(0.0, pause))  # a statement that comes meanwhile is due later than these
 
     def _forget(self, watched: Watched) -> None:
-        # By whoever is first, and by the thread alone when a signal (a soft time limit) broke into `over`.
+        # By the block or the thread, the first of the two; by the thread alone if a signal (a soft time limit) broke into `over`.
         if watched in self._watched:
             self._watched.remove(watched)
             os.close(watched.descriptor)
@@ -134,7 +133,7 @@ def _shut_down(descriptor: int) -> None:
 
 
 def beside_us(cancel: Callable[[], object]) -> threading.Thread:
-    """Ask a server to give up, in a thread that nobody has to wait for: the server may be out of reach."""
+    """Ask a server to give up, in a thread that need not be waited for: the server may be out of reach."""
 
     def ask() -> None:
         try:

@@ -1,4 +1,4 @@
-"""The table's statements as text, for a database that somebody else administers."""
+"""The table's statements as text, for a database that a DBA changes by hand."""
 
 from __future__ import annotations
 

@@ -35,8 +35,8 @@ class Fault(Enum):
 
     LOST = auto()  # the connection broke: whether the statement took effect is not known
     COLLISION = auto()  # deadlock, serialization failure, busy: it did not take effect, and may at once be repeated
-    UNAVAILABLE = auto()  # it did not take effect, and will not until somebody or time helps
-    MOVED = auto()  # nor did this, and it may at once be repeated elsewhere: here the server takes no writes any more
+    UNAVAILABLE = auto()  # it did not take effect, and will not for now
+    MOVED = auto()  # it did not take effect: this server takes no writes any more; it may at once be repeated elsewhere
     DENIED = auto()  # as UNAVAILABLE; the server answered: no such database, or no such account
     SCHEMA = auto()  # a table or column is not there
     OTHER = auto()  # the statement or its data are at fault: repeating it changes nothing
@@ -145,7 +145,7 @@ class Dialect(ABC):
         return
 
     def in_autocommit(self, engine: Engine) -> Engine:
-        """Return an engine of somebody's own, with connections in autocommit."""
+        """Return an owner's engine, with connections in autocommit."""
         return engine.execution_options(isolation_level="AUTOCOMMIT")
 
     def autocommit(self, connection: Connection) -> AbstractContextManager[None]:

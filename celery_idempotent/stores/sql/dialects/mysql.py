@@ -56,7 +56,7 @@ _STRICT = "sql_mode = CONCAT_WS(',', @@SESSION.sql_mode, 'STRICT_ALL_TABLES')"
 
 #: The server, or the transaction, is read only: this was the primary before a failover.
 _MOVED = {1290, 1792, 1836}
-#: The statement took too long; somebody interrupted it.
+#: The statement took too long, or was interrupted.
 _TIMED_OUT = {1317, 1969, 3024}
 
 #: Seconds to reach the server, and for each of its words until it has let us in.
@@ -175,7 +175,7 @@ class MySQL(Dialect):
         settings = [_STRICT] if ours else []
         if limit is not None:
             settings += [
-                # A lower one that somebody has set already stays; 0 is none.
+                # A lower limit that is set already stays; 0 is none.
                 f"{name} = IF(@@{name} > 0, LEAST(@@{name}, {value:g}), {value:g})"
                 for name, value in _limits(connection, limit).items()
             ]

@@ -18,22 +18,22 @@ class Operator(Protocol):
         ...
 
     def rows(self, where: RowFilter) -> Iterator[Row]:
-        """Rows that match, newest first. ``message`` and ``result`` are left out (``None``): they can be large.
+        """Return the rows that match, newest first. ``message`` and ``result`` are left out (``None``): they can be large.
 
         A forgotten row is none that failed, or that has any other ``processed_status``.
         """
         ...
 
     def counts(self) -> list[TaskCount]:
-        """How many rows stand where, by task; ordered by task name, status and processed status. Forgotten rows are not counted."""
+        """Count the rows of each task and status, but no forgotten ones; ordered by task name, status and processed status."""
         ...
 
     def forget(self, row: Row) -> bool:
-        """Empty a row and free its id, whatever its status: the next message under it is new.
+        """Empty a row of any status and free its id: the next message under it is new.
 
         What was in it (message, result, fingerprint, error) is gone. The row itself stays until it is purged, as ``done``/``failure``
         with the error ``forgotten``, because its token must outlive it: a run of the old message that still lives stays fenced, and
-        is told at its end that its claim is lost. It is not counted, as a failure least of all.
+        learns at its end that its claim is lost. It is not counted, as a failure least of all.
 
         Hazard: a copy of the message that the broker still has runs, as if it were new.
 
@@ -55,7 +55,7 @@ class Operator(Protocol):
         task_name: str | None = None,
         processed_status: ProcessedStatus | None = None,
     ) -> int:
-        """How many rows :meth:`purge` would delete now, if it had no limit."""
+        """Return how many rows :meth:`purge` would delete now, if it had no limit."""
         ...
 
     def condition(self) -> LogHealth:
@@ -69,7 +69,7 @@ class Operator(Protocol):
         """Return the server's settings that what the store promises depends on, by its own names for them. Nothing is written or made.
 
         Returns:
-            As many of them as the server tells this account; none if it tells nothing. Of a cluster, what a node says that differs is
-            there once more, with the node in brackets behind the name.
+            As many of them as the server tells this account; none if it tells nothing. Where a node of a cluster differs, its
+            value is there too, with the node in brackets after the name.
         """
         ...
