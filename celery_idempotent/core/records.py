@@ -1,4 +1,4 @@
-"""What the queue log holds and what its store answers: plain, frozen records.
+"""The records that the queue log holds and that its store answers with: plain and frozen.
 
 Nothing here knows Celery or a database. Times are timezone-aware UTC, taken from the store's clock; durations are seconds.
 """

@@ -1,4 +1,4 @@
-"""Whether a row shows that the first attempt of a verb took effect.
+"""Tell from a row whether the first attempt of a verb took effect.
 
 A connection can break after the server has written and before its answer arrives. The store then repeats the verb, which finds nothing
 left to change. If the row stands as the first attempt would have left it, the verb answers as that attempt would have.

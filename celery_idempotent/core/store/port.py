@@ -21,4 +21,4 @@ BATCH = 200
 
 
 class Store(Recorder, Claimer, Ender, Recoverer, Operator, Schema, Protocol):
-    """Where the queue log lives."""
+    """A store of the queue log: the verbs of all roles."""

@@ -1,4 +1,4 @@
-"""What operators ask for besides reading: forget a row, count what may be purged, tell how the log and its servers stand."""
+"""The operators' verbs besides reading: forget a row, count what may be purged, report how the log and its servers stand."""
 
 # ruff: noqa: D102 - the verbs are documented in the port
 

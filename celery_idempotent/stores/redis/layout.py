@@ -1,4 +1,4 @@
-"""Where in Redis things are: the shards of a log, the keys of a row, the indexes.
+"""The layout in Redis: the shards of a log, the keys of a row, the indexes.
 
 A log is spread over :data:`SHARDS` hash tags, and a message belongs to one of them by its key. All keys of a shard are in one slot of a
 Redis Cluster, so that a script may touch a row and every index it is in. A single server has the same layout::
@@ -77,7 +77,7 @@ def key_of(ident: bytes) -> MessageKey:
 
 
 def encoded(text: str) -> bytes:
-    """Any text as bytes from which it can be had again."""
+    """Return any text as bytes that can be decoded again."""
     return text.encode("utf-8", "surrogatepass")
 
 

@@ -1,4 +1,4 @@
-"""What operators ask for: find, rows, counts; and what ran lately.
+"""The verbs that only read: a row, rows, counts; and what ran lately.
 
 There is no index by task or by the moment of recording. So ``rows`` and ``counts`` look at every row, some hundreds at a time: it takes a
 while in a large log, and holds up no other client. They are no snapshot: a row that changes meanwhile is seen as it was before or as it is
@@ -130,7 +130,7 @@ class Reading(Verbs):
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """What a look at a row tells of it; its age in seconds."""
+    """A row as a scan sees it; its age in seconds."""
 
     ident: bytes
     status: Status

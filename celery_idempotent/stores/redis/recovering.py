@@ -1,4 +1,4 @@
-"""What recovery asks for: leases that ran out, messages that wait, rows past retention.
+"""The verbs of recovery: leases that ran out, messages that wait, rows past retention.
 
 Each query reads one index per shard. One round trip asks all shards; a single server answers for one moment, so that no row is missed that
 was recorded earlier than one that is found. A second round trip reads the rows that come first of all.
@@ -214,7 +214,7 @@ class Recovering(Verbs):
 
     @verb
     def relay(self, on: ScriptSession, row: Row, *, lease: float) -> bool:
-        # A retry cannot tell whether its first attempt took the right: then nobody relays until that runs out.
+        # A retry cannot tell whether its first attempt took the right. If it did, the row is relayed after that has run out.
         return wrote(ask(on, _RELAY, row.key, row.token, duration(lease)))
 
     def relayed(self, keys: Sequence[MessageKey], *, published: bool) -> None:

@@ -1,4 +1,4 @@
-"""What makes a method a verb of the store."""
+"""Make a method a verb of the store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the statements share: conditions, values and parameters over the table's columns, and rows read back.
+"""The common parts of statements: conditions, values and parameters over the table's columns, and rows read back.
 
 Statements are built once per store and reused; a call only adds parameters. These are named ``p_<column>``, because one with
 a column's own name would become part of the ``SET`` clause.
@@ -97,7 +97,7 @@ def unneeded(table: Table) -> ColumnElement[bool]:
 
 @dataclass(frozen=True, slots=True)
 class Old:
-    """What is to be purged; see ``Store.purge``."""
+    """The rows that a purge deletes; see ``Store.purge``."""
 
     older_than: float
     failures_older_than: float | None = None
@@ -106,7 +106,7 @@ class Old:
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """Those of :meth:`conditions`, and ``p_ago``."""
+        """The parameters of :meth:`conditions`, and ``p_ago``."""
         parameters: dict[str, Any] = {"p_ago": -self.older_than}
         if self._keeps_failures:
             parameters["p_failures_ago"] = -(self.failures_older_than or 0.0)
@@ -228,7 +228,7 @@ class Lookup:
         return None if read is None else row_of(read)
 
     def many(self, connection: Connection, keys: Iterable[MessageKey]) -> list[Row]:
-        """Those that are there, in any order."""
+        """Read the rows of some messages that are there, in any order."""
         return [row_of(read) for read in connection.execute(self._all.where(key_in(self._table, keys))).mappings()]
 
 

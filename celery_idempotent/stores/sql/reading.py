@@ -1,4 +1,4 @@
-"""What operators read: a row, rows, counts."""
+"""The verbs that only read: a row, rows, counts."""
 
 # ruff: noqa: D102 - the verbs are documented in the port
 

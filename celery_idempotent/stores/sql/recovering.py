@@ -1,4 +1,4 @@
-"""What recovery asks for: leases that ran out, messages that wait, rows past retention."""
+"""The verbs of recovery: leases that ran out, messages that wait, rows past retention."""
 
 # ruff: noqa: D102 - the verbs are documented in the port
 
@@ -103,7 +103,7 @@ class Recovering(Verbs):
 
     @verb
     def relay(self, on: Attempt, row: Row, *, lease: float) -> bool:
-        # A retry cannot tell whether its first attempt took the right: then nobody relays until that runs out.
+        # A retry cannot tell whether its first attempt took the right. If it did, the row is relayed after that has run out.
         return wrote(on, self._recovering.relay, {**key_parameters(row.key), "p_token": row.token, "p_lease": lease})
 
     def relayed(self, keys: Sequence[MessageKey], *, published: bool) -> None:

@@ -168,7 +168,7 @@ class Dialect(ABC):
         return
 
     def setup(self, connection: Any) -> dict[str, str]:
-        """How a driver's connection is set up by an engine's owner, in addition to the server's ``configuration``."""
+        """Return how an engine's owner set up a driver's connection, in addition to the server's ``configuration``."""
         return {}
 
     def unlimited(self, connection: Connection) -> AbstractContextManager[None]:

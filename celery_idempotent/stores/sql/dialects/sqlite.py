@@ -90,7 +90,7 @@ class SQLite(OnConflict):
     @contextmanager
     def autocommit(self, connection: Connection) -> Iterator[None]:
         # What listeners do at the beginning of a transaction, they do now. SQLAlchemy's recipes for SQLite begin one in the database there,
-        # which nobody would commit; or have the driver do that, always (`autocommit=False`, since Python 3.12).
+        # which is never committed; or have the driver do that, always (`autocommit=False`, since Python 3.12).
         connection.begin()
         driver = cast("Any", connection.connection.driver_connection)
         level, always = driver.isolation_level, getattr(driver, "autocommit", None) is False
