@@ -48,7 +48,7 @@ _RedisCluster: Any = RedisCluster
 _Sentinel: Any = Sentinel
 
 T = TypeVar("T")
-Operation = Callable[[ScriptSession, bool], T]
+Operation = Callable[[ScriptSession], T]
 
 #: Messages of one turn, of each thread.
 TURN = 20
@@ -72,7 +72,7 @@ class _WithPacker(Server):
     def run(self, operation: Operation[T], *, prepared: bool = True) -> T:
         wires = Wires(self._own, self._connect, at_once=self._address.at_once, patience=CONNECT)
         with wires:
-            return operation(_Packed(self, self._layout, wires), False)
+            return operation(_Packed(self, self._layout, wires, is_retry=False))
 
 
 class _WithPool(Server):
@@ -97,7 +97,7 @@ class _WithPool(Server):
         wire = self._pool.get_connection()
         try:
             wires: Any = _One(wire)
-            return operation(ScriptSession(self, self._layout, wires), False)
+            return operation(ScriptSession(self, self._layout, wires, is_retry=False))
         except BaseException:
             wire.disconnect()
             raise
@@ -118,7 +118,7 @@ class _One:
 class _ByClient(ScriptSession):
     def __init__(self, server: Server, layout: Any, client: Any) -> None:
         nothing: Any = None
-        super().__init__(server, layout, nothing)
+        super().__init__(server, layout, nothing, is_retry=False)
         self._client = client
 
     def send(self, calls: Sequence[Call], *, at_one_moment: bool = False) -> list[Any]:
@@ -139,7 +139,7 @@ class _WithClient(_WithPool):
         return Redis(connection_pool=self._pool, retry=_ONCE)
 
     def run(self, operation: Operation[T], *, prepared: bool = True) -> T:
-        return operation(_ByClient(self, self._layout, self._client), False)
+        return operation(_ByClient(self, self._layout, self._client))
 
 
 class _WithSentinel(_WithClient):
@@ -214,7 +214,7 @@ def _compare(kind: str, url: str, threads: int, rounds: int) -> None:
         if way is None:
             store.init()
         else:
-            store._server = way(parse(url), store._layout, store._init)
+            store._server = way(parse(url), store._server._layout, store._init)
             store._run = store._server.run
         _turn(store, 1, work)
     took: dict[str, list[tuple[float, float]]] = {name: [] for name in stores}
@@ -284,7 +284,7 @@ def _compare_discovery(url: str) -> None:
 
     def by_redis_py() -> None:
         with closing(_redis_cluster(server._address.hosts)) as cluster:
-            assert all(cluster.get_node_from_key(tag) for tag in store._layout.tags)
+            assert all(cluster.get_node_from_key(tag) for tag in store._server._layout.tags)
 
     print("\nto find the nodes of a cluster")
     for name, find in {"the store": lambda: server._find_slots(Opened()), "RedisCluster": by_redis_py}.items():

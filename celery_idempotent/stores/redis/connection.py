@@ -28,7 +28,8 @@ from redis.exceptions import (
     TryAgainError,
 )
 
-from celery_idempotent.errors import AccessDeniedError, StoreError, StoreUnavailableError
+from celery_idempotent.errors import AccessDeniedError, StoreError
+from celery_idempotent.stores.faults import unavailable
 from celery_idempotent.stores.redis.address import Address
 from celery_idempotent.stores.redis.layout import Layout
 from celery_idempotent.stores.redis.pool import (
@@ -259,20 +260,20 @@ class Server:
                         opened.ready = True
                     return operation(on)
             except (NoAdmissionError, AuthenticationError) as error:
-                raise _unavailable(
-                    f"the queue log at {self} refused: {error}", is_retry or on.partly, AccessDeniedError
+                raise unavailable(
+                    f"the queue log at {self} refused: {error}", sent=is_retry or on.partly, kind=AccessDeniedError
                 ) from error
             except NoConnectionError as error:
                 opened.slots = {}
-                raise _unavailable(
-                    f"the queue log at {self} cannot be reached: {error}", is_retry or on.partly
+                raise unavailable(
+                    f"the queue log at {self} cannot be reached: {error}", sent=is_retry or on.partly
                 ) from error
             except ReadOnlyError as error:
                 # It is no longer the master, and did nothing since: find the one that is.
                 self.close()
                 is_retry = is_retry or on.partly
                 if demoted:
-                    raise _unavailable(f"the queue log at {self} is on a replica: {error}", is_retry) from error
+                    raise unavailable(f"the queue log at {self} is on a replica: {error}", sent=is_retry) from error
                 demoted = True
             except ResponseError as error:
                 raise self._explained(error, is_retry or on.partly) from error
@@ -280,14 +281,14 @@ class Server:
                 # Idle connections are closed too, so that no one else waits as long on one.
                 self.close()
                 # No repeat, as after a broken connection: the server is there, and had its time.
-                raise _unavailable(f"the queue log at {self} gave no answer in time: {error}", sent=True) from error
+                raise unavailable(f"the queue log at {self} gave no answer in time: {error}", sent=True) from error
             except BusyLoadingError as error:
-                raise _unavailable(f"the queue log at {self} is loading its data", is_retry or on.partly) from error
+                raise unavailable(f"the queue log at {self} is loading its data", sent=is_retry or on.partly) from error
             except ConnectionError as error:
                 # Another node may have its slots by now.
                 opened.slots = {}
                 if is_retry:
-                    raise _unavailable(f"the queue log at {self} gave no answer: {error}", sent=True) from error
+                    raise unavailable(f"the queue log at {self} gave no answer: {error}", sent=True) from error
                 is_retry = True
 
     def close(self) -> None:
@@ -308,7 +309,7 @@ class Server:
         text = f"the queue log at {self} refused: {error}"
         # For want of memory only what would begin a row is refused, and then nothing of it was done.
         if isinstance(error, _PASSING) or str(error).startswith(_PASSING_TEXTS):
-            return _unavailable(text, sent)
+            return unavailable(text, sent=sent)
         return StoreError(text)
 
 
@@ -318,11 +319,3 @@ def connect(address: Address, **where: Any) -> Wire:
     wire: Wire = address.connection(**{**timeouts, **address.options, **where})
     wire.connect()
     return wire
-
-
-def _unavailable(
-    text: str, sent: bool, kind: type[StoreUnavailableError] = StoreUnavailableError
-) -> StoreUnavailableError:
-    error = kind(text)
-    error.unsent = not sent
-    return error

@@ -163,8 +163,8 @@ def test_a_batch_that_a_demotion_cuts_in_two_is_repeated_as_such(store: RedisSto
     )
     retries: list[bool] = []
 
-    def batch(on: ScriptSession, is_retry: bool) -> list[object]:
-        retries.append(is_retry)
+    def batch(on: ScriptSession) -> list[object]:
+        retries.append(on.is_retry)
         return on.send([takes_effect, is_refused])
 
     with pytest.raises(StoreUnavailableError, match="is on a replica") as caught:
