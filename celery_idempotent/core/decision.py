@@ -302,7 +302,7 @@ def _decide_done(row: Row, delivery: Delivery) -> DeliveryAction:
     # done/failure, another task id waits on this message_id (or this one's failure never reached the backend)
     if failed:
         return DeliveryAction.RAISE_FAILED
-    # done, with callbacks of its own: `done` is written after they and the result were sent. So a result that is missing now
+    # done after its own callbacks: `done` is written after they and the result were sent. So a result that is missing now
     # has expired, and a replay would send the callbacks twice
     if ran and delivery.canvas:
         return DeliveryAction.SKIP

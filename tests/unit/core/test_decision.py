@@ -238,7 +238,7 @@ MORE_CALLS: dict[str, list[CallCase]] = {
         (pending(), REPEATED, policy, CallAction.PUBLISH_AGAIN)
         for policy in (SKIP_DUPLICATES, RAISE_DUPLICATES, RESUBMIT)
     ],
-    "the same call, in a canvas that this run has made anew": [
+    "the same call, in a canvas that this run has built again": [
         (there, replace(REPEATED, canvas=True), policy, CallAction.PUBLISH_COPY)
         for there in (pending(), processing(), succeeded(), failed())
         for policy in (SKIP_DUPLICATES, RAISE_DUPLICATES, RESUBMIT)
@@ -432,7 +432,7 @@ MORE_DELIVERIES: dict[str, list[DeliveryCase]] = {
         (recovery_point(**EXPIRED), DISCARDED, RERUN, TAKE_OVER_AND_REPLAY),
         (recovery_point(**EXPIRED, error="revoked"), SAME, RERUN, TAKE_OVER_AND_REPLAY),
     ],
-    "done behind its own callbacks": [
+    "done after its own callbacks": [
         (succeeded(), replace(SAME, canvas=True), DEFAULT, SKIP),
         (failed(), replace(SAME, canvas=True), DEFAULT, RAISE_FAILED),
         # A copy ran in its place: its callbacks were sent, not those of the first one sent.
@@ -460,13 +460,13 @@ MORE_DELIVERIES: dict[str, list[DeliveryCase]] = {
         (failed(error="ValueError: no"), replace(READY, rejected=3), DEFAULT, SKIP),
         (succeeded(error="odd; rejected before: 0"), replace(READY, rejected=3), DEFAULT, SKIP),
     ],
-    "done/failure, and an errback that nobody has had yet waits on it": [
+    "done/failure, and an errback waits on it that was not sent yet": [
         (failed(), replace(READY, callbacks_pending=True), DEFAULT, RAISE_FAILED),
         (failed(), replace(IGNORED, callbacks_pending=True), DEFAULT, RAISE_FAILED),
         (failed(), replace(COPY, callbacks_pending=True), FAIL, RAISE_FAILED),
         (succeeded(), replace(READY, callbacks_pending=True), DEFAULT, SKIP),
     ],
-    "done without a result of its own (ignored, replaced)": [
+    "done without a result (ignored, replaced)": [
         (succeeded(result=None, error="ignored"), SAME, DEFAULT, SKIP),
         (succeeded(result=None, error="ignored"), COPY, DEFAULT, SKIP),
         (succeeded(result=None, error="replaced"), SAME, DEFAULT, SKIP),
