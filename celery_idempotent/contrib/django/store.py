@@ -16,7 +16,7 @@ from sqlalchemy.exc import DBAPIError
 from celery_idempotent.contrib.django.connections import Alias, in_test_case
 from celery_idempotent.core.store import TransactionStatus
 from celery_idempotent.stores.sql import SQLStore
-from celery_idempotent.stores.sql.connection import Database, Joined
+from celery_idempotent.stores.sql.connection import Attempt, Database, Joined
 from celery_idempotent.stores.sql.dialects import Dialect
 
 __all__ = ["DjangoStore"]
@@ -150,7 +150,7 @@ class _DjangoDatabase(Database):
         self._alias = alias
         self._shared = shared
 
-    def run(self, operation: Callable[[Connection, bool], T], *, prepared: bool = True, patient: bool = False) -> T:
+    def run(self, operation: Callable[[Attempt], T], *, prepared: bool = True, patient: bool = False) -> T:
         wrapper = self._alias.wrapper
         if not in_test_case(wrapper):
             return super().run(operation, prepared=prepared, patient=patient)
