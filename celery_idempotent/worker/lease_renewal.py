@@ -237,7 +237,7 @@ class _Renewer:
             lost = self._store().renew(old, lease=lease)
             kept = [holder for holder in old if holder not in lost]
         except StoreError as error:
-            logger.warning("could not renew %d leases, asking again: %s", len(old), error)
+            logger.warning("could not renew %d leases, trying again: %s", len(old), error)
             hurry = _PER_LEASE
         except Exception:
             # The thread must outlive whatever it meets: without it every lease of this process runs out.
