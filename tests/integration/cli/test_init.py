@@ -148,7 +148,7 @@ def test_the_sql_printed_for_mysql_is_mysqls(init: Init) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--since", "1"), "--since is about --sql"),
+        (("--since", "1"), "--since requires --sql"),
         (
             ("--sql", "postgresql", "--since", "99"),
             "there is no version 99 of the table: this version of celery-idempotent has 2",

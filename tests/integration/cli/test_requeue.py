@@ -322,7 +322,7 @@ def test_a_message_that_cannot_be_published_stays_failed(shared_worker: SharedWo
     assert (status, said["requeued"]) == (1, [])
     reasons = {one["message_id"].rpartition(":")[2]: one["reason"] for one in said["refused"]}
     assert reasons["foreign"] == reasons["plain"]
-    assert "no IdempotentTask of this app" in reasons["foreign"]
+    assert "not an IdempotentTask of this app" in reasons["foreign"]
     assert reasons["empty"] == "its row no longer has a message"
     assert reasons["damaged"].startswith("its message cannot be read: the data begins with")
     assert all(row.token == 1 and row.status is Status.DONE for row in store.rows(RowFilter(message_id=f"{mark}:*")))

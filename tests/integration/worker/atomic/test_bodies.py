@@ -500,7 +500,9 @@ class TestElsewhere:
     @pytest.mark.parametrize("name", ["session", "connection"])
     def test_a_direct_call_has_no_transaction(self, eager_app: EagerApp, name: str) -> None:
         task = eager_app.task(lambda self: getattr(self, name))
-        with pytest.raises(IdempotentError, match=f"no {name} here: an atomic task has one while a worker, or apply"):
+        with pytest.raises(
+            IdempotentError, match=f"no {name} here: an atomic task has one only while a worker, or apply"
+        ):
             task()
         with pytest.raises(IdempotentError, match=f"no {name} here"):
             getattr(task, name)
