@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -239,6 +240,8 @@ class TestWhileTheStoreIsSilent:
         assert perform(run, lambda: 5) == 5
         assert row(store).processed_status is ProcessedStatus.SUCCESS
         assert "cannot record a success for task[m], asking again until the store answers: gone" in caplog.text
+        # A handler may send a record to another process, with its arguments.
+        assert [pickle.loads(pickle.dumps(record.args)) for record in caplog.records]
 
     def test_run_goes_on(self, task: IdempotentTask, store: SilentStore, caplog: pytest.LogCaptureFixture) -> None:
         task.app.conf.idempotent_on_store_error = "run"
