@@ -1,9 +1,9 @@
-"""The records that the queue log holds and that its store answers with: plain and frozen.
+"""The records that the queue log holds and its store returns: plain and frozen.
 
-Nothing here knows Celery or a database. Times are timezone-aware UTC, taken from the store's clock; durations are seconds.
+Nothing here depends on Celery or a database. Times are timezone-aware UTC, from the store's clock; durations are seconds.
 """
 
-# Longer than most: every record that crosses the port, and nothing else.
+# Longer than most: it has every record that crosses the port, and nothing else.
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ __all__ = [
 
 
 class Status(StrEnum):
-    """Where a message stands."""
+    """The status of a message."""
 
     PENDING = "pending"
     PROCESSING = "processing"
@@ -50,40 +50,40 @@ class NoResultReason(StrEnum):
     """Why a message that succeeded has no result to replay; kept in ``error``."""
 
     IGNORED = "ignored"  # the body raised Ignore
-    BROADCAST = "broadcast"  # it was published to a fanout exchange; each worker has a row of its own
-    REPLACED = "replaced"  # the body replaced itself, and another task answers under its Celery id
+    BROADCAST = "broadcast"  # it was published to a fanout exchange; each worker has its own row
+    REPLACED = "replaced"  # the body replaced itself; another task answers under its Celery id
     UNKEPT = "unkept"  # the store did not take the result; the result backend may have it
 
 
-#: How ``error`` ends of what a body rejected, before the number of rejections that its delivery had seen.
+#: Separates the error of a rejected message from how often it had been rejected before.
 _REJECTED = "; rejected before: "
 
 
 def rejected(error: str, before: int) -> str:
-    """Return what is kept in ``error`` of a message that its body rejected, so that it may come back dead-lettered.
+    """Return the ``error`` to keep for a message that its body rejected, so that it may come back from a dead-letter queue.
 
     Args:
         error: Type and text of the error.
-        before: How often the message had been rejected when it was delivered.
+        before: How often the message had been rejected before this delivery.
     """
     return f"{error}{_REJECTED}{before}"
 
 
-#: Why a row failed whose owner's lease ran out under ``on_abandoned="fail"``.
+#: The ``error`` of a row whose owner's lease ran out under ``on_abandoned="fail"``.
 ABANDONED = "abandoned: the worker that ran it died or lost its lease"
 
-#: What is left in ``error`` of a row that an operator had forgotten.
+#: The ``error`` of a row that an operator emptied with ``forget``.
 FORGOTTEN = "forgotten"
 
-#: How the error of a message begins that Celery discarded. Workers remember its Celery id for hours.
+#: How ``error`` begins for a message that Celery discarded. Workers remember its Celery id for hours.
 DISCARDED = ("revoked", "expired")
 
 
 class ProcessedStatus(StrEnum):
     """How a message ended.
 
-    ``SUCCESS`` with ``Status.PROCESSING`` is a recovery point: the body ran and its result is stored, its callbacks are
-    not yet known to be dispatched.
+    ``SUCCESS`` with ``Status.PROCESSING`` is a recovery point: the body ran and its result is stored, but its callbacks
+    may not be sent yet.
     """
 
     SUCCESS = "success"
@@ -108,16 +108,16 @@ class NewMessage:
     Attributes:
         key: Its message id and task name.
         task_id: The Celery task id it is sent under.
-        queue: Where it is routed, if known.
+        queue: Its routing key, if known.
         fingerprint: SHA-256 hex digest of the canonical arguments; ``None`` when they are not compared.
         attempt: Celery's ``retries`` of the delivery it waits for; 0 for the first.
-        delay: Seconds until it may run (countdown, ETA); ``None`` for at once. May be negative for an ETA that passed.
-        published: Whether the caller hands it to the broker at once; ``False`` for a row of the outbox, which is published once its
+        delay: Seconds until it may run (countdown, ETA); ``None`` for at once. Negative for an ETA that has passed.
+        published: Whether the caller hands it to the broker at once; ``False`` for a row of the outbox, which is published after its
             transaction has committed.
-        publish_within: Seconds for which a row of the outbox is its recorder's to publish, before the relay may; ``None`` leaves
-            it to the relay from the beginning.
+        publish_within: Seconds in which only the recorder publishes a row of the outbox, before the relay may; ``None`` lets the
+            relay publish it from the beginning.
         message: Encoded arguments and options, so that it can be published again.
-        original_task_id: Of a delivery, the Celery id that was first sent under its message id, if that is known to be another.
+        original_task_id: For a delivery, the Celery id first sent under its message id, if known to be another.
     """
 
     key: MessageKey
@@ -132,10 +132,10 @@ class NewMessage:
     original_task_id: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what no store can keep, so that no store is asked to.
+        """Refuse what no store can keep, before any store is asked.
 
         Raises:
-            ConfigurationError: An id, a name or the attempt is such.
+            ConfigurationError: No store can keep an id, a name or the attempt.
         """
         check_text("message_id", self.key.message_id)
         check_text("the name of the task", self.key.task_name)
@@ -149,7 +149,7 @@ class NewMessage:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row of the queue log as the store read it at ``read_at``; the page "The table" tells of each column."""
+    """A row of the queue log as the store read it at ``read_at``; the page "The table" explains each column."""
 
     key: MessageKey
     status: Status
@@ -170,11 +170,11 @@ class Row:
     message: bytes | None
     result: bytes | None
     error: str | None
-    #: The store's clock when the row was read: every age and every expiry is judged against it, never the caller's clock.
+    #: The store's clock when the row was read. Ages and expiries are judged against it, never against the caller's clock.
     read_at: datetime
-    #: How often a dead owner's claim on this attempt was taken over; it bounds how often a message may kill its worker.
+    #: How often a dead owner's claim on this attempt was taken over; limits how often a message may kill its worker.
     takeovers: int = 0
-    #: The Celery id of the delivery that claimed last, whose callbacks and result Celery sends; ``task_id`` is the first sent.
+    #: The Celery id of the last delivery that claimed, whose callbacks and result Celery sends; ``task_id`` is the first sent.
     ran_task_id: str | None = None
 
     @property
@@ -184,15 +184,15 @@ class Row:
         return done and self.expires_at is not None and self.expires_at <= self.read_at
 
     def is_free_for(self, task_id: str, original_task_id: str | None = None) -> bool:
-        """Return whether the id is free again for a delivery: it is no copy of the message that ended here, which never runs again.
+        """Return whether the id has expired and the delivery is not a copy of the message that ended here, which never runs again.
 
-        What an operator had forgotten has left no trace: any copy of it is new.
+        After ``forget``, any copy counts as new.
 
         Args:
             task_id: The Celery id that the delivery was sent under.
-            original_task_id: The one that its header says was first, if that is another.
+            original_task_id: The first Celery id, by its header, if that is another.
         """
-        # `ran_task_id` is null when it never ran, and `original_task_id` when it is not known.
+        # `ran_task_id` is null if the message never ran.
         original = task_id if original_task_id is None else original_task_id
         if self.error == FORGOTTEN:
             return self.expired
@@ -200,18 +200,18 @@ class Row:
 
     @property
     def never_began(self) -> bool:
-        """Whether it was revoked, or expired, before its body ever began: its id is free for calls, and a copy of it never runs."""
+        """Whether it was revoked or expired before its body ever began. Its id is free for calls; a copy of it never runs."""
         failed = self.status is Status.DONE and self.processed_status is ProcessedStatus.FAILURE
         return failed and self.worker is None and (self.error or "").startswith(DISCARDED)
 
     @property
     def forbidden(self) -> bool:
-        """Whether a running message is not to run again if its owner dies; ``error`` says why. See ``Store.forbid``."""
+        """Whether a running message must not run again if its owner dies; ``error`` says why. See ``Store.forbid``."""
         return self.status is Status.PROCESSING and self.processed_status is None and self.error is not None
 
     @property
     def rejected_before(self) -> int | None:
-        """How often a message had been rejected when the body rejected it that ended here; ``None`` if it ended otherwise."""
+        """How often the message had been rejected before the rejection that ended it; ``None`` if it ended otherwise."""
         if self.error is None or self.processed_status is not ProcessedStatus.FAILURE:
             return None
         _, mark, before = self.error.rpartition(_REJECTED)
@@ -219,26 +219,26 @@ class Row:
 
     @property
     def lease_left(self) -> float:
-        """Seconds until the lease runs out; 0 or less once it has, or when there is none.
+        """Seconds until the lease runs out; 0 or less if it has, or if there is none.
 
-        Of a pending row it is the right to publish it, not to run it.
+        The lease of a pending row is the right to publish it, not to run it.
         """
         return 0.0 if self.lease_expires_at is None else (self.lease_expires_at - self.read_at).total_seconds()
 
     @property
     def available_in(self) -> float:
-        """Seconds until the message may run; negative once it may, 0 when it never had to wait."""
+        """Seconds until the message may run; negative if it may already, 0 if it never had to wait."""
         return 0.0 if self.available_at is None else (self.available_at - self.read_at).total_seconds()
 
     @property
     def waiting_since(self) -> datetime:
-        """Since when this row could have been consumed: the latest of its recording, its publication and its ETA."""
+        """The time from which the message could have been consumed: the latest of its recording, publication and ETA."""
         return max(t for t in (self.created_timestamp, self.published_at, self.available_at) if t is not None)
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """The right to finish one run of a message: every write is fenced by its token."""
+    """The right to finish one run of a message. Its token fences every write."""
 
     key: MessageKey
     token: int
@@ -246,19 +246,19 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """The holder of a message, named by its worker: for a parent process that ends a dead child's claim and lacks its token."""
+    """The holder of a message, by its worker's label: for a parent process that ends a dead child's claim without its token."""
 
     key: MessageKey
     worker: str
 
 
-#: What a write after a claim is fenced by.
+#: What fences a write after a claim.
 Holder = Claim | Owner
 
 
 @dataclass(frozen=True, slots=True)
 class Inserted:
-    """The message was not there, or its id was free again: it is now pending, and its producer publishes it."""
+    """The message was new, or its id was free again. It is now pending, and its producer publishes it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,7 +270,7 @@ class Duplicate:
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
-    """The message is this caller's until the lease runs out."""
+    """The caller holds the message until the lease runs out."""
 
     claim: Claim
 
@@ -284,19 +284,19 @@ class NotClaimed:
 
 @dataclass(frozen=True, slots=True)
 class RowFilter:
-    """Which rows to list. Conditions are joined by *and*; ``None`` leaves one out.
+    """Which rows to list: those that meet all conditions; ``None`` leaves one out.
 
     Attributes:
         message_id: Exact id, or a pattern with ``*`` and ``?``.
         task_name: Exact task name, or a pattern with ``*`` and ``?``.
         status: Only rows in this status.
-        processed_status: Only rows that ended so.
+        processed_status: Only rows that ended this way.
         queue: Exact name of the queue they were routed to, or a pattern with ``*`` and ``?``.
         error: Exact text of the error, or a pattern with ``*`` and ``?``.
-        older_than: Only rows of at least this age in seconds: since the message was done, or if it is not, since it was recorded.
-        newer_than: Only rows of less than this age in seconds.
-        limit: At most so many rows, newest first; > 0.
-        oldest_first: Whether the oldest come first instead. Either way by when they were recorded.
+        older_than: Only rows at least this old, in seconds since the message was done, or since it was recorded if it is not.
+        newer_than: Only rows younger than this, in the same seconds.
+        limit: The most rows to list, newest recorded first; > 0.
+        oldest_first: Whether to list the oldest recorded first instead.
     """
 
     message_id: str | None = None
@@ -313,7 +313,7 @@ class RowFilter:
 
 @dataclass(frozen=True, slots=True)
 class TaskCount:
-    """How many rows of one task stand where, and how many copies of them were skipped."""
+    """How many rows of one task have one status, and how many copies of them were skipped."""
 
     task_name: str
     status: Status
@@ -324,13 +324,13 @@ class TaskCount:
 
 @dataclass(frozen=True, slots=True)
 class LogHealth:
-    """How the queue log stands at ``read_at``: what is waiting, and whether it is recovered and purged.
+    """The state of the queue log at ``read_at``: what is waiting, and whether it is recovered and purged.
 
     Attributes:
         read_at: The store's clock.
-        last_due: When the last of the messages is due that the broker has and that are not due yet; ``None`` when there is none.
-        lapsed_since: When the first lease ran out whose message was not published again since.
-        unsent_since: When the oldest message was recorded that was never handed to the broker, and that no process is publishing.
+        last_due: The latest due time of the broker's messages that are not due yet; ``None`` if there is none.
+        lapsed_since: When the oldest lapsed lease ran out, of messages not published again since.
+        unsent_since: When the oldest message was recorded that was never handed to the broker and that no process is publishing.
         done_since: When the oldest message that may be purged was done.
     """
 
@@ -343,12 +343,12 @@ class LogHealth:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A change that takes the store's schema to this version.
+    """A change that brings the store's schema to this version.
 
     Attributes:
-        what: What it does, for people.
-        statement: The SQL; empty where the store has none.
-        alters: Whether it changes what is there already, rather than make what is missing altogether.
+        what: What it does, in words.
+        statement: The SQL; empty if the store has none.
+        alters: Whether it alters what exists, rather than creating what is missing.
     """
 
     what: str

@@ -1,8 +1,8 @@
-"""One byte form for equal values: what fingerprints and ids by arguments are computed over.
+"""Compute one byte form for equal values, from which fingerprints and ids by arguments are made.
 
-Equal calls must give equal forms in any process, whatever the hash seed and the order of a dict or a set. They must also do so on
-both sides of the wire: the producer computes the form of what its caller passed, the consumer the form of what arrived. So a value
-stands for what arrives after kombu's JSON has carried it. A value that JSON cannot carry stands for itself.
+Equal calls must give equal forms in any process, for any hash seed and any order of a dict or set, and on both sides of the wire:
+the producer computes the form of what its caller passed, the consumer the form of what arrived. So a value stands for what arrives
+after kombu's JSON has carried it. A value that JSON cannot carry stands for itself.
 
 =========================================  ===========================================================================
 value                                      stands for
@@ -10,13 +10,13 @@ value                                      stands for
 ``None``, ``bool``, ``int``, ``float``     itself: ``1``, ``True``, ``1.0`` and ``"1"`` are four values. ``-0.0`` is
                                            ``0.0``, every NaN is one
 ``str``                                    its text; two surrogates that make up one character are that character
-subclasses of the above                    the plain value, for that is what JSON sends: a ``StrEnum`` or ``IntEnum``
+subclasses of the above                    the plain value, as JSON sends it: a ``StrEnum`` or ``IntEnum``
                                            member is its value
 ``list``, ``tuple``, a named tuple         a list
-``dict``, a Celery signature               its items, in no order. Keys that JSON makes into text (numbers, ``bool``,
-                                           ``None``) are that text: ``{1: x}`` is ``{"1": x}``. Only a dict that holds
-                                           both keys, which JSON cannot carry, tells them apart
-an object with ``__json__``                what that returns, as for kombu
+``dict``, a Celery signature               its items, in no order. Keys that JSON turns into text (numbers, ``bool``,
+                                           ``None``) are that text: ``{1: x}`` is ``{"1": x}``. They differ only in a
+                                           dict that holds both keys, which JSON cannot carry
+an object with ``__json__``                what ``__json__`` returns, as for kombu
 ``datetime``                               aware: its instant, in any zone. Naive: its wall time, never an instant
 ``date``, ``time``, ``timedelta``, UUID    itself; an aware ``time`` is taken at UTC, as Python compares it
 ``Decimal``                                its number: ``1.0`` is ``1.00``
@@ -28,7 +28,7 @@ a dataclass instance                       class, and the fields that take part 
 a ``pathlib`` path                         its text and flavour
 =========================================  ===========================================================================
 
-Anything else is refused, such as a generator, a function or an object of your own class: its ``repr`` may hold a memory address,
+Anything else is refused, such as a generator, a function or an object of your own class: its ``repr`` may contain a memory address,
 which differs between processes.
 """
 
@@ -54,10 +54,10 @@ __all__ = ["FORM", "canonical", "fingerprint", "plain"]
 #: Version of the form. It is part of every digest, so a later form never matches this one.
 FORM = b"celery-idempotent:1\n"
 
-# How a step into a value reads in an error.
+# How an error shows a step into a value.
 _ITEM, _FIELD, _KEY, _ELEMENT = "[{!r}]", ".{}", ".keys()", "{{...}}"
 
-#: Types whose every value has a form, so the walk need not record where it found one.
+#: Types whose values all have a form, so the walk need not record their place.
 _LEAVES = frozenset((str, int, float, bool, type(None)))
 
 #: A Decimal's text ends in up to this many zeros before it uses an exponent.
@@ -74,10 +74,10 @@ def canonical(value: object) -> bytes:
             the outer dict as argument names: ``order.items[2]``.
 
     Returns:
-        The form. It is not meant to be read back.
+        The form. It cannot be decoded.
 
     Raises:
-        ConfigurationError: Part of the value has no canonical form or contains itself; the text says where.
+        ConfigurationError: Part of the value has no canonical form, contains itself or is nested too deeply; the text says where.
     """
     form = _Form()
     try:
@@ -99,11 +99,11 @@ def fingerprint(value: object) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Return what a value stands for, as plain data: values of one canonical form have one text.
+    """Return what a value stands for, as plain data: values with equal canonical forms have equal text.
 
-    Format strings are filled with it, so that both sides of the wire produce the same text. A member of a ``StrEnum``
-    becomes its value, a tuple a list, an aware ``datetime`` the same instant in UTC, and ``Decimal("1.00")`` becomes
-    ``Decimal("1")``. A value without a canonical form is returned as it is.
+    Format strings are filled with it, so that both sides of the wire produce the same text. A ``StrEnum`` member
+    becomes its value, a tuple a list, an aware ``datetime`` the same instant in UTC, and ``Decimal("1.00")``
+    ``Decimal("1")``. A value without a canonical form is returned unchanged.
 
     Raises:
         RecursionError: The value contains itself.
@@ -176,7 +176,7 @@ class _Form:
         self._above: set[int] = set()
 
     def of(self, value: object) -> bytes:
-        # Types that JSON has natively come first, with their subclasses, as in the encoder.
+        # JSON's native types come first, with their subclasses, as in the encoder.
         if value is None:
             return b"N"
         if isinstance(value, bool):
@@ -211,7 +211,7 @@ class _Form:
         )
 
     def where(self, depth: int | None = None) -> str:
-        """Return the current place as a Python expression, ``order.items[2]``; at most ``depth`` steps of it."""
+        """Return the current place as a Python expression, ``order.items[2]``, of at most ``depth`` steps."""
         if not self._path:
             return "the value"
         kind, key = self._path[0]
@@ -223,7 +223,7 @@ class _Form:
     def _at(self, kind: str, key: object, value: object) -> bytes:
         self._path.append((kind, key))
         form = self.of(value)
-        self._path.pop()  # not in a `finally`: after an error, the path must still say where
+        self._path.pop()  # not in a `finally`: an error needs the path
         return form
 
     def _inside(self, value: Any, form: Callable[[Any], bytes]) -> bytes:
@@ -263,7 +263,7 @@ class _Form:
     def _model(self, value: Any) -> bytes:
         try:
             dump = value.model_dump(mode="json")
-        except ValueError as error:  # pydantic's serialization and validation errors are both of this class
+        except ValueError as error:  # the base of pydantic's serialization and validation errors
             raise ConfigurationError(
                 f"{self.where()} is of type {_type_name(value)}, which pydantic cannot dump in JSON mode ({error}), "
                 f"so it has no canonical form: pass plain data in its place"
@@ -277,7 +277,7 @@ class _Form:
 
 
 def _scalar(value: object) -> bytes | None:
-    """Return the form of a value that contains no others and that JSON has not natively; ``None`` for any other value."""
+    """Return the form of a value that contains no others and is not native to JSON; ``None`` for any other value."""
     match value:
         case datetime():
             wall = timedelta(days=value.toordinal()) + _since_midnight(value)
@@ -295,7 +295,7 @@ def _scalar(value: object) -> bytes | None:
             return _delimited(b"u", value.bytes)
         case bytes() | bytearray() | memoryview():
             return _delimited(b"b", bytes(value))
-        # kombu's JSON carries the types above with their type; those below need pickle.
+        # kombu's JSON keeps the type of those above; those below need pickle.
         case Enum():
             return None
         case timedelta():
@@ -324,7 +324,7 @@ def _text(value: str) -> bytes:
 
 
 def _json_key(key: object) -> object:
-    """Return a dict's key as the text that JSON makes of it, or the key itself if JSON does not make it text."""
+    """Return a dict's key as the text that JSON turns it into, or else the key itself."""
     if isinstance(key, (int, float)) or key is None:
         try:
             return json.dumps(key)

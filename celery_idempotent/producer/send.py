@@ -1,6 +1,6 @@
 """The producer's side: record, then publish, once per message id."""
 
-# Longer than most: one call goes from its arguments to the broker here, and each way out of it is a branch of the same decision.
+# Longer than most: it takes one call from its arguments to the broker, and each way out is a branch of the same decision.
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def send(task: Guarded, args: Any, kwargs: Any, task_id: str | None, options: di
     """Send a call at most once under its message id.
 
     Args:
-        task: The task that is called.
+        task: The task to call.
         args: Positional arguments of the call.
         kwargs: Keyword arguments of the call.
         task_id: The Celery id the caller chose, if any.
@@ -66,13 +66,13 @@ def send(task: Guarded, args: Any, kwargs: Any, task_id: str | None, options: di
         The message's AsyncResult, with ``duplicate`` set.
 
     Raises:
-        ConfigurationError: The task is atomic, and the store has no transactions: no worker could run it.
-        DuplicateMessageError: It was sent before, and the task says so.
+        ConfigurationError: The task is atomic and the store has no transactions, so no worker could run it.
+        DuplicateMessageError: It was sent before, and the task's options ask for this error.
         MessageMismatchError: The id is known with other arguments.
         StoreUnavailableError: The store gave no answer and the call was not sent.
 
-    Atomicity: of N concurrent calls one records and publishes. Between the two a crash leaves a pending row, which a later call
-    of the same id publishes again once it is older than ``idempotent_lost_after``.
+    Atomicity: of N concurrent calls one records and publishes. A crash between the two leaves a pending row. A later call
+    of the same id publishes it again once it is older than ``idempotent_lost_after``.
     """
     if is_unrecorded(task, task_id, options):
         options.pop("message_id", None)
@@ -85,7 +85,7 @@ def send(task: Guarded, args: Any, kwargs: Any, task_id: str | None, options: di
 
 
 def is_unrecorded(task: Guarded, task_id: str | None, options: Mapping[str, Any]) -> bool:
-    """Return whether a call is sent as Celery would: its task is turned off, and it does not send a recorded message on."""
+    """Return whether to send a call without the guard: its task is turned off, and it does not continue a recorded message."""
     if task.idempotency.idempotent:
         return False
     header, run = Header.read(options.get("headers")), current_run(task.app)
@@ -95,7 +95,7 @@ def is_unrecorded(task: Guarded, task_id: str | None, options: Mapping[str, Any]
 
 
 class Sending:
-    """Sends one prepared call, and knows what the store has said of it.
+    """One prepared call, and what the store answered for it.
 
     Args:
         prepared: The call.
@@ -105,16 +105,16 @@ class Sending:
         self.prepared = prepared
         self.task = prepared.task
         self.message = prepared.message
-        #: What the call is recorded in, to be published when that has committed; a late one has a box of its own.
+        #: The outbox that records the call and publishes it after the commit; ``None`` without one.
         self.box = prepared.box
-        #: What the call comes to if its message is inserted.
+        #: The outcome to report if the message is inserted.
         self.recorded = OutcomeKind.RECORDED
         self.request = StoreRequest(self.task, prepared.options)
-        #: How long the store took to record the message, or to find it; ``None`` before that.
+        #: Seconds the store took to record the message, or to find it; ``None`` before that.
         self.seconds: float | None = None
 
     def send(self) -> AsyncResult[Any]:
-        """Decide, and do it; see :func:`send`."""
+        """Send the call; see :func:`send`."""
         try:
             return self._send()
         except BaseException:
@@ -144,11 +144,11 @@ class Sending:
         return answer
 
     def resolve(self, answer: Inserted | Duplicate) -> AsyncResult[Any]:
-        """Return what a call comes to whose message was recorded, or found; its result.
+        """Publish what was recorded, or act on the row that was found; return the call's result.
 
         Raises:
-            DuplicateMessageError: It was found, and the task says so.
-            MessageMismatchError: With other arguments.
+            DuplicateMessageError: It was found, and the task's options ask for this error.
+            MessageMismatchError: It was found with other arguments.
         """
         while True:
             if not isinstance(answer, Duplicate) or (self.request.outcome_unknown and self._is_mine(answer.row)):
@@ -156,27 +156,27 @@ class Sending:
             result = self._send_again(answer.row)
             if result is not None:
                 return result
-            # The row moved between the statement and the decision: ask again.
+            # The row changed between the statement and the decision: ask again.
             answer = self._record()
 
     # -- in an outbox --------------------------------------------------------------------------------------------------
 
     def record_in(self, box: Outbox) -> AsyncResult[Any]:
-        """Record the call in an outbox's transaction; its result."""
+        """Record the call in an outbox's transaction; return its result."""
         self.box = box
         return self.resolve(self._record())
 
     def promised(self) -> AsyncResult[Any]:
-        """Return the result of a call that is recorded later, and may be another's then."""
+        """Return the result of a call that is recorded later; ``duplicate`` is ``None``, because it is not known yet."""
         result = self._trailed(self._result(self.message.task_id, duplicate=False))
         result.duplicate = None
         return result
 
     def record_together(self, calls: Sequence[Sending]) -> list[Inserted | Duplicate]:
-        """Record this call and others of the same app, in as few statements as it takes.
+        """Record these calls of one app, in as few statements as possible.
 
         Raises:
-            StoreUnavailableError: The store gave no answer, and the app does not say ``idempotent_on_store_error="run"``.
+            StoreUnavailableError: The store gave no answer, and the app does not have ``idempotent_on_store_error="run"``.
         """
         began = time.monotonic()
         try:
@@ -196,7 +196,7 @@ class Sending:
         return answers
 
     def taken_back(self) -> bool:
-        """Take the call back if it was recorded, and not published; whether that is certain."""
+        """Withdraw the call if it was recorded and not published; return whether the store confirmed it."""
         try:
             self._withdraw()
         except StoreError as error:
@@ -205,7 +205,7 @@ class Sending:
         return True
 
     def _send_again(self, row: Row) -> AsyncResult[Any] | None:
-        """Return what becomes of a call whose id is taken; ``None`` when the row moved and the decision is void."""
+        """Act on a call whose id is taken; return ``None`` if the row changed or is free again: record anew."""
         action = decide_call(row, self._call_against(row), self.task.idempotency.call)
         match action:
             case CallAction.RECORD:
@@ -220,7 +220,7 @@ class Sending:
                 raise DuplicateMessageError(row.key.message_id, row.task_id, str(row.status))
             case CallAction.RAISE_MISMATCH:
                 if self.prepared.dispatched:
-                    return self._publish_now(duplicate=True)  # its consumer says so, under its own task id
+                    return self._publish_now(duplicate=True)  # its consumer raises the error, under its own task id
                 self._emit(OutcomeKind.MISMATCHED, row, action)
                 raise MessageMismatchError(
                     row.key.message_id,
@@ -230,8 +230,8 @@ class Sending:
             case CallAction.PUBLISH_COPY:
                 return self._publish_copy(row)
             case CallAction.PUBLISH_AGAIN:
-                # After an answer that did not come, whose the new publication time is cannot be told; a copy too many is absorbed. In an
-                # outbox the row is not touched before the commit.
+                # After a lost answer, the new publication time may be this call's own: publish, since an extra copy does no harm.
+                # An outbox does not touch the row before the commit.
                 if (
                     self.box is None
                     and not self._ask(partial(self._store.republish, row))
@@ -253,7 +253,7 @@ class Sending:
                 assert_never(action)
 
     def _call_against(self, row: Row) -> Call:
-        """Return the call, and whether the row is its own, from an earlier run of the body: then the first message has its callbacks too."""
+        """Return the call, marked if the row is its own from an earlier run of the body: the first message then has its callbacks."""
         if self.prepared.place is None:
             return self.prepared.call
         call, position = self.prepared.call, self.prepared.place.position
@@ -262,20 +262,20 @@ class Sending:
         return replace(call, repeated=repeated, canvas=call.canvas and not same)
 
     def _is_mine(self, row: Row) -> bool:
-        """Return whether a row is what this call wrote and got no answer to: it is not published yet."""
+        """Return whether this call wrote the row, without getting the answer: it is not published yet."""
         return row.status is Status.PENDING and row.worker is None and row.task_id == self.message.task_id
 
     def _forward_own_message(self) -> AsyncResult[Any]:
-        """Send the running task's own message on: its retry, or its replacement by itself."""
-        # A retry always has a moment from which it is due, so that older copies do not wait for a lost one for ever.
+        """Publish the running task's own next attempt: its retry, or its replacement by itself."""
+        # A retry always has a due time, so that older copies do not wait for a lost one for ever.
         message = replace(self.message, delay=self.message.delay or 0.0)
         if self.prepared.run is not None and not self.prepared.run.hand_on(message):
-            # The claim is gone, and with it the right to retry; the run ends without a word (see Run.perform).
+            # The claim is lost, and with it the right to retry; the run ends without an answer (see Run.perform).
             return self._result(self.message.task_id, duplicate=True)
         try:
             return self._publish_now()
         except OperationalError as error:
-            # The broker takes nothing now. Celery gives a message up whose retry it cannot publish; the row keeps it.
+            # The broker is down. Celery drops a message whose retry it cannot publish; the row keeps it.
             if self.prepared.run is None or not self.prepared.run.leave_to_recovery(error):
                 raise
             return self._result(self.message.task_id, duplicate=False)
@@ -284,7 +284,7 @@ class Sending:
                 self.prepared.run.not_handed_on(message, error)
             raise
         except BaseException as error:
-            # This process is told to end, and the broker may have the message or not.
+            # This process has to exit, and the broker may or may not have the message.
             if self.prepared.run is not None:
                 self.prepared.run.leave_to_recovery(error)
             raise
@@ -292,7 +292,7 @@ class Sending:
     # -- publishing ----------------------------------------------------------------------------------------------------
 
     def _publish_copy(self, row: Row) -> AsyncResult[Any]:
-        """Publish under its own task id, with a row of its own that lasts until its consumer has answered it."""
+        """Publish the call under its own task id, with its own row until its consumer has answered it."""
         header = self.prepared.header.copy_of(row.task_id, self._later_call(row))
         own = header.row_of_its_own
         if own == self.message.key or self.task.app.conf.task_always_eager or self.prepared.is_broadcast:
@@ -304,10 +304,10 @@ class Sending:
         return self._publish_or(take_back, emit, header)
 
     def _later_call(self, row: Row) -> str | None:
-        """Return the name of a call under a Celery id that was sent before: not the same call once more, which its consumer would skip.
+        """Return a name for a later call under a Celery id sent before; ``None`` if it may be the same call again.
 
-        A signature that was frozen, or given a task id, may stand in several canvases. Behind a task, it is one unless that task, or
-        what it replays, may have sent it already.
+        A signature that was frozen, or given a task id, may be part of several canvases. When a task sends it on, it is a later call
+        unless that task, or the run it replays, may have sent it already.
         """
         if (
             self.message.task_id not in (row.task_id, row.ran_task_id)
@@ -320,14 +320,14 @@ class Sending:
             if not self.prepared.dispatched or self._is_repeated(parent):
                 return None
             return parent.later_call(self.message.task_id)
-        # A task without the guard may be run again, and make the same call again.
+        # A task without the guard may run again and repeat the call.
         return None if self.task.app.current_worker_task else later_call()
 
     def _is_repeated(self, parent: GuardedRun) -> bool:
-        """Return whether a later call was delivered once more after it was answered: it sends again what it has sent.
+        """Return whether a later call was redelivered after it was answered, so that it repeats its calls.
 
-        Killed before that, it sends a part of its calls as later ones once more. They are replayed. The age of the row cannot tell these from
-        another call's: two calls under one Celery id may be under way at once.
+        If it was killed before that, it sends some of its calls as later ones again, and they are replayed. The row's age cannot tell them
+        from another call's: two calls under one Celery id may be under way at once.
         """
         if parent.header.call is None or parent.request.is_eager:
             return False
@@ -361,11 +361,11 @@ class Sending:
     def _publish_or(
         self, take_back: Callable[[], object], emit: Callable[[], None], copy: Header | None = None
     ) -> AsyncResult[Any]:
-        """Publish, and tell what that comes to once it is certain: in an outbox that is behind its commit."""
+        """Publish, and report the outcome once it is certain: with an outbox, after its commit. On an error, take the record back."""
         try:
             result = self._publish_now(copy, duplicate=copy is not None, emit=emit)
         except BaseException:
-            # Whatever it was, the caller is told and the id is free again. Should the broker have the message after all, its
+            # After any error the caller gets it and the id is free again. If the broker has the message after all, its
             # consumer inserts the row.
             try:
                 self._ask(take_back)
@@ -398,7 +398,7 @@ class Sending:
         return self._trailed(self._result(row.task_id, duplicate=True))
 
     def _trailed(self, result: AsyncResult[Any]) -> AsyncResult[Any]:
-        """Return the result, among those of the task that makes the call."""
+        """Add the result to the calling task's trail, and return it."""
         if self.prepared.options.get("add_to_parent", True):
             parent = self.task.app.current_worker_task
             if parent:
@@ -420,7 +420,7 @@ class Sending:
             logger.warning("a duplicate of %s was not counted: %s", self._name, error)
 
     def _emit(self, kind: OutcomeKind, row: Row | None = None, reason: str | None = None) -> None:
-        """Tell the app's hooks, if it has any, what became of the call."""
+        """Report the call's outcome to the app's hooks, if any."""
         self.task.queue_log.outcomes.emit(
             kind,
             self.message.key,
@@ -444,5 +444,5 @@ class Sending:
 
     def _ask(self, ask: Callable[[], T]) -> T:
         if self.box is not None and self.box.joins:
-            return ask()  # what an error makes of the transaction is up to its owner
+            return ask()  # on an error, the transaction's owner decides
         return self.request.ask(ask)

@@ -1,20 +1,20 @@
-"""The contract of a store as a test suite, to be run on every implementation of :class:`~celery_idempotent.core.store.Store`.
+"""The contract of a store as a test suite, for every implementation of :class:`~celery_idempotent.core.store.Store`.
 
-Importing this module imports pytest. A store passes when a subclass such as this passes::
+Importing this module imports pytest. A store passes if a subclass like this one passes::
 
     class TestMyStore(StoreContract):
         @pytest.fixture
         def open_store_again(self, tmp_path):
             return functools.partial(MyStore, tmp_path / "queue_log")
 
-A store with transactions for its users, as ``atomic=True`` needs them, adds :class:`TransactionContract` to its bases.
+For a store that supports ``atomic=True``, add :class:`TransactionContract` to the bases.
 """
 
 from __future__ import annotations
 
 import pytest
 
-# Before they are imported: pytest explains only the asserts of modules that it knows.
+# Before the imports: pytest explains asserts only in registered modules.
 for _module in (
     "base",
     "claiming",
@@ -65,4 +65,4 @@ class StoreContract(
     LifeContract,
     RaceContract,
 ):
-    """Every promise of the port, a test each. Override the fixture ``open_store_again``; nothing else is needed."""
+    """Test every promise of the port. Override the fixture ``open_store_again``; nothing else is needed."""

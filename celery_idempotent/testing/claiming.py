@@ -38,7 +38,7 @@ def never() -> NewMessage:
 
 
 class ClaimContract(StoreFixtures):
-    """``claim``: what may run, and what stands in the way."""
+    """``claim``: what may run, and which rows prevent it."""
 
     def test_a_pending_message_is_claimed(self, store: Store) -> None:
         before = pending(store)

@@ -184,7 +184,7 @@ class EndingContract(StoreFixtures):
         assert not store.fail(owner, error="WorkerLostError")
 
     def test_a_recovery_point_does_not_fail_by_worker(self, store: Store) -> None:
-        """Whoever finds its process dead does not know that the body had ended."""
+        """A parent that finds its process dead does not know that the body had ended."""
         held = processing(store)
         store.checkpoint(held, result=b"result")
         assert not store.fail(Owner(KEY, WORKER), error="WorkerLostError")

@@ -1,4 +1,4 @@
-"""Messages and rows that the contract's tests begin with, and how they wait."""
+"""Messages and rows that the contract's tests start from, and how they wait."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ GRACE = 30.0
 
 
 def new_message(key: MessageKey = KEY, **changes: Any) -> NewMessage:
-    """Return a message as a producer sends it, with a value in every field that may have one."""
+    """Return a message as a producer sends it, with every field set that it may set."""
     values: dict[str, Any] = {
         "key": key,
         "task_id": "task-1",
@@ -49,14 +49,14 @@ def new_message(key: MessageKey = KEY, **changes: Any) -> NewMessage:
 
 
 def read(store: Store, key: MessageKey = KEY) -> Row:
-    """Return the row, which has to be there."""
+    """Return the row, which must exist."""
     row = store.find(key)
     assert row is not None, f"{key} has no row"
     return row
 
 
 def same_row(first: Row, second: Row) -> bool:
-    """Return whether two rows differ in nothing but when they were read."""
+    """Return whether two rows are equal except for when they were read."""
     names = [field.name for field in fields(Row) if field.name != "read_at"]
     return all(getattr(first, name) == getattr(second, name) for name in names)
 
@@ -64,53 +64,53 @@ def same_row(first: Row, second: Row) -> bool:
 def try_claim(
     store: Store, message: NewMessage | None = None, *, worker: str = WORKER, lease: float = LEASE
 ) -> Claimed | NotClaimed:
-    """Return what a claim of the message answers."""
+    """Try to claim the message; return the answer."""
     return store.claim(new_message() if message is None else message, worker=worker, lease=lease, grace=GRACE)
 
 
 def claim(store: Store, message: NewMessage | None = None, *, worker: str = WORKER, lease: float = LEASE) -> Claim:
-    """Return the claim on a message, which has to succeed."""
+    """Claim a message, which must succeed; return the claim."""
     answer = try_claim(store, message, worker=worker, lease=lease)
     assert isinstance(answer, Claimed), f"not claimed: {answer}"
     return answer.claim
 
 
 def pending(store: Store, **changes: Any) -> Row:
-    """Return a message just recorded."""
+    """Record a message; return its row."""
     message = new_message(**changes)
     assert store.record(message) == Inserted()
     return read(store, message.key)
 
 
 def processing(store: Store, **changes: Any) -> Claim:
-    """Return a message recorded and claimed."""
+    """Record and claim a message; return the claim."""
     message = new_message(**changes)
     assert store.record(message) == Inserted()
     return claim(store, message)
 
 
 def take(store: Store, row: Row, *, worker: str = "host-b:202", lease: float = LEASE, attempt: int = 0) -> Claim | None:
-    """Return the claim on a message taken over from its owner, or ``None``."""
+    """Take a message over from its owner; return the claim, or ``None``."""
     answer = store.take_over(row, task_id="task-2", worker=worker, lease=lease, attempt=attempt)
     return None if answer is None else answer.claim
 
 
 def done(store: Store, *, unique_for: float | None = None, **changes: Any) -> Claim:
-    """Return a message recorded, claimed and completed; the claim that did it."""
+    """Record, claim and complete a message; return the claim."""
     held = processing(store, **changes)
     assert store.complete(held, result=b'"receipt"', unique_for=unique_for)
     return held
 
 
 def expired_id(store: Store, **changes: Any) -> Claim:
-    """Return a message that is done and whose id is free again; the claim that did it."""
+    """Complete a message and wait until its id is free; return the claim."""
     held = done(store, unique_for=0.001, **changes)
     wait_until(lambda: read(store, held.key).expired)
     return held
 
 
 def wait_until(condition: Callable[[], bool], *, timeout: float = 10.0) -> None:
-    """Ask until the answer is true; fail after ``timeout`` seconds."""
+    """Wait until the condition is true; fail after ``timeout`` seconds."""
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, f"waited {timeout} s in vain"
@@ -118,15 +118,15 @@ def wait_until(condition: Callable[[], bool], *, timeout: float = 10.0) -> None:
 
 
 def overdue(store: Store, name: str = "order:1") -> Row:
-    """Return a message whose lease ran out."""
+    """Claim a message and let its lease run out; return its row."""
     held = processing(store, key=MessageKey(name, "t"))
     row = read(store, held.key)
-    # Or it would end in the moment of its publication, where a clock ticks in milliseconds, and not be told from one published since.
+    # Where the clock ticks in milliseconds, a lease that ran out in the tick of its publication would count as published since.
     wait_until(lambda: read(store, held.key).read_at > row.read_at)
     assert store.expire(held)
     return read(store, held.key)
 
 
 def ids(rows: list[Row]) -> list[str]:
-    """Return the message ids, in their order."""
+    """Return the rows' message ids, in order."""
     return [row.key.message_id for row in rows]

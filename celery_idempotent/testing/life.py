@@ -23,7 +23,7 @@ __all__ = ["LifeContract"]
 
 
 class LifeContract(StoreFixtures):
-    """A store is made, found, closed and opened again."""
+    """Creating, checking, closing and reopening a store."""
 
     def test_what_is_there_is_not_made_again(self, store: Store) -> None:
         store.init()

@@ -1,4 +1,4 @@
-"""The contract of what operators read, and of what they forget."""
+"""The contract of the operators' verbs."""
 
 # ruff: noqa: D102 - a test's name says what it shows
 
@@ -155,7 +155,7 @@ class OperatorContract(StoreFixtures):
             older, newer = listed(older_than=age), listed(newer_than=age)
             both = listed(older_than=age, newer_than=age + 3600.0)
             if (read(store, ended.key).read_at - processed).total_seconds() >= age:
-                return False  # that took so long that the other one is as old now
+                return False  # so slow that the other message is that old too now
             assert (older, newer, both) == ({"waits"}, {"ended late"}, {"waits"})
             return True
 
@@ -260,7 +260,7 @@ class OperatorContract(StoreFixtures):
         wait_until(lambda: store.purge(older_than=0.0, limit=10) == 1)
         assert store.find(KEY) is None
 
-    # -- how it stands --------------------------------------------------------------------------------------------------
+    # -- condition ------------------------------------------------------------------------------------------------------
 
     def test_as_many_are_purgeable_as_are_purged(self, store: Store) -> None:
         for number in range(3):

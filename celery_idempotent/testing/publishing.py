@@ -23,7 +23,7 @@ __all__ = ["PublishContract"]
 
 
 class PublishContract(StoreFixtures):
-    """What a producer does with a message that it recorded, when publishing fails, is doubted or is repeated."""
+    """What a producer does with a recorded message if publishing fails, may have failed, or is repeated."""
 
     # -- withdraw ------------------------------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ LONG = 3600.0
 
 
 class PurgeContract(StoreFixtures):
-    """What is done for long enough, and nothing else, is deleted."""
+    """``purge`` deletes messages done for long enough, and no others."""
 
     def test_what_was_done_long_ago_is_purged(self, store: Store) -> None:
         done(store, key=MessageKey("done", "t"))

@@ -1,4 +1,4 @@
-"""The contract between processes and threads: of N that try at once, one succeeds."""
+"""The contract between processes and threads: if N try at once, one succeeds."""
 
 # ruff: noqa: D102 - a test's name says what it shows
 
@@ -33,10 +33,10 @@ __all__ = ["RaceContract"]
 
 RACERS = 4
 ROUNDS = 15
-#: Seconds for a racer to arrive at the start; past it the race is broken, and the test fails.
+#: Seconds for a racer to reach the start; after that the race is broken and the test fails.
 PATIENCE = 60.0
 
-#: One round of a race: tries something for the message of that round. Returns whether it succeeded.
+#: One round of a race: tries a verb on its message, and returns whether it succeeded.
 Attempt = Callable[[Store, MessageKey, int], bool]
 
 
@@ -45,7 +45,7 @@ def _key(number: int) -> MessageKey:
 
 
 def _run_rounds(store: Store, attempt: Attempt, racer: int, start: Any) -> list[int]:
-    """Return the rounds that this racer won."""
+    """Run all rounds; return those that this racer won."""
     won = []
     for number in range(ROUNDS):
         start.wait(PATIENCE)
@@ -55,24 +55,24 @@ def _run_rounds(store: Store, attempt: Attempt, racer: int, start: Any) -> list[
 
 
 def _race(orders: Connection, start: Any, racer: int) -> None:
-    """Take part in the races that this process is told of."""
+    """Take part in the races that the parent process sends."""
     while True:
         open_store, attempt = orders.recv()
         try:
             store = open_store()
             orders.send(_run_rounds(store, attempt, racer, start))
             store.close()
-        except BaseException as error:  # noqa: BLE001 - whatever it is, the test has to hear of it
+        except BaseException as error:  # noqa: BLE001 - pass any error on to the test
             start.abort()
             orders.send(f"{type(error).__name__}: {error}")
 
 
 class Racers:
-    """Processes that do the same at the same time."""
+    """Processes that do the same thing at the same time."""
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
-        # Referred to for as long as they live: its semaphores go with it, and a process that starts late finds none.
+        # Keep a reference while they live: without it the semaphores are gone before a slow process starts.
         self._start = context.Barrier(RACERS)
         self._orders: list[Connection] = []
         for racer in range(RACERS):
@@ -83,7 +83,7 @@ class Racers:
             self._orders.append(ours)
 
     def winners(self, open_store: Callable[[], Store], attempt: Attempt) -> Counter[int]:
-        """How many processes won each round."""
+        """Run the race; return how many processes won each round."""
         for orders in self._orders:
             orders.send((open_store, attempt))
         answers = [orders.recv() for orders in self._orders]
@@ -93,7 +93,7 @@ class Racers:
 
 @cache
 def the_racers() -> Racers:
-    """Return the racers of this test run: starting them takes seconds. Daemons, they end with it."""
+    """Return the test run's racers. Starting them takes seconds. As daemons, they end with the run."""
     return Racers()
 
 
@@ -101,22 +101,22 @@ ONE_EACH = Counter(dict.fromkeys(range(ROUNDS), 1))
 
 
 def record(store: Store, key: MessageKey, racer: int) -> bool:
-    """Record it."""
+    """Record the message."""
     return isinstance(store.record(new_message(key, task_id=f"racer-{racer}")), Inserted)
 
 
 def claim_it(store: Store, key: MessageKey, racer: int) -> bool:
-    """Claim it."""
+    """Claim the message."""
     return isinstance(try_claim(store, new_message(key, task_id=f"task-of-{racer}"), worker=f"racer-{racer}"), Claimed)
 
 
 def take_over(store: Store, key: MessageKey, racer: int) -> bool:
-    """Take it over."""
+    """Take the message over."""
     return take(store, read(store, key), worker=f"racer-{racer}") is not None
 
 
 def run_whole(store: Store, key: MessageKey, racer: int) -> bool:
-    """Record, claim, and complete it if the claim succeeded, as producer and worker of one message that came twice."""
+    """Record, claim and, if claimed, complete it, as producer and worker of one message delivered twice."""
     store.record(new_message(key))
     answer = try_claim(store, new_message(key), worker=f"racer-{racer}")
     return isinstance(answer, Claimed) and store.complete(answer.claim, result=str(racer).encode())
@@ -127,7 +127,7 @@ class RaceContract(StoreFixtures):
 
     @pytest.fixture
     def racers(self) -> Racers:
-        """Return processes to race with."""
+        """Return the racing processes."""
         return the_racers()
 
     def test_of_many_processes_one_records(

@@ -104,7 +104,7 @@ class RecordContract(StoreFixtures):
 
     def test_many_messages_are_recorded_as_each_would_be(self, store: Store) -> None:
         single = pending(store)
-        keys = [MessageKey(f"m{number}", "t") for number in range(1200)]  # more than one statement has
+        keys = [MessageKey(f"m{number}", "t") for number in range(1200)]  # more than fit one statement
         assert store.record_all([new_message(key) for key in keys]) == [Inserted()] * len(keys)
         for key in (keys[0], keys[-1]):
             row = read(store, key)
@@ -228,7 +228,7 @@ class RecordContract(StoreFixtures):
         assert row.processed_timestamp is not None
         assert row.expires_at - row.processed_timestamp == timedelta(seconds=0.3)
         answer = store.record(new_message())
-        # Unless this machine stood still for so long, it is not free yet; the store's clock says.
+        # Not free yet, unless the machine stalled for that long by the store's clock.
         assert isinstance(answer, Duplicate) or read(store).created_timestamp >= row.expires_at
 
         wait_until(lambda: isinstance(store.record(new_message(task_id="task-2")), Inserted) or read(store).token == 0)

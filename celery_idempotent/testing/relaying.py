@@ -1,4 +1,4 @@
-"""The contract of what the relay asks for: ``unsent``, ``relay``, ``relayed``, ``not_published``."""
+"""The contract of the relay's verbs: ``unsent``, ``relay``, ``relayed``, ``not_published``."""
 
 # ruff: noqa: D102 - a test's name says what it shows
 
@@ -27,7 +27,7 @@ LONG = 3600.0
 
 
 class RelayContract(StoreFixtures):
-    """What is committed and not published, and taking turns at publishing it."""
+    """Messages that are committed but not published, and the right to publish them."""
 
     def test_messages_left_to_the_relay_are_listed_until_published(self, store: Store) -> None:
         row = pending(store, published=False)

@@ -1,4 +1,4 @@
-"""The contract of what the rescue asks for: ``lapsed``, ``waiting``, ``newest``, ``find_all``."""
+"""The contract of the rescue's verbs: ``lapsed``, ``waiting``, ``newest``, ``find_all``."""
 
 # ruff: noqa: D102 - a test's name says what it shows
 
@@ -33,7 +33,7 @@ def _later(store: Store, row: Row) -> bool:
 
 
 class RescueContract(StoreFixtures):
-    """What there is to rescue, and taking turns at it."""
+    """Messages to rescue, and the right to publish them again."""
 
     # -- lapsed --------------------------------------------------------------------------------------------------------
 
@@ -177,5 +177,5 @@ class RescueContract(StoreFixtures):
         never_ran = pending(store, key=MessageKey("cancelled", "t"))
         assert store.cancel(never_ran.key, task_id=never_ran.task_id, error="revoked")
         assert [row.key for row in store.newest(limit=10)] == keys[::-1]
-        # One that runs, and the one that ended last.
+        # The running one, and the one that ended last.
         assert [row.key for row in store.newest(limit=1)] == [keys[2], keys[1]]

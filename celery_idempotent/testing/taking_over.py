@@ -1,4 +1,4 @@
-"""The contract of ``take_over``, ``renew``, ``expire`` and ``abandon``: who has a message when leases run out."""
+"""The contract of ``take_over``, ``renew``, ``expire`` and ``abandon``: who holds a message when leases run out."""
 
 # ruff: noqa: D102 - a test's name says what it shows
 
@@ -29,7 +29,7 @@ __all__ = ["TakeOverContract"]
 
 
 def overdue(store: Store) -> tuple[Claim, Row]:
-    """Return a message whose owner is dead: its claim, and the row as another reads it."""
+    """Return a claim whose lease ran out, and the row as another process reads it."""
     held = processing(store)
     assert store.expire(held)
     return held, read(store)
@@ -76,7 +76,7 @@ class TakeOverContract(StoreFixtures):
         assert read(store).status is Status.DONE
 
     def test_a_recovery_point_written_since_is_seen_before_the_takeover(self, store: Store) -> None:
-        # Whoever takes over decides by the row between running the body and replaying its result.
+        # By the row, the new owner decides whether to run the body or replay its result.
         held, row = overdue(store)
         store.checkpoint(held, result=b"1")
         assert take(store, row) is None

@@ -1,4 +1,4 @@
-"""The contract of a store with transactions for its users: ``within``, ``recorded`` and ``gave_way``."""
+"""The contract of verbs in the users' transactions: ``within``, ``recorded`` and ``gave_way``."""
 
 # ruff: noqa: D102 - a test's name says what it shows
 
@@ -20,11 +20,11 @@ OTHER = MessageKey("order:2", "shop.charge")
 
 
 class TransactionContract(StoreFixtures):
-    """``within``, ``recorded``, ``gave_way``: what :class:`~celery_idempotent.core.store.TransactionalStore` promises beside ``Store``."""
+    """``within``, ``recorded``, ``gave_way``: what :class:`~celery_idempotent.core.store.TransactionalStore` adds to ``Store``."""
 
     @pytest.fixture
     def transactional(self, open_store_again: Callable[[], Store]) -> Iterator[TransactionalStore]:
-        """Yield a handle on this test's rows, closed in the end."""
+        """Yield a handle on this test's rows, and close it at the end."""
         store = cast("TransactionalStore", open_store_again())
         store.find(KEY)
         yield store

@@ -1,4 +1,4 @@
-"""The consumer's side: claim a delivered message, or do with it what its row asks for."""
+"""The consumer's side: claim a delivered message, or do what its row calls for."""
 
 # Longer than most: each branch of one decision about one delivery, on the same state.
 
@@ -75,36 +75,36 @@ __all__ = ["admit", "come_again"]
 
 logger = logging.getLogger("celery_idempotent")
 
-#: Times that a row may move under one decision before the message is held instead.
+#: How often a row may change during one decision before the message is held instead.
 _ATTEMPTS = 10
 
-#: Seconds for which a message is held whose row kept moving.
+#: Seconds to hold a message whose row kept changing.
 _SETTLE = 1.0
 
-#: How long a failed attempt is given to store its error, after its row says failure.
+#: How long after its row says failure a failed attempt may take to store its error.
 _OWN_RESULT_WITHIN = timedelta(seconds=OWN_RESULT_WITHIN)
 
-#: Seconds of grace for an older copy in the claim itself: whether it may run in a retry's place, and as which attempt, is told by the row.
+#: Seconds of grace for an older copy in the claim itself: the decision on the row says whether it runs in a retry's place, and as which attempt.
 _NEVER = 1e9
 
 
 def admit(task: Guarded, request: Context) -> Run:
-    """Decide what becomes of a delivery, and do it as far as it comes before the body.
+    """Decide what to do with a delivery, and do what comes before the body.
 
     Args:
-        task: The task it is for.
+        task: The delivery's task.
         request: Celery's traced request.
 
     Returns:
-        A run that holds the message, or one that replays its result.
+        A run that holds the message, replays its result, or is unguarded.
 
     Raises:
         Ignore: There is nothing to do here: it was done, or a copy was published to come again later.
-        AlreadyFailedError: The first run failed, and this copy's caller is to learn of it.
-        AlreadyProcessingError: Another delivery runs, and the task says ``on_processing="raise"``.
-        ConfigurationError: No store can keep its ids, its headers or its numbers.
+        AlreadyFailedError: The first run failed; this copy's caller gets the error.
+        AlreadyProcessingError: Another delivery runs, and the task has ``on_processing="raise"``.
+        ConfigurationError: No store can keep its ids, headers or numbers.
         MessageMismatchError: The id is known with other arguments.
-        StoreUnavailableError: The store gave no answer, and the app says ``on_store_error="raise"``.
+        StoreUnavailableError: The store gave no answer, and the app has ``on_store_error="raise"``.
     """
     try:
         identity = identity_of(task, request)
@@ -118,14 +118,14 @@ def admit(task: Guarded, request: Context) -> Run:
 
 
 def come_again(run: Run) -> Exception | None:
-    """Have the message of a run that lost its claim come again, if a delivery under another Celery id ends it now.
+    """Hold the message of a run that lost its claim, if a delivery under another Celery id has taken its place.
 
-    That delivery answers its own caller only. The one of this run, and what waits on it, would be answered by recovery, once the row
-    that keeps its message was overtaken: on a queue that is quiet, never. A message that the store has forgotten comes again too, since nobody
-    has it: what an atomic body wrote was rolled back.
+    That delivery answers only its own caller. Recovery would answer this run's caller, and what waits on it, only once the row that keeps
+    this message is overtaken: on a quiet queue, never. A message that the store has forgotten comes again too, because no other delivery
+    has it and what an atomic body wrote was rolled back.
 
     Returns:
-        What to end the run with; ``None`` when nobody waits for this very delivery, or nobody can tell.
+        What to end the run with; ``None`` if this delivery need not come again, or the store gives no answer.
     """
     task, request = run.task, run.request
     if request.is_eager:
@@ -147,7 +147,7 @@ def come_again(run: Run) -> Exception | None:
 
 
 def _is_kept(run: Run, row: Row) -> bool:
-    """Return whether the message of a run that lost its claim is still to be answered: it has a row of its own, or its row is another's now."""
+    """Return whether a run that lost its claim still has to be answered: it has its own row, or another Celery id ran in its row."""
     own = run.header.row_of_its_own
     if own != run.key:
         return run.queue_log.store.find(own) is not None
@@ -155,10 +155,10 @@ def _is_kept(run: Run, row: Row) -> bool:
 
 
 def _delivered(identity: Identity, request: Context) -> NewMessage:
-    """Return a delivery as a store is asked for it.
+    """Return a delivery as the message to claim.
 
     Raises:
-        ConfigurationError: None can be.
+        ConfigurationError: No store can keep it.
     """
     return NewMessage(
         key=identity.key,
@@ -169,7 +169,7 @@ def _delivered(identity: Identity, request: Context) -> NewMessage:
 
 
 class _Admission:
-    """One delivery at the door."""
+    """The decision about one delivery."""
 
     def __init__(self, task: Guarded, request: Context, identity: Identity, delivered: NewMessage) -> None:
         self.task = task
@@ -180,7 +180,7 @@ class _Admission:
         #: Whether the message says which Celery id was first sent under its message id.
         self.knows_first = header is not None
         if header is None:
-            # From a producer without this library. Its id stands; whether its arguments are compared is ours to say.
+            # From a producer without this library. Its id stands; the task's options say whether its arguments are compared.
             named = key.message_id if key.message_id != request.id and identity.older is None else None
             _, fingerprint = identify(
                 task.idempotency,
@@ -206,9 +206,9 @@ class _Admission:
 
     @contextmanager
     def _asking_the_backend(self) -> Iterator[None]:
-        """Whatever is asked of the result backend is answered; while it is away, the message waits, as it does for the store.
+        """Hold the message while the result backend gives no answer, as for the store.
 
-        An error here would end the message as a failure, outside of its body. What a backend raises that is away is its client's own.
+        An error here would fail the message outside of its body. Each backend's client has its own error classes, so catch any.
         """
         try:
             yield
@@ -231,7 +231,7 @@ class _Admission:
             if policy == "retry" and not self.request.is_eager:
                 return self._in_time(store_retry.ask_until_deadline(self._admit, "claim", self.run, self._patience))
             return self._in_time(self._admit())
-        except StoreError as error:  # also a table that was dropped: its messages wait for it to come back
+        except StoreError as error:  # also when the table was dropped: its messages wait until it is back
             if policy == "run":
                 logger.error("%s runs unguarded, the store gives no answer: %s", self.run, error)
                 self.run.emit(OutcomeKind.UNGUARDED)
@@ -248,11 +248,11 @@ class _Admission:
             raise self._hold(store_retry.REDELIVER_AFTER) from error
 
     def _patience(self) -> float:
-        """Seconds to wait for the store in place: a time limit is for the body, and must not strike before that began."""
+        """Seconds to wait for the store in place: a time limit is for the body, and must not strike before it began."""
         return min(store_retry.WAIT_IN_PLACE, self.run.limits.patience)
 
     def _in_time(self, run: Run) -> Run:
-        """Give a message back that has waited for its claim for so long that its body would run into its time limit."""
+        """Release a claim that came so late that the body would run into its time limit."""
         if self.request.is_eager or not isinstance(run.state, run_state.Claimed) or not run.limits.spent:
             return run
         logger.warning("%s is given back: it waited for its claim through much of its time limit", run)
@@ -267,7 +267,7 @@ class _Admission:
             return self._claim_or_decide()
 
     def _is_unrecorded(self) -> bool:
-        """Return whether nobody has recorded the message of a task that is turned off: it runs as Celery would run it."""
+        """Return whether the task is turned off and its message was never recorded: Celery then runs it without the guard."""
         if self.task.idempotency.idempotent or self.knows_first:
             return False
         row = self._store.find(self.message.key)
@@ -277,7 +277,7 @@ class _Admission:
         if self.identity.older is not None:
             self._prefer(self.identity.older)
         if self._is_unrecorded():
-            # Nor is its retry to look like one of a recorded message.
+            # Without the header, so that its retry does not look like a recorded message's.
             self.request.headers = {name: value for name, value in self.request.headers.items() if name != HEADER}
             self.run.attach()
             return self.run
@@ -297,7 +297,7 @@ class _Admission:
         raise self._hold(_SETTLE)
 
     def _follow(self, asked: ClaimAnswer) -> Run | None:
-        """Do what the store's answer asks for; ``None`` when its row moved meanwhile."""
+        """Act on the store's answer; return ``None`` if its row changed meanwhile."""
         if isinstance(asked.answer, Claimed):
             return self._claimed(asked.answer)
         row = asked.answer.row
@@ -306,7 +306,7 @@ class _Admission:
     def _ask(self) -> Claimed | NotClaimed:
         later = self.run.header.call is not None
         if later:
-            # Never in the place of the first call under its Celery id, whose callbacks would not be sent then.
+            # A later call must not claim in place of the first call under its Celery id: the first's callbacks would not be sent.
             row = self._store.find(self.message.key)
             if row is not None and not row.expired:
                 return NotClaimed(row)
@@ -318,12 +318,12 @@ class _Admission:
             adopt=self._adopted,
         )
         if later and isinstance(answer, Claimed):
-            answered(self.task, self.request)  # the row that it has now is the message's
+            answered(self.task, self.request)  # it holds the message's row now, and needs none of its own
             self._mark(call=None, copied=False)
         return answer
 
     def _prefer(self, older: MessageKey) -> None:
-        """Go by the row under the Celery id if there is one: a worker that did not compute ids has claimed the message."""
+        """Use the row under the Celery id if there is one: a worker that did not compute ids has claimed the message."""
         row = self._store.find(older)
         if row is not None and row.error != FORGOTTEN and not self._is_row_of_a_copy(row):
             self.message = self.run.message = replace(self.message, key=older)
@@ -331,26 +331,26 @@ class _Admission:
         self.identity = replace(self.identity, older=None)
 
     def _is_row_of_a_copy(self, row: Row) -> bool:
-        """Return whether a row under a Celery id is what keeps a copy of a message with another id; see ADR 5."""
+        """Return whether a row under a Celery id keeps a copy of a message with another id; see ADR 5."""
         try:
             return bool(decode_message(self.task.app, row.message)[2].get("message_id") == self.identity.message_id)
-        except UndecodableError:  # as when it succeeded
+        except UndecodableError:  # a row that succeeded keeps no message
             return False
 
     def _apply_decision(self, row: Row) -> Run | None:
-        """Carry out the decision on a row that stands in the way; ``None`` when it moved and the decision is void."""
+        """Carry out the decision on the row found; return ``None`` if the row changed or is to be claimed: ask again."""
         if row.task_id == self.request.id and row.ran_task_id not in (None, self.request.id):
-            # The other way round: a copy has run, or runs, in the place of the first message, and kept that (see _record_original).
+            # A copy has run, or runs, in place of this first message, and recorded it (see _record_original).
             self._mark(copied=True)
         decision = decide_delivery(row, self._delivery(row), self.task.idempotency.delivery)
         match decision.action:
-            case DeliveryAction.REFUSE:  # pragma: no cover - it was decided before there was a row: see `admit`
+            case DeliveryAction.REFUSE:  # pragma: no cover - decided before the row was read: see `admit`
                 raise AssertionError(decision)
             case DeliveryAction.CLAIM:
                 if row.status is Status.PENDING:
                     self.message = replace(self.message, attempt=max(row.attempt, self.request.retries or 0))
                 elif row.rejected_before is not None:
-                    # It comes back from a dead-letter queue: what follows claims it as it claims what waits.
+                    # Back from a dead-letter queue: make it pending, so that the next attempt claims it.
                     self._store.resubmit(row, self._adopted())
                 return None
             case DeliveryAction.HOLD:
@@ -363,7 +363,7 @@ class _Admission:
             case DeliveryAction.ABANDON:
                 self._abandon(row)
             case DeliveryAction.CANCEL:
-                # An earlier delivery was discarded while its owner lived, which has died since.
+                # An earlier delivery was discarded while the owner lived; the owner has died since.
                 if self._store.abandon(row, error=row.error or ABANDONED, unique_for=self.task.idempotency.unique_for):
                     self.run.emit(OutcomeKind.CANCELLED, row, reason=reason_of(row.error or ABANDONED))
             case DeliveryAction.SKIP:
@@ -395,10 +395,10 @@ class _Admission:
         return None
 
     def _abandon(self, row: Row) -> None:
-        """End a message whose owner's lease ran out; nothing is done when it moved.
+        """Fail a message whose owner's lease ran out, unless its row changed.
 
         Raises:
-            AlreadyFailedError: It has ended so.
+            AlreadyFailedError: This delivery ended the message.
         """
         unique_for = self.task.idempotency.unique_for
         self._record_original()
@@ -411,8 +411,8 @@ class _Admission:
     def _record_original(self) -> None:
         """Record the original under its own key when a copy finishes first, so that its caller still gets an answer.
 
-        Its only record is the row that the copy has, and that nobody publishes again once it is done. A broker that loses the first
-        message would leave its caller, and the rest of its chain or chord, without an answer. See ADR 5.
+        Otherwise the original's only record is the copy's row, which is never published again once it is done. If the broker then lost the
+        original, its caller and the rest of its chain or chord would get no answer. See ADR 5.
         """
         row = self._store.find(self.message.key)
         if row is None:
@@ -435,8 +435,8 @@ class _Admission:
         )
 
     def _note_first(self, row: Row) -> None:
-        """Note the first id, by which the body's calls are told in this attempt and in those after it."""
-        # What was requeued under another id than it had says so itself: its row knows no more than the new one.
+        """Note the first Celery id: it identifies the body's calls in this attempt and in later ones."""
+        # The header of a message requeued under a new id has the first one; its row has only the new one.
         renamed = self.run.header.original_task_id if row.task_id == self.request.id else None
         first = renamed or row.task_id
         self._mark(
@@ -445,12 +445,12 @@ class _Admission:
         )
 
     def _mark(self, **changes: Any) -> None:
-        """Let the headers say what is known now: they go along with a retry, and with a copy that is held."""
+        """Update the headers, which a retry and a held copy carry on."""
         self.run.header = replace(self.run.header, **changes)
         self.request.headers = self.run.header.write(self.request.headers)
 
     def _is_message_of(self, task_id: str, row: Row) -> bool:
-        """Return whether the message that a row has was sent under this Celery id: behind a copy's retry it is the copy's."""
+        """Return whether the row's message was sent under this Celery id; after a copy's retry it is the copy's."""
         try:
             return bool(decode_message(self.task.app, row.message)[2].get("task_id") == task_id)
         except UndecodableError as error:
@@ -460,7 +460,7 @@ class _Admission:
     # -- runs ----------------------------------------------------------------------------------------------------------
 
     def _claimed(self, claimed: Claimed, row: Row | None = None) -> Run:
-        # An older copy goes on with the attempt that the row has come to: its retries are not to begin anew.
+        # An older copy continues with the row's attempt, so that its retries do not start over.
         attempt = self.message.attempt if row is None else max(self.message.attempt, row.attempt)
         self.message = self.run.message = replace(self.message, attempt=attempt)
         self.request.retries = attempt
@@ -471,7 +471,7 @@ class _Admission:
     def _resume_own_claim(self, row: Row) -> Run | None:
         mine = Claimed(Claim(row.key, row.token))
         self._note_first(row)
-        self.run.asked += min(row.lease_left - self.task.idempotency.lease, 0.0)  # it was asked for earlier than that
+        self.run.asked += min(row.lease_left - self.task.idempotency.lease, 0.0)  # it was asked for that much earlier
         claimed = self._claimed(mine, row) if row.lease_left > 0 else self._take_over(row)
         if claimed is not None and row.processed_status is ProcessedStatus.SUCCESS:
             return self._replay_claimed(row)
@@ -500,7 +500,7 @@ class _Admission:
         claim, value = self.run.claim, self._stored_value(row)
         assert claim is not None, "a recovery point is replayed by its owner"
         if value is _NOTHING:
-            # The body's effects are there, so running it again is no way out.
+            # The body has taken effect, so it must not run again.
             error = "abandoned: its result could not be kept, so what waits on it cannot be served"
             if self._store.fail(claim, error=error, unique_for=self.task.idempotency.unique_for):
                 self.run.emit(OutcomeKind.ABANDONED, row, reason="abandoned")
@@ -510,7 +510,7 @@ class _Admission:
         return self.run
 
     def _wait_for_the_chord(self) -> None:
-        """Come again later if an owner that died may seem to be still about to send the body of this message's chord."""
+        """Hold the message while another worker, even one that died, still has the claim to send its chord's body."""
         seconds = 0.0 if self.request.is_eager else claimed_for(self.task, self.request)
         if seconds:
             raise self._hold(seconds)
@@ -525,10 +525,10 @@ class _Admission:
         return self.run
 
     def _first_error(self, row: Row) -> BaseException:
-        """Return what a copy of a failed message ends with: what it ended with before, if that was itself.
+        """Return the error for a copy of a failed message: the stored one, if it ran under the copy's own Celery id.
 
         Raises:
-            Ignore: That may be about to be stored, which the copy must not store its own error over. It comes again.
+            Ignore: That error may not be stored yet, and the copy must not overwrite it. The copy comes again.
         """
         if row.ran_task_id == self.request.id and self._backend_tells:
             if self._result_is_ready():
@@ -541,16 +541,16 @@ class _Admission:
         return AlreadyFailedError(row.key.message_id, row.error)
 
     def _first_result(self, row: Row) -> Any:
-        """Return what the result backend has for the id under which the body ran, when the queue log has kept nothing."""
+        """Return the result backend's result for the id under which the body ran; for when the queue log kept none."""
         first = self.task.AsyncResult(row.ran_task_id or row.task_id)
         with self._asking_the_backend():
-            _ = first.state  # which is kept once it is final
+            _ = first.state  # cached once it is final
         if first.state == states.SUCCESS:
             return first.result
         if first.state in states.READY_STATES:
             raise AlreadyFailedError(row.key.message_id, describe(first.result))
         if row.error == NoResultReason.REPLACED and not self.request.is_eager:
-            # The task that took its place is still to answer.
+            # The task that replaced it has not answered yet.
             raise self._hold(self.task.idempotency.lease / 2)
         logger.warning("%s is replayed as None: its result was not kept, and the backend has none", self.run)
         return None
@@ -567,37 +567,37 @@ class _Admission:
     # -- holding -------------------------------------------------------------------------------------------------------
 
     def hold_behind(self, row: Row | None) -> Exception:
-        """Hold the message behind the delivery that has taken its place, which runs now or has ended; without a row, the store has forgotten it."""
+        """Hold the message until after the delivery that took its place. ``None`` for a row that the store has forgotten."""
         if row is None:
             return self._hold(_SETTLE)
         if self.run.header.row_of_its_own != row.key:
-            self._mark(copied=True)  # it has a row of its own, which ends when it is answered
+            self._mark(copied=True)  # its own row ends when its caller is answered
         return self._held(row, DeliveryDecision(DeliveryAction.HOLD, max(row.lease_left, row.available_in, 0.0)))
 
     def _held(self, row: Row, decision: DeliveryDecision) -> Exception:
         if self.request.is_eager:
-            # There is no broker to hold it; the caller is here and can be told.
+            # No broker can hold it, and the caller is in this process.
             return AlreadyProcessingError(row.key.message_id, decision.delay)
-        # Most owners end long before their lease does, and somebody may wait for this copy's result.
+        # Most owners end long before their lease does, and a caller may wait for this copy's result.
         holds = self.run.header.holds
         delay = hold_delay(decision.delay, holds)
-        # Should this message end and its id be free again before the copy comes back, the copy is known by it.
+        # If the id is free again before the copy comes back, this still identifies it as a copy.
         first = self.run.header.original_task_id or (None if row.task_id == self.request.id else row.task_id)
         self._mark(holds=holds + 1, original_task_id=first)
         return self._hold(delay, row)
 
     def _is_of(self, row: Row) -> bool:
-        """Return whether this copy has the Celery id of what the row waits for or runs."""
+        """Return whether this copy has the Celery id that the row was recorded under or ran under."""
         return self.request.id in (row.task_id, row.ran_task_id)
 
     def _hold(self, delay: float, row: Row | None = None) -> Exception:
         """Publish a delayed copy, so that this one can be acknowledged.
 
-        Nothing goes back to a fanout exchange, which would give each worker a copy. What cannot be published is given back in
-        another way.
+        Nothing is published to a fanout exchange again, because each worker would get a copy. ``_give_back`` handles such messages, and
+        those that cannot be published.
 
         On Redis a restored copy shares its delivery tag with the running original: acknowledging either deletes the broker's
-        only copy. The delayed one is a message of its own, and it is there before the acknowledgement.
+        only copy. The delayed copy is a separate message, published before the acknowledgement.
         """
         countdown = hold_countdown(self.task.app, delay)
         if self.identity.node is not None:
@@ -605,7 +605,7 @@ class _Admission:
         logger.info("%s is held for %.1f s", self.run, countdown)
         try:
             publish_copy(self.task, self.request, self.run.header.message_id, countdown)
-        except Exception as error:  # noqa: BLE001 - whatever it is, acknowledged without its copy the message would be lost
+        except Exception as error:  # noqa: BLE001 - after any error: acknowledged without its copy, the message would be lost
             logger.error("%s cannot be held by publishing a copy: %r", self.run, error)
             return self._give_back(row)
         self.run.emit(OutcomeKind.HELD, row, delay=countdown)
@@ -615,7 +615,7 @@ class _Admission:
         )
 
     def _give_back(self, row: Row | None) -> Exception:
-        """Give a message back that cannot be held by publishing it: to the broker if it has not been acknowledged, or to its row."""
+        """Give back a message that cannot be held by publishing a copy: to the broker if not yet acknowledged, else to its row."""
         if self.task.acks_late and (self.identity.node is None or row is None):
             time.sleep(_SETTLE)  # the broker delivers it again at once
             back: Exception = Reject("it is given back, since it cannot be held", requeue=True)
@@ -624,7 +624,7 @@ class _Admission:
         if self.identity.node is None:
             own = MessageKey(self.request.id, self.task.name)
             if own != self.message.key:
-                # Acknowledged already: a row of its own keeps it for recovery to publish. See ADR 5.
+                # Already acknowledged: record it under its own key, so that recovery publishes it. See ADR 5.
                 self._store.record(replace(self._adopted(), key=own, published=False))
             logger.error("%s is left to recovery", self.run)
         elif row is not None:
@@ -658,14 +658,14 @@ class _Admission:
         )
 
     def _is_later(self) -> bool:
-        """Return whether this is a later call under its Celery id that was not answered yet. Once it was, it is a copy like any other."""
+        """Return whether this is a later call under its Celery id, not answered yet. Once answered, it is a copy like any other."""
         header = self.run.header
         return header.call is not None and (
             bool(self.request.is_eager) or self._store.find(header.row_of_its_own) is not None
         )
 
     def _has_callbacks_pending(self, failed: bool) -> bool:
-        """Return whether what waits on this copy has yet to go on: its result is stored before that."""
+        """Return whether this copy's callbacks may still be unsent: its result is stored before they are."""
         waits = waited_on(self.request) or (failed and bool(self.request.errbacks))
         if not (self.run.header.copied and waits):
             return False
@@ -674,7 +674,7 @@ class _Admission:
     @property
     def _backend_tells(self) -> bool:
         """Whether the result backend can say how this Celery id ended."""
-        # An eager run has no stored result; rpc:// keeps results in their caller's queue, where a worker cannot look.
+        # An eager run has no stored result; rpc:// keeps results in the caller's queue, which a worker cannot read.
         backend = self.task.backend
         return not self.request.is_eager and bool(backend.persistent) and not isinstance(backend, DisabledBackend)
 
@@ -685,10 +685,10 @@ class _Admission:
             return bool(self.task.backend.get_state(self.request.id) in states.READY_STATES)
 
     def _adopted(self) -> NewMessage:
-        """Return the full record of a message whose producer recorded none."""
+        """Return the full record of a message that its producer did not record."""
         request = self.request
         if request.is_eager:
-            return self.message  # its arguments may be anything, and nobody publishes it again
+            return self.message  # its arguments may not be serializable, and it is never published again
         signature = self.task.signature_from_request(request, retries=request.retries)
         options = {**signature.options, **content_of(request), "message_id": self.run.header.message_id}
         if self.identity.node is not None:

@@ -1,7 +1,7 @@
-"""Learn how the transaction of an atomic body goes: from SQLAlchemy's events, and from what the driver says of it after each statement.
+"""Watch the transaction of an atomic body, by SQLAlchemy's events and the driver's status after each statement.
 
-The body shares its connection with the completion of its message. Whatever ends the transaction before that, in whatever way, would leave
-a success with half of its effects.
+The body shares its transaction with the completion of its message. If anything ends it earlier, the message would succeed with half of
+its effects.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Phase", "Setback", "TransactionWatch", "given_up_error"]
 
-#: The execution option by which a connection knows who watches it.
+#: The execution option that holds a connection's watch.
 _WATCH = "celery_idempotent_watch"
 
 #: Statements that end a transaction; on MySQL, beginning another one does too.
@@ -38,12 +38,12 @@ class Setback(Enum):
     """Why the transaction of a body gave way."""
 
     COLLIDED = auto()  # another transaction went first
-    BROKE = auto()  # its connection broke, or the database takes nothing for now
-    NOT_CONNECTED = auto()  # there was no connection to be had
+    BROKE = auto()  # its connection broke, or the database takes no writes for now
+    NOT_CONNECTED = auto()  # no connection could be opened
 
 
 class Phase(Enum):
-    """How far a transaction has come."""
+    """The phase of a transaction."""
 
     OPENING = auto()
     IN_BODY = auto()
@@ -51,7 +51,7 @@ class Phase(Enum):
 
 
 def given_up_error() -> IdempotentError:
-    """Return what to tell of a commit that the database answers, or would answer, by a rollback."""
+    """Return the error for a commit that the database turned, or would turn, into a rollback."""
     return IdempotentError(
         "the transaction of this atomic body was not committed: a statement in it failed, the error was caught, and so the database "
         "rolled it back; run what may fail in begin_nested()"
@@ -66,17 +66,17 @@ def _ended_error(how: str, kept: str = _NOTHING_KEPT) -> IdempotentError:
 
 
 class TransactionWatch:
-    """What is known of one transaction.
+    """The state of one transaction.
 
     Args:
-        store: The store on whose database it is.
+        store: The store in the transaction's database.
 
     Attributes:
-        phase: How far it has come.
-        gave_way: The error by which the database ended the transaction, or a statement of it. The body may have caught it, but what it
-            wrote before may be gone.
-        setback: For what.
-        in_doubt: Whether a commit was asked for, and how it went is not known.
+        phase: Its phase.
+        gave_way: The error with which the database ended the transaction, or a statement of it. Even if the body caught it, earlier
+            writes may be gone.
+        setback: Why it gave way.
+        in_doubt: Whether a commit was asked for and its outcome is unknown.
         rolled_back: Whether SQLAlchemy has rolled it back.
     """
 
@@ -88,13 +88,13 @@ class TransactionWatch:
         self.in_doubt = False
         self.rolled_back = False
         self._status = TransactionStatus.NONE
-        #: Whether the database has been seen to be in the transaction.
+        #: Whether the driver has reported the transaction as begun.
         self._entered = False
-        #: What to tell of a body that ended it.
+        #: The error for a body that ended it.
         self._ended: IdempotentError | None = None
 
     def watch(self, connection: Connection) -> None:
-        """Watch a connection from now on. The listeners are its engine's, and stay there: for other connections they do nothing."""
+        """Watch a connection from now on. The listeners stay on its engine, and ignore connections without a watch."""
         from sqlalchemy import event
 
         for name, listener in _LISTENERS.items():
@@ -103,12 +103,12 @@ class TransactionWatch:
         connection.execution_options(**{_WATCH: self})
 
     def is_intact(self, connection: Connection) -> bool:
-        """Return whether the transaction is still the one that was begun, and can be committed."""
+        """Return whether SQLAlchemy's transaction is still open and was not rolled back."""
         transaction = connection.get_transaction()
         return transaction is not None and transaction.is_active and not self.rolled_back
 
     def refuse_ended(self, connection: Connection) -> None:
-        """Refuse to complete a message in a transaction that was ended, or given up.
+        """Refuse to complete a message in a transaction that was ended, or that the database gave up.
 
         Raises:
             IdempotentError: It was.
@@ -122,13 +122,13 @@ class TransactionWatch:
             raise given_up_error()
 
     def committed(self) -> None:
-        """Note that a commit was answered. Where the driver does not tell, the answer says nothing."""
+        """Note that a commit returned. If the driver does not report a transaction's status, the commit stays in doubt."""
         self.in_doubt = self._status is TransactionStatus.UNKNOWN
 
     # -- events --------------------------------------------------------------------------------------------------------
 
     def on_error(self, error: BaseException) -> None:
-        """Note an error of a statement."""
+        """Note a statement's error, if the transaction gave way."""
         if self.gave_way is None and self._store.gave_way(error):
             self.gave_way = error
             self.setback = Setback.COLLIDED if self._store.collided(error) else Setback.BROKE
@@ -137,7 +137,7 @@ class TransactionWatch:
         """Refuse a statement that ends the transaction.
 
         Raises:
-            IdempotentError: It is one, or what came before it was.
+            IdempotentError: It would, or the transaction was found to have ended before it.
         """
         if self.phase is Phase.OPENING:
             return
@@ -148,10 +148,10 @@ class TransactionWatch:
         self.after_statement(connection)
 
     def after_statement(self, connection: Connection) -> None:
-        """Look whether the transaction is still open.
+        """Check that the transaction is still open.
 
         Raises:
-            IdempotentError: It was ended just now.
+            IdempotentError: It has just ended.
         """
         ended = self._ended
         self._look(connection)
@@ -159,22 +159,22 @@ class TransactionWatch:
             raise self._ended
 
     def before_commit(self, connection: Connection) -> None:
-        """Refuse a commit of the body's own, and one that the database would answer by a rollback.
+        """Refuse a commit by the body, and one that the database would turn into a rollback.
 
         Raises:
-            IdempotentError: It is one.
+            IdempotentError: It is one of these.
         """
         if self.phase is not Phase.COMMITTING:
             raise IdempotentError(
                 "the body of an atomic task is committed when it ends, together with its message, and not before: leave commit() out "
                 "(with session.begin() too)"
             )
-        # The completion is written, but what listens to the session's commit may have failed since.
+        # The completion is written, but a listener of the session's commit may have ended the transaction since.
         self.refuse_ended(connection)
         self.in_doubt = True
 
     def _look(self, connection: Connection) -> None:
-        """Ask the driver how the transaction stands, and note if it was ended."""
+        """Read the transaction's status from the driver, and note if it was ended."""
         self._status = status = self._store.transaction_status(connection)
         if status is TransactionStatus.NONE and self._entered and self._ended is None:
             self._ended = _ended_error(
@@ -184,7 +184,7 @@ class TransactionWatch:
         self._entered = self._entered or status in (TransactionStatus.OPEN, TransactionStatus.FAILED)
 
 
-# -- listeners of an engine, which may be its owner's: for all of its connections, those that nobody watches included ---------
+# -- listeners of an engine, which may be the application's: they run for all its connections, also those without a watch -----
 
 
 def _watch_of(connection: Connection | None) -> TransactionWatch | None:

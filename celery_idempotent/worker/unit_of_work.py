@@ -1,8 +1,8 @@
-"""The transaction of an atomic body: what the body writes, and how it ended, take effect together or not at all.
+"""The transaction of an atomic body: its writes and the message's completion take effect together or not at all.
 
-A unit of work belongs to one run of one body. Its connection is opened when the body first asks for it, and is none of the store's:
-leases are renewed beside it. Whoever runs the body (:mod:`celery_idempotent.worker.perform`) ends the unit: by the write that ends the
-message, in the same transaction, or by rolling back.
+A unit of work belongs to one run of one body. It opens its connection when the body first asks for it. The store renews leases on other
+connections. :mod:`celery_idempotent.worker.perform` runs the body and ends the unit: it writes the message's end in the same transaction
+and commits, or rolls back.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ __all__ = ["RUNS", "NotCommittedError", "UnitOfWork"]
 
 logger = logging.getLogger("celery_idempotent")
 
-#: How often a body is run at most whose transaction gave way to another one (a deadlock, a serialization failure, a lock that was
-#: waited for in vain), or whose connection broke, or could not be had.
+#: How often a body runs at most if its transaction gives way to another (a deadlock, a serialization failure, a lock wait
+#: timeout), or its connection breaks or cannot be opened.
 RUNS = 5
 
 
@@ -38,7 +38,7 @@ class NotCommittedError(Exception):
 
     Args:
         error: Why.
-        again: Whether the body may be run again for it.
+        again: Whether the body may run again after it.
     """
 
     def __init__(self, error: Exception, *, again: bool) -> None:
@@ -51,8 +51,8 @@ class UnitOfWork:
     """The transaction of one body.
 
     Args:
-        queue_log: On whose store's database it is, with its session factory and its isolation level.
-        contended: Whether the body was run before, and gave way to another transaction.
+        queue_log: Its store's database, session factory and isolation level are used.
+        contended: Whether an earlier run of the body gave way to another transaction.
 
     Raises:
         ConfigurationError: The store has no transactions.
@@ -66,9 +66,9 @@ class UnitOfWork:
         self._connection: Connection | None = None
         self._session: Session | None = None
         self._over = False
-        #: How the transaction goes.
+        #: The state of the transaction.
         self.watch = TransactionWatch(self._store)
-        #: The messages that the body sends: recorded in the transaction, published by whoever learns that it has committed.
+        #: The messages that the body sends: recorded in the transaction, published after its commit.
         self.outbox: Outbox = _BodysOutbox(self, queue_log)
 
     def __enter__(self) -> Self:
@@ -97,7 +97,7 @@ class UnitOfWork:
         """A session on that connection.
 
         Raises:
-            ConfigurationError: The session factory makes sessions that go elsewhere.
+            ConfigurationError: The session factory's sessions use another connection.
             IdempotentError: The transaction is over.
         """
         connection = self.connection
@@ -113,13 +113,13 @@ class UnitOfWork:
         return self._session
 
     def connect(self) -> Connection:
-        """Return the connection, for a statement of ours: within the savepoint that the session is in, which it sets when it is used."""
+        """Return the connection for our own statements. Getting it from the session sets the savepoint that the session is in."""
         connection = self.connection
         return connection if self._session is None else self._session.connection()
 
     @property
     def over(self) -> bool:
-        """Whether the body goes on without a transaction: it has retried, or replaced itself."""
+        """Whether the transaction has ended. A body that has retried or replaced itself goes on without one."""
         return self._over
 
     # -- for the run ---------------------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ class UnitOfWork:
         """Begin the transaction now, rather than when the body asks for it.
 
         Raises:
-            StoreUnavailableError: There is no connection to be had for now.
+            StoreUnavailableError: No connection can be opened for now.
         """
         self.watch = TransactionWatch(self._store)
         try:
@@ -140,12 +140,12 @@ class UnitOfWork:
 
     @property
     def begins_before_body(self) -> bool:
-        """Whether the transaction has to begin before the body, which writes on a connection that it does not ask for."""
+        """Whether to begin the transaction before the body, because the body does not ask the unit for its connection."""
         return self._store.begins_before_body
 
     @property
     def opened(self) -> bool:
-        """Whether there is a transaction: the body has asked for it, and it is not over."""
+        """Whether a transaction was begun and is not over."""
         return self._connection is not None
 
     @property
@@ -154,7 +154,7 @@ class UnitOfWork:
         return self._store.within(self.connection)
 
     def flush(self) -> None:
-        """Write what the session still keeps to itself, as a commit would.
+        """Flush the session, as a commit would.
 
         Raises:
             IdempotentError: The body ended the transaction itself.
@@ -172,10 +172,10 @@ class UnitOfWork:
         """Write how the message ended, in the transaction, and commit.
 
         Args:
-            write: A verb of the store it is given; whether the claim still held.
+            write: Calls a verb of the store it is given, and returns whether the claim still held.
 
         Returns:
-            Whether it did; if not, the transaction was rolled back.
+            Whether the claim still held; if not, the transaction was rolled back.
 
         Raises:
             Exception: Nothing was committed, unless the watch says ``in_doubt``.
@@ -186,25 +186,25 @@ class UnitOfWork:
             return False
         connection, session = self.connection, self._session
         self.watch.phase, self._over = Phase.COMMITTING, True
-        # By the session, so that what listens to it is told. One that was not used yet has nothing to commit.
+        # Commit by the session, so that its event listeners run. A session not used yet has nothing to commit.
         if session is not None and session.in_transaction():
             session.commit()
         transaction = connection.get_transaction()
         if transaction is not None and transaction.is_active:
             transaction.commit()
         self.watch.committed()
-        self.roll_back()  # which closes what is left
+        self.roll_back()  # closes the session and the connection
         return True
 
     def roll_back(self, *, broken: bool = False) -> None:
-        """End the transaction, if it is not over; nothing of it is kept.
+        """Roll the transaction back if it is not over; close the session and the connection.
 
         Args:
-            broken: Whether the connection may be in the midst of an answer: it is closed then, and not used again.
+            broken: Whether the connection may be in the middle of an answer; it is then closed and not used again.
         """
         from sqlalchemy.exc import SQLAlchemyError
 
-        if not self._over:  # or a commit may have taken place
+        if not self._over:  # else the commit may have succeeded, and the outbox is still needed
             self._over = True
             self.outbox.discard()
         connection, session, undone = self._connection, self._session, self.watch.rolled_back
@@ -215,7 +215,7 @@ class UnitOfWork:
             if broken:
                 connection.invalidate()
             if session is not None and undone:
-                session.expunge_all()  # it may be bound to a transaction that is no more
+                session.expunge_all()  # it may be bound to a transaction that has ended
             elif session is not None:
                 if session.in_transaction():
                     session.rollback()
@@ -239,7 +239,7 @@ class UnitOfWork:
         engine = self._store.engine
         try:
             connection = engine.connect()
-        except (DBAPIError, PoolTimeoutError) as error:  # which belong to no connection, and have done nothing
+        except (DBAPIError, PoolTimeoutError) as error:  # no connection was opened, so nothing was done
             self.watch.gave_way, self.watch.setback = error, Setback.NOT_CONNECTED
             raise
         try:
@@ -266,9 +266,9 @@ class UnitOfWork:
         from sqlalchemy.orm import Session
 
         factory = self._session_factory or Session
-        # A scoped session would keep it for the next body of this thread.
+        # A scoped session would keep the session for this thread's next body.
         factory = getattr(factory, "session_factory", factory)
-        # Its own binds would lead past the connection. What it commits or rolls back, it does to our transaction: and we are told.
+        # The factory's own binds would bypass the connection. A commit or rollback by the session ends our transaction, and the watch sees it.
         session: Session = factory(bind=connection, binds=None, join_transaction_mode="control_fully")
         if not session.in_transaction():
             session.begin()
@@ -276,7 +276,7 @@ class UnitOfWork:
 
 
 class _BodysOutbox(Outbox):
-    """The calls of the body, which are recorded in its transaction."""
+    """The body's calls, recorded in its transaction."""
 
     def __init__(self, unit: UnitOfWork, queue_log: QueueLog) -> None:
         super().__init__(unit.connect)

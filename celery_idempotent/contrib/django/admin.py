@@ -21,12 +21,12 @@ from celery_idempotent.producer.relay import relay
 
 __all__ = ["MessageAdmin"]
 
-#: What a message's page shows behind its columns, to those who may see it.
+#: Fields after the columns on a message's page; need ``view_arguments``.
 _CONTENTS = ("arguments", "result")
 
 
 class _Newest(ChangeList):
-    """A list that is ordered as it was asked for, and not by the key behind that, over which there is no index."""
+    """Order the list only as requested. Django would add the primary key, which has no index."""
 
     def _get_deterministic_ordering(self, ordering: list[Any]) -> list[Any]:
         return ordering
@@ -34,7 +34,7 @@ class _Newest(ChangeList):
 
 @admin.register(Message)
 class MessageAdmin(admin.ModelAdmin):
-    """Messages can be looked at; they are changed by *requeue* and *forget*, each behind its permission."""
+    """Show messages read-only; *requeue* and *forget* change them, each with its own permission."""
 
     actions: ClassVar = ["requeue", "forget"]
     date_hierarchy = None
@@ -49,7 +49,7 @@ class MessageAdmin(admin.ModelAdmin):
     show_full_result_count = False
 
     def get_queryset(self, request: Any) -> Any:
-        """Return the messages, in the database that holds them."""
+        """Return the messages from the queue log's database."""
         return super().get_queryset(request).using(alias_of_log() or "default")
 
     def get_changelist(self, request: Any, **options: Any) -> Any:  # noqa: ARG002 - Django's signature
@@ -57,18 +57,18 @@ class MessageAdmin(admin.ModelAdmin):
         return _Newest
 
     def get_fields(self, request: Any, obj: Any = None) -> list[str]:  # noqa: ARG002
-        """Return what a message's page shows."""
+        """Return the fields on a message's page."""
         fields = [field.name for field in Message._meta.fields if field.name != "key"]  # noqa: SLF001 - a public API of Django
         return [*fields, *(_CONTENTS if self.has_view_arguments_permission(request) else ())]
 
     def get_readonly_fields(self, request: Any, obj: Any = None) -> list[str]:
-        """Return all of it: nothing is written here."""
+        """Return all fields: the page is read-only."""
         return self.get_fields(request, obj)
 
     # -- permissions ---------------------------------------------------------------------------------------------------
 
     def has_module_permission(self, request: Any) -> bool:
-        """Return whether the log is in a database of Django's, and this user may see it."""
+        """Return whether the log is in one of Django's databases and this user may see it."""
         return alias_of_log() is not None and super().has_module_permission(request)
 
     def has_add_permission(self, request: Any) -> bool:  # noqa: ARG002
@@ -99,13 +99,13 @@ class MessageAdmin(admin.ModelAdmin):
 
     @admin.display(description="Arguments")
     def arguments(self, message: Message) -> str:
-        """Return the arguments, for people; masked as ``idempotent_redact`` says."""
+        """Return the arguments, formatted, and masked by ``idempotent_redact``."""
         contents = _contents(message)
         return str(contents.get("undecodable_message") or pformat((contents.get("args"), contents.get("kwargs"))))
 
     @admin.display(description="Result")
     def result(self, message: Message) -> str:
-        """Return the result, in the same way."""
+        """Return the result, formatted and masked in the same way."""
         contents = _contents(message)
         return str(contents.get("undecodable_result") or pformat(contents.get("result")))
 
@@ -113,7 +113,7 @@ class MessageAdmin(admin.ModelAdmin):
 
     @admin.action(description="Requeue failed and abandoned messages", permissions=["requeue"])
     def requeue(self, request: Any, messages_: Any) -> None:
-        """Have failed messages wait again, and publish them."""
+        """Make failed messages pending again, and publish them."""
 
         def requeue(row: Row) -> str | None:
             answer = requeue_row(queue_log(), row)
@@ -134,7 +134,7 @@ class MessageAdmin(admin.ModelAdmin):
         self._each(request, messages_, forget, "forgotten")
 
     def _each(self, request: Any, chosen: Any, change: Callable[[Row], str | None], done: str) -> int:
-        """Change each message, and tell the user; how many were."""
+        """Change each message and inform the user; return how many changed."""
         count = 0
         try:
             for message in chosen:

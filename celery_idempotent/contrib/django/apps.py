@@ -8,7 +8,7 @@ __all__ = ["QueueLogConfig"]
 
 
 class QueueLogConfig(AppConfig):
-    """The app of the queue log: its table, its page in the admin, its checks, and ``manage.py idempotent``."""
+    """The queue log's app: its table, its admin page, its checks, and ``manage.py idempotent``."""
 
     name = "celery_idempotent.contrib.django"
     label = "celery_idempotent"

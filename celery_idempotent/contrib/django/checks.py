@@ -1,4 +1,4 @@
-"""What ``manage.py check`` says of the queue log."""
+"""Check the queue log in ``manage.py check``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["check_settings", "check_table"]
 
 @register("celery_idempotent")
 def check_settings(app_configs: Any, **options: Any) -> list[Any]:  # noqa: ARG001 - Django's signature
-    """Check the settings, and that the store can be opened."""
+    """Check the settings, and that the store opens."""
     app = celery_app()
     try:
         log = queue_log()
@@ -46,11 +46,11 @@ def check_settings(app_configs: Any, **options: Any) -> list[Any]:  # noqa: ARG0
 
 @register(Tags.database)
 def check_table(app_configs: Any, databases: Any = None, **options: Any) -> list[Any]:  # noqa: ARG001
-    """Check that the table is there once it was migrated; with ``--database`` only."""
+    """Check that the table exists if its migration was applied; only with ``--database``."""
     try:
         alias = alias_of_log()
     except ConfigurationError:
-        return []  # as the other check says
+        return []  # `check_settings` reports it
     if not databases or alias not in databases:
         return []
     wrapper = connections[alias]

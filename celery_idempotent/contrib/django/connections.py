@@ -1,4 +1,4 @@
-"""Connections to the database of an alias: the store's own, and Django's as SQLAlchemy sees it."""
+"""Connections to an alias's database: the store's own, and Django's for use by SQLAlchemy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from celery_idempotent.errors import ConfigurationError
 
 __all__ = ["Alias", "in_test_case"]
 
-#: What a connection of the store's own has in its ``info``: the name of the database that it leads to.
+#: The key in a store connection's ``info`` for the name of its database.
 _DATABASE = "celery_idempotent.database"
 
 
@@ -56,11 +56,11 @@ class Alias:
 
     @property
     def wrapper(self) -> Any:
-        """Django's connection, of this thread."""
+        """Django's connection for this thread."""
         return connections[self.name]
 
     def own(self) -> Engine:
-        """Return an engine whose connections are made as Django makes its own, and are not Django's."""
+        """Return an engine with connections of its own, made with Django's parameters."""
         engine = self._engine(self.drivername, self._connect, QueuePool)
 
         def remember(_: Any, record: Any) -> None:
@@ -71,7 +71,7 @@ class Alias:
                 raise DisconnectionError("the alias leads to another database now, as in tests")
 
         def close(_: Any, record: Any) -> None:
-            # Whose database is dropped at their end, which a connection would prevent.
+            # Tests drop their database at the end, which an open connection would prevent.
             if _in_tests():
                 record.invalidate()
 
@@ -81,15 +81,15 @@ class Alias:
         return engine
 
     def joined(self) -> Engine:
-        """Return an engine whose connections are Django's, in whatever transaction that is."""
+        """Return an engine on Django's connections, in the transaction that Django has open."""
         return self._of_django(_Theirs())
 
     def driven(self) -> Engine:
-        """Return an engine whose connections are Django's, and whose transactions are blocks of ``transaction.atomic()``."""
+        """Return an engine on Django's connections, whose transactions are blocks of ``transaction.atomic()``."""
         return self._of_django(_Atomic(self))
 
     def savepoint(self) -> Any:
-        """Return a block in a savepoint of the transaction that Django is in."""
+        """Return a block that sets a savepoint in Django's transaction."""
         return transaction.atomic(using=self.name)
 
     def _engine(self, drivername: str, creator: Any, poolclass: Any) -> Engine:
@@ -132,7 +132,7 @@ class Alias:
         return connection
 
 
-#: Of a connection's parameters, those that say how Django's cursors turn values into Python's.
+#: Connection parameters for how Django's cursors convert values to Python's.
 _OF_ITS_CURSORS = ("context", "conv", "cursor_factory", "detect_types")
 
 
@@ -143,7 +143,7 @@ def _drivername(wrapper: Any) -> str:
             return "postgresql+psycopg"
         case "postgresql", _:
             return "postgresql+psycopg2"
-        case "mysql", "pymysql":  # which poses as MySQLdb: pymysql.install_as_MySQLdb()
+        case "mysql", "pymysql":  # in place of MySQLdb, after pymysql.install_as_MySQLdb()
             return "mysql+pymysql"
         case "mysql", _:
             return "mysql+mysqldb"
@@ -157,13 +157,13 @@ def in_test_case(wrapper: Any) -> bool:
 
 
 def _in_tests() -> bool:
-    """Return whether Django's test environment is set up: then mails are kept in an outbox."""
+    """Return whether Django's test environment is set up, which gives ``mail`` an outbox."""
     return hasattr(mail, "outbox")
 
 
 @contextmanager
 def plainly() -> Iterator[None]:
-    """Raise errors of the database as its driver does, and not as Django's."""
+    """Raise the driver's own errors instead of Django's."""
     try:
         yield
     except Error as error:
@@ -171,7 +171,7 @@ def plainly() -> Iterator[None]:
 
 
 class _Theirs:
-    """The transaction is somebody else's."""
+    """Leave the transaction to Django: do nothing."""
 
     def begin(self) -> None:
         pass
@@ -180,14 +180,14 @@ class _Theirs:
 
 
 class _Atomic:
-    """Each transaction is a block of ``transaction.atomic()``."""
+    """Make each transaction a block of ``transaction.atomic()``."""
 
     def __init__(self, alias: Alias) -> None:
         self._alias = alias
 
     def begin(self) -> None:
         block = transaction.atomic(using=self._alias.name)
-        block.celery_idempotent = None  # what is to be done at its end
+        block.celery_idempotent = None  # what to call at its end
         with plainly():
             block.__enter__()
 
@@ -195,7 +195,7 @@ class _Atomic:
         wrapper, block = self._innermost()
         if block is None:
             raise transaction.TransactionManagementError("the transaction of this atomic body is over")
-        # A hook of the user's that fails must not look like a commit that did.
+        # A failing hook of the user's must not look like a failed commit.
         wrapper.run_on_commit = [(ids, hook, True) for ids, hook, _ in wrapper.run_on_commit]
         self._leave(block)
 
@@ -223,5 +223,5 @@ class _Atomic:
         for block in reversed(wrapper.atomic_blocks):
             if hasattr(block, "celery_idempotent"):
                 return wrapper, block
-            # A block of the body's that was not left, such as a generator's.
+            # A block that the body did not leave, such as one in a generator.
         return wrapper, None

@@ -1,4 +1,4 @@
-"""SQLAlchemy on a connection that is Django's: Django opens it, sets it up, and begins and ends its transactions."""
+"""Run SQLAlchemy on Django's connection: Django opens it, sets it up, and begins and ends its transactions."""
 
 # ruff: noqa: D102 - the methods are SQLAlchemy's
 
@@ -20,7 +20,7 @@ __all__ = ["Transactions", "shared"]
 
 
 class Transactions(Protocol):
-    """What becomes of a transaction that SQLAlchemy begins or ends on Django's connection."""
+    """What to do when SQLAlchemy begins or ends a transaction on Django's connection."""
 
     def begin(self) -> None: ...
 
@@ -32,7 +32,7 @@ class Transactions(Protocol):
 
 
 class _Shared:
-    """A dialect that leaves the connection, and its transactions, to somebody else."""
+    """A dialect that leaves the connection open, and passes transaction calls to ``transactions``."""
 
     transactions: Transactions
 
@@ -80,7 +80,7 @@ class PyMySQL(_Shared, MySQLDialect_pymysql):
 
 
 class _DateTime(sqlite.DATETIME):
-    """Text, which Django has its connections turn into naive datetimes."""
+    """Text, unless Django's connection has already made it a naive datetime."""
 
     def result_processor(self, dialect: Dialect, coltype: object) -> Any:
         from_text = super().result_processor(dialect, coltype)
@@ -109,5 +109,5 @@ for _name, _dialect in _SHARED.values():
 
 
 def shared(drivername: str) -> str:
-    """Return the name of a URL's dialect for a connection that is Django's, by its name for a connection of one's own."""
+    """Return the name of the dialect for Django's connection, given the name of the ordinary one."""
     return _SHARED[drivername][0].replace(".", "+")

@@ -1,4 +1,4 @@
-"""A primary key for the model: the table's is of two columns, which Django 5.2 knows, but not its admin, nor older versions."""
+"""A primary key field for the model. The table's key has two columns: Django 5.2 supports that, its admin and older versions do not."""
 
 # ruff: noqa: ARG002, D102 - signatures and meaning are Django's
 
@@ -13,30 +13,30 @@ from django.db.models.lookups import Exact, In
 
 __all__ = ["MessageKeyField"]
 
-#: What stands between the task's name and the message id.
+#: The separator between the task's name and the message id.
 BETWEEN = "|"
 
 
 class MessageKeyField(models.CharField):
-    """The task's name and the message id, in one text; compared column by column, so that the table's own key finds it."""
+    """The task's name and the message id in one text; compared column by column, so that the table's key index is used."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"max_length": 511, "editable": False, **options})
 
     def db_type(self, connection: Any) -> None:
-        """Return nothing: there is no such column."""
+        """Return nothing: the table has no such column."""
 
     def check(self, **options: Any) -> list[Any]:
-        """Return no warnings: there is no index over it."""
+        """Return no warnings: there is no index on it."""
         return []
 
     def get_col(self, alias: str, output_field: Any = None) -> Any:
-        """Return what stands for it in SQL."""
+        """Return its SQL expression."""
         return _KeyCol(alias, self, output_field)
 
     def contribute_to_class(self, cls: Any, name: str, private_only: bool = False) -> None:
         super().contribute_to_class(cls, name, private_only=private_only)
-        self.column = "message_key"  # which no statement names
+        self.column = "message_key"  # no statement names it
 
 
 class _KeyCol(Col):
@@ -53,7 +53,7 @@ class _KeyCol(Col):
 
 
 def _compared(column: _KeyCol, keys: Iterable[str], connection: Any) -> tuple[str, list[str]]:
-    """Return the condition that the columns are those of one of the keys. A task's name may have the sign in it that stands between."""
+    """Return the condition that the columns match one of the keys, split at each separator: names and ids may contain it."""
     task_name, message_id = column.columns(connection)
     pairs = [(key[:place], key[place + 1 :]) for key in keys for place, sign in enumerate(key) if sign == BETWEEN]
     if not pairs:

@@ -15,7 +15,7 @@ __all__ = ["Message"]
 
 
 class Message(models.Model):
-    """A message of the queue log. Read it; what changes it are ``requeue`` and ``forget``."""
+    """A message of the queue log, read-only; use ``requeue`` and ``forget`` to change it."""
 
     key = MessageKeyField(primary_key=True)
     message_id = models.CharField(max_length=255)

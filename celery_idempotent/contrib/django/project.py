@@ -16,8 +16,8 @@ __all__ = ["alias_of_log", "celery_app", "queue_log", "table_name"]
 
 
 def celery_app() -> Celery:
-    """Return the project's Celery app: the one that ``shared_task`` is for, which the project's package imports."""
-    return current_app._get_current_object()  # noqa: SLF001 - what Celery's proxies call so, in its documentation too
+    """Return the project's Celery app: the one that ``shared_task`` uses and the project's package imports."""
+    return current_app._get_current_object()  # noqa: SLF001 - documented by Celery for its proxies
 
 
 def queue_log() -> QueueLog:
@@ -26,7 +26,7 @@ def queue_log() -> QueueLog:
 
 
 def table_name() -> str:
-    """Return the table's name, by Django's settings: models and migrations are there before the Celery app is."""
+    """Return the table's name from Django's settings, because models and migrations load before the Celery app."""
     for name in ("CELERY_IDEMPOTENT_TABLE", "IDEMPOTENT_TABLE", "idempotent_table"):
         if hasattr(settings, name):
             return str(getattr(settings, name))

@@ -1,4 +1,4 @@
-"""The queue log in a database of Django's: ``django://`` and an alias."""
+"""The queue log in one of Django's databases: ``django://`` and an alias."""
 
 # ruff: noqa: D102 - documented in the port
 
@@ -27,8 +27,8 @@ T = TypeVar("T")
 class DjangoStore(SQLStore):
     """The queue log in the database of one of Django's aliases.
 
-    Calls inside of ``transaction.atomic()`` and atomic bodies use Django's connection. All other statements have connections of the store's
-    own, outside of Django's and of its pool, but for those inside of a ``TestCase``.
+    Calls inside ``transaction.atomic()`` and atomic bodies use Django's connection. So do all statements inside a ``TestCase``. All others
+    use the store's own connections, which are not in Django's pool.
 
     Args:
         url: ``django://`` and the alias.
@@ -90,7 +90,7 @@ class DjangoStore(SQLStore):
         return super().collided(self._as_sqlalchemy(error))
 
     def _as_sqlalchemy(self, error: BaseException) -> BaseException:
-        """Return an error of Django's as SQLAlchemy has it, with the driver's own inside."""
+        """Return Django's error as SQLAlchemy's, around the driver's own."""
         cause = error.__cause__
         driver = self._driven.dialect.loaded_dbapi
         if not isinstance(error, Error) or not isinstance(cause, driver.Error):
@@ -102,7 +102,7 @@ class DjangoStore(SQLStore):
 
 
 class _Shared:
-    """Django's connections, as SQLAlchemy sees them in transactions that Django begins and ends."""
+    """Django's connections for SQLAlchemy, in transactions that Django begins and ends."""
 
     def __init__(self, alias: Alias) -> None:
         self._alias = alias
@@ -110,7 +110,7 @@ class _Shared:
         self._connections: WeakKeyDictionary[Any, tuple[Any, Connection]] = WeakKeyDictionary()
 
     def connect(self, wrapper: Any) -> Connection:
-        """Return the connection of this thread; made anew where Django's was."""
+        """Return this thread's connection; a new one if Django has reconnected."""
         driver, connection = self._connections.get(wrapper, (None, None))
         if connection is None or driver is not wrapper.connection or connection.invalidated:
             connection = self._engine.connect()
@@ -120,7 +120,7 @@ class _Shared:
 
 
 class _Block:
-    """A block of ``transaction.atomic()``, of the application's."""
+    """The application's block of ``transaction.atomic()``."""
 
     def __init__(self, wrapper: Any, shared: _Shared) -> None:
         self._wrapper = wrapper
@@ -133,7 +133,7 @@ class _Block:
         self._wrapper.on_commit(hook)
 
     def last_hook(self) -> Callable[[], None] | None:
-        # Inside of a TestCase the hooks of blocks that are over are kept, and captureOnCommitCallbacks() looks for those that are new.
+        # Inside a TestCase, hooks of ended blocks stay in the list, and captureOnCommitCallbacks() sees only new ones.
         if not self._wrapper.run_on_commit or in_test_case(self._wrapper):
             return None
         savepoints, hook, _ = self._wrapper.run_on_commit[-1]
@@ -141,7 +141,7 @@ class _Block:
 
 
 class _DjangoDatabase(Database):
-    """The database of an alias; inside of a ``TestCase`` on Django's connection, where each operation is in a savepoint."""
+    """The database of an alias; inside a ``TestCase``, each operation runs in a savepoint on Django's connection."""
 
     def __init__(
         self, target: Any, dialect: Dialect, prepare: Callable[[Connection], None], alias: Alias, shared: _Shared

@@ -1,4 +1,4 @@
-"""The table as Django's migration makes it."""
+"""Create the table in Django's migration."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["CreateQueueLog"]
 
 
 class CreateQueueLog(CreateModel):
-    """Make the table as the library has it, in the database of the queue log; one that is there, as after ``init``, is left."""
+    """Create the library's table, in the queue log's database; leave an existing one, as after ``init``, unchanged."""
 
     def database_forwards(self, app_label: str, schema_editor: Any, from_state: Any, to_state: Any) -> None:  # noqa: ARG002
-        """Make the table and its indexes."""
+        """Create the table and its indexes."""
         if not _is_of_log(schema_editor) or _is_there(schema_editor):
             return
         table = queue_log_table(MetaData(), table_name())
@@ -29,7 +29,7 @@ class CreateQueueLog(CreateModel):
             _execute(schema_editor, CreateIndex(index))
 
     def database_backwards(self, app_label: str, schema_editor: Any, from_state: Any, to_state: Any) -> None:  # noqa: ARG002
-        """Drop it, with every message id that is taken."""
+        """Drop the table. Every message id is then free again."""
         if _is_of_log(schema_editor):
             _execute(schema_editor, DropTable(queue_log_table(MetaData(), table_name()), if_exists=True))
 

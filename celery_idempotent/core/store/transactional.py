@@ -1,4 +1,4 @@
-"""The port of a store whose verbs can be part of its users' transactions."""
+"""The port of a store whose verbs can run in its users' transactions."""
 
 from __future__ import annotations
 
@@ -16,46 +16,46 @@ __all__ = ["Surrounding", "TransactionStatus", "TransactionalStore"]
 
 
 class TransactionStatus(Enum):
-    """How a transaction stands in the database."""
+    """The status of a transaction in the database."""
 
     OPEN = auto()
-    FAILED = auto()  # the database has given it up: its commit would be a rollback, without an error
-    NONE = auto()  # nothing has begun one yet, or it was ended
-    UNKNOWN = auto()  # the driver does not tell: how a commit went is known by what is there afterwards
+    FAILED = auto()  # the database gave it up: a commit would roll back without an error
+    NONE = auto()  # not begun yet, or ended
+    UNKNOWN = auto()  # the driver does not report it: only the rows show whether a commit succeeded
 
 
 class Surrounding(Protocol):
-    """A transaction that a framework has begun, and ends."""
+    """A transaction that a framework begins and ends."""
 
     def connect(self) -> Connection:
         """Return its connection."""
         ...
 
     def after_commit(self, hook: Callable[[], None]) -> None:
-        """Have a hook called after the commit, if what is written here and now is committed."""
+        """Call a hook after the commit, unless a savepoint that is open now is rolled back."""
         ...
 
     def last_hook(self) -> Callable[[], None] | None:
-        """Return the last hook, if it is called exactly when one that were given now would be, and right before that."""
+        """Return the last hook, if a hook added now would run exactly when it does, right after it; else ``None``."""
         ...
 
 
 class TransactionalStore(Store, Protocol):
-    """A store in a database that can hold its users' tables too: what ``atomic=True`` needs."""
+    """A store in a database that can also hold its users' tables. ``atomic=True`` needs one."""
 
-    #: Whether bodies write on a connection that they do not ask the unit of work for, so that its transaction begins before them.
+    #: Whether the transaction must begin before the body, because bodies do not ask the unit of work for their connection.
     begins_before_body: ClassVar[bool]
 
     def surrounding(self) -> Surrounding | None:
-        """Return the transaction of a framework that a call is made in, here and now."""
+        """Return the framework's transaction that is open in this thread, if any."""
         ...
 
     def watch(self, connection: Connection, note: Callable[[BaseException], None]) -> None:
-        """Have errors noted that the framework's own statements meet in a transaction, until it ends.
+        """Note errors of the framework's own statements in a transaction, until it ends.
 
         Args:
-            connection: In the transaction.
-            note: Called with each.
+            connection: The transaction's.
+            note: Called with each error.
         """
         ...
 
@@ -65,43 +65,43 @@ class TransactionalStore(Store, Protocol):
         ...
 
     def within(self, connection: Connection) -> Store:
-        """Return the same store, with its verbs in a transaction of the caller's.
+        """Return the same store, with its verbs in the caller's transaction.
 
-        What they write takes effect, and is seen by others, when the caller commits. Nothing is repeated. Errors are the database's own,
-        and the caller decides what becomes of the transaction. Finding a message does not lock it, where the database leaves the choice
-        (MySQL and MariaDB keep a shared lock on its row until the transaction ends).
+        Writes take effect, and others see them, when the caller commits. Verbs are not retried. They raise the database's own errors, and
+        the caller decides whether to commit or roll back. Finding a message does not lock it if the database allows that (MySQL and MariaDB
+        keep a shared lock on its row until the transaction ends).
 
         Args:
-            connection: One of :attr:`engine`'s database, in a transaction.
+            connection: A connection to :attr:`engine`'s database, in a transaction.
 
         Raises:
-            ConfigurationError: It is a connection to another kind of database.
-            SchemaError: The table is not there; by the verbs, too, where the connection leads to a database that lacks it.
+            ConfigurationError: The connection is to another kind of database.
+            SchemaError: The table is missing. Verbs raise it too if the connection's database lacks the table.
         """
         ...
 
     def recorded(self, keys: Sequence[MessageKey]) -> Mapping[MessageKey, str]:
-        """Return which of these messages have a row now, in any status, and the Celery task id that each was recorded under.
+        """Return which of these messages have a row now, in any status, with the Celery task id each was recorded under.
 
         Args:
-            keys: The messages; an empty list asks nothing.
+            keys: The messages; an empty list runs no query.
 
         Atomicity: one statement for some hundreds of rows.
         """
         ...
 
     def transaction_status(self, connection: Connection) -> TransactionStatus:
-        """Return how a connection's transaction stands in the database, as its driver heard last. Asks the database nothing."""
+        """Return the transaction's status as the driver last heard it, without a query."""
         ...
 
     def gave_way(self, error: BaseException) -> bool:
-        """Return whether a transaction that met an error took no effect, and may if all of it is done again.
+        """Return whether a transaction with this error took no effect, and may succeed if all of it is repeated.
 
-        So it is after a deadlock, a serialization failure or a lock that was waited for in vain; after a connection that broke,
-        unless it broke while the transaction was being committed; and when the database takes nothing for now, as while it is read-only.
+        True after a deadlock, a serialization failure or a lock wait timeout; after the connection broke, unless during the commit;
+        and while the database takes no writes, as when it is read-only.
         """
         ...
 
     def collided(self, error: BaseException) -> bool:
-        """Return whether it did so in favour of another transaction: a deadlock, a serialization failure, a lock that was waited for in vain."""
+        """Return whether it gave way to another transaction: a deadlock, a serialization failure or a lock wait timeout."""
         ...

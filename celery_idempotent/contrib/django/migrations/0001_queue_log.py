@@ -1,4 +1,4 @@
-"""Make the table of the queue log, in the database that ``CELERY_IDEMPOTENT_STORE`` names."""
+"""Create the queue log's table, in the database that ``CELERY_IDEMPOTENT_STORE`` names."""
 
 from __future__ import annotations
 

@@ -14,13 +14,13 @@ __all__ = ["Command"]
 
 
 class Command(BaseCommand):
-    """Hands its arguments on."""
+    """Pass the arguments on."""
 
     help = "See, set up and mend the queue log: manage.py idempotent --help"
     requires_system_checks: list[str] = []  # noqa: RUF012 - Django's
 
     def run_from_argv(self, argv: list[str]) -> None:
-        """Run it with the arguments as they are, and exit."""
+        """Run with the arguments unparsed, and exit."""
         self.handle(*argv[2:])
 
     def handle(self, *arguments: str, **options: Any) -> None:
