@@ -429,7 +429,7 @@ class TestADamagedRow:
         assert again.duplicate
         assert again.get() is None
         assert runs == ["o-1"], "what is damaged is the result, not the fact that it ran"
-        assert "cannot be read" in caplog.text
+        assert "cannot read" in caplog.text
 
 
 def _noting(runs: list[str]) -> Callable[[str], str]:

@@ -37,8 +37,8 @@ def test_publish_fails_after_the_id_was_taken(guarded: SharedWorker, open_app: O
     with pytest.raises(EncodeError):
         guarded.task("once").apply_async((key, Unsent()), message_id=key)
 
-    assert guarded.row("order", f"order:{key}") is None
-    assert guarded.row("once", key) is None
+    assert guarded.find("order", f"order:{key}") is None
+    assert guarded.find("once", key) is None
     first, second = guarded.task("order").delay(key), guarded.task("once").apply_async((key,), message_id=key)
     assert (first.duplicate, second.duplicate) == (False, False)
     assert all(result.get(timeout=60) for result in (first, second))

@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+import django
+
 HERE = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("SHOP_DATA", HERE / "data"))
 
@@ -50,6 +52,9 @@ DATABASES = {
     if "SHOP_DATABASE" in os.environ
     else {"ENGINE": "django.db.backends.sqlite3", "NAME": DATA / "shop.db", "OPTIONS": {"timeout": 30}}
 }
+if "SHOP_DATABASE" not in os.environ and django.VERSION >= (5, 1):
+    # Web server and workers write at once: a transaction that reads first must not find out later that another one has written.
+    DATABASES["default"]["OPTIONS"] |= {"transaction_mode": "IMMEDIATE", "init_command": "PRAGMA journal_mode = WAL"}
 
 CELERY_BROKER_URL = os.environ.get("SHOP_BROKER", "filesystem://")
 CELERY_BROKER_TRANSPORT_OPTIONS = (

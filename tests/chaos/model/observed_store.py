@@ -39,6 +39,8 @@ class ObservedStore:
 
     def __getattr__(self, name: str) -> Any:
         verb = getattr(self._store, name)
+        if not hasattr(Store, name):  # what only some stores have
+            return verb
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             self._gate()

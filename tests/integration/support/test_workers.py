@@ -123,8 +123,8 @@ def test_a_paused_worker_does_nothing_until_it_is_resumed(
     app = open_app(plain)
     worker = start_worker(plain, pool="prefork")
     worker.pause()
-    statuses = {process.status() for process in (psutil.Process(worker.pid), *worker.children())}
-    assert statuses == {psutil.STATUS_STOPPED}
+    processes = (psutil.Process(worker.pid), *worker.children())
+    wait_until(lambda: {each.status() for each in processes} == {psutil.STATUS_STOPPED}, describe="the pause")
     result = app.tasks["echo"].delay(1)
 
     worker.resume()

@@ -158,7 +158,7 @@ def test_a_silent_store_leaves_claims_without_tokens(
     (claim,) = ask(app, worker)
     assert (claim["message_id"], claim["token"]) == ("m-1", None)
     assert 0 < claim["lease_left"] <= 60
-    worker.wait_for_log("told without their tokens")
+    worker.wait_for_log("listed without tokens")
 
 
 def test_the_command_is_listed() -> None:

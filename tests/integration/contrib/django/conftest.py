@@ -61,12 +61,12 @@ class Project:
         assert (done.returncode != 0) is fails, done.stdout[-6000:]
         return done.stdout
 
-    def shell(self, code: str, *, killed: bool = False, **environment: str) -> str:
+    def shell(self, code: str, *arguments: str, killed: bool = False) -> str:
         """Run code in a process of the project's; what it printed. ``killed``: it kills itself."""
         done = subprocess.run(
-            [PYTHON, "-c", f"import django; django.setup()\n{code}"],
+            [PYTHON, "-c", f"import django; django.setup()\n{code}", *arguments],
             cwd=SHOP,
-            env={**self.environment, **environment},
+            env=self.environment,
             capture_output=True,
             text=True,
             check=False,
