@@ -39,6 +39,7 @@ __all__ = [
     "PUBLISH_WITHIN",
     "Outbox",
     "OutgoingCall",
+    "block_outbox",
     "current_outbox",
     "innermost",
     "surrounding_outbox",
@@ -87,15 +88,19 @@ def innermost() -> _Block | None:
     return block
 
 
+def block_outbox(queue_log: QueueLog) -> Outbox | None:
+    """Return the outbox of the innermost ``with outbox(...)`` or atomic body that has not ended, if it is one of the same queue log."""
+    block = innermost()
+    box = None if block is None else block.box
+    return box if box is not None and box.takes(queue_log) else None
+
+
 def current_outbox(queue_log: QueueLog) -> Outbox | None:
     """Return the outbox that takes a call in this thread or asyncio task; ``None`` to send it at once.
 
-    That is the innermost ``with outbox(...)`` or atomic body that has not ended, if it is one of the same queue log; otherwise the
-    framework's transaction.
+    That is the outbox of the block around it; otherwise that of the framework's transaction.
     """
-    block = innermost()
-    box = None if block is None else block.box
-    return box if box is not None and box.takes(queue_log) else surrounding_outbox(queue_log)
+    return block_outbox(queue_log) or surrounding_outbox(queue_log)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from celery_idempotent.message.canvas_ids import is_guarded
 from celery_idempotent.message.header import Header, later_call
 from celery_idempotent.message.identity import FANOUT, type_of_exchange
 from celery_idempotent.message.serialization import encode_message, serializer_of
-from celery_idempotent.producer.box import current_outbox
+from celery_idempotent.producer.box import block_outbox
 from celery_idempotent.producer.broadcast import end_broadcast
 from celery_idempotent.producer.call_options import delay_of
 from celery_idempotent.producer.guarded import current_run
@@ -82,7 +82,7 @@ class _PublishHook:
         task = self.app._tasks.get(sender)  # noqa: SLF001
         if headers is None or properties is None or Header.read(headers) is not None:
             return
-        if current_outbox(self._queue_log) is not None and _publishes(self.app, declare):
+        if block_outbox(self._queue_log) is not None and _publishes(self.app, declare):
             logger.warning(
                 "%s is published at once although in an outbox, since it is not an IdempotentTask or is called by its name: "
                 "a rollback does not undo that",

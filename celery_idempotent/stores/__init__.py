@@ -15,6 +15,7 @@ __all__ = ["open_store"]
 #: The group of entry points by which a package offers a store: named as the URL's scheme, called with the URL and ``table=``.
 STORES = "celery_idempotent.stores"
 
+_OF_SQL = {"postgres", "postgresql", "mysql", "mariadb", "sqlite"}
 _OF_REDIS = {"redis", "rediss", "redis+socket", "unix", "sentinel", "redis+cluster", "rediss+cluster"}
 
 
@@ -32,14 +33,15 @@ def open_store(url: str | URL, *, table: str = "queue_log") -> Store:
         ConfigurationError: The URL is not valid, names no kind of store there is, or its driver is not installed.
     """
     # On first use: SQLAlchemy takes a while to import, and a producer's module may only want to declare its tasks.
-    if isinstance(url, str) and url.partition("://")[0] in _OF_REDIS:
+    scheme = url.partition("://")[0] if isinstance(url, str) else url.drivername
+    if scheme in _OF_REDIS and isinstance(url, str):
         from celery_idempotent.stores.redis import RedisStore
 
         return RedisStore(url, table=table)
-    scheme = url.partition("://")[0] if isinstance(url, str) else ""
-    for found in entry_points(group=STORES, name=scheme):
-        store: Store = found.load()(url, table=table)
-        return store
+    if scheme.partition("+")[0] not in _OF_SQL:  # to look among all installed packages takes milliseconds
+        for found in entry_points(group=STORES, name=scheme):
+            store: Store = found.load()(url, table=table)
+            return store
     from celery_idempotent.stores.sql import SQLStore
 
     return SQLStore(url, table=table)
