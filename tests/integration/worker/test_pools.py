@@ -94,5 +94,5 @@ def test_eventlet_is_refused_by_name(spec: AppSpec, start_worker: StartWorker) -
 
     wait_until(lambda: not worker.is_alive, describe="the end of the worker")
     assert worker.exit_status != 0
-    assert "ConfigurationError: celery-idempotent does not run in the eventlet pool" in worker.log_tail()
+    assert "the worker does not start: celery-idempotent does not run in the eventlet pool" in worker.log_tail()
     assert "--pool=gevent or --pool=threads" in worker.log_tail()
