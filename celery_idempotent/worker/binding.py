@@ -18,7 +18,8 @@ from celery.exceptions import Ignore
 from celery.utils.imports import symbol_by_name
 
 from celery_idempotent.errors import ConfigurationError
-from celery_idempotent.worker.admission import admit, come_again
+from celery_idempotent.worker.admission import admit
+from celery_idempotent.worker.come_again import come_again
 from celery_idempotent.worker.handlers import inherited
 from celery_idempotent.worker.perform import perform
 from celery_idempotent.worker.run import Passage, Run

@@ -81,6 +81,8 @@ def test_a_fault_of_the_store_is_found(faulty: type[SQLStore]) -> None:
 @pytest.mark.timeout(0 if ASKED else 120)
 @pytest.mark.parametrize("fault", [*DECISIONS, *(RARE_DECISIONS if ASKED else ())])
 def test_a_fault_of_the_decision_is_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("celery_idempotent.worker.admission.decide_delivery", {**DECISIONS, **RARE_DECISIONS}[fault])
+    monkeypatch.setattr(
+        "celery_idempotent.worker.apply_decision.decide_delivery", {**DECISIONS, **RARE_DECISIONS}[fault]
+    )
     with models(open_store("sqlite://")) as begin, pytest.raises(BrokenInvariantError):
         run_state_machine_as_test(begin, settings=profile(ASKED or 300, explain=False))
