@@ -19,6 +19,7 @@ from celery_idempotent.message.identity import type_of_exchange
 from celery_idempotent.message.serialization import content_of
 from celery_idempotent.options import Options, refuse_misspelt, refuse_misspelt_call
 from celery_idempotent.producer.answers import answer_of
+from celery_idempotent.producer.awaited import AwaitedCalls
 from celery_idempotent.producer.call_options import expiring_in_workers
 from celery_idempotent.producer.identify import identify
 from celery_idempotent.producer.send import is_unrecorded, send
@@ -81,7 +82,7 @@ class _InTheBody(Generic[T]):
         )
 
 
-class IdempotentTask(Task):  # type: ignore[misc]
+class IdempotentTask(AwaitedCalls, Task):  # type: ignore[misc]
     """A Celery task that takes effect once per message.
 
     Use it as ``base=IdempotentTask``, or subclass it. The options below are class attributes or arguments of the decorator. Each

@@ -199,6 +199,10 @@ class Outbox:
         """Record a call; return its result."""
         return sending.record_in(self.that_commits())
 
+    async def awaited(self, call: Callable[[], AsyncResult[Any]]) -> AsyncResult[Any]:
+        """Make a call that is recorded here, for a coroutine: in its thread, because other threads may not use its transaction."""
+        return call()
+
     def takes(self, queue_log: QueueLog) -> bool:  # noqa: ARG002 - for atomic bodies
         """Return whether calls of this queue log are recorded here; otherwise they are sent at once."""
         return True

@@ -24,7 +24,8 @@ def open_store(url: str | URL, *, table: str = "queue_log") -> Store:
 
     Args:
         url: ``postgresql://``, ``mysql://``, ``mariadb://`` or ``sqlite://``, as SQLAlchemy writes them; without a driver
-            psycopg and PyMySQL are meant. ``postgres://`` is understood. Or ``redis://``, ``rediss://`` (TLS),
+            psycopg and PyMySQL are meant. With an asynchronous driver (``postgresql+asyncpg://``), an installed synchronous one is used in its
+            place. ``postgres://`` is understood. Or ``redis://``, ``rediss://`` (TLS),
             ``redis+socket://``, ``sentinel://`` or ``redis+cluster://``. Or SQLAlchemy's ``URL``. In a Django project ``django://``
             and an alias. Or a scheme for which a package has an entry point in the group ``celery_idempotent.stores``.
         table: The table's name, or ``schema.name``; in Redis, what all keys begin with.

@@ -251,7 +251,6 @@ def test_an_argument_that_cannot_be_sent(app: Celery, argument: object, error: t
         ("no url", "idempotent_store"),
         ("oracle://scott:tiger@db/x", "redis://host"),
         ("redis://:tiger@localhost/queue", "by its number"),
-        ("postgresql+asyncpg://u:tiger@localhost/x", "asyncpg:// is an asyncio driver"),
         ("postgresql+psycopg2://u:tiger@localhost/x", "run: pip install psycopg2"),
         ("mysql+mysqldb://u:tiger@localhost/x", "run: pip install mysqlclient"),
         ("postgresql://u:tiger@localhost:port/x", "postgresql://user:password@host/database"),

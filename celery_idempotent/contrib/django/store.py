@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any, ClassVar, TypeVar
 from weakref import WeakKeyDictionary
 
+from asgiref.sync import sync_to_async
 from django.db import Error
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
@@ -64,6 +65,10 @@ class DjangoStore(SQLStore):
         wrapper = self._alias.wrapper
         within = any(not getattr(block, "_from_testcase", False) for block in wrapper.atomic_blocks)
         return _Block(wrapper, self._shared) if within else None
+
+    async def off_the_loop(self, work: Callable[[], T]) -> T:
+        """Run a function for a coroutine, in the thread that has Django's connections."""
+        return await sync_to_async(work, thread_sensitive=True)()
 
     def watch(self, connection: Connection, note: Callable[[BaseException], None]) -> None:  # noqa: ARG002
         wrapper = self._alias.wrapper

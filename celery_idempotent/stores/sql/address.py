@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
-from sqlalchemy import URL, make_url
+from sqlalchemy import URL, Engine, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
 from celery_idempotent.errors import ConfigurationError
 
-__all__ = ["masked", "parse", "refuse_driver"]
+__all__ = ["masked", "parse", "refuse_asynchronous", "refuse_driver"]
 
 #: What a URL without a driver means.
 _DRIVERS = {
@@ -18,6 +19,33 @@ _DRIVERS = {
     "mysql": "mysql+pymysql",
     "mariadb": "mariadb+pymysql",
     "sqlite": "sqlite",
+}
+#: The drivers to take in place of an asynchronous one, the preferred first.
+_SYNCHRONOUS = {
+    "postgresql": ("postgresql+psycopg", "postgresql+psycopg2"),
+    "mysql": ("mysql+pymysql", "mysql+mysqldb"),
+    "mariadb": ("mariadb+pymysql", "mariadb+mysqldb"),
+    "sqlite": ("sqlite",),
+}
+#: Options that only asynchronous drivers know, and those that have another name in the driver taken instead; ``None`` to leave them out.
+_RENAMED: dict[str, dict[str, str | None]] = {
+    "postgresql": {
+        "ssl": "sslmode",
+        "timeout": "connect_timeout",
+        **dict.fromkeys(
+            (
+                "async_fallback",
+                "command_timeout",
+                "direct_tls",
+                "max_cacheable_statement_size",
+                "max_cached_statement_lifetime",
+            )
+        ),
+        **dict.fromkeys(("prepared_statement_cache_size", "prepared_statement_name_func", "statement_cache_size")),
+    },
+    "mysql": {"async_fallback": None},
+    "mariadb": {"async_fallback": None},
+    "sqlite": {"async_fallback": None},
 }
 #: Where a driver's package has another name than SQLAlchemy has for the driver.
 _PACKAGES = {"mysqldb": "mysqlclient", "mysqlconnector": "mysql-connector-python", "mariadbconnector": "mariadb"}
@@ -58,6 +86,7 @@ def parse(text: str | URL) -> URL:
         raise ConfigurationError(f"the store's URL begins with {scheme}://, which is not known; {_EXAMPLE}")
     url = url.set(drivername=_DRIVERS.get(scheme, scheme))
     refuse_driver(url.get_driver_name())
+    url = _synchronous(url)
     _require_driver(url)
     if of_pool := sorted(_OF_POOLS & url.query.keys()):
         raise ConfigurationError(
@@ -65,6 +94,19 @@ def parse(text: str | URL) -> URL:
             f"an engine: QueueLog(app, store=SQLStore(create_engine(url, {of_pool[0]}=...)))"
         )
     return _with_tls(url)
+
+
+def refuse_asynchronous(engine: object) -> None:
+    """Refuse an asynchronous engine, or its synchronous side.
+
+    Raises:
+        ConfigurationError: It is one.
+    """
+    if hasattr(engine, "sync_engine") or (isinstance(engine, Engine) and engine.dialect.is_async):
+        raise ConfigurationError(
+            "the store's own connections are synchronous, and cannot be made by an asynchronous engine: give its URL, SQLStore(engine.url), "
+            "or an engine of create_engine()"
+        )
 
 
 def refuse_driver(name: str) -> None:
@@ -116,15 +158,51 @@ def masked(url: URL) -> str:
     return url.set(query={}).render_as_string(hide_password=True)
 
 
+def _synchronous(url: URL) -> URL:
+    """Replace an asynchronous driver by an installed synchronous one, since the store's own connections wait in threads.
+
+    Raises:
+        ConfigurationError: None is installed.
+    """
+    try:
+        if not url.get_dialect().is_async:
+            return url
+    except NoSuchModuleError:
+        return url
+    backend = url.get_backend_name()
+    named = url.drivername
+    for drivername in _SYNCHRONOUS[backend]:
+        url = url.set(drivername=drivername)
+        if _is_installed(url):
+            return _with_other_names(url, _RENAMED[backend])
+    raise ConfigurationError(
+        f"the store's URL begins with {named}://, and the store also needs a synchronous driver for its own connections: "
+        f"pip install 'celery-idempotent[{_EXTRAS[backend]}]' (or use {' or '.join(_packages(backend))})"
+    )
+
+
+def _packages(backend: str) -> list[str]:
+    drivers = [drivername.partition("+")[2] for drivername in _SYNCHRONOUS[backend]]
+    return [_PACKAGES.get(driver, driver) for driver in drivers]
+
+
+def _is_installed(url: URL) -> bool:
+    try:
+        url.get_dialect().import_dbapi()
+    except ImportError:
+        return False
+    return True
+
+
+def _with_other_names(url: URL, names: Mapping[str, str | None]) -> URL:
+    query = {names.get(name, name): value for name, value in url.query.items()}
+    return url.set(query={name: value for name, value in query.items() if name is not None})
+
+
 def _require_driver(url: URL) -> None:
     backend, _, driver = url.drivername.partition("+")
     try:
-        dialect = url.get_dialect()
-        if dialect.is_async:
-            raise ConfigurationError(
-                f"{url.drivername}:// is an asyncio driver, and Celery's workers are not asyncio; use {_DRIVERS[backend]}://"
-            )
-        dialect.import_dbapi()
+        url.get_dialect().import_dbapi()
     except NoSuchModuleError:
         raise ConfigurationError(
             f"the store's URL begins with {url.drivername}://, whose driver is not known"

@@ -13,7 +13,7 @@ from sqlalchemy import URL, Connection, Engine, MetaData
 from celery_idempotent.core.records import Change
 from celery_idempotent.core.store import TransactionStatus
 from celery_idempotent.stores.sql import schema
-from celery_idempotent.stores.sql.address import parse, refuse_driver
+from celery_idempotent.stores.sql.address import parse, refuse_asynchronous, refuse_driver
 from celery_idempotent.stores.sql.admin import Admin
 from celery_idempotent.stores.sql.claims import Claims
 from celery_idempotent.stores.sql.connection import Database
@@ -40,7 +40,7 @@ class SQLStore(Recording, Claims, Transitions, Recovering, Reading, Admin):
     process connects for itself. Before a process's first verb the table is looked at; on SQLite it is made if missing.
 
     Args:
-        url_or_engine: A URL, as for :func:`~celery_idempotent.stores.open_store`; or a SQLAlchemy engine of yours, which
+        url_or_engine: A URL, as for :func:`~celery_idempotent.stores.open_store`; or a synchronous SQLAlchemy engine of yours, which
             stays yours: it is never disposed of, except that after a fork its inherited pool is dropped (unclosed, by
             ``dispose(close=False)``). Atomic bodies run on its connections. The store's own statements run on others, which are made as it
             makes its own, by its creator and with its ``connect`` listeners, in a pool of the same size; they are closed with the store, and when the
@@ -49,12 +49,13 @@ class SQLStore(Recording, Claims, Transitions, Recovering, Reading, Admin):
         table: The table's name, or ``schema.name``.
 
     Raises:
-        ConfigurationError: The URL is not valid, its driver is missing, or the database is of another kind.
+        ConfigurationError: The URL is not valid, its driver is missing, the engine is asynchronous, or the database is of another kind.
 
     An in-memory SQLite database (``sqlite://``) lives and dies with its process and with :meth:`close`.
     """
 
     def __init__(self, url_or_engine: str | URL | Engine, *, table: str = "queue_log") -> None:
+        refuse_asynchronous(url_or_engine)
         target = url_or_engine if isinstance(url_or_engine, Engine) else parse(url_or_engine)
         if isinstance(target, Engine):
             refuse_driver(target.dialect.driver)

@@ -8,10 +8,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import sqlalchemy as sa
 from celery import Celery
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from celery_idempotent import QueueLog
 from celery_idempotent.core.records import Duplicate, MessageKey
@@ -42,10 +44,45 @@ from tests.support.servers import PrivatePgBouncer, PrivatePostgreSQL
         ("mysql://u@h/d?ssl=true", "mysql+pymysql://u@h/d?ssl_verify_cert=false"),
         ("mysql://u@h/d?ssl=1&ssl_ca=/ca.pem", "mysql+pymysql://u@h/d?ssl_ca=%2Fca.pem"),
         ("mysql://u@h/d?ssl=false", "mysql+pymysql://u@h/d?ssl_disabled=true"),
+        ("postgresql+asyncpg://u:p@h/d", "postgresql+psycopg://u:p@h/d"),
+        ("postgres+asyncpg://h1,h2/d?ssl=require", "postgresql+psycopg:///d?host=h1&host=h2&sslmode=require"),
+        (
+            "postgresql+asyncpg://u@h/d?timeout=3&prepared_statement_cache_size=0&application_name=x",
+            "postgresql+psycopg://u@h/d?application_name=x&connect_timeout=3",
+        ),
+        ("postgresql+psycopg_async://u@h/d", "postgresql+psycopg://u@h/d"),
+        ("mysql+asyncmy://u@h/d?charset=utf8mb4", "mysql+pymysql://u@h/d?charset=utf8mb4"),
+        ("mysql+aiomysql://u@h/d?ssl=true", "mysql+pymysql://u@h/d?ssl_verify_cert=false"),
+        ("mariadb+asyncmy://u@h/d", "mariadb+pymysql://u@h/d"),
+        ("sqlite+aiosqlite:///queue_log.db?timeout=3", "sqlite:///queue_log.db?timeout=3"),
     ],
 )
 def test_short_forms_are_written_out(short: str, long: str) -> None:
     assert parse(short).render_as_string(hide_password=False) == long
+
+
+def test_an_asynchronous_driver_is_replaced_by_the_one_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the asynchronous driver is not installed: a worker needs only the other."""
+    monkeypatch.setitem(sys.modules, "asyncpg", None)
+    assert parse("postgresql+asyncpg://u@h/d").drivername == "postgresql+psycopg"
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    monkeypatch.setitem(sys.modules, "pymysql", None)
+    monkeypatch.setitem(sys.modules, "psycopg2", ModuleType("psycopg2"))
+    assert parse("postgresql+asyncpg://u@h/d").drivername == "postgresql+psycopg2"
+    monkeypatch.setitem(sys.modules, "psycopg2", None)
+    monkeypatch.setitem(sys.modules, "MySQLdb", None)
+    with pytest.raises(ConfigurationError, match=r"celery-idempotent\[postgresql\]' \(or use psycopg or psycopg2\)"):
+        parse("postgresql+asyncpg://u:s3cret@h/d")
+    with pytest.raises(ConfigurationError, match=r"celery-idempotent\[mysql\]' \(or use pymysql or mysqlclient\)"):
+        parse("mysql+asyncmy://u:s3cret@h/d")
+
+
+def test_an_asynchronous_engine_is_refused_with_the_way_to_do_it() -> None:
+    engine = create_async_engine("sqlite+aiosqlite:///queue_log.db")
+    for given in (engine, engine.sync_engine):
+        with pytest.raises(ConfigurationError, match=r"SQLStore\(engine.url\)"):
+            SQLStore(given)  # type: ignore[arg-type]
+    assert "sqlite:///queue_log.db" in repr(SQLStore(engine.url))
 
 
 @pytest.mark.parametrize(
@@ -57,7 +94,6 @@ def test_short_forms_are_written_out(short: str, long: str) -> None:
         ("oracle://u:s3cret@h/d", "begins with oracle://, which is not known"),
         ("mongodb://u:s3cret@h/d", "begins with mongodb://, which is not known"),
         ("postgresql+nosuch://u:s3cret@h/d", "whose driver is not known"),
-        ("sqlite+aiosqlite:///s3cret.db", "is not installed|asyncio driver"),
         ("postgresql+pg8000://u:s3cret@h/d", "cannot use the driver pg8000.*use postgresql://"),
         ("mysql://u:s3cret@h1:1,h2:2/d", "several hosts.*name one"),
         ("mysql://u:s3cret@h/d?ssl=s3cret", "ssl in the store's URL is true or false.*ssl_ca="),

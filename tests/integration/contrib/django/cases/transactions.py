@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from functools import partial
 from typing import Any
 from unittest import mock
 
+from asgiref.sync import async_to_sync, sync_to_async
 from celery.contrib.django.task import DjangoTask
 from celery.signals import before_task_publish
 from django.db import DatabaseError, connection, transaction
@@ -146,6 +148,36 @@ class TransactionsTest(TransactionTestCase):
         with transaction.atomic():
             confirm.delay("1")
         self.assertEqual(self.events, ["confirm:1"])
+
+    def test_a_coroutine_in_a_block_calls_in_its_transaction(self) -> None:
+        async def call(number: str) -> bool:
+            return bool((await confirm.adelay(number)).duplicate)
+
+        with self.assertRaises(RefusedError), transaction.atomic():
+            self.assertEqual([async_to_sync(call)("1"), async_to_sync(call)("1")], [False, True])
+            self.assertEqual((self.events, self.ids()), ([], {"confirm:1"}))
+            raise RefusedError
+        self.assertEqual((self.events, self.ids()), ([], set()))
+        with transaction.atomic():
+            async_to_sync(call)("2")
+            self.assertEqual(self.events, [])
+        self.assertEqual(self.events, ["confirm:2"])
+
+    async def test_an_async_view_calls_by_djangos_thread(self) -> None:
+        first = await confirm.adelay("1")
+        again, _ = await asyncio.gather(confirm.adelay("1"), confirm.adelay("2"))
+        self.assertEqual((again.duplicate, again.id), (True, first.id))
+        self.assertEqual(sorted(self.events), ["confirm:1", "confirm:2"])
+
+        @sync_to_async
+        def place() -> None:
+            with transaction.atomic():
+                async_to_sync(confirm.adelay)("3")
+                raise RefusedError
+
+        with self.assertRaises(RefusedError):
+            await place()
+        self.assertEqual(sorted(self.events), ["confirm:1", "confirm:2"])
 
     def test_without_the_outbox_a_call_is_sent_at_once(self) -> None:
         if connection.vendor == "sqlite":
