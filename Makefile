@@ -70,8 +70,8 @@ coverage: .venv/installed  ## what unit tests, the contract and a part of tests/
 test-versions: .venv/installed  ## the tests on other versions, in environments of their own; CELERY=5.6 ON=3.12 ARGS=; hours
 	@$(DEV)/python -m tests.support.versions $(if $(CELERY),--celery $(CELERY)) $(if $(ON),--python $(ON)) -n $(WORKERS) --dist loadgroup $(ARGS)
 
-test-django: .venv/installed  ## the Django app on Django 4.2 to 6.1, with each driver, in environments of their own; ARGS=
-	@$(DEV)/python -m tests.support.django_matrix -n 2 tests/integration/contrib/django $(ARGS)
+test-django: .venv/installed  ## the Django app on Django 4.2 to 6.1, with each driver, in environments of their own; DJANGO=6.0 ARGS=
+	@$(DEV)/python -m tests.support.django_matrix $(if $(DJANGO),--django $(DJANGO)) -n 2 tests/integration/contrib/django $(ARGS)
 
 # The runs whose figures docs/explanation/chaos.md has; SEED, TASKS and KILLS are for each of them.
 CHAOS = $(if $(SEED),--seed $(SEED)) $(if $(TASKS),--tasks $(TASKS)) $(if $(KILLS),--kills $(KILLS))

@@ -61,6 +61,8 @@ class CheckStep(Step):  # type: ignore[misc]
         for task in parent.app.tasks.values():
             if is_guarded(task) and task.idempotency.atomic:
                 transactional(queue_log.store)
+        if (check_worker := getattr(queue_log.store, "check_worker", None)) is not None:
+            check_worker()
         try:
             queue_log.store.check()
         except AccessDeniedError:

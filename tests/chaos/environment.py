@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import redis
 from celery import Celery
 
 from tests.chaos.effects_db import EffectsDB
+from tests.chaos.orm import SETTINGS, VARIABLE
 from tests.chaos.plan import LEASE, Plan
 from tests.chaos.sender import Orders, Sent, journal
 from tests.chaos.tasks import ASIDE, EFFECTS_DB, GEVENT
@@ -90,7 +91,13 @@ STORES: dict[str, type[PrivateServer]] = {
     "pgbouncer": _PooledPostgreSQL,
     "mariadb": PrivateMariaDB,
     "redis": _LogRedis,
+    "django-postgresql": PrivatePostgreSQL,
+    "django-mariadb": PrivateMariaDB,
 }
+
+#: How the names of those places begin where workers and senders are processes of a Django project, whose queue log is ``django://default``.
+DJANGO = "django-"
+
 BROKERS: dict[str, type[PrivateServer]] = {"redis": PrivateRedis, "rabbitmq": PrivateRabbitMQ}
 
 #: Workers, and processes of each.
@@ -129,8 +136,8 @@ class Environment:
     """Servers, workers and a sender.
 
     Attributes:
-        spec: What the workers' and the sender's app is made of.
-        app: The same app, in this process.
+        spec: What the app is made of.
+        app: The app, in this process, which is never one of Django's.
         store, broker, backend: The servers. The backend is left alone.
         transactions: Whether the store has any that are its users' too.
         effects_db: What they wrote.
@@ -140,7 +147,14 @@ class Environment:
     """
 
     def __init__(
-        self, directory: Path, variant: Variant, store: PrivateServer, broker: PrivateServer, backend: PrivateServer
+        self,
+        directory: Path,
+        variant: Variant,
+        store: PrivateServer,
+        broker: PrivateServer,
+        backend: PrivateServer,
+        *,
+        django: bool = False,
     ) -> None:
         self.directory, self.variant = directory, variant
         self.store, self.broker, self.backend = store, broker, backend
@@ -181,6 +195,10 @@ class Environment:
                 **({} if on_redis else {"task_default_queue_type": "quorum", "task_default_exchange_type": "topic"}),
             },
         )
+        theirs = {SETTINGS[0]: SETTINGS[1], VARIABLE: store.url} if django else {}
+        spec = replace(self.spec, store="django://default") if django else self.spec
+        #: The environment of workers and senders.
+        self.of_processes = {**spec.environment(), **theirs, Variant.VARIABLE: variant.name}
         self.ledger = Ledger(self.spec.ledger)
         self.effects_db = EffectsDB(effects_db)
         self.app: Celery = self.spec.build()
@@ -200,7 +218,7 @@ class Environment:
         green = pool == "gevent"
         worker = WorkerProcess(
             self.directory,
-            {**self.spec.environment(), Variant.VARIABLE: self.variant.name},
+            self.of_processes,
             pool=pool,
             concurrency=GREENLETS if green else CONCURRENCY,
             queues=[GEVENT] if green else [QUEUE, ASIDE],
@@ -257,9 +275,8 @@ class Environment:
                 cwd=ROOT,
                 env={
                     **os.environ,
-                    **self.spec.environment(),
+                    **self.of_processes,
                     **self.orders.environment(),
-                    Variant.VARIABLE: self.variant.name,
                 },
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -347,7 +364,7 @@ def open_environment(directory: Path, *, variant: Variant, store: str, broker: s
     """
     with ExitStack() as stack:
         opened: list[Any] = [stack.enter_context(make()) for make in (STORES[store], BROKERS[broker], PrivateRedis)]
-        environment = Environment(directory, variant, *opened)
+        environment = Environment(directory, variant, *opened, django=store.startswith(DJANGO))
         stack.callback(environment.close)
         if variant.guarded:
             environment.app.queue_log.init()

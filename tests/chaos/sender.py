@@ -17,12 +17,14 @@ from typing import Any, Self
 
 from celery import Celery
 from celery.result import AsyncResult, GroupResult, ResultBase
+from django.db import Error as DjangoError
 from kombu.exceptions import OperationalError
 from sqlalchemy import select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from celery_idempotent import StoreError, outbox
+from tests.chaos import orm
 from tests.chaos.effects_db import EffectsDB, Order
 from tests.chaos.plan import Sending, make_plan
 from tests.chaos.tasks import EFFECTS_DB, call_by_name, signature
@@ -144,12 +146,16 @@ def _send(app: Celery, effects_db: EffectsDB, sending: Sending) -> tuple[list[tu
     while calls:
         try:
             if sending.kind == "outbox":
-                result = _order(app, effects_db, sending, again=calls < 2 and sending.again)
+                again = calls < 2 and sending.again
+                if orm.is_used():
+                    result = _order_in_django(app, sending, again=again)
+                else:
+                    result = _order(app, effects_db, sending, again=again)
             elif sending.kind == "by_name" or (calls < 2 and sending.copied_by_name):
                 result = call_by_name(app, sending)
             else:
                 result = signature(app, sending).apply_async()
-        except (OperationalError, StoreError, DBAPIError, OSError, _InDoubtError) as error:
+        except (OperationalError, StoreError, DBAPIError, DjangoError, OSError, _InDoubtError) as error:
             errors += 1
             doubts += isinstance(error, _InDoubtError)
             if doubts > DOUBTS:
@@ -205,6 +211,34 @@ def _order(app: Celery, effects_db: EffectsDB, sending: Sending, *, again: bool)
             session.rollback()
         session.commit()
         return result
+
+
+def _order_in_django(app: Celery, sending: Sending, *, again: bool) -> Any:
+    """Do the same by Django's ORM, inside of ``transaction.atomic()``."""
+    from django.db import close_old_connections, transaction
+
+    from tests.chaos.orm.models import Order as Ordered
+
+    close_old_connections()  # as between two requests
+    with transaction.atomic():
+        sent = Ordered.objects.filter(key=sending.key).values_list("sent", flat=True).first()
+        if sent is not None and not again:
+            return app.AsyncResult(sent)
+        with transaction.atomic():  # a savepoint
+            order = None if sent is not None else Ordered(key=sending.key)
+            if order is not None:
+                order.save()
+            result = signature(app, sending).apply_async()
+            if order is not None:
+                if result.duplicate:
+                    raise _InDoubtError(sending.key)
+                order.sent = result.id
+                order.save()
+            if sending.rolled_back and sending.number % 2:
+                transaction.set_rollback(True)
+        if sending.rolled_back and not sending.number % 2:
+            transaction.set_rollback(True)
+    return result
 
 
 def _order_and_then_send(app: Celery, session: Session, sending: Sending, *, new: bool) -> Any:

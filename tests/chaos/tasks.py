@@ -7,6 +7,7 @@ there: commit by itself, and then send.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
@@ -14,6 +15,7 @@ from celery import Celery, Task, chain, chord
 from celery.canvas import Signature
 from celery.result import AsyncResult
 
+from tests.chaos import orm
 from tests.chaos.effects_db import Effect, EffectsDB
 from tests.chaos.plan import TIME_LIMIT, Sending, message_id
 from tests.chaos.variants import Variant
@@ -109,27 +111,62 @@ def register(app: Celery, *, base: type[Task], ledger: Ledger) -> None:
         return run(self, key, seconds)
 
     _register_unusual(app, ledger)
-    if variant.guarded and app.conf[EFFECTS_DB] != app.conf.idempotent_store:
+    of_django = orm.is_used()
+    if not variant.guarded:
+        body_of_atomic = _commit_and_then_call(effects_db, child)
+    elif of_django:
+        body_of_atomic = _write_by_the_orm(child)
+    elif app.conf[EFFECTS_DB] == app.conf.idempotent_store:
+        body_of_atomic = _write_by_the_session(child)
+    else:
         return  # a worker refuses atomic tasks whose store has no transactions
 
     @task("atomic", **late, **variant.if_guarded(atomic=True))
     def atomic(self: Any, key: str, seconds: float) -> str:
         with noted(ledger, self, key):
-            if variant.guarded:
-                effect = Effect(key=key)
-                self.session.add(effect)
-                self.session.flush()
-                time.sleep(seconds / 2)
-                effect.sent = child.delay(f"{key}.child", 0.0).id
-                time.sleep(seconds / 2)
-            else:
-                with effects_db.session() as session:
-                    session.add(Effect(key=key))
-                    session.flush()
-                    time.sleep(seconds)
-                    session.commit()
-                child.delay(f"{key}.child", 0.0)
+            body_of_atomic(self, key, seconds)
         return key
+
+
+#: Writes an effect and calls a child; is given the task, its key and how long it takes.
+_Body = Callable[[Any, str, float], None]
+
+
+def _write_by_the_session(child: Any) -> _Body:
+    def write(task: Any, key: str, seconds: float) -> None:
+        effect = Effect(key=key)
+        task.session.add(effect)
+        task.session.flush()
+        time.sleep(seconds / 2)
+        effect.sent = child.delay(f"{key}.child", 0.0).id
+        time.sleep(seconds / 2)
+
+    return write
+
+
+def _write_by_the_orm(child: Any) -> _Body:
+    from tests.chaos.orm import models
+
+    def write(task: Any, key: str, seconds: float) -> None:
+        effect = models.Effect.objects.create(key=key)
+        time.sleep(seconds / 2)
+        effect.sent = child.delay(f"{key}.child", 0.0).id
+        effect.save()
+        time.sleep(seconds / 2)
+
+    return write
+
+
+def _commit_and_then_call(effects_db: EffectsDB, child: Any) -> _Body:
+    def write(task: Any, key: str, seconds: float) -> None:
+        with effects_db.session() as session:
+            session.add(Effect(key=key))
+            session.flush()
+            time.sleep(seconds)
+            session.commit()
+        child.delay(f"{key}.child", 0.0)
+
+    return write
 
 
 def _register_unusual(app: Celery, ledger: Ledger) -> None:

@@ -14,7 +14,7 @@ from tests.support.servers import skip_if_not_installed
 
 @pytest.mark.timeout(500)
 @pytest.mark.xdist_group("chaos")
-@pytest.mark.parametrize("store", ["postgresql", "redis"])
+@pytest.mark.parametrize("store", ["postgresql", "redis", "django-postgresql"])
 def test_a_short_run(tmp_path: Path, store: str) -> None:
     with skip_if_not_installed():
         chaos = run(tmp_path, seed=20, tasks=400, kills=10, store=store, broker="redis")

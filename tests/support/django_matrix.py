@@ -6,6 +6,7 @@ runs here. mysqlclient is compiled, for which Debian's packages ``libmariadb-dev
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -53,13 +54,18 @@ CELLS = (
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(prog="make test-django", allow_abbrev=False)
+    parser.add_argument("--django", choices=[cell.django for cell in CELLS], help="one cell; default: each")
+    options, arguments = parser.parse_known_args()
     if shutil.which("mariadb_config") is None:
         install(["libmariadb-dev", "pkg-config"])
     failed = []
     for cell in CELLS:
+        if options.django not in (None, cell.django):
+            continue
         environment = {**os.environ, "DJANGO_PYTHON": cell.environment(), "DJANGO_MYSQL": cell.mysql}
         print(f"=== {cell}", flush=True)
-        command = [sys.executable, "-m", "tests.support.servers", sys.executable, "-m", "pytest", *sys.argv[1:]]
+        command = [sys.executable, "-m", "tests.support.servers", sys.executable, "-m", "pytest", *arguments]
         if subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode:
             failed.append(str(cell))
     print(f"=== failed: {'; '.join(failed) or 'none'}", flush=True)

@@ -48,10 +48,6 @@ class MessageAdmin(admin.ModelAdmin):
     search_help_text = "Message id"
     show_full_result_count = False
 
-    def get_queryset(self, request: Any) -> Any:
-        """Return the messages from the queue log's database."""
-        return super().get_queryset(request).using(alias_of_log() or "default")
-
     def get_changelist(self, request: Any, **options: Any) -> Any:  # noqa: ARG002 - Django's signature
         """Return the class of the list."""
         return _Newest

@@ -16,5 +16,11 @@ class QueueLogConfig(AppConfig):
     default_auto_field = "django.db.models.BigAutoField"
 
     def ready(self) -> None:
-        """Register the checks."""
-        from celery_idempotent.contrib.django import checks  # noqa: F401
+        """Register the checks, hear of each connection that Django opens, and keep what Celery's task class for Django has."""
+        from celery.contrib.django.task import DjangoTask
+
+        from celery_idempotent.contrib.django import checks, connections  # noqa: F401
+        from celery_idempotent.task import IdempotentTask
+
+        for name in ("delay_on_commit", "apply_async_on_commit"):
+            setattr(IdempotentTask, name, vars(DjangoTask)[name])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 from django.core import mail
 from django.core.exceptions import ImproperlyConfigured
 from django.db import Error, connections, transaction
+from django.db.backends.signals import connection_created
 from django.utils.connection import ConnectionDoesNotExist
 from sqlalchemy import URL, Engine, NullPool, QueuePool, create_engine, event
 from sqlalchemy.exc import DisconnectionError
@@ -92,6 +95,20 @@ class Alias:
         """Return a block that sets a savepoint in Django's transaction."""
         return transaction.atomic(using=self.name)
 
+    def in_test_case(self) -> bool:
+        """Return whether this thread's connection is in a transaction that a ``TestCase`` rolls back at its end."""
+        return in_test_case(self.wrapper)
+
+    def in_test_case_elsewhere(self) -> bool:
+        """Return whether another thread's connection is in one, so that this thread cannot see what is written there."""
+        return _opened.in_test_case(self.name, but=self.wrapper)
+
+    def refuse_forbidden(self) -> None:
+        """Raise what Django, or pytest-django, raises in a test that may not use this database."""
+        if _in_tests():
+            with plainly(), self.wrapper.temporary_connection():
+                pass
+
     def _engine(self, drivername: str, creator: Any, poolclass: Any) -> Engine:
         settings = self.wrapper.settings_dict
         url = URL.create(
@@ -159,6 +176,29 @@ def in_test_case(wrapper: Any) -> bool:
 def _in_tests() -> bool:
     """Return whether Django's test environment is set up, which gives ``mail`` an outbox."""
     return hasattr(mail, "outbox")
+
+
+class _Opened:
+    """Django's connections of all threads, in tests. Django itself shows each thread only its own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._wrappers: WeakSet[Any] = WeakSet()
+
+    def add(self, connection: Any, **_: Any) -> None:
+        if _in_tests():
+            with self._lock:
+                self._wrappers.add(connection)
+
+    def in_test_case(self, alias: str, *, but: Any) -> bool:
+        with self._lock:
+            return any(
+                in_test_case(wrapper) for wrapper in self._wrappers if wrapper.alias == alias and wrapper is not but
+            )
+
+
+_opened = _Opened()
+connection_created.connect(_opened.add)
 
 
 @contextmanager

@@ -9,9 +9,16 @@ from typing import Any
 from django.db import models
 
 from celery_idempotent.contrib.django.keys import MessageKeyField
-from celery_idempotent.contrib.django.project import table_name
+from celery_idempotent.contrib.django.project import alias_of_log, table_name
 
 __all__ = ["Message"]
+
+
+class _Messages(models.Manager):
+    """Reads from the queue log's database, whatever the routers say."""
+
+    def get_queryset(self) -> Any:
+        return models.QuerySet(self.model, using=self._db or alias_of_log(), hints=self._hints)
 
 
 class Message(models.Model):
@@ -38,6 +45,8 @@ class Message(models.Model):
     duplicates = models.IntegerField()
     takeovers = models.IntegerField()
     error = models.TextField(null=True)
+
+    objects = _Messages()
 
     class Meta:
         db_table = table_name()

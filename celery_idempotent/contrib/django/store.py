@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, TypeVar
 from weakref import WeakKeyDictionary
@@ -15,7 +15,9 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
 from celery_idempotent.contrib.django.connections import Alias, in_test_case
+from celery_idempotent.core.records import Holder
 from celery_idempotent.core.store import TransactionStatus
+from celery_idempotent.errors import ConfigurationError
 from celery_idempotent.stores.sql import SQLStore
 from celery_idempotent.stores.sql.connection import Attempt, Database, Joined
 from celery_idempotent.stores.sql.dialects import Dialect
@@ -70,6 +72,14 @@ class DjangoStore(SQLStore):
         """Run a function for a coroutine, in the thread that has Django's connections."""
         return await sync_to_async(work, thread_sensitive=True)()
 
+    def check_worker(self) -> None:
+        if self._alias.in_test_case() or self._alias.in_test_case_elsewhere():
+            raise ConfigurationError(_UNSEEN)
+
+    def renew(self, holders: Sequence[Holder], *, lease: float) -> list[Holder]:
+        """Renew leases; do nothing during a ``TestCase``, whose rows the renewing thread cannot see."""
+        return [] if self._alias.in_test_case_elsewhere() else super().renew(holders, lease=lease)
+
     def watch(self, connection: Connection, note: Callable[[BaseException], None]) -> None:  # noqa: ARG002
         wrapper = self._alias.wrapper
 
@@ -104,6 +114,13 @@ class DjangoStore(SQLStore):
         return DBAPIError.instance(
             "", None, cause, driver.Error, connection_invalidated=lost, dialect=self._driven.dialect
         )
+
+
+#: Why a worker does not run during a ``TestCase``.
+_UNSEEN = (
+    "a TestCase keeps what it writes in a transaction of its own thread, so a worker or another thread cannot see its messages: "
+    "use TransactionTestCase, or CELERY_TASK_ALWAYS_EAGER"
+)
 
 
 class _Shared:
@@ -158,6 +175,9 @@ class _DjangoDatabase(Database):
     def run(self, operation: Callable[[Attempt], T], *, prepared: bool = True, patient: bool = False) -> T:
         wrapper = self._alias.wrapper
         if not in_test_case(wrapper):
+            if self._alias.in_test_case_elsewhere():
+                raise ConfigurationError(_UNSEEN)
+            self._alias.refuse_forbidden()
             return super().run(operation, prepared=prepared, patient=patient)
         with self._alias.savepoint():
             joined: Joined = self.join(self._shared.connect(wrapper))

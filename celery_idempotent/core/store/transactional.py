@@ -50,6 +50,14 @@ class TransactionalStore(Store, Protocol):
         """Return the framework's transaction that is open in this thread, if any."""
         ...
 
+    def check_worker(self) -> None:
+        """Check that a worker that starts here would see what callers record.
+
+        Raises:
+            ConfigurationError: It would not, as inside a ``TestCase`` of Django.
+        """
+        ...
+
     def watch(self, connection: Connection, note: Callable[[BaseException], None]) -> None:
         """Note errors of the framework's own statements in a transaction, until it ends.
 

@@ -97,6 +97,9 @@ class SQLStore(Recording, Claims, Transitions, Recovering, Reading, Admin):
     def surrounding(self) -> Surrounding | None:
         return None
 
+    def check_worker(self) -> None:
+        """Do nothing: a worker sees what is committed, and nothing else was recorded."""
+
     def watch(self, connection: Connection, note: Callable[[BaseException], None]) -> None:
         """Do nothing: SQLAlchemy makes every statement."""
 

@@ -95,9 +95,11 @@ def project(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Project]
     kind: str = request.param
     for folder in ("queue", "control", "results"):
         (tmp_path / folder).mkdir()
+    settings = "with_pymysql" if (kind, MYSQL) == ("mariadb", "pymysql") else "project.settings"
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith(("CELERY_", "DJANGO_"))},
-        "DJANGO_SETTINGS_MODULE": "with_pymysql" if (kind, MYSQL) == ("mariadb", "pymysql") else "project.settings",
+        "DJANGO_SETTINGS_MODULE": settings,
+        "SHOP_SETTINGS": settings,  # for the modules here that change them
         "PYTHONPATH": f"{HERE}{os.pathsep}{SHOP}",
         "SHOP_DATA": str(tmp_path),
     }

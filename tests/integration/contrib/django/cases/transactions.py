@@ -8,7 +8,6 @@ from typing import Any
 from unittest import mock
 
 from asgiref.sync import async_to_sync, sync_to_async
-from celery.contrib.django.task import DjangoTask
 from celery.signals import before_task_publish
 from django.db import DatabaseError, connection, transaction
 from django.test import TransactionTestCase
@@ -17,7 +16,7 @@ from project.celery import app
 from shop.models import Order
 from shop.tasks import confirm
 
-from celery_idempotent import IdempotentTask, outbox
+from celery_idempotent import outbox
 from celery_idempotent.contrib.django.models import Message
 from celery_idempotent.producer.relay import relay
 
@@ -121,20 +120,12 @@ class TransactionsTest(TransactionTestCase):
             )
         self.assertEqual(relay(app.queue_log).published, 1)
 
-    def test_celerys_own_task_class_waits_for_the_commit_too(self) -> None:
-        class Both(IdempotentTask, DjangoTask):
-            """With delay_on_commit."""
-
-        @app.task(base=Both, name="both", message_id="both:{number}", shared=False)
-        def both(number: str) -> None:
-            """Do nothing."""
-
-        self.addCleanup(app.tasks.pop, "both")
+    def test_celerys_own_methods_wait_for_the_commit_too(self) -> None:
         with transaction.atomic():
-            both.delay_on_commit("1")
-            both.delay_on_commit("1")
+            confirm.delay_on_commit("1")
+            confirm.apply_async_on_commit(("1",), countdown=1)
             self.assertEqual(self.ids(), set())
-        self.assertEqual((self.events, self.ids()), (["both:1"], {"both:1"}))
+        self.assertEqual((self.events, self.ids()), (["confirm:1"], {"confirm:1"}))
 
     def test_a_connection_that_breaks_leaves_nothing(self) -> None:
         if connection.vendor != "postgresql":
