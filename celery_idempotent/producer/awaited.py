@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from celery_idempotent.producer.box import block_outbox
-from celery_idempotent.producer.off_loop import Threads, in_the_same_run
+from celery_idempotent.producer.off_loop import in_the_same_run, off_the_loop
 from celery_idempotent.producer.send import is_unrecorded
 
 if TYPE_CHECKING:
@@ -61,14 +61,6 @@ async def awaited(task: Guarded, call: Callable[[], AsyncResult[Any]], options: 
         options: The arguments of ``apply_async``.
     """
     queue_log = task.queue_log
-    if "store" not in vars(queue_log):  # imports a driver, perhaps
-        await Threads.of(queue_log).run(lambda: queue_log.store)
     work = in_the_same_run(task.app, call)
     box = None if is_unrecorded(task, options.get("task_id"), options) else block_outbox(queue_log)
-    if box is not None:
-        return await box.awaited(work)
-    off_the_loop = getattr(queue_log.store, "off_the_loop", None)
-    if off_the_loop is not None:
-        found: AsyncResult[Any] = await off_the_loop(work)
-        return found
-    return await Threads.of(queue_log).run(work)
+    return await (off_the_loop(queue_log, work) if box is None else box.awaited(work))

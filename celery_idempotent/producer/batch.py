@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from celery_idempotent.errors import (
     StoreUnavailableError,
 )
 from celery_idempotent.producer.box import Outbox, OutgoingCall, innermost, surrounding_outbox, within
+from celery_idempotent.producer.off_loop import off_the_loop
 
 if TYPE_CHECKING:
     from celery.result import AsyncResult
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from celery_idempotent.producer.publisher import Outgoing
     from celery_idempotent.queue_log import QueueLog
 
-__all__ = ["batch"]
+__all__ = ["awaited_batch", "batch", "record_together"]
 
 #: How many messages a batch records and publishes at a time: few enough to be published within ``PUBLISH_WITHIN``.
 BATCH = 500
@@ -34,23 +35,55 @@ BATCH = 500
 @contextmanager
 def batch() -> Iterator[None]:
     """Record and publish the calls of the block at its end; see :func:`~celery_idempotent.producer.outbox.outbox`."""
+    with _collecting() as calls:
+        yield
+    if calls is not None:
+        calls.send()
+
+
+@asynccontextmanager
+async def awaited_batch() -> AsyncIterator[None]:
+    """Do the same in a coroutine, while the event loop goes on."""
+    with _collecting() as calls:
+        yield
+    if calls is not None:
+        await calls.send_off_the_loop()
+
+
+@contextmanager
+def _collecting() -> Iterator[_Batch | None]:
+    """Yield the batch of a block, which is to be sent after it; ``None`` in another batch, which has the calls then."""
     around = innermost()
     box = None if around is None else around.box
-    if isinstance(box, _Batch):  # an error that leaves the outer batch drops these calls too
-        with within(box):
-            yield
-        return
-    calls = _Batch(box)
+    outer = box if isinstance(box, _Batch) else None  # an error that leaves the outer batch drops these calls too
+    calls = outer or _Batch(box)
     with within(calls):
-        yield
-    calls.send()
+        yield calls if outer is None else None
+
+
+def record_together(box: Outbox, calls: Iterable[tuple[OutgoingCall, AsyncResult[Any]]], what: str) -> None:
+    """Record calls that were promised, in an outbox's transaction.
+
+    Args:
+        box: The outbox.
+        calls: The calls, and the results that their callers have.
+        what: What they are calls of, for errors.
+
+    Raises:
+        ExceptionGroup: The errors of single calls. All others were recorded.
+    """
+    together = _Batch(box, what)
+    for sending, result in calls:
+        together.add_call(sending, result)
+    together.send()
 
 
 class _Batch(Outbox):
     """Calls that are recorded together, in the surrounding transaction if there is one."""
 
-    def __init__(self, around: Outbox | None) -> None:
+    def __init__(self, around: Outbox | None, what: str = "the batch") -> None:
         super().__init__(self._no_connection)
+        self._what = what
         self._around = around
         #: ``None`` as soon as they are being sent.
         self._calls: list[tuple[OutgoingCall, AsyncResult[Any]]] | None = []
@@ -67,18 +100,25 @@ class _Batch(Outbox):
 
     def take(self, sending: OutgoingCall) -> AsyncResult[Any]:
         result = sending.promised()
-        with self._lock:
-            if self._calls is not None:
-                self._calls.append((sending, result))
-                return result
+        if self.add_call(sending, result):
+            return result
         # A thread found the block before its end, and called after it.
-        sending.box = late = _Batch(None)
-        late.take(sending)
+        late = _Batch(None)
+        late.add_call(sending, result)
         try:
             late.send()
         except ExceptionGroup as group:
             raise group.exceptions[0] from None
         return result
+
+    def add_call(self, sending: OutgoingCall, result: AsyncResult[Any]) -> bool:
+        """Add a call, unless they are being sent; return whether it was added."""
+        with self._lock:
+            if self._calls is None:
+                return False
+            sending.box = self
+            self._calls.append((sending, result))
+            return True
 
     def store(self, queue_log: QueueLog) -> Store:
         return queue_log.store if self._outer is None else self._outer.store(queue_log)
@@ -98,6 +138,15 @@ class _Batch(Outbox):
     def _still_there(self, queue_log: QueueLog, messages: list[Outgoing]) -> list[Outgoing]:  # noqa: ARG002
         return messages  # recorded outside of any transaction, so nothing can roll them back
 
+    async def send_off_the_loop(self) -> None:
+        """Do as :meth:`send` for a coroutine."""
+        if not self._calls:
+            self.send()
+        elif self._around is not None:
+            await self._around.awaited(self.send)
+        else:
+            await off_the_loop(self._calls[0][0].task.queue_log, self.send)
+
     def send(self) -> None:
         """Record and publish, some hundreds at a time.
 
@@ -107,6 +156,8 @@ class _Batch(Outbox):
         """
         with self._lock:
             every, self._calls = self._calls or [], None
+        if self._around is not None and self._around.defer(every):
+            return
         refused: list[Exception] = []
         sent = 0
         for queue_log, group in groupby(every, lambda call: call[0].task.queue_log):
@@ -124,7 +175,7 @@ class _Batch(Outbox):
                     raise self._explained(error, len(every), sent, [sending for sending, _ in some]) from error
                 sent += len(some)
         if refused:
-            raise ExceptionGroup(f"{len(refused)} of {len(every)} calls of the batch were not sent", refused)
+            raise ExceptionGroup(f"{len(refused)} of {len(every)} calls of {self._what} were not sent", refused)
 
     def _explained(self, error: StoreError, count: int, sent: int, calls: Sequence[OutgoingCall]) -> StoreError:
         """Withdraw calls that may have been recorded before an error; return the error, with how many calls were sent."""

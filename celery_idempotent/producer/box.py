@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from inspect import CO_GENERATOR
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from celery_idempotent.core.begin import begin
 from celery_idempotent.core.transactions import refuse_autocommit, transactional
@@ -47,6 +47,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger("celery_idempotent")
+
+T = TypeVar("T")
 
 #: Seconds after recording in which only the recording process publishes an outbox row. If the transaction takes longer, a relay may
 #: publish the row too; the claim absorbs the second copy.
@@ -199,9 +201,13 @@ class Outbox:
         """Record a call; return its result."""
         return sending.record_in(self.that_commits())
 
-    async def awaited(self, call: Callable[[], AsyncResult[Any]]) -> AsyncResult[Any]:
-        """Make a call that is recorded here, for a coroutine: in its thread, because other threads may not use its transaction."""
-        return call()
+    async def awaited(self, work: Callable[[], T]) -> T:
+        """Record here for a coroutine: in its own thread, because other threads may not use its transaction."""
+        return work()
+
+    def defer(self, calls: Sequence[tuple[OutgoingCall, AsyncResult[Any]]]) -> bool:  # noqa: ARG002 - for asynchronous sessions
+        """Keep promised calls until the commit, if they cannot be recorded now; return whether they were kept."""
+        return False
 
     def takes(self, queue_log: QueueLog) -> bool:  # noqa: ARG002 - for atomic bodies
         """Return whether calls of this queue log are recorded here; otherwise they are sent at once."""
@@ -239,8 +245,10 @@ class Outbox:
         """Publish the messages, after the commit."""
         messages, duplicates = self._messages, self._duplicates
         self.discard()
-        if not (messages or duplicates):
-            return
+        if messages or duplicates:
+            self._publish(messages, duplicates)
+
+    def _publish(self, messages: list[Outgoing], duplicates: list[tuple[QueueLog, MessageKey]]) -> None:
         with within(None):  # an eager body runs after the block, not in it
             for queue_log, some in groupby(messages, lambda message: message.task.queue_log):
                 ours = self._still_there(queue_log, list(some))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from contextvars import copy_context
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from celery_idempotent.queue_log import QueueLog
 
-__all__ = ["AT_ONCE", "Threads", "in_the_same_run"]
+__all__ = ["AT_ONCE", "PublishingThreads", "Threads", "in_the_same_run", "off_the_loop"]
 
 logger = logging.getLogger("celery_idempotent")
 
@@ -93,6 +93,18 @@ class Threads:
             self._executor = ThreadPoolExecutor(max_workers=1_000_000, thread_name_prefix="idempotent-call")
             self._made_in = os.getpid()
         return self._executor
+
+
+class PublishingThreads(Threads):
+    """The same for publications after a commit. They wait for no transaction, so they must not wait for calls that do."""
+
+
+async def off_the_loop(queue_log: QueueLog, work: Callable[[], T], threads: type[Threads] = Threads) -> T:
+    """Run a function in the thread of the store's framework, if it has one, otherwise in one of ours; return what it returns."""
+    if "store" not in vars(queue_log):  # imports a driver, perhaps
+        await Threads.of(queue_log).run(lambda: queue_log.store)
+    through: Callable[[Callable[[], T]], Awaitable[T]] | None = getattr(queue_log.store, "off_the_loop", None)
+    return await (threads.of(queue_log).run if through is None else through)(work)
 
 
 def in_the_same_run(app: Celery, work: Callable[[], T]) -> Callable[[], T]:

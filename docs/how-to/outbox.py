@@ -1,10 +1,8 @@
 # What outbox.md takes for granted, and what its examples must have done: see tests/support/pages.py.
-# ruff: noqa: ANN001, ANN201, D100, D101, D103, F401, F821, I001, INP001, PT018
+# ruff: noqa: ANN001, ANN201, D100, D101, D103, F401, F821, I001, INP001
 
 # %% before block 1
 
-from flask import Flask
-from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy import create_engine, insert
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from celery_idempotent.records import RowFilter
@@ -53,36 +51,6 @@ assert all_published()
 # %% after block 3
 assert result.duplicate
 session.close()
-
-
-class FlaskBase(DeclarativeBase):
-    pass
-
-
-db = SQLAlchemy(model_class=FlaskBase)
-Order = type(
-    "Order",
-    (db.Model,),
-    {
-        "__annotations__": {"id": Mapped[int], "amount": Mapped[int]},
-        "id": mapped_column(primary_key=True),
-        "__tablename__": "site_orders",
-    },
-)
-site = Flask("shop")
-site.config["SQLALCHEMY_DATABASE_URI"] = f"sqlite:///{engine.url.database}"
-site.instance_path = "."
-db.init_app(site)
-with site.app_context():
-    db.create_all()
-    db.session.add(Order(id=7, amount=1))
-    db.session.commit()
-
-# %% after block 4
-assert site.test_client().post("/orders/500").text == "8"
-assert "order:8" in charged() and all_published()
-with site.app_context():
-    db.engine.dispose()
 app.queue_log.close()
 app.close()
 engine.dispose()

@@ -8,6 +8,7 @@ from typing import Any, assert_type
 from celery import Celery
 from celery.result import AsyncResult
 from sqlalchemy import Connection, text
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, sessionmaker
 
 from celery_idempotent import (
@@ -151,6 +152,23 @@ def order(session: Session, order_id: str) -> bool:
     with outbox():
         results = [charge.delay(f"o-{number}", 500) for number in range(1000)]
     assert_type(results[0].id, str)
+    return result.duplicate
+
+
+async def order_in_a_coroutine(session: AsyncSession, order_id: str) -> bool:
+    """The same in asynchronous code."""
+    async with outbox(session):
+        result = await charge.adelay(order_id, 500)
+        await session.commit()
+    async with outbox():
+        await charge.aapply_async((order_id, 500), countdown=3)
+    return result.duplicate
+
+
+async def by_hand_in_a_coroutine(task: Remind) -> bool:
+    """Where the task's class is known."""
+    result = await task.aapply_async((7,), message_id="reminder-7")
+    assert_type(result.id, str)
     return result.duplicate
 
 

@@ -1,4 +1,4 @@
-"""FastAPI: plain sessions from a dependency, and asynchronous ones, whose block is in a function for ``run_sync``."""
+"""FastAPI and Starlette: plain sessions from a dependency, and asynchronous ones, as they are or in a function for ``run_sync``."""
 
 # FastAPI reads annotations when an endpoint is made; they name what is local to a fixture, and so must not be postponed.
 
@@ -12,15 +12,12 @@ import pytest
 import sqlalchemy as sa
 from celery.signals import after_task_publish
 from fastapi import Depends, FastAPI, Request, Response
-from sqlalchemy.ext.asyncio import (
-    AsyncEngine,
-    AsyncSession,
-    async_scoped_session,
-    async_sessionmaker,
-    create_async_engine,
-)
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse
+from starlette.routing import Route
 
 from celery_idempotent import ConfigurationError, outbox
 from tests.integration.frameworks.conftest import OutboxApp
@@ -203,6 +200,59 @@ def async_site(engine: AsyncEngine, outbox_app: OutboxApp) -> FastAPI:
 
     site = FastAPI()
 
+    @site.post("/awaited/{order}")
+    async def place_awaited(
+        order: str, session: Annotated[AsyncSession, Depends(open_session)], fail: bool = False
+    ) -> bool:
+        async with outbox(session):
+            session.add(Effect(name=order))
+            result = await charge.adelay(order)
+            assert outbox_app.messages() == []
+            if fail:
+                raise ValueError("no such order")
+            if result.duplicate:
+                await session.rollback()
+            await session.commit()
+        return bool(result.duplicate)
+
+    @site.post("/plain/{order}")
+    async def place_plain(
+        order: str, session: Annotated[AsyncSession, Depends(open_session)], fail: bool = False
+    ) -> bool:
+        async with outbox(session):
+            session.add(Effect(name=order))
+            result = charge.delay(order)
+            if fail:
+                raise ValueError("no such order")
+            await session.commit()
+        return bool(result.duplicate)
+
+    async def open_block(session: Annotated[AsyncSession, Depends(open_session)]) -> AsyncIterator[AsyncSession]:
+        async with outbox(session), session.begin():
+            yield session
+
+    @site.post("/dependency/{order}")
+    async def place_in_dependency(
+        order: str, session: Annotated[AsyncSession, Depends(open_block, scope="function")], fail: bool = False
+    ) -> bool:
+        session.add(Effect(name=order))
+        result = await charge.adelay(order)
+        if fail:
+            raise ValueError("no such order")
+        return bool(result.duplicate)
+
+    async def place_in_starlette(request: Request) -> Response:
+        order = request.path_params["order"]
+        async with AsyncSession(engine) as session, outbox(session):
+            session.add(Effect(name=order))
+            result = await charge.adelay(order)
+            if "fail" in request.query_params:
+                raise ValueError("no such order")
+            await session.commit()
+        return JSONResponse(result.duplicate)
+
+    site.mount("/starlette", Starlette(routes=[Route("/{order}", place_in_starlette, methods=["POST"])]))
+
     @site.post("/orders/{order}")
     async def place(order: str, session: Annotated[AsyncSession, Depends(open_session)], fail: bool = False) -> None:
         def record(session: Session) -> None:
@@ -219,25 +269,38 @@ def async_site(engine: AsyncEngine, outbox_app: OutboxApp) -> FastAPI:
     return site
 
 
+every_way = pytest.mark.parametrize("path", ["orders", "awaited", "plain", "dependency", "starlette"])
+
+
 @asynchronous
+@every_way
 def test_an_async_endpoint_publishes_after_its_commit(
-    async_site: FastAPI, outbox_app: OutboxApp, visible: list[tuple[str, bool]]
+    async_site: FastAPI, outbox_app: OutboxApp, visible: list[tuple[str, bool]], path: str
 ) -> None:
     for order in ("o-1", "o-2"):
-        assert post(async_site, f"/orders/{order}").status_code == 200
+        assert post(async_site, f"/{path}/{order}").status_code == 200
         assert outbox_app.published() == [order]
     assert visible == [("o-1", True), ("o-2", True)]
     assert outbox_app.store.unsent(limit=9) == []
 
 
 @asynchronous
+@every_way
 def test_an_asynchronous_endpoint_that_fails_leaves_neither_effect_nor_message(
-    async_site: FastAPI, outbox_app: OutboxApp
+    async_site: FastAPI, outbox_app: OutboxApp, path: str
 ) -> None:
-    assert post(async_site, "/orders/o-1?fail=true").status_code == 500
+    assert post(async_site, f"/{path}/o-1?fail=true").status_code == 500
     assert (outbox_app.published(), outbox_app.row("charge", "o-1"), outbox_app.effects.names()) == ([], None, [])
-    assert post(async_site, "/orders/o-1").status_code == 200
+    assert post(async_site, f"/{path}/o-1").status_code == 200
     assert outbox_app.published() == ["o-1"]
+
+
+@asynchronous
+def test_a_duplicate_is_known_to_the_endpoint(async_site: FastAPI, outbox_app: OutboxApp) -> None:
+    assert post(async_site, "/awaited/o-1").json() is False
+    assert (outbox_app.published(), outbox_app.effects.names()) == (["o-1"], ["o-1"])
+    assert [post(async_site, f"/{path}/o-1").json() for path in ("awaited", "plain")] == [True, True]
+    assert outbox_app.published() == []
 
 
 @asynchronous
@@ -295,17 +358,3 @@ def test_a_waiting_block_takes_no_calls_of_other_coroutines(engine: AsyncEngine,
     asyncio.run(work())
     assert outbox_app.published() == []
     assert outbox_app.row("charge", "recorded") is None
-
-
-@pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
-def test_an_asynchronous_session_itself_is_refused_with_the_way_to_do_it(engine: AsyncEngine) -> None:
-    async def work() -> None:
-        async with AsyncSession(engine) as session:
-            with pytest.raises(ConfigurationError, match="run_sync"):
-                outbox(session)  # type: ignore[arg-type]
-        registry = async_scoped_session(async_sessionmaker(engine), scopefunc=asyncio.current_task)
-        with pytest.raises(ConfigurationError, match="run_sync"):
-            outbox(registry)  # type: ignore[arg-type]
-        await registry.remove()
-
-    asyncio.run(work())

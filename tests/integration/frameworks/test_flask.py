@@ -63,6 +63,17 @@ def site(store_url: str, outbox_app: OutboxApp) -> Iterator[Flask]:
         db.session.commit()
         return "committed behind the block"
 
+    @site.post("/async/<int:amount>")
+    async def place_in_async_view(amount: int) -> str:
+        with outbox(db.session):
+            db.session.add(Order(amount=amount))
+            result = await charge.adelay("async", amount)
+            assert outbox_app.messages() == []
+            if amount == 0:
+                raise ValueError("no such amount")
+            db.session.commit()
+        return str(result.duplicate)
+
     with site.app_context():
         db.create_all()
     yield site
@@ -124,3 +135,12 @@ def test_the_store_may_be_on_the_sites_own_engine(site: Flask, client: FlaskClie
     assert outbox_app.published() == [order]
     assert client.post("/orders/0").status_code == 500
     assert (amounts(site), outbox_app.published()) == ([500], [])
+
+
+def test_an_async_view_calls_in_the_sites_session(site: Flask, client: FlaskClient, outbox_app: OutboxApp) -> None:
+    assert client.post("/async/0").status_code == 500
+    assert (amounts(site), outbox_app.published(), outbox_app.row("charge", "async")) == ([], [], None)
+    assert client.post("/async/500").text == "False"
+    assert outbox_app.published() == ["async"]
+    assert client.post("/async/500").text == "True"
+    assert (amounts(site), outbox_app.published()) == ([500, 500], [])

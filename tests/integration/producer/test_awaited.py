@@ -6,8 +6,8 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -29,11 +29,9 @@ from celery_idempotent.core.records import ProcessedStatus, Status
 from celery_idempotent.producer.off_loop import AT_ONCE
 from tests.integration.producer.outbox.conftest import OutboxApp, effects, outbox_app
 from tests.support.effects import Effect
+from tests.support.ticking import STILL, ticking
 
 __all__ = ["effects", "outbox_app"]
-
-#: Seconds for which the event loop may stand still: a plain call that waits takes longer, an awaited one's own work on the loop does not.
-STILL = 0.5
 
 postgresql = pytest.mark.parametrize("store_url", ["postgresql"], indirect=True)
 
@@ -42,22 +40,6 @@ async def until(condition: Callable[[], object]) -> None:
     async with asyncio.timeout(30):
         while not condition():  # noqa: ASYNC110 - it may depend on anything
             await asyncio.sleep(0.01)
-
-
-@asynccontextmanager
-async def ticking() -> AsyncIterator[list[float]]:
-    """Have a coroutine tick; yield its pauses."""
-    pauses: list[float] = []
-
-    async def tick() -> None:
-        while True:
-            began = time.monotonic()
-            await asyncio.sleep(0.01)
-            pauses.append(time.monotonic() - began)
-
-    ticker = asyncio.create_task(tick())
-    yield pauses
-    ticker.cancel()
 
 
 @contextmanager
@@ -191,6 +173,28 @@ def test_a_call_in_the_block_of_a_plain_session_is_in_its_transaction(outbox_app
         asyncio.run(work(session))
     assert outbox_app.published() == ["o-2"]
     assert outbox_app.row("charge", "o-1") is None
+
+
+def test_a_call_in_an_asynchronous_batch_is_sent_by_its_end(outbox_app: OutboxApp) -> None:
+    charge, strict = (outbox_app.app.tasks[name] for name in ("charge", "strict"))
+
+    async def work() -> None:
+        async with ticking():
+            async with outbox():
+                results = [await charge.adelay("o-1"), charge.delay("o-1")]
+                assert [result.duplicate for result in results] == [None, None]
+            assert [result.duplicate for result in results] == [False, True]
+            with pytest.raises(ExceptionGroup, match="1 of 2"):  # noqa: PT012
+                async with outbox():
+                    strict.delay("o-1")
+                    strict.delay("o-1")
+            with pytest.raises(ZeroDivisionError):  # noqa: PT012
+                async with outbox():
+                    charge.delay("o-2")
+                    raise ZeroDivisionError
+
+    asyncio.run(work())
+    assert outbox_app.published() == ["o-1", "o-1"]
 
 
 # -- the event loop goes on --------------------------------------------------------------------------------------------
