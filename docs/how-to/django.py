@@ -52,7 +52,6 @@ assert place(None).content == b"1"
 assert sent() == {"charge:1"}
 
 # %% after block 4
-app.conf.task_always_eager = True
 setup_test_environment()
 result = unittest.TestResult()
 unittest.defaultTestLoader.loadTestsFromTestCase(OrdersTest).run(result)
@@ -60,7 +59,6 @@ assert (result.testsRun, result.errors, result.failures) == (1, [], []), result
 assert (Order.objects.count(), Payment.objects.count(), sent()) == (1, 0, {"charge:1"})
 
 # %% after block 5
-app.conf.task_always_eager = False
 place_elsewhere(None)
 Order.objects.create(amount=700)
 sweep()

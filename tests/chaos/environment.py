@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ import redis
 from celery import Celery
 
 from tests.chaos.effects_db import EffectsDB
-from tests.chaos.orm import SETTINGS, VARIABLE
 from tests.chaos.plan import LEASE, Plan
 from tests.chaos.sender import Orders, Sent, journal
 from tests.chaos.tasks import ASIDE, EFFECTS_DB, GEVENT
@@ -136,8 +135,8 @@ class Environment:
     """Servers, workers and a sender.
 
     Attributes:
-        spec: What the app is made of.
-        app: The app, in this process, which is never one of Django's.
+        spec: What the workers' and the sender's app is made of.
+        app: The same app, in this process.
         store, broker, backend: The servers. The backend is left alone.
         transactions: Whether the store has any that are its users' too.
         effects_db: What they wrote.
@@ -175,6 +174,7 @@ class Environment:
             ledger=str(directory / "ledger"),
             base="idempotent" if variant.guarded else "plain",
             tasks=("tests.chaos.tasks",),
+            orm="tests.chaos.orm" if django else None,
             transport_options={
                 "visibility_timeout": VISIBILITY_TIMEOUT,
                 "unacked_restore_interval": 1,
@@ -195,10 +195,6 @@ class Environment:
                 **({} if on_redis else {"task_default_queue_type": "quorum", "task_default_exchange_type": "topic"}),
             },
         )
-        theirs = {SETTINGS[0]: SETTINGS[1], VARIABLE: store.url} if django else {}
-        spec = replace(self.spec, store="django://default") if django else self.spec
-        #: The environment of workers and senders.
-        self.of_processes = {**spec.environment(), **theirs, Variant.VARIABLE: variant.name}
         self.ledger = Ledger(self.spec.ledger)
         self.effects_db = EffectsDB(effects_db)
         self.app: Celery = self.spec.build()
@@ -218,7 +214,7 @@ class Environment:
         green = pool == "gevent"
         worker = WorkerProcess(
             self.directory,
-            self.of_processes,
+            {**self.spec.environment(), Variant.VARIABLE: self.variant.name},
             pool=pool,
             concurrency=GREENLETS if green else CONCURRENCY,
             queues=[GEVENT] if green else [QUEUE, ASIDE],
@@ -275,8 +271,9 @@ class Environment:
                 cwd=ROOT,
                 env={
                     **os.environ,
-                    **self.of_processes,
+                    **self.spec.environment(),
                     **self.orders.environment(),
+                    Variant.VARIABLE: self.variant.name,
                 },
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -24,11 +24,11 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from celery_idempotent import StoreError, outbox
-from tests.chaos import orm
 from tests.chaos.effects_db import EffectsDB, Order
 from tests.chaos.plan import Sending, make_plan
 from tests.chaos.tasks import EFFECTS_DB, call_by_name, signature
 from tests.chaos.variants import Variant
+from tests.support import orm
 from tests.support.apps import AppSpec
 
 __all__ = ["Orders", "Sent", "journal"]

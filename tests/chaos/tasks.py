@@ -15,10 +15,10 @@ from celery import Celery, Task, chain, chord
 from celery.canvas import Signature
 from celery.result import AsyncResult
 
-from tests.chaos import orm
 from tests.chaos.effects_db import Effect, EffectsDB
 from tests.chaos.plan import TIME_LIMIT, Sending, message_id
 from tests.chaos.variants import Variant
+from tests.support import orm
 from tests.support.apps.scenarios import noted
 from tests.support.ledger import Ledger
 

@@ -28,6 +28,10 @@ class Cell:
     postgresql: str
     mysql: str
 
+    def scheduled(self) -> list[str]:
+        """Return django-celery-beat, which 2.9 refuses on Django 6.1, and django-celery-results."""
+        return ["django-celery-results", *(["django-celery-beat"] if self.django != "6.1" else [])]
+
     def environment(self) -> str:
         """Return the Python of the cell's environment, made if it is missing."""
         place = ROOT / f".venv-versions/django-{self.django}-python-{self.python}"
@@ -36,7 +40,15 @@ class Cell:
             print(f"{place.relative_to(ROOT)}: installing Django {self.django} ...", flush=True)
             make = [str(UV), "venv", "--quiet", "--clear", "--python", interpreter(self.python), str(place)]
             subprocess.run(make, check=True)
-            packages = [f"django=={self.django}.*", self.postgresql, self.mysql, "psutil", "--editable", str(ROOT)]
+            packages = [
+                f"django=={self.django}.*",
+                self.postgresql,
+                self.mysql,
+                "psutil",
+                *self.scheduled(),
+                "--editable",
+                str(ROOT),
+            ]
             subprocess.run([str(UV), "pip", "install", "--quiet", "--python", python, *packages], check=True)
             (place / "installed").touch()
         return python
@@ -63,7 +75,12 @@ def main() -> int:
     for cell in CELLS:
         if options.django not in (None, cell.django):
             continue
-        environment = {**os.environ, "DJANGO_PYTHON": cell.environment(), "DJANGO_MYSQL": cell.mysql}
+        environment = {
+            **os.environ,
+            "DJANGO_PYTHON": cell.environment(),
+            "DJANGO_MYSQL": cell.mysql,
+            "DJANGO_VERSION": cell.django,
+        }
         print(f"=== {cell}", flush=True)
         command = [sys.executable, "-m", "tests.support.servers", sys.executable, "-m", "pytest", *arguments]
         if subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode:

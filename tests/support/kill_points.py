@@ -24,6 +24,9 @@ __all__ = ["KillPoints", "Victim"]
 #: What the AMQP methods of a producer and a consumer are called.
 _AMQP = {(60, 40): "publish", (60, 80): "ack", (60, 90): "reject"}
 
+#: Takes the quotes from a statement of Django's.
+_UNQUOTED = str.maketrans("", "", '`"')
+
 #: Imported once, by the process that the victims are forked from: each needs some tens of milliseconds then, not seconds.
 _PRELOADED = (
     *(
@@ -114,6 +117,12 @@ def _instrument(step: KillPoints) -> None:
 
         setattr(owner, name, counted)
 
+    if "DJANGO_SETTINGS_MODULE" in os.environ:
+        from django.db.backends.base.base import BaseDatabaseWrapper
+        from django.db.backends.utils import CursorWrapper
+
+        around(CursorWrapper, "execute", lambda sql, *_: str(sql).translate(_UNQUOTED)[:60])
+        around(BaseDatabaseWrapper, "commit", lambda *_: "COMMIT")
     around(DefaultDialect, "do_commit", lambda *_: "COMMIT")
     around(AbstractConnection, "send_packed_command", lambda command, *_: f"Redis {str(command)[:60]}")
     around(AbstractChannel, "send_method", lambda method, *_: f"AMQP {_AMQP.get(method, method)}")

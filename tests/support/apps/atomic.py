@@ -20,6 +20,7 @@ from sqlalchemy.orm import Session
 from celery_idempotent import IdempotentTask, QueueLog, outbox
 from celery_idempotent.core.store import Store
 from celery_idempotent.worker.unit_of_work import UnitOfWork
+from tests.support import orm
 from tests.support.apps.spec import AppSpec
 from tests.support.effects import Effect
 from tests.support.kill_points import KillPoints
@@ -53,9 +54,14 @@ def register(app: Celery, *, base: type[Task], ledger: Ledger) -> None:
 
     @app.task(**late, name="atomic.order")
     def order(self: IdempotentTask, name: str, queue: str) -> str:
-        """Have an effect, and send a message."""
+        """Have an effect, by Django's ORM in a process of a Django project, and send a message."""
         with ledger.run(self):
-            self.session.add(Effect(name=name))
+            if orm.is_used():
+                from tests.support.orm import models
+
+                models.Effect.objects.create(name=name)
+            else:
+                self.session.add(Effect(name=name))
             app.tasks["told"].apply_async((f"{name}: sent",), queue=queue)
             return name
 

@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Literal
 from celery import Celery, Task
 
 from celery_idempotent import IdempotentTask
+from tests.support import orm
 from tests.support.apps.restoring import restore_every_second
 from tests.support.ledger import Ledger
 
@@ -42,6 +43,8 @@ class AppSpec:
         tasks: Modules whose tasks are registered.
         transport_options: For ``broker_transport_options``.
         settings: Any other Celery or ``idempotent_*`` settings; they win over what is set here.
+        orm: The Django app whose models are the tables of the store's database, if the processes that are handed this are ones of a
+            Django project: see :mod:`tests.support.orm`. Their queue log is at ``django://default`` then.
     """
 
     broker: str
@@ -54,13 +57,15 @@ class AppSpec:
     tasks: tuple[str, ...] = ("tests.support.apps.generic",)
     transport_options: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    orm: str | None = None
 
     #: The environment variable in which a worker finds its app.
     VARIABLE: ClassVar[str] = "CELERY_IDEMPOTENT_TEST_APP"
 
     def environment(self) -> dict[str, str]:
         """Return what a worker process needs to find in its environment."""
-        return {AppSpec.VARIABLE: json.dumps(asdict(self))}
+        of_django = {} if self.orm is None else orm.environment(self.store, self.orm)
+        return {AppSpec.VARIABLE: json.dumps(asdict(self)), **of_django}
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> AppSpec:
@@ -79,7 +84,7 @@ class AppSpec:
             worker_send_task_events=False,
         )
         if self.base == "idempotent":
-            app.conf.update(idempotent_store=self.store)
+            app.conf.update(idempotent_store="django://default" if orm.is_used() else self.store)
             if self.table is not None:
                 app.conf.update(idempotent_table=self.table)
         elif idempotent := [name for name in self.settings if name.startswith("idempotent_")]:

@@ -77,10 +77,19 @@ class Project:
 
     def worker(self) -> subprocess.Popen[bytes]:
         """Start a worker of two children."""
-        command = [PYTHON, "-m", "celery", "-A", "project", "worker", "-c", "2", "-l", "INFO"]
-        with (Path(self.environment["SHOP_DATA"]) / "worker.log").open("wb") as log:
+        return self.celery("worker", "-c", "2", "-l", "INFO")
+
+    def celery(self, *arguments: str) -> subprocess.Popen[bytes]:
+        """Start one of Celery's programs, which logs into a file of its own."""
+        log = Path(self.environment["SHOP_DATA"]) / f"{arguments[0]}.log"
+        with log.open("ab") as output:
             return subprocess.Popen(
-                command, cwd=SHOP, env=self.environment, stdout=log, stderr=log, start_new_session=True
+                [PYTHON, "-m", "celery", "-A", "project", *arguments],
+                cwd=SHOP,
+                env=self.environment,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
             )
 
     def scalar(self, statement: str) -> object:

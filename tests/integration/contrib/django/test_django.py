@@ -132,6 +132,48 @@ for number in range(int(sys.argv[1]), int(sys.argv[2])):
     assert project.scalar(counted) == 0
 
 
+@pytest.mark.skipif(
+    os.environ.get("DJANGO_VERSION") == "6.1", reason="django-celery-beat 2.9 is for Django 6.0 at most"
+)
+def test_two_beats_from_the_database_and_results_in_it(project: Project) -> None:
+    """By django-celery-beat and django-celery-results."""
+    project.environment["DJANGO_SETTINGS_MODULE"] = "scheduled"
+    project.manage("migrate", "-v", "0")
+    project.shell(
+        """
+from django_celery_beat.models import IntervalSchedule, PeriodicTask
+from shop.models import Order
+Order.objects.create(number="o-1", amount=5)
+second = IntervalSchedule.objects.create(every=1, period="seconds")
+for name in ("charge", "confirm"):
+    PeriodicTask.objects.create(name=name, task=f"shop.tasks.{name}", interval=second, args='["o-1"]')
+"""
+    )
+    programs = [project.worker(), *(project.celery("beat", "-l", "INFO", "-s", f"beat-{number}") for number in (1, 2))]
+    try:
+        ticked = "SELECT count(*) FROM queue_log WHERE processed_status = 'success' AND duplicates >= 2"
+        wait_until(lambda: project.scalar(ticked) == 2, timeout=90, describe="some ticks of both jobs")
+        printed = project.shell(
+            """
+from celery import chord
+from project.celery import app
+from shop.tasks import charge, confirm
+first = charge.delay("o-1")
+print(first.duplicate, first.get(timeout=30))
+parts = [confirm.si(number).set(task_id=f"part-{number}") for number in ("1", "2")]
+print(chord(parts)(confirm.si("all").set(task_id="all")).get(timeout=60))
+from django_celery_results.models import TaskResult
+print(TaskResult.objects.get(task_id=first.id).status, TaskResult.objects.get(task_id="all").status)
+"""
+        )
+    finally:
+        for program in programs:
+            stop(program)
+    assert printed.split() == ["True", "5", "None", "SUCCESS", "SUCCESS"]
+    assert project.scalar("SELECT count(*) FROM shop_payment") == 1
+    assert project.scalar("SELECT count(*) FROM queue_log") == 5
+
+
 @pytest.mark.parametrize(
     ("setting", "told"),
     [

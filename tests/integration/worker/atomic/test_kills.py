@@ -32,16 +32,30 @@ pytestmark = [
     pytest.mark.parametrize("broker", ["redis", "rabbitmq-quorum"], indirect=True),
 ]
 
+#: The Django app of the project that the workers are processes of; ``None`` for plain Celery, with SQLAlchemy's session.
+ORMS = [pytest.param(None, id="sqlalchemy"), pytest.param("tests.support.orm", id="django")]
+
 #: Kills a worker at each step of a task, has what they leave done, and tells which steps those were and whose messages.
 KillAtEveryStep = Callable[[str], tuple[list[str], list[str]]]
 
 
 @pytest.fixture
+def orm() -> str | None:
+    return None
+
+
+@pytest.fixture
 def kill_at_every_point(
-    spec: AppSpec, broker: Broker, open_app: OpenApp, start_worker: StartWorker, ledger: Ledger, tmp_path: Path
+    spec: AppSpec,
+    orm: str | None,
+    broker: Broker,
+    open_app: OpenApp,
+    start_worker: StartWorker,
+    ledger: Ledger,
+    tmp_path: Path,
 ) -> KillAtEveryStep:
     def kill_at_every_point(task: str) -> tuple[list[str], list[str]]:
-        return _kill_at_every_step(task, spec, broker, open_app, start_worker, ledger, tmp_path)
+        return _kill_at_every_step(task, replace(spec, orm=orm), broker, open_app, start_worker, ledger, tmp_path)
 
     return kill_at_every_point
 
@@ -131,6 +145,7 @@ def assert_complete(steps: list[str], broker: Broker) -> None:
         assert any(found.startswith(f"after {step}") for found in steps)
 
 
+@pytest.mark.parametrize("orm", ORMS)
 def test_a_kill_at_any_step_loses_and_doubles_nothing(
     kill_at_every_point: KillAtEveryStep, broker: Broker, effects: Effects
 ) -> None:
