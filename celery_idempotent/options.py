@@ -29,7 +29,7 @@ class Options:
     """The checked options of a task.
 
     Attributes:
-        idempotent: Whether new calls are recorded. Recorded rows are completed in both cases.
+        idempotent: Whether the task is guarded. Rows that were recorded are completed in both cases.
         message_id: Makes the message id of a call from its arguments; ``None`` uses the task id.
         signature: Binds a call's arguments to the names of the body's parameters.
         call: The options for the producer's decision.
@@ -88,7 +88,7 @@ class Options:
         )
         idempotent = getattr(type(task), "idempotent", None)
         return cls(
-            idempotent=settings.enabled if idempotent is None else yes_or_no("idempotent", idempotent),
+            idempotent=(idempotent is None or yes_or_no("idempotent", idempotent)) and settings.enabled,
             message_id=message_id_source(_message_id_of(task, given("message_id"), signature), signature),
             signature=signature,
             call=CallPolicy(

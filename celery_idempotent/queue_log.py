@@ -147,7 +147,11 @@ class QueueLog:
         return self.store.init()
 
     def close(self) -> None:
-        """Close the store's connections in this process, if the store was opened."""
+        """Close the store's connections in this process, if the store was opened. Its next use opens new ones.
+
+        Call it before a test drops its database. Messages that this process still runs, in a worker's thread, would open it again: end
+        them first. ``app.close()`` does the same, and ends the threads.
+        """
         if "store" in vars(self):
             self.store.close()
 

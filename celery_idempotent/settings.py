@@ -68,7 +68,7 @@ class Settings:
             shown. The rows keep them: a message has to be published again.
         failure_retention: The same as ``retention`` for a message that failed, which somebody may yet requeue. At least ``retention``.
         django_outbox: Whether calls inside of ``transaction.atomic()`` are part of it, where the store is ``django://``.
-        enabled: Whether new calls are recorded, of tasks whose option ``idempotent`` does not say; see there.
+        enabled: Whether tasks are guarded. ``False`` turns the guard off for all of them; see the option ``idempotent``.
     """
 
     store: str | URL = field(default="sqlite:///queue_log.db", repr=False)

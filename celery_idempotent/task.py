@@ -22,7 +22,8 @@ from celery_idempotent.producer.answers import answer_of
 from celery_idempotent.producer.awaited import AwaitedCalls
 from celery_idempotent.producer.call_options import expiring_in_workers
 from celery_idempotent.producer.identify import identify
-from celery_idempotent.producer.send import is_unrecorded, send
+from celery_idempotent.producer.send import send
+from celery_idempotent.producer.unrecorded import is_unrecorded, warn_once
 from celery_idempotent.queue_log import QueueLog
 from celery_idempotent.settings import PREFIX
 from celery_idempotent.worker.binding import REQUEST, guard
@@ -99,8 +100,9 @@ class IdempotentTask(AwaitedCalls, Task):  # type: ignore[misc]
 
     abstract = True
 
-    #: Whether new calls of the task are recorded. ``False`` turns the guard off for them: they run as plain Celery tasks. Messages recorded
-    #: before are still guarded and completed, so that they do not run twice. Default: the setting ``idempotent_enabled``, ``True``.
+    #: Whether the task is guarded. ``False`` turns the guard off, as the setting ``idempotent_enabled`` does for all tasks: calls are not
+    #: recorded, and messages run as plain Celery's, each copy too. The row of a recorded message is ended after it has run. Default:
+    #: ``True``. With ``idempotent_enabled = False``, no task is guarded, whatever this says.
     idempotent: ClassVar[bool | None] = None
 
     #: Where the message id comes from: ``None`` (the task id: safe against redelivery), a format string over the bound
@@ -245,7 +247,8 @@ class IdempotentTask(AwaitedCalls, Task):  # type: ignore[misc]
         given = options.pop("task_id", None)
         task_id, step_id = (uuid(), None) if given is None else (given, id_of_step(given))
         message_id = options.pop("message_id", None)
-        if is_unrecorded(self, task_id, options):
+        if is_unrecorded(self):
+            warn_once(self.queue_log)
             result = super().apply(args, kwargs, task_id=task_id, **options)
             result.duplicate = False
             return result

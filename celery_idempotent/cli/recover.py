@@ -72,7 +72,7 @@ _NOTICE = 0.2
 )
 @click.option(
     "--task",
-    help="With --lost-after: only messages of this task. Messages of a task that is turned off (idempotent=False) need this option.",
+    help="With --lost-after: only messages of this task. Messages that waited while the guard was off need this option.",
 )
 @dry_run
 @yes

@@ -39,6 +39,8 @@ _ERROR = 60
 def stats(ctx: click.Context, json_: bool) -> None:
     """Count the rows by task and status, and the copies that were skipped."""
     with opened(ctx) as queue_log:
+        if not queue_log.settings.enabled:
+            click.echo("the guard is off: idempotent_enabled is False", err=True)
         counts = queue_log.store.counts()
     records = [
         {

@@ -113,8 +113,9 @@ def decide_call(row: Row | None, call: Call, policy: CallPolicy) -> CallAction:
     # there, and the call is part of a chain, group or chord, or has `link` / `link_error`
     if call.canvas:
         return CallAction.PUBLISH_COPY
-    # `pending` for longer than a few minutes
-    if row.status is Status.PENDING and (row.read_at - row.waiting_since).total_seconds() > policy.lost_after:
+    # `pending` for longer than a few minutes, and it cannot have run while the guard was off
+    late = (row.read_at - row.waiting_since).total_seconds() > policy.lost_after
+    if row.status is Status.PENDING and late and not row.may_have_run:
         return CallAction.PUBLISH_AGAIN
     # there, same fingerprint, nothing else waits on this call
     return CallAction.RETURN_FIRST if policy.on_duplicate == "skip" else CallAction.RAISE_DUPLICATE
@@ -125,7 +126,7 @@ def _decide_repeated(row: Row, call: Call) -> CallAction:
     if call.canvas:
         return CallAction.PUBLISH_COPY
     # the same call, never claimed: the run that recorded it may have ended before it was published
-    if row.status is Status.PENDING and row.worker is None:
+    if row.status is Status.PENDING and row.worker is None and not row.may_have_run:
         return CallAction.PUBLISH_AGAIN
     return CallAction.RETURN_FIRST
 

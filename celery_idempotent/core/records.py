@@ -17,6 +17,7 @@ __all__ = [
     "ABANDONED",
     "DISCARDED",
     "FORGOTTEN",
+    "MAY_HAVE_RUN",
     "Change",
     "Claim",
     "Claimed",
@@ -74,6 +75,9 @@ ABANDONED = "abandoned: the worker that ran it died or lost its lease"
 
 #: The ``error`` of a row that an operator emptied with ``forget``.
 FORGOTTEN = "forgotten"
+
+#: The ``error`` of a message that waited, or lost its owner, while the guard was off: it may have run without leaving a trace.
+MAY_HAVE_RUN = "unguarded: it waited while the guard was off, and may have run"
 
 #: How ``error`` begins for a message that Celery discarded. Workers remember its Celery id for hours.
 DISCARDED = ("revoked", "expired")
@@ -207,7 +211,13 @@ class Row:
     @property
     def forbidden(self) -> bool:
         """Whether a running message must not run again if its owner dies; ``error`` says why. See ``Store.forbid``."""
-        return self.status is Status.PROCESSING and self.processed_status is None and self.error is not None
+        running = self.status is Status.PROCESSING and self.processed_status is None
+        return running and self.error not in (None, MAY_HAVE_RUN)
+
+    @property
+    def may_have_run(self) -> bool:
+        """Whether it may have run while the guard was off; see ``Store.doubt``. Its next claim forgets that."""
+        return self.status is not Status.DONE and self.error == MAY_HAVE_RUN
 
     @property
     def rejected_before(self) -> int | None:

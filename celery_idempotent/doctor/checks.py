@@ -52,6 +52,12 @@ def _app(facts: Facts) -> Iterator[Finding]:
     app = facts.app
     for wrong in app.wrong:
         yield Finding("settings", wrong, "correct it as the message says")
+    if not app.enabled:
+        yield Finding(
+            "guard-off",
+            "idempotent_enabled is False: the guard is off for all tasks",
+            "idempotent_enabled = True, or remove the setting, as soon as the incident or the load test is over",
+        )
     if not app.tasks and not app.wrong:
         yield Finding(
             "no-guarded-tasks",
@@ -391,10 +397,18 @@ def _left_waiting(facts: Facts) -> Iterator[Finding]:
     if unguarded := tuple(name for name in waiting if name in app.unguarded):
         yield Finding(
             "waiting-unguarded",
-            "recorded messages are waiting; their tasks have no base=IdempotentTask here, or are turned off by idempotent=False",
+            "recorded messages are waiting; their tasks have no base=IdempotentTask here, or their guard is off (idempotent=False, idempotent_enabled)",
             "let them end before; what has run meanwhile: `celery -A proj idempotent forget --task NAME --status pending --force`; "
             "what the broker has lost: `... recover --task NAME --lost-after 0`",
             unguarded,
+        )
+    if doubted := tuple(name for name in facts.store.doubted if name in guarded):
+        yield Finding(
+            "waiting-doubted",
+            "messages that were recorded wait since the guard was off; those that the broker still has end as they run",
+            "what has run: `celery -A proj idempotent forget --task NAME --error 'unguarded*' --force`; "
+            "what the broker has lost: `... recover --task NAME --lost-after 0`",
+            doubted,
         )
     if unknown := tuple(name for name in waiting if name not in app.unguarded):
         yield Finding(

@@ -51,6 +51,7 @@ class AppFacts:
 
     Attributes:
         wrong: The library's errors about its settings or a task's options.
+        enabled: The setting: whether the guard is on.
         tasks: Its guarded tasks.
         result_backend: Whether it has one.
         result_expires: Seconds for which the backend keeps results; ``None`` for ever, or if unknown.
@@ -64,6 +65,7 @@ class AppFacts:
     """
 
     wrong: tuple[str, ...] = ()
+    enabled: bool = True
     tasks: tuple[TaskFacts, ...] = ()
     result_backend: bool = True
     result_expires: float | None = None
@@ -133,6 +135,7 @@ class StoreFacts:
         configuration: The settings of its server, if the account may read them; ``None`` if it was not asked.
         condition: The state of the log; ``None`` if it was not asked.
         waiting: The tasks of the messages that have waited longest.
+        doubted: The tasks of those among them that may have run while the guard was off.
         local_clock: This host's clock, when the condition's clock was read.
         clock_error: Seconds by which that may be wrong.
     """
@@ -147,6 +150,7 @@ class StoreFacts:
     configuration: Mapping[str, str] | None = None
     condition: LogHealth | None = None
     waiting: tuple[str, ...] = ()
+    doubted: tuple[str, ...] = ()
     local_clock: datetime | None = None
     clock_error: float = 0.0
 

@@ -25,6 +25,10 @@ _E, _W = Severity.ERROR, Severity.WARNING
 CODES: dict[str, tuple[Severity, str]] = {
     # the app
     "settings": (_E, "A worker does not start, and a call raises ConfigurationError."),
+    "guard-off": (
+        _E,
+        "Nothing is guarded: calls are not recorded, and each repeated call and each copy of a message runs.",
+    ),
     "no-guarded-tasks": (_W, "Nothing is guarded, and the rest of this report says nothing about your tasks."),
     "past-the-guard": (
         _E,
@@ -183,6 +187,13 @@ CODES: dict[str, tuple[Severity, str]] = {
         (
             "Messages that the broker loses are not published again while their task is not guarded; if their rows "
             "stay until the task is guarded again, they may run a second time."
+        ),
+    ),
+    "waiting-doubted": (
+        _W,
+        (
+            "These messages waited while the guard was off and may have run, so neither recovery nor a repeated call publishes one that the "
+            "broker has lost."
         ),
     ),
     "waiting-unknown": (_W, "Unless another app has these tasks, the messages neither run nor are published again."),

@@ -98,6 +98,7 @@ def _read_app(queue_log: QueueLog) -> AppFacts:
                 wrong.append(str(error))
     return AppFacts(
         wrong=tuple(wrong),
+        enabled=settings.enabled,
         tasks=tuple(tasks),
         result_backend=not isinstance(app.backend, DisabledBackend),
         result_expires=(app.backend.persistent and app.backend.expires) or None,
@@ -254,8 +255,10 @@ def _read_store(store: Store, clock: Callable[[], datetime]) -> StoreFacts:
             facts["condition"] = store.condition()
             took = time.monotonic() - asked
             # The statement ran at some time between the two readings.
-            oldest = store.rows(RowFilter(status=Status.PENDING, limit=_OLDEST, oldest_first=True))
+            oldest = list(store.rows(RowFilter(status=Status.PENDING, limit=_OLDEST, oldest_first=True)))
             facts["waiting"] = tuple(sorted({row.key.task_name for row in oldest}))
+            oldest += store.lapsed(again_after=0.0, limit=_OLDEST)
+            facts["doubted"] = tuple(sorted({row.key.task_name for row in oldest if row.may_have_run}))
             facts["local_clock"], facts["clock_error"] = began + timedelta(seconds=took / 2), took / 2
     except StoreUnavailableError as error:
         facts["away"] = _text(error)

@@ -94,6 +94,7 @@ class Recovery:
             StoreError: The store did not answer, or its schema has another version.
             kombu.exceptions.OperationalError: The broker did not take a message; its row waits for the next pass.
         """
+        self._rescue.doubt_turned_off()
         return Recovered(
             taken_back=self._rescue.publish_lapsed(),
             relayed=relay(self._queue_log, at_most=_RELAYED * BATCH).published,

@@ -23,6 +23,7 @@ from celery_idempotent.core.records import MessageKey, Row
 from celery_idempotent.core.store import BATCH
 from celery_idempotent.producer.recorded import own_tasks, republish
 from celery_idempotent.producer.relay import relay
+from celery_idempotent.producer.unrecorded import is_unrecorded
 
 if TYPE_CHECKING:
     from celery_idempotent.core.store import Store
@@ -91,7 +92,32 @@ class Rescue:
         return [row for row in self._store.lapsed(**self._of_lapsed(), limit=at_most) if _lapsed_and_paused(row)]
 
     def _of_lapsed(self) -> dict[str, Any]:
-        return {"again_after": self._queue_log.settings.lost_after, "tasks": own_tasks(self._queue_log)}
+        lost_after = self._queue_log.settings.lost_after
+        return {"again_after": lost_after, "tasks": self._guarded_tasks(), "doubted": False}
+
+    # -- the guard is off ----------------------------------------------------------------------------------------------
+
+    def doubt_turned_off(self) -> None:
+        """Note of messages whose task is turned off that they may run, or have run, without a trace; then nothing publishes them by itself.
+
+        Raises:
+            StoreError: The store did not answer, or its schema has another version.
+        """
+        guarded = set(self._guarded_tasks())
+        tasks = [name for name in own_tasks(self._queue_log) if name not in guarded]
+        if not tasks:
+            return
+        for read in (partial(self._store.waiting, older_than=0.0), partial(self._store.lapsed, again_after=0.0)):
+            seen = set[MessageKey]()
+            while True:
+                with no_fork():
+                    rows = read(limit=BATCH, tasks=tasks, doubted=False)
+                fresh = [row.key for row in rows if row.key not in seen]
+                if not fresh:
+                    break
+                with no_fork():
+                    self._store.doubt(fresh)
+                seen.update(fresh)
 
     # -- messages that the broker lost ---------------------------------------------------------------------------------
 
@@ -110,7 +136,7 @@ class Rescue:
 
         Args:
             lost_after: Seconds. A message that the broker still has gets a copy, which its claim absorbs.
-            task: Only messages of this task. Messages of a task with ``idempotent=False`` are published only if it is named.
+            task: Only messages of this task. Messages that waited while its guard was off are published only if it is named.
             stopped: Called after each batch; stop if it returns true.
 
         Returns:
@@ -121,12 +147,23 @@ class Rescue:
             kombu.exceptions.OperationalError: The broker did not take a message; its row waits for the next pass.
         """
         relayed = relay(self._queue_log, at_most=math.inf, stopped=stopped).published
-        waiting = partial(self._store.waiting, older_than=lost_after, tasks=self._recorded_tasks(task))
-        return relayed + self._publish_due(waiting, at_most=math.inf, stopped=stopped)
+        return relayed + sum(
+            self._publish_due(read, at_most=math.inf, stopped=stopped) for read in self._waiting(lost_after, task)
+        )
 
     def waiting(self, lost_after: float, *, task: str | None = None, at_most: int) -> list[Row]:
         """Return what :meth:`publish_waiting` would publish, from the first ``at_most`` rows, without the rows that it relays."""
-        return self._store.waiting(older_than=lost_after, limit=at_most, tasks=self._recorded_tasks(task))
+        return [row for read in self._waiting(lost_after, task) for row in read(limit=at_most)]
+
+    def _waiting(self, lost_after: float, task: str | None) -> list[_Read]:
+        if task is None:
+            tasks = self._guarded_tasks()
+            return [partial(self._store.waiting, older_than=lost_after, tasks=tasks, doubted=False)]
+        tasks = [name for name in own_tasks(self._queue_log) if name == task]
+        return [
+            partial(self._store.waiting, older_than=lost_after, tasks=tasks),
+            partial(self._store.lapsed, again_after=lost_after, tasks=tasks),
+        ]
 
     def _overtaken(self) -> list[_Read]:
         """Return functions that read overtaken rows: one for each task with a rate limit, and one for all others.
@@ -146,13 +183,14 @@ class Rescue:
             of = before.setdefault(row.key.task_name if held else None, {})
             moment = row.created_timestamp - timedelta(seconds=lost_after + held)
             of[row.queue] = max(moment, of.get(row.queue, moment))
-        recorded = self._recorded_tasks()
-        unlimited = [name for name in recorded if not self._held_by_rate(name)]
+        guarded = self._guarded_tasks()
+        unlimited = [name for name in guarded if not self._held_by_rate(name)]
         reads: list[_Read] = []
         for task, moments in before.items():
-            tasks = unlimited if task is None else [name for name in recorded if name == task]
+            tasks = unlimited if task is None else [name for name in guarded if name == task]
             if tasks:
-                reads.append(partial(self._store.waiting, older_than=lost_after, before=moments, tasks=tasks))
+                of_tasks = partial(self._store.waiting, tasks=tasks, doubted=False)
+                reads.append(partial(of_tasks, older_than=lost_after, before=moments))
         return reads
 
     def _held_by_rate(self, task_name: str) -> float:
@@ -167,14 +205,10 @@ class Rescue:
         prefetched = app.conf.worker_prefetch_multiplier * (app.conf.worker_concurrency or os.cpu_count() or 1)
         return prefetched / per_second if prefetched else math.inf
 
-    def _recorded_tasks(self, task: str | None = None) -> list[str]:
-        """Return the tasks to rescue: the named one, or all that are not turned off, whose messages may have run without the guard."""
+    def _guarded_tasks(self) -> list[str]:
+        """Return the tasks to rescue: those that are not turned off, since messages of others run without the guard."""
         tasks = self._queue_log.app.tasks
-        return [
-            name
-            for name in own_tasks(self._queue_log)
-            if (tasks[name].idempotency.idempotent if task is None else name == task)
-        ]
+        return [name for name in own_tasks(self._queue_log) if not is_unrecorded(tasks[name])]
 
     # -- publishing ----------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,16 @@ from celery.utils import uuid
 from celery_idempotent.core.records import MessageKey
 from celery_idempotent.core.storable import FINGERPRINT, is_text
 
-__all__ = ["HEADER", "TRACE_HEADER", "Header", "is_trace", "later_call", "rejections"]
+__all__ = [
+    "HEADER",
+    "TRACE_HEADER",
+    "Header",
+    "is_marked_unrecorded",
+    "is_trace",
+    "later_call",
+    "mark_unrecorded",
+    "rejections",
+]
 
 HEADER = "idempotent"
 
@@ -41,6 +50,17 @@ def rejections(headers: Mapping[str, Any] | None) -> int:
         if isinstance(death, Mapping) and death.get("reason") == "rejected"
     ]
     return sum(count for count in counts if isinstance(count, int) and count > 0)
+
+
+def mark_unrecorded(headers: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the headers of a message that was sent without a row, because the guard was off."""
+    return {**(headers or {}), HEADER: {"unrecorded": True}}
+
+
+def is_marked_unrecorded(headers: Mapping[str, Any] | None) -> bool:
+    """Return whether a message was sent without a row. A worker may have recorded it since."""
+    found = headers.get(HEADER) if isinstance(headers, Mapping) else None
+    return isinstance(found, Mapping) and found.get("unrecorded") is True
 
 
 def is_trace(value: object) -> bool:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from celery_idempotent.producer.box import block_outbox
 from celery_idempotent.producer.off_loop import in_the_same_run, off_the_loop
-from celery_idempotent.producer.send import is_unrecorded
 
 if TYPE_CHECKING:
     from celery.result import AsyncResult
@@ -44,7 +43,7 @@ class AwaitedCalls:
 
         Atomicity: as ``apply_async``.
         """
-        result: IdempotentResult = await awaited(self, partial(self.apply_async, args, kwargs, **options), options)  # type: ignore[arg-type]
+        result: IdempotentResult = await awaited(self, partial(self.apply_async, args, kwargs, **options))  # type: ignore[arg-type]
         return result
 
     async def adelay(self, *args: Any, **kwargs: Any) -> IdempotentResult:
@@ -52,15 +51,14 @@ class AwaitedCalls:
         return await self.aapply_async(args, kwargs)
 
 
-async def awaited(task: Guarded, call: Callable[[], AsyncResult[Any]], options: dict[str, Any]) -> AsyncResult[Any]:
+async def awaited(task: Guarded, call: Callable[[], AsyncResult[Any]]) -> AsyncResult[Any]:
     """Make a call where it belongs, without holding the event loop.
 
     Args:
         task: The task that is called.
         call: Makes the call.
-        options: The arguments of ``apply_async``.
     """
     queue_log = task.queue_log
     work = in_the_same_run(task.app, call)
-    box = None if is_unrecorded(task, options.get("task_id"), options) else block_outbox(queue_log)
+    box = block_outbox(queue_log)
     return await (off_the_loop(queue_log, work) if box is None else box.awaited(work))

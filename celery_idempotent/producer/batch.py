@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from celery_idempotent.core.records import MessageKey
     from celery_idempotent.core.store import Store
+    from celery_idempotent.producer.guarded import UnrecordedCall
     from celery_idempotent.producer.publisher import Outgoing
     from celery_idempotent.queue_log import QueueLog
 
@@ -87,6 +88,8 @@ class _Batch(Outbox):
         self._around = around
         #: ``None`` as soon as they are being sent.
         self._calls: list[tuple[OutgoingCall, AsyncResult[Any]]] | None = []
+        #: Calls that have no row, because the guard is off.
+        self._plain: list[tuple[QueueLog, UnrecordedCall]] = []
         self._lock = threading.Lock()
         #: The outbox in whose transaction the calls being sent are recorded.
         self._outer: Outbox | None = None
@@ -120,6 +123,13 @@ class _Batch(Outbox):
             self._calls.append((sending, result))
             return True
 
+    def send_later(self, queue_log: QueueLog, call: UnrecordedCall) -> None:
+        with self._lock:
+            if self._calls is not None:
+                self._plain.append((queue_log, call))
+                return
+        call.send()
+
     def store(self, queue_log: QueueLog) -> Store:
         return queue_log.store if self._outer is None else self._outer.store(queue_log)
 
@@ -140,12 +150,13 @@ class _Batch(Outbox):
 
     async def send_off_the_loop(self) -> None:
         """Do as :meth:`send` for a coroutine."""
-        if not self._calls:
+        calls = [call.task for _, call in self._plain] + [call.task for call, _ in self._calls or ()]
+        if not calls:
             self.send()
         elif self._around is not None:
             await self._around.awaited(self.send)
         else:
-            await off_the_loop(self._calls[0][0].task.queue_log, self.send)
+            await off_the_loop(calls[0].queue_log, self.send)
 
     def send(self) -> None:
         """Record and publish, some hundreds at a time.
@@ -156,14 +167,20 @@ class _Batch(Outbox):
         """
         with self._lock:
             every, self._calls = self._calls or [], None
+        for queue_log, call in self._plain:
+            outer = self._around_of(queue_log)
+            if outer is None:
+                with within(None):
+                    call.send()
+            else:
+                outer.send_later(queue_log, call)
         if self._around is not None and self._around.defer(every):
             return
         refused: list[Exception] = []
         sent = 0
         for queue_log, group in groupby(every, lambda call: call[0].task.queue_log):
             calls = list(group)
-            around = self._around
-            takes = around if around is not None and around.takes(queue_log) else surrounding_outbox(queue_log)
+            takes = self._around_of(queue_log)
             self._outer = None if takes is None else takes.that_commits()
             for first in range(0, len(calls), BATCH):
                 some = calls[first : first + BATCH]
@@ -176,6 +193,11 @@ class _Batch(Outbox):
                 sent += len(some)
         if refused:
             raise ExceptionGroup(f"{len(refused)} of {len(every)} calls of {self._what} were not sent", refused)
+
+    def _around_of(self, queue_log: QueueLog) -> Outbox | None:
+        """Return the outbox around the batch that takes a queue log's calls, if there is one."""
+        around = self._around
+        return around if around is not None and around.takes(queue_log) else surrounding_outbox(queue_log)
 
     def _explained(self, error: StoreError, count: int, sent: int, calls: Sequence[OutgoingCall]) -> StoreError:
         """Withdraw calls that may have been recorded before an error; return the error, with how many calls were sent."""

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from celery_idempotent.core.records import Duplicate, Inserted, MessageKey
     from celery_idempotent.core.store import Store
     from celery_idempotent.core.store.transactional import Surrounding
-    from celery_idempotent.producer.guarded import Guarded
+    from celery_idempotent.producer.guarded import Guarded, UnrecordedCall
     from celery_idempotent.producer.publisher import Outgoing
     from celery_idempotent.queue_log import QueueLog
 
@@ -194,6 +194,8 @@ class Outbox:
         self._connection: Connection | None = None
         self._messages: list[Outgoing] = []
         self._duplicates: list[tuple[QueueLog, MessageKey]] = []
+        #: Calls that have no row, because the guard is off.
+        self._unrecorded: list[UnrecordedCall] = []
 
     # -- for the producer ----------------------------------------------------------------------------------------------
 
@@ -221,6 +223,10 @@ class Outbox:
     def store(self, queue_log: QueueLog) -> Store:
         """Return a queue log's store whose verbs run in the transaction."""
         store = transactional(queue_log.store, "outbox(session)")
+        return store.within(self._joined())
+
+    def _joined(self) -> Connection:
+        """Return the transaction's connection, with the transaction begun."""
         connection = self._connect()
         if connection is not self._connection:
             refuse_autocommit(
@@ -229,11 +235,20 @@ class Outbox:
             )
             self._connection = connection
         begin(connection)
-        return store.within(connection)
+        return connection
 
     def add(self, message: Outgoing) -> None:
         """Publish a message after the commit."""
         self._messages.append(message)
+
+    def send_later(self, queue_log: QueueLog, call: UnrecordedCall) -> None:  # noqa: ARG002 - for a batch
+        """Send a call without a row after the commit. A rollback drops it, and so does the death of this process."""
+        self.that_commits().keep(call)
+
+    def keep(self, call: UnrecordedCall) -> None:
+        """Keep a call without a row until this outbox's own transaction has committed."""
+        self._joined()
+        self._unrecorded.append(call)
 
     def count(self, queue_log: QueueLog, key: MessageKey) -> None:
         """Count a duplicate after the commit; counting it now would lock its row until then."""
@@ -243,12 +258,17 @@ class Outbox:
 
     def publish(self) -> None:
         """Publish the messages, after the commit."""
-        messages, duplicates = self._messages, self._duplicates
+        messages, duplicates, unrecorded = self._messages, self._duplicates, self._unrecorded
         self.discard()
-        if messages or duplicates:
-            self._publish(messages, duplicates)
+        if messages or duplicates or unrecorded:
+            self._publish(messages, duplicates, unrecorded)
 
-    def _publish(self, messages: list[Outgoing], duplicates: list[tuple[QueueLog, MessageKey]]) -> None:
+    def _publish(
+        self,
+        messages: list[Outgoing],
+        duplicates: list[tuple[QueueLog, MessageKey]],
+        unrecorded: list[UnrecordedCall],
+    ) -> None:
         with within(None):  # an eager body runs after the block, not in it
             for queue_log, some in groupby(messages, lambda message: message.task.queue_log):
                 ours = self._still_there(queue_log, list(some))
@@ -258,10 +278,15 @@ class Outbox:
                         message.emit()
             for queue_log, key in duplicates:
                 Publisher.of(queue_log).count_duplicate(key)
+            for call in unrecorded:
+                try:
+                    call.send()
+                except Exception:  # the caller has committed, and must not take that for undone
+                    logger.exception("%s was not sent after its commit; it has no row, so nothing will send it", call)
 
     def discard(self) -> None:
         """Drop the messages, after a rollback. If the commit's outcome is unknown, drop them too: the relay publishes them."""
-        self._messages, self._duplicates = [], []
+        self._messages, self._duplicates, self._unrecorded = [], [], []
 
     def that_commits(self) -> Outbox:
         """Return the outbox that publishes after the commit: the atomic body's if the connection is its own, otherwise this one."""
@@ -298,6 +323,10 @@ class _SurroundingOutbox(Outbox):
     def add(self, message: Outgoing) -> None:
         self._await_commit()
         super().add(message)
+
+    def keep(self, call: UnrecordedCall) -> None:
+        self._await_commit()
+        self._unrecorded.append(call)
 
     def count(self, queue_log: QueueLog, key: MessageKey) -> None:
         self._await_commit()

@@ -18,7 +18,7 @@ from celery_idempotent.core.store_retry import ask_again
 from celery_idempotent.errors import StoreError
 from celery_idempotent.hooks import OutcomeKind
 from celery_idempotent.message.canvas_ids import is_guarded
-from celery_idempotent.message.header import Header, later_call
+from celery_idempotent.message.header import Header, is_marked_unrecorded, later_call, mark_unrecorded
 from celery_idempotent.message.identity import FANOUT, type_of_exchange
 from celery_idempotent.message.serialization import encode_message, serializer_of
 from celery_idempotent.producer.box import block_outbox
@@ -26,6 +26,7 @@ from celery_idempotent.producer.broadcast import end_broadcast
 from celery_idempotent.producer.call_options import delay_of
 from celery_idempotent.producer.guarded import current_run
 from celery_idempotent.producer.identify import identify
+from celery_idempotent.producer.unrecorded import is_unrecorded, warn_once
 from celery_idempotent.queue_log import QueueLog
 
 if TYPE_CHECKING:
@@ -88,7 +89,12 @@ class _PublishHook:
                 "a rollback does not undo that",
                 sender,
             )
-        if not is_guarded(task) or not task.idempotency.idempotent:
+        if not is_guarded(task):
+            return
+        if is_unrecorded(task):
+            if not is_marked_unrecorded(headers) and _publishes(self.app, declare):
+                warn_once(self._queue_log)
+                headers.update(mark_unrecorded(None))
             return
         # The first protocol has in the body what the second one has in the headers.
         first_protocol = isinstance(body, Mapping)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from celery_idempotent.options import Options
     from celery_idempotent.queue_log import QueueLog
 
-__all__ = ["RUN", "Guarded", "GuardedRun", "current_run"]
+__all__ = ["RUN", "Guarded", "GuardedRun", "UnrecordedCall", "current_run"]
 
 #: The attribute of Celery's request that holds its run.
 RUN = "idempotent_run"
@@ -58,6 +58,7 @@ class Guarded(Protocol):
     soft_time_limit: Any
     store_eager_result: Any
     time_limit: Any
+    typing: Any
     #: Makes the result of a Celery id.
     AsyncResult: Any
     signature_from_request: Any
@@ -80,8 +81,8 @@ class GuardedRun(Protocol):
         """The key of its row."""
 
     @property
-    def is_unguarded(self) -> bool:
-        """Whether the run has no row."""
+    def given_id(self) -> str | None:
+        """The message id that came with the message, as its property."""
 
     @property
     def in_body(self) -> bool:
@@ -102,6 +103,17 @@ class GuardedRun(Protocol):
 
     def not_handed_on(self, message: NewMessage, error: BaseException) -> None:
         """End the message, because its next attempt could not be published."""
+
+
+class UnrecordedCall(Protocol):
+    """A call that has no row, because the guard is off."""
+
+    @property
+    def task(self) -> Guarded:
+        """The task that is called."""
+
+    def send(self) -> None:
+        """Hand it to the broker."""
 
 
 def current_run(app: Celery) -> GuardedRun | None:

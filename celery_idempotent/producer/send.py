@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,19 +20,19 @@ from celery_idempotent.errors import (
     StoreUnavailableError,
 )
 from celery_idempotent.hooks import OutcomeKind
-from celery_idempotent.message.header import Header
 from celery_idempotent.producer.box import Outbox
 from celery_idempotent.producer.duplicate_call import answer_duplicate
-from celery_idempotent.producer.guarded import Guarded, current_run
+from celery_idempotent.producer.guarded import Guarded
 from celery_idempotent.producer.own_message import forward_own_message
 from celery_idempotent.producer.prepared import PreparedCall
 from celery_idempotent.producer.publishing import Publishing
+from celery_idempotent.producer.unrecorded import is_unrecorded, send_unrecorded
 
 if TYPE_CHECKING:
     from celery.result import AsyncResult
 
 
-__all__ = ["Sending", "is_unrecorded", "send"]
+__all__ = ["Sending", "send"]
 
 logger = logging.getLogger("celery_idempotent")
 
@@ -61,24 +61,11 @@ def send(task: Guarded, args: Any, kwargs: Any, task_id: str | None, options: di
     Atomicity: of N concurrent calls one records and publishes. A crash between the two leaves a pending row. A later call
     of the same id publishes it again once it is older than ``idempotent_lost_after``.
     """
-    if is_unrecorded(task, task_id, options):
-        options.pop("message_id", None)
-        result = task.publish(args, kwargs, task_id=task_id, **options)
-        result.duplicate = False
-        return result
+    if is_unrecorded(task):
+        return send_unrecorded(task, args, kwargs, task_id, options)
     if task.idempotency.atomic:
         with_transactions(task.queue_log.store)
     return Sending(PreparedCall.of(task, args, kwargs, task_id, options)).send()
-
-
-def is_unrecorded(task: Guarded, task_id: str | None, options: Mapping[str, Any]) -> bool:
-    """Return whether to send a call without the guard: its task is turned off, and it does not continue a recorded message."""
-    if task.idempotency.idempotent:
-        return False
-    header, run = Header.read(options.get("headers")), current_run(task.app)
-    if header is not None and header.belongs_to(task.name, task_id):
-        return False
-    return run is None or run.is_unguarded or run.request.id != task_id
 
 
 class Sending(Publishing):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from celery_idempotent.core.begin import begin_before_savepoints
 from celery_idempotent.errors import ConfigurationError
 from celery_idempotent.producer.batch import record_together
-from celery_idempotent.producer.box import Outbox
+from celery_idempotent.producer.box import OUTBOX, Outbox
 from celery_idempotent.producer.off_loop import PublishingThreads, off_the_loop
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from celery_idempotent.core.records import MessageKey
     from celery_idempotent.producer.box import OutgoingCall
+    from celery_idempotent.producer.guarded import UnrecordedCall
     from celery_idempotent.producer.publisher import Outgoing
     from celery_idempotent.queue_log import QueueLog
 
@@ -51,6 +52,8 @@ class _SessionOutbox(Outbox):
         super().__init__(self._connection_of_session)
         self._session = session
         self._committed: SessionTransaction | None = None
+        #: Calls without a row, and the innermost transaction in which each was made.
+        self._plain: list[tuple[SessionTransaction | None, UnrecordedCall]] = []
         event.listen(session, "after_begin", self._after_begin)
         event.listen(session, "after_commit", self._after_commit)
         event.listen(session, "after_transaction_end", self._after_end)
@@ -64,6 +67,19 @@ class _SessionOutbox(Outbox):
             raise ConfigurationError(
                 "outbox(session) needs a session whose default bind is the store's database; this one has binds for single tables only"
             ) from error
+
+    def send_later(self, queue_log: QueueLog, call: UnrecordedCall) -> None:
+        body: Outbox | None = self._session.get_bind().get_execution_options().get(OUTBOX)
+        if body is not None:  # the session is an atomic body's
+            body.send_later(queue_log, call)
+        else:
+            self._plain.append((self._transaction(), call))
+
+    def _transaction(self) -> SessionTransaction | None:
+        """Return the innermost transaction; begin one if there is none, because otherwise no event would tell of a rollback."""
+        if not self._session.in_transaction():
+            self._session.begin()
+        return self._session.get_nested_transaction() or self._session.get_transaction()
 
     def _after_begin(self, session: Session, transaction: SessionTransaction, connection: Connection) -> None:  # noqa: ARG002
         begin_before_savepoints(connection)
@@ -79,13 +95,20 @@ class _SessionOutbox(Outbox):
             self._savepoint_ended(transaction, kept=committed)
         elif transaction.parent is None:
             # The commit of a session inside a user's own transaction is not reported.
-            if committed and self._connection is not None and not self._connection.in_transaction():
-                self.publish()
-            else:
+            if not (committed and self._connection is not None and not self._connection.in_transaction()):
                 self.discard()
+            plain, self._plain = self._plain, []
+            if committed:
+                self._unrecorded += [call for _, call in plain]
+            self.publish()
 
     def _savepoint_ended(self, savepoint: SessionTransaction, *, kept: bool) -> None:
-        """Do nothing: its rows are written, or gone."""
+        """Keep or drop what has no row yet. Rows are written, or gone."""
+        self._plain = [
+            (savepoint.parent if at is savepoint else at, call)
+            for at, call in self._plain
+            if kept or at is not savepoint
+        ]
 
 
 class _AsyncSessionOutbox(_SessionOutbox):
@@ -120,9 +143,7 @@ class _AsyncSessionOutbox(_SessionOutbox):
     def defer(self, calls: Sequence[tuple[OutgoingCall, AsyncResult[Any]]]) -> bool:
         if _in_greenlet():
             return False
-        if not self._session.in_transaction():
-            self._session.begin()  # otherwise no event would tell of a rollback
-        transaction = self._session.get_nested_transaction() or self._session.get_transaction()
+        transaction = self._transaction()
         self._deferred += [(transaction, sending, result) for sending, result in calls]
         return True
 
@@ -138,6 +159,7 @@ class _AsyncSessionOutbox(_SessionOutbox):
         record_together(self, calls, "the session")
 
     def _savepoint_ended(self, savepoint: SessionTransaction, *, kept: bool) -> None:
+        super()._savepoint_ended(savepoint, kept=kept)
         others = [
             (savepoint.parent if at is savepoint else at, *call)
             for at, *call in self._deferred
@@ -145,15 +167,21 @@ class _AsyncSessionOutbox(_SessionOutbox):
         ]
         self._deferred = others
 
-    def _publish(self, messages: list[Outgoing], duplicates: list[tuple[QueueLog, MessageKey]]) -> None:
+    def _publish(
+        self,
+        messages: list[Outgoing],
+        duplicates: list[tuple[QueueLog, MessageKey]],
+        unrecorded: list[UnrecordedCall],
+    ) -> None:
         from sqlalchemy.util import await_only
 
-        publish = partial(super()._publish, messages, duplicates)
+        publish = partial(super()._publish, messages, duplicates, unrecorded)
         if not _in_greenlet():
             publish()
             return
-        queue_log = messages[0].task.queue_log if messages else duplicates[0][0]
-        await_only(off_the_loop(queue_log, publish, PublishingThreads))
+        tasks = [message.task for message in messages] + [call.task for call in unrecorded]
+        logs = [task.queue_log for task in tasks] + [log for log, _ in duplicates]
+        await_only(off_the_loop(logs[0], publish, PublishingThreads))
 
 
 def _is_asynchronous(session: Session) -> bool:

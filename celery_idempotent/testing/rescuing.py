@@ -1,4 +1,4 @@
-"""The contract of the rescue's verbs: ``lapsed``, ``waiting``, ``newest``, ``find_all``."""
+"""The contract of the rescue's verbs: ``lapsed``, ``waiting``, ``doubt``, ``newest``, ``find_all``."""
 
 # ruff: noqa: D102 - a test's name says what it shows
 
@@ -7,12 +7,13 @@ from __future__ import annotations
 from datetime import timedelta
 from functools import partial
 
-from celery_idempotent.core.records import MessageKey, Row
+from celery_idempotent.core.records import MAY_HAVE_RUN, MessageKey, Row
 from celery_idempotent.core.store import LARGE_MESSAGE, Store
 from celery_idempotent.testing.base import StoreFixtures
 from celery_idempotent.testing.examples import (
     KEY,
     LEASE,
+    claim,
     done,
     ids,
     overdue,
@@ -163,6 +164,44 @@ class RescueContract(StoreFixtures):
         assert {row.key for row in found} == set(keys)
         assert all(row.message is None for row in found)
         assert store.find_all([]) == []
+
+    # -- doubt ---------------------------------------------------------------------------------------------------------
+
+    def test_a_message_that_may_have_run_is_listed_only_on_demand(self, store: Store) -> None:
+        waits, lapsed = pending(store), overdue(store, "lapsed")
+        wait_until(lambda: store.waiting(older_than=0.0, limit=10) != [])
+        soon = read(store, lapsed.key).read_at + timedelta(days=1)
+
+        store.doubt([waits.key, lapsed.key, MessageKey("none", "t")])
+
+        assert [read(store, row.key).error for row in (waits, lapsed)] == [MAY_HAVE_RUN, MAY_HAVE_RUN]
+        assert read(store).may_have_run
+        assert not read(store, lapsed.key).forbidden
+        for before in (None, {"celery": soon}):
+            assert store.waiting(older_than=0.0, limit=10, before=before, doubted=False) == []
+            assert ids(store.waiting(older_than=0.0, limit=10, before=before)) == [KEY.message_id]
+        assert store.lapsed(again_after=LONG, limit=10, doubted=False) == []
+        assert store.condition().lapsed_since is None
+        assert ids(store.lapsed(again_after=LONG, limit=10)) == ["lapsed"]
+
+    def test_a_claim_ends_the_doubt(self, store: Store) -> None:
+        waits, lapsed = pending(store), overdue(store, "lapsed")
+        store.doubt([waits.key, lapsed.key])
+        claim(store)
+        assert take(store, read(store, lapsed.key)) is not None
+        assert [read(store, row.key).error for row in (waits, lapsed)] == [None, None]
+
+    def test_what_has_not_waited_is_not_in_doubt(self, store: Store) -> None:
+        unsent = pending(store, key=MessageKey("unsent", "t"), published=False)
+        runs, ended = processing(store, key=MessageKey("runs", "t")), done(store, key=MessageKey("done", "t"))
+        forbidden, point = overdue(store, "forbidden"), processing(store, key=MessageKey("point", "t"))
+        assert store.forbid(forbidden, error="revoked")
+        assert store.checkpoint(point, result=b"1")
+        assert store.expire(point)
+        store.doubt([unsent.key, runs.key, ended.key, forbidden.key, point.key])
+        store.doubt([])
+        errors = [read(store, each.key).error for each in (unsent, runs, ended, forbidden, point)]
+        assert errors == [None, None, None, "revoked", None]
 
     # -- newest ----------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,6 @@ from celery_idempotent.core.decision import Delivery, DeliveryAction, decide_del
 from celery_idempotent.core.records import FORGOTTEN, Claimed, MessageKey, NotClaimed, Row
 from celery_idempotent.errors import ConfigurationError, StoreError
 from celery_idempotent.hooks import OutcomeKind
-from celery_idempotent.message.header import HEADER
 from celery_idempotent.message.identity import identity_of
 from celery_idempotent.message.serialization import UndecodableError, decode_message
 from celery_idempotent.worker import run_state
@@ -49,7 +48,7 @@ def admit(task: Guarded, request: Context) -> Run:
         request: Celery's traced request.
 
     Returns:
-        A run that holds the message, replays its result, or is unguarded.
+        A run that holds the message or replays its result; or is unguarded, because the store gave no answer.
 
     Raises:
         Ignore: There is nothing to do here: it was done, or a copy was published to come again later.
@@ -123,21 +122,9 @@ class _Admission:
         with self.claim_request.noting_silence():
             return self._claim_or_decide()
 
-    def _is_unrecorded(self) -> bool:
-        """Return whether the task is turned off and its message was never recorded: Celery then runs it without the guard."""
-        if self.task.idempotency.idempotent or self.delivered.knows_first:
-            return False
-        row = self.store.find(self.delivered.message.key)
-        return row is None or row.expired
-
     def _claim_or_decide(self) -> Run:
         if self.delivered.identity.older is not None:
             self._prefer(self.delivered.identity.older)
-        if self._is_unrecorded():
-            # Without the header, so that its retry does not look like a recorded message's.
-            self.request.headers = {name: value for name, value in self.request.headers.items() if name != HEADER}
-            self.run.attach()
-            return self.run
         for _ in range(_ATTEMPTS):
             asked = self.claim_request.ask(self._ask)
             self.run.asked = asked.at

@@ -18,14 +18,17 @@ from celery.exceptions import Ignore
 from celery.utils.imports import symbol_by_name
 
 from celery_idempotent.errors import ConfigurationError
+from celery_idempotent.producer.unrecorded import is_unrecorded
 from celery_idempotent.worker.admission import admit
 from celery_idempotent.worker.come_again import come_again
 from celery_idempotent.worker.handlers import inherited
 from celery_idempotent.worker.perform import perform
 from celery_idempotent.worker.run import Passage, Run
 from celery_idempotent.worker.run_state import Lost
+from celery_idempotent.worker.turned_off import run_unguarded
 
 if TYPE_CHECKING:
+    from celery.app.task import Context
     from celery.worker.request import Request
 
     from celery_idempotent.producer.guarded import Guarded
@@ -86,10 +89,14 @@ def _guarded_start(start: Callable[..., None]) -> Callable[..., None]:
         if Run.of(request) is None:
             if request.id is None:  # the caller passed the id to the hooks only
                 request.id = args[0] if args else kwargs.get("task_id")
-            admit(self, request)
+            _admit(self, request)
         start(self, *args, **kwargs)
 
     return before_start
+
+
+def _admit(task: Guarded, request: Context) -> Run:
+    return run_unguarded(task, request) if is_unrecorded(task) else admit(task, request)
 
 
 def _guarded_call(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -100,7 +107,7 @@ def _guarded_call(call: Callable[..., Any]) -> Callable[..., Any]:
         request = self.request_stack.top
         if request is None or request.called_directly:
             return call(self, *args, **kwargs)
-        run = Run.of(request) or admit(self, request)  # if something kept Celery from calling before_start
+        run = Run.of(request) or _admit(self, request)  # if something kept Celery from calling before_start
         if run.passage is not Passage.OUTSIDE:
             return call(self, *args, **kwargs)
         # A worker makes Celery's own `__call__` push the delivery's request. An eager run does not, and an atomic body may run several

@@ -15,8 +15,10 @@ from celery.platforms import EX_FAILURE
 from celery_idempotent.core.transactions import transactional
 from celery_idempotent.errors import AccessDeniedError, ConfigurationError, StoreError, StoreUnavailableError
 from celery_idempotent.maintenance.recovery import Recovery
+from celery_idempotent.maintenance.rescue import Rescue
 from celery_idempotent.message.canvas_ids import is_guarded
 from celery_idempotent.queue_log import QueueLog
+from celery_idempotent.settings import Settings
 
 __all__ = ["CheckStep", "RecoveryStep"]
 
@@ -58,6 +60,15 @@ class CheckStep(Step):  # type: ignore[misc]
             )
         queue_log = QueueLog.of(parent.app)
         _ = queue_log.outcomes  # raises for a hook that cannot be imported
+        if not queue_log.settings.enabled:
+            logger.warning(
+                "the guard is off for all tasks, since idempotent_enabled is False: messages run as plain Celery's, and each copy runs too"
+            )
+            try:
+                _ = queue_log.store  # imported here: a child must not be forked while a thread does that
+            except ConfigurationError as error:
+                logger.warning("the worker starts although it could not guard its tasks: %s", error)
+            return
         for task in parent.app.tasks.values():
             if is_guarded(task) and task.idempotency.atomic:
                 transactional(queue_log.store)
@@ -87,8 +98,9 @@ class RecoveryStep(StartStopStep):  # type: ignore[misc]
         self._stopped = threading.Event()
 
     def include_if(self, parent: Any) -> bool:
-        """Leave the step out if the interval is 0."""
-        return QueueLog.of(parent.app).settings.recovery_interval > 0
+        """Leave the step out if the interval is 0, unless the guard is off: what waits meanwhile has to be noted."""
+        settings = QueueLog.of(parent.app).settings
+        return settings.recovery_interval > 0 or not settings.enabled
 
     def start(self, parent: Any) -> None:
         """Start the thread."""
@@ -102,10 +114,21 @@ class RecoveryStep(StartStopStep):  # type: ignore[misc]
     terminate = stop
 
     def _run(self, queue_log: QueueLog) -> None:
-        interval = queue_log.settings.recovery_interval
+        settings = queue_log.settings
+        interval = settings.recovery_interval or Settings.recovery_interval
+        # A short guard-off must leave its note too.
+        pause = 0.0 if not settings.enabled else interval * _around_one()
         # Random pauses keep workers apart that were started together.
-        while not self._stopped.wait(interval * random.uniform(0.5, 1.5)):  # noqa: S311 - keeps no secret
+        while not self._stopped.wait(pause):
+            pause = interval * _around_one()
             try:
-                Recovery(queue_log).run_pass()
+                if settings.recovery_interval > 0:
+                    Recovery(queue_log).run_pass()
+                else:
+                    Rescue.of(queue_log).doubt_turned_off()
             except Exception as error:  # noqa: BLE001 - the next pass must come, whatever the error
                 logger.warning("a recovery pass failed; the next one continues: %r", error)
+
+
+def _around_one() -> float:
+    return random.uniform(0.5, 1.5)  # noqa: S311 - keeps no secret

@@ -24,7 +24,7 @@ class CurrentMessage:
         task_name: The task that it belongs to.
         attempt: Celery's ``retries`` of this delivery; 0 for the first.
         token: The fencing token. It is greater in each run of the message, so a service that compares tokens can refuse an older
-            run. ``None`` in a run without a claim (``idempotent_on_store_error="run"``).
+            run. ``None`` in a run without a claim (``idempotent_on_store_error="run"``, or the guard is off).
         deadline: When the lease ends at the earliest, by this machine's clock, in UTC. Until then no other worker takes the message
             over. Each renewal moves it; call again for the latest. ``None`` if the run does not hold the message.
     """
@@ -39,7 +39,8 @@ class CurrentMessage:
 def current_message() -> CurrentMessage | None:
     """Return the message that runs in this thread; ``None`` outside of a guarded task.
 
-    If a guarded task calls another task as a function, both see the guarded task's message.
+    A task that is called as a function, ``charge(order)``, has no message of its own. It sees the message of the guarded task whose body
+    calls it; called from anywhere else, it sees ``None``. While the guard is off, the message has its id, but no token and no deadline.
     """
     task = get_current_worker_task()
     run = None if task is None else Run.of(task.request_stack.top)

@@ -55,19 +55,27 @@ def _perform_or_replay(run: Run, body: Callable[[], T]) -> T:
 
 
 def _perform_unrecorded(run: Run, body: Callable[[], T]) -> T:
-    """Run the body of an atomic task with ``idempotent=False``: in a transaction, without a row."""
+    """Run the body of an atomic task whose guard is off: in a transaction, without a row."""
     unit = UnitOfWork(run.queue_log)
     try:
         with unit as run.unit, within(unit.outbox):
             if unit.begins_before_body:
                 unit.open()
-            value = body()
-            if unit.opened:
-                unit.commit(lambda _: True)
-                run.publish(unit)
+            try:
+                value = body()
+            except Ignore:  # such as a replacement: it commits, as with the guard
+                _commit(run, unit)
+                raise
+            _commit(run, unit)
     finally:
         run.unit = None
     return value
+
+
+def _commit(run: Run, unit: UnitOfWork) -> None:
+    if unit.opened:
+        unit.commit(lambda _: True)
+        run.publish(unit)
 
 
 def _perform_atomically(run: Run, body: Callable[[], T]) -> T:

@@ -27,12 +27,14 @@ from celery_idempotent.message.header import Header
 from celery_idempotent.message.identity import Identity, identity_of_sent
 from celery_idempotent.message.serialization import UndecodableError, decode_result, encode_message, serializer_of
 from celery_idempotent.producer.identify import identify
-from celery_idempotent.worker.body_end import Completed
+from celery_idempotent.producer.unrecorded import is_unrecorded
+from celery_idempotent.worker.body_end import Completed, Failed
 from celery_idempotent.worker.celery_versions import acknowledges_timeouts, retries_lost_workers
 from celery_idempotent.worker.delivery import describe, worker_label
 from celery_idempotent.worker.discards import REVOKED, discard
 from celery_idempotent.worker.events import announce
 from celery_idempotent.worker.lease_renewal import LeaseRenewer, RenewedLease
+from celery_idempotent.worker.turned_off import end_later
 
 __all__ = ["IdempotentRequest", "running"]
 
@@ -103,6 +105,9 @@ class IdempotentRequest(Request):  # type: ignore[misc]
         # In pools without children, Celery calls this in the thread that runs the body. `pid` is then the process's or, with greenlets,
         # the thread's.
         here = pid in (os.getpid(), threading.get_ident())
+        if is_unrecorded(self.task):  # then it has no claim, and the event loop asks no store
+            super().on_accepted(pid, time_accepted)
+            return
         queue_log, key, queue = self.task.queue_log, self.key, self.delivery_info["routing_key"]
         if key is not None:
             self.owner = Owner(key, worker_label(self.hostname, None if here else pid))
@@ -119,7 +124,11 @@ class IdempotentRequest(Request):  # type: ignore[misc]
         super().on_timeout(soft, timeout)
         if soft:
             return
-        if self.task.acks_late and not acknowledges_timeouts(self.task):
+        given_back = self.task.acks_late and not acknowledges_timeouts(self.task)
+        if is_unrecorded(self.task):
+            if not given_back:
+                end_later(self.task, self._context, Failed(describe(TimeLimitExceeded(timeout))), wait=False)
+        elif given_back:
             self._end("release", self.task.queue_log.store.release)
         else:
             self._fail(describe(TimeLimitExceeded(timeout)))
@@ -145,7 +154,7 @@ class IdempotentRequest(Request):  # type: ignore[misc]
     def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
         """End the claim of a body that was terminated: in this process, Celery calls nothing else when it ends."""
         super()._announce_revoked(reason, terminated, signum, expired)
-        if terminated and self.owner is not None and not self._held_until_gone():
+        if terminated and (self.owner is not None or is_unrecorded(self.task)) and not self._held_until_gone():
             self._end_terminated()
 
     def _announce_cancelled(self, **options: Any) -> None:
@@ -165,7 +174,9 @@ class IdempotentRequest(Request):  # type: ignore[misc]
         return True
 
     def _end_terminated(self) -> None:
-        if not self._fail(TERMINATED, OutcomeKind.CANCELLED):
+        if is_unrecorded(self.task):
+            end_later(self.task, self._context, Failed(TERMINATED), wait=False)
+        elif not self._fail(TERMINATED, OutcomeKind.CANCELLED):
             discard(self.task, self._context, REVOKED)  # it ended before it claimed
 
     def _lost(self) -> bool | None:
@@ -216,7 +227,7 @@ class IdempotentRequest(Request):  # type: ignore[misc]
             StoreError: The store gave no answer.
         """
         key, owner = self.key, self.owner
-        row = None if key is None else self.task.queue_log.store.find(key)
+        row = None if key is None or owner is None else self.task.queue_log.store.find(key)
         if row is None or owner is None or row.worker != owner.worker or row.result is None:
             return None
         if (row.status, row.processed_status) != (Status.DONE, ProcessedStatus.SUCCESS):
@@ -236,7 +247,7 @@ class IdempotentRequest(Request):  # type: ignore[misc]
         # Celery sends the next attempt from this process, outside of any run. Move the row to it first, and put our header on it.
         context = self._context
         key = self.key
-        if key is None:
+        if key is None or is_unrecorded(self.task):
             return super()._retry_worker_lost(exc, exc_info)
         assert self.identity is not None, "a message with a key has one"
         travels = MessageKey(self.identity.message_id, self.task.name)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from enum import StrEnum
 from functools import cached_property, partial
@@ -91,9 +92,11 @@ class Run(ClaimedRow):
         return Calls(self.key, self.header.original_id, self.message.attempt - self.header.worker_lost_retries)
 
     @property
-    def is_unguarded(self) -> bool:
-        """Whether the run has no row."""
-        return isinstance(self.state, Unguarded)
+    def given_id(self) -> str | None:
+        """The message id that came with the message, as its property."""
+        properties = self.request.properties
+        given = properties.get("message_id") if isinstance(properties, Mapping) else None
+        return given if isinstance(given, str) else None
 
     @property
     def in_body(self) -> bool:

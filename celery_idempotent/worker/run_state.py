@@ -31,7 +31,7 @@ _STRICT = "CELERY_IDEMPOTENT_STRICT"
 
 @dataclass(frozen=True, slots=True)
 class Unguarded:
-    """The run has no claim: it is not decided on yet, the store does not answer under ``run``, or the task has ``idempotent=False``."""
+    """The run has no claim: it is not decided on yet, the store does not answer under ``run``, or the guard is off."""
 
     claim: ClassVar[None] = None
 

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from celery import signals, states
 from celery.app.task import Context
 
-from celery_idempotent.errors import IdempotentError
 from celery_idempotent.message.canvas_ids import is_guarded
 from celery_idempotent.message.header import Header
 from celery_idempotent.producer.by_name import record_calls_by_name
+from celery_idempotent.producer.unrecorded import is_unrecorded
 from celery_idempotent.queue_log import QueueLog
 from celery_idempotent.worker.bootsteps import CheckStep, RecoveryStep
-from celery_idempotent.worker.delivery import answered
+from celery_idempotent.worker.delivery import answered, describe
 from celery_idempotent.worker.discards import EXPIRED, REVOKED, discard
 from celery_idempotent.worker.late_retry import retry_stored
 from celery_idempotent.worker.run import Run
-from celery_idempotent.worker.turned_off import end_unguarded
+from celery_idempotent.worker.turned_off import discard_later, end_by_header, end_run
 
 __all__ = ["install"]
-
-logger = logging.getLogger("celery_idempotent")
 
 
 def install(queue_log: QueueLog) -> None:
@@ -46,12 +43,7 @@ def _ran_unguarded(
         return
     if "queue_log" not in vars(sender.app) and not sender.app.conf.get("idempotent_store"):
         return  # an app without a queue log, to which guarded apps send
-    try:
-        end_unguarded(QueueLog.of(sender.app), header, request, retval if state == states.FAILURE else None)
-    except IdempotentError as error:
-        logger.error(
-            "%s[%s] ran without base=IdempotentTask, but its row stays pending: %s", sender.name, task_id, error
-        )
+    end_by_header(QueueLog.of(sender.app), header, request, describe(retval) if state == states.FAILURE else None)
 
 
 signals.task_postrun.connect(_ran_unguarded)
@@ -59,7 +51,7 @@ signals.task_postrun.connect(_ran_unguarded)
 
 def _succeeded(sender: Any, **_: Any) -> None:
     """Complete a checkpointed run: callbacks and result were sent."""
-    run = Run.of(sender.request_stack.top) if is_guarded(sender) else None
+    run = Run.of(sender.request_stack.top) if is_guarded(sender) and not is_unrecorded(sender) else None
     if run is not None:
         run.dispatched()
         answered(run.task, run.request)
@@ -73,6 +65,9 @@ def _after_run(sender: Any, state: str | None = None, retval: Any = None, **_: A
     if not is_guarded(sender):
         return
     request = sender.request_stack.top
+    if is_unrecorded(sender):
+        end_run(sender, request, state, retval)
+        return
     run = Run.of(request)
     if state == states.FAILURE and request is not None:
         answered(sender, request)
@@ -88,5 +83,9 @@ def _revoked(sender: Any, request: Context, terminated: bool = False, expired: b
     """End a message that was revoked or has expired before it ran. A terminated body's request reports that itself."""
     if terminated or not is_guarded(sender):
         return
+    why = EXPIRED if expired else REVOKED
+    if is_unrecorded(sender):
+        discard_later(sender, request, why)
+        return
     answered(sender, request)
-    discard(sender, request, EXPIRED if expired else REVOKED)
+    discard(sender, request, why)

@@ -149,3 +149,20 @@ def test_a_store_that_was_given_is_its_givers_to_close(store_url: str) -> None:
     gc.collect()
     assert opened
     store.close()
+
+
+@pytest.mark.parametrize("store_url", ["postgresql"], indirect=True)
+def test_a_database_can_be_dropped_after_the_queue_log_is_closed(store_url: str) -> None:
+    name = f"dropped_{uuid4().hex[:12]}"
+    server = sa.create_engine(store_url, poolclass=sa.NullPool, isolation_level="AUTOCOMMIT")
+    with server.connect() as connection:
+        connection.exec_driver_sql(f"CREATE DATABASE {name}")
+    app = Celery("dropped", broker="memory://", backend="cache+memory://", set_as_current=False)
+    url = sa.make_url(store_url).difference_update_query(("options",)).set(database=name)
+    use(app, url.render_as_string(hide_password=False), work=False)
+    try:
+        app.queue_log.close()
+    finally:
+        with server.connect() as connection:
+            connection.exec_driver_sql(f"DROP DATABASE {name}")
+        app.close()

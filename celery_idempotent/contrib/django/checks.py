@@ -25,6 +25,14 @@ def check_settings(app_configs: Any, **options: Any) -> list[Any]:  # noqa: ARG0
     except ConfigurationError as error:
         return [Error(str(error), id="celery_idempotent.E001")]
     found: list[Any] = []
+    if not log.settings.enabled:
+        found.append(
+            Warning(
+                "CELERY_IDEMPOTENT_ENABLED is False: the guard is off for all tasks, so each repeated call and each copy runs.",
+                hint="Remove it as soon as the incident or the load test is over.",
+                id="celery_idempotent.W003",
+            )
+        )
     if alias_of_log() is None:
         found.append(
             Warning(

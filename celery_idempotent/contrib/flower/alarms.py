@@ -52,8 +52,24 @@ def alarms(glance: Glance, failed: Sequence[Row], waiting: Sequence[Row], settin
         waiting: Due messages that the broker has, without held copies, which wait for a running message.
         settings: The app's settings, which say how long recovery may take.
     """
-    found = [*_stuck(glance, settings), *_failing(glance.read_at, failed), *_behind(glance.read_at, waiting, settings)]
+    found = [
+        *_off(settings),
+        *_stuck(glance, settings),
+        *_failing(glance.read_at, failed),
+        *_behind(glance.read_at, waiting, settings),
+    ]
     return sorted(found, key=lambda alarm: alarm.level != "danger")
+
+
+def _off(settings: Settings) -> Iterator[Alarm]:
+    if not settings.enabled:
+        yield Alarm(
+            "danger",
+            "The guard is off: idempotent_enabled is False",
+            None,
+            "Each repeated call and each copy runs. Set it to True, and restart workers and producers, when the incident or the load test is over.",
+            "waiting",
+        )
 
 
 def _stuck(glance: Glance, settings: Settings) -> Iterator[Alarm]:

@@ -16,13 +16,16 @@ class Recoverer(Protocol):
 
     # Rows come without results, and with messages of at most :data:`LARGE_MESSAGE` bytes: `find` reads a larger one.
 
-    def lapsed(self, *, again_after: float, limit: int, tasks: Collection[str] | None = None) -> list[Row]:
+    def lapsed(
+        self, *, again_after: float, limit: int, tasks: Collection[str] | None = None, doubted: bool = True
+    ) -> list[Row]:
         """Return processing rows whose lease ran out, and which were not published since, or not for ``again_after`` seconds.
 
         Args:
             again_after: Seconds; >= 0.
             limit: At most so many, those whose lease ran out first coming first.
             tasks: Only rows of these tasks.
+            doubted: Whether to return rows that :meth:`doubt` has noted, too.
 
         Returns:
             The rows, with their messages if these are not large.
@@ -36,6 +39,7 @@ class Recoverer(Protocol):
         limit: int,
         before: Mapping[str, datetime] | None = None,
         tasks: Collection[str] | None = None,
+        doubted: bool = True,
     ) -> list[Row]:
         """Return pending rows that were published, and due, more than ``older_than`` seconds ago.
 
@@ -45,6 +49,7 @@ class Recoverer(Protocol):
             before: Only those routed to these queues, and for each of them only those published, and due, before this moment of the
                 store's clock.
             tasks: Only rows of these tasks.
+            doubted: Whether to return rows that :meth:`doubt` has noted, too.
 
         Returns:
             The rows, with their messages if these are not large.
@@ -92,6 +97,17 @@ class Recoverer(Protocol):
         Args:
             key: The message.
             token: The token of the row that was republished; a row claimed since is left alone.
+        """
+        ...
+
+    def doubt(self, keys: Sequence[MessageKey]) -> None:
+        """Note that messages may have run without the guard: ``error`` becomes ``MAY_HAVE_RUN``, until they are claimed.
+
+        Args:
+            keys: Pending rows that were published, and running ones whose lease ran out, without a recovery point. Rows that are in
+                another state meanwhile, or have an ``error``, are left alone. An empty list asks nothing.
+
+        Atomicity: one statement for some hundreds of rows.
         """
         ...
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from typing import Any
 
-from celery_idempotent.core.records import FORGOTTEN, LogHealth, ProcessedStatus, Row
+from celery_idempotent.core.records import FORGOTTEN, MAY_HAVE_RUN, LogHealth, ProcessedStatus, Row
 from celery_idempotent.stores import took_effect
 from celery_idempotent.stores.redis.connection import ScriptSession
 from celery_idempotent.stores.redis.layout import SHARDS, encoded
@@ -56,7 +56,9 @@ return {{count, math.max(looked, #free)}}
 """)
 
 # The clock, and the moments of a LogHealth; empty for none.
-_CONDITION = Script("""
+_CONDITION = Script(
+    f"local MAY_HAVE_RUN = '{MAY_HAVE_RUN}'"
+    """
 local function first_of(index, last, found)
   local start = 0
   repeat
@@ -74,8 +76,9 @@ for _, index in ipairs(redis.call('SMEMBERS', tag .. ':queues')) do
   if #last > 0 then due = math.max(due, tonumber(last[2])) end
 end
 local lapsed = first_of(':running', at(now), function (key, lease)
-  local row = redis.call('HMGET', key, 'status', 'published_at')
-  return row[1] == 'processing' and tonumber(row[2] or 0) < lease
+  local row = redis.call('HMGET', key, 'status', 'published_at', 'error')
+  -- Nobody is expected to publish what may have run without the guard.
+  return row[1] == 'processing' and tonumber(row[2] or 0) < lease and row[3] ~= MAY_HAVE_RUN
 end)
 local unsent = first_of(':unsent', '+inf', function (key)
   local row = redis.call('HMGET', key, 'status', 'lease_expires_at')
@@ -87,7 +90,8 @@ for _, ident in ipairs(redis.call('ZRANGEBYSCORE', tag .. ':kept', '-inf', at(no
   if processed and (done == '' or tonumber(processed) < tonumber(done)) then done = processed end
 end
 return {at(now), due > now and at(due) or '', lapsed, unsent, done}
-""")
+"""
+)
 
 #: What tells of the settings, and which account may ask it is another matter: either will do.
 _ASK = (

@@ -78,6 +78,7 @@ move(ident, row, {
   lease_expires_at = from(now, ARGV[6]),
   attempt = tonumber(ARGV[7]) > tonumber(row.attempt or 0) and ARGV[7] or nil,
   token = at(tonumber(row.token) + 1),
+  error = false,
   takeovers = at(tonumber(row.takeovers or 0) + 1),
 })
 return 1

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime
 
-from celery_idempotent.core.records import MessageKey, ProcessedStatus, Row, Status
+from celery_idempotent.core.records import MAY_HAVE_RUN, MessageKey, ProcessedStatus, Row, Status
 from celery_idempotent.core.store import LARGE_MESSAGE
 from celery_idempotent.stores.batches import in_batches
 from celery_idempotent.stores.redis.connection import ScriptSession
@@ -38,35 +38,42 @@ local function wanted(first)
 end
 """
 
+# Whether a row's error leaves it out, by the argument in some place that says so.
+_DOUBTED = f"""
+local function is_left_out(says, error)
+  return ARGV[says] == '' and error == '{MAY_HAVE_RUN}'
+end
+"""
+
 # An identity and its place in the order, one after the other; the same for each script that looks into an index.
-_LAPSED = Script(f"""{_WANTED}
-local again_after, is_wanted = tonumber(ARGV[1]), wanted(3)
+_LAPSED = Script(f"""{_WANTED}{_DOUBTED}
+local again_after, is_wanted = tonumber(ARGV[1]), wanted(4)
 return look(':running', at(now), tonumber(ARGV[2]), function (key, lease)
-  local row = redis.call('HMGET', key, 'status', 'published_at')
+  local row = redis.call('HMGET', key, 'status', 'published_at', 'error')
   if row[1] ~= 'processing' then return nil end
   local published = tonumber(row[2] or 0)
-  return is_wanted(key) and (published < lease or published <= now - again_after)
+  return is_wanted(key) and not is_left_out(3, row[3]) and (published < lease or published <= now - again_after)
 end)
 """)
 
-_WAITING = Script(f"""{_WANTED}
-local before, limit, queues = now - tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3]
+_WAITING = Script(f"""{_WANTED}{_DOUBTED}
+local before, limit, queues = now - tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[4]
 local indexes, last = {{}}, {{}}
 if queues == '' then
   indexes = redis.call('SMEMBERS', tag .. ':queues')
 else
-  for i = 4, 3 + 2 * tonumber(queues), 2 do
+  for i = 5, 4 + 2 * tonumber(queues), 2 do
     local index = ':waiting:' .. ARGV[i]
     indexes[#indexes + 1] = index
     last[index] = tonumber(ARGV[i + 1]) - 1
   end
 end
-local found, is_wanted = {{}}, wanted(4 + 2 * (tonumber(queues) or 0))
+local found, is_wanted = {{}}, wanted(5 + 2 * (tonumber(queues) or 0))
 for _, index in ipairs(indexes) do
   local some = look(index, at(math.min(before, last[index] or before)), limit, function (key)
-    local row = redis.call('HMGET', key, 'status', 'published_at')
+    local row = redis.call('HMGET', key, 'status', 'published_at', 'error')
     if row[1] ~= 'pending' or not row[2] then return nil end
-    return is_wanted(key)
+    return is_wanted(key) and not is_left_out(3, row[3])
   end)
   for i = 1, #some do found[#found + 1] = some[i] end
 end
@@ -118,6 +125,22 @@ for i = 1, #KEYS do
   answers[i] = 0
   if row and row.status == 'pending' and not row.published_at then
     move(ident, row, {published_at = ARGV[1] ~= '' and at(now), lease_expires_at = false})
+    answers[i] = 1
+  end
+end
+return answers
+""")
+
+_DOUBT = Script(f"""
+local answers = {{}}
+for i = 1, #KEYS do
+  tag = KEYS[i]
+  local ident = ARGV[i]
+  local row = read(ident)
+  answers[i] = 0
+  if row and not row.error and ((row.status == 'pending' and row.published_at)
+      or (row.status == 'processing' and not row.processed_status and lease_ran_out(row))) then
+    move(ident, row, {{error = '{MAY_HAVE_RUN}'}})
     answers[i] = 1
   end
 end
@@ -185,9 +208,16 @@ class Recovering(Verbs):
 
     @verb
     def lapsed(
-        self, on: ScriptSession, *, again_after: float, limit: int, tasks: Collection[str] | None = None
+        self,
+        on: ScriptSession,
+        *,
+        again_after: float,
+        limit: int,
+        tasks: Collection[str] | None = None,
+        doubted: bool = True,
     ) -> list[Row]:
-        found = first_of_all(on, _LAPSED, duration(again_after), limit, *_names(tasks), limit=limit)
+        said = b"1" if doubted else b""
+        found = first_of_all(on, _LAPSED, duration(again_after), limit, said, *_names(tasks), limit=limit)
         return [row for row in fetch(on, found) if row.status is Status.PROCESSING and row.lease_left <= 0]
 
     @verb
@@ -199,12 +229,14 @@ class Recovering(Verbs):
         limit: int,
         before: Mapping[str, datetime] | None = None,
         tasks: Collection[str] | None = None,
+        doubted: bool = True,
     ) -> list[Row]:
         queues: list[Argument] = [b""]
         if before is not None:
             pairs = [(encoded(queue), moment(last)) for queue, last in before.items()]
             queues = [len(pairs), *(argument for pair in pairs for argument in pair)]
-        found = first_of_all(on, _WAITING, duration(older_than), limit, *queues, *_names(tasks), limit=limit)
+        asked = (duration(older_than), limit, b"1" if doubted else b"", *queues, *_names(tasks))
+        found = first_of_all(on, _WAITING, *asked, limit=limit)
         return [row for row in fetch(on, found) if row.status is Status.PENDING and row.published_at is not None]
 
     @verb
@@ -225,6 +257,15 @@ class Recovering(Verbs):
     def _relayed_some(self, on: ScriptSession, keys: Sequence[MessageKey], *, published: bool) -> None:
         idents = [identity(key) for key in keys]
         on.call_all(_RELAYED, [b"1" if published else b""], [(ident, (ident,)) for ident in idents])
+
+    def doubt(self, keys: Sequence[MessageKey]) -> None:
+        for some in in_batches(keys):
+            self._doubt_some(some)
+
+    @verb
+    def _doubt_some(self, on: ScriptSession, keys: Sequence[MessageKey]) -> None:
+        idents = [identity(key) for key in keys]
+        on.call_all(_DOUBT, (), [(ident, (ident,)) for ident in idents])
 
     @verb
     def not_published(self, on: ScriptSession, key: MessageKey, *, token: int) -> None:

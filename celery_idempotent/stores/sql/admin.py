@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from sqlalchemy import Table, func, literal_column, null, or_, select, update
 
-from celery_idempotent.core.records import FORGOTTEN, LogHealth, ProcessedStatus, Row
+from celery_idempotent.core.records import FORGOTTEN, MAY_HAVE_RUN, LogHealth, ProcessedStatus, Row
 from celery_idempotent.stores import took_effect
 from celery_idempotent.stores.sql.clock import FromNow, Now, seconds
 from celery_idempotent.stores.sql.columns import (
@@ -104,7 +104,9 @@ class _Statements:
         self.purgeable = select(func.count()).select_from(table).where(unneeded(table), ended <= ago)
         is_open = ended.is_(None)
         lease, published = table.c.lease_expires_at, table.c.published_at
-        lapsed = (table.c.status == PROCESSING, lease <= Now(), or_(published.is_(None), published < lease))
+        # Nobody is expected to publish what may have run without the guard.
+        sure = or_(table.c.error.is_(None), table.c.error != literal_column(f"'{MAY_HAVE_RUN}'"))
+        lapsed = (table.c.status == PROCESSING, lease <= Now(), or_(published.is_(None), published < lease), sure)
         unsent = (table.c.status == PENDING, published.is_(None), or_(lease.is_(None), lease <= Now()))
         self.condition = select(
             Now().label("read_at"),

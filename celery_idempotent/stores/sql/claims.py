@@ -188,6 +188,7 @@ class _Statements:
                 **taken,
                 token=table.c.token + literal_column("1"),
                 attempt=greater_attempt,
+                error=null(),
                 takeovers=table.c.takeovers + literal_column("1"),
             )
         )

@@ -13,6 +13,7 @@ from sqlalchemy import (
     Executable,
     Select,
     Table,
+    and_,
     case,
     delete,
     func,
@@ -24,7 +25,7 @@ from sqlalchemy import (
     update,
 )
 
-from celery_idempotent.core.records import MessageKey, ProcessedStatus, Row
+from celery_idempotent.core.records import MAY_HAVE_RUN, MessageKey, ProcessedStatus, Row
 from celery_idempotent.core.store import LARGE_MESSAGE
 from celery_idempotent.stores.batches import in_batches
 from celery_idempotent.stores.sql.clock import FromNow, Now, seconds
@@ -60,8 +61,16 @@ class Recovering(Verbs):
         self._purged_to: dict[Old, datetime] = {}
 
     @verb
-    def lapsed(self, on: Attempt, *, again_after: float, limit: int, tasks: Collection[str] | None = None) -> list[Row]:
-        return _rows(on, self._of(self._recovering.lapsed, tasks).limit(limit), again_after)
+    def lapsed(
+        self,
+        on: Attempt,
+        *,
+        again_after: float,
+        limit: int,
+        tasks: Collection[str] | None = None,
+        doubted: bool = True,
+    ) -> list[Row]:
+        return _rows(on, self._of(self._recovering.lapsed, tasks, doubted=doubted).limit(limit), again_after)
 
     @verb
     def waiting(
@@ -72,8 +81,9 @@ class Recovering(Verbs):
         limit: int,
         before: Mapping[str, datetime] | None = None,
         tasks: Collection[str] | None = None,
+        doubted: bool = True,
     ) -> list[Row]:
-        table, waiting = self._table, self._of(self._recovering.waiting, tasks).limit(limit)
+        table, waiting = self._table, self._of(self._recovering.waiting, tasks, doubted=doubted).limit(limit)
         if before is not None:
             of_queues = [
                 waiting.where(
@@ -98,8 +108,15 @@ class Recovering(Verbs):
         unsent = self._of(self._recovering.unsent, tasks).limit(limit)
         return [row_of(read) for read in on.connection.execute(unsent).mappings()]
 
-    def _of(self, statement: Select[Any], tasks: Collection[str] | None) -> Select[Any]:
-        return statement if tasks is None else statement.where(self._table.c.task_name.in_(sorted(tasks)))
+    def _of(self, statement: Select[Any], tasks: Collection[str] | None, *, doubted: bool = True) -> Select[Any]:
+        if tasks is not None:
+            statement = statement.where(self._table.c.task_name.in_(sorted(tasks)))
+        error = self._table.c.error
+        return (
+            statement
+            if doubted
+            else statement.where(or_(error.is_(None), error != literal_column(f"'{MAY_HAVE_RUN}'")))
+        )
 
     @verb
     def relay(self, on: Attempt, row: Row, *, lease: float) -> bool:
@@ -118,6 +135,14 @@ class Recovering(Verbs):
     @verb
     def not_published(self, on: Attempt, key: MessageKey, *, token: int) -> None:
         on.connection.execute(self._recovering.not_published, {**key_parameters(key), "p_token": token})
+
+    def doubt(self, keys: Sequence[MessageKey]) -> None:
+        for some in in_batches(keys):
+            self._doubt_some(some)
+
+    @verb
+    def _doubt_some(self, on: Attempt, keys: Sequence[MessageKey]) -> None:
+        on.connection.execute(self._recovering.doubt.where(key_in(self._table, keys)))
 
     @verb
     def purge(
@@ -235,6 +260,15 @@ class _Statements:
             update(table)
             .where(has_key(table), table.c.status != DONE, table.c.token == parameter(table, "token"))
             .values(published_at=null())
+        )
+        waits = and_(table.c.status == PENDING, table.c.published_at.is_not(None))
+        ownerless = and_(
+            table.c.status == PROCESSING, table.c.processed_status.is_(None), table.c.lease_expires_at <= Now()
+        )
+        self.doubt = (
+            update(table)
+            .where(table.c.error.is_(None), or_(waits, ownerless))
+            .values(error=literal_column(f"'{MAY_HAVE_RUN}'"))
         )
         self.old = (
             select(table.c.message_id, table.c.task_name, table.c.processed_timestamp)

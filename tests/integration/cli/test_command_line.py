@@ -124,6 +124,8 @@ def test_list_says_when_there_may_be_more(filled: Celery, capsys: pytest.Capture
 
 def test_stats_counts_rows(celery: RunCelery, filled: Celery, capsys: pytest.CaptureFixture[str]) -> None:
     for_people = celery("idempotent", "stats")
+    off = celery("idempotent", "stats", SETTINGS="{'idempotent_enabled': False}")
+    assert (off.stdout, off.stderr) == (for_people.stdout, "the guard is off: idempotent_enabled is False\n")
     filled.start(["idempotent", "stats", "--json"])
 
     assert (for_people.returncode, for_people.stderr) == (0, "")

@@ -382,6 +382,35 @@ def test_run_goes_on_unguarded_and_loudly(
     assert app.queue_log.store.find(MessageKey("arriving", "echo")) is None
 
 
+@pytest.mark.parametrize("takes_away", ["pause", "stop"])
+def test_with_the_guard_off_nothing_waits_for_the_store(
+    app: Celery,
+    start_worker_with_short_waits: StartImpatient,
+    ledger: Ledger,
+    postgresql: PrivatePostgreSQL,
+    takes_away: str,
+) -> None:
+    worker = start_worker_with_short_waits(settings={"idempotent_enabled": False}, pool="prefork")
+    names = [f"m{number}" for number in range(5)]
+    recorded = [app.tasks["echo"].apply_async((name,), message_id=name, countdown=3) for name in names]
+    failing = app.tasks["fail"].apply_async(message_id="failing", countdown=3)
+
+    getattr(postgresql, takes_away)()
+    assert [result.get(timeout=20) for result in recorded] == names
+    with pytest.raises(ValueError, match="as told"):
+        failing.get(timeout=20)
+    assert len(ledger.starts("echo")) == len(names)
+    worker.wait_for_log("are ended once the store answers", timeout=60)
+
+    if takes_away == "pause":
+        postgresql.resume()
+    else:
+        postgresql.start()
+    wait_until(lambda: done(app, "echo") == len(names), timeout=90, describe="the rows")
+    wait_until(lambda: done(app, "fail") == 1, timeout=90, describe="the row of the failure")
+    assert row_of(app, "failing", "fail").error == "ValueError: as told"
+
+
 def test_raise_tells_the_caller(
     spec: AppSpec,
     open_app: OpenApp,

@@ -96,6 +96,11 @@ def test_new_failures_are_a_danger_and_old_ones_a_warning() -> None:
     ]
 
 
+def test_a_guard_that_is_off_is_an_alarm() -> None:
+    (alarm,) = alarms(Glance(LogHealth(NOW)), (), (), Settings(enabled=False))
+    assert (alarm.level, alarm.what) == ("danger", "The guard is off: idempotent_enabled is False")
+
+
 def test_failures_are_counted_by_kind() -> None:
     rows = [
         failed(before(minutes=1)),

@@ -24,7 +24,7 @@ from celery_idempotent.core.decision import (
     decide_call,
     decide_delivery,
 )
-from celery_idempotent.core.records import MessageKey, ProcessedStatus, Row, Status
+from celery_idempotent.core.records import MAY_HAVE_RUN, MessageKey, ProcessedStatus, Row, Status
 
 NOW = datetime(2024, 6, 1, 12, tzinfo=UTC)
 FIRST, OTHER = "first-task-id", "other-task-id"
@@ -152,6 +152,13 @@ CALLS: dict[str, list[CallCase]] = {
             CallPolicy(lost_after=60),
             CallAction.PUBLISH_AGAIN,
         ),
+        # It may have run while the guard was off.
+        (
+            pending(created_timestamp=ago(301), published_at=ago(301), error=MAY_HAVE_RUN),
+            CALL,
+            SKIP_DUPLICATES,
+            CallAction.RETURN_FIRST,
+        ),
         # Not yet, not since its last publication, and not since its ETA.
         (
             pending(created_timestamp=ago(300), published_at=ago(300)),
@@ -231,7 +238,14 @@ MORE_CALLS: dict[str, list[CallCase]] = {
     "the same call, made by an earlier run of the body": [
         # The body that runs again is no duplicate, and has already made the call that failed.
         (there, REPEATED, policy, CallAction.RETURN_FIRST)
-        for there in (pending(worker="host:1"), processing(), recovery_point(), succeeded(), failed())
+        for there in (
+            pending(worker="host:1"),
+            pending(error=MAY_HAVE_RUN),
+            processing(),
+            recovery_point(),
+            succeeded(),
+            failed(),
+        )
         for policy in (SKIP_DUPLICATES, RAISE_DUPLICATES, RESUBMIT)
     ],
     "the same call, never claimed": [

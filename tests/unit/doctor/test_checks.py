@@ -140,6 +140,7 @@ class Provoked:
 
 
 SICK = [
+    Provoked("guard-off", app(enabled=False), "idempotent_enabled is False"),
     Provoked("settings", app(wrong=("unknown setting 'idempotent_stor'",), tasks=()), "idempotent_stor"),
     Provoked("no-guarded-tasks", app(tasks=()), "base=IdempotentTask"),
     Provoked("past-the-guard", task(past_the_guard=True), "__call__ and before_start", ("late",)),
@@ -226,6 +227,7 @@ SICK = [
     Provoked("purge-behind", condition(done_since=ago(32 * 86400)), "2025-12-01 03:04:05+00:00"),
     Provoked("waiting-unguarded", waiting("mail", unguarded=("mail",)), "no base=IdempotentTask", ("mail",)),
     Provoked("waiting-unguarded", waiting("late", unguarded=("late",)), "idempotent=False", ("late",)),
+    Provoked("waiting-doubted", store(waiting=("late",), doubted=("late",)), "since the guard was off", ("late",)),
     Provoked("waiting-unknown", waiting("gone", unguarded=("mail",)), "that this app does not have", ("gone",)),
 ]
 

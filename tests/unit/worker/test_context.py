@@ -107,3 +107,19 @@ def test_outside_a_guarded_task_it_is_none(app: Celery) -> None:
     assert current_message() is None
     assert app.tasks["plain"].apply().get() is None
     assert task(app, lambda self: current_message())() is None
+
+
+def test_while_the_guard_is_off_it_has_its_id(app: Celery) -> None:
+    app.conf.idempotent_enabled = False
+    charge = task(app, lambda self, order="o-1": current_message(), message_id="order:{order}", keep_result=False)
+    message = charge.apply().get()
+    assert (message.message_id, message.task_name, message.attempt) == ("order:o-1", "shop.charge", 0)
+    assert (message.token, message.deadline) == (None, None)
+
+
+def test_while_the_guard_is_off_a_message_without_an_id_runs(app: Celery, caplog: pytest.LogCaptureFixture) -> None:
+    app.conf.idempotent_enabled = False
+    charge = task(app, lambda self, order=None: current_message(), message_id="order:{order}", keep_result=False)
+    result = charge.apply()
+    assert result.get().message_id == result.id
+    assert "runs without a message id" in caplog.text

@@ -182,6 +182,7 @@ print(TaskResult.objects.get(task_id=first.id).status, TaskResult.objects.get(ta
         ('CELERY_IDEMPOTENT_STORE = "sqlite:///elsewhere.db"', "no part of transaction.atomic()"),
         ("CELERY_TASK_ALWAYS_EAGER = True", "CELERY_TASK_ALWAYS_EAGER is on"),
         ('CELERY_IDEMPOTENT_STOR = "django://default"', "did you mean 'CELERY_IDEMPOTENT_STORE'"),
+        ("CELERY_IDEMPOTENT_ENABLED = False", "the guard is off for all tasks"),
     ],
 )
 @pytest.mark.parametrize("project", ["sqlite"], indirect=True)
