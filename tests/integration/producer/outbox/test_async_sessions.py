@@ -520,8 +520,9 @@ from sqlalchemy import NullPool
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from celery_idempotent import IdempotentTask, outbox
 from tests.support.effects import Effect
-url, options, store, when = sys.argv[1:]
+url, options, store, queue, when = sys.argv[1:]
 app = Celery("outbox_app", broker="memory://")
+app.conf.task_default_queue = queue
 app.conf.idempotent_store = store
 @app.task(base=IdempotentTask, name="charge", message_id="{order}")
 def charge(order, amount=0):
@@ -552,7 +553,7 @@ def test_a_process_that_is_killed_leaves_both_or_nothing(
     if engine.url.get_driver_name() == "asyncpg":
         path = str(sa.make_url(store_url).query["options"]).partition("=")[2]
         options = repr({"server_settings": {"search_path": path}})
-    command = [sys.executable, "-c", KILLED, url, options, store_url, when]
+    command = [sys.executable, "-c", KILLED, url, options, store_url, outbox_app.queue, when]
     assert subprocess.run(command, cwd=ROOT, check=False).returncode == -signal.SIGKILL
 
     after = when == "after it"
