@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from celery_idempotent.core.records import Change, MessageKey, ProcessedStatus, Row, RowFilter, Status, TaskCount
+from celery_idempotent.core.records import MessageKey, ProcessedStatus, Row, RowFilter, Status, TaskCount
+from celery_idempotent.core.store import Change
 
 __all__ = ["Change", "MessageKey", "ProcessedStatus", "Row", "RowFilter", "Status", "TaskCount"]

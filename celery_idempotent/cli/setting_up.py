@@ -11,7 +11,7 @@ from celery.bin.base import CeleryCommand
 from celery_idempotent.cli.opening import opened
 from celery_idempotent.cli.options import as_json, confirmed, dry_run, duration, yes
 from celery_idempotent.cli.printing import print_
-from celery_idempotent.core.records import Change
+from celery_idempotent.core.store import Change
 from celery_idempotent.doctor import CODES, Facts, Finding, Severity, findings, read_facts
 from celery_idempotent.queue_log import QueueLog
 

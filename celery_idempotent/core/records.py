@@ -3,8 +3,6 @@
 Nothing here depends on Celery or a database. Times are timezone-aware UTC, from the store's clock; durations are seconds.
 """
 
-# Longer than most: it has every record that crosses the port, and nothing else.
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -18,7 +16,6 @@ __all__ = [
     "DISCARDED",
     "FORGOTTEN",
     "MAY_HAVE_RUN",
-    "Change",
     "Claim",
     "Claimed",
     "Duplicate",
@@ -349,18 +346,3 @@ class LogHealth:
     lapsed_since: datetime | None = None
     unsent_since: datetime | None = None
     done_since: datetime | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """A change that brings the store's schema to this version.
-
-    Attributes:
-        what: What it does, in words.
-        statement: The SQL; empty if the store has none.
-        alters: Whether it alters what exists, rather than creating what is missing.
-    """
-
-    what: str
-    statement: str = ""
-    alters: bool = True

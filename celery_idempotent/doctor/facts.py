@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -162,3 +162,7 @@ class Facts:
     app: AppFacts
     broker: BrokerFacts
     store: StoreFacts
+
+    def names(self, concerned: Callable[[TaskFacts], bool]) -> tuple[str, ...]:
+        """Return the names of the guarded tasks that a check concerns."""
+        return tuple(task.name for task in self.app.tasks if concerned(task))

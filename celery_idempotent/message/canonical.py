@@ -32,24 +32,18 @@ Anything else is refused, such as a generator, a function or an object of your o
 which differs between processes.
 """
 
-# Longer than most: the form is one table of types, specified in the docstring.
-
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Sequence
-from datetime import UTC, date, datetime, time, timedelta, timezone
-from decimal import Decimal
 from enum import Enum, Flag
-from pathlib import PurePath, PureWindowsPath
 from typing import Any
-from uuid import UUID
 
 from celery_idempotent.errors import ConfigurationError
+from celery_idempotent.message.scalars import delimited, json_key, scalar, text
 
-__all__ = ["FORM", "canonical", "fingerprint", "plain"]
+__all__ = ["FORM", "canonical", "fingerprint"]
 
 #: Version of the form. It is part of every digest, so a later form never matches this one.
 FORM = b"celery-idempotent:1\n"
@@ -59,11 +53,6 @@ _ITEM, _FIELD, _KEY, _ELEMENT = "[{!r}]", ".{}", ".keys()", "{{...}}"
 
 #: Types whose values all have a form, so the walk need not record their place.
 _LEAVES = frozenset((str, int, float, bool, type(None)))
-
-#: A Decimal's text ends in up to this many zeros before it uses an exponent.
-_ZEROS = 64
-
-_MICROSECOND = timedelta(microseconds=1)
 
 
 def canonical(value: object) -> bytes:
@@ -98,74 +87,6 @@ def fingerprint(value: object) -> str:
     return hashlib.sha256(FORM + canonical(value)).hexdigest()
 
 
-def plain(value: Any) -> Any:
-    """Return what a value stands for, as plain data: values with equal canonical forms have equal text.
-
-    Format strings are filled with it, so that both sides of the wire produce the same text. A ``StrEnum`` member
-    becomes its value, a tuple a list, an aware ``datetime`` the same instant in UTC, and ``Decimal("1.00")``
-    ``Decimal("1")``. A value without a canonical form is returned unchanged.
-
-    Raises:
-        RecursionError: The value contains itself.
-    """
-    match value:
-        case None | bool():
-            return value
-        case str():
-            return _text(value).decode("utf-8", "surrogatepass")
-        case int():
-            return int.__index__(value)
-        case float():
-            return float.__add__(value, 0.0)
-        case list() | tuple():
-            return [plain(item) for item in value]
-        case dict():
-            named = {_json_key(key): key for key in value}
-            keys = named if len(named) == len(value) else {key: key for key in value}
-            return {plain(name): plain(value[keys[name]]) for name in sorted(keys, key=str)}
-    if hasattr(type(value), "__json__"):
-        return plain(value.__json__())
-    match value:
-        case datetime():
-            # Field by field, as in the form.
-            wall = datetime.combine(date.fromordinal(value.toordinal()), time()) + _since_midnight(value)
-            return _at_utc(wall, value.utcoffset())
-        case date():
-            return date.fromordinal(value.toordinal())
-        case time():
-            at = _at_utc(datetime(1970, 1, 2) + _since_midnight(value), value.utcoffset())  # noqa: DTZ001 - the zone is added there
-            return at.timetz()
-        case Decimal():
-            return _plain_decimal(value)
-        case bytes() | bytearray() | memoryview():
-            return bytes(value)
-    if callable(getattr(type(value), "model_dump", None)):
-        return plain(value.model_dump(mode="json"))
-    return value
-
-
-def _at_utc(wall: datetime, offset: timedelta | None) -> datetime:
-    if offset is None:
-        return wall
-    try:
-        return (wall - offset).replace(tzinfo=UTC)
-    except OverflowError:  # within a day of datetime.min or datetime.max
-        return wall.replace(tzinfo=timezone(offset))
-
-
-def _plain_decimal(value: Decimal) -> Decimal:
-    sign, digits, exponent = value.as_tuple()
-    if not isinstance(exponent, int):
-        return Decimal(_decimal(value))
-    places = len(digits) - len("".join(map(str, digits)).rstrip("0"))
-    if places >= len(digits):
-        return Decimal(0)
-    significant, power = digits[: len(digits) - places], exponent + places
-    if 0 < power <= _ZEROS:  # a hundred is 100, not 1E+2
-        significant, power = significant + (0,) * power, 0
-    return Decimal((sign, significant, power))
-
-
 class _Form:
     """One walk over a value. It keeps the current place, for errors, and the enclosing values, to detect cycles."""
 
@@ -182,20 +103,19 @@ class _Form:
         if isinstance(value, bool):
             return b"T" if value else b"F"
         if isinstance(value, str):
-            return _delimited(b"s", _text(value))
+            return delimited(b"s", text(value))
         if isinstance(value, int):
-            return _delimited(b"i", b"%x" % value)  # hex: decimal text is refused past 4300 digits
+            return delimited(b"i", b"%x" % value)  # hex: decimal text is refused past 4300 digits
         if isinstance(value, float):
-            return _delimited(b"f", float.__repr__(float(value) + 0.0).encode())  # + 0.0 turns -0.0 into 0.0
+            return delimited(b"f", float.__repr__(float(value) + 0.0).encode())  # + 0.0 turns -0.0 into 0.0
         if isinstance(value, (list, tuple)):
             return self._inside(value, self._list)
         if isinstance(value, dict):
             return self._inside(value, self._dict)
         if hasattr(type(value), "__json__"):
             return self._inside(value, self._reduced)
-        scalar = _scalar(value)
-        if scalar is not None:
-            return scalar
+        if (form := scalar(value)) is not None:
+            return form
         if isinstance(value, Enum):
             return b"e" + _class(value) + self.of(value.value if isinstance(value, Flag) else value.name)
         if isinstance(value, (set, frozenset)):
@@ -240,7 +160,7 @@ class _Form:
         return _counted(b"l", [self._at(_ITEM, index, item) for index, item in enumerate(value)])
 
     def _dict(self, value: dict[object, object]) -> bytes:
-        names: Sequence[object] = [_json_key(key) for key in value]
+        names: Sequence[object] = [json_key(key) for key in value]
         if len(set(names)) < len(value):
             names = list(value)
         return _counted(
@@ -252,7 +172,7 @@ class _Form:
         )
 
     def _key(self, key: object, name: object) -> bytes:
-        return _delimited(b"s", _text(name)) if type(name) is str else self._at(_KEY, key, name)
+        return delimited(b"s", text(name)) if type(name) is str else self._at(_KEY, key, name)
 
     def _set(self, value: Iterable[object]) -> bytes:
         return _counted(b"S", sorted(self._at(_ELEMENT, None, element) for element in value))
@@ -272,90 +192,16 @@ class _Form:
 
     def _dataclass(self, value: Any) -> bytes:
         fields = [field.name for field in dataclasses.fields(value) if field.compare]
-        items = [_delimited(b"s", _text(name)) + self._at(_FIELD, name, getattr(value, name)) for name in fields]
+        items = [delimited(b"s", text(name)) + self._at(_FIELD, name, getattr(value, name)) for name in fields]
         return b"c" + _class(value) + _counted(b"d", sorted(items))
-
-
-def _scalar(value: object) -> bytes | None:
-    """Return the form of a value that contains no others and is not native to JSON; ``None`` for any other value."""
-    match value:
-        case datetime():
-            wall = timedelta(days=value.toordinal()) + _since_midnight(value)
-            offset = value.utcoffset()
-            return _delimited(b"d", _micros(wall)) if offset is None else _delimited(b"D", _micros(wall - offset))
-        case date():
-            return _delimited(b"y", b"%d" % value.toordinal())
-        case time():
-            wall = _since_midnight(value)
-            offset = value.utcoffset()  # None for a zone that needs a date; its wall time is what JSON sends
-            return _delimited(b"t", _micros(wall)) if offset is None else _delimited(b"Z", _micros(wall - offset))
-        case Decimal():
-            return _delimited(b"n", _decimal(value).encode())
-        case UUID():
-            return _delimited(b"u", value.bytes)
-        case bytes() | bytearray() | memoryview():
-            return _delimited(b"b", bytes(value))
-        # kombu's JSON keeps the type of those above; those below need pickle.
-        case Enum():
-            return None
-        case timedelta():
-            return _delimited(b"P", _micros(value))
-        case PurePath():
-            return _delimited(b"W" if isinstance(value, PureWindowsPath) else b"p", _text(str(value)))
-        case _:
-            return None
-
-
-def _delimited(tag: bytes, content: bytes) -> bytes:
-    return b"%b%d:%b" % (tag, len(content), content)
 
 
 def _counted(tag: bytes, forms: list[bytes]) -> bytes:
     return b"%b%d:%b" % (tag, len(forms), b"".join(forms))
 
 
-def _text(value: str) -> bytes:
-    try:
-        return str.encode(value)
-    except UnicodeEncodeError:
-        # Lone surrogates stay as they are. JSON makes a pair of them one character.
-        paired = str.encode(value, "utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
-        return paired.encode("utf-8", "surrogatepass")
-
-
-def _json_key(key: object) -> object:
-    """Return a dict's key as the text that JSON turns it into, or else the key itself."""
-    if isinstance(key, (int, float)) or key is None:
-        try:
-            return json.dumps(key)
-        except ValueError:  # an int too long for decimal text, which JSON cannot carry
-            return key
-    return key
-
-
-def _since_midnight(value: datetime | time) -> timedelta:
-    # Field by field: subclasses of datetime (pandas, pendulum) have their own arithmetic.
-    return timedelta(hours=value.hour, minutes=value.minute, seconds=value.second, microseconds=value.microsecond)
-
-
-def _micros(value: timedelta) -> bytes:
-    return b"%d" % (value // _MICROSECOND)
-
-
-def _decimal(value: Decimal) -> str:
-    sign, digits, exponent = value.as_tuple()
-    if not isinstance(exponent, int):
-        return "nan" if value.is_nan() else "-inf" if sign else "inf"
-    # Not `normalize()`, which rounds to the precision of the thread's context.
-    every = "".join(map(str, digits))
-    significant = every.rstrip("0").lstrip("0")
-    if not significant:
-        return "0"
-    return f"{'-' if sign else ''}{significant}e{exponent + len(every) - len(every.rstrip('0'))}"
-
-
 def _class(value: object) -> bytes:
-    return _delimited(b"s", _text(_type_name(value)))
+    return delimited(b"s", text(_type_name(value)))
 
 
 def _type_name(value: object) -> str:

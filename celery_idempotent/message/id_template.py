@@ -10,8 +10,8 @@ from typing import Any
 
 from celery_idempotent.errors import ConfigurationError
 from celery_idempotent.message.call_signature import Args, CallSignature, Kwargs
-from celery_idempotent.message.canonical import plain
 from celery_idempotent.message.check_id import MAX_BYTES, check_message_id
+from celery_idempotent.message.plain import plain
 
 __all__ = ["IdTemplate"]
 

@@ -86,7 +86,7 @@ def message_id_source(
             * ``None``: the message id is the task id;
             * a format string over the bound arguments: ``"order:{order_id}"``, ``"order:{order.id}"``,
               ``"{order[id]}"``, ``"{amount:.2f}"``. Fields are filled with plain data, so arguments that are equal for
-              :func:`by_arguments` give one text: see :func:`~celery_idempotent.message.canonical.plain`;
+              :func:`by_arguments` give one text: see :func:`~celery_idempotent.message.plain.plain`;
             * :func:`by_arguments`;
             * a callable that takes the task's arguments and returns the id. If it also takes the task, bind it first:
               see :meth:`CallSignature.wants_task`.

@@ -7,10 +7,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from celery_idempotent.core.records import (
-    Change,
     Status,
 )
-from celery_idempotent.core.store import Store
+from celery_idempotent.core.store import Change, Store
 from celery_idempotent.testing.base import StoreFixtures
 from celery_idempotent.testing.examples import (
     KEY,

@@ -8,6 +8,7 @@ no answer (nothing is known to have been written, and the call may be repeated) 
 """
 
 from celery_idempotent.core.store.port import BATCH, LARGE_MESSAGE, Store
+from celery_idempotent.core.store.schema import Change
 from celery_idempotent.core.store.transactional import Surrounding, TransactionalStore, TransactionStatus
 
-__all__ = ["BATCH", "LARGE_MESSAGE", "Store", "Surrounding", "TransactionStatus", "TransactionalStore"]
+__all__ = ["BATCH", "LARGE_MESSAGE", "Change", "Store", "Surrounding", "TransactionStatus", "TransactionalStore"]

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
-from celery_idempotent.core.records import Change
+__all__ = ["Change", "Schema"]
 
-__all__ = ["Schema"]
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A change that brings the store's schema to this version.
+
+    Attributes:
+        what: What it does, in words.
+        statement: The SQL; empty if the store has none.
+        alters: Whether it alters what exists, rather than creating what is missing.
+    """
+
+    what: str
+    statement: str = ""
+    alters: bool = True
 
 
 class Schema(Protocol):

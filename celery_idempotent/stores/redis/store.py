@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from celery_idempotent.core.records import Change
+from celery_idempotent.core.store import Change
 from celery_idempotent.errors import SchemaError
 from celery_idempotent.stores.redis.address import parse
 from celery_idempotent.stores.redis.admin import Admin

@@ -13,7 +13,7 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.schema import CreateIndex, CreateTable, DDLElement, DropIndex, DropTable
 from sqlalchemy.sql.compiler import DDLCompiler
 
-from celery_idempotent.core.records import Change
+from celery_idempotent.core.store import Change
 from celery_idempotent.errors import ConfigurationError, SchemaError
 from celery_idempotent.stores.sql import table as tables
 from celery_idempotent.stores.sql.clock import MYSQL_NAMES

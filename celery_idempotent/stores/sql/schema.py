@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from sqlalchemy import Connection, MetaData, Table, inspect
 from sqlalchemy.exc import NoSuchTableError
 
-from celery_idempotent.core.records import Change
+from celery_idempotent.core.store import Change
 from celery_idempotent.errors import SchemaError
 from celery_idempotent.stores.sql.migrations import (
     AddColumn,

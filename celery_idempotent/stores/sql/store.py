@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from sqlalchemy import URL, Connection, Engine, MetaData
 
-from celery_idempotent.core.records import Change
-from celery_idempotent.core.store import TransactionStatus
+from celery_idempotent.core.store import Change, TransactionStatus
 from celery_idempotent.stores.sql import schema
 from celery_idempotent.stores.sql.address import parse, refuse_asynchronous, refuse_driver
 from celery_idempotent.stores.sql.admin import Admin

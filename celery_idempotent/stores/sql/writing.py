@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import Dialect
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 
-from celery_idempotent.core.records import Change
+from celery_idempotent.core.store import Change
 from celery_idempotent.stores.sql.migrations import check_version, newest, present_in, statements_to
 
 __all__ = ["changes_between"]

@@ -13,8 +13,8 @@ from threading import Barrier
 import pytest
 import sqlalchemy as sa
 
-from celery_idempotent.core.records import Change, Claimed, Inserted, MessageKey, NewMessage, Status
-from celery_idempotent.core.store import Store
+from celery_idempotent.core.records import Claimed, Inserted, MessageKey, NewMessage, Status
+from celery_idempotent.core.store import Change, Store
 from celery_idempotent.errors import SchemaError
 from celery_idempotent.stores.sql import SQLStore, queue_log_table
 from celery_idempotent.stores.sql.online import alone
