@@ -8,13 +8,8 @@ from contextlib import asynccontextmanager, contextmanager
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from celery_idempotent.errors import (
-    DuplicateMessageError,
-    MessageMismatchError,
-    StoreError,
-    StoreUnavailableError,
-)
-from celery_idempotent.producer.box import Outbox, OutgoingCall, innermost, surrounding_outbox, within
+from celery_idempotent.errors import DuplicateMessageError, MessageMismatchError, StoreError, StoreUnavailableError
+from celery_idempotent.producer.box import Outbox, OutgoingCall, innermost_outbox, outbox_that_takes, within
 from celery_idempotent.producer.off_loop import off_the_loop
 
 if TYPE_CHECKING:
@@ -54,8 +49,7 @@ async def awaited_batch() -> AsyncIterator[None]:
 @contextmanager
 def _collecting() -> Iterator[_Batch | None]:
     """Yield the batch of a block, which is to be sent after it; ``None`` in another batch, which has the calls then."""
-    around = innermost()
-    box = None if around is None else around.box
+    box = innermost_outbox()
     outer = box if isinstance(box, _Batch) else None  # an error that leaves the outer batch drops these calls too
     calls = outer or _Batch(box)
     with within(calls):
@@ -196,8 +190,7 @@ class _Batch(Outbox):
 
     def _around_of(self, queue_log: QueueLog) -> Outbox | None:
         """Return the outbox around the batch that takes a queue log's calls, if there is one."""
-        around = self._around
-        return around if around is not None and around.takes(queue_log) else surrounding_outbox(queue_log)
+        return outbox_that_takes(queue_log, self._around)
 
     def _explained(self, error: StoreError, count: int, sent: int, calls: Sequence[OutgoingCall]) -> StoreError:
         """Withdraw calls that may have been recorded before an error; return the error, with how many calls were sent."""

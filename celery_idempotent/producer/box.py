@@ -41,8 +41,8 @@ __all__ = [
     "OutgoingCall",
     "block_outbox",
     "current_outbox",
-    "innermost",
-    "surrounding_outbox",
+    "innermost_outbox",
+    "outbox_that_takes",
     "within",
 ]
 
@@ -82,7 +82,7 @@ class _Block:
 _current: ContextVar[_Block | None] = ContextVar("celery_idempotent_outbox", default=None)
 
 
-def innermost() -> _Block | None:
+def _innermost() -> _Block | None:
     """Return the innermost block of the current context that has not ended."""
     block = _current.get()
     while block is not None and block.left:
@@ -90,19 +90,26 @@ def innermost() -> _Block | None:
     return block
 
 
+def innermost_outbox() -> Outbox | None:
+    """Return the outbox of the innermost ``with outbox(...)`` or atomic body that has not ended."""
+    block = _innermost()
+    return None if block is None else block.box
+
+
 def block_outbox(queue_log: QueueLog) -> Outbox | None:
-    """Return the outbox of the innermost ``with outbox(...)`` or atomic body that has not ended, if it is one of the same queue log."""
-    block = innermost()
-    box = None if block is None else block.box
+    """Return that outbox if it takes calls of this queue log."""
+    box = innermost_outbox()
     return box if box is not None and box.takes(queue_log) else None
 
 
 def current_outbox(queue_log: QueueLog) -> Outbox | None:
-    """Return the outbox that takes a call in this thread or asyncio task; ``None`` to send it at once.
+    """Return the outbox that takes a call in this thread or asyncio task; ``None`` to send it at once."""
+    return outbox_that_takes(queue_log, innermost_outbox())
 
-    That is the outbox of the block around it; otherwise that of the framework's transaction.
-    """
-    return block_outbox(queue_log) or surrounding_outbox(queue_log)
+
+def outbox_that_takes(queue_log: QueueLog, box: Outbox | None) -> Outbox | None:
+    """Return the block's outbox if it takes calls of this queue log; otherwise that of the framework's transaction, if there is one."""
+    return box if box is not None and box.takes(queue_log) else _surrounding_outbox(queue_log)
 
 
 @contextmanager
@@ -113,7 +120,7 @@ def within(box: Outbox | None) -> Iterator[None]:
         ConfigurationError: The block's code runs in another context than its beginning, so its calls were not seen to be in it.
     """
     _refuse_fleeting_context()
-    around = innermost()
+    around = _innermost()
     block = _Block(box, around)
     _current.set(block)
     try:
@@ -338,7 +345,7 @@ class _SurroundingOutbox(Outbox):
             self._surrounding = None
 
 
-def surrounding_outbox(queue_log: QueueLog) -> Outbox | None:
+def _surrounding_outbox(queue_log: QueueLog) -> Outbox | None:
     """Return what takes a call in the transaction of a framework, where the store is in its database."""
     find = getattr(queue_log.store, "surrounding", None)
     surrounding: Surrounding | None = find() if find is not None and queue_log.settings.django_outbox else None

@@ -6,19 +6,11 @@ import logging
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from celery_idempotent.core.records import (
-    Duplicate,
-    Inserted,
-    Row,
-    Status,
-)
+from celery_idempotent.core.records import Duplicate, Inserted, Row, Status
 from celery_idempotent.core.transactions import with_transactions
-from celery_idempotent.errors import (
-    StoreError,
-    StoreUnavailableError,
-)
+from celery_idempotent.errors import StoreError, StoreUnavailableError
 from celery_idempotent.hooks import OutcomeKind
 from celery_idempotent.producer.box import Outbox
 from celery_idempotent.producer.duplicate_call import answer_duplicate
@@ -35,8 +27,6 @@ if TYPE_CHECKING:
 __all__ = ["Sending", "send"]
 
 logger = logging.getLogger("celery_idempotent")
-
-T = TypeVar("T")
 
 
 def send(task: Guarded, args: Any, kwargs: Any, task_id: str | None, options: dict[str, Any]) -> AsyncResult[Any]:

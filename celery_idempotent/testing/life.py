@@ -6,17 +6,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from celery_idempotent.core.records import (
-    Status,
-)
+from celery_idempotent.core.records import Status
 from celery_idempotent.core.store import Change, Store
 from celery_idempotent.testing.base import StoreFixtures
-from celery_idempotent.testing.examples import (
-    KEY,
-    claim,
-    pending,
-    read,
-)
+from celery_idempotent.testing.examples import KEY, claim, pending, read
 
 __all__ = ["LifeContract"]
 

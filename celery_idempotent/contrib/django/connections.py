@@ -19,10 +19,16 @@ from sqlalchemy.exc import DisconnectionError
 from celery_idempotent.contrib.django.dialects import Transactions, shared
 from celery_idempotent.errors import ConfigurationError
 
-__all__ = ["Alias", "in_test_case"]
+__all__ = ["Alias", "alias_of", "in_test_case", "is_of_test_case"]
 
 #: The key in a store connection's ``info`` for the name of its database.
 _DATABASE = "celery_idempotent.database"
+
+
+def alias_of(url: str) -> str | None:
+    """Return the alias that a store's URL names; ``None`` if the URL is not one of ``django://``."""
+    scheme, _, alias = url.partition("://")
+    return (alias or "default") if scheme == "django" else None
 
 
 class Alias:
@@ -170,7 +176,12 @@ def _drivername(wrapper: Any) -> str:
 
 def in_test_case(wrapper: Any) -> bool:
     """Return whether Django's connection is in a transaction that a ``TestCase`` rolls back at its end."""
-    return any(getattr(block, "_from_testcase", False) for block in wrapper.atomic_blocks)
+    return any(map(is_of_test_case, wrapper.atomic_blocks))
+
+
+def is_of_test_case(block: Any) -> bool:
+    """Return whether a ``TestCase`` opened this block of ``transaction.atomic()``."""
+    return bool(getattr(block, "_from_testcase", False))
 
 
 def _in_tests() -> bool:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from celery import current_app
 from django.conf import settings
 
+from celery_idempotent.contrib.django.connections import alias_of
 from celery_idempotent.queue_log import QueueLog
 
 if TYPE_CHECKING:
@@ -35,6 +36,4 @@ def table_name() -> str:
 
 def alias_of_log() -> str | None:
     """Return the alias of the database that holds the queue log; ``None`` if it is elsewhere."""
-    store = str(queue_log().settings.store)
-    scheme, _, alias = store.partition("://")
-    return (alias or "default") if scheme == "django" else None
+    return alias_of(str(queue_log().settings.store))

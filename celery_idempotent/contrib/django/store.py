@@ -14,7 +14,7 @@ from django.db import Error
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
-from celery_idempotent.contrib.django.connections import Alias, in_test_case
+from celery_idempotent.contrib.django.connections import Alias, alias_of, in_test_case, is_of_test_case
 from celery_idempotent.core.records import Holder
 from celery_idempotent.core.store import TransactionStatus
 from celery_idempotent.errors import ConfigurationError
@@ -44,7 +44,7 @@ class DjangoStore(SQLStore):
     begins_before_body: ClassVar[bool] = True
 
     def __init__(self, url: str, *, table: str = "queue_log") -> None:
-        self._alias = Alias(url.partition("://")[2] or "default")
+        self._alias = Alias(alias_of(url) or "default")
         self._shared = _Shared(self._alias)
         super().__init__(self._alias.own(), table=table)
 
@@ -65,7 +65,7 @@ class DjangoStore(SQLStore):
 
     def surrounding(self) -> _Block | None:
         wrapper = self._alias.wrapper
-        within = any(not getattr(block, "_from_testcase", False) for block in wrapper.atomic_blocks)
+        within = not all(map(is_of_test_case, wrapper.atomic_blocks))
         return _Block(wrapper, self._shared) if within else None
 
     async def off_the_loop(self, work: Callable[[], T]) -> T:
