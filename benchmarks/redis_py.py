@@ -36,8 +36,9 @@ from celery_idempotent import RedisStore
 from celery_idempotent.core.records import Claimed, Inserted, MessageKey, NewMessage
 from celery_idempotent.stores.redis.address import parse
 from celery_idempotent.stores.redis.cluster import Cluster
-from celery_idempotent.stores.redis.connection import ANSWER, CONNECT, ScriptSession, Server
-from celery_idempotent.stores.redis.pool import THE_SERVER, Call, Opened, Wires, read_replies
+from celery_idempotent.stores.redis.connection import ANSWER, CONNECT, Server
+from celery_idempotent.stores.redis.pool import THE_SERVER, Call, CheckedOut, ConnectionPool, read_replies
+from celery_idempotent.stores.redis.session import ScriptSession
 from tests.support.servers import PrivateRedis, PrivateSentinel
 from tests.support.servers.redis_cluster import PrivateRedisCluster
 
@@ -59,20 +60,20 @@ _ONCE = Retry(NoBackoff(), 0)
 
 class _Packed(ScriptSession):
     def _exchange(self, calls: Sequence[Call], at_one_moment: bool) -> list[Any]:
-        wire: Any = self._wires.to(THE_SERVER)
-        wire.send_packed_command(wire.pack_commands([call.command for call in calls]), check_health=False)
-        return read_replies(wire, len(calls))
+        connection: Any = self._connections.to(THE_SERVER)
+        connection.send_packed_command(connection.pack_commands([call.command for call in calls]), check_health=False)
+        return read_replies(connection, len(calls))
 
 
 class _WithPacker(Server):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._own = Opened()
+        self._own = ConnectionPool()
 
     def run(self, operation: Operation[T], *, prepared: bool = True) -> T:
-        wires = Wires(self._own, self._connect, at_once=self._address.at_once, patience=CONNECT)
-        with wires:
-            return operation(_Packed(self, self._layout, wires, is_retry=False))
+        connections = CheckedOut(self._own, self._connect, at_once=self._address.at_once, patience=CONNECT)
+        with connections:
+            return operation(_Packed(self, self._layout, connections, is_retry=False))
 
 
 class _WithPool(Server):
@@ -94,25 +95,25 @@ class _WithPool(Server):
         )
 
     def run(self, operation: Operation[T], *, prepared: bool = True) -> T:
-        wire = self._pool.get_connection()
+        connection = self._pool.get_connection()
         try:
-            wires: Any = _One(wire)
-            return operation(ScriptSession(self, self._layout, wires, is_retry=False))
+            connections: Any = _One(connection)
+            return operation(ScriptSession(self, self._layout, connections, is_retry=False))
         except BaseException:
-            wire.disconnect()
+            connection.disconnect()
             raise
         finally:
-            self._pool.release(wire)
+            self._pool.release(connection)
 
 
 class _One:
     """The connection that one operation uses."""
 
-    def __init__(self, wire: Any) -> None:
-        self._wire = wire
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
 
     def to(self, place: object) -> Any:
-        return self._wire
+        return self._connection
 
 
 class _ByClient(ScriptSession):
@@ -287,7 +288,7 @@ def _compare_discovery(url: str) -> None:
             assert all(cluster.get_node_from_key(tag) for tag in store._server._layout.tags)
 
     print("\nto find the nodes of a cluster")
-    for name, find in {"the store": lambda: server._find_slots(Opened()), "RedisCluster": by_redis_py}.items():
+    for name, find in {"the store": lambda: server._find_slots(ConnectionPool()), "RedisCluster": by_redis_py}.items():
         find()
         began, took = time.process_time(), 20
         for _ in range(took):

@@ -10,11 +10,11 @@ from typing import Any
 
 from celery_idempotent.core.records import FORGOTTEN, MAY_HAVE_RUN, LogHealth, ProcessedStatus, Row
 from celery_idempotent.stores import took_effect
-from celery_idempotent.stores.redis.connection import ScriptSession
 from celery_idempotent.stores.redis.layout import SHARDS, encoded
 from celery_idempotent.stores.redis.recovering import PURGEABLE, chosen_by
 from celery_idempotent.stores.redis.rows import optional_moment
 from celery_idempotent.stores.redis.scripts import Script
+from celery_idempotent.stores.redis.session import ScriptSession
 from celery_idempotent.stores.redis.verbs import Verbs, ask, shows, verb, wrote
 
 __all__ = ["Admin"]

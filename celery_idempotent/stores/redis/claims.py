@@ -10,10 +10,10 @@ from celery_idempotent.core.records import Claim, Claimed, Holder, NewMessage, N
 from celery_idempotent.errors import StoreUnavailableError
 from celery_idempotent.stores import took_effect
 from celery_idempotent.stores.batches import in_batches
-from celery_idempotent.stores.redis.connection import ScriptSession
 from celery_idempotent.stores.redis.layout import encoded, identity
 from celery_idempotent.stores.redis.rows import duration, fence, message_arguments, optional, row_of
 from celery_idempotent.stores.redis.scripts import Script
+from celery_idempotent.stores.redis.session import ScriptSession
 from celery_idempotent.stores.redis.verbs import Verbs, ask, shows, verb, wrote
 
 __all__ = ["Claims"]

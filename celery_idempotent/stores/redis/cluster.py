@@ -11,7 +11,7 @@ from redis.crc import key_slot
 from redis.exceptions import RedisError
 
 from celery_idempotent.stores.redis.connection import Server, connect
-from celery_idempotent.stores.redis.pool import NoConnectionError, Opened, Place, Wire, ask, read_replies
+from celery_idempotent.stores.redis.pool import Connection, ConnectionPool, NoConnectionError, Place, ask, read_replies
 
 __all__ = ["Cluster"]
 
@@ -21,26 +21,26 @@ class Cluster(Server):
 
     whole = False
 
-    def place_of(self, tag: bytes, opened: Opened) -> Place:
+    def place_of(self, tag: bytes, pool: ConnectionPool) -> Place:
         """Return the node that has a shard."""
-        slots = opened.slots  # another thread may empty it at any time
+        slots = pool.slots  # another thread may empty it at any time
         if not slots:
-            slots = opened.slots = self._find_slots(opened)
+            slots = pool.slots = self._find_slots(pool)
         return slots[tag]
 
-    def _connect(self, place: Place) -> Wire:
+    def _connect(self, place: Place) -> Connection:
         host, port = place
         return connect(self._address, host=host, port=port)
 
-    def _find_slots(self, opened: Opened) -> dict[bytes, Place]:
+    def _find_slots(self, pool: ConnectionPool) -> dict[bytes, Place]:
         """Return the node of each shard, by the first node that knows."""
         why = ""
-        for place in dict.fromkeys((*self._address.hosts, *opened.idle)):
+        for place in dict.fromkeys((*self._address.hosts, *pool.idle)):
             try:
-                wire = self._connect(place)
-                ask(wire, [(b"CLUSTER", b"SLOTS")])
-                (ranges,) = read_replies(wire, 1)
-                wire.disconnect()
+                connection = self._connect(place)
+                ask(connection, [(b"CLUSTER", b"SLOTS")])
+                (ranges,) = read_replies(connection, 1)
+                connection.disconnect()
             except (RedisError, OSError) as error:
                 why = str(error)
                 continue

@@ -35,18 +35,18 @@ from celery_idempotent.stores.redis.scripts import Script
 __all__ = [
     "THE_SERVER",
     "Call",
+    "CheckedOut",
+    "Connection",
+    "ConnectionPool",
     "NoAdmissionError",
     "NoConnectionError",
-    "Opened",
     "Place",
-    "Wire",
-    "Wires",
     "ask",
     "read_replies",
 ]
 
 
-class Wire(Protocol):
+class Connection(Protocol):
     """The part of redis-py's connection that is used here, with types."""
 
     def connect(self) -> None: ...
@@ -118,7 +118,7 @@ class Call:
 
 
 @dataclass(slots=True, eq=False)
-class Opened:
+class ConnectionPool:
     """The connections that one process has opened.
 
     Attributes:
@@ -129,62 +129,64 @@ class Opened:
         lock: Held to change ``busy``.
     """
 
-    idle: dict[Place, list[Wire]] = field(default_factory=dict)
+    idle: dict[Place, list[Connection]] = field(default_factory=dict)
     ready: bool = False
     slots: dict[bytes, Place] = field(default_factory=dict)
-    busy: WeakSet[Wires] = field(default_factory=WeakSet)
+    busy: WeakSet[CheckedOut] = field(default_factory=WeakSet)
     lock: threading.Lock = field(default_factory=threading.Lock)
     _closed: bool = False
 
-    def take(self, place: Place) -> Wire | None:
+    def take(self, place: Place) -> Connection | None:
         """Return an idle connection that its server has not closed."""
-        while (wire := self._pop(place)) is not None:
+        while (connection := self._pop(place)) is not None:
             try:
                 # Nothing was asked, so if there is something to read, the server has closed it.
-                if not wire.can_read():
-                    return wire
+                if not connection.can_read():
+                    return connection
             except (RedisError, OSError):
                 pass
-            wire.disconnect()
+            connection.disconnect()
         return None
 
-    def give_back(self, place: Place, wire: Wire) -> None:
+    def give_back(self, place: Place, connection: Connection) -> None:
         """Keep a connection for others."""
         if self._closed:
-            wire.disconnect()
+            connection.disconnect()
         else:
-            self.idle.setdefault(place, []).append(wire)
+            self.idle.setdefault(place, []).append(connection)
 
     def close(self) -> None:
         """Close the idle connections; each of the others is closed when it is given back."""
         self._closed = True
         for place in list(self.idle):
-            while (wire := self._pop(place)) is not None:
-                wire.disconnect()
+            while (connection := self._pop(place)) is not None:
+                connection.disconnect()
 
-    def _pop(self, place: Place) -> Wire | None:
+    def _pop(self, place: Place) -> Connection | None:
         try:
             return self.idle[place].pop()
         except LookupError:
             return None  # there is none, or another thread has it
 
 
-class Wires:
+class CheckedOut:
     """The connections that one operation uses, from its turn to its end: use as a context manager.
 
     Args:
-        opened: Where they are taken from, and given back to.
+        pool: Where they are taken from, and given back to.
         connect: Makes a new one.
         at_once: How many operations may run at once in this process.
         patience: Seconds to wait for the operation's turn.
     """
 
-    def __init__(self, opened: Opened, connect: Callable[[Place], Wire], *, at_once: int, patience: float) -> None:
-        self.opened = opened
+    def __init__(
+        self, pool: ConnectionPool, connect: Callable[[Place], Connection], *, at_once: int, patience: float
+    ) -> None:
+        self.pool = pool
         self._connect = connect
         self._at_once = at_once
         self._patience = patience
-        self._taken: dict[Place, Wire] = {}
+        self._taken: dict[Place, Connection] = {}
 
     def __enter__(self) -> None:
         """Wait for the operation's turn.
@@ -194,9 +196,9 @@ class Wires:
         """
         deadline = time.monotonic() + self._patience
         while True:
-            with self.opened.lock:
-                if len(self.opened.busy) < self._at_once:
-                    self.opened.busy.add(self)
+            with self.pool.lock:
+                if len(self.pool.busy) < self._at_once:
+                    self.pool.busy.add(self)
                     return
             if time.monotonic() > deadline:
                 raise NoConnectionError(
@@ -212,35 +214,35 @@ class Wires:
         """
         # A replica is closed too: it is no place to write.
         whole = error is None or (isinstance(error, _READ_TO_THE_END) and not isinstance(error, ReadOnlyError))
-        for place, wire in self._taken.items():
+        for place, connection in self._taken.items():
             if whole:
-                self.opened.give_back(place, wire)
+                self.pool.give_back(place, connection)
             else:
-                wire.disconnect()
-        with self.opened.lock:
-            self.opened.busy.discard(self)
+                connection.disconnect()
+        with self.pool.lock:
+            self.pool.busy.discard(self)
 
-    def to(self, place: Place) -> Wire:
+    def to(self, place: Place) -> Connection:
         """Return the connection to a server.
 
         Raises:
             NoConnectionError: The server cannot be reached.
         """
-        wire = self._taken.get(place)
-        if wire is None:
+        connection = self._taken.get(place)
+        if connection is None:
             try:
-                wire = self.opened.take(place) or self._connect(place)
+                connection = self.pool.take(place) or self._connect(place)
             except (AuthenticationError, ResponseError) as error:
                 raise NoAdmissionError(str(error)) from error
             except (RedisError, OSError) as error:
                 raise NoConnectionError(str(error)) from error
-            self._taken[place] = wire
-        return wire
+            self._taken[place] = connection
+        return connection
 
 
-def ask(wire: Wire, commands: Sequence[Sequence[Argument]]) -> None:
+def ask(connection: Connection, commands: Sequence[Sequence[Argument]]) -> None:
     """Send commands together."""
-    wire.send_packed_command([_packed(command) for command in commands], check_health=False)
+    connection.send_packed_command([_packed(command) for command in commands], check_health=False)
 
 
 def _packed(command: Sequence[Argument]) -> bytes:
@@ -249,19 +251,19 @@ def _packed(command: Sequence[Argument]) -> bytes:
     return b"*%d\r\n" % len(command) + b"".join([b"$%d\r\n%b\r\n" % (len(data), data) for data in arguments])
 
 
-def read_replies(wire: Wire, number: int) -> list[Any]:
+def read_replies(connection: Connection, number: int) -> list[Any]:
     """Read so many answers. A refusal is returned like any other answer.
 
     Raises:
         redis.exceptions.ConnectionError: The connection broke.
         redis.exceptions.TimeoutError: There was no answer in time.
     """
-    return [_read_reply(wire) for _ in range(number)]
+    return [_read_reply(connection) for _ in range(number)]
 
 
-def _read_reply(wire: Wire) -> Any:
+def _read_reply(connection: Connection) -> Any:
     try:
-        return wire.read_response()
+        return connection.read_response()
     except ResponseError as error:
         return _typed(error)
 

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from celery_idempotent.core.records import FORGOTTEN, MessageKey, ProcessedStatus, Row, RowFilter, Status, TaskCount
 from celery_idempotent.stores.batches import in_batches
 from celery_idempotent.stores.faults import statuses_of
-from celery_idempotent.stores.redis.connection import ScriptSession
 from celery_idempotent.stores.redis.layout import SHARDS, identity, key_of
 from celery_idempotent.stores.redis.recovering import fetch, first_of_all
 from celery_idempotent.stores.redis.rows import row_of
 from celery_idempotent.stores.redis.scripts import Script
+from celery_idempotent.stores.redis.session import ScriptSession
 from celery_idempotent.stores.redis.verbs import Verbs, ask, verb
 
 __all__ = ["Reading"]

@@ -10,10 +10,10 @@ from typing import Any
 from celery_idempotent.core.records import Duplicate, Inserted, MessageKey, NewMessage, Row
 from celery_idempotent.stores import took_effect
 from celery_idempotent.stores.batches import in_batches
-from celery_idempotent.stores.redis.connection import ScriptSession
 from celery_idempotent.stores.redis.layout import encoded, identity
 from celery_idempotent.stores.redis.rows import Argument, message_arguments, moment, row_of
 from celery_idempotent.stores.redis.scripts import Script
+from celery_idempotent.stores.redis.session import ScriptSession
 from celery_idempotent.stores.redis.verbs import Verbs, ask, shows, verb, wrote
 
 __all__ = ["Recording"]

@@ -16,10 +16,10 @@ from datetime import datetime
 from celery_idempotent.core.records import MAY_HAVE_RUN, MessageKey, ProcessedStatus, Row, Status
 from celery_idempotent.core.store import LARGE_MESSAGE
 from celery_idempotent.stores.batches import in_batches
-from celery_idempotent.stores.redis.connection import ScriptSession
 from celery_idempotent.stores.redis.layout import SHARDS, VERSION, encoded, identity, key_of
 from celery_idempotent.stores.redis.rows import Argument, duration, moment, row_of
 from celery_idempotent.stores.redis.scripts import Script
+from celery_idempotent.stores.redis.session import ScriptSession
 from celery_idempotent.stores.redis.verbs import Verbs, ask, verb, wrote
 
 __all__ = ["PURGEABLE", "Recovering", "chosen_by", "fetch", "first_of_all"]

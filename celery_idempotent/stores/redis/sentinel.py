@@ -12,7 +12,7 @@ from redis.retry import Retry
 from redis.sentinel import MasterNotFoundError, Sentinel
 
 from celery_idempotent.stores.redis.connection import Server, connect
-from celery_idempotent.stores.redis.pool import Place, Wire, ask, read_replies
+from celery_idempotent.stores.redis.pool import Connection, Place, ask, read_replies
 
 __all__ = ["Sentinels"]
 
@@ -23,17 +23,17 @@ _OPTIONS: Mapping[str, Any] = {"socket_connect_timeout": 2.0, "socket_timeout": 
 class Sentinels(Server):
     """The server that the Sentinels name as the master."""
 
-    def _connect(self, place: Place) -> Wire:  # noqa: ARG002 - wherever it is
+    def _connect(self, place: Place) -> Connection:  # noqa: ARG002 - wherever it is
         host, port = self._master()
-        wire = connect(self._address, host=host, port=port)
+        connection = connect(self._address, host=host, port=port)
         # A Sentinel that was cut off may name a former master.
-        ask(wire, [(b"ROLE",)])
-        (role,) = read_replies(wire, 1)
+        ask(connection, [(b"ROLE",)])
+        (role,) = read_replies(connection, 1)
         # If the account may not ask, the first write tells.
         if not isinstance(role, ResponseError) and role[0] != b"master":
-            wire.disconnect()
+            connection.disconnect()
             raise ConnectionError(f"{host}:{port}, which the Sentinels call the master, is a {role[0].decode()}")
-        return wire
+        return connection
 
     def _master(self) -> Place:
         """Return the master that is up, by the first Sentinel that names one."""

@@ -12,13 +12,14 @@ from celery_idempotent.stores.redis.address import parse
 from celery_idempotent.stores.redis.admin import Admin
 from celery_idempotent.stores.redis.claims import Claims
 from celery_idempotent.stores.redis.cluster import Cluster
-from celery_idempotent.stores.redis.connection import ScriptSession, Server
+from celery_idempotent.stores.redis.connection import Server
 from celery_idempotent.stores.redis.layout import VERSION, Layout
 from celery_idempotent.stores.redis.reading import Reading
 from celery_idempotent.stores.redis.recording import Recording
 from celery_idempotent.stores.redis.recovering import Recovering
 from celery_idempotent.stores.redis.scripts import Script
 from celery_idempotent.stores.redis.sentinel import Sentinels
+from celery_idempotent.stores.redis.session import ScriptSession
 from celery_idempotent.stores.redis.transitions import Transitions
 
 __all__ = ["RedisStore"]

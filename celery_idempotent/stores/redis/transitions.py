@@ -11,10 +11,10 @@ from __future__ import annotations
 from celery_idempotent.core.records import Claim, Holder, MessageKey, NewMessage, NoResultReason, Row
 from celery_idempotent.core.storable import storable_error
 from celery_idempotent.stores import took_effect
-from celery_idempotent.stores.redis.connection import ScriptSession
 from celery_idempotent.stores.redis.layout import encoded
 from celery_idempotent.stores.redis.rows import duration, fence, message_arguments, optional
 from celery_idempotent.stores.redis.scripts import Script
+from celery_idempotent.stores.redis.session import ScriptSession
 from celery_idempotent.stores.redis.verbs import Verbs, ask, shows, verb, wrote
 
 __all__ = ["Transitions"]

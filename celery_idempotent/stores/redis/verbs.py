@@ -7,10 +7,11 @@ from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from celery_idempotent.core.records import MessageKey, Row
-from celery_idempotent.stores.redis.connection import ScriptSession, Server
+from celery_idempotent.stores.redis.connection import Server
 from celery_idempotent.stores.redis.layout import identity
 from celery_idempotent.stores.redis.rows import Argument, row_of
 from celery_idempotent.stores.redis.scripts import Script
+from celery_idempotent.stores.redis.session import ScriptSession
 
 __all__ = ["Verbs", "ask", "shows", "verb", "wrote"]
 

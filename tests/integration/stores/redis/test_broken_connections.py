@@ -25,10 +25,10 @@ from celery_idempotent.core.records import (
 from celery_idempotent.core.store import Store
 from celery_idempotent.errors import ConfigurationError, SchemaError, StoreError, StoreUnavailableError
 from celery_idempotent.stores.redis import connection
-from celery_idempotent.stores.redis.connection import ScriptSession
 from celery_idempotent.stores.redis.layout import Layout
 from celery_idempotent.stores.redis.pool import Call
 from celery_idempotent.stores.redis.scripts import Script
+from celery_idempotent.stores.redis.session import ScriptSession
 from celery_idempotent.testing.examples import (
     GRACE,
     KEY,

@@ -11,7 +11,7 @@ from redis import Redis
 
 from celery_idempotent import RedisStore
 from celery_idempotent.core.records import Claimed, Inserted, MessageKey, NewMessage
-from celery_idempotent.stores.redis import connection, pool
+from celery_idempotent.stores.redis import pool, session
 from celery_idempotent.testing.examples import GRACE, LEASE, WORKER, new_message, pending, processing
 from tests.integration.stores.sql.test_round_trips import VERBS, Measured, succeeded
 from tests.support.servers import PrivateRedis
@@ -29,11 +29,11 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[Any]]:
     trips: list[list[Any]] = []
     ask = pool.ask
 
-    def note(wire: pool.Wire, commands: Sequence[Sequence[Any]]) -> None:
+    def note(connection: pool.Connection, commands: Sequence[Sequence[Any]]) -> None:
         trips.append([command[0] for command in commands])
-        ask(wire, commands)
+        ask(connection, commands)
 
-    monkeypatch.setattr(connection, "ask", note)
+    monkeypatch.setattr(session, "ask", note)
     return trips
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from celery_idempotent.stores.redis.pool import THE_SERVER, Opened
+from celery_idempotent.stores.redis.pool import THE_SERVER, ConnectionPool
 
 
 class Idle:
@@ -30,15 +30,15 @@ class Contended(list[Any]):
         return True
 
 
-def opened(**idle: Any) -> Opened:
-    return Opened(idle={(host, 1): wires for host, wires in idle.items()})
+def opened(**idle: Any) -> ConnectionPool:
+    return ConnectionPool(idle={(host, 1): connections for host, connections in idle.items()})
 
 
 def test_a_connection_is_used_again() -> None:
-    pool = Opened()
-    wire: Any = Idle()
-    pool.give_back(THE_SERVER, wire)
-    assert pool.take(THE_SERVER) is wire
+    pool = ConnectionPool()
+    connection: Any = Idle()
+    pool.give_back(THE_SERVER, connection)
+    assert pool.take(THE_SERVER) is connection
     assert pool.take(THE_SERVER) is None
 
 
@@ -47,14 +47,14 @@ def test_a_connection_that_another_thread_takes_first_is_none() -> None:
 
 
 def test_closing_goes_on_when_another_thread_takes_the_last_connection() -> None:
-    wire: Any = Idle()
-    pool = opened(a=Contended(), b=[wire])
+    connection: Any = Idle()
+    pool = opened(a=Contended(), b=[connection])
     pool.close()
-    assert wire.closed
+    assert connection.closed
 
 
 def test_closing_goes_on_when_another_thread_connects_to_another_server() -> None:
-    pool = Opened()
+    pool = ConnectionPool()
     late: Any = Idle()
     first: Any = Idle(meanwhile=lambda: pool.idle.setdefault(("late", 1), []))
     pool.give_back(("first", 1), first)
@@ -65,9 +65,9 @@ def test_closing_goes_on_when_another_thread_connects_to_another_server() -> Non
 
 
 def test_what_is_given_back_after_the_end_is_closed() -> None:
-    pool = Opened()
-    wire: Any = Idle()
+    pool = ConnectionPool()
+    connection: Any = Idle()
     pool.close()
-    pool.give_back(THE_SERVER, wire)
-    assert wire.closed
+    pool.give_back(THE_SERVER, connection)
+    assert connection.closed
     assert pool.take(THE_SERVER) is None
