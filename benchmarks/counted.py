@@ -12,8 +12,8 @@ from benchmarks.measures import Column, Measure
 from benchmarks.relay import Relay
 from benchmarks.rows import count as count_rows
 from benchmarks.rows import size
-from benchmarks.site import Site, Stand
 from benchmarks.subjects import Subject
+from benchmarks.testbed import Deployment, Testbed
 
 __all__ = ["RowSize", "Trips"]
 
@@ -39,22 +39,22 @@ class Trips(Measure):
         Column("atomic commits", "commits"),
     )
 
-    def round(self, site: Site, stands: Mapping[str, Stand], count: int, order: random.Random) -> Round:
-        return {name: _trips(site, stand.subject, count) for name, stand in stands.items()}
+    def round(self, testbed: Testbed, deployments: Mapping[str, Deployment], count: int, order: random.Random) -> Round:
+        return {name: _trips(testbed, deployment.subject, count) for name, deployment in deployments.items()}
 
 
-def _trips(site: Site, subject: Subject, count: int) -> dict[str, float]:
+def _trips(testbed: Testbed, subject: Subject, count: int) -> dict[str, float]:
     count = subject.share(count)
     found: dict[str, float] = {}
-    store = site.store(subject)
+    store = testbed.store(subject)
     on_a_server = store is not None and not store.startswith("sqlite")
     with ExitStack() as stack:
-        relays = {"broker": stack.enter_context(Relay(site.broker(subject)))}
+        relays = {"broker": stack.enter_context(Relay(testbed.broker(subject)))}
         if on_a_server:
             assert store is not None
             relays["store"] = stack.enter_context(Relay(store))
         urls = {name: relay.url for name, relay in relays.items()}
-        stand = stack.enter_context(site.stand(subject, **urls))
+        deployment = stack.enter_context(testbed.deploy(subject, **urls))
 
         def note(what: str) -> None:
             for name, relay in relays.items():
@@ -65,21 +65,21 @@ def _trips(site: Site, subject: Subject, count: int) -> dict[str, float]:
                 relays["store"].counts["commits"] = 0
 
         def run(task: str, what: str) -> None:
-            numbers, _ = stand.publish(count, task=task)
+            numbers, _ = deployment.publish(count, task=task)
             note("")
-            stand.run(numbers)
+            deployment.run(numbers)
             note(what)
 
         note("")
-        stand.publish(count)
+        deployment.publish(count)
         note("publish")
-        stand.discard(count)
-        stand.clear()
-        stand.start_worker()
+        deployment.discard(count)
+        deployment.clear()
+        deployment.start_worker()
         run("noop", "run")
         if subject.has_transactions and on_a_server:
             for task in ("effect", "atomic"):
-                stand.run(stand.publish(100, task=task)[0])
+                deployment.run(deployment.publish(100, task=task)[0])
                 note("")
                 run(task, task)
             for what, name in (("", "store"), (" commits", "commits")):
@@ -101,18 +101,18 @@ class RowSize(Measure):
     def takes(self, subject: Subject) -> bool:
         return subject.guarded
 
-    def round(self, site: Site, stands: Mapping[str, Stand], count: int, order: random.Random) -> Round:
+    def round(self, testbed: Testbed, deployments: Mapping[str, Deployment], count: int, order: random.Random) -> Round:
         found: dict[str, Mapping[str, float]] = {}
-        for name, stand in stands.items():
-            stand.stop_worker()
-            stand.clear()
-            url = stand.place.store
+        for name, deployment in deployments.items():
+            deployment.stop_worker()
+            deployment.clear()
+            url = deployment.place.store
             assert url is not None
             empty = size(url)
-            numbers, _ = stand.publish(count, how="batch")
+            numbers, _ = deployment.publish(count, how="batch")
             pending = (size(url) - empty) / count_rows(url)
-            stand.start_worker()
-            stand.run(numbers)
+            deployment.start_worker()
+            deployment.run(numbers)
             found[name] = {"pending": pending, "done": (size(url) - empty) / count_rows(url)}
-            stand.stop_worker()
+            deployment.stop_worker()
         return found

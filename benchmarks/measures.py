@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 from benchmarks.figures import Round
-from benchmarks.site import WARM, Site, Stand
 from benchmarks.subjects import Subject
+from benchmarks.testbed import WARM, Deployment, Testbed
 from tests.chaos.audit import percentile
 
 __all__ = ["Column", "Consume", "Latency", "Measure", "Publish", "PublishBare", "shuffled"]
@@ -60,12 +60,12 @@ class Measure(ABC):
         return True
 
     @abstractmethod
-    def round(self, site: Site, stands: Mapping[str, Stand], count: int, order: random.Random) -> Round:
+    def round(self, testbed: Testbed, deployments: Mapping[str, Deployment], count: int, order: random.Random) -> Round:
         """Take it once.
 
         Args:
-            site: Where they are.
-            stands: Those who take part.
+            testbed: Where they are.
+            deployments: Those who take part.
             count: Messages of each.
             order: Says whose turn it is.
 
@@ -74,17 +74,19 @@ class Measure(ABC):
         """
 
     @contextmanager
-    def ready(self, site: Site) -> Iterator[dict[str, Stand]]:
+    def ready(self, testbed: Testbed) -> Iterator[dict[str, Deployment]]:
         """Those who take part, with what they need."""
-        stands = {name: stand for name, stand in site.stands.items() if self.takes(stand.subject)}
+        deployments = {
+            name: deployment for name, deployment in testbed.deployments.items() if self.takes(deployment.subject)
+        }
         if not self.workers:
-            for stand in stands.values():
-                stand.stop_worker()
-            site.clear()
-        for stand in stands.values():
-            if self.workers and stand.worker is None:
-                stand.start_worker()
-        yield stands
+            for deployment in deployments.values():
+                deployment.stop_worker()
+            testbed.clear()
+        for deployment in deployments.values():
+            if self.workers and deployment.worker is None:
+                deployment.start_worker()
+        yield deployments
 
 
 @dataclass(frozen=True)
@@ -117,19 +119,19 @@ class Publish(Measure):
             return subject.kind != "peer"
         return self.task in subject.tasks and (self.how != "group" or subject.has_groups)
 
-    def round(self, site: Site, stands: Mapping[str, Stand], count: int, order: random.Random) -> Round:
+    def round(self, testbed: Testbed, deployments: Mapping[str, Deployment], count: int, order: random.Random) -> Round:
         total: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         share = max(count // self.turns, 1)
         for _ in range(self.turns):
-            for stand in shuffled(stands, order):
-                sums, meter = total[stand.subject.name], stand.meter()
-                _, published = stand.publish(share, how=self.how, task=self.task)
+            for deployment in shuffled(deployments, order):
+                sums, meter = total[deployment.subject.name], deployment.meter()
+                _, published = deployment.publish(share, how=self.how, task=self.task)
                 sums["seconds"] += published.seconds
                 sums["producer"] += published.cpu
                 for name, seconds in meter.read().items():
                     sums[name] += seconds
-        for stand in stands.values():
-            stand.discard(self.turns * share)
+        for deployment in deployments.values():
+            deployment.discard(self.turns * share)
         return {name: per_message(sums, self.turns * share) for name, sums in total.items()}
 
 
@@ -167,17 +169,17 @@ class Consume(Measure):
         Column("cpu database", "database"),
     )
 
-    def round(self, site: Site, stands: Mapping[str, Stand], count: int, order: random.Random) -> Round:
+    def round(self, testbed: Testbed, deployments: Mapping[str, Deployment], count: int, order: random.Random) -> Round:
         found: dict[str, Mapping[str, float]] = {}
-        for stand in shuffled(stands, order):
-            share = stand.subject.share(count)
-            numbers, _ = stand.publish(share, how=self.how, task=self.task)
-            meter = stand.run(numbers)
-            seconds = stand.marks.ran(numbers.start, share).seconds
-            found[stand.subject.name] = per_message({"seconds": seconds, **meter.read()}, share)
-            stored = self.task == "echo" or not stand.subject.ignores_results
-            results, expected = stand.take_results(), share if stored else 0
-            assert results == expected, f"{stand.subject.name} stored {results} results, not {expected}"
+        for deployment in shuffled(deployments, order):
+            share = deployment.subject.share(count)
+            numbers, _ = deployment.publish(share, how=self.how, task=self.task)
+            meter = deployment.run(numbers)
+            seconds = deployment.marks.ran(numbers.start, share).seconds
+            found[deployment.subject.name] = per_message({"seconds": seconds, **meter.read()}, share)
+            stored = self.task == "echo" or not deployment.subject.ignores_results
+            results, expected = deployment.take_results(), share if stored else 0
+            assert results == expected, f"{deployment.subject.name} stored {results} results, not {expected}"
         return found
 
 
@@ -194,11 +196,11 @@ class ConsumeBare(Consume):
         return subject.kind != "peer"
 
     @contextmanager
-    def ready(self, site: Site) -> Iterator[dict[str, Stand]]:
-        with super().ready(site) as stands:
-            for stand in stands.values():  # each process of a pool learns the statements
-                stand.run(stand.publish(WARM, how=self.how, task=self.task)[0])
-            yield stands
+    def ready(self, testbed: Testbed) -> Iterator[dict[str, Deployment]]:
+        with super().ready(testbed) as deployments:
+            for deployment in deployments.values():  # each process of a pool learns the statements
+                deployment.run(deployment.publish(WARM, how=self.how, task=self.task)[0])
+            yield deployments
 
 
 @dataclass(frozen=True)
@@ -218,24 +220,24 @@ class Latency(Measure):
     def takes(self, subject: Subject) -> bool:
         return not subject.slow
 
-    def round(self, site: Site, stands: Mapping[str, Stand], count: int, order: random.Random) -> Round:
+    def round(self, testbed: Testbed, deployments: Mapping[str, Deployment], count: int, order: random.Random) -> Round:
         found: dict[str, Mapping[str, float]] = {}
-        for stand in shuffled(stands, order):
-            assert stand.worker is not None
-            stand.worker.resume()
-            numbers, published = stand.publish(count, rate=self.rate)
-            stand.wait_for(numbers)
-            stand.settle()
-            stand.worker.pause()
-            ran = stand.marks.ran(numbers.start, count).at
+        for deployment in shuffled(deployments, order):
+            assert deployment.worker is not None
+            deployment.worker.resume()
+            numbers, published = deployment.publish(count, rate=self.rate)
+            deployment.wait_for(numbers)
+            deployment.settle()
+            deployment.worker.pause()
+            ran = deployment.marks.ran(numbers.start, count).at
             late = sorted((at - published.began - place / self.rate) * 1e3 for place, at in enumerate(ran))
-            found[stand.subject.name] = {"p50": percentile(late, 50), "p99": percentile(late, 99)}
+            found[deployment.subject.name] = {"p50": percentile(late, 50), "p99": percentile(late, 99)}
         return found
 
 
-def shuffled(stands: Mapping[str, Stand], order: random.Random) -> list[Stand]:
+def shuffled(deployments: Mapping[str, Deployment], order: random.Random) -> list[Deployment]:
     """In an order that favours nobody."""
-    return order.sample(list(stands.values()), len(stands))
+    return order.sample(list(deployments.values()), len(deployments))
 
 
 def per_message(sums: Mapping[str, float], count: int) -> dict[str, float]:

@@ -23,8 +23,8 @@ from benchmarks.figures import Round
 from benchmarks.measures import Column, Measure, shuffled
 from benchmarks.rows import clear
 from benchmarks.servers import no_waiting_for_the_disk
-from benchmarks.site import Site, Stand
 from benchmarks.subjects import Place, Subject
+from benchmarks.testbed import Deployment, Testbed
 from celery_idempotent.core.records import Claim, Claimed, Inserted, MessageKey, NewMessage, ProcessedStatus
 from celery_idempotent.core.store import Store
 from celery_idempotent.stores import open_store
@@ -70,15 +70,15 @@ class OwnCode(Measure):
     def takes(self, subject: Subject) -> bool:
         return subject.guarded
 
-    def round(self, site: Site, stands: Mapping[str, Stand], count: int, order: random.Random) -> Round:
+    def round(self, testbed: Testbed, deployments: Mapping[str, Deployment], count: int, order: random.Random) -> Round:
         found: dict[str, Mapping[str, float]] = {}
-        for stand in shuffled(stands, order):
-            name, place = stand.subject.name, stand.place
-            stand.clear()
+        for deployment in shuffled(deployments, order):
+            name, place = deployment.subject.name, deployment.place
+            deployment.clear()
             if self.disk:
                 found[name] = _compared(place, count)
                 continue
-            with no_waiting_for_the_disk(site.servers.get(name)), TemporaryDirectory(dir=_MEMORY) as memory:
+            with no_waiting_for_the_disk(testbed.servers.get(name)), TemporaryDirectory(dir=_MEMORY) as memory:
                 if name == "sqlite":
                     place = replace(place, store=f"sqlite:///{memory}/queue_log.db")
                 found[name] = _compared(place, count)

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.producer import Order, publish
-from benchmarks.site import Stand, open_site
 from benchmarks.subjects import PLAIN, STORES
+from benchmarks.testbed import Deployment, open_testbed
 from tests.support.waiting import wait_until
 from tests.support.worker import ROOT
 
@@ -45,24 +45,24 @@ def profile(what: str, store: str, *, task: str, count: int, lines: int) -> str:
         AssertionError: The messages were not published, or have not run; or py-spy may not look at other processes here.
     """
     subject = {PLAIN.name: PLAIN, **STORES}[store]
-    with open_site([subject]) as site:
-        (stand,) = site.stands.values()
-        return (_of_producer if what == "publish" else _of_worker)(stand, task, count, lines)
+    with open_testbed([subject]) as testbed:
+        (deployment,) = testbed.deployments.values()
+        return (_of_producer if what == "publish" else _of_worker)(deployment, task, count, lines)
 
 
-def _of_producer(stand: Stand, task: str, count: int, lines: int) -> str:
+def _of_producer(deployment: Deployment, task: str, count: int, lines: int) -> str:
     # In a process of its own, as a producer is.
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.profiling", json.dumps(asdict(Order("single", task, 1, count))), str(lines)],
         cwd=ROOT,
-        env={**os.environ, **stand.place.environment()},
+        env={**os.environ, **deployment.place.environment()},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    stand.discard(count + _WARM)
+    deployment.discard(count + _WARM)
     return done.stdout
 
 
@@ -80,12 +80,12 @@ def _in_producer(order: Order, lines: int) -> str:
     return told.getvalue()
 
 
-def _of_worker(stand: Stand, task: str, count: int, lines: int) -> str:
-    stand.start_worker()
-    worker = stand.worker
+def _of_worker(deployment: Deployment, task: str, count: int, lines: int) -> str:
+    deployment.start_worker()
+    worker = deployment.worker
     assert worker is not None
-    numbers, _ = stand.publish(count, how="batch", task=task)
-    samples, log = stand.directory / "samples", stand.directory / "py-spy.log"
+    numbers, _ = deployment.publish(count, how="batch", task=task)
+    samples, log = deployment.directory / "samples", deployment.directory / "py-spy.log"
     worker.resume()
     with log.open("wb") as told:
         spy = subprocess.Popen(
@@ -98,11 +98,11 @@ def _of_worker(stand: Stand, task: str, count: int, lines: int) -> str:
             stdout=told,
             stderr=subprocess.STDOUT,
         )
-    stand.wait_for(numbers)
+    deployment.wait_for(numbers)
     spy.send_signal(signal.SIGINT)
     spy.wait(timeout=60)
     wait_until(samples.exists, timeout=5, describe=lambda: f"py-spy's samples: {log.read_text()[-2000:]}")
-    ran = stand.marks.ran(numbers.start, count)
+    ran = deployment.marks.ran(numbers.start, count)
     head = f"{count} tasks in {ran.seconds:.2f} s, while they were sampled {RATE} times per second\n"
     stacks = list(_stacks(samples.read_text().splitlines()))
     return head + "\n".join(

@@ -10,8 +10,8 @@ from typing import Any
 from benchmarks import machine
 from benchmarks.catalogue import MEASURES
 from benchmarks.figures import Round
-from benchmarks.site import open_site
 from benchmarks.subjects import Subject
+from benchmarks.testbed import open_testbed
 
 __all__ = ["run"]
 
@@ -44,8 +44,8 @@ def run(
     """
     order = random.Random(seed)
     found: dict[str, Any] = {}
-    with open_site(subjects) as site:
-        described = machine.describe(site.servers, site.directory)
+    with open_testbed(subjects) as testbed:
+        described = machine.describe(testbed.servers, testbed.directory)
         for name in (name for name in MEASURES if name in only):
             measure = MEASURES[name]
             count = max(int(measure.count * share), 1)
@@ -58,13 +58,13 @@ def run(
                 "commit": machine.commit(),
             }
             try:
-                with measure.ready(site) as stands:
+                with measure.ready(testbed) as deployments:
                     for number in range(1 if measure.once else rounds):
                         say(f"{name}: round {number + 1}")
-                        taken.append(measure.round(site, stands, count, order))
+                        taken.append(measure.round(testbed, deployments, count, order))
             except AssertionError as error:
                 say(f"{name} FAILED: {error}")
                 found[name]["failed"] = str(error)
-                for stand in site.stands.values():
-                    stand.stop_worker()
+                for deployment in testbed.deployments.values():
+                    deployment.stop_worker()
     return {"machine": described, "measures": found}

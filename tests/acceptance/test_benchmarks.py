@@ -18,9 +18,9 @@ from benchmarks.marks import Marks
 from benchmarks.relay import Relay
 from benchmarks.report import as_markdown, as_text
 from benchmarks.run import run
-from benchmarks.site import open_site
 from benchmarks.subjects import PLAIN, STORES
 from benchmarks.targets import TARGETS, verdicts
+from benchmarks.testbed import open_testbed
 from celery_idempotent.core.records import MessageKey
 from celery_idempotent.stores import open_store
 from celery_idempotent.testing.examples import new_message
@@ -225,10 +225,10 @@ def test_a_short_run() -> None:
 
 @pytest.mark.xdist_group("chaos")
 def test_a_subject_that_does_not_do_its_work_fails() -> None:
-    with skip_if_not_installed(), open_site([PLAIN]) as site:
-        stand = site.stands[PLAIN.name]
-        stand.publish(10)
+    with skip_if_not_installed(), open_testbed([PLAIN]) as testbed:
+        deployment = testbed.deployments[PLAIN.name]
+        deployment.publish(10)
         with pytest.raises(AssertionError, match="plain was to publish 11 messages; 10 are in its queue"):
-            stand.discard(11)
+            deployment.discard(11)
         with pytest.raises(AssertionError, match=r"(?s)a producer ended:.*no_such_task"):
-            stand.publish(1, task="no_such_task")
+            deployment.publish(1, task="no_such_task")

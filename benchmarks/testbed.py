@@ -1,4 +1,4 @@
-"""Where a run takes place: private servers, and for each subject a producer and a worker that stay for the whole run."""
+"""The testbed of a run: private servers, and for each subject a producer and a worker that stay for the whole run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.servers import PrivateServer
 from tests.support.waiting import wait_until
 from tests.support.worker import WorkerProcess
 
-__all__ = ["CONCURRENCY", "Site", "Stand", "open_site"]
+__all__ = ["CONCURRENCY", "Deployment", "Testbed", "open_testbed"]
 
 #: Processes of a worker's pool.
 CONCURRENCY = 2
@@ -39,12 +39,12 @@ _SERVERS: dict[str, type[PrivateServer]] = {"postgresql": PostgreSQL, "mariadb":
 
 
 @dataclass
-class Stand:
-    """What one subject works with.
+class Deployment:
+    """The processes and servers of one subject.
 
     Attributes:
-        subject: Who works here.
-        place: What its processes are told.
+        subject: What is measured.
+        place: The settings of its processes.
         marks: Where its tasks note that they ran.
         producer: The process that publishes.
         servers: Process ids of the servers that work for it, by name.
@@ -177,23 +177,23 @@ class Stand:
 
 
 @dataclass
-class Site:
-    """Servers and stands.
+class Testbed:
+    """Servers and deployments.
 
     Attributes:
         directory: Logs, and the SQLite file.
         servers: By name.
-        stands: By subject, plain Celery first.
+        deployments: By subject, plain Celery first.
     """
 
     directory: Path
     servers: dict[str, PrivateServer]
-    stands: dict[str, Stand] = field(default_factory=dict)
+    deployments: dict[str, Deployment] = field(default_factory=dict)
 
     def clear(self) -> None:
-        """Forget all messages, of everybody."""
-        for stand in self.stands.values():
-            stand.clear()
+        """Forget all messages of all deployments."""
+        for deployment in self.deployments.values():
+            deployment.clear()
 
     def broker(self, subject: Subject) -> str:
         """Return a subject's database in Redis: its own, so that all can use the names that they use."""
@@ -211,13 +211,13 @@ class Site:
                 return self.servers[name].url if subject.guarded else None
 
     @contextmanager
-    def stand(self, subject: Subject, *, broker: str | None = None, store: str | None = None) -> Iterator[Stand]:
-        """Yield a stand for a subject, its producer warm.
+    def deploy(self, subject: Subject, *, broker: str | None = None, store: str | None = None) -> Iterator[Deployment]:
+        """Yield the deployment of a subject, its producer warm.
 
         Args:
-            subject: Whose.
-            broker: Another way to its broker.
-            store: Another way to its store.
+            subject: The subject.
+            broker: Another URL of its broker.
+            store: Another URL of its store.
 
         Raises:
             AssertionError: Its producer does not publish.
@@ -226,22 +226,22 @@ class Site:
         place = Place(subject.name, broker or self.broker(subject), str(marks), store or self.store(subject))
         with Producer(place, marks.with_suffix(".producer.log")) as producer:
             servers = {name: self.servers[name].pid for name in ("redis", subject.name) if name in self.servers}
-            stand = Stand(subject, place, Marks(marks), producer, servers, self.directory)
+            deployment = Deployment(subject, place, Marks(marks), producer, servers, self.directory)
             try:
                 for task in subject.tasks:
-                    stand.publish(WARM, task=task)
-                stand.discard(WARM * len(subject.tasks))
-                stand.clear()
-                yield stand
+                    deployment.publish(WARM, task=task)
+                deployment.discard(WARM * len(subject.tasks))
+                deployment.clear()
+                yield deployment
             finally:
-                stand.stop_worker()
+                deployment.stop_worker()
 
 
 _DATABASES = (PLAIN.name, *STORES, *PEERS)
 
 
 @contextmanager
-def open_site(subjects: Sequence[Subject]) -> Iterator[Site]:
+def open_testbed(subjects: Sequence[Subject]) -> Iterator[Testbed]:
     """Start the servers that the subjects need, and a producer for each; everything is ended and removed on the way out.
 
     Raises:
@@ -254,14 +254,14 @@ def open_site(subjects: Sequence[Subject]) -> Iterator[Site]:
             "redis": Redis,
             **{subject.name: _SERVERS[subject.name] for subject in subjects if subject.name in _SERVERS},
         }
-        site = Site(directory, {name: stack.enter_context(kind()) for name, kind in kinds.items()})
+        testbed = Testbed(directory, {name: stack.enter_context(kind()) for name, kind in kinds.items()})
         for subject in subjects:
-            url = site.store(subject)
+            url = testbed.store(subject)
             if url is not None:
                 opened = open_store(url)
                 opened.init()
                 opened.close()
             if url is not None and subject.has_transactions:
                 Effects(url).close()
-            site.stands[subject.name] = stack.enter_context(site.stand(subject))
-        yield site
+            testbed.deployments[subject.name] = stack.enter_context(testbed.deploy(subject))
+        yield testbed
