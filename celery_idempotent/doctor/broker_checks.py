@@ -129,7 +129,7 @@ def evicts(policy: str, maxmemory: str | None) -> bool:
 
 def _last_due(facts: Facts) -> float:
     """Return the seconds until the last of the waiting messages is due."""
-    condition = facts.store.condition
-    if condition is None or condition.last_due is None:
+    health = facts.store.health
+    if health is None or health.last_due is None:
         return 0.0
-    return round((condition.last_due - condition.read_at).total_seconds())
+    return round((health.last_due - health.read_at).total_seconds())

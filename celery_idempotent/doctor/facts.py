@@ -133,10 +133,10 @@ class StoreFacts:
         outstanding: Changes that would bring its schema to this version; it can be used without them.
         there: Whether its schema exists, or is created on first use.
         configuration: The settings of its server, if the account may read them; ``None`` if it was not asked.
-        condition: The state of the log; ``None`` if it was not asked.
+        health: The state of the log; ``None`` if it was not asked.
         waiting: The tasks of the messages that have waited longest.
         doubted: The tasks of those among them that may have run while the guard was off.
-        local_clock: This host's clock, when the condition's clock was read.
+        local_clock: This host's clock, when the health's clock was read.
         clock_error: Seconds by which that may be wrong.
     """
 
@@ -148,7 +148,7 @@ class StoreFacts:
     outstanding: tuple[str, ...] = ()
     there: bool = True
     configuration: Mapping[str, str] | None = None
-    condition: LogHealth | None = None
+    health: LogHealth | None = None
     waiting: tuple[str, ...] = ()
     doubted: tuple[str, ...] = ()
     local_clock: datetime | None = None

@@ -163,15 +163,15 @@ def _read_broker(app: Celery, consumer_timeout: float | None) -> BrokerFacts:
         visible = _visibility_timeout(connection)
     except Exception as error:  # noqa: BLE001 - for a bad URL, kombu or any transport may raise anything
         return BrokerFacts(url="broker_url", away=_text(error))
-    told: dict[str, Any] = {}
+    answered: dict[str, Any] = {}
     away: str | None = None
     try:
         with connection:
             connection.ensure_connection(max_retries=1, interval_start=0, timeout=ANSWER)
-            told = _ask_broker(app, connection, driver, consumer_timeout)
+            answered = _ask_broker(app, connection, driver, consumer_timeout)
     except Exception as error:  # noqa: BLE001 - as above
         away = _text(error)
-    return BrokerFacts(url=url, away=away, local=local, visibility_timeout=visible, **told)
+    return BrokerFacts(url=url, away=away, local=local, visibility_timeout=visible, **answered)
 
 
 def _ask_broker(app: Celery, connection: Connection, driver: str, consumer_timeout: float | None) -> dict[str, Any]:
@@ -252,7 +252,7 @@ def _read_store(store: Store, clock: Callable[[], datetime]) -> StoreFacts:
         if facts["there"]:
             facts["outstanding"] = tuple(change.what for change in store.outstanding())
             began, asked = clock(), time.monotonic()
-            facts["condition"] = store.condition()
+            facts["health"] = store.health()
             took = time.monotonic() - asked
             # The statement ran at some time between the two readings.
             oldest = list(store.rows(RowFilter(status=Status.PENDING, limit=_OLDEST, oldest_first=True)))

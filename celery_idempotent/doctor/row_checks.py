@@ -25,10 +25,10 @@ _PURGED_WITHIN = 86400.0
 def check_rows(facts: Facts) -> Iterator[Finding]:
     """Yield what the rows and the clock show: no recovery, no purge, waiting messages without a task."""
     store, app = facts.store, facts.app
-    condition = store.condition
-    if condition is None:
+    health = store.health
+    if health is None:
         return
-    now = condition.read_at
+    now = health.read_at
     if store.local_clock is not None:
         skew = (store.local_clock - now).total_seconds()
         if abs(skew) > _IN_STEP + store.clock_error:
@@ -43,8 +43,8 @@ def check_rows(facts: Facts) -> Iterator[Finding]:
     yield from _left_waiting(facts)
     patience = timedelta(seconds=max(_AT_LEAST, _PASSES_IN_VAIN * app.recovery_interval))
     overdue = {
-        "a message whose owner's lease ran out at {} was not published again": condition.lapsed_since,
-        "a message recorded at {} was not published": condition.unsent_since,
+        "a message whose owner's lease ran out at {} was not published again": health.lapsed_since,
+        "a message recorded at {} was not published": health.unsent_since,
     }
     for what, since in overdue.items():
         if since is not None and now - since > patience:
@@ -53,7 +53,7 @@ def check_rows(facts: Facts) -> Iterator[Finding]:
                 what.format(since.isoformat(sep=" ", timespec="seconds")),
                 "idempotent_recovery_interval = 30 in a running worker, or `celery -A proj idempotent recover`; its log says what goes wrong",
             )
-    done = condition.done_since
+    done = health.done_since
     kept = max(app.retention, app.failure_retention)
     if done is not None and (now - done).total_seconds() > kept + _PURGED_WITHIN:
         yield Finding(

@@ -53,47 +53,51 @@ def check_store(facts: Facts) -> Iterator[Finding]:
 
 def check_servers(facts: Facts) -> Iterator[Finding]:
     """Yield settings of the store's server that endanger rows. Each name belongs to only one kind of server."""
-    told = facts.store.configuration
-    if told is None:
+    settings = facts.store.configuration
+    if settings is None:
         return
-    if not told and facts.store.there:
+    if not settings and facts.store.there:
         yield Finding(
             "store-configuration",
             f"this account may not read the settings of {facts.store.name}",
             "let the account read them: for Redis +config|get or +info",
         )
-    if told.get("file") == "":
+    if settings.get("file") == "":
         yield Finding(
             "store-in-memory",
             f"{facts.store.name} is in the memory of one process",
             "idempotent_store = a file, or a server",
         )
-    yield from _redis(facts, told)
+    yield from _redis(facts, settings)
     for name, bad, good in (
         ("fsync", {"off"}, "fsync = on"),
         ("synchronous_commit", {"off"}, "synchronous_commit = on"),
         ("innodb_flush_log_at_trx_commit", {"0", "2"}, "innodb_flush_log_at_trx_commit = 1"),
         ("synchronous", {"0", "1"}, "PRAGMA synchronous = FULL"),
-        ("appendfsync", {"no"} if told.get("appendonly") == "yes" else set[str](), "appendfsync everysec, or always"),
+        (
+            "appendfsync",
+            {"no"} if settings.get("appendonly") == "yes" else set[str](),
+            "appendfsync everysec, or always",
+        ),
     ):
-        if told.get(name) in bad:
-            yield Finding("store-durability", f"{name} is {told[name]} at {facts.store.name}", good)
+        if settings.get(name) in bad:
+            yield Finding("store-durability", f"{name} is {settings[name]} at {facts.store.name}", good)
     for name in ("default_transaction_read_only", "read_only"):
-        if told.get(name, "").lower() in {"on", "1"}:
+        if settings.get(name, "").lower() in {"on", "1"}:
             yield Finding(
                 "store-read-only", f"{name} is on at {facts.store.name}", "idempotent_store = the primary server"
             )
-    if told.get("pooler") and told.get("prepare_threshold"):
+    if settings.get("pooler") and settings.get("prepare_threshold"):
         yield Finding(
             "pooler-prepares",
-            f"the engine of {facts.store.name} prepares named statements after {told['prepare_threshold']} uses, but there is a pooler",
+            f"the engine of {facts.store.name} prepares named statements after {settings['prepare_threshold']} uses, but there is a pooler",
             'create_engine(url, connect_args={"prepare_threshold": None})',
         )
-    yield from _isolation(facts, told)
+    yield from _isolation(facts, settings)
 
 
-def _redis(facts: Facts, told: Mapping[str, str]) -> Iterator[Finding]:
-    for name, value in told.items():  # for a cluster there may be several, with the node after the name
+def _redis(facts: Facts, settings: Mapping[str, str]) -> Iterator[Finding]:
+    for name, value in settings.items():  # for a cluster there may be several, with the node after the name
         setting, _, node = name.partition(" ")
         if setting == "appendonly" and value != "yes":
             yield Finding(
@@ -102,7 +106,7 @@ def _redis(facts: Facts, told: Mapping[str, str]) -> Iterator[Finding]:
                 "appendonly yes, by CONFIG SET and in redis.conf",
             )
         if setting == "maxmemory-policy" and evicts(
-            value, told.get(f"maxmemory {node}".strip(), told.get("maxmemory"))
+            value, settings.get(f"maxmemory {node}".strip(), settings.get("maxmemory"))
         ):
             yield Finding(
                 "redis-eviction",
@@ -111,19 +115,19 @@ def _redis(facts: Facts, told: Mapping[str, str]) -> Iterator[Finding]:
             )
 
 
-def _isolation(facts: Facts, told: Mapping[str, str]) -> Iterator[Finding]:
+def _isolation(facts: Facts, settings: Mapping[str, str]) -> Iterator[Finding]:
     for name in ("transaction_isolation", "tx_isolation", "default_transaction_isolation"):
-        if name not in told:
+        if name not in settings:
             continue
-        level = told[name].upper().replace("-", " ")
+        level = settings[name].upper().replace("-", " ")
         if level == "READ UNCOMMITTED" and name != "default_transaction_isolation":  # PostgreSQL has no dirty reads
             yield Finding(
                 "isolation-dirty",
-                f"{name} is {told[name]} at {facts.store.name}",
+                f"{name} is {settings[name]} at {facts.store.name}",
                 f"{name} = READ-COMMITTED or REPEATABLE-READ",
             )
         own = (facts.app.isolation_level or level).upper().replace("_", " ")
-        fixed = name == "default_transaction_isolation" or told.get("innodb_snapshot_isolation", "").upper() in {
+        fixed = name == "default_transaction_isolation" or settings.get("innodb_snapshot_isolation", "").upper() in {
             "ON",
             "1",
         }

@@ -75,10 +75,10 @@ def _old(
     queue_log: QueueLog, older_than: float | None, task_name: str | None, processed_status: ProcessedStatus | None
 ) -> dict[str, Any]:
     settings = queue_log.settings
-    told = older_than is not None and processed_status is ProcessedStatus.FAILURE
+    failures_only = older_than is not None and processed_status is ProcessedStatus.FAILURE
     return {
         "older_than": settings.retention if older_than is None else older_than,
-        "failures_older_than": None if told else settings.failure_retention,
+        "failures_older_than": None if failures_only else settings.failure_retention,
         "task_name": task_name,
         "processed_status": processed_status,
     }

@@ -12,33 +12,19 @@ For a store that supports ``atomic=True``, add :class:`TransactionContract` to t
 
 from __future__ import annotations
 
+import pkgutil
+
 import pytest
 
 # Before the imports: pytest explains asserts only in registered modules.
-for _module in (
-    "base",
-    "claiming",
-    "ending",
-    "examples",
-    "handing_on",
-    "life",
-    "operating",
-    "publishing",
-    "purging",
-    "races",
-    "recording",
-    "relaying",
-    "rescuing",
-    "taking_over",
-    "transactions",
-):
-    pytest.register_assert_rewrite(f"celery_idempotent.testing.{_module}")
+for _module in pkgutil.iter_modules(__path__):
+    pytest.register_assert_rewrite(f"{__name__}.{_module.name}")
 
-from celery_idempotent.testing.claiming import ClaimContract  # noqa: E402 - see above
+from celery_idempotent.testing.admin import AdminContract  # noqa: E402 - see above
+from celery_idempotent.testing.claiming import ClaimContract  # noqa: E402
 from celery_idempotent.testing.ending import EndingContract  # noqa: E402
 from celery_idempotent.testing.handing_on import HandingOnContract  # noqa: E402
 from celery_idempotent.testing.life import LifeContract  # noqa: E402
-from celery_idempotent.testing.operating import OperatorContract  # noqa: E402
 from celery_idempotent.testing.publishing import PublishContract  # noqa: E402
 from celery_idempotent.testing.purging import PurgeContract  # noqa: E402
 from celery_idempotent.testing.races import RaceContract  # noqa: E402
@@ -61,7 +47,7 @@ class StoreContract(
     RescueContract,
     RelayContract,
     PurgeContract,
-    OperatorContract,
+    AdminContract,
     LifeContract,
     RaceContract,
 ):

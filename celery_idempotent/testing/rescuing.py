@@ -181,7 +181,7 @@ class RescueContract(StoreFixtures):
             assert store.waiting(older_than=0.0, limit=10, before=before, doubted=False) == []
             assert ids(store.waiting(older_than=0.0, limit=10, before=before)) == [KEY.message_id]
         assert store.lapsed(again_after=LONG, limit=10, doubted=False) == []
-        assert store.condition().lapsed_since is None
+        assert store.health().lapsed_since is None
         assert ids(store.lapsed(again_after=LONG, limit=10)) == ["lapsed"]
 
     def test_a_claim_ends_the_doubt(self, store: Store) -> None:

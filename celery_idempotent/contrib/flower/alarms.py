@@ -74,26 +74,26 @@ def _off(settings: Settings) -> Iterator[Alarm]:
 
 def _stuck(glance: Glance, settings: Settings) -> Iterator[Alarm]:
     patience = timedelta(seconds=max(_AT_LEAST, _STEPS_IN_VAIN * settings.recovery_interval))
-    condition = glance.condition
-    if condition.lapsed_since is not None and glance.read_at - condition.lapsed_since > _BRIEF:
-        overdue = glance.read_at - condition.lapsed_since > patience
+    health = glance.health
+    if health.lapsed_since is not None and glance.read_at - health.lapsed_since > _BRIEF:
+        overdue = glance.read_at - health.lapsed_since > patience
         number = _many(len(glance.lapsed) or 1, "message whose worker died is", "messages whose workers died are")
         yield Alarm(
             "danger" if overdue else "warning",
             f"{number} not taken over",
-            condition.lapsed_since,
+            health.lapsed_since,
             "Recovery does not run: is a worker up, with an idempotent_recovery_interval? `celery -A proj idempotent recover` recovers it now."
             if overdue
             else "A worker's next recovery pass publishes it again, or fails it as abandoned.",
             "running",
         )
-    if condition.unsent_since is not None and glance.read_at - condition.unsent_since > _BRIEF:
-        overdue = glance.read_at - condition.unsent_since > patience
+    if health.unsent_since is not None and glance.read_at - health.unsent_since > _BRIEF:
+        overdue = glance.read_at - health.unsent_since > patience
         number = _many(len(glance.unsent) or 1, "message is", "messages are")
         yield Alarm(
             "danger" if overdue else "warning",
             f"{number} recorded and not handed to the broker",
-            condition.unsent_since,
+            health.unsent_since,
             "Recovery does not publish it: are the broker and a worker up? `celery -A proj idempotent recover` publishes it now."
             if overdue
             else "A worker's next recovery pass publishes it.",

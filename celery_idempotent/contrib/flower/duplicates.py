@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from celery_idempotent.contrib.flower.event_log import Copy, Heard
+from celery_idempotent.contrib.flower.event_log import Copy, EventLog
 from celery_idempotent.contrib.flower.snapshot import LISTED, Glance
 from celery_idempotent.core.records import MessageKey, Row
 
@@ -40,14 +40,14 @@ class Duplicates:
         return self.row.processed_timestamp or self.row.created_timestamp
 
 
-def latest_duplicates(glance: Glance, heard: Heard) -> list[Duplicates]:
+def latest_duplicates(glance: Glance, event_log: EventLog) -> list[Duplicates]:
     """Return messages with skipped copies or repeated calls, the latest first.
 
     A repeated call that its producer skipped sends no event. It shows in its message's row, but only while that is among the rows that
     run or ended last.
     """
     found = {row.key: Duplicates(row.key, row) for row in glance.latest if row.duplicates}
-    for copy in heard.skipped():
+    for copy in event_log.skipped():
         known = found.get(copy.key)
         if known is None or known.copy is None:  # `skipped` begins with the latest
             found[copy.key] = Duplicates(copy.key, None if known is None else known.row, copy)

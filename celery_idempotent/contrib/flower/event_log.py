@@ -15,7 +15,7 @@ from celery_idempotent.core.records import MessageKey
 from celery_idempotent.core.storable import is_text
 from celery_idempotent.worker.events import EVENTS
 
-__all__ = ["Copy", "Heard"]
+__all__ = ["Copy", "EventLog"]
 
 #: How many copies are kept.
 _KEPT = 1000
@@ -55,7 +55,7 @@ class Copy:
     countdown: float = 0.0
 
 
-class Heard:
+class EventLog:
     """The copies with the latest events."""
 
     def __init__(self) -> None:

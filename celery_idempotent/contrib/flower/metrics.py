@@ -13,7 +13,7 @@ from prometheus_client.core import GaugeMetricFamily
 from celery_idempotent.core.records import Row
 
 if TYPE_CHECKING:
-    from celery_idempotent.contrib.flower.snapshot import Counted, Figures, Glance
+    from celery_idempotent.contrib.flower.snapshot import Counted, Glance, Snapshot
 
 __all__ = ["Series"]
 
@@ -22,28 +22,28 @@ class Series:
     """The series of an app's queue log, in their own registry, so that only Flower's ``/metrics`` shows them.
 
     Args:
-        figures: The source of the series. Collecting them does not ask the store.
+        snapshot: The source of the series. Collecting them does not ask the store.
     """
 
-    def __init__(self, figures: Figures) -> None:
-        self._figures = figures
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
         self.registry = CollectorRegistry()
         self.registry.register(self)
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """Yield all series; if the store does not answer, only that fact and the last counts."""
-        glance, counted = self._figures.glance, self._figures.counted
+        glance, counted = self._snapshot.glance, self._snapshot.counted
         yield _gauge(
             "queue_log_up", "Whether the queue log's store answered when it was last asked.", glance is not None
         )
         if counted is not None:
-            yield from _counted(counted, self._figures.took)
+            yield from _counted(counted, self._snapshot.took)
         if glance is not None:
             yield from _glance(glance)
             yield _gauge(
                 "held_copies",
                 "Copies that workers hold, from the events that Flower received.",
-                len(self._figures.heard.held()),
+                len(self._snapshot.event_log.held()),
             )
 
 
@@ -82,11 +82,11 @@ def _glance(glance: Glance) -> Iterator[GaugeMetricFamily]:
         ),
         "oldest_unsent_seconds": (
             "How long the oldest message that was recorded and not handed to the broker is waiting; 0 for none.",
-            glance.condition.unsent_since,
+            glance.health.unsent_since,
         ),
         "oldest_lapsed_seconds": (
             "How long ago the lease of the oldest unrecovered claim ran out; 0 for none.",
-            glance.condition.lapsed_since,
+            glance.health.lapsed_since,
         ),
     }
     for name, (text, moment) in since.items():

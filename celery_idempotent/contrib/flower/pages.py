@@ -12,7 +12,7 @@ from tornado.template import Loader, Template
 from tornado.web import url
 
 from celery_idempotent.contrib.flower import views
-from celery_idempotent.contrib.flower.snapshot import Figures
+from celery_idempotent.contrib.flower.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -45,12 +45,12 @@ class _Templates(Loader):
 
 def add(app: Celery) -> None:
     """Put our pages before Flower's: its last one answers all other URLs, and our ``/metrics`` extends its own."""
-    figures = {"figures": Figures(app)}
+    snapshot = {"snapshot": Snapshot(app)}
     added = [
-        url(r"/queue-log", views.QueueLogView, figures, name="queue-log"),
-        url(r"/queue-log/message", views.MessageView, figures, name="queue-log-message"),
-        url(r"/api/queue-log/requeue", views.Requeue, figures, name="queue-log-requeue"),
-        url(r"/metrics", views.Metrics, figures, name="queue-log-metrics"),
+        url(r"/queue-log", views.QueueLogView, snapshot, name="queue-log"),
+        url(r"/queue-log/message", views.MessageView, snapshot, name="queue-log-message"),
+        url(r"/api/queue-log/requeue", views.Requeue, snapshot, name="queue-log-requeue"),
+        url(r"/metrics", views.Metrics, snapshot, name="queue-log-metrics"),
     ]
     names = {rule.name for rule in added}
     urls.handlers[:] = [*added, *(rule for rule in urls.handlers if getattr(rule, "name", None) not in names)]

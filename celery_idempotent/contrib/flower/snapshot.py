@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from celery_idempotent.contrib.flower.async_store import Questions
-from celery_idempotent.contrib.flower.event_log import Heard
+from celery_idempotent.contrib.flower.event_log import EventLog
 from celery_idempotent.core.records import (
     FORGOTTEN,
     LogHealth,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from celery_idempotent.core.store import Store
 
-__all__ = ["LISTED", "Counted", "Figures", "Glance", "legible"]
+__all__ = ["LISTED", "Counted", "Glance", "Snapshot", "legible"]
 
 logger = logging.getLogger("celery_idempotent")
 
@@ -63,7 +63,7 @@ class Glance:
     """The state of the queue log, from indexes. At most :data:`LISTED` rows of each kind.
 
     Attributes:
-        condition: See :class:`~celery_idempotent.core.records.LogHealth`.
+        health: See :class:`~celery_idempotent.core.records.LogHealth`.
         running: Claims, the first recorded first.
         lapsed: Claims whose lease ran out and whose message was not published again since.
         unsent: Messages that were never handed to the broker, the oldest first.
@@ -71,7 +71,7 @@ class Glance:
         latest: Messages that run or that ended last, in no order.
     """
 
-    condition: LogHealth
+    health: LogHealth
     running: tuple[Row, ...] = ()
     lapsed: tuple[Row, ...] = ()
     unsent: tuple[Row, ...] = ()
@@ -81,7 +81,7 @@ class Glance:
     @property
     def read_at(self) -> datetime:
         """The store's clock."""
-        return self.condition.read_at
+        return self.health.read_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +152,7 @@ class _Kept(Generic[T]):
             self.took, self.began, self._asking = self._since - self.began, None, None
 
 
-class Figures:
+class Snapshot:
     """The figures of an app's queue log, for one event loop.
 
     Args:
@@ -169,7 +169,7 @@ class Figures:
         )
         self._counted: _Kept[Counted] = _Kept(lambda: counts.ask(self._count, within=None), _good_for)
         self._found: OrderedDict[str, _Kept[list[Row]]] = OrderedDict()
-        self.heard = Heard()
+        self.event_log = EventLog()
 
     @property
     def queue_log(self) -> QueueLog:
@@ -280,7 +280,7 @@ class Figures:
         if store is None:
             return Glance(LogHealth(datetime.now(UTC)))
         return Glance(
-            store.condition(),
+            store.health(),
             running=tuple(legible(store.rows(RowFilter(status=Status.PROCESSING, oldest_first=True, limit=LISTED)))),
             lapsed=tuple(legible(store.lapsed(again_after=0.0, limit=LISTED))),
             unsent=tuple(legible(store.unsent(limit=LISTED))),
@@ -308,8 +308,8 @@ def _legible(row: Row) -> Row:
     try:
         "".join(filter(None, (*astuple(row.key), *texts.values()))).encode()
     except UnicodeEncodeError:
-        told: dict[str, Any] = {name: None if text is None else _escaped(text) for name, text in texts.items()}
-        return replace(row, key=MessageKey(*map(_escaped, astuple(row.key))), **told)
+        escaped: dict[str, Any] = {name: None if text is None else _escaped(text) for name, text in texts.items()}
+        return replace(row, key=MessageKey(*map(_escaped, astuple(row.key))), **escaped)
     return row
 
 

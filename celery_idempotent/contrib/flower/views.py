@@ -21,7 +21,7 @@ from tornado.web import authenticated
 from celery_idempotent.contrib.flower.alarms import alarms, is_abandoned
 from celery_idempotent.contrib.flower.duplicates import latest_duplicates
 from celery_idempotent.contrib.flower.metrics import Series
-from celery_idempotent.contrib.flower.snapshot import LISTED, Figures, legible
+from celery_idempotent.contrib.flower.snapshot import LISTED, Snapshot, legible
 from celery_idempotent.contrib.flower.times import ago, span
 from celery_idempotent.core.records import FORGOTTEN, MessageKey, ProcessedStatus, Row, Status
 from celery_idempotent.core.storable import is_text
@@ -50,12 +50,12 @@ _ERROR = 120
 class _Page(BaseHandler):  # type: ignore[misc]
     """The base of the pages for people."""
 
-    def initialize(self, figures: Figures) -> None:
-        self.figures = figures
+    def initialize(self, snapshot: Snapshot) -> None:
+        self.snapshot = snapshot
 
     def prepare(self) -> None:
         """Listen to the workers' events that Flower receives."""
-        self.figures.heard.listen(self.application.events.state)
+        self.snapshot.event_log.listen(self.application.events.state)
 
     def given(self, name: str) -> str:
         """Return a parameter of the URL unchanged. Flower's ``get_argument`` escapes it, but an id can be any text."""
@@ -66,7 +66,7 @@ class _Page(BaseHandler):  # type: ignore[misc]
         """Render one of our templates."""
         self.render(
             template,
-            figures=self.figures,
+            snapshot=self.snapshot,
             store=self._store(),
             ago=ago,
             span=span,
@@ -87,7 +87,7 @@ class _Page(BaseHandler):  # type: ignore[misc]
 
     def _store(self) -> str:
         """Return the store's name, without its password; empty until it is open."""
-        opened = vars(self.figures.queue_log).get("store")
+        opened = vars(self.snapshot.queue_log).get("store")
         return "" if opened is None else repr(opened)
 
     def _message_url(self, key: MessageKey) -> str:
@@ -110,22 +110,22 @@ class QueueLogView(_Page):
     async def get(self) -> None:
         """Show the page. If the store does not answer, the page says so."""
         wanted = self.given("q")
-        await self.figures.look()
+        await self.snapshot.look()
         found: list[Row] = []
         error: IdempotentError | None = None
-        if wanted and self.figures.error is None:
+        if wanted and self.snapshot.error is None:
             try:
                 if _is_pattern(wanted):
-                    found = await self.figures.search(wanted, limit=_FOUND + 1, patience=_SEARCH_WITHIN)
+                    found = await self.snapshot.search(wanted, limit=_FOUND + 1, patience=_SEARCH_WITHIN)
                 else:
-                    found = await self.figures.ask(lambda: _search(self.figures, wanted), within=_FIND_WITHIN)
+                    found = await self.snapshot.ask(lambda: _search(self.snapshot, wanted), within=_FIND_WITHIN)
             except IdempotentError as failed:
                 error = failed
             if len(found) == 1 and not _is_pattern(wanted):
                 self.redirect(self._message_url(found[0].key))
                 return
-        figures, glance = self.figures, self.figures.glance
-        failed_rows, held = figures.failed, figures.heard.held()
+        snapshot, glance = self.snapshot, self.snapshot.glance
+        failed_rows, held = snapshot.failed, snapshot.event_log.held()
         # A copy with a waiting caller or canvas has a row of its own, under its Celery id.
         held_ids = {copy.task_id for copy in held}
         waiting = [row for row in (glance.waiting if glance else ()) if row.key.message_id not in held_ids]
@@ -136,11 +136,11 @@ class QueueLogView(_Page):
             more=len(found) > _FOUND,
             search_error=error,
             failed=failed_rows,
-            alarms=[] if glance is None else alarms(glance, failed_rows, waiting, figures.queue_log.settings),
+            alarms=[] if glance is None else alarms(glance, failed_rows, waiting, snapshot.queue_log.settings),
             held=held,
             waiting=waiting,
-            duplicates=[] if glance is None else latest_duplicates(glance, figures.heard),
-            by_task=_by_task(figures),
+            duplicates=[] if glance is None else latest_duplicates(glance, snapshot.event_log),
+            by_task=_by_task(snapshot),
         )
 
 
@@ -153,12 +153,12 @@ class MessageView(_Page):
         key = MessageKey(self.given("id"), self.given("task"))
         row, error = None, None
         try:
-            row = await self.figures.ask(lambda: _find(self.figures, key), within=_FIND_WITHIN)
+            row = await self.snapshot.ask(lambda: _find(self.snapshot, key), within=_FIND_WITHIN)
         except IdempotentError as failed:
             error = failed
         if row is None and error is None:
             self.set_status(HTTPStatus.NOT_FOUND)
-        self.show("queue_log_message.html", key=key, row=row, error=error, copies=self.figures.heard.of(key))
+        self.show("queue_log_message.html", key=key, row=row, error=error, copies=self.snapshot.event_log.of(key))
 
 
 class Requeue(BaseApiHandler):  # type: ignore[misc]
@@ -168,9 +168,9 @@ class Requeue(BaseApiHandler):  # type: ignore[misc]
     request from another site's page.
     """
 
-    def initialize(self, figures: Figures) -> None:
-        """Keep the figures."""
-        self.figures = figures
+    def initialize(self, snapshot: Snapshot) -> None:
+        """Keep the snapshot."""
+        self.snapshot = snapshot
 
     @authenticated
     async def post(self) -> None:
@@ -184,11 +184,11 @@ class Requeue(BaseApiHandler):  # type: ignore[misc]
             return
         key = MessageKey(self._given("message_id"), self._given("task_name"))
         try:
-            answer = await self.figures.ask(lambda: _requeue(self.figures, key), within=_REQUEUE_WITHIN)
+            answer = await self.snapshot.ask(lambda: _requeue(self.snapshot, key), within=_REQUEUE_WITHIN)
         except IdempotentError as error:
             self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, f"{error}; check whether it was requeued")
             return
-        self.figures.changed(key)
+        self.snapshot.changed(key)
         if answer is None:
             self._refuse(HTTPStatus.NOT_FOUND, f"No message {key.message_id!r} of task {key.task_name}")
         elif isinstance(answer, NotRequeued):
@@ -214,15 +214,15 @@ class Requeue(BaseApiHandler):  # type: ignore[misc]
 class Metrics(monitor.Metrics):  # type: ignore[misc]
     """Flower's ``/metrics``, and the queue log's series after its own."""
 
-    def initialize(self, figures: Figures) -> None:
-        """Keep the figures."""
-        self.figures = figures
-        self.series = Series(figures)
+    def initialize(self, snapshot: Snapshot) -> None:
+        """Keep the snapshot."""
+        self.snapshot = snapshot
+        self.series = Series(snapshot)
 
     async def get(self) -> None:
         """Show both. Whether the store answers is a series too."""
-        self.figures.heard.listen(self.application.events.state)
-        await self.figures.look(patience=_SCRAPE_WITHIN)
+        self.snapshot.event_log.listen(self.application.events.state)
+        await self.snapshot.look(patience=_SCRAPE_WITHIN)
         await super().get()
         self.write(generate_latest(self.series.registry))
 
@@ -230,16 +230,16 @@ class Metrics(monitor.Metrics):  # type: ignore[misc]
 # -- in threads ----------------------------------------------------------------------------------------------------------
 
 
-def _search(figures: Figures, wanted: str) -> list[Row]:
+def _search(snapshot: Snapshot, wanted: str) -> list[Row]:
     """Return the rows of a message id, by key, because any other search in Redis reads the whole log."""
-    names = {name for name, task in figures.queue_log.app.tasks.items() if is_guarded(task)}
-    names |= {count.task_name for count in (figures.counted.counts if figures.counted else ())}
-    found = (_find(figures, MessageKey(wanted, name)) for name in sorted(names))
+    names = {name for name, task in snapshot.queue_log.app.tasks.items() if is_guarded(task)}
+    names |= {count.task_name for count in (snapshot.counted.counts if snapshot.counted else ())}
+    found = (_find(snapshot, MessageKey(wanted, name)) for name in sorted(names))
     return [row for row in found if row is not None]
 
 
-def _find(figures: Figures, key: MessageKey) -> Row | None:
-    store = figures.store()
+def _find(snapshot: Snapshot, key: MessageKey) -> Row | None:
+    store = snapshot.store()
     if store is None or not (
         is_text(key.message_id) and is_text(key.task_name)
     ):  # the store cannot have kept such an id
@@ -252,9 +252,9 @@ def _is_pattern(wanted: str) -> bool:
     return "*" in wanted or "?" in wanted
 
 
-def _requeue(figures: Figures, key: MessageKey) -> dict[str, Any] | NotRequeued | None:
+def _requeue(snapshot: Snapshot, key: MessageKey) -> dict[str, Any] | NotRequeued | None:
     """Requeue a message; return a JSON object if it waits again, the reason if not, and ``None`` if there is no such message."""
-    queue_log, row = figures.queue_log, _find(figures, key)
+    queue_log, row = snapshot.queue_log, _find(snapshot, key)
     if row is None:
         return None
     if row.error == FORGOTTEN and obstacle(row) is None:
@@ -294,10 +294,10 @@ def _short(error: str | None) -> str:
     return first if len(first) <= _ERROR else f"{first[: _ERROR - 1]}…"
 
 
-def _by_task(figures: Figures) -> Mapping[str, Mapping[str, int]]:
+def _by_task(snapshot: Snapshot) -> Mapping[str, Mapping[str, int]]:
     """Return the counts as a table, by task and status."""
     table: dict[str, dict[str, int]] = {}
-    for count in figures.counted.counts if figures.counted else ():
+    for count in snapshot.counted.counts if snapshot.counted else ():
         row = table.setdefault(
             count.task_name, dict.fromkeys(("pending", "processing", "success", "failure", "duplicates"), 0)
         )

@@ -58,7 +58,7 @@ class Operator(Protocol):
         """Return how many rows :meth:`purge` would delete now, if it had no limit."""
         ...
 
-    def condition(self) -> LogHealth:
+    def health(self) -> LogHealth:
         """Return what is waiting, and for how long. One statement; it reads what is not done, and the oldest of what is.
 
         Nothing is made: where the schema is made on first use, ask :meth:`inspect` before.

@@ -136,7 +136,7 @@ class Admin(Verbs):
             first += 500
         return counted
 
-    def condition(self) -> LogHealth:
+    def health(self) -> LogHealth:
         every = [(shard, ()) for shard in range(SHARDS)]
         answers = self._run(lambda on: on.call_each(_CONDITION, every), prepared=False)
         now, *moments = zip(*([optional_moment(value) for value in answer] for answer in answers), strict=True)
@@ -152,12 +152,12 @@ class Admin(Verbs):
         )
 
     def configuration(self) -> Mapping[str, str]:
-        told: dict[str, str] = {}
+        settings: dict[str, str] = {}
         for node, answers in self._run(lambda on: on.command_each(_ASK), prepared=False).items():
             for name, value in _settings(answers).items():
-                if told.setdefault(name, value) != value:
-                    told[f"{name} [{node}]"] = value
-        return told
+                if settings.setdefault(name, value) != value:
+                    settings[f"{name} [{node}]"] = value
+        return settings
 
 
 def _which(pick: Callable[[list[datetime]], datetime], moments: Iterable[datetime | None]) -> datetime | None:
@@ -167,15 +167,15 @@ def _which(pick: Callable[[list[datetime]], datetime], moments: Iterable[datetim
 
 def _settings(answers: list[Any]) -> dict[str, str]:
     """Return what one server says of itself; a refusal says nothing."""
-    told: dict[str, str] = {}
+    settings: dict[str, str] = {}
     for answer in answers:
         if isinstance(answer, bytes):  # INFO, of which there is more in CONFIG
             lines = (line.partition(":") for line in answer.decode(errors="replace").splitlines())
             for name, _, value in lines:
                 if name in _FROM_INFO:
                     setting, read = _FROM_INFO[name]
-                    told.setdefault(setting, read(value))
+                    settings.setdefault(setting, read(value))
         elif not isinstance(answer, Exception):
             pairs = answer.items() if isinstance(answer, Mapping) else zip(answer[::2], answer[1::2], strict=True)
-            told.update({name.decode(): value.decode() for name, value in pairs if name.decode() in _SETTINGS})
-    return told
+            settings.update({name.decode(): value.decode() for name, value in pairs if name.decode() in _SETTINGS})
+    return settings

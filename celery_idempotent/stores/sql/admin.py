@@ -59,9 +59,9 @@ class Admin(Verbs):
         count = self._admin.purgeable.where(*chosen.conditions(self._table, self._dialect))
         return self._run(lambda on: on.connection.execute(count, chosen.parameters).scalar_one(), patient=True)
 
-    def condition(self) -> LogHealth:
+    def health(self) -> LogHealth:
         found = self._run(
-            lambda on: on.connection.execute(self._admin.condition).mappings().one(), prepared=False, patient=True
+            lambda on: on.connection.execute(self._admin.health).mappings().one(), prepared=False, patient=True
         )
         return LogHealth(**found)
 
@@ -69,8 +69,8 @@ class Admin(Verbs):
         if not self._database.exists():
             return {"file": str(self._database.engine.url.database)}
         settings = self._dialect.configuration
-        told = self._run(lambda on: on.connection.execute(settings).all(), prepared=False)
-        return {**{name: str(value) for name, value in told}, **self._database.of_bodies()}
+        found = self._run(lambda on: on.connection.execute(settings).all(), prepared=False)
+        return {**{name: str(value) for name, value in found}, **self._database.of_bodies()}
 
 
 class _Statements:
@@ -108,7 +108,7 @@ class _Statements:
         sure = or_(table.c.error.is_(None), table.c.error != literal_column(f"'{MAY_HAVE_RUN}'"))
         lapsed = (table.c.status == PROCESSING, lease <= Now(), or_(published.is_(None), published < lease), sure)
         unsent = (table.c.status == PENDING, published.is_(None), or_(lease.is_(None), lease <= Now()))
-        self.condition = select(
+        self.health = select(
             Now().label("read_at"),
             select(func.max(table.c.available_at))
             .where(is_open, table.c.status == PENDING, published.is_not(None), table.c.available_at > Now())

@@ -323,7 +323,7 @@ def test_rows_without_a_purge_are_found(make_app: MakeApp, url: str) -> None:
         claimed = store.claim(new, worker="w:1", lease=60.0, grace=0.0)
         assert isinstance(claimed, Claimed)
         store.complete(claimed.claim, result=None)
-        done = store.condition().done_since
+        done = store.health().done_since
         assert done is not None
         assert codes(app) == []
     two_days = timedelta(days=2).total_seconds()

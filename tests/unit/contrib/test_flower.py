@@ -13,7 +13,7 @@ import pytest
 
 from celery_idempotent.contrib.flower.alarms import alarms, is_abandoned
 from celery_idempotent.contrib.flower.duplicates import latest_duplicates
-from celery_idempotent.contrib.flower.event_log import Heard
+from celery_idempotent.contrib.flower.event_log import EventLog
 from celery_idempotent.contrib.flower.snapshot import Glance, legible
 from celery_idempotent.contrib.flower.times import ago, span
 from celery_idempotent.core.records import LogHealth, MessageKey, ProcessedStatus, Row, Status
@@ -65,9 +65,9 @@ def failed(when: datetime, error: str = "ValueError: no such card", message_id: 
 
 
 def told(
-    condition: LogHealth | None = None, *, rows: Sequence[Row] = (), waiting: Sequence[Row] = (), **glance: Any
+    health: LogHealth | None = None, *, rows: Sequence[Row] = (), waiting: Sequence[Row] = (), **glance: Any
 ) -> list[tuple[str, str]]:
-    seen = Glance(condition or LogHealth(NOW), **glance)
+    seen = Glance(health or LogHealth(NOW), **glance)
     return [(alarm.level, alarm.what) for alarm in alarms(seen, rows, waiting, Settings())]
 
 
@@ -167,11 +167,11 @@ def event(type_: str, uuid: str = "id", **fields: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def event_log() -> Heard:
-    return Heard()
+def event_log() -> EventLog:
+    return EventLog()
 
 
-def test_a_copy_that_is_held_again_and_again_is_one(event_log: Heard) -> None:
+def test_a_copy_that_is_held_again_and_again_is_one(event_log: EventLog) -> None:
     now = time.time()
     for number in range(3):
         event_log.note(event("idempotent-held", timestamp=now - 10 + number, countdown=2.0 * number))
@@ -182,7 +182,7 @@ def test_a_copy_that_is_held_again_and_again_is_one(event_log: Heard) -> None:
 
 
 @pytest.mark.parametrize("end", ["task-succeeded", "task-failed", "task-revoked", "task-skipped"])
-def test_it_is_held_until_it_ends(event_log: Heard, end: str) -> None:
+def test_it_is_held_until_it_ends(event_log: EventLog, end: str) -> None:
     event_log.note(event("task-held", "copy", countdown=5.0))
     event_log.note(event("task-started", "copy"))
     assert [copy.task_id for copy in event_log.held()] == ["copy"]
@@ -192,13 +192,13 @@ def test_it_is_held_until_it_ends(event_log: Heard, end: str) -> None:
     assert event_log.held() == []
 
 
-def test_one_that_did_not_come_again_is_not_held_for_ever(event_log: Heard) -> None:
+def test_one_that_did_not_come_again_is_not_held_for_ever(event_log: EventLog) -> None:
     event_log.note(event("task-held", timestamp=time.time() - 70, countdown=5.0))
 
     assert event_log.held() == []
 
 
-def test_only_so_many_are_kept(event_log: Heard) -> None:
+def test_only_so_many_are_kept(event_log: EventLog) -> None:
     for number in range(1500):
         event_log.note(event("task-skipped", f"id {number}"))
 
@@ -208,7 +208,7 @@ def test_only_so_many_are_kept(event_log: Heard) -> None:
     assert skipped[0].task_id == "id 1499"
 
 
-def test_it_listens_to_a_state_once_and_passes_everything_on(event_log: Heard) -> None:
+def test_it_listens_to_a_state_once_and_passes_everything_on(event_log: EventLog) -> None:
     passed_on: list[Any] = []
     state = SimpleNamespace(event=passed_on.append)
 
@@ -221,7 +221,7 @@ def test_it_listens_to_a_state_once_and_passes_everything_on(event_log: Heard) -
     assert len(event_log.of(KEY)) == 1
 
 
-def test_duplicates_come_from_rows_and_events_latest_first(event_log: Heard) -> None:
+def test_duplicates_come_from_rows_and_events_latest_first(event_log: EventLog) -> None:
     rows = (
         replace(ROW, duplicates=2, processed_timestamp=before(days=1)),
         replace(ROW, key=MessageKey("order:2", "charge"), duplicates=1, processed_timestamp=before(days=2)),
@@ -260,7 +260,7 @@ def test_duplicates_come_from_rows_and_events_latest_first(event_log: Heard) -> 
     ],
     ids=str,
 )
-def test_an_event_that_no_worker_sends_is_passed_over(event_log: Heard, fields: dict[str, Any]) -> None:
+def test_an_event_that_no_worker_sends_is_passed_over(event_log: EventLog, fields: dict[str, Any]) -> None:
     event_log.note({**event("task-held"), **fields})
     assert (event_log.held(), event_log.skipped()) == ([], [])
 

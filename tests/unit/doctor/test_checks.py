@@ -31,7 +31,7 @@ HEALTHY = Facts(
     StoreFacts(
         name="a store",
         configuration={"fsync": "on", "synchronous_commit": "on", "default_transaction_isolation": "read committed"},
-        condition=LogHealth(NOW, last_due=NOW + timedelta(minutes=5)),
+        health=LogHealth(NOW, last_due=NOW + timedelta(minutes=5)),
         local_clock=NOW,
     ),
 )
@@ -76,8 +76,8 @@ def store(**changes: Any) -> Facts:
     return replace(HEALTHY, store=replace(HEALTHY.store, **changes))
 
 
-def condition(**changes: Any) -> Facts:
-    return store(condition=replace(HEALTHY.store.condition, **changes))  # type: ignore[type-var]
+def health(**changes: Any) -> Facts:
+    return store(health=replace(HEALTHY.store.health, **changes))  # type: ignore[type-var]
 
 
 def told(configuration: dict[str, str], facts: Facts = HEALTHY, /, **changes: str) -> Facts:
@@ -112,17 +112,17 @@ LOCAL = replace(HEALTHY, broker=replace(HEALTHY.broker, local=True))
         store(configuration={"default_transaction_isolation": "read uncommitted"}),
         replace(ATOMIC, app=replace(ATOMIC.app, isolation_level="READ_COMMITTED")),
         # What was not asked, and what is made on first use.
-        store(configuration=None, condition=None),
-        store(configuration={}, condition=None, there=False),
+        store(configuration=None, health=None),
+        store(configuration={}, health=None, there=False),
         # A lost process that is not reported; results without a reader.
         app(result_backend=False, tasks=tuple(replace(each, awaited=False) for each in TASKS)),
         task(track_started=True, awaited=False),
         # Limits of bodies whose messages are acknowledged before.
         task(acks_late=False, time_limit=7200.0),
         rabbitmq(task(acks_late=False, time_limit=7200.0)),
-        rabbitmq(condition(last_due=NOW + timedelta(days=1)), delays=True),
+        rabbitmq(health(last_due=NOW + timedelta(days=1)), delays=True),
         # Within what a recovery step, and a purge, may take.
-        condition(lapsed_since=ago(100), unsent_since=ago(100), done_since=ago(7.5 * 86400)),
+        health(lapsed_since=ago(100), unsent_since=ago(100), done_since=ago(7.5 * 86400)),
         store(local_clock=NOW + timedelta(seconds=1.5)),
         store(local_clock=NOW + timedelta(seconds=9), clock_error=8.0),
     ],
@@ -164,15 +164,15 @@ SICK = [
     Provoked("visibility-lease", task(lease=3600.0), "3600 s", ("late",)),
     Provoked("visibility-time-limit", task(time_limit=3600.0), "up to 3600 s", ("late",)),
     Provoked("visibility-eta", task(longest_delay=4000.0), "retries are delayed by up to 4000 s", ("late",)),
-    Provoked("visibility-eta", condition(last_due=NOW + timedelta(hours=2)), "a message waits 7200 s"),
+    Provoked("visibility-eta", health(last_due=NOW + timedelta(hours=2)), "a message waits 7200 s"),
     Provoked("consumer-timeout-time-limit", rabbitmq(task(time_limit=1800.0)), "1800 s", ("late",)),
     Provoked("consumer-timeout-lease", rabbitmq(task(lease=600.0), consumer_timeout=400.0), "600 s", ("late",)),
     Provoked("consumer-timeout-eta", rabbitmq(task(longest_delay=1800.0)), "1800 s", ("late",)),
-    Provoked("consumer-timeout-eta", rabbitmq(condition(last_due=NOW + timedelta(hours=1))), "a message waits 3600 s"),
+    Provoked("consumer-timeout-eta", rabbitmq(health(last_due=NOW + timedelta(hours=1))), "a message waits 3600 s"),
     Provoked("delivery-limit", rabbitmq(queues=(QueueFacts("q", quorum=True, delivery_limit=5),)), "limit of 5"),
-    Provoked("store-unreachable", store(away="gave no answer", condition=None), "gave no answer"),
-    Provoked("store-refused", store(refused="no rights", condition=None), "no rights"),
-    Provoked("schema", store(schema="the table is missing", condition=None), "the table is missing"),
+    Provoked("store-unreachable", store(away="gave no answer", health=None), "gave no answer"),
+    Provoked("store-refused", store(refused="no rights", health=None), "no rights"),
+    Provoked("schema", store(schema="the table is missing", health=None), "the table is missing"),
     Provoked(
         "schema-behind", store(outstanding=("create the index queue_log_open",)), "create the index queue_log_open"
     ),
@@ -222,9 +222,9 @@ SICK = [
         store(local_clock=NOW - timedelta(seconds=60)),
         "60.0 s behind that of a store, more than the 30 s",
     ),
-    Provoked("recovery-behind", condition(lapsed_since=ago(200)), "2026-01-02 03:00:45+00:00 was not published again"),
-    Provoked("recovery-behind", condition(unsent_since=ago(200)), "2026-01-02 03:00:45+00:00 was not published"),
-    Provoked("purge-behind", condition(done_since=ago(32 * 86400)), "2025-12-01 03:04:05+00:00"),
+    Provoked("recovery-behind", health(lapsed_since=ago(200)), "2026-01-02 03:00:45+00:00 was not published again"),
+    Provoked("recovery-behind", health(unsent_since=ago(200)), "2026-01-02 03:00:45+00:00 was not published"),
+    Provoked("purge-behind", health(done_since=ago(32 * 86400)), "2025-12-01 03:04:05+00:00"),
     Provoked("waiting-unguarded", waiting("mail", unguarded=("mail",)), "no base=IdempotentTask", ("mail",)),
     Provoked("waiting-unguarded", waiting("late", unguarded=("late",)), "idempotent=False", ("late",)),
     Provoked("waiting-doubted", store(waiting=("late",), doubted=("late",)), "since the guard was off", ("late",)),
@@ -255,7 +255,7 @@ def test_every_code_has_its_section_on_the_page_and_no_other_has() -> None:
 
 
 def test_a_longer_interval_gives_recovery_more_time() -> None:
-    since = condition(lapsed_since=ago(200))
+    since = health(lapsed_since=ago(200))
     assert findings(replace(since, app=replace(since.app, recovery_interval=60.0))) == []
 
 

@@ -110,9 +110,9 @@ def test_evicted_rows_raise_no_alarm(store: RedisStore, client: Redis) -> None:
     for key in (lapsed, unsent):
         evict(client, key, "row")
 
-    condition = store.condition()
+    health = store.health()
 
-    assert (condition.lapsed_since, condition.unsent_since) == (None, None)
+    assert (health.lapsed_since, health.unsent_since) == (None, None)
 
 
 def test_a_log_without_evictions_is_read_as_before(store: RedisStore) -> None:

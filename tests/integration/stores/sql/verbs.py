@@ -243,7 +243,7 @@ def what_may_be_purged(store: SQLStore) -> Prepared:
 
 
 def how_the_log_stands(store: SQLStore) -> Prepared:
-    return store.condition
+    return store.health
 
 
 def count(store: Store) -> Prepared:

@@ -15,7 +15,7 @@ from celery import Celery
 
 from celery_idempotent import QueueLog, SQLStore
 from celery_idempotent.contrib.flower.async_store import Questions
-from celery_idempotent.contrib.flower.snapshot import Figures
+from celery_idempotent.contrib.flower.snapshot import Snapshot
 from celery_idempotent.core.records import Claimed, MessageKey, NewMessage, Row, RowFilter, TaskCount
 from celery_idempotent.errors import StoreUnavailableError
 from tests.integration.contrib.flower.conftest import value_of
@@ -63,44 +63,44 @@ def store(tmp_path: Path) -> Iterator[Observed]:
 
 
 @pytest.fixture
-def figures(store: Observed) -> Figures:
+def snapshot(store: Observed) -> Snapshot:
     app = Celery("watched", broker="memory://", set_as_current=False)
     QueueLog(app, store=store)
-    return Figures(app)
+    return Snapshot(app)
 
 
-def test_many_who_look_at_once_have_it_counted_once(store: Observed, figures: Figures) -> None:
+def test_many_who_look_at_once_have_it_counted_once(store: Observed, snapshot: Snapshot) -> None:
     async def look() -> None:
-        await asyncio.gather(*(figures.look() for _ in range(50)))
-        await figures.look()
+        await asyncio.gather(*(snapshot.look() for _ in range(50)))
+        await snapshot.look()
 
     asyncio.run(look())
 
     assert store.counted == 1
-    assert figures.glance is not None
-    assert figures.counted is not None
+    assert snapshot.glance is not None
+    assert snapshot.counted is not None
 
 
-def test_a_slow_count_blocks_no_page_and_runs_once(store: Observed, figures: Figures) -> None:
+def test_a_slow_count_blocks_no_page_and_runs_once(store: Observed, snapshot: Snapshot) -> None:
     async def look() -> None:
         store.let.clear()
         began = asyncio.get_running_loop().time()
         for _ in range(3):
-            await figures.look()
+            await snapshot.look()
         assert asyncio.get_running_loop().time() - began < 10.0
-        assert figures.counted is None
-        assert figures.counting_for is not None
-        assert figures.glance is not None
+        assert snapshot.counted is None
+        assert snapshot.counting_for is not None
+        assert snapshot.glance is not None
         store.let.set()
-        await figures.look()
+        await snapshot.look()
 
     asyncio.run(look())
 
     assert store.counted == 1
-    assert figures.counted is not None
+    assert snapshot.counted is not None
 
 
-def test_a_slow_search_runs_once_and_blocks_no_other(store: Observed, figures: Figures) -> None:
+def test_a_slow_search_runs_once_and_blocks_no_other(store: Observed, snapshot: Snapshot) -> None:
     """Open tabs that reload themselves, each with a search that is slower than its page waits."""
     store.record(NewMessage(MessageKey("order:1", "charge"), "id"))
 
@@ -109,27 +109,27 @@ def test_a_slow_search_runs_once_and_blocks_no_other(store: Observed, figures: F
         for _ in range(10):
             for pattern in ("order:*", "*:1", "one more*"):
                 with pytest.raises(StoreUnavailableError):
-                    await figures.search(pattern, limit=10, patience=0.01)
-        await figures.look()
-        assert figures.glance is not None, "the store answers"
-        assert await figures.ask(lambda: "answer", within=5.0) == "answer"
+                    await snapshot.search(pattern, limit=10, patience=0.01)
+        await snapshot.look()
+        assert snapshot.glance is not None, "the store answers"
+        assert await snapshot.ask(lambda: "answer", within=5.0) == "answer"
         store.search.set()
-        assert [row.task_id for row in await figures.search("order:*", limit=10, patience=30.0)] == ["id"]
-        assert await figures.search("ord\udcff*", limit=10, patience=30.0) == []
-        assert await figures.search("ord\0*", limit=10, patience=30.0) == []
+        assert [row.task_id for row in await snapshot.search("order:*", limit=10, patience=30.0)] == ["id"]
+        assert await snapshot.search("ord\udcff*", limit=10, patience=30.0) == []
+        assert await snapshot.search("ord\0*", limit=10, patience=30.0) == []
 
     asyncio.run(look())
 
     assert sorted(store.searched) == ["*:1", "order:*"], "two at once, and each once"
 
 
-def test_a_count_that_took_long_is_good_for_twenty_times_as_long(store: Observed, figures: Figures) -> None:
-    kept = figures._counted
+def test_a_count_that_took_long_is_good_for_twenty_times_as_long(store: Observed, snapshot: Snapshot) -> None:
+    kept = snapshot._counted
     assert kept._good(0.01) == 5.0
     assert kept._good(30.0) == 600.0
 
 
-def test_the_last_failure_comes_first_and_requeued_ones_are_not_listed(store: Observed, figures: Figures) -> None:
+def test_the_last_failure_comes_first_and_requeued_ones_are_not_listed(store: Observed, snapshot: Snapshot) -> None:
     def record(message_id: str) -> NewMessage:
         message = NewMessage(MessageKey(message_id, "charge"), f"id of {message_id}", message=b"x")
         store.record(message)
@@ -146,37 +146,37 @@ def test_the_last_failure_comes_first_and_requeued_ones_are_not_listed(store: Ob
         ended = row.processed_timestamp
         assert ended is not None
         # SQLite's clock tells milliseconds, and two messages may fail within one.
-        wait_until(lambda: store.condition().read_at > ended, timeout=5.0)
+        wait_until(lambda: store.health().read_at > ended, timeout=5.0)
 
     for name in ("second", "first", "forgotten"):
         fail(messages[name])
     forgotten = store.find(messages["forgotten"].key)
     assert forgotten is not None
     store.forget(forgotten)
-    asyncio.run(figures.look())
-    assert [row.key.message_id for row in figures.failed] == ["first", "second"]
+    asyncio.run(snapshot.look())
+    assert [row.key.message_id for row in snapshot.failed] == ["first", "second"]
 
-    figures.changed(messages["first"].key)
+    snapshot.changed(messages["first"].key)
     row = store.find(messages["first"].key)
     assert row is not None
     assert store.resubmit(row, messages["first"])
-    asyncio.run(figures.look())
+    asyncio.run(snapshot.look())
 
-    assert [row.key.message_id for row in figures.failed] == ["second"]
+    assert [row.key.message_id for row in snapshot.failed] == ["second"]
 
 
 def test_a_table_that_was_not_made_is_not_made(tmp_path: Path) -> None:
     path = tmp_path / "none.db"
     app = Celery("watched", broker="memory://", idempotent_store=f"sqlite:///{path}", set_as_current=False)
-    figures = Figures(app)
+    snapshot = Snapshot(app)
 
-    asyncio.run(figures.look())
+    asyncio.run(snapshot.look())
 
-    assert figures.error is None
-    assert figures.counted is not None
-    assert figures.counted.counts == ()
+    assert snapshot.error is None
+    assert snapshot.counted is not None
+    assert snapshot.counted.counts == ()
     assert not path.exists()
-    figures.queue_log.close()
+    snapshot.queue_log.close()
 
 
 def test_a_silent_store_is_asked_a_few_times() -> None:
@@ -239,7 +239,7 @@ def test_an_app_that_is_installed_twice_has_one_page() -> None:
         "before = len(urls.handlers)\n"
         "contrib.install(Celery('a'))\n"
         "contrib.install(Celery('b'))\n"
-        "print(len(urls.handlers) - before, urls.handlers[0].kwargs['figures'].queue_log)"
+        "print(len(urls.handlers) - before, urls.handlers[0].kwargs['snapshot'].queue_log)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
 

@@ -28,11 +28,11 @@ from celery_idempotent.testing.examples import (
     wait_until,
 )
 
-__all__ = ["OperatorContract"]
+__all__ = ["AdminContract"]
 
 
-class OperatorContract(StoreFixtures):
-    """``find``, ``rows``, ``counts``; ``forget``, ``purgeable``, ``condition``, ``configuration``."""
+class AdminContract(StoreFixtures):
+    """``find``, ``rows``, ``counts``; ``forget``, ``purgeable``, ``health``, ``configuration``."""
 
     def test_rows_are_listed_by_queue(self, store: Store) -> None:
         for name, queue in (("a", "mail.fast"), ("b", "mail.slow"), ("c", "m"), ("d", None)):
@@ -260,7 +260,7 @@ class OperatorContract(StoreFixtures):
         wait_until(lambda: store.purge(older_than=0.0, limit=10) == 1)
         assert store.find(KEY) is None
 
-    # -- condition ------------------------------------------------------------------------------------------------------
+    # -- health ---------------------------------------------------------------------------------------------------------
 
     def test_as_many_are_purgeable_as_are_purged(self, store: Store) -> None:
         for number in range(3):
@@ -274,53 +274,53 @@ class OperatorContract(StoreFixtures):
         assert store.purge(older_than=0.0, limit=100) == 4
         assert store.purgeable(older_than=0.0) == 0
 
-    def test_an_empty_log_is_in_good_condition(self, store: Store) -> None:
+    def test_an_empty_log_is_in_good_health(self, store: Store) -> None:
         store.init()
-        found = store.condition()
+        found = store.health()
         assert (found.last_due, found.lapsed_since, found.unsent_since, found.done_since) == (None, None, None, None)
         before = pending(store).created_timestamp
         assert abs((found.read_at - before).total_seconds()) < 60.0
 
-    def test_the_condition_tells_what_is_due_last(self, store: Store) -> None:
+    def test_the_health_tells_what_is_due_last(self, store: Store) -> None:
         pending(store, key=MessageKey("at once", "t"))
         pending(store, key=MessageKey("soon", "t"), delay=60.0, queue="other")
         pending(store, key=MessageKey("late", "t"), delay=7200.0)
         pending(store, key=MessageKey("past", "t"), delay=-60.0)
-        assert store.condition().last_due == read(store, MessageKey("late", "t")).available_at
+        assert store.health().last_due == read(store, MessageKey("late", "t")).available_at
         claim(store, new_message(MessageKey("late", "t")))
-        assert store.condition().last_due == read(store, MessageKey("soon", "t")).available_at
+        assert store.health().last_due == read(store, MessageKey("soon", "t")).available_at
 
-    def test_the_condition_tells_since_when_leases_have_lapsed(self, store: Store) -> None:
+    def test_the_health_tells_since_when_leases_have_lapsed(self, store: Store) -> None:
         processing(store, key=MessageKey("lives", "t"))
         first = processing(store, key=MessageKey("dead", "t"))
         second = processing(store, key=MessageKey("dead too", "t"))
-        assert store.condition().lapsed_since is None
+        assert store.health().lapsed_since is None
         for held in (first, second):
             wait_until(lambda: read(store, held.key).read_at > read(store, held.key).created_timestamp)  # noqa: B023
             store.expire(held)
-        wait_until(lambda: store.condition().lapsed_since == read(store, first.key).lease_expires_at)
+        wait_until(lambda: store.health().lapsed_since == read(store, first.key).lease_expires_at)
         assert store.republish(read(store, first.key))
-        assert store.condition().lapsed_since == read(store, second.key).lease_expires_at
+        assert store.health().lapsed_since == read(store, second.key).lease_expires_at
 
-    def test_the_condition_tells_since_when_something_was_not_published(self, store: Store) -> None:
+    def test_the_health_tells_since_when_something_was_not_published(self, store: Store) -> None:
         pending(store, key=MessageKey("being published", "t"), published=False, publish_within=60.0)
-        assert store.condition().unsent_since is None
+        assert store.health().unsent_since is None
         row = pending(store, key=MessageKey("left", "t"), published=False)
-        assert store.condition().unsent_since == row.created_timestamp
+        assert store.health().unsent_since == row.created_timestamp
         store.relayed([row.key], published=True)
-        assert store.condition().unsent_since is None
+        assert store.health().unsent_since is None
 
-    def test_the_condition_tells_since_when_something_may_be_purged(self, store: Store) -> None:
+    def test_the_health_tells_since_when_something_may_be_purged(self, store: Store) -> None:
         done(store, key=MessageKey("kept", "t"), unique_for=3600.0)
-        assert store.condition().done_since is None
+        assert store.health().done_since is None
         done(store, key=MessageKey("1", "t"), unique_for=0.001)
         ended = read(store, MessageKey("1", "t")).processed_timestamp
-        wait_until(lambda: store.condition().done_since == ended)
+        wait_until(lambda: store.health().done_since == ended)
         done(store, key=MessageKey("2", "t"))
-        assert store.condition().done_since == ended
+        assert store.health().done_since == ended
 
     def test_the_configuration_is_told_by_name(self, store: Store) -> None:
         store.init()
-        told = store.configuration()
-        assert told
-        assert {type(each) for pair in told.items() for each in pair} == {str}
+        settings = store.configuration()
+        assert settings
+        assert {type(each) for pair in settings.items() for each in pair} == {str}
