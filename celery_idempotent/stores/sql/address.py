@@ -12,7 +12,7 @@ from celery_idempotent.errors import ConfigurationError
 
 __all__ = ["masked", "parse", "refuse_asynchronous", "refuse_driver"]
 
-#: What a URL without a driver means.
+#: The driver of a URL that names none.
 _DRIVERS = {
     "postgres": "postgresql+psycopg",
     "postgresql": "postgresql+psycopg",
@@ -20,14 +20,14 @@ _DRIVERS = {
     "mariadb": "mariadb+pymysql",
     "sqlite": "sqlite",
 }
-#: The drivers to take in place of an asynchronous one, the preferred first.
+#: The drivers that replace an asynchronous one, the preferred first.
 _SYNCHRONOUS = {
     "postgresql": ("postgresql+psycopg", "postgresql+psycopg2"),
     "mysql": ("mysql+pymysql", "mysql+mysqldb"),
     "mariadb": ("mariadb+pymysql", "mariadb+mysqldb"),
     "sqlite": ("sqlite",),
 }
-#: Options that only asynchronous drivers know, and those that have another name in the driver taken instead; ``None`` to leave them out.
+#: Options of asynchronous drivers, by their names in the driver that replaces it; ``None`` for options that only asynchronous drivers know.
 _RENAMED: dict[str, dict[str, str | None]] = {
     "postgresql": {
         "ssl": "sslmode",
@@ -47,16 +47,16 @@ _RENAMED: dict[str, dict[str, str | None]] = {
     "mariadb": {"async_fallback": None},
     "sqlite": {"async_fallback": None},
 }
-#: Where a driver's package has another name than SQLAlchemy has for the driver.
+#: Packages of drivers, where SQLAlchemy calls the driver otherwise.
 _PACKAGES = {"mysqldb": "mysqlclient", "mysqlconnector": "mysql-connector-python", "mariadbconnector": "mariadb"}
 _EXTRAS = {"postgresql": "postgresql", "mysql": "mysql", "mariadb": "mysql"}
-#: Drivers that cannot be had, and why.
+#: Drivers that cannot be used, and why.
 _REFUSED = {
     "pg8000": "it tells neither its socket nor its server's process, so that no answer could be waited for in bounded time"
 }
-#: Arguments of `create_engine`, which some take for options of a URL.
+#: Arguments of `create_engine` that users write into a URL by mistake.
 _OF_POOLS = {"pool_size", "max_overflow", "pool_timeout", "pool_recycle", "pool_pre_ping", "poolclass", "echo"}
-#: What stands between the account and the database where there are several hosts, as libpq writes them.
+#: A URL with several hosts, as libpq writes it.
 _HOSTS = re.compile(r"(?P<scheme>[\w+]+)://(?P<account>[^/]*@)?(?P<hosts>[^/?@]*,[^/?@]*)(?P<rest>[/?].*)?")
 _YES, _NO = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}
 _EXAMPLE = (
@@ -123,7 +123,7 @@ def refuse_driver(name: str) -> None:
 
 
 def _one_host(text: str) -> str:
-    """Several hosts as libpq writes them, ``h1:5432,h2``, in the way in which SQLAlchemy does: as options."""
+    """Return a URL whose several hosts, written as for libpq (``h1:5432,h2``), are options, as SQLAlchemy wants them."""
     found = _HOSTS.fullmatch(text)
     if found is None:
         return text
@@ -139,7 +139,7 @@ def _one_host(text: str) -> str:
 
 
 def _with_tls(url: URL) -> URL:
-    """``?ssl=true`` for PyMySQL, whose option of that name is a mapping: TLS, without checking who the server is."""
+    """Return ``?ssl=true`` as PyMySQL's option, a mapping: TLS, without checking the server's identity."""
     asked = url.query.get("ssl")
     if url.get_driver_name() != "pymysql" or asked is None:
         return url
@@ -154,7 +154,7 @@ def _with_tls(url: URL) -> URL:
 
 
 def masked(url: URL) -> str:
-    """Return the URL for people: without its password, and without its query, which may hold another."""
+    """Return the URL for logs: without its password, and without its query, which may contain another."""
     return url.set(query={}).render_as_string(hide_password=True)
 
 

@@ -1,4 +1,4 @@
-"""The operators' verbs besides reading: forget a row, count what may be purged, report how the log and its server stand."""
+"""The operators' verbs besides reading: forget a row, count what may be purged, report the health of the log."""
 
 # ruff: noqa: D102 - the verbs are documented in the port
 
@@ -29,7 +29,7 @@ __all__ = ["Admin"]
 
 
 class Admin(Verbs):
-    """Forgets rows, and tells how the log and its server stand."""
+    """The verbs that forget rows, and report the health of the log and the settings of its server."""
 
     def __init__(self, table: Table, database: Database) -> None:
         super().__init__(table, database)
@@ -88,7 +88,7 @@ class _Statements:
             .values(
                 status=DONE,
                 processed_status=FAILURE,
-                # How long ago it was done counts, for a purge.
+                # A purge goes by the time since the row was done.
                 processed_timestamp=func.coalesce(table.c.processed_timestamp, Now()),
                 lease_expires_at=null(),
                 available_at=null(),
@@ -116,7 +116,7 @@ class _Statements:
             .label("last_due"),
             select(func.min(lease)).where(is_open, *lapsed).scalar_subquery().label("lapsed_since"),
             select(func.min(table.c.created_timestamp)).where(is_open, *unsent).scalar_subquery().label("unsent_since"),
-            # In the order of the index, as far as the first: MySQL and MariaDB read the whole table for the least of them.
+            # The first in the order of the index: MySQL and MariaDB would read the whole table for a minimum.
             select(ended)
             .where(unneeded(table), ended.is_not(None))
             .order_by(ended)

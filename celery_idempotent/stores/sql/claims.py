@@ -52,7 +52,7 @@ class Claims(Verbs):
         grace: float,
         adopt: Callable[[], NewMessage] | None = None,
     ) -> Claimed | NotClaimed:
-        # One update for a recorded, pending message. What else there may be is found out after it.
+        # One update claims a recorded, pending message. Everything else is found out afterwards.
         key = message.key
         claim_parameters = {
             **key_parameters(key),

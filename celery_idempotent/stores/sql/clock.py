@@ -1,7 +1,7 @@
-"""Time as the database tells it: a timestamp column type, and ``now`` and its neighbours as SQL.
+"""The database's time: a timestamp column type, and ``now`` and moments relative to it as SQL.
 
-No statement carries a time taken by Python: workers' clocks differ by seconds, and a lease judged by two of them is held by
-two owners. What travels are durations, in seconds. A duration of ``None`` makes the moment ``NULL``, so that "until purged"
+No statement contains a time that Python took: workers' clocks differ by seconds, so two of them could each believe to hold one
+lease. Only durations are sent, in seconds. A duration of ``None`` makes the moment ``NULL``, so that "until purged"
 and "for an hour" are one prepared statement.
 """
 
@@ -23,7 +23,7 @@ __all__ = ["FromNow", "JustAfter", "Now", "Seconds", "UtcTimestamp", "seconds"]
 
 MYSQL_NAMES = ("mysql", "mariadb")
 
-#: SQLite tells milliseconds; the zeros make up the microseconds that SQLAlchemy's DateTime writes and reads.
+#: SQLite has milliseconds; the zeros fill up the microseconds that SQLAlchemy's DateTime writes and reads.
 _SQLITE_FORMAT = "'%Y-%m-%d %H:%M:%f000'"
 
 
@@ -114,8 +114,8 @@ class JustAfter(FunctionElement[datetime]):
         super().__init__(column)
 
 
-# PostgreSQL's forms are the default ones, so that dialects of engines that speak its language (CockroachDB) have them too.
-# They keep to what those share: no make_interval().
+# PostgreSQL's SQL is the default, so that dialects of compatible engines (CockroachDB) use it too. So it uses only what these
+# share: no make_interval().
 
 
 @compiles(Now)
@@ -163,6 +163,6 @@ def _from_now_sqlite(element: FromNow, compiler: SQLCompiler, **kw: Any) -> str:
 @compiles(JustAfter, "sqlite")
 def _just_after_sqlite(element: JustAfter, compiler: SQLCompiler, **kw: Any) -> str:
     column = compiler.process(element.clauses, **kw)
-    # A thousand such values within one millisecond would be needed to run out of digits.
+    # The digits suffice for a thousand such values within one millisecond.
     later = f"substr({column}, 1, 23) || printf('%03d', CAST(substr({column}, 24, 3) AS INTEGER) + 1)"
     return f"max(strftime({_SQLITE_FORMAT}, 'now'), coalesce({later}, ''))"

@@ -56,7 +56,7 @@ __all__ = [
 
 
 def _word(value: Status | ProcessedStatus) -> ColumnElement[str]:
-    """Return a status as it stands in the SQL text: it is no parameter, and the planner sees it."""
+    """Return a status as text in the SQL, not as a parameter, so that the planner sees it."""
     return literal_column(f"'{value.value}'", String())
 
 
@@ -81,17 +81,17 @@ def has_key(table: Table) -> ColumnElement[bool]:
 
 
 def key_in(table: Table, keys: Iterable[MessageKey]) -> ColumnElement[bool]:
-    """Match the rows of the messages, of which there are some hundreds at most."""
+    """Match the rows of some hundreds of messages at most."""
     named = [(key.message_id, key.task_name) for key in keys]
     return and_(
-        # By the ids alone, since SQLite reads the whole table for pairs; what they find is then compared whole.
+        # First by the ids alone, since SQLite reads the whole table for pairs; then compare both columns.
         table.c.message_id.in_([message_id for message_id, _ in named]),
         tuple_(table.c.message_id, table.c.task_name).in_(named),
     )
 
 
 def unneeded(table: Table) -> ColumnElement[bool]:
-    """Return what may be purged for its age: done, and its id is not to stay taken for longer than retention."""
+    """Match rows that are old enough to purge: done, and with an id that need not stay taken for longer than retention."""
     return and_(table.c.status == DONE, or_(table.c.expires_at.is_(None), table.c.expires_at <= Now()))
 
 
@@ -113,10 +113,10 @@ class Old:
         return parameters
 
     def conditions(self, table: Table, dialect: Dialect) -> list[ColumnElement[bool]]:
-        """Return what else than its age a row is chosen by."""
+        """Return the conditions other than the age."""
         found: list[ColumnElement[bool]] = []
         if self._keeps_failures:
-            # One without its message, as after a `forget`, cannot be requeued.
+            # A row without its message, as after `forget`, cannot be requeued.
             found.append(
                 or_(
                     table.c.processed_status != FAILURE,
@@ -141,7 +141,7 @@ def matching(dialect: Dialect, column: ColumnElement[str], pattern: str) -> Colu
 
 
 def free_again(table: Table) -> ColumnElement[bool]:
-    """Its id may be taken by a new message."""
+    """Match rows whose id a new message may take."""
     return and_(table.c.status == DONE, table.c.expires_at <= Now())
 
 
@@ -162,7 +162,7 @@ def initial_values(table: Table) -> dict[str, Any]:
         "processed_timestamp": null(),
         **{name: parameter(table, name) for name in ("task_id", "queue", "fingerprint", "attempt", "message")},
         "worker": null(),
-        # Of a row of the outbox: until when it is its recorder's to publish.
+        # For a row of the outbox: until then, only its recorder publishes it.
         "lease_expires_at": FromNow(seconds("p_publish_within")),
         "available_at": FromNow(seconds("p_delay")),
         "published_at": FromNow(seconds("p_published")),
@@ -194,7 +194,7 @@ def message_parameters(message: NewMessage) -> dict[str, Any]:
         "p_attempt": message.attempt,
         "p_message": message.message,
         "p_delay": message.delay,
-        # Published means now, which is no seconds from now; a null duration makes it null.
+        # Published means now, 0 seconds from now. A null duration makes it null.
         "p_published": 0.0 if message.published else None,
         "p_publish_within": message.publish_within,
     }
@@ -214,7 +214,7 @@ class Lookup:
 
     Args:
         table: The table.
-        made: Makes what is asked of it.
+        made: Compiles statements.
     """
 
     def __init__(self, table: Table, made: Callable[[Select[Any]], Select[Any]] = lambda query: query) -> None:
@@ -223,12 +223,12 @@ class Lookup:
         self._select = self._all.where(has_key(table))
 
     def __call__(self, connection: Connection, key: MessageKey) -> Row | None:
-        """Read it; ``None`` when there is none."""
+        """Read the row; ``None`` if there is none."""
         read = connection.execute(self._select, key_parameters(key)).mappings().first()
         return None if read is None else row_of(read)
 
     def many(self, connection: Connection, keys: Iterable[MessageKey]) -> list[Row]:
-        """Read the rows of some messages that are there, in any order."""
+        """Read the existing rows of some messages, in any order."""
         return [row_of(read) for read in connection.execute(self._all.where(key_in(self._table, keys))).mappings()]
 
 

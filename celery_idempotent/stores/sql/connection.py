@@ -1,9 +1,9 @@
 """Connections: one round trip per statement, and what to do when the database does not answer.
 
-Every statement of the store stands on its own, so connections are in autocommit: no ``BEGIN``, ``COMMIT`` or ``ROLLBACK`` travels around it,
-and no ping before it. If a connection breaks under a statement, the statement is repeated once on a fresh one. What a verb does on such a
-repeat is its own matter (:attr:`Attempt.is_retry`), because the first attempt may have taken effect. A server that does not answer works on
-a statement for :data:`ANSWER` seconds at most: what is not waited for any more is not left to it either.
+Each statement of the store is a transaction by itself, so connections are in autocommit: no ``BEGIN``, ``COMMIT`` or ``ROLLBACK`` is sent
+around it, and no ping before it. If a connection breaks under a statement, the statement is repeated once on a fresh one. What a verb does on such a
+repeat is up to the verb (:attr:`Attempt.is_retry`), because the first attempt may have taken effect. A server works on a statement for
+:data:`ANSWER` seconds at most: when we stop waiting, it stops working too.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ __all__ = ["Attempt", "Database", "Joined"]
 
 T = TypeVar("T")
 
-#: A collision (deadlock, serialization failure, busy) is repeated so often, and not once this many seconds have passed: after a
-#: minute of waiting for a lock it is not waited for again.
+#: How often a collision (deadlock, serialization failure, busy) is repeated at most, and for how many seconds: after a minute of
+#: waiting for a lock, give up.
 COLLISIONS = 8
 PATIENCE = 10.0
 _BACKOFF = Backoff(0.01)
@@ -51,13 +51,13 @@ _BACKOFF = Backoff(0.01)
 #: more than an answer takes, and less than a broker waits for a heartbeat.
 ANSWER = 20.0
 
-#: Faults of a transaction that took no effect, and may if all of it is done again.
+#: Faults of a transaction that took no effect, but may do so if it is repeated as a whole.
 _GAVE_WAY = {Fault.COLLISION, Fault.LOST, Fault.MOVED}
 
-#: Faults of a database that takes nothing for now.
+#: Faults of a database that accepts nothing for now.
 _TAKES_NOTHING = {Fault.UNAVAILABLE, Fault.DENIED}
 
-#: Seconds for the server to cancel a statement that an exception from elsewhere interrupted.
+#: Seconds for the server to cancel a statement that a signal interrupted.
 _CANCEL = 2.0
 
 
@@ -117,7 +117,7 @@ class Database:
         return self._here().for_transactions
 
     def of_bodies(self) -> dict[str, str]:
-        """Return how the connections of atomic bodies are set up, where that can be wrong: if an owner made the engine.
+        """Return the settings of the connections of atomic bodies, which can be wrong if the user made the engine.
 
         Raises:
             StoreUnavailableError: No connection.
@@ -137,8 +137,8 @@ class Database:
 
         Args:
             operation: What to do in an attempt.
-            prepared: Whether the table has to be there; ``False`` for operations that look after it themselves.
-            patient: Whether it may take as long as it needs: a person waits for it, and the table may be large.
+            prepared: Whether the table must exist; ``False`` for operations that check this themselves.
+            patient: Whether there is no time limit: a person waits for it, and the table may be large.
 
         Raises:
             StoreUnavailableError: No connection, or it broke twice, or no answer, or collisions did not end.
@@ -159,7 +159,7 @@ class Database:
                 raise StoreError(f"the queue log at {self} refused: {error}") from error
             except DBAPIError as error:
                 fault = self.dialect.fault(error)
-                # An error that belongs to no statement is one of connecting.
+                # An error without a statement came from connecting.
                 lost = fault is Fault.LOST and error.statement is not None
                 if lost and not is_retry:
                     is_retry = True
@@ -167,9 +167,9 @@ class Database:
                     collisions += 1
                     time.sleep(_BACKOFF.random_pause(collisions))
                 elif fault is Fault.MOVED and not moved:
-                    moved = True  # its connection was thrown away, and the next may lead to where the primary is now
+                    moved = True  # its connection was dropped; the next may lead to the new primary
                 elif fault is Fault.SCHEMA and not inspected:
-                    # The table is not what it was when it was looked at. Looking again says what is missing.
+                    # The table has changed since it was checked. Another check says what is missing.
                     inspected = True
                     self._here().ready = False
                 else:
@@ -188,7 +188,7 @@ class Database:
                 f"take a session on the store's own database"
             )
         if not self._here().ready:
-            # In the transaction: another connection could not make SQLite's table while this one writes.
+            # In the transaction: another connection could not create SQLite's table while this one writes.
             self._prepare(connection)
         return Joined(connection, self.dialect, str(self))
 
@@ -197,11 +197,11 @@ class Database:
         if not isinstance(error, DBAPIError):
             return False
         fault = self.dialect.fault(error)
-        # That a statement took too long is the body's own affair; that the database takes nothing for now is not.
+        # A statement that took too long is a fault of the body; a database that accepts nothing is not.
         return fault in _GAVE_WAY or (fault in _TAKES_NOTHING and not self.dialect.timed_out(error))
 
     def collided(self, error: BaseException) -> bool:
-        """Return whether it did so in favour of another one."""
+        """Return whether it gave way to another transaction."""
         return isinstance(error, DBAPIError) and self.dialect.fault(error) is Fault.COLLISION
 
     def close(self) -> None:
@@ -225,12 +225,12 @@ class Database:
                 return operation(Attempt(connection, is_retry))
             except DBAPIError as error:
                 if watched is not None and watched.cut:
-                    # Not repeated, as a connection that broke is: the server is there, and had its time.
+                    # No repeat, unlike after a broken connection: the server is there, and had its time.
                     raise StoreUnavailableError(self._no_answer(opened)) from error
                 if self.dialect.fault(error) is Fault.MOVED:
                     connection.invalidate(error)
                     if opened.is_ours(connection.engine):
-                        connection.engine.dispose()  # its siblings most likely lead there as well
+                        connection.engine.dispose()  # the pool's other connections most likely lead there as well
                 raise
             except IdempotentError:
                 raise
@@ -241,7 +241,7 @@ class Database:
                 raise
 
     def _alone(self, connection: Connection) -> AbstractContextManager[None]:
-        """Have each statement stand for itself, even if listeners begin a transaction."""
+        """Make each statement a transaction by itself, even if listeners begin one."""
         quiet = isinstance(connection, DirectConnection) and not connection.watched
         return nullcontext() if quiet else self.dialect.autocommit(connection)
 
@@ -298,7 +298,7 @@ class Database:
 
 
 class Joined:
-    """A transaction of the caller's, as the store's verbs see it: they run in it once, and nothing is repeated."""
+    """A caller's transaction. Verbs run in it once, and nothing is repeated."""
 
     def __init__(self, connection: Connection, dialect: Dialect, name: str) -> None:
         self._connection = connection
@@ -309,7 +309,7 @@ class Joined:
         """Run an operation; see :meth:`Database.run`.
 
         Raises:
-            SchemaError: The table is not where this connection leads.
+            SchemaError: The table is not in this connection's database.
             sqlalchemy.exc.DBAPIError: Any other error of the database.
         """
         try:

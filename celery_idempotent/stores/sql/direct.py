@@ -1,9 +1,9 @@
-"""The hot path: statements that were compiled once, handed to the driver as they are.
+"""The hot path: hand statements that were compiled once to the driver.
 
-SQLAlchemy writes every statement of the store, and keeps the connections. But what it does for one execution (a context, a result,
-processors, events) takes longer than the driver and half as long as a database on the same host, and a task pays for three of them.
-So those that a task needs are compiled once per process and dialect, and executed by the driver's own cursor; unless SQLAlchemy's
-events have listeners, for which these statements have none.
+SQLAlchemy compiles all statements of the store, and keeps its connections. But its work for one execution (a context, a result,
+processors, events) takes longer than the driver's, and half as long as that of a database on the same host. A task executes three statements.
+So these are compiled once per process and dialect, and executed by the driver's own cursor. If SQLAlchemy's events have listeners,
+SQLAlchemy executes them, because the driver would call no listener.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ _DIALECT_EVENTS = ("do_execute", "do_execute_no_params", "handle_error")
 
 
 def directly(statement: E) -> E:
-    """Have a statement handed to the driver where that can be: one whose results need no conversion, executed with one set of values."""
+    """Mark a statement to be handed to the driver: its results need no conversion, and it is executed with one set of values."""
     marked: E = statement.execution_options(**{_OPTION: True})
     return marked
 
 
 class Answer:
-    """What a statement came to; with the names that a SQLAlchemy result has for it.
+    """The result of a statement, with the attribute names of a SQLAlchemy result.
 
     Attributes:
         rowcount: Rows that matched.
-        lastrowid: What the driver calls so.
+        lastrowid: The driver's attribute of that name.
     """
 
     __slots__ = ("_rows", "lastrowid", "rowcount")
@@ -56,7 +56,7 @@ class Answer:
 
 
 class _Plan:
-    """A statement as a driver takes it."""
+    """A statement compiled for a driver."""
 
     def __init__(self, statement: Executable, engine: Engine) -> None:
         compiled = cast("SQLCompiler", statement.compile(dialect=engine.dialect))  # type: ignore[attr-defined]
@@ -74,7 +74,7 @@ class _Plan:
                 self._convert[name] = processor
 
     def values(self, parameters: Mapping[str, Any]) -> dict[str, Any] | tuple[Any, ...]:
-        """Return what stands for the placeholders."""
+        """Return the values of the placeholders."""
         values = {**self._constants, **parameters}
         for name, convert in self._convert.items():
             values[name] = convert(values[name])
@@ -82,13 +82,13 @@ class _Plan:
 
 
 class Plans:
-    """The plans of one engine's statements. Statements are kept by their stores, and so are their plans."""
+    """The plans of one engine's statements. They live as long as their statements, which the stores keep."""
 
     def __init__(self) -> None:
         self._plans: dict[Executable, _Plan | None] = {}
 
     def of(self, statement: Executable, engine: Engine) -> _Plan | None:
-        """Return the plan of a statement; ``None`` when it is SQLAlchemy's to execute."""
+        """Return the plan of a statement; ``None`` if SQLAlchemy executes it."""
         if not statement.get_execution_options().get(_OPTION):
             return None
         plan = self._plans.get(statement)
@@ -98,7 +98,7 @@ class Plans:
 
 
 class DirectConnection(Connection):
-    """A connection in autocommit that hands the statements of the hot path to the driver, and is SQLAlchemy's for all others.
+    """A connection in autocommit that hands the statements of the hot path to the driver, and all others to SQLAlchemy.
 
     Args:
         engine: An engine in autocommit, without a user's listeners.
@@ -131,17 +131,17 @@ class DirectConnection(Connection):
 
     @property
     def watched(self) -> bool:
-        """Whether there are listeners to what SQLAlchemy executes, as for tracing: then it executes everything."""
+        """Whether SQLAlchemy's execution events have listeners, such as for tracing: then it executes everything."""
         if self._has_events or self.engine._has_events:  # noqa: SLF001 - as it asks itself before each event
             return True
-        # Events of executions that SQLAlchemy keeps at the dialect, where events of connecting are as well.
+        # SQLAlchemy keeps execution events at the dialect, together with those of connecting.
         told = self.dialect.dispatch
         return self.dialect._has_events and any(bool(getattr(told, name)) for name in _DIALECT_EVENTS)  # noqa: SLF001
 
     def _explained(self, plan: _Plan, error: Any, driver: Any, cursor: Any) -> DBAPIError:
         lost = self.dialect.is_disconnect(error, driver, cursor)
         if lost:
-            # As SQLAlchemy does: its siblings have most likely been lost as well.
+            # As SQLAlchemy does: the pool's other connections are most likely lost as well.
             self.invalidate(error)
             self.engine.dispose()
         return cast(

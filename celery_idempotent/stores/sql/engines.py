@@ -1,7 +1,7 @@
 """The engines that the store opens: for its own statements, and for the transactions of atomic bodies.
 
-The store's own statements have separate connections, even where an engine was given: bodies may hold all of that engine's for minutes, and
-a lease has to be renewed meanwhile. How they are set up is the store's own affair, and affects no other code.
+The store's own statements have separate connections, even if the user gave an engine: bodies may hold all of that engine's connections
+for minutes, while leases have to be renewed. The set-up of these connections affects no other code.
 """
 
 # ruff: noqa: SLF001 - an engine of ours is made here as SQLAlchemy makes its own
@@ -23,7 +23,7 @@ from celery_idempotent.stores.sql.sockets import has_something_to_say, notice_si
 
 __all__ = ["LIMITED", "beside", "close", "follow", "for_statements", "for_transactions"]
 
-#: What a connection's ``info`` has when the server limits its statements.
+#: The key in a connection's ``info`` that says that the server limits its statements.
 LIMITED = "celery_idempotent.limited"
 
 _USED = "celery_idempotent.used"
@@ -47,11 +47,11 @@ def for_statements(url: URL, dialect: Dialect, limit: float) -> Engine:
 
 
 def beside(owner: Engine, dialect: Dialect, limit: float) -> Engine | None:
-    """Return the same on the database of an owner's engine, with connections that are made as that engine makes its own.
+    """Return such an engine on the database of a user's engine, with connections that are made like that engine's.
 
     Returns:
-        ``None`` if the engine's pool keeps no connections, or one for all: then its owner decides where they come from. And on
-        SQLite, which has one writer at a time, however many connections there are.
+        ``None`` if the engine's pool keeps no connections, or one for all: then the user decides where they come from. Also
+        on SQLite, which has only one writer at a time.
     """
     if not isinstance(owner.pool, QueuePool) or owner.dialect.name == "sqlite":
         return None
@@ -66,10 +66,10 @@ def beside(owner: Engine, dialect: Dialect, limit: float) -> Engine | None:
 
 
 class _Beside(Engine):
-    """An owner's engine with a second pool, which is emptied with the first.
+    """A user's engine with a second pool, which is emptied with the first.
 
-    The engine's listeners hear of statements here, too, but of no transactions: there are none, and a listener that sends ``BEGIN``
-    would make one. How an engine is made, and listeners are joined, is read from SQLAlchemy 2.0.30 and 2.1.9, whose
+    The engine's listeners are called for statements here, too, but not for transactions: there are none, and a listener that sends
+    ``BEGIN`` would begin one. How an engine is made, and listeners are joined, is read from SQLAlchemy 2.0.30 and 2.1.9, whose
     ``execution_options()`` makes engines in this way.
     """
 
@@ -95,7 +95,7 @@ class _Beside(Engine):
         self.__dict__["_has_events"] = value
 
     def _with_owner(self, _: Engine) -> None:
-        # A child that was forked empties the pool that it has inherited; these connections are its parent's.
+        # A forked child empties the pool that it has inherited; these connections are its parent's.
         if self._made_in == os.getpid():
             self.dispose()
 
@@ -110,7 +110,7 @@ def close(engine: Engine) -> None:
 
 
 def for_transactions(url: URL, dialect: Dialect) -> Engine:
-    """Return an engine for atomic bodies. It has as many connections as bodies run at once, which is for the worker's concurrency to say."""
+    """Return an engine for atomic bodies. Its pool has no limit: the worker's concurrency limits how many bodies run at once."""
     engine = _create(url, dialect, max_overflow=-1, execution_options={_FOLLOWS: True})
     dialect.prepare_for_transactions(engine)
     _furnish(engine, engine.pool, dialect, None, ours=True)
@@ -120,7 +120,7 @@ def for_transactions(url: URL, dialect: Dialect) -> Engine:
 
 
 def follow(engine: Engine) -> None:
-    """Have the pool let go of a body's connection to a server that takes no writes any more, as the primary does after a failover."""
+    """Have the pool drop a body's connection to a server that takes no writes any more, such as a former primary after a failover."""
     if not event.contains(engine, "handle_error", _leave):
         event.listen(engine, "handle_error", _leave)
 
@@ -138,7 +138,7 @@ def _leave(context: ExceptionContext) -> None:
 
 
 def _create(url: URL, dialect: Dialect, **arguments: Any) -> Engine:
-    # Parameters hold messages and results, which have no place in logs and error texts.
+    # Parameters contain messages and results, which must not be in logs and error texts.
     engine = create_engine(url, hide_parameters=True, **dialect.options(url), **arguments)
     dialect.prepare(engine)
     return engine
@@ -154,8 +154,8 @@ def _furnish(engine: Engine, pool: Pool, dialect: Dialect, limit: float | None, 
             record.info[LIMITED] = limit
 
     def refuse_closed(connection: Any, record: ConnectionPoolEntry, proxy: object) -> None:  # noqa: ARG001
-        """Have the pool replace a connection that its server has closed, before a statement is sent after it in vain."""
-        if _USED not in record.info:  # a new connection may have something to say, and is not closed
+        """Have the pool replace a connection that its server has closed, before a statement is sent on it."""
+        if _USED not in record.info:  # a new connection may have a message to read, and is not closed
             record.info[_USED] = True
             return
         descriptor = dialect.socket(connection)

@@ -1,7 +1,7 @@
-"""SQLite and forks: a process that is forked while one of its threads works on a file leaves the child locked out for good.
+"""SQLite and forks: if a process is forked while one of its threads works on a file, the child is locked out for good.
 
-SQLite keeps in the memory of the process, per file, which locks that process has. A child inherits this book-keeping as it was at
-the fork. That includes the lock of a statement which no thread of the child will ever finish, so that everything it asks is answered by
+SQLite keeps a process's locks on a file in the memory of the process. A child inherits these as they were at the fork,
+including the lock of a statement that no thread of the child will ever finish. Then SQLite answers every statement of the child with
 "database is locked". So forks wait for statements, statements for forks, and no connection is open in between. A prefork worker
 forks while it works: it replaces a child that died, while it ends that child's claim, renews leases and recovers.
 """
@@ -20,7 +20,7 @@ _engines: WeakSet[Engine] = WeakSet()
 
 
 def close_before_forks(engine: Engine) -> None:
-    """Have the connections in an engine's pool closed before this process is forked; one in memory stays."""
+    """Close the connections in an engine's pool before each fork of this process; one in memory stays."""
     if not isinstance(engine.pool, StaticPool):
         _engines.add(engine)
 

@@ -1,4 +1,4 @@
-"""The statements that take the table from one version to another, in a database that was looked at or in one that was not."""
+"""The statements that take the table from one version to another, for a database that was inspected or for one that was not."""
 
 # ruff: noqa: ARG001 - signatures are SQLAlchemy's
 
@@ -38,12 +38,12 @@ _CONCURRENTLY = "postgresql_concurrently"
 
 @dataclass(frozen=True, slots=True)
 class Present:
-    """What a database has of a table.
+    """The columns and indexes that a database has of a table.
 
     Attributes:
         columns: Their names.
         indexes: The columns of each index, by its name.
-        broken: Names of indexes that were not built to the end, and are of no use.
+        broken: Names of indexes whose build did not finish, so that they are useless.
     """
 
     columns: frozenset[str]
@@ -58,7 +58,7 @@ class Statement:
     Attributes:
         what: What it does, for people.
         ddl: The statement.
-        alters: Whether it is about a table that is there already, which may be large and in use.
+        alters: Whether it changes an existing table, which may be large and in use.
     """
 
     what: str
@@ -70,13 +70,13 @@ class Statement:
         return Change(self.what, self.text(dialect), self.alters)
 
     def text(self, dialect: Dialect) -> str:
-        """Return the statement as the database has it."""
+        """Return the statement as text, in the database's SQL."""
         lines = str(self.ddl.compile(dialect=dialect)).strip().splitlines()
         return "\n".join(line.rstrip().expandtabs(4) for line in lines)
 
 
 def newest() -> int:
-    """Return the version of the table that this version of the library has."""
+    """Return the table's version in this version of the library."""
     return len(tables.VERSIONS)
 
 
@@ -93,7 +93,7 @@ def check_version(number: int) -> None:
 
 
 def present_in(version: int, name: str) -> Present | None:
-    """Return what a database has whose table was made in a version; of version 0 there is none."""
+    """Return what a database has after a table was created in a version; nothing for version 0."""
     if version == 0:
         return None
     table = table_of_version(version, MetaData(), name, None)
@@ -104,7 +104,7 @@ def present_in(version: int, name: str) -> Present | None:
 
 
 def statements_to(version: int, name: str, schema: str | None, present: Present | None) -> Iterator[Statement]:
-    """Yield what gives a table all that a version has; nothing if it has that.
+    """Yield the statements that give a table all that a version has.
 
     Raises:
         SchemaError: It lacks columns of the first version, so it is none of ours.
@@ -125,7 +125,7 @@ def statements_to(version: int, name: str, schema: str | None, present: Present 
     for column in missing:
         yield Statement(f"add the column {column.name} to {table.fullname}", AddColumn(column))
     for index in _sorted(table):
-        # By its columns: one of another name, that a migration has made, serves as well.
+        # By its columns: an index of another name, from a migration, serves as well.
         if tuple(index.columns.keys()) in present.indexes.values():
             continue
         if index.name in present.broken:
@@ -134,7 +134,7 @@ def statements_to(version: int, name: str, schema: str | None, present: Present 
 
 
 def statements_back(since: int, version: int, name: str, schema: str | None) -> Iterator[Statement]:
-    """Yield what takes a table from one version back to an older one; to 0 is without it, and all that is in it."""
+    """Yield the statements that take a table back to an older version; 0 drops it with all its rows."""
     before = table_of_version(since, MetaData(), name, schema)
     if version == 0:
         yield Statement(f"drop the table {before.fullname}", DropTable(before))
@@ -166,7 +166,7 @@ class _OfColumn(DDLElement):
 
 
 class AddColumn(_OfColumn):
-    """``ALTER TABLE ... ADD COLUMN``. Of a nullable column, or one with a constant for a default, it rewrites no table."""
+    """``ALTER TABLE ... ADD COLUMN``. For a nullable column, or a constant default, it does not rewrite the table."""
 
 
 class DropColumn(_OfColumn):
@@ -174,22 +174,22 @@ class DropColumn(_OfColumn):
 
 
 class OnlineIndex(CreateIndex):
-    """``CREATE INDEX`` on a table that is written to meanwhile."""
+    """``CREATE INDEX`` that lets others write meanwhile."""
 
 
 def _online(ddl: Any) -> Any:
-    """Let writers go on meanwhile, which PostgreSQL does only if it is told to."""
+    """Let others write meanwhile, which on PostgreSQL needs ``CONCURRENTLY``."""
     ddl.element.dialect_kwargs[_CONCURRENTLY] = True
     return ddl
 
 
 def is_online(ddl: DDLElement) -> bool:
-    """Return whether PostgreSQL is to let writers go on."""
+    """Return whether PostgreSQL lets others write meanwhile."""
     return isinstance(ddl, CreateIndex | DropIndex) and ddl.element.dialect_kwargs.get(_CONCURRENTLY) is True
 
 
 def at_once(statement: Statement) -> Statement:
-    """Return the same statement without that: it takes a moment only, or PostgreSQL has no other way."""
+    """Return the same statement without ``CONCURRENTLY``: it takes only a moment, or PostgreSQL has no other way."""
     ddl = statement.ddl
     if is_online(ddl):
         assert isinstance(ddl, CreateIndex | DropIndex)
@@ -216,5 +216,5 @@ def _online_index(element: OnlineIndex, compiler: DDLCompiler, **kw: Any) -> str
 
 @compiles(OnlineIndex, *MYSQL_NAMES)
 def _online_index_mysql(element: OnlineIndex, compiler: DDLCompiler, **kw: Any) -> str:
-    # Which InnoDB does anyway; so said, it refuses rather than lock the table.
+    # InnoDB does this anyway. With these words, it refuses instead of locking the table.
     return f"{_online_index(element, compiler, **kw)} ALGORITHM=INPLACE LOCK=NONE"

@@ -1,8 +1,8 @@
 """Change a table while it is in use.
 
-An index is built while others write. A change that needs the whole table for a moment waits for every transaction that has touched it, which
-may be an atomic body of minutes. Everything that comes later waits for the change. So the change waits for two seconds only, lets the others
-pass, and tries again.
+An index is built while others write. A change that needs the whole table for a moment waits for every transaction that has touched it,
+such as an atomic body that takes minutes. All later statements wait for the change. So the change waits for two seconds only, lets the
+others pass, and tries again.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ __all__ = ["alone", "broken_indexes", "execute", "partitions", "seen_at_once"]
 
 logger = logging.getLogger("celery_idempotent")
 
-#: Seconds for which a statement waits for the table at a time, the pause between two times, and how long this goes on.
+#: Seconds for which a statement waits for the table at a time, the pause before the next try, and the time for all tries.
 _AT_A_TIME, _PAUSE, _PATIENCE = 2, 1.0, 600.0
 
-#: Seconds between two looks whether the other process has finished.
+#: Seconds between two checks whether the other process has finished.
 _LOOK = 0.1
 
 #: Half of the key of PostgreSQL's advisory lock; the other half is the table's name, with its schema.
 _ADVISORY = crc32(b"celery_idempotent init") - 2**31
 
-#: In a transaction the server keeps the snapshot of a statement that was sent with parameters or by name until the next statement, and
-#: builds would wait for that. This one has none.
+#: In a transaction, the server keeps the snapshot of a statement with parameters, or a prepared one, until the next statement, and
+#: index builds would wait for that. This statement has no snapshot.
 _LET_GO = "SHOW transaction_isolation"
 
-#: How databases say that another process has done it already. One is of PostgreSQL's catalogue, when two create at once.
+#: The errors that say that another process has done it already. One comes from PostgreSQL's catalogue, if two create at once.
 _DONE = ("already exists", "duplicate key", "duplicate column")
 _GONE = ("does not exist", "can't drop", "no such index")
 
@@ -48,7 +48,7 @@ _LOCK_WAIT_TIMEOUT, _LOCK_NOT_AVAILABLE = 1205, "55P03"
 
 @contextmanager
 def alone(connection: Connection, table: Table) -> Iterator[None]:
-    """Let one process at a time change the table, where two would be in each other's way.
+    """Let one process at a time change the table, on databases where two would get in each other's way.
 
     PostgreSQL finishes an online build of an index only when all transactions have ended that can see the table as it was. A session that waits
     for a lock is one of them: two builds wait for each other, and the one that PostgreSQL ends leaves half an index. So no process waits in the
@@ -62,7 +62,7 @@ def alone(connection: Connection, table: Table) -> Iterator[None]:
         with _sqlite_transaction(connection, "BEGIN IMMEDIATE"):
             yield
         return
-    pool = connection.engine.pool.recreate()  # for one connection, which the engine's own has not to keep
+    pool = connection.engine.pool.recreate()  # for one connection, which the engine's pool need not keep
     other: PoolProxiedConnection | None = None
     try:
         try:
@@ -104,14 +104,14 @@ def _lock(other: PoolProxiedConnection, table: Table) -> None:
 
 @contextmanager
 def seen_at_once(connection: Connection) -> Iterator[None]:
-    """See one moment inside the block: an index of SQLite's can go between its name and its columns."""
+    """Read from one snapshot inside the block: on SQLite, an index can disappear between reading its name and its columns."""
     with _sqlite_transaction(connection, "BEGIN"):
         yield
 
 
 @contextmanager
 def _sqlite_transaction(connection: Connection, begin: str) -> Iterator[None]:
-    """On SQLite a transaction, unless there is one already."""
+    """Open a transaction on SQLite, unless there is one already."""
     raw = connection.connection.dbapi_connection
     if connection.dialect.name != "sqlite" or getattr(raw, "in_transaction", True):
         yield
@@ -134,12 +134,12 @@ def _transaction(connection: Connection, begin: str) -> Iterator[None]:
 
 
 def _ended_by_itself(connection: Connection) -> bool:
-    """As SQLite ends a transaction after some errors."""
+    """Roll back, unless SQLite has ended the transaction after an error."""
     return not getattr(connection.connection.dbapi_connection, "in_transaction", True)
 
 
 def broken_indexes(connection: Connection, table: Table) -> frozenset[str]:
-    """Names of the table's indexes that were not built to the end: writers keep them, and no reader uses them."""
+    """Return the table's indexes whose build did not finish: writes maintain them, but no query uses them."""
     if connection.dialect.name not in {"postgresql", "cockroachdb"}:
         return frozenset()
     found = connection.scalars(
@@ -153,7 +153,7 @@ def broken_indexes(connection: Connection, table: Table) -> frozenset[str]:
 
 
 def partitions(connection: Connection, table: Table) -> list[tuple[str, str]]:
-    """Return schema and name of each partition of a table that PostgreSQL keeps in several; none of any other."""
+    """Return schema and name of each partition of a PostgreSQL table; none for other tables."""
     if connection.dialect.name != "postgresql":
         return []
     found = connection.execute(
@@ -200,9 +200,9 @@ def execute(connection: Connection, statement: Statement) -> bool:
 
 @contextmanager
 def _briefly(connection: Connection, ddl: DDLElement) -> Iterator[None]:
-    """Have the statement inside wait for a lock for a moment only."""
+    """Limit how long the statement inside waits for a lock."""
     name = connection.dialect.name
-    if name == "postgresql" and not is_online(ddl):  # which holds up no one while it waits
+    if name == "postgresql" and not is_online(ddl):  # which blocks no one while it waits
         with _transaction(connection, "BEGIN"):
             connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{_AT_A_TIME}s'")
             yield

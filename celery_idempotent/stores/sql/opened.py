@@ -1,4 +1,4 @@
-"""What one process has opened on a database: its engines, and what they share."""
+"""The engines that one process has opened on a database."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from celery_idempotent.stores.sql.watch import Watch
 
 __all__ = ["Opened"]
 
-#: How much longer than the server works on a statement its answer is waited for. Until then it has given up by itself, or was asked to.
+#: How much longer we wait for an answer than the server may work on the statement. Until then it has given up, or was asked to.
 _WAIT = 1.25
 
-#: What opening an engine or a connection may raise.
+#: The errors of opening an engine or a connection.
 _AT_OPENING = (TypeError, ValueError, DBAPIError, OSError)
 
 
@@ -30,11 +30,11 @@ class Opened:
     """What one process has opened; each engine lazily.
 
     Args:
-        target: A URL, or an engine that stays its owner's.
-        dialect: What is peculiar to the database.
-        name: What errors call it.
+        target: A URL, or a user's engine.
+        dialect: The strategy for the database.
+        name: Its name in errors.
         limit: Seconds for which the server works on a statement of the store's.
-        inherited: In a process that was forked since: where to keep the pool that an owner's engine has of its parent.
+        inherited: In a forked process: where to keep the pool that a user's engine inherited from the parent.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Opened:
         self._plans = Plans()
         self.limit = limit
         self.watch = Watch(_WAIT * limit)
-        #: Whether the table was looked at.
+        #: Whether the table was checked.
         self.ready = False
 
     @property
@@ -69,14 +69,14 @@ class Opened:
 
     @property
     def for_transactions(self) -> Engine:
-        """An engine for transactions of others: the owner's where there is one."""
+        """An engine for users' transactions: the user's own, if given."""
         with self._lock:
             if self._for_transactions is None:
                 self._for_transactions = self._open_for_transactions(self.for_statements)
             return self._for_transactions
 
     def turn(self) -> AbstractContextManager[Any]:
-        """Return what an operation waits for: an in-memory SQLite database is one connection. With a file, forks have to wait."""
+        """Return the lock of an operation: an in-memory SQLite database has one connection. With a file, forks have to wait."""
         _ = self.for_statements  # by which that is known
         return self._turn
 
@@ -84,18 +84,18 @@ class Opened:
         """Return a connection for the store's own statements."""
         engine = self.for_statements
         try:
-            # An owner's engine has its owner's events, and is put into autocommit connection by connection.
+            # A user's engine has the user's events, and gets autocommit connection by connection.
             return DirectConnection(engine, self._plans) if self.is_ours(engine) else engine.connect()
         except _AT_OPENING as error:
             self._explain(error)
             raise
 
     def is_ours(self, engine: Engine) -> bool:
-        """Return whether an engine is the store's own; its owner's is a proxy of it, or itself."""
+        """Return whether an engine is the store's own, and not the user's or a proxy of it."""
         return not isinstance(self._target, Engine) or engine.pool is not self._target.pool
 
     def close(self) -> None:
-        """Close what is the store's own."""
+        """Close the store's own connections."""
         for engine in (self._for_statements, self._for_transactions):
             if engine is not None and self.is_ours(engine):
                 close(engine)
@@ -125,15 +125,13 @@ class Opened:
         return for_transactions(self._target, self._dialect)
 
     def _explain(self, error: Exception) -> None:
-        """Raise an error that names what is wrong with the URL, or with this host, if that is known."""
+        """Raise an error that names the problem with the URL, or with this host, if it is known."""
         match error:
             case IdempotentError():
                 return
             case OSError():  # of this host, such as too many open files
                 raise unavailable(f"the queue log at {self._name} cannot be opened: {error}", sent=False) from error
-            case (
-                TypeError() | ValueError()
-            ):  # an option of the URL, which some drivers take for an argument of their own
+            case TypeError() | ValueError():  # an option in the URL that the driver does not know
                 why = str(error)
             case DBAPIError() if "invalid connection option" in str(error.orig):  # libpq's words
                 why = " ".join(str(error.orig).split())

@@ -19,12 +19,12 @@ from celery_idempotent.stores.sql.verbs import Verbs, verb
 
 __all__ = ["Reading"]
 
-#: Left out of listings: they can be large, and a listing is for people.
+#: Columns that listings leave out: they can be large, and people read listings.
 _LARGE = {"message", "result"}
 
 
 class Reading(Verbs):
-    """Finds rows, lists them and counts them."""
+    """The verbs that find rows, list them and count them."""
 
     def __init__(self, table: Table, database: Database) -> None:
         super().__init__(table, database)

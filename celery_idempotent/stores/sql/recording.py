@@ -33,12 +33,12 @@ from celery_idempotent.stores.sql.verbs import ROUNDS, Verbs, verb, wrote
 
 __all__ = ["Recording"]
 
-#: Seconds between the moments at which rows of one insert are said to be recorded, so that they keep their order. Less than a row takes.
+#: Seconds between the recording times of two rows of one insert, so that they keep their order; less than a row takes.
 _APART = 1e-6
 
 
 class Recording(Verbs):
-    """Records calls, and takes them back."""
+    """The verbs that record calls, and take them back."""
 
     def __init__(self, table: Table, database: Database) -> None:
         super().__init__(table, database)
@@ -58,7 +58,7 @@ class Recording(Verbs):
             if row is None:
                 continue  # withdrawn or purged since
             if row.status is Status.DONE and row.expired:
-                # Where the insert could not replace it; or it expired since, and the next round replaces it.
+                # The insert could not replace it; or it has expired since, and the next round replaces it.
                 if wrote(on, self._recording.restart, parameters):
                     return Inserted()
                 continue
@@ -70,7 +70,7 @@ class Recording(Verbs):
 
     @verb
     def _record_some(self, on: Attempt, messages: Sequence[NewMessage]) -> list[Inserted | Duplicate]:
-        """Insert those that are new in one statement, and look at the others."""
+        """Insert the new ones in one statement, and read the others."""
         parameters = [
             {**message_parameters(message), "p_place": place * _APART} for place, message in enumerate(messages)
         ]
@@ -147,7 +147,7 @@ class _Statements:
         new = {**new_key(table), "token": literal_column("0"), **restarted}
         self.insert = directly(dialect.insert(table, new, replaced=list(restarted), free=free_again(table)))
         self.insert_unlocked = dialect.insert(table, new)
-        # In the order of the list, although all at one moment.
+        # In the order of the list, although all are recorded at one moment.
         self.insert_all = dialect.insert_all(table, {**new, "created_timestamp": FromNow(seconds("p_place"))})
         self.restart = update(table).where(has_key(table), free_again(table)).values(restarted)
         unclaimed = (

@@ -47,17 +47,17 @@ from celery_idempotent.stores.sql.verbs import Verbs, verb, wrote
 
 __all__ = ["Recovering"]
 
-#: Queues that one statement looks into.
+#: How many queues one statement reads.
 _QUEUES_AT_ONCE = 50
 
 
 class Recovering(Verbs):
-    """Lists what is due for recovery, and notes what was done about it."""
+    """The verbs that list what is due for recovery, and note what was done about it."""
 
     def __init__(self, table: Table, database: Database) -> None:
         super().__init__(table, database)
         self._recovering = _Statements(table, database.dialect)
-        # Where the last batch of a purge ended, while there is more.
+        # The end of a purge's last batch, while there is more.
         self._purged_to: dict[Old, datetime] = {}
 
     @verb
@@ -97,7 +97,7 @@ class Recovering(Verbs):
             for first in range(0, len(of_queues), _QUEUES_AT_ONCE):
                 rows += _rows(on, _together(of_queues[first : first + _QUEUES_AT_ONCE]), older_than)
             return sorted(rows, key=_published)[:limit]
-        # Queue by queue, each in the order of the index: read at once, the whole backlog would have to be sorted.
+        # Queue by queue, each in the order of the index: otherwise the database would sort the whole backlog.
         rows = _rows(on, waiting.where(table.c.queue.is_(None)), older_than)
         for name in self._queues(on):
             rows += _rows(on, waiting.where(table.c.queue == name), older_than)
@@ -120,7 +120,7 @@ class Recovering(Verbs):
 
     @verb
     def relay(self, on: Attempt, row: Row, *, lease: float) -> bool:
-        # A retry cannot tell whether its first attempt took the right. If it did, the row is relayed after that has run out.
+        # A repeat cannot know whether its first attempt got the right to publish. If it did, the row is relayed after that has run out.
         return wrote(on, self._recovering.relay, {**key_parameters(row.key), "p_token": row.token, "p_lease": lease})
 
     def relayed(self, keys: Sequence[MessageKey], *, published: bool) -> None:
@@ -157,7 +157,7 @@ class Recovering(Verbs):
     ) -> int:
         # Deleted by their keys: not every database has a limit on DELETE.
         #
-        # A batch begins where a full one before it has ended. What that deleted stands in the index until the table is vacuumed, and
+        # A batch begins where the last full one ended. Its deleted rows stay in the index until the table is vacuumed, and
         # what its ``expires_at`` keeps stays: read again by each batch, either would make a purge of millions take ever longer.
         chosen = Old(older_than, failures_older_than, task_name, processed_status)
         conditions, parameters = chosen.conditions(self._table, self._dialect), chosen.parameters
@@ -165,7 +165,7 @@ class Recovering(Verbs):
         if since is not None:
             rest = statements.old_from.where(*conditions).limit(limit)
             old += on.connection.execute(rest, {**parameters, "p_processed_timestamp": since})
-        if len(old) < limit:  # from the beginning: what was kept there may have become free since
+        if len(old) < limit:  # from the beginning: rows kept there may have become free since
             old = list(on.connection.execute(statements.old.where(*conditions).limit(limit), parameters))
         self._purged_to = {chosen: old[-1].processed_timestamp} if len(old) == limit else {}
         if not old:
@@ -187,14 +187,14 @@ def _rows(on: Attempt, statement: Executable, ago: float) -> list[Row]:
 
 
 def _listed(table: Table) -> list[ColumnElement[Any]]:
-    """Return the columns that rows are listed with: no results, and no large messages."""
+    """Return the columns of listed rows: no results, and no large messages."""
     message = case((func.length(table.c.message) <= literal_column(str(LARGE_MESSAGE)), table.c.message), else_=null())
     small = [column for column in table.c if column.name not in ("message", "result")]
     return [*small, message.label("message")]
 
 
 def _together(of_queues: Sequence[Select[Any]]) -> Executable:
-    """Return what several limited statements read, by one: each is carried out as it would be alone."""
+    """Return one statement for several limited ones, each executed as it would be alone."""
     if len(of_queues) == 1:
         return of_queues[0]
     return union_all(*(select(each.subquery()) for each in of_queues))
@@ -210,7 +210,7 @@ class _Statements:
 
     def __init__(self, table: Table, dialect: Dialect) -> None:
         ago = FromNow(seconds("p_ago"))
-        # Of what is not done there is an index, and by this the databases know that it serves.
+        # There is an index on what is not done; by this condition the databases know that they can use it.
         read = select(*_listed(table), Now().label("read_at")).where(table.c.processed_timestamp.is_(None))
         self.lapsed = (
             read.where(
@@ -222,7 +222,7 @@ class _Statements:
                     table.c.published_at <= ago,
                 ),
             )
-            # Sorted by hand: only as many rows are processing as there are messages that run.
+            # Sorting is cheap: there are only as many processing rows as running messages.
             .order_by(table.c.lease_expires_at)
         )
         self.waiting = read.where(
@@ -235,7 +235,7 @@ class _Statements:
             table.c.processed_timestamp.is_(None), table.c.status == PENDING
         )
         self.next_queue = self.first_queue.where(table.c.queue > parameter(table, "queue"))
-        # Neither done nor processing, which is pending, said so that none looks for them among all that is pending.
+        # Not done and not processing means pending. In this form, no database searches all pending rows for them.
         unsent = (table.c.status != PROCESSING, table.c.published_at.is_(None))
         tie = () if dialect.recorded_order is None else (dialect.recorded_order,)
         self.unsent = read.where(*unsent).order_by(table.c.created_timestamp, *tie)
@@ -250,7 +250,7 @@ class _Statements:
             )
             .values(lease_expires_at=FromNow(seconds("p_lease")))
         )
-        # Of a row that runs the lease is its owner's.
+        # The lease of a running row is its owner's.
         self.relayed = (
             update(table)
             .where(table.c.status == PENDING, table.c.published_at.is_(None))

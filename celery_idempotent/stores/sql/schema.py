@@ -1,6 +1,6 @@
 """Check that the table has every column of this version, create it, or upgrade an older one.
 
-The database's own catalogue tells what is there, so a table that a migration created serves as well. ADR 12.
+It reads the database's catalogue, so a table that a migration created serves as well. ADR 12.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def verify(connection: Connection, table: Table) -> None:
     if columns is None:
         raise SchemaError(f"the table {table.fullname} is missing; run {_INIT}")
     if missing := [column.name for column in table.columns if column.name not in columns]:
-        list(statements_to(newest(), table.name, table.schema, Present(columns)))  # which refuses what is of no version
+        list(statements_to(newest(), table.name, table.schema, Present(columns)))  # which refuses a table of no version
         raise SchemaError(
             f"the table {table.fullname} lacks {', '.join(missing)}: it is of an older version; run {_INIT}, or your migration"
         )
@@ -50,7 +50,7 @@ def is_there(connection: Connection, table: Table) -> bool:
 
 
 def outstanding(connection: Connection, table: Table) -> list[Change]:
-    """Return what :func:`create` would do.
+    """Return the changes that :func:`create` would make.
 
     Raises:
         SchemaError: A table of that name is of no version.
@@ -60,10 +60,10 @@ def outstanding(connection: Connection, table: Table) -> list[Change]:
 
 
 def create(connection: Connection, table: Table, before: Callable[[Change], None] | None = None) -> bool:
-    """Create the table, or add what it lacks of this version. Any number of processes may do this at once.
+    """Create the table, or add what it lacks. Any number of processes may do this at once.
 
     Args:
-        connection: In autocommit, but for SQLite, whose transaction takes it all.
+        connection: In autocommit; on SQLite, all is done in one transaction.
         table: This version's.
         before: Called before each change.
 
@@ -87,7 +87,7 @@ def create(connection: Connection, table: Table, before: Callable[[Change], None
 
 
 def statements(connection: Connection, table: Table, version: int) -> list[Statement]:
-    """Return what takes the database's table to a version.
+    """Return the statements that take the database's table to a version.
 
     Raises:
         SchemaError: A table of that name is of no version.
@@ -118,7 +118,7 @@ def _by_parts(
 
 
 def _present(connection: Connection, table: Table) -> Present | None:
-    """Return what the database has of the table; ``None`` when there is no such table."""
+    """Return the columns and indexes that the table has; ``None`` if there is no such table."""
     columns = _columns(connection, table)
     if columns is None:
         return None
@@ -133,5 +133,5 @@ def _columns(connection: Connection, table: Table) -> frozenset[str] | None:
         found = inspect(connection).get_columns(table.name, schema=table.schema)
     except NoSuchTableError:
         return None
-    # A table without columns is how some dialects report one that is not there.
+    # Some dialects report a missing table as one without columns.
     return frozenset(column["name"] for column in found) or None

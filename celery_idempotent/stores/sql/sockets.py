@@ -8,8 +8,8 @@ import socket
 
 __all__ = ["has_something_to_say", "notice_silence"]
 
-#: Seconds of silence after which the other host is probed, the pause between two probes, and how many may fail. A NAT or a firewall forgets a
-#: connection after some minutes of silence. Probes keep most of them from that.
+#: Seconds of silence after which TCP probes the other host, the pause between two probes, and how many may fail. A NAT or a firewall forgets
+#: a connection after some minutes of silence; probes prevent this in most of them.
 _IDLE, _PAUSE, _QUESTIONS = 30, 10, 3
 
 #: Seconds for what was sent to be received. The kernel's own is some fifteen minutes of repetitions.
@@ -17,14 +17,14 @@ _RECEIVED_WITHIN = 30
 
 
 def has_something_to_say(descriptor: int) -> bool:
-    """Return whether something waits to be read where nothing was asked: the end of the connection, or a last message."""
+    """Return whether there is something to read although nothing was asked: the end of the connection, or a last message."""
     waiting = select.poll()
     waiting.register(descriptor, select.POLLIN)
     return bool(waiting.poll(0))
 
 
 def notice_silence(descriptor: int) -> None:
-    """Have a connection break within a minute if the other host is out of reach. A host that is there may take its time to answer."""
+    """Make a connection break within a minute if the other host is out of reach. A reachable host may take its time to answer."""
     with socket.socket(fileno=os.dup(descriptor)) as connection:
         if connection.family == getattr(socket, "AF_UNIX", None):
             return

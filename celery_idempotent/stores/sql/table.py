@@ -1,8 +1,8 @@
 """The table ``queue_log``: its columns, their types, its indexes, and its versions.
 
-A version is only ever added at the end of :data:`VERSIONS`. Code that is one version older goes on on the newer table: it names the
-columns that it inserts and reads, so a new one has to be nullable or have a default on the server; no column is dropped or renamed, none
-gets a narrower type, and what a column means stays, since code that has another meaning for it would not be told. ADR 12.
+A version is only ever added at the end of :data:`VERSIONS`. Code that is one version older works on the newer table: it names the
+columns that it inserts and reads. So a new column must be nullable or have a server default. No column is dropped, renamed, narrowed or given
+another meaning, since older code would not notice. ADR 12.
 """
 
 # ruff: noqa: ARG001, ARG002, D102 - signatures and meaning are SQLAlchemy's
@@ -41,7 +41,7 @@ __all__ = ["VERSIONS", "ErrorText", "ExactText", "Version", "queue_log_table", "
 class ExactText(String):
     """Text compared byte for byte: ``A`` is not ``a``, and a trailing blank counts.
 
-    So it is on PostgreSQL and SQLite anyway; MySQL and MariaDB need to be told, each by a collation the other lacks.
+    PostgreSQL and SQLite do so anyway; MySQL and MariaDB need a collation, each one that the other lacks.
     """
 
 
@@ -52,7 +52,7 @@ def _exact_text_mysql(type_: ExactText, compiler: TypeCompiler, **kw: Any) -> st
 
 
 class ErrorText(TypeDecorator[str]):
-    """The text of an error, which may hold anything: what no database can store is written as an escape."""
+    """The text of an error, which may contain anything: characters that no database can store are written as escapes."""
 
     impl = Text
     cache_ok = True
@@ -86,7 +86,7 @@ def queue_log_table(metadata: MetaData, name: str = "queue_log", schema: str | N
 
 
 def table_of_version(version: int, metadata: MetaData, name: str, schema: str | None) -> Table:
-    """Return the table as it was in a version, or is."""
+    """Return the table of a version."""
     table = Table(
         name,
         metadata,
@@ -113,7 +113,7 @@ def table_of_version(version: int, metadata: MetaData, name: str, schema: str | 
 class _Index:
     """An index, by the part of its name that follows the table's.
 
-    A name is given once: under another condition, or over other columns, an index has another one.
+    A name is used once: an index with another condition, or on other columns, gets another name.
     """
 
     name: str
@@ -133,10 +133,10 @@ class _Index:
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """What one version of the table has that the one before has not.
+    """The columns and indexes that a version of the table adds.
 
     Attributes:
-        columns: Makes its new columns: nullable or with a server default, but for the first version's.
+        columns: Makes its new columns, which are nullable or have a server default, except in the first version.
         indexes: Its new indexes.
     """
 
@@ -158,7 +158,7 @@ def _first_columns() -> Sequence[Column[Any]]:
         Column("fingerprint", ExactText(64)),
         Column("attempt", Integer, nullable=False),
         Column("token", BigInteger, nullable=False),
-        # The last claimer since the message was recorded; null means that it was never claimed since.
+        # The last claimant since the message was recorded; null if it was never claimed.
         Column("worker", ExactText(255)),
         # Null unless processing.
         Column("lease_expires_at", UtcTimestamp()),

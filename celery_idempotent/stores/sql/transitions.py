@@ -39,7 +39,7 @@ __all__ = ["Transitions"]
 
 
 class Transitions(Verbs):
-    """Writes how a run, or a message, ended."""
+    """The verbs that write how a run, or a message, ended."""
 
     def __init__(self, table: Table, database: Database) -> None:
         super().__init__(table, database)
@@ -162,7 +162,7 @@ class _Statements:
 
         def fenced(**values: Any) -> _Fenced:
             written = update(table).where(has_key(table), processing).values(values)
-            # Another process that ends a run knows that its worker died, but not whether its body had ended before.
+            # A process that ends another's run knows that the worker died, but not whether the body had ended before.
             by_worker = written.where(worker, table.c.processed_status.is_(None))
             return _Fenced(directly(written.where(token)), directly(by_worker))
 

@@ -1,4 +1,4 @@
-"""Make a method a verb of the store."""
+"""Make a method a verb of the store: run it on a connection, and repeat it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROUNDS = 20
 
 
 class Verbs:
-    """What the verbs of each role have in common: the table, and where they run.
+    """The base of each role's verbs: the table, and the database.
 
     Args:
         table: The queue log.
@@ -45,7 +45,7 @@ class Verbs:
 
 
 def verb(method: Callable[Concatenate[S, Attempt, P], T]) -> Callable[Concatenate[S, P], T]:
-    """Run a method in an attempt, which its callers do not pass, and repeat it as far as that can help.
+    """Give a method an attempt, which its callers do not pass, and repeat it if that can help.
 
     If the connection broke, ``on.is_retry`` is true on the repeat: the first attempt may have taken effect.
     """

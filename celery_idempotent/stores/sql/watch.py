@@ -1,7 +1,7 @@
-"""Watch for a server that does not answer: ask it to give the statement up, then cut its connection, so that the caller learns of it.
+"""Watch for a server that does not answer: ask it to give up the statement, then cut the connection, so that the caller gets an error.
 
-Drivers limit how long a connection may take, but not how long an answer may. A server may be frozen, cut off from its disk, or waiting for
-a forgotten lock. Then it does not answer, and TCP finds nothing wrong with it.
+Drivers limit the time to connect, but not the time for an answer. A server may be frozen, cut off from its disk, or waiting for
+a forgotten lock. Then it does not answer, and TCP notices nothing.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ __all__ = ["Watch", "Watched", "beside_us"]
 
 logger = logging.getLogger("celery_idempotent")
 
-#: The part of the patience after which the server is asked to give up. Most servers then answer within the rest.
+#: After this part of the patience, ask the server to give up. Most servers then answer within the rest.
 _ASKED_AFTER = 0.9
 
 
 @dataclass(slots=True, eq=False)
 class Watched:
-    """A statement under way: for as long as its ``with`` block lasts.
+    """A statement under way, while its ``with`` block lasts.
 
     Attributes:
-        watch: What watches it.
-        descriptor: A duplicate of its socket's, so that it can name no other socket when the driver has closed that.
-        due: When its answer is overdue, by the monotonic clock.
-        cancel: Asks the server to give it up; ``None`` when there is no way to, or it was asked.
+        watch: The watch.
+        descriptor: A duplicate of the socket's, so that it cannot mean another socket after the driver has closed its own.
+        due: When its answer becomes overdue, by the monotonic clock.
+        cancel: Asks the server to give up; ``None`` if there is no way, or it was asked.
         cut: Whether its answer was overdue, and the connection was shut down.
     """
 
@@ -44,7 +44,7 @@ class Watched:
 
     @property
     def next(self) -> float:
-        """When something is to be done about it."""
+        """When to act next."""
         return self.due if self.cancel is None else self.due - self.watch.patience * (1 - _ASKED_AFTER)
 
     def __enter__(self) -> Self:
@@ -56,7 +56,7 @@ class Watched:
 
 
 class Watch:
-    """Watches statements for as long as they run: one thread per process, which ends when there is nothing to watch.
+    """Watches running statements, in one thread per process, which ends when there is nothing to watch.
 
     Args:
         patience: Seconds; > 0.
@@ -69,7 +69,7 @@ class Watch:
         self._thread: threading.Thread | None = None
 
     def over(self, descriptor: int, cancel: Callable[[], object] | None = None) -> Watched:
-        """Shut the socket down unless the block ends within the patience.
+        """Shut down the socket unless the block ends within the patience.
 
         Args:
             descriptor: The socket's.
@@ -92,7 +92,7 @@ class Watch:
 
     def _start(self) -> None:
         thread = threading.Thread(target=self._run, name="celery-idempotent-watch", daemon=True)
-        # An interpreter on its way out starts no threads; what is written by then is written unwatched.
+        # An interpreter that shuts down starts no threads; its last statements are not watched.
         with contextlib.suppress(RuntimeError):
             thread.start()
             self._thread = thread
@@ -116,7 +116,7 @@ class Watch:
             time.sleep(max(0.0, pause))  # a statement that comes meanwhile is due later than these
 
     def _forget(self, watched: Watched) -> None:
-        # By the block or the thread, the first of the two; by the thread alone if a signal (a soft time limit) broke into `over`.
+        # By the block or the thread, whichever is first; only by the thread if a signal (a soft time limit) interrupted `over`.
         if watched in self._watched:
             self._watched.remove(watched)
             os.close(watched.descriptor)
@@ -133,7 +133,7 @@ def _shut_down(descriptor: int) -> None:
 
 
 def beside_us(cancel: Callable[[], object]) -> threading.Thread:
-    """Ask a server to give up, in a thread that need not be waited for: the server may be out of reach."""
+    """Ask a server to give up, in a separate thread, because the server may be out of reach."""
 
     def ask() -> None:
         try:
@@ -142,6 +142,6 @@ def beside_us(cancel: Callable[[], object]) -> threading.Thread:
             logger.debug("a statement could not be cancelled: %s", error)
 
     thread = threading.Thread(target=ask, name="celery-idempotent-cancel", daemon=True)
-    with contextlib.suppress(RuntimeError):  # an interpreter on its way out starts no threads
+    with contextlib.suppress(RuntimeError):  # an interpreter that shuts down starts no threads
         thread.start()
     return thread

@@ -1,4 +1,4 @@
-"""The table's statements as text, for a database that a DBA changes by hand."""
+"""Return the table's statements as text, for a DBA who changes the database by hand."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ __all__ = ["changes_between"]
 
 
 def changes_between(since: int, *, dialect: str, name: str, schema: str | None) -> list[Change]:
-    """Return what takes a table of one version to this version's.
+    """Return the changes that take a table of one version to this version.
 
     Args:
-        since: The version; 0 for a table that is not there.
+        since: The version; 0 if there is no table.
         dialect: ``postgresql``, ``mariadb``, ``mysql`` or ``sqlite``.
         name: The table's name.
-        schema: The schema or database it lives in, if that is to be said.
+        schema: The schema or database of the table; ``None`` for the connection's.
 
     Raises:
         ConfigurationError: There is no such version.

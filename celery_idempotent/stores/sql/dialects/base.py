@@ -33,17 +33,19 @@ __all__ = ["Dialect", "Fault", "OnConflict"]
 class Fault(Enum):
     """What a database error means for the operation that met it."""
 
-    LOST = auto()  # the connection broke: whether the statement took effect is not known
-    COLLISION = auto()  # deadlock, serialization failure, busy: it did not take effect, and may at once be repeated
+    LOST = auto()  # the connection broke: the statement may have taken effect
+    COLLISION = auto()  # deadlock, serialization failure, busy: it did not take effect, and may be repeated at once
     UNAVAILABLE = auto()  # it did not take effect, and will not for now
-    MOVED = auto()  # it did not take effect: this server takes no writes any more; it may at once be repeated elsewhere
+    MOVED = (
+        auto()
+    )  # it did not take effect: this server takes no writes any more; it may be repeated on another one at once
     DENIED = auto()  # as UNAVAILABLE; the server answered: no such database, or no such account
     SCHEMA = auto()  # a table or column is not there
     OTHER = auto()  # the statement or its data are at fault: repeating it changes nothing
 
 
 class Dialect(ABC):
-    """How one kind of database says what the statements need."""
+    """What one kind of database needs in its statements and connections."""
 
     #: What SQLAlchemy calls databases of this kind.
     names: ClassVar[tuple[str, ...]]
@@ -60,19 +62,19 @@ class Dialect(ABC):
         replaced: Collection[str] = (),
         free: ColumnElement[bool] | None = None,
     ) -> Executable:
-        """Return an insert that yields to a row that has the key, without an error to the transaction around it.
+        """Return an insert that does nothing if a row has the key, without an error in the transaction around it.
 
-        Where the database can say so in the same statement, a row that has the key and is ``free`` takes on the values
-        of the ``replaced`` columns instead; where it cannot, the caller does that next.
+        If the database can do so in one statement, a row that has the key and is ``free`` gets the values of the ``replaced``
+        columns instead; otherwise the caller does that next.
         """
 
     @abstractmethod
     def inserted(self, connection: Connection, insert: Executable, parameters: Mapping[str, Any]) -> bool:
-        """Execute such an insert. Returns whether a row was written."""
+        """Execute such an insert; return whether a row was written."""
 
     @abstractmethod
     def insert_all(self, table: Table, values: Mapping[str, Any]) -> Executable:
-        """Return an insert of many rows, which yields to rows that have their keys where the database can say so."""
+        """Return an insert of many rows. Where the database can, it leaves out rows whose keys exist."""
 
     @abstractmethod
     def inserted_keys(
@@ -81,39 +83,39 @@ class Dialect(ABC):
         """Execute such an insert, for some hundreds of rows in one statement.
 
         Returns:
-            The keys of the rows that were written; ``None`` when none was, and they have to be written one by one.
+            The keys of the rows that were written; ``None`` if none was, so that they must be written one by one.
         """
 
-    #: What tells apart rows that were recorded at the same moment, by which came first; ``None`` where the clock ticks in
-    #: microseconds, which is less than a statement takes.
+    #: The order of rows that were recorded at the same moment; ``None`` if the clock ticks in microseconds, which is less than a
+    #: statement takes.
     recorded_order: ClassVar[ColumnElement[Any] | None] = None
 
     def as_of_now(self, query: Select[Any]) -> Select[Any]:
-        """Return the query, made to see what an insert in its transaction has met, even if that is newer than the transaction's snapshot."""
+        """Return the query so that it sees the row that an insert has met, even if that is newer than the transaction's snapshot."""
         return query
 
     @abstractmethod
     def next_token(self, token: ColumnElement[int]) -> ColumnElement[int]:
-        """Return the token's next value, for the ``SET`` clause of an update whose token is asked for."""
+        """Return the token's next value, for the ``SET`` clause of an update that returns its token."""
 
     @abstractmethod
     def telling_token(self, update: Update, table: Table) -> Executable:
-        """Return the update, made to tell the token that it wrote."""
+        """Return the update so that it returns the token that it wrote."""
 
     @abstractmethod
     def token(self, result: CursorResult[Any]) -> int | None:
-        """Return what such an update told; ``None`` when it changed no row."""
+        """Return the token of such an update; ``None`` if it changed no row."""
 
     def like(self, column: ColumnElement[str], pattern: str) -> ColumnElement[bool]:
-        """Return whether the column matches a pattern with ``*`` and ``?``, by case."""
+        """Return whether the column matches a pattern with ``*`` and ``?``, case-sensitively."""
         escaped = pattern.replace("!", "!!").replace("%", "!%").replace("_", "!_")
         return column.like(escaped.replace("*", "%").replace("?", "_"), escape="!")
 
     def exact(self, column: ColumnElement[str]) -> ColumnElement[str]:
-        """Return a column of any text, compared by case."""
+        """Return a column of any text, compared case-sensitively."""
         return column
 
-    #: Names and values of the settings that the store's promise depends on; see the port's ``configuration``.
+    #: Reads the settings that the store's guarantees depend on; see the port's ``configuration``.
     configuration: ClassVar[Executable]
 
     @abstractmethod
@@ -121,11 +123,11 @@ class Dialect(ABC):
         """Return what an error means."""
 
     def transaction_status(self, connection: Any) -> TransactionStatus:
-        """Return how the transaction of a driver's connection stands in the database."""
+        """Return the state of the transaction on a driver's connection."""
         return TransactionStatus.UNKNOWN
 
     def socket(self, connection: Any) -> int | None:
-        """Return the descriptor of a driver's connection; ``None`` when there is none, or it is closed, or the driver does not tell."""
+        """Return the file descriptor of a driver's connection; ``None`` if there is none, it is closed, or the driver has no API for it."""
         return None
 
     def exists(self, url: URL) -> bool:
@@ -145,11 +147,11 @@ class Dialect(ABC):
         return
 
     def in_autocommit(self, engine: Engine) -> Engine:
-        """Return an owner's engine, with connections in autocommit."""
+        """Return a user's engine, with connections in autocommit."""
         return engine.execution_options(isolation_level="AUTOCOMMIT")
 
     def autocommit(self, connection: Connection) -> AbstractContextManager[None]:
-        """Have each statement on such a connection stand for itself."""
+        """Make each statement on such a connection a transaction by itself."""
         return nullcontext()
 
     def furnish(self, driver: object, connection: Any, *, limit: float | None, ours: bool) -> None:
@@ -160,7 +162,7 @@ class Dialect(ABC):
             connection: In autocommit when there is a limit.
             limit: Seconds for which the server works on one statement; ``None`` on connections for atomic bodies, whose statements may take
                 as long as they like.
-            ours: Whether the store chose how to connect; else the owner of an engine did.
+            ours: Whether the store chose how to connect; otherwise the user, who gave an engine.
 
         Raises:
             ConfigurationError: The server cannot be used like this; the text says what to change.
@@ -168,11 +170,11 @@ class Dialect(ABC):
         return
 
     def setup(self, connection: Any) -> dict[str, str]:
-        """Return how an engine's owner set up a driver's connection, in addition to the server's ``configuration``."""
+        """Return how the user's engine set up a driver's connection, in addition to the server's ``configuration``."""
         return {}
 
     def unlimited(self, connection: Connection) -> AbstractContextManager[None]:
-        """For the statements inside, lift the limit that the connection was furnished with."""
+        """Lift the connection's time limit for the statements inside."""
         return nullcontext()
 
     def timed_out(self, error: DBAPIError) -> bool:
@@ -186,13 +188,13 @@ class Dialect(ABC):
             connection: That connection.
             another: Opens another one.
 
-        To be called in another thread. It may block for seconds, and may fail with any error of the driver's.
+        Call it in another thread. It may block for seconds, and may raise any error of the driver.
         """
         return None
 
 
 class OnConflict(Dialect):
-    """A dialect with ``ON CONFLICT`` and ``RETURNING``: one statement decides, and tells what it decided."""
+    """A dialect with ``ON CONFLICT`` and ``RETURNING``: one statement decides, and returns its decision."""
 
     #: The dialect's own ``insert()``; both have the same methods.
     _insert: ClassVar[type[postgresql.Insert | sqlite.Insert]]
@@ -224,7 +226,7 @@ class OnConflict(Dialect):
     def inserted_keys(
         self, connection: Connection, insert: Executable, parameters: Sequence[Mapping[str, Any]]
     ) -> set[tuple[str, str]] | None:
-        # As it returns something, SQLAlchemy makes one statement of all rows.
+        # Because of RETURNING, SQLAlchemy makes one statement of all rows.
         return {(message_id, task_name) for message_id, task_name in connection.execute(insert, list(parameters))}
 
     def next_token(self, token: ColumnElement[int]) -> ColumnElement[int]:

@@ -1,4 +1,4 @@
-"""MySQL and MariaDB: neither ``ON CONFLICT`` nor, in common, ``RETURNING``."""
+"""MySQL and MariaDB, which have no ``ON CONFLICT`` and not both ``RETURNING``."""
 
 # ruff: noqa: ARG001, ARG002, D102 - documented in the base class
 
@@ -38,7 +38,7 @@ _DUPLICATE_KEY = 1062
 _COLLISIONS = {1020, 1205, 1213}
 #: Unknown column, unknown table.
 _SCHEMA = {1054, 1146}
-#: Errors that time or an operator ends, out of those that PyMySQL calls OperationalError (anything it has no name for).
+#: Errors that pass with time or by an operator, among those that PyMySQL raises as OperationalError (all that it has no class for).
 _UNAVAILABLE = {
     *(1040, 1203, 1226),  # too many connections, of a user, of a resource
     *(1021, 1030, 1037, 1041, 1114, 3675),  # disk full, storage error, out of memory, table full
@@ -59,15 +59,15 @@ _MOVED = {1290, 1792, 1836}
 #: The statement took too long, or was interrupted.
 _TIMED_OUT = {1317, 1969, 3024}
 
-#: Seconds to reach the server, and for each of its words until it has let us in.
+#: Seconds to reach the server, and for each of its messages until the login is done.
 _CONNECT_TIMEOUT = 10
 
 
 class MySQL(Dialect):
-    """A plain insert whose duplicate key is the answer; ``LAST_INSERT_ID(token + 1)`` carries a token out of an update."""
+    """A plain insert, whose duplicate-key error says that the row exists; ``LAST_INSERT_ID(token + 1)`` returns an update's token."""
 
     names = ("mysql", "mariadb")
-    # Not by `@@name`: MySQL and MariaDB call the first of them differently, and each refuses what it has not got.
+    # Not by `@@name`: MySQL and MariaDB have different names for the first, and each refuses an unknown name.
     configuration = text(
         "SHOW VARIABLES WHERE Variable_name IN ('transaction_isolation', 'tx_isolation', 'innodb_snapshot_isolation', "
         "'innodb_flush_log_at_trx_commit', 'sync_binlog', 'read_only')"
@@ -99,18 +99,18 @@ class MySQL(Dialect):
     def inserted_keys(
         self, connection: Connection, insert: Executable, parameters: Sequence[Mapping[str, Any]]
     ) -> set[tuple[str, str]] | None:
-        if not connection.dialect.insert_returning:  # as MariaDB has it since 10.5, and MySQL has not
+        if not connection.dialect.insert_returning:  # MariaDB has it since 10.5, MySQL has not
             return None
         try:
             return {(message_id, task_name) for message_id, task_name in connection.execute(insert, list(parameters))}
         except IntegrityError as error:
-            # One of them is there, and the statement has written none.
+            # One of the keys exists, so the statement has written no row.
             if _code(error) == _DUPLICATE_KEY:
                 return None
             raise
 
     def as_of_now(self, query: Select[Any]) -> Select[Any]:
-        # At REPEATABLE READ, which is the default. The insert has left such a lock on the row already.
+        # For REPEATABLE READ, the default. The insert has left such a lock on the row already.
         return query.with_for_update(read=True)
 
     def next_token(self, token: ColumnElement[int]) -> ColumnElement[int]:
@@ -120,7 +120,7 @@ class MySQL(Dialect):
         return update
 
     def token(self, result: CursorResult[Any]) -> int | None:
-        # It travels in the OK packet of the update itself. SQLAlchemy asks for CLIENT.FOUND_ROWS: a matched row counts.
+        # It comes in the OK packet of the update itself. SQLAlchemy asks for CLIENT.FOUND_ROWS: a matched row counts.
         return result.lastrowid if result.rowcount else None
 
     def exact(self, column: ColumnElement[str]) -> ColumnElement[str]:
@@ -153,7 +153,7 @@ class MySQL(Dialect):
         return _code(error) in _TIMED_OUT
 
     def socket(self, connection: Any) -> int | None:
-        # PyMySQL does not tell in public; of another driver's connections nothing is known.
+        # PyMySQL has no public API for it, and other drivers have none.
         descriptor = getattr(getattr(connection, "_sock", None), "fileno", lambda: -1)()
         return None if descriptor < 0 else int(descriptor)
 
@@ -171,11 +171,11 @@ class MySQL(Dialect):
             _skip_autocommit_rollback(opened)
 
     def furnish(self, driver: object, connection: Any, *, limit: float | None, ours: bool) -> None:
-        # Without strict mode an id that is too long would be cut, and two ids become one. For an engine of its owner's it is theirs to say.
+        # Without strict mode, a too long id would be cut, and two ids could become one. A user's engine is the user's responsibility.
         settings = [_STRICT] if ours else []
         if limit is not None:
             settings += [
-                # A lower limit that is set already stays; 0 is none.
+                # Keep a lower limit that is already set; 0 is none.
                 f"{name} = IF(@@{name} > 0, LEAST(@@{name}, {value:g}), {value:g})"
                 for name, value in _limits(connection, limit).items()
             ]
@@ -225,7 +225,7 @@ def _execute(connection: Any, statement: str) -> None:
 
 
 def _kill(number: int, another: Callable[[], PoolProxiedConnection]) -> None:
-    """End the statement of a connection; it has to be said on another one, by the same account."""
+    """End the statement of a connection, from another connection of the same account."""
     connection = another()
     try:
         _execute(connection, f"KILL QUERY {number}")
@@ -234,7 +234,7 @@ def _kill(number: int, another: Callable[[], PoolProxiedConnection]) -> None:
 
 
 def _take_your_time(connection: Any, record: Any) -> None:
-    """Once connected, it is for the store to say how long an answer may take."""
+    """Lift the read timeout after connecting: from then on the store limits how long an answer may take."""
     connection._read_timeout = None  # noqa: SLF001 - it has no other name
 
 

@@ -1,4 +1,4 @@
-"""PostgreSQL, and what speaks its language: nothing here is beyond CockroachDB and YugabyteDB."""
+"""PostgreSQL and compatible databases: CockroachDB and YugabyteDB support all that is used here."""
 
 # ruff: noqa: ARG002, D102 - documented in the base class
 
@@ -30,7 +30,7 @@ _MOVED = {"25006"}
 #: query_canceled: by its own limit, by us, or by an operator.
 _CANCELED = "57014"
 
-#: What a server that is there says to an account that it does not let in, and PgBouncer in its place.
+#: The texts with which a server, or PgBouncer, refuses an account.
 _DENIED = re.compile(
     r'FATAL: +(?:(?:database|role) "[^\n]*" does not exist|(?:password|SASL) authentication failed|no pg_hba\.conf entry|no such database'
     r'|permission denied for database|role "[^\n]*" is not permitted to log in)|no password supplied'
@@ -39,18 +39,17 @@ _DENIED = re.compile(
 #: libpq's PQTRANS_IDLE and PQTRANS_INERROR: after an error PostgreSQL answers a commit by a rollback.
 _STATUS = {0: TransactionStatus.NONE, 3: TransactionStatus.FAILED}
 
-#: Seconds to reach the server; libpq itself waits for as long as TCP does, which is minutes.
+#: Seconds to reach the server; libpq itself waits as long as TCP, for minutes.
 _CONNECT_TIMEOUT = 10
 
-#: How often psycopg executes a statement before it gives it a name, where it may.
+#: How often psycopg executes a statement before it prepares it under a name.
 _NAMED_AFTER = 5
 
-#: Seconds for the server to take note of a cancellation.
+#: Seconds for the server to accept a cancellation.
 _CANCEL_TIMEOUT = 5.0
 
-#: Whether the server's process is the one that we were told of as we connected; and the lower limit of a statement, ours or the one that is set
-#: already. A pooler tells of a process that is none: it has fewer of them than clients, and what a session is set to, or has named, meets
-#: the next client of it.
+#: Whether the server's process is the one reported at the login, and the lower statement limit: ours, or the one already set. A pooler
+#: reports a made-up process: it has fewer sessions than clients, so session settings and prepared statements would reach the next client.
 _LOOK = (
     "SELECT pg_backend_pid() = %(pid)s,"
     " LEAST(NULLIF(EXTRACT(EPOCH FROM current_setting('statement_timeout')::interval) * 1000, 0), %(limit)s)::int"
@@ -97,7 +96,7 @@ class PostgreSQL(OnConflict):
         return None if tell is None or connection.closed else int(tell())
 
     def options(self, url: URL) -> dict[str, Any]:
-        # A database in SQL_ASCII leaves it to the client to guess, and psycopg then gives bytes.
+        # A database in SQL_ASCII does not know its encoding, and psycopg then returns bytes.
         wanted = {"connect_timeout": _CONNECT_TIMEOUT, "client_encoding": "utf8"}
         arguments: dict[str, Any] = {name: value for name, value in wanted.items() if name not in url.query}
         if url.get_driver_name() == "psycopg":
@@ -113,7 +112,7 @@ class PostgreSQL(OnConflict):
         direct, milliseconds = _ask(connection, _LOOK, pid=connection.info.backend_pid, limit=wanted)
         if direct:
             _ask(connection, _SET, limit=str(milliseconds))
-            # A statement with a name is planned once for its connection.
+            # A prepared statement is planned once for its connection.
             if ours and limit is not None and hasattr(connection, "prepare_threshold"):
                 connection.prepare_threshold = _NAMED_AFTER
         elif not iso:
@@ -161,7 +160,7 @@ class PostgreSQL(OnConflict):
 
 
 def _is_denied(text: str) -> bool:
-    """Return whether all servers that were tried let nobody in. libpq gives no code for that, and its words in English only are known."""
+    """Return whether all servers that were tried refused the account. libpq gives no code for that, so this knows only its English texts."""
     return len(_DENIED.findall(text)) >= max(1, text.count("connection to server at"))
 
 
@@ -175,17 +174,17 @@ def _ask(connection: Any, question: str, **parameters: Any) -> Any:
 
 
 class _Limited:
-    """What tells cursors apart whose statements carry their limit with them.
+    """Marks the cursors that send a limit with each statement.
 
     Attributes:
-        unlimited: The same without.
+        unlimited: The same cursors without a limit.
     """
 
     unlimited: type[Any]
 
 
 def _limited(cursors: Any, milliseconds: int) -> type[_Limited]:
-    """Cursors that send each statement in one message with its limit, which ends with the transaction that the message is."""
+    """Cursors that send each statement in one message with its limit. The message is one transaction, with which the limit ends."""
 
     class Limited(cursors, _Limited):  # type: ignore[misc]
         unlimited = cursors
@@ -194,7 +193,7 @@ def _limited(cursors: Any, milliseconds: int) -> type[_Limited]:
             if not isinstance(query, str):  # the driver's own
                 return super().execute(query, *args, **kwargs)
             super().execute(f"SET LOCAL statement_timeout = {milliseconds}; {query}", *args, **kwargs)
-            # psycopg begins with the first of the answers; psycopg2 has the last alone.
+            # psycopg starts at the first result; psycopg2 has only the last.
             while hasattr(self, "pgresult") and self.nextset():
                 pass
             return self

@@ -30,7 +30,7 @@ BUSY_TIMEOUT = 30.0
 
 
 class SQLite(OnConflict):
-    """As PostgreSQL, in one file: write-ahead log, every commit synced to disk."""
+    """SQL as for PostgreSQL, in one file with a write-ahead log; every commit is synced to disk."""
 
     names = ("sqlite",)
     creates_table = True
@@ -44,7 +44,7 @@ class SQLite(OnConflict):
     )
 
     def like(self, column: ColumnElement[str], pattern: str) -> ColumnElement[bool]:
-        # LIKE takes no notice of case here; GLOB does, and its only other wildcard is the bracket.
+        # LIKE ignores case here. GLOB does not; its only other wildcard is the bracket.
         return column.op("GLOB", is_comparison=True)(pattern.replace("[", "[[]"))
 
     def fault(self, error: DBAPIError) -> Fault:
@@ -62,11 +62,11 @@ class SQLite(OnConflict):
         return Fault.OTHER
 
     def transaction_status(self, connection: Any) -> TransactionStatus:
-        # After some errors, as for want of room, SQLite has rolled back itself.
+        # After some errors, such as a full disk, SQLite has rolled back by itself.
         return TransactionStatus.OPEN if connection.in_transaction else TransactionStatus.NONE
 
     def exists(self, url: URL) -> bool:
-        # What begins with "file:" is a URI, which may say anything.
+        # A name that begins with "file:" is a URI, with any options.
         return in_memory(url) or str(url.database).startswith("file:") or Path(str(url.database)).exists()
 
     def options(self, url: URL) -> dict[str, Any]:
@@ -85,11 +85,11 @@ class SQLite(OnConflict):
         event.listen(opened, "begin", begin)
 
     def in_autocommit(self, engine: Engine) -> Engine:
-        return engine  # SQLAlchemy's way to autocommit leaves the driver in another mode than its owner's
+        return engine  # SQLAlchemy's autocommit would leave the driver in another mode than the user set
 
     @contextmanager
     def autocommit(self, connection: Connection) -> Iterator[None]:
-        # What listeners do at the beginning of a transaction, they do now. SQLAlchemy's recipes for SQLite begin one in the database there,
+        # Listeners for the beginning of a transaction run now. SQLAlchemy's recipes for SQLite begin one in the database there,
         # which is never committed; or have the driver do that, always (`autocommit=False`, since Python 3.12).
         connection.begin()
         driver = cast("Any", connection.connection.driver_connection)
@@ -114,20 +114,20 @@ def in_memory(url: URL) -> bool:
 
 
 def _make_private(dialect: object, record: object, arguments: list[Any], named: object) -> None:
-    """Let a file that is not there yet be its owner's alone: it holds arguments and results. What is there keeps its mode.
+    """Create a new file so that only its owner may read it: it contains arguments and results. An existing file keeps its mode.
 
-    SQLite would make it for all to read, and gives its journals the same mode. What a URI beginning with "file:" names is left to SQLite.
+    SQLite would let everyone read it. Its journals get the same mode. A file named by a URI ("file:") is left to SQLite.
     """
     path = str(arguments[0])
     if path != ":memory:" and not path.startswith("file:"):
-        with contextlib.suppress(OSError):  # it is there; or it cannot be made, which SQLite says better
+        with contextlib.suppress(OSError):  # it exists; or it cannot be created, which SQLite reports better
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
 
 
 def _set_pragmas(connection: sqlite3.Connection, record: Any) -> None:
-    import sqlite3  # a driver like any other: not before there is a store that needs it
+    import sqlite3  # imported like any driver: only for a store that needs it
 
-    # Changing the journal's mode answers "locked" without waiting busy_timeout out when another process does the same.
+    # If another process changes the journal's mode too, SQLite answers "locked" without waiting for busy_timeout.
     deadline = time.monotonic() + BUSY_TIMEOUT
     while True:
         try:
@@ -137,5 +137,5 @@ def _set_pragmas(connection: sqlite3.Connection, record: Any) -> None:
             if "locked" not in str(error) or time.monotonic() > deadline:
                 raise
             time.sleep(0.01)
-    # NORMAL loses the last commits at a power cut: a lost claim or completion runs a task twice.
+    # NORMAL loses the last commits in a power cut. A lost claim or completion would run a task twice.
     connection.execute("PRAGMA synchronous = FULL").close()
