@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = ["open_store"]
 
-#: The group of entry points by which a package offers a store: named as the URL's scheme, called with the URL and ``table=``.
+#: The group of entry points for stores of other packages: each is named like its URL's scheme, and called with the URL and ``table=``.
 STORES = "celery_idempotent.stores"
 
 _OF_SQL = {"postgres", "postgresql", "mysql", "mariadb", "sqlite"}
@@ -33,13 +33,13 @@ def open_store(url: str | URL, *, table: str = "queue_log") -> Store:
     Raises:
         ConfigurationError: The URL is not valid, names no kind of store there is, or its driver is not installed.
     """
-    # On first use: SQLAlchemy takes a while to import, and a producer's module may only want to declare its tasks.
+    # On first use: SQLAlchemy takes a while to import, and a module may only declare its tasks.
     scheme = url.partition("://")[0] if isinstance(url, str) else url.drivername
     if scheme in _OF_REDIS and isinstance(url, str):
         from celery_idempotent.stores.redis import RedisStore
 
         return RedisStore(url, table=table)
-    if scheme.partition("+")[0] not in _OF_SQL:  # to look among all installed packages takes milliseconds
+    if scheme.partition("+")[0] not in _OF_SQL:  # a search of all installed packages takes milliseconds
         for found in entry_points(group=STORES, name=scheme):
             store: Store = found.load()(url, table=table)
             return store

@@ -9,7 +9,7 @@ __all__ = ["in_batches"]
 
 T = TypeVar("T")
 
-#: Messages that one statement, or one round trip, is about; at most.
+#: Messages in one statement, or one round trip, at most.
 _AT_ONCE = 500
 
 

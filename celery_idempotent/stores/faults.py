@@ -1,4 +1,4 @@
-"""Errors that both stores raise alike."""
+"""Errors that both stores raise."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def unavailable(
 
     Args:
         text: What happened.
-        sent: Whether what it was asked may have taken effect.
+        sent: Whether the request may have taken effect.
         kind: The error's class.
     """
     error = kind(text)
@@ -27,12 +27,12 @@ def statuses_of(status: str, processed: str | None, *, of: tuple[str, ...]) -> t
     """Return both statuses of a row.
 
     Args:
-        status: What stands in ``status``.
-        processed: What stands in ``processed_status``.
-        of: What the row is known by, for the error.
+        status: The text in ``status``.
+        processed: The text in ``processed_status``.
+        of: The row's key, for the error.
 
     Raises:
-        StoreError: One is a word that this library does not write.
+        StoreError: This library does not write such a status.
     """
     try:
         return Status(status), None if processed is None else ProcessedStatus(processed)

@@ -1,4 +1,4 @@
-"""The store's URL: the forms that users of Celery know, mistakes told, passwords kept out of texts."""
+"""The store's URL: accept the forms that users of Celery know, explain mistakes, keep passwords out of texts."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _EXAMPLE = (
     "sentinel://host:26379;sentinel://host:26379/0?master_name=name or redis+cluster://host:6379"
 )
 
-#: Calls that a process makes at once, unless the URL says otherwise (``max_connections``). One takes a millisecond.
+#: Simultaneous calls of a process, unless the URL says otherwise (``max_connections``). A call takes a millisecond.
 AT_ONCE = 20
 
-#: Options of a client rather than of a connection: what they ask for is the store's own business.
+#: Options of a client rather than of a connection: the store decides on these itself.
 _NOT_OURS = ("decode_responses", "encoding", "encoding_errors", "protocol", "retry_on_timeout")
-#: What a URL of Celery's calls ssl_cert_reqs, and what redis-py does.
+#: The values of ssl_cert_reqs in Celery's URLs, and redis-py's names for them.
 _CERT_REQS = {"CERT_NONE": "none", "CERT_OPTIONAL": "optional", "CERT_REQUIRED": "required"}
 _KINDS: dict[str, Literal["server", "sentinel", "cluster"]] = {
     "redis": "server",
@@ -38,17 +38,17 @@ _KINDS: dict[str, Literal["server", "sentinel", "cluster"]] = {
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where the log is, and how one connects to it.
+    """The address of the log, and the options of its connections.
 
     Attributes:
         kind: A single server; the one that Sentinels name as the master; or a cluster.
         text: The URL for people, without its password.
-        hosts: Host and port of each server that was named; none for a socket in the file system.
+        hosts: Host and port of each named server; none for a socket in the file system.
         connection: The class of connections.
-        options: What every connection is made with, but for its host and port.
+        options: The options of every connection, except its host and port.
         master_name: What the Sentinels call the master.
-        sentinel_options: What a connection to a Sentinel is made with.
-        at_once: How many calls a process makes at once, and so how many connections to one server it keeps.
+        sentinel_options: The options of a connection to a Sentinel.
+        at_once: How many simultaneous calls a process makes, and so how many connections to one server it keeps.
     """
 
     kind: Literal["server", "sentinel", "cluster"]
@@ -72,7 +72,7 @@ def parse(url: str) -> Address:
         raise ConfigurationError(f"the store's URL begins with {scheme}://, which is not known; {_EXAMPLE}")
     try:
         address = _parse(url, scheme, _KINDS[scheme])
-        # Makes no connection, and tells an option that there is not.
+        # It connects nowhere, and refuses unknown options.
         address.connection(**address.options)
     except ConfigurationError:
         raise
@@ -84,7 +84,7 @@ def parse(url: str) -> Address:
 
 
 def _parse(url: str, scheme: str, kind: Literal["server", "sentinel", "cluster"]) -> Address:
-    # Sentinels, as Celery has them: one URL each, with semicolons between them, and the rest after the last.
+    # Sentinels as in Celery: one URL each, separated by semicolons, and the rest after the last.
     parts = [urlsplit(part if "://" in part else f"{scheme}://{part}") for part in url.split(";")]
     last = parts[-1]
     if kind == "server" and (len(parts) > 1 or "," in last.netloc.rpartition("@")[2]):

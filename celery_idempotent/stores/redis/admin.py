@@ -1,4 +1,4 @@
-"""The operators' verbs besides reading: forget a row, count what may be purged, report how the log and its servers stand."""
+"""The operators' verbs besides reading: forget a row, count what may be purged, report the health of the log."""
 
 # ruff: noqa: D102 - the verbs are documented in the port
 
@@ -93,7 +93,7 @@ return {at(now), due > now and at(due) or '', lapsed, unsent, done}
 """
 )
 
-#: What tells of the settings, and which account may ask it is another matter: either will do.
+#: The commands that return settings. An account may be allowed only one of them, which suffices.
 _ASK = (
     (b"CONFIG", b"GET", b"append*"),
     (b"CONFIG", b"GET", b"maxmemory*"),
@@ -109,7 +109,7 @@ _FROM_INFO: Mapping[str, tuple[str, Callable[[str], str]]] = {
 
 
 class Admin(Verbs):
-    """Forgets rows, and tells how the log and its servers stand."""
+    """The verbs that forget rows, and report the health of the log and the settings of its servers."""
 
     @verb
     def forget(self, on: ScriptSession, row: Row) -> bool:
@@ -166,10 +166,10 @@ def _which(pick: Callable[[list[datetime]], datetime], moments: Iterable[datetim
 
 
 def _settings(answers: list[Any]) -> dict[str, str]:
-    """Return what one server says of itself; a refusal says nothing."""
+    """Return the settings of one server; none if it refused."""
     settings: dict[str, str] = {}
     for answer in answers:
-        if isinstance(answer, bytes):  # INFO, of which there is more in CONFIG
+        if isinstance(answer, bytes):  # INFO, which has less than CONFIG
             lines = (line.partition(":") for line in answer.decode(errors="replace").splitlines())
             for name, _, value in lines:
                 if name in _FROM_INFO:

@@ -47,7 +47,7 @@ class Cluster(Server):
             if isinstance(ranges, Exception):
                 why = str(ranges)
                 continue
-            # A node that does not know its own host is the one that was asked.
+            # A node that does not know its own host is the one we asked.
             masters = parse_cluster_slots(ranges, current_host=place[0])
             found = {
                 tag: node["primary"]

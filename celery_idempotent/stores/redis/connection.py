@@ -2,7 +2,7 @@
 
 An idle connection that the server has closed is noticed at its socket, without a round trip. If a connection breaks during an operation, the
 operation is repeated once on a new one. Its first attempt may have taken effect, so the session tells the operation (``is_retry``).
-No answer is waited for longer than :data:`ANSWER`.
+It waits for an answer for :data:`ANSWER` seconds at most.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ ANSWER = 20.0
 #: Seconds to wait until a server accepts a connection.
 CONNECT = 10.0
 
-#: Refusals that pass, and after which nothing was done: no memory, no disk, someone's script that runs for too long, a failover.
+#: Temporary refusals, after which nothing was done: no memory, no disk, another script that runs too long, a failover.
 _PASSING = (OutOfMemoryError, MasterDownError, ClusterDownError, TryAgainError)
 _PASSING_TEXTS = ("MISCONF", "BUSY ", "NOREPLICAS", "UNKILLABLE")
 
 
 class Server:
-    """A server that has all shards. A fork never leaves a lock of it locked.
+    """A server that has all shards. It has no lock that a fork could leave locked.
 
     Args:
-        address: Where it is.
+        address: Its address.
         layout: The keys of the log.
         prepare: Called in each process before the first operation, until it succeeds.
     """
@@ -85,7 +85,7 @@ class Server:
             prepared: Whether the layout must be checked first; ``False`` for operations that do it themselves.
 
         Raises:
-            StoreUnavailableError: No connection, or it broke twice, or no answer, or a refusal that passes.
+            StoreUnavailableError: No connection, or it broke twice, or no answer, or a temporary refusal.
             StoreError: Any other refusal; a repeat would not change it.
         """
         is_retry = demoted = False
@@ -110,7 +110,7 @@ class Server:
                     f"the queue log at {self} cannot be reached: {error}", sent=is_retry or session.partly
                 ) from error
             except ReadOnlyError as error:
-                # It is no longer the master, and did nothing since: find the one that is.
+                # It is no longer the master, and did nothing: find the new master.
                 self.close()
                 is_retry = is_retry or session.partly
                 if demoted:
@@ -150,7 +150,7 @@ class Server:
 
     def _explained(self, error: ResponseError, sent: bool) -> StoreError:
         text = f"the queue log at {self} refused: {error}"
-        # For want of memory only what would begin a row is refused, and then nothing of it was done.
+        # Without memory, a server refuses only what would begin a row, and then nothing of it was done.
         if isinstance(error, _PASSING) or str(error).startswith(_PASSING_TEXTS):
             return unavailable(text, sent=sent)
         return StoreError(text)

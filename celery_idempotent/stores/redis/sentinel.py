@@ -1,4 +1,4 @@
-"""A server that Sentinels watch. They are asked for the master whenever a connection is made."""
+"""A server that Sentinels watch. Ask them for the master before each new connection."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from celery_idempotent.stores.redis.pool import Connection, Place, ask, read_rep
 
 __all__ = ["Sentinels"]
 
-#: A Sentinel has two seconds to answer before the next one is asked.
+#: Seconds for a Sentinel to answer, before the next one is asked.
 _OPTIONS: Mapping[str, Any] = {"socket_connect_timeout": 2.0, "socket_timeout": 2.0, "retry": Retry(NoBackoff(), 0)}
 
 
@@ -29,7 +29,7 @@ class Sentinels(Server):
         # A Sentinel that was cut off may name a former master.
         ask(connection, [(b"ROLE",)])
         (role,) = read_replies(connection, 1)
-        # If the account may not ask, the first write tells.
+        # If the account may not ask, the first write shows it.
         if not isinstance(role, ResponseError) and role[0] != b"master":
             connection.disconnect()
             raise ConnectionError(f"{host}:{port}, which the Sentinels call the master, is a {role[0].decode()}")

@@ -60,7 +60,7 @@ class ScriptSession:
         self.is_retry = is_retry
         #: Whether one server has all shards, and one clock.
         self.whole = server.whole
-        #: Whether calls took effect that were made together with one that was refused.
+        #: Whether some calls of a round trip took effect although another was refused.
         self.partly = False
         self._server = server
         self._connections = connections
@@ -96,7 +96,7 @@ class ScriptSession:
         return answers
 
     def call_each(self, script: Script, arguments: Sequence[tuple[int, Sequence[Argument]]]) -> list[Any]:
-        """Call a script for some shards with arguments for each; return their answers, all of one moment if one server has them."""
+        """Call a script for some shards with arguments for each; return their answers, from one moment if one server has them all."""
         calls = [Call(script, (self.layout.tags[shard],), some) for shard, some in arguments]
         return self.send(calls, at_one_moment=self.whole and len(calls) > 1)
 
@@ -115,8 +115,8 @@ class ScriptSession:
         """Make calls in one round trip; return their answers.
 
         Args:
-            calls: In this order.
-            at_one_moment: Whether no one else's may come between them. Only where one server has all shards.
+            calls: The calls, in this order.
+            at_one_moment: Whether no other call may come between them. Only if one server has all shards.
         """
         answers = self._exchange(calls, at_one_moment)
         rounds = _ROUNDS
@@ -183,7 +183,7 @@ class ScriptSession:
 
 
 def _read_transaction(connection: Connection, number: int) -> list[Any]:
-    """Read the answers to a transaction of so many commands.
+    """Read the answers to a transaction.
 
     Raises:
         redis.exceptions.ResponseError: It was refused as a whole.

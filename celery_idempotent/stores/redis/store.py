@@ -26,7 +26,7 @@ __all__ = ["RedisStore"]
 
 _SERVERS: dict[str, type[Server]] = {"server": Server, "sentinel": Sentinels, "cluster": Cluster}
 
-# Whether it was made now, and its version.
+# Whether the layout was marked now, and its version.
 _INIT = Script("""
 local made = redis.call('SETNX', tag .. ':layout', ARGV[1])
 return {made, redis.call('GET', tag .. ':layout')}
@@ -47,7 +47,7 @@ class RedisStore(Recording, Claims, Transitions, Recovering, Reading, Admin):
     Args:
         url: As for :func:`~celery_idempotent.stores.open_store`: ``redis://``, ``rediss://``, ``redis+socket://``,
             ``sentinel://`` or ``redis+cluster://``.
-        table: What all keys of this log begin with, in braces; the name itself has none.
+        table: The prefix of all keys of this log, where it stands in braces; the name itself has none.
 
     Raises:
         ConfigurationError: The URL or the table is not valid.
@@ -82,7 +82,7 @@ class RedisStore(Recording, Claims, Transitions, Recovering, Reading, Admin):
         self._server.close()
 
     def _init(self, on: ScriptSession) -> bool:
-        """Mark the layout as this version's, unless it is marked; whether that was done now."""
+        """Mark the layout as this version's, unless it is marked; return whether that was done now."""
         ((made, version),) = on.call_each(_INIT, [(0, (VERSION,))])
         self._verify(version)
         return bool(made)

@@ -68,7 +68,7 @@ if message then write_big(ident, 'message', message) end
 return 1
 """)
 
-# The broker has it again as of now: how long it has been waiting does not count the time it ran.
+# The broker has it again from now on: the time that it ran does not count as waiting.
 _RELEASE = Script("""
 local ident, row = ARGV[1], read(ARGV[1])
 if not held_for_ending(row, 2) then return tell(ident) end
@@ -113,7 +113,7 @@ return 1
 
 
 class Transitions(Verbs):
-    """Writes how a run, or a message, ended."""
+    """The verbs that write how a run, or a message, ended."""
 
     @verb
     def checkpoint(self, on: ScriptSession, claim: Claim, *, result: bytes | None, lease: float | None = None) -> bool:

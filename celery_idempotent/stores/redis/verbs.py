@@ -1,4 +1,4 @@
-"""Make a method a verb of the store."""
+"""Make a method a verb of the store: run it in a session, and repeat it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class Verbs:
-    """What the verbs of each role have in common: where they run.
+    """The base of each role's verbs: the server.
 
     Args:
         server: It gives each attempt at a verb a session.
@@ -35,7 +35,7 @@ class Verbs:
 def verb(method: Callable[Concatenate[S, ScriptSession, P], T]) -> Callable[Concatenate[S, P], T]:
     """Run a method on a session, which its callers do not pass, and repeat it once if the connection breaks.
 
-    On such a repeat ``on.is_retry`` is true: the first attempt may have taken effect.
+    On the repeat, ``on.is_retry`` is true: the first attempt may have taken effect.
     """
 
     @wraps(method)
@@ -47,7 +47,7 @@ def verb(method: Callable[Concatenate[S, ScriptSession, P], T]) -> Callable[Conc
 
 
 def ask(on: ScriptSession, script: Script, key: MessageKey, *arguments: Argument) -> Any:
-    """Call a script whose first argument says which message it is about."""
+    """Call a script whose first argument is the message's key."""
     ident = identity(key)
     return on.call(script, ident, ident, *arguments)
 
