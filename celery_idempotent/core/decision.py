@@ -159,13 +159,13 @@ class Delivery:
         original_task_id: The Celery id that was first sent under its message id, if that is known to be another.
         fingerprint: SHA-256 of its canonical arguments; ``None`` when they are not compared.
         discarded: Why Celery discards it without running it: it was revoked, or has expired. ``None`` when it does not.
-        rejected: How often it was rejected before, as RabbitMQ counts that in ``x-death``.
+        rejected: How often it was rejected before, by RabbitMQ's count in ``x-death``.
         awaited: Whether its result is kept (``ignore_result`` is off).
         canvas: Whether callbacks, a chain, a group or a chord wait on it.
         result_ready: Whether the result backend already has its final state; only looked at when the row is done.
-        callbacks_pending: Whether errbacks wait on it of which one is known not to have been sent; only looked at when it failed.
+        callbacks_pending: Whether one of its errbacks is known to be unsent; only looked at if it failed.
         storable: Whether a store can keep its ids, its headers and its numbers.
-        later: Whether it is a later call under a Celery id that was sent before, and what waits on it is still to go on.
+        later: Whether it is a later call under a Celery id that was sent before, and its callers still wait.
     """
 
     task_id: str
@@ -252,7 +252,7 @@ def decide_delivery(row: Row | None, delivery: Delivery, policy: DeliveryPolicy)
 
 
 def _decide_processing(row: Row, delivery: Delivery, policy: DeliveryPolicy) -> DeliveryDecision:
-    # Only the first id counts: a copy that is revoked says nothing of the message that it is a copy of.
+    # Only the first id counts: revoking a copy does not revoke the message itself.
     discarded = delivery.discarded is not None
     if discarded and delivery.task_id != row.task_id:
         return DeliveryDecision(DeliveryAction.SKIP)
@@ -303,7 +303,7 @@ def _decide_done(row: Row, delivery: Delivery) -> DeliveryAction:
     # done/failure, another task id waits on this message_id (or this one's failure never reached the backend)
     if failed:
         return DeliveryAction.RAISE_FAILED
-    # done after its own callbacks: `done` is written after they and the result were sent. So a result that is missing now
+    # done after its own callbacks: `done` is written after they and the result were sent. So a missing result
     # has expired, and a replay would send the callbacks twice
     if ran and delivery.canvas:
         return DeliveryAction.SKIP

@@ -20,7 +20,7 @@ PATIENCE = 10.0
 
 
 class _Turns:
-    """Whose turn it is: that of a thread which must not be forked, or of the one that forks."""
+    """Lets either a thread that must not be forked run, or the one that forks."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -37,7 +37,7 @@ class _Turns:
             self.lock.release()
 
     def after_fork_in_child(self) -> None:
-        self.lock = threading.RLock()  # the thread that may hold the other one is not here
+        self.lock = threading.RLock()  # the thread that may hold the other one does not exist in the child
 
 
 _turns = _Turns()
@@ -49,10 +49,10 @@ os.register_at_fork(
 
 
 def no_fork() -> AbstractContextManager[Any]:
-    """Return what a thread of ours holds for as long as one statement or one publication takes."""
+    """Return the lock that a thread of ours holds during one statement or one publication."""
     return _turns.lock
 
 
 def before_forks(callback: Callable[[], object]) -> None:
-    """Have a function called before this process is forked, when none of our threads is at work."""
+    """Call a function before each fork of this process, while none of our threads is at work."""
     _turns.callbacks.append(callback)

@@ -1,9 +1,9 @@
-"""One record is one line in a log: an id cannot begin another line, nor control a terminal; and it can be sent to another process.
+"""Make each log record one line: an id can neither begin another line nor control a terminal; and make it safe to pickle.
 
-A caller may choose any text as an id, and so may anyone who reaches the broker. A newline in it would forge a line of the log. An escape code
-would reach the reader's terminal. A lone surrogate would keep the line from being written.
+A caller, or anyone who reaches the broker, may choose any text as an id. A newline in it would forge a line of the log. An escape code
+would reach the reader's terminal. A line with a lone surrogate could not be written.
 
-A handler that sends records to another process pickles them with their arguments. So what is logged of a run or a message is its text.
+A handler that sends records to another process pickles them with their arguments. So a run or a message is logged as its text.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ LOGGERS = ("celery_idempotent", "celery_idempotent.outcomes")
 
 
 class OneLine(logging.Filter):
-    """Writes what is not printable in a record's text as escapes, and objects of ours as text. Tracebacks keep their lines."""
+    """Escapes unprintable characters in a record's text, and turns our objects into text. Tracebacks keep their lines."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Let every record pass."""

@@ -1,7 +1,7 @@
-"""Check that every store can keep an id, a name or a number, where the message comes in.
+"""Check that every store can keep an id, a name or a number, before any store is asked.
 
-Anyone who reaches the broker can put any id, header or number on a message. Each database refuses others, and a refusal looks like a store
-in trouble: the message would be held again and again.
+Anyone who reaches the broker can put any id, header or number on a message. Databases refuse some of them, and a refusal looks like an
+outage of the store: the message would be held again and again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = [
     "storable_error",
 ]
 
-#: Characters in an id or a name: what each column has room for.
+#: The most characters in an id or a name, by the columns' width.
 LONGEST = 255
 
 #: Characters of a fingerprint: a SHA-256 in hexadecimal.
@@ -31,7 +31,7 @@ FINGERPRINT = 64
 #: The largest number of a 32-bit column.
 MOST = 2**31 - 1
 
-#: Characters of what is refused that its error shows.
+#: The most characters of a refused value that its error shows.
 _SHOWN = 64
 
 

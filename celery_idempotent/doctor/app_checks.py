@@ -41,7 +41,7 @@ def check_app(facts: Facts) -> Iterator[Finding]:
             "make it call the methods that it replaces; or override them in a class, and use that as the task's base",
             replaced,
         )
-    if lost := facts.names(lambda task: task.told_lost):
+    if lost := facts.names(lambda task: task.reported_lost):
         yield Finding(
             "late-ack-worker-lost",
             "acks_late without reject_on_worker_lost",

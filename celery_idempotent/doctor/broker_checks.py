@@ -1,4 +1,4 @@
-"""Check the broker: how long it waits for a worker, and what it does with queues."""
+"""Check the broker: how long it waits for a worker, and whether its queues lose messages."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class _Setting:
 
 
 def check_timeouts(facts: Facts) -> Iterator[Finding]:
-    """Yield what the broker does not wait for."""
+    """Yield leases, bodies and waiting messages that last longer than the broker waits."""
     broker, app = facts.broker, facts.app
     if broker.away is not None:
         yield Finding("broker-unreachable", f"{broker.url}: {broker.away}", "start it, or correct broker_url")

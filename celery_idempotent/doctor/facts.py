@@ -16,24 +16,24 @@ class TaskFacts:
     """A guarded task. Durations are seconds.
 
     Attributes:
-        name: Its name.
+        name: The task's name.
         acks_late: Whether its messages are acknowledged after the body.
-        told_lost: Whether Celery reports a lost process to the caller as a failure, although the message runs again.
+        reported_lost: Whether Celery reports a lost process to the caller as a failure, although the message runs again.
         awaited: Whether its results are stored.
-        track_started: Whether the backend is told that it has started.
-        time_limit: After which it is killed or interrupted; ``None`` for never.
-        longest_delay: The longest pause between its retries, if it is set up to retry by itself or that pause is its own; else 0.
-        failure_stays: Whether a message of it ends as a failure if its worker dies, and each later call under its id is answered with that,
-            though nothing says that this is meant.
-        lease: Of its claims.
-        unique_for: After its end, for which its id stays taken; ``None`` until it is purged.
+        track_started: Whether Celery stores the state STARTED.
+        time_limit: The time after which it is killed or interrupted; ``None`` for none.
+        longest_delay: The longest pause between its retries, if it retries automatically or sets that pause; otherwise 0.
+        failure_stays: Whether a message ends as a failure if its worker dies, so that later calls under its id get this failure, and no
+            option says that this is intended.
+        lease: The lease of its claims.
+        unique_for: The time after its end for which its id stays taken; ``None`` until it is purged.
         atomic: Whether its body runs in a transaction.
         past_the_guard: Whether something has replaced both methods of its class that the guard wraps.
     """
 
     name: str
     acks_late: bool = False
-    told_lost: bool = False
+    reported_lost: bool = False
     awaited: bool = True
     track_started: bool = False
     time_limit: float | None = None
@@ -60,8 +60,8 @@ class AppFacts:
         recovery_interval: The setting, in seconds; 0 for none.
         unguarded: Its tasks that are not guarded, or are turned off.
         without_base: Its tasks that have options of the guard, and not its base class.
-        atomic_refused: Why its store cannot do with atomic tasks, if it has some.
-        isolation_level: Of atomic tasks, where the app names one.
+        atomic_refused: Why its store cannot run its atomic tasks, if it has some.
+        isolation_level: The isolation level of atomic tasks, if the app names one.
     """
 
     wrong: tuple[str, ...] = ()
@@ -125,8 +125,8 @@ class StoreFacts:
     """A store.
 
     Attributes:
-        name: What it calls itself, without its password.
-        relative_file: The file that it is, as an absolute path, if it depends on the working directory which one that is.
+        name: Its URL, or its class, without the password.
+        relative_file: Its file as an absolute path, if the working directory decides which file that is.
         away: Why it could not be reached.
         refused: What it refused, and why.
         schema: What is wrong with its schema.
@@ -136,7 +136,7 @@ class StoreFacts:
         health: The state of the log; ``None`` if it was not asked.
         waiting: The tasks of the messages that have waited longest.
         doubted: The tasks of those among them that may have run while the guard was off.
-        local_clock: This host's clock, when the health's clock was read.
+        local_clock: This host's clock at the moment of the store's clock.
         clock_error: Seconds by which that may be wrong.
     """
 

@@ -135,7 +135,9 @@ def _read_task(name: str, task: IdempotentTask) -> TaskFacts:
     return TaskFacts(
         name,
         acks_late=bool(task.acks_late),
-        told_lost=bool(task.acks_late and reruns and not task.reject_on_worker_lost and not retries_lost_workers(task)),
+        reported_lost=bool(
+            task.acks_late and reruns and not task.reject_on_worker_lost and not retries_lost_workers(task)
+        ),
         awaited=not task.ignore_result,
         track_started=bool(task.track_started),
         time_limit=next((float(limit) for limit in limits if limit), None),

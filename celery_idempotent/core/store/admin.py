@@ -1,4 +1,4 @@
-"""The verbs by which people, and the doctor, look at a queue log and change it."""
+"""The verbs by which operators, and the doctor, read a queue log and change it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Operator"]
 
 
 class Operator(Protocol):
-    """Reads rows, counts them, and forgets them."""
+    """The verbs that read rows, count them and forget them."""
 
     def find(self, key: MessageKey) -> Row | None:
         """Return the row of a message, or ``None``."""
@@ -20,22 +20,22 @@ class Operator(Protocol):
     def rows(self, where: RowFilter) -> Iterator[Row]:
         """Return the rows that match, newest first. ``message`` and ``result`` are left out (``None``): they can be large.
 
-        A forgotten row is none that failed, or that has any other ``processed_status``.
+        A filter by ``processed_status`` never returns a forgotten row.
         """
         ...
 
     def counts(self) -> list[TaskCount]:
-        """Count the rows of each task and status, but no forgotten ones; ordered by task name, status and processed status."""
+        """Count the rows of each task and status, without forgotten ones; ordered by task name, status and processed status."""
         ...
 
     def forget(self, row: Row) -> bool:
         """Empty a row of any status and free its id: the next message under it is new.
 
-        What was in it (message, result, fingerprint, error) is gone. The row itself stays until it is purged, as ``done``/``failure``
-        with the error ``forgotten``, because its token must outlive it: a run of the old message that still lives stays fenced, and
-        learns at its end that its claim is lost. It is not counted, as a failure least of all.
+        Its contents (message, result, fingerprint, error) are deleted. The row stays until it is purged, as ``done``/``failure`` with
+        the error ``forgotten``, to keep its token: a run of the old message that still lives stays fenced, and learns at its end
+        that its claim is lost. Counts leave the row out.
 
-        Hazard: a copy of the message that the broker still has runs, as if it were new.
+        Hazard: if the broker still has a copy of the message, the copy runs as a new message.
 
         Args:
             row: The row as it was read.
@@ -59,17 +59,17 @@ class Operator(Protocol):
         ...
 
     def health(self) -> LogHealth:
-        """Return what is waiting, and for how long. One statement; it reads what is not done, and the oldest of what is.
+        """Return what is waiting, and for how long. One statement; it reads the rows that are not done, and the oldest done one.
 
-        Nothing is made: where the schema is made on first use, ask :meth:`inspect` before.
+        It creates nothing: if the store creates its schema on first use, call :meth:`inspect` first.
         """
         ...
 
     def configuration(self) -> Mapping[str, str]:
-        """Return the server's settings that what the store promises depends on, by its own names for them. Nothing is written or made.
+        """Return the server's settings on which the store's guarantees depend, by the server's names. Nothing is written or created.
 
         Returns:
-            As many of them as the server tells this account; none if it tells nothing. Where a node of a cluster differs, its
-            value is there too, with the node in brackets after the name.
+            Those that this account may read; none if it may read nothing. If a node of a cluster differs, its value is added, with
+            the node in brackets after the name.
         """
         ...

@@ -22,20 +22,20 @@ class Claimer(Protocol):
         grace: float,
         adopt: Callable[[], NewMessage] | None = None,
     ) -> Claimed | NotClaimed:
-        """Take a delivered message, or report the row that stands in the way.
+        """Claim a delivered message, or return the row that prevents it.
 
-        Claimed are: an absent message (inserted as claimed, for a producer without this library), an id that is free
-        again unless this is a copy of the message that ended (see :meth:`Row.is_free_for`), and a pending one with ``attempt <= message.attempt`` or whose ``available_at`` passed more than ``grace``
-        ago. A row with another fingerprint is never claimed (either side ``None`` compares equal). ``message.attempt``
-        is the delivery's ``retries``; the row keeps the greater of both. A claim adds one to the token, clears
+        It claims an absent message (and inserts it, for a producer without this library); an id that is free again, unless this is a copy
+        of the message that ended (see :meth:`Row.is_free_for`); and a pending message with ``attempt <= message.attempt``, or whose
+        ``available_at`` passed more than ``grace`` ago. It never claims a row with another fingerprint (``None`` on either side compares
+        equal). ``message.attempt`` is the delivery's ``retries``; the row keeps the greater of both. A claim adds one to the token, clears
         ``processed_status``, ``error`` and ``available_at``, and sets ``ran_task_id`` to ``message.task_id``.
 
         Args:
             message: The delivery.
-            worker: Who claims, as ``host:pid`` or ``host:pid:thread``; at most 255 characters.
+            worker: The claimant, as ``host:pid`` or ``host:pid:thread``; at most 255 characters.
             lease: Seconds until others may take over; > 0.
-            grace: Seconds after ``available_at`` at which a copy with fewer retries may run too; >= 0.
-            adopt: Called when the message is absent, for the full record (with the encoded message) to insert;
+            grace: Seconds after ``available_at`` from which a copy with fewer retries may run too; >= 0.
+            adopt: Called if the message is absent; returns the full record (with the encoded message) to insert.
                 ``None`` inserts ``message`` as it is.
 
         Returns:
@@ -54,28 +54,27 @@ class Claimer(Protocol):
         Args:
             row: The ``processing`` row as it was read.
             task_id: The Celery id of the delivery; it becomes ``ran_task_id``.
-            worker: Who claims.
+            worker: The claimant.
             lease: Seconds until others may take over; > 0.
             attempt: Celery's retry count of the delivery.
 
         Returns:
-            ``Claimed`` with token + 1, or ``None`` when the row changed or its lease was renewed since.
+            ``Claimed`` with token + 1, or ``None`` if the row has changed or its lease was renewed since.
 
         Atomicity: one statement (compare and set on the token, and on the lease by the store's clock).
         """
         ...
 
     def renew(self, holders: Sequence[Holder], *, lease: float) -> list[Holder]:
-        """Extend leases to ``lease`` seconds from now. One that is longer stays as it is, and its row is not written.
+        """Extend leases to ``lease`` seconds from now. A longer lease stays, and its row is not written.
 
         Args:
-            holders: Runs to keep alive, by their claims or their workers; an empty list asks nothing.
+            holders: Runs to keep alive, by their claims or their workers; an empty list runs no query.
             lease: Seconds; > 0.
 
         Returns:
-            The holders that do not hold their message any more: their token or worker is no longer the row's, or the row is not
-            processing.
+            The holders that have lost their message: the row has another token or worker, or is not processing.
 
-        Atomicity: each lease on its own. A lease that ran out but was not taken over is renewed.
+        Atomicity: each lease separately. A lease that ran out but was not taken over is renewed.
         """
         ...

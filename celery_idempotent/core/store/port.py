@@ -1,4 +1,4 @@
-"""The port as a whole: each role's verbs, and what all of them go by."""
+"""The port as a whole: the verbs of all roles, and their limits."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from celery_idempotent.core.store.transitions import Ender
 
 __all__ = ["BATCH", "LARGE_MESSAGE", "Store"]
 
-#: Bytes up to which the verbs that recovery lists rows by read the messages too: some hundreds of them are in memory at once.
+#: Bytes of the largest message that recovery's verbs read with its row: some hundreds of them are in memory at once.
 LARGE_MESSAGE = 64 * 1024
 
-#: Rows that one statement of recovery, the relay or the purge reads or deletes.
+#: How many rows one statement of recovery, the relay or the purge reads or deletes.
 BATCH = 200
 
 

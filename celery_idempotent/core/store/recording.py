@@ -11,7 +11,7 @@ __all__ = ["Recorder"]
 
 
 class Recorder(Protocol):
-    """Records calls, and takes them back."""
+    """The verbs that record calls, and take them back."""
 
     def record(self, message: NewMessage) -> Inserted | Duplicate:
         """Record a message as pending unless its id is taken.
@@ -20,7 +20,7 @@ class Recorder(Protocol):
         message that still lives stays fenced.
 
         Args:
-            message: What is about to be published.
+            message: The message that is about to be published.
 
         Returns:
             ``Inserted``, or ``Duplicate`` with the row that has the id.
@@ -33,14 +33,14 @@ class Recorder(Protocol):
         """Record many messages, each as :meth:`record` would.
 
         Args:
-            messages: What is about to be published, in the order in which the relay is to publish it. A message whose id is taken
-                by one before it in the list is found, not recorded.
+            messages: The messages that are about to be published, in the order in which the relay publishes them. If two have one id,
+                the second is a duplicate of the first.
 
         Returns:
-            What :meth:`record` would answer, message by message.
+            The answer of :meth:`record` for each message.
 
-        Atomicity: each message on its own. As few statements as the store can: one for all that are new, where it has an insert of
-        many rows that yields to those that are there.
+        Atomicity: each message separately. As few statements as the store can: one for all new messages, if it has an insert of many
+        rows that leaves out existing ones.
         """
         ...
 
@@ -52,7 +52,7 @@ class Recorder(Protocol):
             task_id: The Celery task id it was recorded under.
 
         Returns:
-            Whether a row was deleted: only one that is pending, unclaimed and of that task id is.
+            Whether a row was deleted. It must be pending, unclaimed and recorded under that task id.
 
         Atomicity: one statement.
         """
@@ -63,7 +63,7 @@ class Recorder(Protocol):
 
         Args:
             row: The ``done``/``failure`` row as it was read.
-            message: What is published now; its task id, message, fingerprint, queue, attempt and delay replace the row's.
+            message: The message to publish now; its task id, message, fingerprint, queue, attempt and delay replace the row's.
 
         Returns:
             Whether the row still stood as read; ``False`` means that another caller was first.

@@ -12,18 +12,18 @@ __all__ = ["Recoverer"]
 
 
 class Recoverer(Protocol):
-    """Lists what is due for recovery, and notes what was done about it."""
+    """The verbs that list what is due for recovery, and note what was done about it."""
 
     # Rows come without results, and with messages of at most :data:`LARGE_MESSAGE` bytes: `find` reads a larger one.
 
     def lapsed(
         self, *, again_after: float, limit: int, tasks: Collection[str] | None = None, doubted: bool = True
     ) -> list[Row]:
-        """Return processing rows whose lease ran out, and which were not published since, or not for ``again_after`` seconds.
+        """Return processing rows whose lease ran out, and that were not published since then, or not for ``again_after`` seconds.
 
         Args:
             again_after: Seconds; >= 0.
-            limit: At most so many, those whose lease ran out first coming first.
+            limit: The most rows to return, in the order in which their leases ran out.
             tasks: Only rows of these tasks.
             doubted: Whether to return rows that :meth:`doubt` has noted, too.
 
@@ -45,9 +45,9 @@ class Recoverer(Protocol):
 
         Args:
             older_than: Seconds; >= 0.
-            limit: At most so many, those that were not published for longest first.
-            before: Only those routed to these queues, and for each of them only those published, and due, before this moment of the
-                store's clock.
+            limit: The most rows to return, those first that were not published for longest.
+            before: Only rows of these queues, and of each queue only those published, and due, before this moment of the store's
+                clock.
             tasks: Only rows of these tasks.
             doubted: Whether to return rows that :meth:`doubt` has noted, too.
 
@@ -59,10 +59,15 @@ class Recoverer(Protocol):
     def unsent(self, *, limit: int, tasks: Collection[str] | None = None) -> list[Row]:
         """Return pending rows that were never handed to the broker (``published_at`` is null), oldest first.
 
-        With their messages if these are not large; only of these tasks.
-
-        Those of one recorder come in the order in which it recorded them. A row whose lease lives is being published by its
+        Rows of one recorder come in the order in which it recorded them. A row with a live lease is being published by its
         recorder, or by a relay: see :meth:`relay`.
+
+        Args:
+            limit: The most rows to return.
+            tasks: Only rows of these tasks.
+
+        Returns:
+            The rows, with their messages if these are not large.
         """
         ...
 
@@ -71,7 +76,7 @@ class Recoverer(Protocol):
 
         Args:
             row: A row of :meth:`unsent`, as it was read.
-            lease: Seconds for which no other relay takes it; > 0. If this relay dies, others take over after that.
+            lease: Seconds for which no other relay takes the right; > 0. If this relay dies, others take over after that.
 
         Returns:
             Whether the row was still unsent and the right was free: of N callers one gets it.
@@ -84,7 +89,7 @@ class Recoverer(Protocol):
         """Give up the right to publish rows that were never handed to the broker.
 
         Args:
-            keys: The rows; an empty list asks nothing. A row that was claimed or published meanwhile is left alone.
+            keys: The rows; an empty list runs no query. A row that was claimed or published meanwhile is left alone.
             published: Whether they were handed to the broker (``published_at`` is now), or are left to others.
 
         Atomicity: one statement for some hundreds of rows.
@@ -120,18 +125,18 @@ class Recoverer(Protocol):
         task_name: str | None = None,
         processed_status: ProcessedStatus | None = None,
     ) -> int:
-        """Delete rows that were done more than ``older_than`` seconds ago, but for ids that ``expires_at`` keeps taken.
+        """Delete rows that were done more than ``older_than`` seconds ago, except those whose id ``expires_at`` keeps taken.
 
         Args:
             older_than: Seconds; >= 0.
-            limit: At most so many.
-            failures_older_than: Seconds since a failure that can be requeued was done (its message is there); never less than
-                ``older_than``. ``None`` for the same.
+            limit: The most rows to delete.
+            failures_older_than: The same for failures that can be requeued, since their message is kept; at least ``older_than``.
+                ``None`` for ``older_than``.
             task_name: Exact task name, or a pattern with ``*`` and ``?``.
-            processed_status: Only rows that ended so.
+            processed_status: Only rows that ended this way.
 
         Returns:
-            How many were deleted; fewer than ``limit`` when there are no more.
+            How many were deleted; fewer than ``limit`` if there are no more.
 
         Atomicity: one transaction of at most ``limit`` rows; a row that starts again meanwhile stays.
         """
@@ -141,12 +146,12 @@ class Recoverer(Protocol):
         """Return rows that were claimed, newest first: those that run, and those that ended last; without ``message`` and ``result``.
 
         Args:
-            limit: At most so many of either, > 0; it costs no more than these, however long the log is.
+            limit: The most rows of either kind; > 0. The cost does not grow with the log.
         """
         ...
 
     def find_all(self, keys: Collection[MessageKey]) -> list[Row]:
-        """Return the rows of some messages that are there, in any order, without ``message`` and ``result``.
+        """Return the existing rows of some messages, in any order, without ``message`` and ``result``.
 
         Atomicity: one statement for some hundreds of rows.
         """

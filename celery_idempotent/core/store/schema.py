@@ -25,28 +25,28 @@ class Change:
 
 
 class Schema(Protocol):
-    """Creates, upgrades and checks what a store keeps its rows in."""
+    """The verbs that create, upgrade and check the store's schema, and close the store."""
 
     def init(self, *, before: Callable[[Change], None] | None = None) -> bool:
-        """Create the table if it is missing, or take one of an older version to this one, while it is in use.
+        """Create the table if it is missing, or upgrade one of an older version while it is in use.
 
-        Code that is one version older goes on on a table of this version. Any number may do this at once.
+        Code that is one version older works on a table of this version. Any number of processes may do this at once.
 
         Args:
-            before: Called before each change: a large table takes its time.
+            before: Called before each change, since changing a large table takes long.
 
         Returns:
             Whether anything was created or changed.
 
         Raises:
-            SchemaError: A table of that name is there and is of no version that this one knows; it is not touched.
+            SchemaError: There is a table of that name, of no known version; it is not touched.
 
-        Atomicity: none over all changes. If it is interrupted, the next ``init`` goes on from there.
+        Atomicity: none over all changes. If it is interrupted, the next ``init`` continues from there.
         """
         ...
 
     def outstanding(self) -> Sequence[Change]:
-        """Return what :meth:`init` would do, in this order; nothing when the schema is of this version. Nothing is made or written.
+        """Return the changes that :meth:`init` would make, in order; none if the schema is of this version. Nothing is created or written.
 
         Raises:
             SchemaError: As :meth:`init`.
@@ -65,7 +65,7 @@ class Schema(Protocol):
         """Do what :meth:`check` does, but create and write nothing.
 
         Returns:
-            Whether the schema is there. ``False`` only from a store that makes it on first use: then it is not missing.
+            Whether the schema exists. A store that creates it on first use returns ``False`` until then; others raise.
 
         Raises:
             SchemaError: The table is missing, or lacks columns.
@@ -73,5 +73,5 @@ class Schema(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of connections. The store may be used again and opens new ones."""
+        """Close the connections. If the store is used again, it opens new ones."""
         ...

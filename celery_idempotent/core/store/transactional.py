@@ -99,7 +99,7 @@ class TransactionalStore(Store, Protocol):
         ...
 
     def transaction_status(self, connection: Connection) -> TransactionStatus:
-        """Return the transaction's status as the driver last heard it, without a query."""
+        """Return the transaction's status as the driver knows it, without a query."""
         ...
 
     def gave_way(self, error: BaseException) -> bool:

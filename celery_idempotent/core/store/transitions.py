@@ -10,7 +10,7 @@ __all__ = ["Ender"]
 
 
 class Ender(Protocol):
-    """Writes how a run, or a message, ended."""
+    """The verbs that write how a run, or a message, ended."""
 
     def checkpoint(self, claim: Claim, *, result: bytes | None, lease: float | None = None) -> bool:
         """Note the recovery point: the body ran, its result is stored, its callbacks are about to be dispatched.
@@ -41,7 +41,7 @@ class Ender(Protocol):
         Returns:
             Whether the claim still held; repeating a completion that was written answers ``True``.
 
-        Atomicity: one statement when the claim holds.
+        Atomicity: one statement if the claim still holds.
         """
         ...
 
@@ -49,15 +49,15 @@ class Ender(Protocol):
         """End a message as ``done``/``failure``; its ``message`` stays, so that it can be requeued.
 
         Args:
-            holder: The run that ends, by its claim, or by its worker: then only a processing row qualifies, and no recovery
-                point, whose body has had its effect.
+            holder: The run that ends, by its claim or its worker. By its worker, only a processing row without a recovery point
+                qualifies: with one, the body has taken effect.
             error: Type and text of the error.
             unique_for: Seconds until the id becomes free again; ``None`` until it is purged.
 
         Returns:
-            Whether the holder still held it; repeating a failure that was written answers ``True`` for a claim.
+            Whether the holder still held it; for a claim, repeating a failure that was written answers ``True``.
 
-        Atomicity: one statement when the holder holds.
+        Atomicity: one statement if the holder still holds it.
         """
         ...
 
@@ -65,8 +65,8 @@ class Ender(Protocol):
         """Hand a running message on to its next attempt: back to pending, waiting for ``message.attempt``.
 
         Args:
-            holder: The run that hands over; by its worker, no recovery point is.
-            message: What is published next; its attempt, delay, fingerprint, queue and message replace the row's.
+            holder: The run that hands over. By its worker, it must have no recovery point.
+            message: The message to publish next; its attempt, delay, fingerprint, queue and message replace the row's.
 
         Returns:
             Whether the holder still held it.
@@ -79,7 +79,7 @@ class Ender(Protocol):
         """Give a running message back as it was: pending, same attempt (``Reject(requeue=True)``).
 
         Args:
-            holder: The run that gives it back; by its worker, no recovery point is.
+            holder: The run that gives it back. By its worker, it must have no recovery point.
 
         Returns:
             Whether the holder still held it.
@@ -102,7 +102,7 @@ class Ender(Protocol):
         """End a message whose owner's lease ran out as ``done``/``failure``.
 
         Returns:
-            Whether the row still stood as read, its lease still expired.
+            Whether the row still stood as read, with its lease still expired.
 
         Atomicity: one statement (compare and set on the token, and on the lease by the store's clock).
         """
@@ -125,16 +125,16 @@ class Ender(Protocol):
         ...
 
     def forbid(self, row: Row, *, error: str) -> bool:
-        """Note in a running message's ``error`` that it is not to run again if its owner dies (revoked, expired).
+        """Note in a running message's ``error`` that it must not run again if its owner dies (revoked, expired).
 
-        The owner goes on, and what it writes replaces the note.
+        The owner continues, and its outcome replaces the note.
 
         Args:
-            row: A ``processing`` row that is no recovery point, as it was read.
+            row: A ``processing`` row without a recovery point, as it was read.
             error: Why.
 
         Returns:
-            Whether the row was still processing under the same token, and no recovery point.
+            Whether the row was still processing under the same token, without a recovery point.
 
         Atomicity: one statement.
         """

@@ -147,7 +147,7 @@ SICK = [
     Provoked("base-missing", app(without_base=("mail",)), "options of the guard", ("mail",)),
     Provoked("base-missing", app(without_base=("mail",), tasks=TASKS), "not its base class", ("mail",)),
     Provoked("early-ack-failure", task(failure_stays=True), "early acknowledgement", ("late",)),
-    Provoked("late-ack-worker-lost", task(told_lost=True), "reject_on_worker_lost", ("late",)),
+    Provoked("late-ack-worker-lost", task(reported_lost=True), "reject_on_worker_lost", ("late",)),
     Provoked("no-result-backend", app(result_backend=False), "no result backend", ("late", "early")),
     Provoked("track-started", task(track_started=True), "track_started", ("late",)),
     Provoked("result-expires", app(result_expires=86400.0), "86400 s"),
@@ -261,7 +261,7 @@ def test_a_longer_interval_gives_recovery_more_time() -> None:
 
 def test_errors_come_first() -> None:
     both: Callable[[Facts], Facts] = lambda facts: replace(facts, store=replace(facts.store, schema="missing"))  # noqa: E731
-    severities = [finding.severity for finding in findings(both(task(told_lost=True, track_started=True)))]
+    severities = [finding.severity for finding in findings(both(task(reported_lost=True, track_started=True)))]
     assert severities == [Severity.ERROR, Severity.WARNING, Severity.WARNING]
 
 
