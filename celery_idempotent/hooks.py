@@ -22,7 +22,7 @@ from celery_idempotent.message.serialization import trace_of
 if TYPE_CHECKING:
     from celery_idempotent.core.records import MessageKey, Row
 
-__all__ = ["Hook", "Outcome", "OutcomeKind", "Outcomes", "TracingHook", "reason_of"]
+__all__ = ["Hook", "Hooks", "Outcome", "OutcomeKind", "TracingHook", "reason_of"]
 
 logger = logging.getLogger("celery_idempotent")
 
@@ -152,7 +152,7 @@ class Facts(TypedDict, total=False):
     delay: float | None
 
 
-class Outcomes:
+class Hooks:
     """Report outcomes to the hooks of an app.
 
     Args:
@@ -165,7 +165,7 @@ class Outcomes:
         self._complained: set[int] = set()
 
     @classmethod
-    def of(cls, entries: Sequence[str | Hook]) -> Outcomes:
+    def of(cls, entries: Sequence[str | Hook]) -> Hooks:
         """Make one from the setting ``idempotent_hooks``, which may be empty.
 
         Raises:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar, cast, runtime_checkable
 # Import these before an app's settings can be shown, and before anything is logged.
 from celery_idempotent.core import log_lines, settings_mask  # noqa: F401
 from celery_idempotent.errors import ConfigurationError
-from celery_idempotent.hooks import Outcomes
+from celery_idempotent.hooks import Hooks
 from celery_idempotent.settings import Settings
 from celery_idempotent.stores import open_store
 
@@ -115,13 +115,13 @@ class QueueLog:
         return store
 
     @cached_property
-    def outcomes(self) -> Outcomes:
+    def hooks(self) -> Hooks:
         """The app's hooks, which may be none.
 
         Raises:
             ConfigurationError: A hook of the setting ``idempotent_hooks`` cannot be imported.
         """
-        return Outcomes.of(self.settings.hooks)
+        return Hooks.of(self.settings.hooks)
 
     def part(self, kind: type[T], make: Callable[[], T]) -> T:
         """Return an object that a higher layer keeps for this queue log; make it at the first call.

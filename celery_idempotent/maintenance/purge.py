@@ -49,7 +49,7 @@ def purge(
         with no_fork():
             deleted = queue_log.store.purge(**chosen, limit=BATCH)
             if deleted:
-                queue_log.outcomes.emit(OutcomeKind.PURGED, count=deleted)
+                queue_log.hooks.emit(OutcomeKind.PURGED, count=deleted)
         purged += deleted
         if deleted < BATCH:
             break

@@ -45,7 +45,7 @@ def answer_of(
     if action not in (CallAction.RETURN_FIRST, CallAction.RAISE_DUPLICATE):
         return None
     store.count_duplicate(key)
-    task.queue_log.outcomes.emit(OutcomeKind.DUPLICATE, key, row=row, task_id=task_id, attempt=0, reason=action)
+    task.queue_log.hooks.emit(OutcomeKind.DUPLICATE, key, row=row, task_id=task_id, attempt=0, reason=action)
     if action is CallAction.RAISE_DUPLICATE:
         raise DuplicateMessageError(key.message_id, row.task_id, str(row.status))
     return eager_result(task, row)

@@ -110,7 +110,7 @@ class _PublishHook:
             task.idempotency, args, kwargs, message_id=message_id, task_id=task_id, task_name=sender
         )
         properties["message_id"] = key.message_id
-        trace = task.queue_log.outcomes.traceparent()
+        trace = task.queue_log.hooks.traceparent()
         header = Header.new(key, task_id, fingerprint, trace=trace)
         destination = _destination(self.app, declare, exchange, routing_key)
         options = {**_options(sent, embed, headers, properties), **destination, **_given.get()}
@@ -142,7 +142,7 @@ class _PublishHook:
         except StoreError as error:
             logger.error("%s is sent without a row; its consumer will insert one: %s", key, error)
             return
-        queue_log.outcomes.emit(
+        queue_log.hooks.emit(
             OutcomeKind.DUPLICATE if isinstance(found, Duplicate) else OutcomeKind.RECORDED,
             key,
             row=found.row if isinstance(found, Duplicate) else None,

@@ -204,4 +204,4 @@ def _new_header(given: _Arguments, task_id: str, message_id: str | None) -> Head
     key, fingerprint = identify(
         task.idempotency, given.args, given.kwargs, message_id=message_id, task_id=task_id, task_name=task.name
     )
-    return Header.new(key, task_id, fingerprint, trace=task.queue_log.outcomes.traceparent())
+    return Header.new(key, task_id, fingerprint, trace=task.queue_log.hooks.traceparent())

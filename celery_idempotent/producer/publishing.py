@@ -61,7 +61,7 @@ class Publishing:
 
     def emit(self, kind: OutcomeKind, row: Row | None = None, reason: str | None = None) -> None:
         """Report the call's outcome to the app's hooks, if any."""
-        self.task.queue_log.outcomes.emit(
+        self.task.queue_log.hooks.emit(
             kind,
             self.message.key,
             row=row,

@@ -228,7 +228,7 @@ def _end_broadcast(queue_log: QueueLog, task: Guarded, row: Row, message_id: str
 
 def _emit(queue_log: QueueLog, kind: OutcomeKind, row: Row, reason: str) -> None:
     """Report an outcome of a row to the app's hooks."""
-    queue_log.outcomes.emit(
+    queue_log.hooks.emit(
         kind, row.key, row=row, task_id=row.task_id, queue=row.queue, attempt=row.attempt, reason=reason
     )
 

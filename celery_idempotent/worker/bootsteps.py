@@ -59,7 +59,7 @@ class CheckStep(Step):  # type: ignore[misc]
                 "celery-idempotent does not run in the eventlet pool; start the worker with --pool=gevent or --pool=threads"
             )
         queue_log = QueueLog.of(parent.app)
-        _ = queue_log.outcomes  # raises for a hook that cannot be imported
+        _ = queue_log.hooks  # raises for a hook that cannot be imported
         if not queue_log.settings.enabled:
             logger.warning(
                 "the guard is off for all tasks, since idempotent_enabled is False: messages run as plain Celery's, and each copy runs too"

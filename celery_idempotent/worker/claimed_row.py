@@ -119,7 +119,7 @@ class ClaimedRow:
         delay: float | None = None,
     ) -> None:
         """Report an outcome of the delivery to the app's hooks."""
-        self.queue_log.outcomes.emit(
+        self.queue_log.hooks.emit(
             kind,
             self.key,
             row=row,

@@ -62,7 +62,7 @@ class DeliveredMessage:
             )
             header = Header.new(key, request.id, fingerprint)
         if header.trace is None:
-            header = replace(header, trace=task.queue_log.outcomes.trace_among(request.headers))
+            header = replace(header, trace=task.queue_log.hooks.trace_among(request.headers))
         header = replace(header, rejected=header.rejected + rejections(request.headers))
         fix_callbacks(request)
         self.message = replace(self.message, fingerprint=header.fingerprint, original_task_id=header.original_task_id)

@@ -54,7 +54,7 @@ def discard(task: Guarded, request: Context, why: str) -> None:
         logger.error("%s was %s, but its row could not be ended: %s", key, why, error)
         return
     if kind is not None:
-        task.queue_log.outcomes.emit(
+        task.queue_log.hooks.emit(
             kind,
             key,
             task_id=request.id,

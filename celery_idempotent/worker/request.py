@@ -321,7 +321,7 @@ class IdempotentRequest(Request):  # type: ignore[misc]
     def _emit(self, kind: OutcomeKind, reason: str, attempt: int | None = None) -> None:
         """Report an outcome to the app's hooks for a child that cannot."""
         if self.owner is not None:
-            self.task.queue_log.outcomes.emit(
+            self.task.queue_log.hooks.emit(
                 kind,
                 self.key,
                 task_id=self.id,

@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry
 
 from celery_idempotent.contrib.prometheus import PrometheusHook
 from celery_idempotent.core.records import MessageKey
-from celery_idempotent.hooks import Outcome, OutcomeKind, Outcomes
+from celery_idempotent.hooks import Hooks, Outcome, OutcomeKind
 from tests.support.servers import PrivateRedis
 from tests.support.stores import sqlite_store
 from tests.support.waiting import wait_until
@@ -79,7 +79,7 @@ def json_lines() -> Iterator[None]:
 
 def test_log_lines_with_nothing_but_the_standard_library(json_lines: None, capsys: pytest.CaptureFixture[str]) -> None:
     exec(block("json_lines.py"), {})
-    outcomes = Outcomes.of(["celery_idempotent.contrib.log.hook"])
+    outcomes = Hooks.of(["celery_idempotent.contrib.log.hook"])
     assert outcomes is not None
     outcomes.emit(OutcomeKind.CLAIMED, MessageKey("order:o-1", "shop.charge"), token=1)
 
@@ -97,7 +97,7 @@ def test_log_lines_with_nothing_but_the_standard_library(json_lines: None, capsy
 def test_a_hook_of_your_own() -> None:
     module: dict[str, Any] = {}
     exec(block("my_hooks.py"), module)
-    Outcomes([module["page_somebody"]]).emit(OutcomeKind.ABANDONED, MessageKey("order:o-1", "shop.charge"))
+    Hooks([module["page_somebody"]]).emit(OutcomeKind.ABANDONED, MessageKey("order:o-1", "shop.charge"))
     assert module["abandoned"] == ["shop.charge[order:o-1]"]
 
 

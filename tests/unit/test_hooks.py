@@ -13,7 +13,7 @@ from celery.exceptions import SoftTimeLimitExceeded
 
 from celery_idempotent import ConfigurationError, IdempotentTask, QueueLog
 from celery_idempotent.core.records import MessageKey, ProcessedStatus, Row, Status
-from celery_idempotent.hooks import Outcome, OutcomeKind, Outcomes, reason_of
+from celery_idempotent.hooks import Hooks, Outcome, OutcomeKind, reason_of
 from celery_idempotent.message.serialization import decode_result, encode_message, encode_result, trace_of
 
 KEY = MessageKey("m", "task")
@@ -41,7 +41,7 @@ def row(**changes: Any) -> Row:
 
 class TestTheSetting:
     def test_without_hooks_no_outcome_is_made(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        outcomes = QueueLog.of(Celery("hooks", set_as_current=False)).outcomes
+        outcomes = QueueLog.of(Celery("hooks", set_as_current=False)).hooks
         monkeypatch.delattr("celery_idempotent.hooks.Outcome")
 
         outcomes.emit(OutcomeKind.RECORDED, KEY)
@@ -50,11 +50,11 @@ class TestTheSetting:
 
     @pytest.mark.parametrize("path", ["tests.support.hook_recorder.broken", "tests.support.hook_recorder:broken"])
     def test_a_path_and_a_callable_are_called(self, path: str, caplog: pytest.LogCaptureFixture) -> None:
-        told: list[Outcome] = []
-        outcomes = Outcomes.of([path, told.append])
+        received: list[Outcome] = []
+        outcomes = Hooks.of([path, received.append])
         assert outcomes is not None
         outcomes.emit(OutcomeKind.CLAIMED, KEY)
-        assert [outcome.kind for outcome in told] == ["claimed"]
+        assert [outcome.kind for outcome in received] == ["claimed"]
         assert "no claimed, thank you" in caplog.text
 
     @pytest.mark.parametrize(
@@ -85,11 +85,11 @@ class TestTheSetting:
 
 class TestTelling:
     def test_a_record_is_frozen_and_says_what_the_row_says(self) -> None:
-        told: list[Outcome] = []
+        received: list[Outcome] = []
         message = encode_message((1,), {}, {}, serializer="json", trace=TRACE)
-        Outcomes([told.append]).emit(OutcomeKind.DUPLICATE, KEY, row=row(message=message), task_id="second")
+        Hooks([received.append]).emit(OutcomeKind.DUPLICATE, KEY, row=row(message=message), task_id="second")
 
-        (outcome,) = told
+        (outcome,) = received
         assert (outcome.task_name, outcome.message_id, outcome.task_id) == ("task", "m", "second")
         assert (outcome.first_task_id, outcome.status, outcome.age) == ("first", "done", 90.0)
         assert outcome.trace == TRACE
@@ -97,18 +97,18 @@ class TestTelling:
             outcome.count = 2  # type: ignore[misc]
 
     def test_a_failing_hook_is_logged_once_and_others_still_run(self, caplog: pytest.LogCaptureFixture) -> None:
-        told: list[Outcome] = []
+        received: list[Outcome] = []
 
         def broken(outcome: Outcome) -> None:
-            told.append(outcome)
+            received.append(outcome)
             raise LookupError("the registry is gone")
 
-        outcomes = Outcomes([broken, told.append])
+        outcomes = Hooks([broken, received.append])
         with caplog.at_level(logging.ERROR, "celery_idempotent"):
             for _ in range(3):
                 outcomes.emit(OutcomeKind.CLAIMED, KEY)
 
-        assert len(told) == 6
+        assert len(received) == 6
         (record,) = caplog.records
         assert record.exc_info is not None
         assert "broken" in record.getMessage()
@@ -118,7 +118,7 @@ class TestTelling:
             def __call__(self, outcome: Outcome) -> None:
                 raise LookupError
 
-        Outcomes([Broken()]).emit(OutcomeKind.CLAIMED, KEY)
+        Hooks([Broken()]).emit(OutcomeKind.CLAIMED, KEY)
         assert len(caplog.records) == 1
 
     @pytest.mark.parametrize("kind", [OutcomeKind.CLAIMED, OutcomeKind.RECORDED, OutcomeKind.RETRIED])
@@ -127,14 +127,14 @@ class TestTelling:
             raise SoftTimeLimitExceeded(1)
 
         with pytest.raises(SoftTimeLimitExceeded):
-            Outcomes([slow]).emit(kind, KEY)
+            Hooks([slow]).emit(kind, KEY)
 
     @pytest.mark.parametrize("kind", [OutcomeKind.COMPLETED, OutcomeKind.FAILED, OutcomeKind.SKIPPED])
     def test_but_comes_too_late_for_one_that_has_ended(self, kind: OutcomeKind) -> None:
         def slow(outcome: Outcome) -> None:
             raise SoftTimeLimitExceeded(1)
 
-        Outcomes([slow]).emit(kind, KEY)
+        Hooks([slow]).emit(kind, KEY)
 
     def test_the_first_hook_that_traces_is_asked_for_the_span(self, caplog: pytest.LogCaptureFixture) -> None:
         class Tracing:
@@ -147,9 +147,9 @@ class TestTelling:
             def traceparent(self) -> str | None:
                 raise LookupError
 
-        assert Outcomes([print]).traceparent() is None
-        assert Outcomes([print, Tracing()]).traceparent() == TRACE
-        broken = Outcomes([Broken()])
+        assert Hooks([print]).traceparent() is None
+        assert Hooks([print, Tracing()]).traceparent() == TRACE
+        broken = Hooks([Broken()])
         assert [broken.traceparent(), broken.traceparent()] == [None, None]
         assert len(caplog.records) == 1
 

@@ -153,7 +153,7 @@ for name in ("prometheus", "opentelemetry"):
     app = Celery("a", set_as_current=False)
     app.conf.idempotent_hooks = [f"celery_idempotent.contrib.{name}.hook"]
     try:
-        QueueLog.of(app).outcomes
+        QueueLog.of(app).hooks
     except ConfigurationError as error:
         print(error)
 """
