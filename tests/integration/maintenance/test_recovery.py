@@ -266,7 +266,7 @@ def test_a_message_the_broker_refused_is_left_to_the_next_pass(
 
 @pytest.mark.parametrize("store_url", ["postgresql", "mariadb"], indirect=True)
 class TestManySteps:
-    """Fifty workers' worth of steps on one database."""
+    """Fifty workers' worth of passes on one database."""
 
     STEPS = 50
     ROWS = 200
@@ -342,7 +342,7 @@ class TestManySteps:
         for _ in range(2):  # nothing is left for the second time
             with ThreadPoolExecutor(self.STEPS) as threads:
                 done = list(threads.map(lambda _: Recovery(app.queue_log).run_pass(), range(self.STEPS)))
-            purged += sum(step.purged for step in done)
+            purged += sum(each.purged for each in done)
 
         with app.connection_for_read() as connection:
             queue = app.amqp.queues[app.conf.task_default_queue](connection.default_channel)

@@ -83,7 +83,7 @@ class OpenBroker(SharedWorker):
         assert "Unrecoverable" not in log
 
     def recovers(self) -> None:
-        """Wait for the end of a recovery step that began after this: it purges what is old."""
+        """Wait for the end of a recovery pass that began after this: it purges what is old."""
         message_id = self.put_raw()
         assert self.app.AsyncResult(message_id).get(timeout=TIMEOUT) == "value"
         key = MessageKey(message_id, "echo")

@@ -121,7 +121,7 @@ LOCAL = replace(HEALTHY, broker=replace(HEALTHY.broker, local=True))
         task(acks_late=False, time_limit=7200.0),
         rabbitmq(task(acks_late=False, time_limit=7200.0)),
         rabbitmq(health(last_due=NOW + timedelta(days=1)), delays=True),
-        # Within what a recovery step, and a purge, may take.
+        # Within what a recovery pass, and a purge, may take.
         health(lapsed_since=ago(100), unsent_since=ago(100), done_since=ago(7.5 * 86400)),
         store(local_clock=NOW + timedelta(seconds=1.5)),
         store(local_clock=NOW + timedelta(seconds=9), clock_error=8.0),

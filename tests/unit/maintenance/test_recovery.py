@@ -1,4 +1,4 @@
-"""What a recovery step publishes and what it leaves alone, on a broker and a store in this process.
+"""What a recovery pass publishes and what it leaves alone, on a broker and a store in this process.
 
 Nobody waits here for time to pass: rows are made older in the store, whose clock is the only one that counts.
 """
@@ -52,7 +52,7 @@ class Shop:
     app: Celery
     store: SQLStore
 
-    def step(self) -> Recovered:
+    def run_pass(self) -> Recovered:
         return Recovery(QueueLog.of(self.app)).run_pass()
 
     # -- rows ----------------------------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ class TestLeasesThatRanOut:
     def test_the_message_is_published_as_it_was(self, shop: Shop) -> None:
         key = shop.lapsed("order:1", attempt=3, fingerprint="f" * 64, options={"time_limit": 9, "headers": {"a": "b"}})
 
-        assert shop.step() == Recovered(taken_back=1)
+        assert shop.run_pass() == Recovered(taken_back=1)
 
         (message,) = shop.messages()
         args, kwargs, _ = message.decode()
@@ -180,19 +180,19 @@ class TestLeasesThatRanOut:
 
     def test_once_for_each_lease_that_ran_out(self, shop: Shop) -> None:
         key = shop.lapsed()
-        assert shop.step().taken_back == 1
-        assert shop.step().taken_back == 0
+        assert shop.run_pass().taken_back == 1
+        assert shop.run_pass().taken_back == 0
         again = shop.store.take_over(shop.row(key), task_id="t", worker="w:2", lease=60.0, attempt=0)
         assert again is not None
-        assert shop.step().taken_back == 0
+        assert shop.run_pass().taken_back == 0
         shop.store.expire(again.claim)
-        assert shop.step().taken_back == 1
+        assert shop.run_pass().taken_back == 1
 
     def test_unclaimed_messages_are_published_with_growing_pauses(self, shop: Shop) -> None:
         key = shop.lapsed()
         tick, at = LOST_AFTER, []
         for number in range(40):
-            if shop.step().taken_back:
+            if shop.run_pass().taken_back:
                 at.append(number)
             shop.age(tick, key)
         assert len(at) >= 4
@@ -206,36 +206,36 @@ class TestLeasesThatRanOut:
     def test_pauses_do_not_grow_for_ever(self, shop: Shop) -> None:
         key = shop.lapsed()
         shop.age(30 * 86400, key)
-        shop.step()
+        shop.run_pass()
         shop.age(86400 + 60, key)
-        assert shop.step().taken_back == 1
+        assert shop.run_pass().taken_back == 1
 
     def test_foreign_rows_do_not_block_recovery(self, shop: Shop, small_batches: None) -> None:
         for number in range(7):
             shop.lapsed(f"theirs:{number}", task="another.app")
         for number in range(5):
             shop.lapsed(f"ours:{number}")
-        # No more than a batch in one step, but something in each.
-        while shop.step().taken_back:
+        # No more than a batch in one pass, but something in each.
+        while shop.run_pass().taken_back:
             pass
         assert sorted(shop.published()) == [f"ours:{number}" for number in range(5)]
 
     def test_rows_that_pause_do_not_keep_others_from_being_recovered(self, shop: Shop, small_batches: None) -> None:
         pausing = [shop.lapsed(f"pausing:{number}") for number in range(5)]
         for _ in range(3):
-            while shop.step().taken_back:
+            while shop.run_pass().taken_back:
                 pass
             shop.age(LOST_AFTER + 1, *pausing)
         shop.age(LOST_AFTER * 1.5, *pausing)
         shop.published()
         fresh = shop.lapsed("fresh")
-        assert shop.step().taken_back >= 1
+        assert shop.run_pass().taken_back >= 1
         assert fresh.message_id in shop.published()
 
     def test_a_message_that_cannot_be_read_is_abandoned(self, shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
         key = shop.lapsed(message=b"application/x-unheard-of;binary\n\x00")
         with caplog.at_level(logging.CRITICAL, logger="celery_idempotent"):
-            assert shop.step() == Recovered()
+            assert shop.run_pass() == Recovered()
         row = shop.row(key)
         assert (row.status, row.processed_status) == (Status.DONE, ProcessedStatus.FAILURE)
         assert str(row.error).startswith("abandoned")
@@ -247,23 +247,23 @@ class TestLeasesThatRanOut:
         stuck = shop.lapsed("stuck", options={"queue": "closed-down"})
         shop.lapsed("behind it")
         with caplog.at_level(logging.CRITICAL, logger="celery_idempotent"):
-            assert shop.step().taken_back == 1
+            assert shop.run_pass().taken_back == 1
         assert shop.published() == ["behind it"]
         # It is tried again: a reader of the log may open that queue.
         shop.app.amqp.queues.add("closed-down")
         assert shop.row(stuck).published_at is None
-        assert shop.step().taken_back == 1
+        assert shop.run_pass().taken_back == 1
 
     @pytest.mark.parametrize("ignored", [False, True])
     def test_whether_its_result_is_ignored_stays_as_it_was(self, shop: Shop, ignored: bool) -> None:
         shop.lapsed(options={"ignore_result": ignored})
-        shop.step()
+        shop.run_pass()
         assert [message.headers["ignore_result"] for message in shop.messages()] == [ignored]
 
     def test_a_deliverys_notes_are_not_published(self, shop: Shop) -> None:
         """The message of a producer without this library is kept with all that its first delivery said."""
         shop.lapsed(options={"redelivered": True, "is_eager": False, "priority": 4})
-        shop.step()
+        shop.run_pass()
         (message,) = shop.messages()
         assert not {"redelivered", "is_eager"} & {*message.properties, *message.headers}
         assert message.properties["priority"] == 4
@@ -273,15 +273,15 @@ class TestMessagesNeverPublished:
     def test_they_are_published_once(self, shop: Shop) -> None:
         key = shop.pending("outbox:1", published=False)
         shop.pending("sent by its producer")
-        assert shop.step() == Recovered(relayed=1)
-        assert shop.step() == Recovered()
+        assert shop.run_pass() == Recovered(relayed=1)
+        assert shop.run_pass() == Recovered()
         assert shop.published() == ["outbox:1"]
         assert shop.row(key).published_at is not None
 
     def test_their_eta_is_kept(self, shop: Shop) -> None:
         due = shop.row(shop.pending(published=False, delay=3600.0)).available_at
         assert due is not None
-        shop.step()
+        shop.run_pass()
         (message,) = shop.messages()
         eta = message.headers["eta"]
         assert abs((due - due.fromisoformat(eta)).total_seconds()) < 60
@@ -293,7 +293,7 @@ class TestMessagesNeverPublished:
             shop.pending(f"damaged:{number}", published=False, message=None)
         shop.pending("sound", published=False)
         with caplog.at_level(logging.CRITICAL, logger="celery_idempotent"):
-            assert shop.step().relayed == 1
+            assert shop.run_pass().relayed == 1
         assert shop.published() == ["sound"]
 
 
@@ -304,24 +304,24 @@ class TestMessagesLostByTheBroker:
         lost = shop.pending("lost")
         shop.age(LOST_AFTER + 1, lost)
         shop.consumed(shop.done("later"))
-        assert shop.step() == Recovered(lost=1)
-        assert shop.step() == Recovered()
+        assert shop.run_pass() == Recovered(lost=1)
+        assert shop.run_pass() == Recovered()
         assert shop.published() == ["lost"]
 
     def test_the_message_that_overtakes_may_still_run(self, shop: Shop) -> None:
         shop.age(LOST_AFTER + 1, shop.pending())
         shop.consumed(shop.claimed("later").key)
-        assert shop.step().lost == 1
+        assert shop.run_pass().lost == 1
 
     def test_a_backlog_is_not_touched_however_old(self, shop: Shop) -> None:
         backlog = [shop.pending(f"backlog:{number}") for number in range(3)]
         shop.age(30 * LOST_AFTER)
-        assert shop.step() == Recovered()
+        assert shop.run_pass() == Recovered()
         # Its first message is being worked on: that one overtook nothing.
         first = shop.store.claim(NewMessage(backlog[0], "id-backlog:0"), worker="w:1", lease=60.0, grace=0.0)
         assert isinstance(first, Claimed)
         shop.consumed(backlog[0])
-        assert shop.step() == Recovered()
+        assert shop.run_pass() == Recovered()
 
     def test_a_little_later_is_not_late(self, shop: Shop) -> None:
         """Workers that take their messages in turns overtake each other by a little all the time."""
@@ -330,26 +330,26 @@ class TestMessagesLostByTheBroker:
         later = shop.done("later")
         shop.age(2 * LOST_AFTER)
         shop.consumed(later)
-        assert shop.step() == Recovered()
+        assert shop.run_pass() == Recovered()
 
     def test_a_message_that_only_waits_in_a_worker_overtakes_nothing(self, shop: Shop) -> None:
         shop.age(LOST_AFTER + 1, shop.pending())
         shop.consumed(shop.pending("prefetched"))
-        assert shop.step() == Recovered()
+        assert shop.run_pass() == Recovered()
 
     def test_another_queue_is_another_backlog(self, shop: Shop) -> None:
         shop.age(LOST_AFTER + 1, shop.pending(queue="slow"))
         shop.consumed(shop.done("later"))
-        assert shop.step() == Recovered()
+        assert shop.run_pass() == Recovered()
 
     def test_a_message_not_due_yet_is_not_overtaken(self, shop: Shop) -> None:
         key = shop.pending(delay=LOST_AFTER)
         shop.age(LOST_AFTER + 60, key)
         shop.consumed(shop.done("later"))
         # Due a minute ago: nothing recorded 300 s after that has been claimed.
-        assert shop.step() == Recovered()
+        assert shop.run_pass() == Recovered()
         shop.age(LOST_AFTER, key)
-        assert shop.step().lost == 1
+        assert shop.run_pass().lost == 1
 
     def test_a_message_lost_again_is_published_with_growing_pauses(self, shop: Shop) -> None:
         lost = shop.pending()
@@ -357,7 +357,7 @@ class TestMessagesLostByTheBroker:
         shop.consumed(shop.done("later"))
         at = []
         for number in range(40):
-            if shop.step().lost:
+            if shop.run_pass().lost:
                 at.append(number)
             shop.age(LOST_AFTER, lost)
         assert len(at) >= 4
@@ -375,7 +375,7 @@ class TestMessagesLostByTheBroker:
         )
         shop.age(LOST_AFTER + 60, key)
         shop.consumed(shop.done("later"))
-        assert shop.step().lost == 1
+        assert shop.run_pass().lost == 1
         (message,) = shop.messages()
         assert message.headers["retries"] == 1
 
@@ -416,7 +416,7 @@ class TestPurge:
         young = shop.done("young")
         shop.age(RETENTION - 60, young)
 
-        assert shop.step().purged == 1  # the failure is kept for longer
+        assert shop.run_pass().purged == 1  # the failure is kept for longer
 
         left = {count.status: count.rows for count in shop.store.counts()}
         assert left == {Status.PENDING: 1, Status.PROCESSING: 1, Status.DONE: 1}
@@ -426,7 +426,7 @@ class TestPurge:
         for number in range(5):
             shop.done(f"done:{number}")
         shop.age(RETENTION + 1)
-        assert shop.step().purged == 5
+        assert shop.run_pass().purged == 5
         assert shop.store.counts() == []
 
     def test_no_longer_than_its_share_of_a_step(
@@ -437,7 +437,7 @@ class TestPurge:
         shop.age(RETENTION + 1)
         purge: Callable[..., int] = shop.store.purge
         monkeypatch.setattr(purging, "_PURGE_FOR", 1e-9)
-        assert shop.step().purged in (0, 2)
+        assert shop.run_pass().purged in (0, 2)
         assert purge(older_than=RETENTION, limit=10) >= 3
 
 
@@ -450,12 +450,12 @@ def test_a_pass_on_an_empty_log_costs_few_statements(shop: Shop) -> None:
 
     sa.event.listen(sa.Engine, "before_cursor_execute", note)
     try:
-        shop.step()
+        shop.run_pass()
         assert len(statements) == 3
         for number in range(40):
             Rescue.of(shop.app.queue_log).saw(f"key {number}", shop.claimed(queue=f"queue {number}").key)
         statements.clear()
-        shop.step()
+        shop.run_pass()
         assert len(statements) == 5
     finally:
         sa.event.remove(sa.Engine, "before_cursor_execute", note)
@@ -480,15 +480,15 @@ def test_rate_limited_messages_are_not_overtaken(shop: Shop) -> None:
     kept_back = shop.pending("kept back", task="limited", args=())
     shop.age(2 * LOST_AFTER)
     shop.consumed(shop.done("another task"))
-    assert shop.step().lost == 0
+    assert shop.run_pass().lost == 0
 
     later = shop.pending("later", task="limited", args=())
     answer = shop.store.claim(NewMessage(later, "id-later"), worker="w:1", lease=60.0, grace=0.0)
     assert isinstance(answer, Claimed)
     shop.consumed(later)
-    assert shop.step().lost == 0
+    assert shop.run_pass().lost == 0
     shop.age(601.0 - LOST_AFTER, kept_back)
-    assert shop.step().lost == 1
+    assert shop.run_pass().lost == 1
     assert shop.published() == ["kept back"]
 
 
@@ -499,7 +499,7 @@ def test_a_large_message_is_read_when_its_turn_has_come(shop: Shop) -> None:
             shop.lapsed(name, args=(large,))
         else:
             shop.pending(name, args=(large,), published=False)
-    assert shop.step() == Recovered(taken_back=1, relayed=1)
+    assert shop.run_pass() == Recovered(taken_back=1, relayed=1)
     assert sorted(message.decode()[0] for message in shop.messages()) == [[large], [large]]
 
 
@@ -514,7 +514,7 @@ def test_messages_of_a_task_turned_off_are_only_named(shop: Shop) -> None:
     shop.consumed(shop.done())
     recovery = Rescue.of(shop.app.queue_log)
 
-    assert shop.step() == Recovered(relayed=1)
+    assert shop.run_pass() == Recovered(relayed=1)
     assert shop.published() == ["unsent"]
     assert [shop.row(key).may_have_run for key in (waits, lapsed, unsent)] == [True, True, False]
     assert recovery.publish_waiting(0.0) == 0
@@ -529,10 +529,10 @@ def test_failures_are_purged_by_a_retention_of_their_own(shop: Shop) -> None:
     shop.done("done")
     shop.age(2 * RETENTION)
     queue_log = shop.app.queue_log
-    assert (purgeable(queue_log), shop.step().purged) == (1, 1)
+    assert (purgeable(queue_log), shop.run_pass().purged) == (1, 1)
     assert purge(queue_log, older_than=0.0) == 0
     shop.age(2 * RETENTION)
-    assert shop.step().purged == 1
+    assert shop.run_pass().purged == 1
     assert shop.store.counts() == []
 
 

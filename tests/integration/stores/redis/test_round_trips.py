@@ -128,14 +128,14 @@ def test_a_thousand_messages_are_two_round_trips(tapped_store: RedisStore, asked
     assert sum(trip.count(b"EVALSHA") for trip in asked if b"SCRIPT" not in trip) <= 20
 
 
-def test_a_step_of_recovery_at_rest_is_a_few_round_trips(tapped_store: RedisStore, asked: list[list[Any]]) -> None:
-    def step() -> None:
+def test_a_recovery_pass_at_rest_is_a_few_round_trips(tapped_store: RedisStore, asked: list[list[Any]]) -> None:
+    def run_pass() -> None:
         assert tapped_store.lapsed(again_after=1.0, limit=200) == []
         assert tapped_store.unsent(limit=200) == []
         assert tapped_store.purge(older_than=0.0, limit=200) == 0
         assert tapped_store.waiting(older_than=0.0, limit=200, before={"celery": datetime.now(UTC)}) == []
 
-    step()
+    run_pass()
     asked.clear()
-    step()
+    run_pass()
     assert len(asked) == 4
