@@ -9,7 +9,8 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from celery_idempotent.errors import DuplicateMessageError, MessageMismatchError, StoreError, StoreUnavailableError
-from celery_idempotent.producer.box import Outbox, OutgoingCall, innermost_outbox, outbox_that_takes, within
+from celery_idempotent.producer.box import Outbox, OutgoingCall, innermost_outbox, within
+from celery_idempotent.producer.current_outbox import outbox_that_takes
 from celery_idempotent.producer.off_loop import off_the_loop
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Find the outbox that takes the current call; the base class of all outboxes.
+"""The base class of all outboxes, and the blocks of code whose calls they take.
 
 The row in ``queue_log`` is the outbox, since it holds the message. After a rollback there is no row. After a commit, the committing process
 publishes the message at once. If it dies before that, the relay publishes (see :mod:`celery_idempotent.producer.relay`).
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
     from celery_idempotent.core.records import Duplicate, Inserted, MessageKey
     from celery_idempotent.core.store import Store
-    from celery_idempotent.core.store.transactional import Surrounding
     from celery_idempotent.producer.guarded import Guarded, UnrecordedCall
     from celery_idempotent.producer.publisher import Outgoing
     from celery_idempotent.queue_log import QueueLog
@@ -40,9 +39,7 @@ __all__ = [
     "Outbox",
     "OutgoingCall",
     "block_outbox",
-    "current_outbox",
     "innermost_outbox",
-    "outbox_that_takes",
     "within",
 ]
 
@@ -100,16 +97,6 @@ def block_outbox(queue_log: QueueLog) -> Outbox | None:
     """Return that outbox if it takes calls of this queue log."""
     box = innermost_outbox()
     return box if box is not None and box.takes(queue_log) else None
-
-
-def current_outbox(queue_log: QueueLog) -> Outbox | None:
-    """Return the outbox that takes a call in this thread or asyncio task; ``None`` to send it at once."""
-    return outbox_that_takes(queue_log, innermost_outbox())
-
-
-def outbox_that_takes(queue_log: QueueLog, box: Outbox | None) -> Outbox | None:
-    """Return the block's outbox if it takes calls of this queue log; otherwise that of the framework's transaction, if there is one."""
-    return box if box is not None and box.takes(queue_log) else _surrounding_outbox(queue_log)
 
 
 @contextmanager
@@ -318,39 +305,3 @@ class Outbox:
             return []
         # After a rollback, another process may have recorded the same id.
         return [message for message in messages if task_ids.get(message.key) == message.header.task_id]
-
-
-class _SurroundingOutbox(Outbox):
-    """The calls that are published by one hook of a framework's transaction."""
-
-    def __init__(self, surrounding: Surrounding) -> None:
-        super().__init__(surrounding.connect)
-        self._surrounding: Surrounding | None = surrounding
-
-    def add(self, message: Outgoing) -> None:
-        self._await_commit()
-        super().add(message)
-
-    def keep(self, call: UnrecordedCall) -> None:
-        self._await_commit()
-        self._unrecorded.append(call)
-
-    def count(self, queue_log: QueueLog, key: MessageKey) -> None:
-        self._await_commit()
-        super().count(queue_log, key)
-
-    def _await_commit(self) -> None:
-        if self._surrounding is not None:
-            self._surrounding.after_commit(self.publish)
-            self._surrounding = None
-
-
-def _surrounding_outbox(queue_log: QueueLog) -> Outbox | None:
-    """Return what takes a call in the transaction of a framework, where the store is in its database."""
-    find = getattr(queue_log.store, "surrounding", None)
-    surrounding: Surrounding | None = find() if find is not None and queue_log.settings.django_outbox else None
-    if surrounding is None:
-        return None
-    # Those that follow each other are published together.
-    last = getattr(surrounding.last_hook(), "__self__", None)
-    return last if isinstance(last, _SurroundingOutbox) else _SurroundingOutbox(surrounding)

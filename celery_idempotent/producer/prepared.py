@@ -14,7 +14,7 @@ from celery_idempotent.message.canvas_ids import Calls, Position
 from celery_idempotent.message.header import Header
 from celery_idempotent.message.identity import FANOUT
 from celery_idempotent.message.serialization import dumped, encode_message, serializer_of
-from celery_idempotent.producer.box import PUBLISH_WITHIN, Outbox, current_outbox
+from celery_idempotent.producer.box import PUBLISH_WITHIN, Outbox
 from celery_idempotent.producer.call_options import (
     delay_of,
     for_later,
@@ -23,6 +23,7 @@ from celery_idempotent.producer.call_options import (
     kept,
     routed_options,
 )
+from celery_idempotent.producer.current_outbox import current_outbox
 from celery_idempotent.producer.guarded import Guarded, GuardedRun, current_run
 from celery_idempotent.producer.identify import identify
 

@@ -18,8 +18,8 @@ from celery_idempotent.errors import ConfigurationError
 from celery_idempotent.message.check_id import check_message_id
 from celery_idempotent.message.header import Header, mark_unrecorded
 from celery_idempotent.message.serialization import dumped, encode_message, serializer_of
-from celery_idempotent.producer.box import current_outbox
 from celery_idempotent.producer.call_options import for_later, kept
+from celery_idempotent.producer.current_outbox import current_outbox
 from celery_idempotent.producer.guarded import Guarded, current_run
 
 if TYPE_CHECKING:

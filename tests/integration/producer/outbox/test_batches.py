@@ -18,7 +18,7 @@ from celery_idempotent import (
 )
 from celery_idempotent.core.records import Duplicate, Inserted, NewMessage, RowFilter
 from celery_idempotent.core.store import Store
-from celery_idempotent.producer.box import current_outbox
+from celery_idempotent.producer.current_outbox import current_outbox
 from celery_idempotent.producer.relay import relay
 from tests.integration.producer.outbox.conftest import OutboxApp
 from tests.support.effects import Effect
