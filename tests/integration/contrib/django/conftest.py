@@ -70,7 +70,7 @@ class Project:
             capture_output=True,
             text=True,
             check=False,
-            timeout=60,
+            timeout=200,
         )
         assert done.returncode == (-9 if killed else 0), done.stderr[-6000:]
         return done.stdout

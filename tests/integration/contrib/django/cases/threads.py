@@ -60,7 +60,7 @@ class WorkerInTransactionTestCase(TransactionTestCase):
         Order.objects.create(number="o-1", amount=5)
         with start_worker(app, perform_ping_check=False):
             self.client.post("/orders/", {"number": "o-1", "amount": 5})
-            self.assertEqual(charge.delay("o-1").get(timeout=20), 5)
+            self.assertEqual(charge.delay("o-1").get(timeout=60), 5)
         self.assertEqual(Payment.objects.count(), 1)
         self.assertEqual(Message.objects.filter(message_id="charge:o-1").get().processed_status, "success")
 
