@@ -13,6 +13,8 @@
         ├── StoreUnavailableError                             transient
         └── SchemaError                                       run `idempotent init`
 
+A warning, :class:`EagerStoreWarning`, stands beside them.
+
 Celery stores an exception in the result backend as its type and its ``args``, and rebuilds it with ``type(e)(*e.args)``.
 ``pickle`` does the same. So each class here keeps all constructor arguments in ``args``, in order, and composes its message in
 ``__str__``.
@@ -25,6 +27,7 @@ __all__ = [
     "AlreadyProcessingError",
     "ConfigurationError",
     "DuplicateMessageError",
+    "EagerStoreWarning",
     "IdempotentError",
     "LeaseLostError",
     "MessageMismatchError",
@@ -168,3 +171,7 @@ class AccessDeniedError(StoreUnavailableError):
 
 class SchemaError(StoreError):
     """The queue log's table is missing or has another version. Run ``celery -A proj idempotent init``."""
+
+
+class EagerStoreWarning(UserWarning):
+    """An eager call was recorded in a queue log that outlives this process. Later, the same message is a duplicate, also of real workers."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
+import warnings
 import weakref
 from collections.abc import Callable
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol, TypeVar, cast, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar, cast, runtime_checkable
 
 # Import these before an app's settings can be shown, and before anything is logged.
 from celery_idempotent.core import log_lines, settings_mask  # noqa: F401
-from celery_idempotent.errors import ConfigurationError
+from celery_idempotent.errors import ConfigurationError, EagerStoreWarning
 from celery_idempotent.hooks import Hooks
 from celery_idempotent.settings import Settings
 from celery_idempotent.stores import open_store
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
     from celery_idempotent.core.transactions import SessionFactory
 
 __all__ = ["QueueLog"]
+
+logger = logging.getLogger("celery_idempotent")
 
 _ATTRIBUTE = "queue_log"
 
@@ -56,6 +61,9 @@ class QueueLog:
         ConfigurationError: ``store`` is not a store, or ``session_factory`` cannot be called.
     """
 
+    #: What a test gives each app in place of its store; ``None`` outside of tests. See :mod:`celery_idempotent.in_tests`.
+    stand_in: ClassVar[Callable[[QueueLog], Store] | None] = None
+
     def __init__(
         self,
         app: Celery,
@@ -78,6 +86,7 @@ class QueueLog:
         self.isolation_level = isolation_level
         self._given_store = store
         self._parts: dict[type, object] = {}
+        self._warned = False
         setattr(app, _ATTRIBUTE, self)
         _close_with(app)
 
@@ -96,13 +105,24 @@ class QueueLog:
         """
         return Settings.from_app(self.app)
 
-    @cached_property
+    @property
     def store(self) -> Store:
-        """The store, opened lazily: connections belong to the process that made them.
+        """The store, opened lazily: connections belong to the process that made them. In tests, what stands in for it.
 
         Raises:
             ConfigurationError: The URL is not valid, or its driver is not installed.
         """
+        stand_in = QueueLog.stand_in
+        return self.own_store if stand_in is None else stand_in(self)
+
+    @property
+    def given_store(self) -> Store | None:
+        """The store that the app's code gave; ``None`` if the setting names it."""
+        return self._given_store
+
+    @cached_property
+    def own_store(self) -> Store:
+        """The app's own store, also in tests."""
         if self._given_store is not None:
             return self._given_store
         settings = self.settings
@@ -135,6 +155,18 @@ class QueueLog:
         found = self._parts.get(kind) or self._parts.setdefault(kind, make())
         return cast("T", found)
 
+    def warn_of_eager_call(self) -> None:
+        """Warn once if an eager call is about to be recorded in a store that outlives this process."""
+        if self._warned or QueueLog.stand_in is not None or not getattr(self.store, "lasting", True):
+            return
+        self._warned = True
+        text = (
+            f"a task of {self!r} is called eagerly (task_always_eager, or apply()), and recorded in {self.store!r}: what runs here as "
+            f"done is not run again, not even by a worker. In tests, give the app idempotent_store='sqlite://', or use the pytest plugin"
+        )
+        logger.warning("%s", text)
+        warnings.warn(text, EagerStoreWarning, stacklevel=_level_of_caller())
+
     def init(self) -> bool:
         """Create the table if it is missing, or upgrade one of an older version; return whether anything was created or changed.
 
@@ -152,8 +184,8 @@ class QueueLog:
         Call it before a test drops its database. Messages that this process still runs, in a worker's thread, would open it again: end
         them first. ``app.close()`` does the same, and ends the threads.
         """
-        if "store" in vars(self):
-            self.store.close()
+        if "own_store" in vars(self):
+            self.own_store.close()
 
     def end(self) -> None:
         """Close all that was opened for the app in this process, because the app is closed. It is opened again if it is used again."""
@@ -165,6 +197,14 @@ class QueueLog:
 
     def __repr__(self) -> str:
         return f"<QueueLog of {self.app.main or 'app'}>"
+
+
+def _level_of_caller() -> int:
+    """Return the ``stacklevel`` of the first frame above the caller that is neither Celery's nor ours."""
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_globals["__name__"].partition(".")[0] in ("celery", "celery_idempotent"):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _close_with(app: Celery) -> None:

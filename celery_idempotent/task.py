@@ -252,6 +252,7 @@ class IdempotentTask(AwaitedCalls, Task):  # type: ignore[misc]
             result = super().apply(args, kwargs, task_id=task_id, **options)
             result.duplicate = False
             return result
+        self.queue_log.warn_of_eager_call()
         header = Header.read(options.get("headers"))
         if header is None or not header.belongs_to(self.name, task_id):
             key, fingerprint = identify(

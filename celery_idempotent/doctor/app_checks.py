@@ -27,6 +27,12 @@ def check_app(facts: Facts) -> Iterator[Finding]:
             "the app has no task with base=IdempotentTask, or does not import their modules",
             "give the tasks base=IdempotentTask, and add their modules to `imports` or `include`",
         )
+    if app.eager:
+        yield Finding(
+            "always-eager",
+            f"task_always_eager is on, and calls are recorded in {facts.store.name}",
+            "task_always_eager = False; in tests, use the pytest plugin, or idempotent_store = 'sqlite://'",
+        )
     if app.without_base:
         yield Finding(
             "base-missing",

@@ -62,6 +62,7 @@ class AppFacts:
         without_base: Its tasks that have options of the guard, and not its base class.
         atomic_refused: Why its store cannot run its atomic tasks, if it has some.
         isolation_level: The isolation level of atomic tasks, if the app names one.
+        eager: Whether calls run in place, and are recorded in a store that outlives the process.
     """
 
     wrong: tuple[str, ...] = ()
@@ -76,6 +77,7 @@ class AppFacts:
     without_base: tuple[str, ...] = ()
     atomic_refused: str | None = None
     isolation_level: str | None = None
+    eager: bool = False
 
 
 @dataclass(frozen=True, slots=True)

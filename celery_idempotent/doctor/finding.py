@@ -30,6 +30,10 @@ CODES: dict[str, tuple[Severity, str]] = {
         "Nothing is guarded: calls are not recorded, and each repeated call and each copy of a message runs.",
     ),
     "no-guarded-tasks": (_W, "Nothing is guarded, and the rest of this report says nothing about your tasks."),
+    "always-eager": (
+        _E,
+        "What a test runs is recorded as done, and a real message with the same id then never runs.",
+    ),
     "past-the-guard": (
         _E,
         "Messages of these tasks run unguarded: copies run again, rows stay pending, and recovery publishes them.",

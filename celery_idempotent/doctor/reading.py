@@ -71,6 +71,8 @@ def read_facts(
         store = queue_log.store
     except ConfigurationError as error:
         return Facts(replace(app, wrong=app.wrong or (str(error),)), broker, StoreFacts())
+    if queue_log.app.conf.task_always_eager and getattr(store, "lasting", True):
+        app = replace(app, eager=True)
     if any(task.atomic for task in app.tasks):
         try:
             transactional(store)

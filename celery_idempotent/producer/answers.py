@@ -19,7 +19,7 @@ from celery_idempotent.producer.call_options import is_waited_on
 if TYPE_CHECKING:
     from celery_idempotent.producer.guarded import Guarded
 
-__all__ = ["answer_again", "answer_of", "differs", "eager_result"]
+__all__ = ["answer_again", "answer_of", "differs", "eager_result", "note_skipped"]
 
 logger = logging.getLogger("celery_idempotent")
 
@@ -48,7 +48,24 @@ def answer_of(
     task.queue_log.hooks.emit(OutcomeKind.DUPLICATE, key, row=row, task_id=task_id, attempt=0, reason=action)
     if action is CallAction.RAISE_DUPLICATE:
         raise DuplicateMessageError(key.message_id, row.task_id, str(row.status))
+    note_skipped(row, task_id)
     return eager_result(task, row)
+
+
+def note_skipped(row: Row, task_id: str) -> None:
+    """Log that a call was not sent, because its message was sent before.
+
+    Args:
+        row: The message's row.
+        task_id: The Celery id that the call would have had.
+    """
+    logger.info(
+        "%s is skipped, as a call under %s: it was sent before as %s, and is %s",
+        row.key,
+        task_id,
+        row.task_id,
+        row.status,
+    )
 
 
 def differs(task: Guarded, row: Row, args: Any, kwargs: Any) -> str | None:

@@ -12,7 +12,7 @@ from celery_idempotent.core.records import Row
 from celery_idempotent.errors import DuplicateMessageError, MessageMismatchError, StoreUnavailableError
 from celery_idempotent.hooks import OutcomeKind
 from celery_idempotent.message.header import later_call
-from celery_idempotent.producer.answers import answer_again, differs, eager_result
+from celery_idempotent.producer.answers import answer_again, differs, eager_result, note_skipped
 from celery_idempotent.producer.guarded import GuardedRun, current_run
 from celery_idempotent.producer.publishing import Publishing
 
@@ -97,6 +97,7 @@ def _take_back_resubmission(call: Publishing, row: Row) -> None:
 
 
 def _first_result(call: Publishing, row: Row) -> AsyncResult[Any]:
+    note_skipped(row, call.message.task_id)
     if call.task.app.conf.task_always_eager:
         return call.in_trail(eager_result(call.task, row))
     answer_again(call.task, row)

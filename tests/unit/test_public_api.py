@@ -24,6 +24,7 @@ PUBLIC = {
     "ConfigurationError",
     "CurrentMessage",
     "DuplicateMessageError",
+    "EagerStoreWarning",
     "IdempotentError",
     "IdempotentTask",
     "LeaseLostError",
@@ -128,6 +129,7 @@ def test_the_wheel_holds_the_package_the_mark_of_typing_and_the_command(tmp_path
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "celery_idempotent").rglob("*.py")}
     assert modules <= names
     assert "[celery.commands]\nidempotent = celery_idempotent.cli:idempotent" in entry_points_text
+    assert "[pytest11]\ncelery_idempotent = celery_idempotent.pytest_plugin" in entry_points_text
     assert f"Version: {celery_idempotent.__version__}\n" in metadata_text
     assert "Requires-Dist: psycopg[binary]" in metadata_text
     assert all("extra ==" in line for line in metadata_text.splitlines() if "psycopg" in line or "pymysql" in line)

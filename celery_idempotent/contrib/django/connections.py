@@ -19,7 +19,7 @@ from sqlalchemy.exc import DisconnectionError
 from celery_idempotent.contrib.django.dialects import Transactions, shared
 from celery_idempotent.errors import ConfigurationError
 
-__all__ = ["Alias", "alias_of", "in_test_case", "is_of_test_case"]
+__all__ = ["Alias", "alias_of", "in_test_case", "in_tests", "is_of_test_case"]
 
 #: The key in a store connection's ``info`` for the name of its database.
 _DATABASE = "celery_idempotent.database"
@@ -81,7 +81,7 @@ class Alias:
 
         def close(_: Any, record: Any) -> None:
             # Tests drop their database at the end, which an open connection would prevent.
-            if _in_tests():
+            if in_tests():
                 record.invalidate()
 
         event.listen(engine, "connect", remember)
@@ -111,7 +111,7 @@ class Alias:
 
     def refuse_forbidden(self) -> None:
         """Raise what Django, or pytest-django, raises in a test that may not use this database."""
-        if _in_tests():
+        if in_tests():
             with plainly(), self.wrapper.temporary_connection():
                 pass
 
@@ -184,7 +184,7 @@ def is_of_test_case(block: Any) -> bool:
     return bool(getattr(block, "_from_testcase", False))
 
 
-def _in_tests() -> bool:
+def in_tests() -> bool:
     """Return whether Django's test environment is set up, which gives ``mail`` an outbox."""
     return hasattr(mail, "outbox")
 
@@ -197,7 +197,7 @@ class _Opened:
         self._wrappers: WeakSet[Any] = WeakSet()
 
     def add(self, connection: Any, **_: Any) -> None:
-        if _in_tests():
+        if in_tests():
             with self._lock:
                 self._wrappers.add(connection)
 

@@ -14,7 +14,7 @@ from django.db import Error
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
-from celery_idempotent.contrib.django.connections import Alias, alias_of, in_test_case, is_of_test_case
+from celery_idempotent.contrib.django.connections import Alias, alias_of, in_test_case, in_tests, is_of_test_case
 from celery_idempotent.core.records import Holder
 from celery_idempotent.core.store import TransactionStatus
 from celery_idempotent.errors import ConfigurationError
@@ -43,6 +43,8 @@ class DjangoStore(SQLStore):
 
     begins_before_body: ClassVar[bool] = True
 
+    undone_by_tests: ClassVar[bool] = True
+
     def __init__(self, url: str, *, table: str = "queue_log") -> None:
         self._alias = Alias(alias_of(url) or "default")
         self._shared = _Shared(self._alias)
@@ -53,6 +55,10 @@ class DjangoStore(SQLStore):
 
     def _open(self, target: Any, dialect: Dialect, prepare: Callable[[Connection], None]) -> Database:
         return _DjangoDatabase(target, dialect, prepare, self._alias, self._shared)
+
+    @property
+    def lasting(self) -> bool:
+        return super().lasting and not in_tests()
 
     @cached_property
     def _driven(self) -> Engine:

@@ -4,12 +4,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 
-from sqlalchemy import Table, func, literal_column, null, or_, select, update
+from sqlalchemy import Table, delete, func, literal_column, null, or_, select, update
 
-from celery_idempotent.core.records import FORGOTTEN, MAY_HAVE_RUN, LogHealth, ProcessedStatus, Row
+from celery_idempotent.core.records import FORGOTTEN, MAY_HAVE_RUN, LogHealth, MessageKey, ProcessedStatus, Row
 from celery_idempotent.stores import took_effect
+from celery_idempotent.stores.batches import in_batches
 from celery_idempotent.stores.sql.clock import FromNow, Now, seconds
 from celery_idempotent.stores.sql.columns import (
     DONE,
@@ -18,6 +19,7 @@ from celery_idempotent.stores.sql.columns import (
     PROCESSING,
     Old,
     has_key,
+    key_in,
     key_parameters,
     parameter,
     unneeded,
@@ -46,6 +48,16 @@ class Admin(Verbs):
         return wrote(on, self._admin.forget, parameters) or (
             on.is_retry and self._shows(on, row.key, lambda found: took_effect.forget(found, row))
         )
+
+    def erase(self, keys: Collection[MessageKey] | None = None) -> None:
+        """Delete these rows, or all of them: for tests."""
+        for some in [None] if keys is None else in_batches(keys):
+            self._erase_some(some)
+
+    @verb
+    def _erase_some(self, on: Attempt, keys: Sequence[MessageKey] | None) -> None:
+        everything = delete(self._table)
+        on.connection.execute(everything if keys is None else everything.where(key_in(self._table, keys)))
 
     def purgeable(
         self,

@@ -104,6 +104,17 @@ class Database:
     def _url(self) -> URL:
         return self._target.url if isinstance(self._target, Engine) else self._target
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether it is an in-memory SQLite database."""
+        name = self._url.database or ""
+        return "sqlite" in self.dialect.names and (name in ("", ":memory:") or "mode=memory" in name)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether an engine was given."""
+        return isinstance(self._target, Engine)
+
     def exists(self) -> bool:
         """Return whether there is a database to connect to; ``False`` only where connecting would make it."""
         return self.dialect.exists(self._url)

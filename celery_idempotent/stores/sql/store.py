@@ -69,6 +69,24 @@ class SQLStore(Recording, Claims, Transitions, Recovering, Reading, Admin):
     def __repr__(self) -> str:
         return f"SQLStore({str(self._database)!r}, table={self._table.fullname!r})"
 
+    #: Whether a framework's tests undo what is written here, each by itself.
+    undone_by_tests: ClassVar[bool] = False
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the rows are in an in-memory SQLite database, which lives and dies with this process."""
+        return self._database.in_memory
+
+    @property
+    def lasting(self) -> bool:
+        """Whether what is written now outlives this process, and is not undone by a test."""
+        return not self.in_memory
+
+    @property
+    def shares_engine(self) -> bool:
+        """Whether it uses an engine of the user's."""
+        return self._database.is_shared
+
     @property
     def engine(self) -> Engine:
         """An engine for transactions of your own on the store's database: the one you gave, or one with its own pool.

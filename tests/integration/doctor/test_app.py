@@ -36,6 +36,7 @@ def test_with_a_good_set_up_nothing_is_found(make_app: MakeApp, capsys: pytest.C
         ("visibility-eta", 3, {}, {"default_retry_delay": 7200}),
         ("visibility-eta", 3, {}, {"autoretry_for": (ValueError,), "retry_backoff": True, "retry_backoff_max": 4000}),
         ("atomic-store", 1, {}, {"atomic": True}),
+        ("always-eager", 1, {"task_always_eager": True}, {}),
         ("settings", 1, {}, {"on_duplicate": "skipp"}),
         ("settings", 1, {}, {"Request": "nowhere:Request"}),
     ],

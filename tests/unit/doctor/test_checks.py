@@ -143,6 +143,7 @@ SICK = [
     Provoked("guard-off", app(enabled=False), "idempotent_enabled is False"),
     Provoked("settings", app(wrong=("unknown setting 'idempotent_stor'",), tasks=()), "idempotent_stor"),
     Provoked("no-guarded-tasks", app(tasks=()), "base=IdempotentTask"),
+    Provoked("always-eager", app(eager=True), "calls are recorded in a store"),
     Provoked("past-the-guard", task(past_the_guard=True), "__call__ and before_start", ("late",)),
     Provoked("base-missing", app(without_base=("mail",)), "options of the guard", ("mail",)),
     Provoked("base-missing", app(without_base=("mail",), tasks=TASKS), "not its base class", ("mail",)),

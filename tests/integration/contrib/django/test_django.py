@@ -8,6 +8,7 @@ import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -52,6 +53,18 @@ def test_the_queue_log_in_the_database_of_another_alias(project: Project) -> Non
         printed = project.manage(
             "test", option, "cases.aliases", SHOP_BROKER="memory://", DJANGO_SETTINGS_MODULE="several"
         )
+        assert "OK" in printed
+
+
+@pytest.mark.timeout(300)
+def test_queue_log_in_djangos_test_cases(project: Project, tmp_path: Path) -> None:
+    (tmp_path / "tested.py").write_text(
+        f"from project.settings import *\nDATABASES['default']['TEST'] = {{'NAME': {str(tmp_path / 'test_shop.db')!r}}}\n"
+    )
+    on_a_file = {"DJANGO_SETTINGS_MODULE": "tested", "PYTHONPATH": f"{tmp_path}:{project.environment['PYTHONPATH']}"}
+    settings: list[dict[str, Any]] = [{}, on_a_file] if project.database == "sqlite" else [{}]
+    for environment in settings:
+        printed = project.manage("test", "--noinput", "cases.queue_log", SHOP_BROKER="memory://", **environment)
         assert "OK" in printed
 
 
