@@ -28,7 +28,7 @@ TIMEOUT = 120.0
 LEASE = 2.0
 
 pytestmark = [
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(1200),
     pytest.mark.parametrize("broker", ["redis", "rabbitmq-quorum"], indirect=True),
 ]
 
