@@ -16,6 +16,7 @@ from celery_idempotent.maintenance.recovery import Recovery
 from tests.support.apps.children import Moment, deadly
 from tests.support.deployment import unique
 from tests.support.shared_workers import SharedWorker
+from tests.support.versions import CELERY
 from tests.support.waiting import TIMEOUT, wait_until
 
 #: How the tasks that these tests call are named. Others of the shared worker leave theirs waiting in the worker.
@@ -86,11 +87,10 @@ def test_a_body_that_runs_again_makes_the_same_calls(shared_worker: SharedWorker
 
     returned = result.get(timeout=TIMEOUT)
     assert len(shared_worker.ledger.starts("parent", task_id=result.id)) == 2
-    # The results that the second run has returned are there, whichever run has made them.
-    assert [AsyncResult(id_, app=shared_worker.app).get(timeout=TIMEOUT) for id_ in returned] == [
-        name + end for end in values
-    ]
     settle(shared_worker)
+    # The results that the second run has returned are there, whichever run has made them. They are read, not waited for: up to Celery 5.6 only the
+    # first of two results with an id gets its value, and the parent's result has the children of a group already.
+    assert [AsyncResult(id_, app=shared_worker.app).result for id_ in returned] == [name + end for end in values]
     assert ran(shared_worker, name) == children
 
 
@@ -119,6 +119,7 @@ def test_a_retry_makes_calls_of_its_own(shared_worker: SharedWorker, killed: boo
     assert len(shared_worker.ledger.starts("parent", task_id=result.id)) == (4 if killed else 3)
 
 
+@pytest.mark.skipif(CELERY < (5, 7), reason="Celery has retry_on_worker_lost since 5.7")
 @pytest.mark.parametrize("retries", [0, 1])
 def test_a_retry_in_place_of_a_lost_worker_makes_the_same_calls(shared_worker: SharedWorker, retries: int) -> None:
     name = unique()

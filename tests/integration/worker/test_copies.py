@@ -17,6 +17,7 @@ from celery_idempotent.maintenance.rescue import Rescue
 from celery_idempotent.message.serialization import decode_message, encode_result
 from tests.support.deployment import unique
 from tests.support.shared_workers import SharedWorker
+from tests.support.versions import CELERY
 from tests.support.waiting import TIMEOUT, wait_until
 
 Send = Callable[[SharedWorker, str, str], "AsyncResult[Any]"]
@@ -335,6 +336,7 @@ def test_a_copy_that_died_before_its_callbacks_goes_on(shared_worker: SharedWork
     wait_until(lambda: own_row(shared_worker, result) is None, describe="the end of the copy's row")
 
 
+@pytest.mark.skipif(CELERY < (5, 7), reason="Celery's Redis backend claims a chord's body since 5.7")
 def test_a_chords_part_waits_for_a_dead_owners_claim(shared_worker: SharedWorker) -> None:
     """Celery's Redis backend lets one worker at a time send a chord's body, and forgets a dead one's claim after a while."""
     m, queue, echo = unique(), unique("queue"), shared_worker.task("echo")
