@@ -97,19 +97,19 @@ class Crashes:
 
     def deliver_again(self, crash: Crash) -> EagerResult[Any]:
         """Deliver a message whose process was killed, after its lease has run out."""
-        result = deliver(crash.delivery, redelivered=True)
-        result.duplicate = crash.row is not None and crash.row.status is Status.DONE
-        return result
+        return self._logs.deliveries.again(crash.delivery)
 
     def _each(self, task: IdempotentTask, args: Any, kwargs: Any, reset: Callable[[], object]) -> Iterator[Crash]:
-        number = 0
-        while True:
+        number = last = 0
+        while number <= last:
             reset()
             self._logs.erase()
             delivery = self._record(task, args, kwargs)
             report = self._run(delivery, number or None)
-            if "at" not in report and number:
-                return  # it has come to its end: there are no more points
+            if number == 0:
+                last = len(report["points"])
+            elif "at" not in report:
+                return  # this time it has come to its end with fewer points
             result = self._recover(delivery)
             yield Crash(report.get("at", AT_THE_END), result, self._row(delivery), delivery, report["points"])
             number += 1
@@ -135,7 +135,7 @@ class Crashes:
         _end_lease(queue_log, row)
         request = {**delivery.request, "retries": 0 if row is None or row.status is not Status.PENDING else row.attempt}
         again = Delivery(delivery.task, delivery.args, delivery.kwargs, delivery.header, request)
-        result = deliver(again, redelivered=True)
+        result = self._logs.deliveries.again(again)
         for _ in range(_PASSES):
             rows = [row for key in self._logs.written(queue_log) if (row := queue_log.store.find(key)) is not None]
             left = [row for row in rows if row.status is not Status.DONE and row.message is not None]

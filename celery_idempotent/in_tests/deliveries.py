@@ -111,7 +111,7 @@ class Deliveries:
     def repeat(self, app: Celery | None, task_id: str, timeout: float) -> Any:
         """Deliver a message once more; see :meth:`LogInTest.deliver_again`."""
         if task_id in self._eager:
-            return self._repeat_eagerly(self._eager[task_id])
+            return self.again(self._eager[task_id])
         published = self._published.get(task_id)
         if published is None or app is None:
             raise LookupError(f"no guarded message was sent in this test under the Celery id {task_id}")
@@ -125,7 +125,8 @@ class Deliveries:
         result.duplicate = not self._wait(task_id, count, lambda: _has_run(before, store.find(key)), timeout)
         return result
 
-    def _repeat_eagerly(self, delivery: Delivery) -> Any:
+    def again(self, delivery: Delivery) -> EagerResult[Any]:
+        """Deliver a message in this process, and note in its result whether the body ran."""
         task_id = delivery.header.task_id
         count = len(self._ran.get(task_id, ()))
         result = deliver(delivery, redelivered=True)

@@ -105,11 +105,11 @@ class KillPoints:
             (_monitor if sys.version_info >= (3, 12) else _trace)(code, self._line(), self)
 
     def _line(self) -> Callable[[CodeType, int], None]:
-        seen = set[tuple[CodeType, int]]()
+        seen = set[tuple[str, int]]()
 
         def line(code: CodeType, number: int) -> None:
-            if (code, number) not in seen:
-                seen.add((code, number))
+            if (code.co_filename, number) not in seen:
+                seen.add((code.co_filename, number))
                 self(f"line {_place(code, number)}")
 
         return line
