@@ -25,6 +25,7 @@ from celery_idempotent.stores.sql.columns import (
     unneeded,
 )
 from celery_idempotent.stores.sql.connection import Attempt, Database
+from celery_idempotent.stores.sql.direct import directly
 from celery_idempotent.stores.sql.verbs import Verbs, verb, wrote
 
 __all__ = ["Admin"]
@@ -56,8 +57,10 @@ class Admin(Verbs):
 
     @verb
     def _erase_some(self, on: Attempt, keys: Sequence[MessageKey] | None) -> None:
-        everything = delete(self._table)
-        on.connection.execute(everything if keys is None else everything.where(key_in(self._table, keys)))
+        if keys is None:
+            on.connection.execute(self._admin.erase, {})
+        else:
+            on.connection.execute(delete(self._table).where(key_in(self._table, keys)))
 
     def purgeable(
         self,
@@ -89,6 +92,7 @@ class _Statements:
     """The statements of these verbs, for one table."""
 
     def __init__(self, table: Table) -> None:
+        self.erase = directly(delete(table))
         self.forget = (
             update(table)
             .where(

@@ -6,11 +6,11 @@ import json
 
 from tests.integration.in_tests.conftest import RunTests
 
-#: Milliseconds of a guarded test more than of a plain one, on average.
-AT_MOST = 1.0
+#: How many times the processor time of a plain test a guarded one takes. Milliseconds would depend on what else the machine does.
+AT_MOST = 3.0
 
 
-def test_a_guarded_test_costs_at_most_a_millisecond_more(run_tests: RunTests) -> None:
+def test_a_guarded_test_costs_little_more_than_a_plain_one(run_tests: RunTests) -> None:
     printed = run_tests(
         conftest="""
         import json
@@ -48,4 +48,4 @@ def test_a_guarded_test_costs_at_most_a_millisecond_more(run_tests: RunTests) ->
     (line,) = (line for line in printed.splitlines() if line.startswith("COSTS"))
     costs = json.loads(line.removeprefix("COSTS"))
     assert "2000 passed" in printed
-    assert costs["guarded"] - costs["plain"] <= AT_MOST, costs
+    assert costs["guarded"] <= AT_MOST * costs["plain"], costs
