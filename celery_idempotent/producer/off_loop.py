@@ -11,10 +11,8 @@ import logging
 import os
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from contextvars import copy_context
 from typing import TYPE_CHECKING, TypeVar
-from weakref import WeakKeyDictionary
 
 from celery._state import pop_current_task, push_current_task
 
@@ -37,7 +35,7 @@ AT_ONCE = 10
 class Threads:
     """The threads of one queue log in which calls run. They are started when they are needed, and used again.
 
-    Each event loop has its own limit, so a call whose eager body runs another event loop cannot wait for itself.
+    Each event loop has threads of its own, so a call whose eager body runs another event loop cannot wait for itself.
 
     Args:
         queue_log: The queue log.
@@ -45,9 +43,10 @@ class Threads:
 
     def __init__(self, queue_log: QueueLog) -> None:
         self._conf = queue_log.app.conf
-        self._executor: ThreadPoolExecutor | None = None
-        self._made_in = 0
-        self._turns: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
+        self._made_in = os.getpid()
+        self._of_loops: dict[asyncio.AbstractEventLoop, tuple[int, ThreadPoolExecutor]] = {}
+        #: Those of event loops that are closed, by their number.
+        self._free: list[tuple[int, ThreadPoolExecutor]] = []
 
     @classmethod
     def of(cls, queue_log: QueueLog) -> Threads:
@@ -61,20 +60,10 @@ class Threads:
         error is logged, because no caller is left.
         """
         loop = asyncio.get_running_loop()
-        # Eager bodies run one after the other: Celery marks for the whole process that one runs, and threads would leave the mark behind.
-        at_once = 1 if self._conf.task_always_eager else AT_ONCE
-        turns = self._turns.setdefault(loop, asyncio.Semaphore(at_once))
-        await turns.acquire()
-        try:
-            running = self._threads().submit(copy_context().run, work)
-        except BaseException:
-            turns.release()
-            raise
+        running = self._threads(loop).submit(copy_context().run, work)
         answer = asyncio.wrap_future(running, loop=loop)
 
         def ended(running: Future[T]) -> None:
-            with suppress(RuntimeError):  # the loop is closed
-                loop.call_soon_threadsafe(turns.release)
             if answer.cancelled() and not running.cancelled() and (error := running.exception()) is not None:
                 logger.warning("a call failed after its await was cancelled: %r", error)
 
@@ -83,16 +72,26 @@ class Threads:
 
     def rest(self) -> None:
         """Let idle threads end, because the app is closed."""
-        executor, self._executor = self._executor, None
-        if executor is not None and self._made_in == os.getpid():
+        for _, executor in (*self._of_loops.values(), *self._free):
             executor.shutdown(wait=False)
+        self._of_loops, self._free = {}, []
 
-    def _threads(self) -> ThreadPoolExecutor:
-        if self._executor is None or self._made_in != os.getpid():  # a fork has none of its parent's threads
-            # No limit here: see `AT_ONCE`.
-            self._executor = ThreadPoolExecutor(max_workers=1_000_000, thread_name_prefix="idempotent-call")
+    def _threads(self, loop: asyncio.AbstractEventLoop) -> ThreadPoolExecutor:
+        if self._made_in != os.getpid():  # a fork has none of its parent's threads
             self._made_in = os.getpid()
-        return self._executor
+            self._of_loops, self._free = {}, []
+        found = self._of_loops.get(loop)
+        if found is None:
+            for other in list(self._of_loops):
+                if other.is_closed() and (freed := self._of_loops.pop(other, None)) is not None:
+                    self._free.append(freed)
+            # Eager bodies run one after the other: Celery marks for the whole process that one runs, and threads would leave the mark behind.
+            at_once = 1 if self._conf.task_always_eager else AT_ONCE
+            free = next((free for free in self._free if free[0] == at_once), None)
+            if free is not None:
+                self._free.remove(free)
+            found = self._of_loops[loop] = free or (at_once, ThreadPoolExecutor(at_once, "idempotent-call"))
+        return found[1]
 
 
 class PublishingThreads(Threads):

@@ -172,16 +172,13 @@ def test_work_has_the_callers_context_and_errors(threads: Threads) -> None:
 
 @pytest.mark.parametrize("why", ["a fork", "the app was closed"])
 def test_threads_are_made_anew(threads: Threads, why: str) -> None:
-    async def name() -> str:
-        return await threads.run(lambda: threading.current_thread().name)
+    async def look() -> threading.Thread:
+        return await threads.run(threading.current_thread)
 
-    asyncio.run(name())
-    before = threads._executor
+    before = asyncio.run(look())
+    assert asyncio.run(look()) is before, "the next event loop has those of the one before"
     if why == "a fork":
         threads._made_in = -1
     else:
         threads.rest()
-    asyncio.run(name())
-    assert threads._executor is not before
-    if before is not None:
-        before.shutdown()
+    assert asyncio.run(look()) is not before
