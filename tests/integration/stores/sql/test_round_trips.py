@@ -116,6 +116,10 @@ def relayed(store: Store) -> Callable[[], object]:
     return partial(store.relayed, keys, published=True)
 
 
+def doubt(store: Store) -> Callable[[], object]:
+    return partial(store.doubt, [pending(store, key=MessageKey(f"m{number}", "t")).key for number in range(30)])
+
+
 def count_duplicate(store: Store) -> Callable[[], object]:
     pending(store)
     return partial(store.count_duplicate, KEY)
@@ -134,7 +138,7 @@ def forget(store: Store) -> Callable[[], object]:
 VERBS: list[Measured] = [
     *(record, claim_pending, renew, checkpoint, complete, fail, fail_by_worker, retry, release, expire, take_over),
     *(abandon, cancel, forbid, withdraw, resubmit, republish, count_duplicate, find),
-    *(record_all, relay, relayed, forget),
+    *(record_all, relay, relayed, doubt, forget),
 ]
 
 every_verb = pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.__name__)
