@@ -17,7 +17,6 @@ def test_it_finds_tasks_that_are_broken_and_passes_their_mended_twins(
 ) -> None:
     monkeypatch.setenv("BROKEN_TASKS", str(tmp_path))
     printed = run_tests(
-        "-v",
         broken_tasks=BROKEN,
         test_shop="""
         import pytest
@@ -42,7 +41,7 @@ def test_it_finds_tasks_that_are_broken_and_passes_their_mended_twins(
             assert wrong(queue_log, task) == []
         """,
     )
-    assert printed.count("PASSED") == 22
+    assert "22 passed" in printed
 
 
 def test_the_points_and_what_follows(run_tests: RunTests) -> None:
