@@ -23,9 +23,9 @@ from tests.support.brokers import Broker, filesystem_broker
 from tests.support.versions import CELERY
 from tests.support.waiting import TIMEOUT, wait_until
 
-#: Seconds after which a message that was received and not deleted is received again. On a transport without an event loop, Celery 5.5
-#: deletes a message only after it has waited 2 s for another one.
-VISIBILITY = 2 if CELERY >= (5, 6) else 6
+#: Seconds after which a message that was received and not deleted is received again. On a transport without an event loop, Celery 5.5 and
+#: 5.6 delete a message only after they have waited 2 s for another one.
+VISIBILITY = 2 if CELERY >= (5, 7) else 6
 
 DeployOnSQS = Callable[..., BrokerDeployment]
 
