@@ -99,6 +99,7 @@ def _take_back_resubmission(call: Publishing, row: Row) -> None:
 def _first_result(call: Publishing, row: Row) -> AsyncResult[Any]:
     note_skipped(row, call.message.task_id)
     if call.task.app.conf.task_always_eager:
+        call.task.queue_log.warn_of_eager_call()
         return call.in_trail(eager_result(call.task, row))
     answer_again(call.task, row)
     return call.in_trail(call.result(row.task_id, duplicate=True))
