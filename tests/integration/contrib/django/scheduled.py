@@ -8,7 +8,8 @@ from importlib import import_module
 _example = import_module(os.environ["SHOP_SETTINGS"])
 globals().update({name: value for name, value in vars(_example).items() if name.isupper()})
 
-INSTALLED_APPS = [*_example.INSTALLED_APPS, "django_celery_beat", "django_celery_results"]
+INSTALLED_APPS = list(_example.INSTALLED_APPS)
+INSTALLED_APPS += ["django_celery_beat", "django_celery_results"]
 CELERY_BEAT_SCHEDULER = "django_celery_beat.schedulers:DatabaseScheduler"
 CELERY_BEAT_MAX_LOOP_INTERVAL = 1
 CELERY_RESULT_BACKEND = "django-db"

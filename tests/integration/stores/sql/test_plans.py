@@ -84,6 +84,8 @@ def test_no_statement_of_the_store_is_left_out(long: SQLStore) -> None:
     parts = ("_read", "_recording", "_claims", "_transitions", "_reading", "_recovering", "_admin")
     held = {f"{part}.{name}": each for part in parts for name, each in statements_of(getattr(long, part))}
     assert len(held) > 30, sorted(held)
+    # That deletes every row, in tests: no plan to choose.
+    del held["_admin.erase"]
     assert {name for name, each in held.items() if not any(begins(each, element) for element in carried)} == set()
 
 
