@@ -27,13 +27,9 @@ TIMEOUT = 120.0
 #: Seconds.
 LEASE = 2.0
 
-pytestmark = [
-    pytest.mark.timeout(1200),
-    pytest.mark.parametrize("broker", ["redis", "rabbitmq-quorum"], indirect=True),
-]
+pytestmark = pytest.mark.timeout(1200)
 
-#: The Django app of the project that the workers are processes of; ``None`` for plain Celery, with SQLAlchemy's session.
-ORMS = [pytest.param(None, id="sqlalchemy"), pytest.param("tests.support.orm", id="django")]
+on_both_brokers = pytest.mark.parametrize("broker", ["redis", "rabbitmq-quorum"], indirect=True)
 
 #: Kills a worker at each step of a task, has what they leave done, and tells which steps those were and whose messages.
 KillAtEveryStep = Callable[[str], tuple[list[str], list[str]]]
@@ -41,6 +37,7 @@ KillAtEveryStep = Callable[[str], tuple[list[str], list[str]]]
 
 @pytest.fixture
 def orm() -> str | None:
+    """The Django app of the project that the workers are processes of; ``None`` for plain Celery, with SQLAlchemy's session."""
     return None
 
 
@@ -145,7 +142,7 @@ def assert_complete(steps: list[str], broker: Broker) -> None:
         assert any(found.startswith(f"after {step}") for found in steps)
 
 
-@pytest.mark.parametrize("orm", ORMS)
+@on_both_brokers
 def test_a_kill_at_any_step_loses_and_doubles_nothing(
     kill_at_every_point: KillAtEveryStep, broker: Broker, effects: Effects
 ) -> None:
@@ -154,6 +151,18 @@ def test_a_kill_at_any_step_loses_and_doubles_nothing(
     assert_complete(steps, broker)
 
 
+@pytest.mark.parametrize("orm", ["tests.support.orm"])
+@pytest.mark.parametrize("broker", ["redis"], indirect=True)
+def test_a_kill_at_any_step_of_a_body_with_djangos_orm(
+    kill_at_every_point: KillAtEveryStep, broker: Broker, effects: Effects
+) -> None:
+    """On one broker: it does not see whose connection the body writes on."""
+    steps, names = kill_at_every_point("atomic.order")
+    assert effects.names() == sorted(names)
+    assert_complete(steps, broker)
+
+
+@on_both_brokers
 @pytest.mark.parametrize("store_url", ["postgresql"], indirect=True)
 def test_a_kill_doubles_the_effect_of_a_plain_task(
     kill_at_every_point: KillAtEveryStep, broker: Broker, effects: Effects
