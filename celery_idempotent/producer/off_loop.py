@@ -100,7 +100,7 @@ class PublishingThreads(Threads):
 
 async def off_the_loop(queue_log: QueueLog, work: Callable[[], T], threads: type[Threads] = Threads) -> T:
     """Run a function in the thread of the store's framework, if it has one, otherwise in one of ours; return what it returns."""
-    if "store" not in vars(queue_log):  # imports a driver, perhaps
+    if not queue_log.is_open:  # imports a driver, perhaps
         await Threads.of(queue_log).run(lambda: queue_log.store)
     through: Callable[[Callable[[], T]], Awaitable[T]] | None = getattr(queue_log.store, "off_the_loop", None)
     return await (threads.of(queue_log).run if through is None else through)(work)

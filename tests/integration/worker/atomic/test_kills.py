@@ -152,11 +152,12 @@ def test_a_kill_at_any_step_loses_and_doubles_nothing(
 
 
 @pytest.mark.parametrize("orm", ["tests.support.orm"])
+@pytest.mark.parametrize("store_url", ["postgresql"], indirect=True)
 @pytest.mark.parametrize("broker", ["redis"], indirect=True)
 def test_a_kill_at_any_step_of_a_body_with_djangos_orm(
     kill_at_every_point: KillAtEveryStep, broker: Broker, effects: Effects
 ) -> None:
-    """On one broker: it does not see whose connection the body writes on."""
+    """On one database and one broker, since it takes minutes; tests of the Django app kill children on all databases."""
     steps, names = kill_at_every_point("atomic.order")
     assert effects.names() == sorted(names)
     assert_complete(steps, broker)

@@ -54,7 +54,11 @@ class ElsewhereTest(QueueLogMixin, TestCase):
     def call(self) -> None:
         elsewhere = Celery("elsewhere", set_as_current=False)
         elsewhere.conf.update(task_always_eager=True, idempotent_store="redis://nowhere.invalid")
-        task = elsewhere.task(lambda: 1, base=IdempotentTask, name="one", message_id=lambda: "one", shared=False)
+
+        def one() -> int:
+            return 1
+
+        task = elsewhere.task(one, base=IdempotentTask, name="one", message_id=lambda: "one", shared=False)
         self.assertEqual([task.delay().duplicate for _ in range(2)], [False, True])
 
     def test_its_log_is_fresh(self) -> None:
