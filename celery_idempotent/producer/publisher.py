@@ -157,7 +157,9 @@ class Publisher:
             return True
         if time.monotonic() < self._not_before:
             return False
-        relay(self._queue_log)
+        # Its limited waits are for these messages too: the caller has committed, and does not wait for a silent broker.
+        with producers[self._connection].acquire(block=True) as producer:
+            relay(self._queue_log, producer=producer)
         last = self._queue_log.store.find(self._last_left)
         return last is None or last.published_at is not None or last.status is not Status.PENDING
 

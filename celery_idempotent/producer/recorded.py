@@ -136,8 +136,8 @@ def hand_over(queue_log: QueueLog, row: Row, publish: Callable[[], object]) -> b
     return True
 
 
-def publication(queue_log: QueueLog, row: Row) -> Callable[[], object] | None:
-    """Return a function that publishes a row's message; ``None`` if that is impossible, which ends a message without an owner."""
+def publication(queue_log: QueueLog, row: Row) -> Callable[..., object] | None:
+    """Return a function that publishes a row's message, and takes more options; ``None`` if that is impossible: this ends a message without an owner."""
     task = queue_log.app.tasks[row.key.task_name]
     if row.forbidden:
         if queue_log.store.abandon(row, error=row.error or ABANDONED, unique_for=task.idempotency.unique_for):
@@ -149,15 +149,15 @@ def publication(queue_log: QueueLog, row: Row) -> Callable[[], object] | None:
     return _publication_of(queue_log, row, row)
 
 
-def _publish_whole(queue_log: QueueLog, row: Row) -> None:
+def _publish_whole(queue_log: QueueLog, row: Row, **options: Any) -> None:
     whole = queue_log.store.find(row.key)
     publish = None if whole is None else _publication_of(queue_log, row, whole)
     if publish is None:
         raise UndecodableError("the row is gone, or its message cannot be published")
-    publish()
+    publish(**options)
 
 
-def _publication_of(queue_log: QueueLog, row: Row, whole: Row) -> Callable[[], object] | None:
+def _publication_of(queue_log: QueueLog, row: Row, whole: Row) -> Callable[..., object] | None:
     task = queue_log.app.tasks[row.key.task_name]
     try:
         args, kwargs, options = decode_message(queue_log.app, whole.message)

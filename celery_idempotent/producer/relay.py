@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from celery_idempotent.core.fork_lock import no_fork
@@ -17,6 +18,8 @@ from celery_idempotent.core.store import BATCH
 from celery_idempotent.producer.recorded import hand_over, own_tasks, publication
 
 if TYPE_CHECKING:
+    from kombu import Producer
+
     from celery_idempotent.queue_log import QueueLog
 
 __all__ = ["RELAY_LEASE", "Relayed", "relay"]
@@ -38,7 +41,13 @@ class Relayed:
     in_flight: float = 0.0
 
 
-def relay(queue_log: QueueLog, *, at_most: float = BATCH, stopped: Callable[[], bool] = lambda: False) -> Relayed:
+def relay(
+    queue_log: QueueLog,
+    *,
+    at_most: float = BATCH,
+    stopped: Callable[[], bool] = lambda: False,
+    producer: Producer | None = None,
+) -> Relayed:
     """Publish messages that were committed and never handed to the broker, in the order of their recording.
 
     To keep the order, one relay at a time publishes, by a lease on the oldest row. It skips rows that their recorder is still
@@ -48,6 +57,7 @@ def relay(queue_log: QueueLog, *, at_most: float = BATCH, stopped: Callable[[], 
         queue_log: The queue log; its app publishes.
         at_most: How many messages to publish; the last batch may exceed it.
         stopped: Called after each batch; stop if it returns true.
+        producer: Publishes them; by default one of the app's pool, which waits for a silent broker as Celery does.
 
     Raises:
         StoreError: The store did not answer, or its schema has another version.
@@ -66,7 +76,7 @@ def relay(queue_log: QueueLog, *, at_most: float = BATCH, stopped: Callable[[], 
                 if how is None:
                     left.add(row.key)
                 else:
-                    ours.append((row, how))
+                    ours.append((row, how if producer is None else partial(how, producer=producer)))
         if not ours:
             if len(rows) < limit:
                 break

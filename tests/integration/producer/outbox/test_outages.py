@@ -10,6 +10,7 @@ from celery import Celery
 from sqlalchemy.orm import Session
 
 from celery_idempotent import outbox
+from celery_idempotent.producer.publisher import Publisher
 from celery_idempotent.producer.relay import relay
 from tests.support.apps import AppSpec, OpenApp
 from tests.support.brokers import redis_broker
@@ -110,6 +111,20 @@ def test_a_broker_that_says_nothing(app: Celery, effects: Effects, server: Priva
     names = published(app)
     # RabbitMQ may have got some before it fell silent, which are published once more then.
     assert {"first", "second"} <= set(names)
+
+
+def test_a_relay_before_the_next_messages_does_not_wait_for_a_silent_broker(
+    app: Celery, effects: Effects, server: PrivateServer
+) -> None:
+    commit(app, effects, "before")
+    server.pause()
+    try:
+        assert commit(app, effects, "first") < NOT_LONG
+        Publisher.of(app.queue_log)._not_before = 0.0  # the pause after a failure is over
+        assert commit(app, effects, "second") < NOT_LONG
+    finally:
+        server.resume()
+    assert effects.names() == ["before", "first", "second"]
 
 
 def test_a_broken_broker_connection_is_replaced(app: Celery, effects: Effects, server: PrivateServer) -> None:
