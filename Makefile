@@ -72,6 +72,7 @@ test-versions: .venv/installed  ## the tests on other versions, in environments 
 
 test-django: .venv/installed  ## the Django app on Django 4.2 to 6.1, with each driver, in environments of their own; DJANGO=6.0 ARGS=
 	@$(DEV)/python -m tests.support.django_matrix $(if $(DJANGO),--django $(DJANGO)) -n 2 tests/integration/contrib/django $(ARGS)
+	@DJANGO_PYTHON=$(DEV)/python $(DEV)/python -m tests.support.servers $(DEV)/python -m pytest -n 2 tests/integration/worker/atomic/test_kills.py -k djangos_orm
 
 # The runs whose figures docs/explanation/chaos.md has; SEED, TASKS and KILLS are for each of them.
 CHAOS = $(if $(SEED),--seed $(SEED)) $(if $(TASKS),--tasks $(TASKS)) $(if $(KILLS),--kills $(KILLS))

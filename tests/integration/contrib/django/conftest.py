@@ -98,6 +98,12 @@ class Project:
             return connection.execute(sa.text(statement)).scalar()
 
 
+#: For tests that take long and need not run on each database every time: `make test-django` runs them on all.
+on_one_database_at_least = pytest.mark.parametrize(
+    "project", ["sqlite", *ENGINES] if "DJANGO_PYTHON" in os.environ else ["postgresql"], indirect=True
+)
+
+
 @pytest.fixture(params=["sqlite", *ENGINES])
 def project(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Project]:
     """Yield the project on an empty database, which is dropped with its test databases."""

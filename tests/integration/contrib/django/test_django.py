@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.integration.contrib.django.conftest import Project
+from tests.integration.contrib.django.conftest import Project, on_one_database_at_least
 from tests.support.servers import PrivateRedis
 from tests.support.waiting import wait_until
 
@@ -36,17 +36,20 @@ def test_calls_and_bodies_are_in_djangos_transactions(project: Project) -> None:
     assert "OK" in printed
 
 
+@on_one_database_at_least
 def test_workers_and_threads_in_tests(project: Project) -> None:
     printed = project.manage("test", "--noinput", "cases.threads", SHOP_BROKER="memory://")
     assert "OK" in printed
 
 
+@on_one_database_at_least
 def test_connections_that_are_kept_and_requests_that_are_transactions(project: Project) -> None:
     tests = ("shop", "cases.transactions", "cases.bodies", "cases.threads")
     printed = project.manage("test", "--noinput", *tests, SHOP_BROKER="memory://", DJANGO_SETTINGS_MODULE="kept")
     assert "OK" in printed
 
 
+@on_one_database_at_least
 def test_the_queue_log_in_the_database_of_another_alias(project: Project) -> None:
     assert "No changes detected" in project.manage("makemigrations", "--check", "--dry-run")
     for option in ("--keepdb", "--noinput"):
@@ -56,6 +59,7 @@ def test_the_queue_log_in_the_database_of_another_alias(project: Project) -> Non
         assert "OK" in printed
 
 
+@on_one_database_at_least
 @pytest.mark.timeout(300)
 def test_queue_log_in_djangos_test_cases(project: Project, tmp_path: Path) -> None:
     (tmp_path / "tested.py").write_text(
@@ -148,6 +152,7 @@ for number in range(int(sys.argv[1]), int(sys.argv[2])):
 @pytest.mark.skipif(
     os.environ.get("DJANGO_VERSION") == "6.1", reason="django-celery-beat 2.9 is for Django 6.0 at most"
 )
+@on_one_database_at_least
 def test_two_beats_from_the_database_and_results_in_it(project: Project) -> None:
     """By django-celery-beat and django-celery-results."""
     project.environment["DJANGO_SETTINGS_MODULE"] = "scheduled"
