@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import functools
 import os
 import pwd
 import random
@@ -11,9 +13,10 @@ import socket
 import subprocess
 import tempfile
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import IO, Any, ClassVar, Self
 
 from tests.support.processes import kill_tree, process_tree, signal_all
 from tests.support.servers.reach import why_unreachable
@@ -221,13 +224,28 @@ def _account(name: str) -> str | None:
     return name
 
 
+#: The last ports that this process handed out. Each is reserved by a lock on a byte of a file, which others of this machine's
+#: runs respect; the lock goes with the process.
+_reserved: deque[int] = deque(maxlen=64)
+
+
 def free_port() -> int:
-    """Return a free port, outside the range of outgoing connections."""
+    """Return a free port, outside the range of outgoing connections, which nobody else is given for now."""
     while True:
         port = random.randint(20_000, 32_000)
-        with socket.socket() as probe:
-            try:
+        try:
+            if len(_reserved) == _reserved.maxlen:
+                fcntl.lockf(_reservations(), fcntl.LOCK_UN, 1, _reserved.popleft())
+            fcntl.lockf(_reservations(), fcntl.LOCK_EX | fcntl.LOCK_NB, 1, port)
+            with socket.socket() as probe:
                 probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        return port
+        except OSError:
+            continue
+        if port not in _reserved:
+            _reserved.append(port)
+            return port
+
+
+@functools.cache
+def _reservations() -> IO[bytes]:
+    return Path(tempfile.gettempdir(), f"celery-idempotent-ports-{os.geteuid()}").open("wb")
