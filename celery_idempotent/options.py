@@ -15,13 +15,13 @@ from celery.utils.functional import maybe_list
 from celery_idempotent.core.decision import CallPolicy, DeliveryPolicy
 from celery_idempotent.errors import ConfigurationError
 from celery_idempotent.message.call_signature import CallSignature
-from celery_idempotent.message.ids import message_id_source
+from celery_idempotent.message.ids import ByArguments, message_id_source
 from celery_idempotent.settings import OPTION_NAMES, PREFIX, Settings, one_of, seconds, yes_or_no
 
 if TYPE_CHECKING:
     from celery import Task
 
-__all__ = ["Options", "refuse_misspelt", "refuse_misspelt_call"]
+__all__ = ["Options", "refuse_misspelt", "refuse_misspelt_call", "refuse_unknown_arguments"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Options:
     Attributes:
         idempotent: Whether the task is guarded. Rows that were recorded are completed in both cases.
         message_id: Makes the message id of a call from its arguments; ``None`` uses the task id.
-        signature: Binds a call's arguments to the names of the body's parameters.
+        signature: Binds a call's arguments to the names of the body's parameters; without those that do not count.
         call: The options for the producer's decision.
         delivery: The options for the consumer's decision.
         lease: Seconds for which a claim lives without renewal.
@@ -81,15 +81,14 @@ class Options:
             value = given(name)
             return default if value is None else yes_or_no(name, value)
 
-        lease, unique_for = given("lease"), given("unique_for")
-        run = inspect.getattr_static(type(task), "run")
-        signature = CallSignature(
-            type(task).run, bound=not isinstance(run, staticmethod), typed=task.typing is not False
-        )
+        lease, unique_for, message_id = given("lease"), given("unique_for"), given("message_id")
+        signature = signature_of(type(task))
+        if isinstance(message_id, ByArguments):
+            signature = message_id.among(signature)  # what does not count is not compared either
         idempotent = getattr(type(task), "idempotent", None)
         return cls(
             idempotent=(idempotent is None or yes_or_no("idempotent", idempotent)) and settings.enabled,
-            message_id=message_id_source(_message_id_of(task, given("message_id"), signature), signature),
+            message_id=message_id_source(_message_id_of(task, message_id, signature), signature),
             signature=signature,
             call=CallPolicy(
                 on_duplicate=chosen("on_duplicate", "skip", "skip", "raise"),
@@ -106,6 +105,26 @@ class Options:
             atomic=flag("atomic", False),
             keep_result=flag("keep_result", True),
         )
+
+
+def signature_of(cls: type[Task]) -> CallSignature:
+    """Return the signature of a task's body."""
+    run = inspect.getattr_static(cls, "run")
+    return CallSignature(cls.run, bound=not isinstance(run, staticmethod), typed=cls.typing is not False)
+
+
+def refuse_unknown_arguments(cls: type[Task]) -> None:
+    """Refuse a task's option ``message_id`` that names arguments, or parts of them, which the body does not have.
+
+    Raises:
+        ConfigurationError: It names the nearest ones.
+    """
+    option = getattr(cls, "message_id", None)
+    if isinstance(option, (str, ByArguments)):
+        try:
+            message_id_source(option, signature_of(cls))
+        except ConfigurationError as error:
+            raise ConfigurationError(f"task {cls.name}: {error}") from error
 
 
 def _message_id_of(task: Task, option: Any, signature: CallSignature) -> Any:

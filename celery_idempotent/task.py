@@ -17,7 +17,7 @@ from celery_idempotent.errors import ConfigurationError, IdempotentError
 from celery_idempotent.message.header import Header
 from celery_idempotent.message.identity import type_of_exchange
 from celery_idempotent.message.serialization import content_of
-from celery_idempotent.options import Options, refuse_misspelt, refuse_misspelt_call
+from celery_idempotent.options import Options, refuse_misspelt, refuse_misspelt_call, refuse_unknown_arguments
 from celery_idempotent.producer.answers import answer_of
 from celery_idempotent.producer.awaited import AwaitedCalls
 from celery_idempotent.producer.call_options import expiring_in_workers
@@ -106,7 +106,7 @@ class IdempotentTask(AwaitedCalls, Task):  # type: ignore[misc]
     idempotent: ClassVar[bool | None] = None
 
     #: Where the message id comes from: ``None`` (the task id: safe against redelivery), a format string over the bound
-    #: arguments (``"order:{order_id}"``; a call is refused in which a field is ``None``, or all are empty), or a callable of the call's arguments returning ``str``; ``by_arguments()`` is one. A
+    #: arguments (``"order:{order_id}"``; a call is refused in which a field is ``None``, or all are empty), or a callable of the call's arguments returning ``str``; ``by_arguments("order.id", exclude=("now",))`` is one. A
     #: method of the class, or a callable whose first parameter is called ``self``, gets the task before the arguments.
     message_id: ClassVar[str | Callable[..., str] | None] = None
 
@@ -151,10 +151,12 @@ class IdempotentTask(AwaitedCalls, Task):  # type: ignore[misc]
         """Bind the task to an app: guard its class, and give the app a queue log and the signal hooks.
 
         Raises:
-            ConfigurationError: An option is misspelt, or one of the task's bases makes a guard impossible.
+            ConfigurationError: An option is misspelt, ``message_id`` names an argument that the body does not have, or one of the task's bases
+                makes a guard impossible.
         """
         bound = super().bind(app)
         refuse_misspelt(cls, IdempotentTask)
+        refuse_unknown_arguments(cls)
         guard(cls)
         guard_handlers(cls)
         cls._refuse_two_sessions(app)

@@ -5,15 +5,19 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from types import MethodType
 from typing import Any
 
 from celery_idempotent.errors import ConfigurationError
 from celery_idempotent.message.canonical import canonical, fingerprint
+from celery_idempotent.message.default import Default, is_optional
+from celery_idempotent.message.exclusion import ALL, Exclusion
+from celery_idempotent.message.paths import ABSENT, Path, refuse_absent, value_at
+from celery_idempotent.message.type_parts import parts_of_body, refuse_unknown_part
 
 __all__ = ["ANY_CALL", "Args", "CallSignature", "Kwargs", "arguments_fingerprint"]
 
@@ -37,7 +41,10 @@ class CallSignature:
         ConfigurationError: ``run`` has no signature, as some functions written in C.
     """
 
-    __slots__ = ("_defaults", "_keywords", "_outer", "_plain", "_signature", "_typed", "_values", "name")
+    __slots__ = (
+        *("_body", "_defaults", "_excluded", "_keywords", "_outer", "_plain", "_signature", "_typed", "_values"),
+        "name",
+    )
 
     def __init__(self, run: Callable[..., Any], *, bound: bool = False, typed: bool = True) -> None:
         self._typed = typed
@@ -52,11 +59,14 @@ class CallSignature:
             ) from error
         if bound and not _is_method(run):
             signature, outer = _without_first(signature), _without_first(outer)
+        self._body = run
         self._signature = signature
         self._outer = outer
+        #: What does not count; ``None`` if all counts.
+        self._excluded: Exclusion | None = None
         parameters = signature.parameters.values()
         self._keywords = next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), None)
-        self._defaults = {p.name: _Default(p) for p in parameters if _is_optional(p)}
+        self._defaults = {p.name: Default.of(p) for p in parameters if is_optional(p)}
         #: The parameters, if each can be given both by place and by name; and the defaults of those that have one.
         self._plain = (
             tuple(signature.parameters) if all(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters) else None
@@ -70,6 +80,11 @@ class CallSignature:
     def parameters(self) -> tuple[str, ...]:
         """The names of the parameters, in order, without the task itself."""
         return tuple(self._signature.parameters)
+
+    @property
+    def each(self) -> list[inspect.Parameter]:
+        """The parameters, as :mod:`inspect` describes them."""
+        return list(self._signature.parameters.values())
 
     def positions(self, count: int) -> list[str]:
         """Return the parameter for each of ``count`` positional arguments; ``*args`` may occur several times.
@@ -127,10 +142,52 @@ class CallSignature:
         Raises:
             TypeError: The arguments do not fit the body.
         """
-        arguments = self.bind(args, kwargs)
+        return self._flat(self.bind(args, kwargs))
+
+    def _flat(self, arguments: dict[str, Any]) -> dict[str, Any]:
         return arguments if self._keywords not in arguments else {**arguments[self._keywords], **arguments}
 
-    def digest(self, args: Args, kwargs: Kwargs, *, only: Sequence[str] = ()) -> str:
+    def _value_at(self, path: Path, names: Mapping[str, Any], option: str) -> Any:
+        name = path.steps[0]
+        if name not in names:
+            if path.optional or name in self._signature.parameters:  # of a call that does not fit, with `typing=False`
+                return ABSENT
+            refuse_absent(option, path, names)
+        return value_at(path, names, option)
+
+    def excluding(self, paths: Sequence[Path], option: str) -> CallSignature:
+        """Return this signature for calls of which some parts do not count: neither in digests nor in differences.
+
+        Args:
+            paths: The parts; ``*`` for all.
+            option: The option as it was written, for errors.
+
+        Raises:
+            ConfigurationError: A path names no argument that a call can have, or all of them one by one.
+        """
+        everything = [path.text for path in paths] == [ALL]
+        if not everything:
+            self.check_paths(paths, option)
+        if not everything and not set(self.parameters) - {path.text for path in paths} and self.parameters:
+            raise ConfigurationError(
+                f"{option} excludes every argument of {self.name}, so all its calls would be one message: "
+                f"if they are meant to be, write by_arguments(exclude='*')"
+            )
+        excluded, signature = Exclusion(paths, option), copy.copy(self)
+        signature._excluded = excluded  # noqa: SLF001 - of its own class
+        signature._defaults = {name: default.without(excluded) for name, default in self._defaults.items()}  # noqa: SLF001
+        return signature
+
+    def _counted(self, args: Args, kwargs: Kwargs) -> dict[str, Any]:
+        """Bind a call, and leave out what does not count."""
+        arguments = self.bind(args, kwargs)
+        return (
+            arguments
+            if self._excluded is None
+            else self._excluded.without(arguments, self._values, keywords=self._keywords)
+        )
+
+    def digest(self, args: Args, kwargs: Kwargs, *, only: Sequence[Path] = (), option: str = "") -> str:
         """Return a SHA-256 hex digest (64 characters) of the call: equal for calls whose arguments are equal once bound.
 
         An argument that equals its default counts as not given. So digests stay the same, for calls under way too, when a later
@@ -139,17 +196,19 @@ class CallSignature:
         Args:
             args: Positional arguments, without the task itself.
             kwargs: Keyword arguments.
-            only: The arguments that count; empty for all.
+            only: The arguments and parts that count; empty for all.
+            option: The option as it was written, for errors.
 
         Raises:
-            ConfigurationError: An argument that counts has no canonical form.
+            ConfigurationError: An argument that counts has no canonical form, or the call lacks it.
             TypeError: The arguments do not fit the body.
         """
         if only:
-            names = self.names(args, kwargs)
-            arguments = {name: names[name] for name in only if name in names}
+            names = self._flat(self._counted(args, kwargs))
+            values = {path.text: self._value_at(path, names, option) for path in only}
+            arguments = {text: value for text, value in values.items() if value is not ABSENT}
         else:
-            arguments = self.bind(args, kwargs)
+            arguments = self._counted(args, kwargs)
         return fingerprint(
             {
                 name: value
@@ -165,7 +224,7 @@ class CallSignature:
             ConfigurationError: One has no canonical form.
             TypeError: The body cannot be called so.
         """
-        was, now = self.names(*first), self.names(*second)
+        was, now = self._flat(self._counted(*first)), self._flat(self._counted(*second))
         names = [name for name in dict.fromkeys((*now, *was)) if name != self._keywords]
         return [
             _with_types(name, was.get(name), now.get(name))
@@ -191,37 +250,19 @@ class CallSignature:
                 hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(self.parameters) or 'none'}"
                 raise ConfigurationError(f"{option}: {self.name} has no parameter {name!r}; {hint}")
 
-    def check_callable(self, option: Callable[..., object]) -> None:
-        """Refuse a callable that cannot be called as the body is.
+    def check_paths(self, paths: Iterable[Path], option: str) -> None:
+        """Refuse paths that no argument can have; those of types that say what parts they have, too.
 
         Raises:
-            ConfigurationError: It does not take the body's arguments, neither by place nor by name.
+            ConfigurationError: A path begins with no parameter, and the body takes no ``**kwargs``; or the annotation of the parameter has
+                no such part.
         """
-        try:
-            takes = inspect.signature(option)
-        except (TypeError, ValueError):  # as for some types written in C: a misfit shows when it is called
-            return
-        every = list(self._signature.parameters.values())
-        for some in (every, [p for p in every if p.default is p.empty]):
-            by_place = [p for p in some if p.kind in {p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD}]
-            by_name = {p.name: None for p in some if p.kind in {p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY}}
-            only = [p for p in some if p.kind is p.POSITIONAL_ONLY]
-            for args, kwargs in (
-                (by_place, {p.name: None for p in some if p.kind is p.KEYWORD_ONLY}),
-                (only, by_name),
-            ):
-                try:
-                    takes.bind(*args, **kwargs)
-                except TypeError:
-                    continue
-                return
-        if any(p.kind in {p.VAR_POSITIONAL, p.VAR_KEYWORD} for p in every):
-            return  # the body takes any number of arguments, the callable a number of its choice
-        raise ConfigurationError(
-            f"the message_id callable of {self.name} takes {takes}, but is called like {self.name}, with "
-            f"{inspect.Signature([p.replace(annotation=p.empty) for p in every])}: give it these parameters, "
-            f"after `self` if it needs the task"
-        )
+        self.check_names((path.steps[0] for path in paths), option)
+        hints: Mapping[str, Any] | None = None
+        for path in paths:
+            if len(path.steps) > 1 and path.steps[0] in self._signature.parameters:
+                hints = parts_of_body(self._body) if hints is None else hints
+                refuse_unknown_part(path, hints.get(path.steps[0], Any), option)
 
     def wants_task(self, option: Callable[..., object], owner: type | None = None) -> bool:
         """Return whether a ``message_id`` function takes the task before the arguments, as a method does.
@@ -260,37 +301,6 @@ class CallSignature:
 def _with_types(name: str, was: object, now: object) -> str:
     before, after = type(was).__name__, type(now).__name__
     return name if before == after else f"{name} ({after}, first {before})"
-
-
-def _is_optional(parameter: inspect.Parameter) -> bool:
-    """Return whether a call may leave a parameter out."""
-    return parameter.default is not parameter.empty or parameter.kind in {
-        parameter.VAR_POSITIONAL,
-        parameter.VAR_KEYWORD,
-    }
-
-
-class _Default:
-    """The value of a parameter that a call leaves out."""
-
-    __slots__ = ("_form", "_name", "_value")
-
-    def __init__(self, parameter: inspect.Parameter) -> None:
-        self._name = parameter.name
-        self._value: Any = parameter.default
-        if parameter.kind is parameter.VAR_POSITIONAL:
-            self._value = ()
-        elif parameter.kind is parameter.VAR_KEYWORD:
-            self._value = {}
-        self._form: bytes | None = None
-        with suppress(ConfigurationError):  # a sentinel, equal to nothing but itself
-            self._form = canonical({self._name: self._value})
-
-    def equals(self, value: Any) -> bool:
-        if value is self._value:
-            return True
-        # Compare forms, since there True is not 1. Include the name, so that an error says where.
-        return self._form is not None and canonical({self._name: value}) == self._form
 
 
 def arguments_fingerprint(signature: CallSignature | None, args: Args, kwargs: Kwargs) -> str:

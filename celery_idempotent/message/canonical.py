@@ -36,6 +36,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum, Flag
 from typing import Any
@@ -50,6 +51,8 @@ FORM = b"celery-idempotent:1\n"
 
 # How an error shows a step into a value.
 _ITEM, _FIELD, _KEY, _ELEMENT = "[{!r}]", ".{}", ".keys()", "{{...}}"
+
+_PLACE = re.compile(r"[^\W\d]\w*([.\[].*)?")
 
 #: Types whose values all have a form, so the walk need not record their place.
 _LEAVES = frozenset((str, int, float, bool, type(None)))
@@ -135,8 +138,8 @@ class _Form:
         if not self._path:
             return "the value"
         kind, key = self._path[0]
-        # Arguments are shown by their bare names.
-        bare = kind == _ITEM and isinstance(key, str) and key.isidentifier()
+        # Arguments, and paths into them, are shown as they are written.
+        bare = kind == _ITEM and isinstance(key, str) and _PLACE.fullmatch(key) is not None
         first = str(key) if bare else kind.format(key)
         return first + "".join(kind.format(key) for kind, key in self._path[1:depth])
 

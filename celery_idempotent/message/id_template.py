@@ -134,12 +134,9 @@ class _Place:
 
     def __getattribute__(self, name: str) -> _Place:
         value = object.__getattribute__(self, "_at")
-        try:
-            return _Place(getattr(value, name))
-        except AttributeError:
-            if isinstance(value, Mapping) and name in value:
-                return _Place(value[name])
-            raise
+        if isinstance(value, Mapping) and name in value:  # also where it is the name of a method, as `items`
+            return _Place(value[name])
+        return _Place(getattr(value, name))
 
     def __getitem__(self, name: int | str) -> _Place:
         value = object.__getattribute__(self, "_at")

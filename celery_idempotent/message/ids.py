@@ -6,14 +6,17 @@ The producer decides the id, once. Arguments are bound to the task's parameters 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 from celery_idempotent.errors import ConfigurationError
 from celery_idempotent.message.call_signature import ANY_CALL, Args, CallSignature, Kwargs
-from celery_idempotent.message.check_id import check_message_id
+from celery_idempotent.message.exclusion import ALL
+from celery_idempotent.message.id_callable import IdCallable
 from celery_idempotent.message.id_template import IdTemplate
+from celery_idempotent.message.paths import Path, parsed
 
 __all__ = ["ByArguments", "MessageIdSource", "by_arguments", "message_id_source"]
 
@@ -25,11 +28,16 @@ MessageIdSource = Callable[[Args, Kwargs], str]
 class ByArguments:
     """Message ids computed over arguments; made by :func:`by_arguments`."""
 
-    #: The arguments that count, sorted; empty for all.
+    #: The paths that count, sorted; empty for all.
     names: tuple[str, ...] = ()
+    #: The paths that do not count, sorted; ``("*",)`` for all.
+    exclude: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        return f"by_arguments({', '.join(map(repr, self.names))})"
+        excluded = "'*'" if self.exclude == (ALL,) else repr(self.exclude)
+        return (
+            f"by_arguments({', '.join((*map(repr, self.names), *([f'exclude={excluded}'] if self.exclude else [])))})"
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> str:
         """Return the digest of a call whose parameters are not known, so that positional arguments have no names.
@@ -39,40 +47,74 @@ class ByArguments:
         Raises:
             ConfigurationError: An argument has no canonical form, or an argument that counts was not given by keyword.
         """
-        for name in self.names:
-            if name not in kwargs:
+        for path in self.paths:
+            if path.steps[0] not in kwargs and not path.optional:
                 raise ConfigurationError(
-                    f"{self!r}: argument {name!r} was not given by keyword; give it by keyword, "
+                    f"{self!r}: argument {path.steps[0]!r} was not given by keyword; give it by keyword, "
                     f"or make {self!r} itself the task's message_id, which knows the parameters"
                 )
-        return ANY_CALL.digest(args, kwargs, only=self.names)
+        return self.among(ANY_CALL).digest(args, kwargs, only=self.paths, option=repr(self))
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The paths that count, parsed."""
+        return tuple(map(parsed, self.names))
+
+    def among(self, signature: CallSignature) -> CallSignature:
+        """Return a task's signature without what does not count.
+
+        Raises:
+            ConfigurationError: A path leads to nothing that the task's calls can have.
+        """
+        if not self.exclude:
+            return signature
+        paths = [Path((ALL,))] if self.exclude == (ALL,) else list(map(parsed, self.exclude))
+        return signature.excluding(paths, repr(self))
 
 
-def by_arguments(*names: str) -> ByArguments:
+def by_arguments(*names: str, exclude: str | Iterable[str] = ()) -> ByArguments:
     """Return a ``message_id`` option: calls with equal arguments are one message.
 
     The id is a SHA-256 over the canonical form of the arguments (see :mod:`celery_idempotent.message.canonical`), bound to the task's
     parameters and with defaults applied: ``f(1)``, ``f(a=1)`` and ``f(1, b=<default>)`` are one call; ``1`` and ``"1"`` are
-    two.
+    two. What counts is what the broker will see: JSON makes a list of a tuple, and text of the keys of a dict.
+
+    A path leads to a part of an argument: ``"order.id"`` to a key of a dict or to an attribute, ``"order.lines[0].sku"`` (or
+    ``"order.lines.0.sku"``) into a list, ``"order[unit price]"`` to any key. ``"order.note?"`` may be missing, which is not the same
+    as ``None``. A part that is missing without that mark is an error of the call.
 
     Args:
-        names: The arguments that tell messages apart; none for all of them. Order does not matter.
+        names: The arguments, or paths, that tell messages apart; none for all of them. Order does not matter.
+        exclude: The arguments, or paths, that do not count, such as the time of the call: they are neither part of the id nor compared
+            when the id is used again. ``"*"`` is the task alone: all its calls are one message.
 
     Hazard:
-        With all arguments, one that differs at every call (the time, a request id) makes every call a new message. With
+        With all arguments, one that differs at every call (the time, a request id) makes every call a new message: exclude it. With
         some arguments, name all that the effect depends on. A call that differs in another argument is refused as a mismatch,
-        unless ``fingerprint=False``.
+        unless that is excluded, or ``fingerprint=False``. If you change the option, calls from before and after are not alike.
 
     Raises:
-        ConfigurationError: A name is not a non-empty string.
+        ConfigurationError: A name is not a path, or what is named is excluded. When the task is bound: a path leads to nothing that its
+            calls can have, by its parameters and their annotations (dataclasses, pydantic models, ``TypedDict``, lists, dicts).
     """
-    for name in cast("tuple[object, ...]", names):
-        if not isinstance(name, str) or not name:
+    anything: object = exclude
+    given = tuple(anything) if isinstance(anything, Iterable) and not isinstance(anything, str) else (anything,)
+    if ALL in given:
+        if names or given != (ALL,):
             raise ConfigurationError(
-                f"by_arguments takes names of arguments, not {name!r}: "
-                f'message_id=by_arguments("order_id"), or by_arguments() for all of them'
+                f"by_arguments(exclude='*') is the task alone: leave out {[*names, *(name for name in given if name != ALL)]}; or, "
+                f"so that other arguments are not compared, set fingerprint=False"
             )
-    return ByArguments(tuple(sorted(set(names))))
+        return ByArguments((), (ALL,))
+    counted = sorted(set(map(Path.parse, cast("tuple[object, ...]", names))))
+    excluded = sorted(set(map(Path.parse, cast("tuple[object, ...]", given))))
+    for path in excluded:
+        for name in counted:
+            if name.leads_into(path):
+                raise ConfigurationError(
+                    f"by_arguments: {str(name)!r} counts, and exclude={str(path)!r} leaves it out: leave out one of the two"
+                )
+    return ByArguments(tuple(map(str, counted)), tuple(map(str, excluded)))
 
 
 def message_id_source(
@@ -111,34 +153,13 @@ def message_id_source(
     if isinstance(option, str):
         return IdTemplate(option, signature)
     if isinstance(option, ByArguments):
-        signature.check_names(option.names, repr(option))
-        names = option.names
-        return lambda args, kwargs: signature.digest(args, kwargs, only=names)
+        signature.check_paths(option.paths, repr(option))
+        digest = option.among(signature).digest
+        return partial(digest, only=option.paths, option=repr(option))
     if callable(option) and option is not by_arguments:
-        return _Called(option, signature)
+        return IdCallable(option, signature)
     raise ConfigurationError(
         f"message_id={option!r} of {signature.name} is not one of: None for the task id, "
         f'a format string such as "order:{{order_id}}", by_arguments() or by_arguments("order_id"), '
         f"a callable of the call's arguments that returns the id"
     )
-
-
-class _Called:
-    """Ids by a callable of the call's arguments."""
-
-    __slots__ = ("_option", "_signature")
-
-    def __init__(self, option: Callable[..., str], signature: CallSignature) -> None:
-        self._option = option
-        self._signature = signature
-        signature.check_callable(option)
-
-    def __call__(self, args: Args, kwargs: Kwargs) -> str:
-        self._signature.bind(args, kwargs)  # so that the error for a wrong call names the task, not the callable
-        value = self._option(*(args or ()), **(kwargs or {}))
-        try:
-            return check_message_id(value)
-        except ConfigurationError as error:
-            raise ConfigurationError(
-                f"the message_id callable of {self._signature.name} returned {value!r}: {error}"
-            ) from None

@@ -270,15 +270,6 @@ class TestMessageId:
         ("message_id", 5, r"task charge: message_id=5 of charge is not one of: None for the task id, a format string"),
         ("message_id", by_arguments, r"task charge: message_id=<function by_arguments.* is not one of"),
         (
-            "message_id",
-            "order:{order}",
-            r"task charge: message_id='order:\{order\}'.*'order'.*did you mean 'order_id'\?",
-        ),
-        ("message_id", "order", r"task charge: message_id='order' names no argument .* \{order_id\}"),
-        ("message_id", "order:{", r"task charge: message_id='order:\{' is not a format string"),
-        ("message_id", "{}", r"task charge: message_id='\{\}' has a positional field.*\{order_id\}"),
-        ("message_id", by_arguments("amout"), r"by_arguments\('amout'\).*did you mean 'amount'\?"),
-        (
             "on_duplicate",
             "rise",
             r"task charge: on_duplicate must be one of 'skip', 'raise', not 'rise'; did you mean 'raise'\?",
@@ -313,6 +304,53 @@ class TestAWrongValue:
         app.conf[f"idempotent_{option}"] = value
         with pytest.raises(ConfigurationError, match=says):
             _ = declare(app).idempotency
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("order:{order}", r"task charge: message_id='order:\{order\}'.*'order'.*did you mean 'order_id'\?"),
+        ("order", r"task charge: message_id='order' names no argument .* \{order_id\}"),
+        ("order:{", r"task charge: message_id='order:\{' is not a format string"),
+        ("{}", r"task charge: message_id='\{\}' has a positional field.*\{order_id\}"),
+        (by_arguments("amout"), r"task charge: by_arguments\('amout'\).*did you mean 'amount'\?"),
+        (by_arguments("amout.net"), r"by_arguments\('amout.net'\).*did you mean 'amount'\?"),
+        (by_arguments("amount.net"), r"amount is a int, which has no parts"),
+        (by_arguments(exclude=("amout",)), r"by_arguments\(exclude=\('amout',\)\).*did you mean 'amount'\?"),
+        (by_arguments(exclude=("order_id", "amount")), r"excludes every argument of charge.*exclude='\*'"),
+    ],
+)
+class TestAnArgumentThatIsNotThere:
+    def test_is_refused_when_the_task_is_bound(self, app: Celery, value: Any, says: str) -> None:
+        with pytest.raises(ConfigurationError, match=says):
+            declare(app, message_id=value)
+
+    def test_of_a_setting_too(self, app: Celery, value: Any, says: str) -> None:
+        """Which is not read before the options are."""
+        app.conf.idempotent_message_id = value
+        with pytest.raises(ConfigurationError, match=says):
+            _ = declare(app).idempotency
+
+    def test_of_an_abstract_base_is_no_matter(self, app: Celery, value: Any, says: str) -> None:
+        class Base(IdempotentTask):
+            abstract = True
+            message_id = value
+
+        assert declare(app, base=Base, message_id=by_arguments()).idempotency.message_id is not None
+
+
+class TestWhatDoesNotCount:
+    def test_is_not_compared(self, app: Celery) -> None:
+        options = options_of(app, message_id=by_arguments("order_id", exclude=("amount",)))
+        assert options.signature.digest(("o-1", 5), {}) == options.signature.digest(("o-1", 6), {})
+        assert options.signature.digest(("o-1", 5), {}) != options.signature.digest(("o-2", 5), {})
+        assert options.signature.difference((("o-1", 5), {}), (("o-1", 6), {})) == []
+
+    def test_is_all_of_a_task_alone(self, app: Celery) -> None:
+        options = options_of(app, message_id=by_arguments(exclude="*"))
+        assert options.message_id is not None
+        assert options.message_id(("o-1", 5), {}) == options.message_id((), {"order_id": "o-2"})
+        assert options.signature.digest(("o-1", 5), {}) == options.signature.digest(("o-2",), {})
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from kombu.connection import Connection
 from kombu.messaging import Producer
 
-from celery_idempotent import MessageMismatchError
+from celery_idempotent import ConfigurationError, MessageMismatchError
 from celery_idempotent.core.records import Claimed, Inserted, MessageKey, NewMessage, ProcessedStatus, Status
 from celery_idempotent.message.serialization import encode_message, encode_result
 from tests.support.deployment import unique
@@ -119,6 +119,31 @@ def test_a_message_without_an_id_is_known_by_the_tasks_option(
     assert (row.processed_status, row.token) == (SUCCESS, 1)
     assert sum(len(shared_worker.ledger.starts(task, task_id=task_id)) for task_id in ids) == 1
     assert shared_worker.task(task).delay(*args).duplicate
+
+
+def test_a_foreign_copy_of_our_message_has_the_id_of_our_call(shared_worker: SharedWorker) -> None:
+    """Our caller had a tuple, an int for a key and another time; the other producer sends what JSON makes of that."""
+    order, task_id = unique("order"), str(uuid4())
+    task = shared_worker.task("order.nested")
+    ours = task.delay({"id": (order, {1: 2.5}), "seen": 1}, now=1.0)
+    assert ours.get(timeout=TIMEOUT) == [[order, {"1": 2.5}], 1.0]
+
+    publish(shared_worker, "order.nested", {"id": [order, {"1": 2.5}]}, 2.0, task_id=task_id)
+
+    assert shared_worker.app.AsyncResult(task_id).get(timeout=TIMEOUT) == ours.get(timeout=TIMEOUT)
+    again = task.delay({"id": [order, {"1": 2.5}]}, now=3.0)
+    assert (again.id, again.duplicate) == (ours.id, True)
+    with pytest.raises(MessageMismatchError):
+        task.delay({"id": [order, {"1": 2.5}], "note": "x"}, now=4.0)
+
+
+def test_a_foreign_message_that_lacks_a_part_of_its_id_is_refused(shared_worker: SharedWorker) -> None:
+    task_id = str(uuid4())
+    publish(shared_worker, "order.nested", {"idd": unique("order")}, task_id=task_id)
+
+    with pytest.raises(ConfigurationError, match=r"order has no 'id' in this call \(did you mean 'idd'\?\)"):
+        shared_worker.app.AsyncResult(task_id).get(timeout=TIMEOUT)
+    assert shared_worker.ledger.starts("order.nested", task_id=task_id) == []
 
 
 def test_a_row_under_the_task_id_goes_before_a_computed_one(shared_worker: SharedWorker) -> None:

@@ -40,6 +40,18 @@ def register(app: Celery, *, base: type[Task], ledger: Ledger) -> None:
         with ledger.run(self):
             return f"{order_id} on {day}"
 
+    @app.task(
+        base=base, bind=True, name="order.nested", message_id=by_arguments("order.id", exclude=("now", "order.seen?"))
+    )
+    def nested(self: Task, order: dict[str, Any], now: float = 0.0) -> Any:
+        with ledger.run(self):
+            return [order["id"], now]
+
+    @app.task(base=base, bind=True, name="order.alone", message_id=by_arguments(exclude="*"))
+    def alone(self: Task, mark: str = "") -> str:
+        with ledger.run(self):
+            return mark
+
     @app.task(base=base, bind=True, name="order.again", message_id="order:{order_id}", resubmit_failed=True)
     def again(self: Task, order_id: str, flag: str) -> str:
         """Fail until the file ``flag`` is there."""

@@ -338,7 +338,11 @@ def test_by_arguments_among_keywords() -> None:
     make = source(by_arguments("order_id", "region"), keywords)
     assert make(*call("o-1", region="eu", x=1)) == make(*call("o-1", region="eu"))
     assert make(*call("o-1", region="eu")) != make(*call("o-1", region="us"))
-    assert make(*call("o-1")) != make(*call("o-1", region=None))
+    with pytest.raises(ConfigurationError, match=r"region is not in .* mean 'regoin'\?.* write 'region\?' if it may"):
+        make(*call("o-1", regoin="eu"))
+    optional = source(by_arguments("order_id", "region?"), keywords)
+    assert optional(*call("o-1")) != optional(*call("o-1", region=None))
+    assert optional(*call("o-1", region="eu")) == make(*call("o-1", region="eu"))
 
 
 def test_by_all_arguments_is_the_fingerprint() -> None:
@@ -603,6 +607,7 @@ def test_a_format_string_gives_the_consumer_the_producers_id(value: Any, seriali
         ("{order_id[sku]}", Line(sku="s"), {"sku": "s"}),
         ("{order_id.colour}", Line(sku="s"), {"colour": "red"}),
         ("{order_id[1]}", {1: "a"}, {"1": "a"}),
+        ("{order_id.items}", {"items": 3}, {"items": 3}),
         ("{order_id[0]}", Point(1, 2), [1, 2]),
         ("{order_id:%d.%m.}", NOON.astimezone(timezone(timedelta(hours=13))), NOON),
     ],
