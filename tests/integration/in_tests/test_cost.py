@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import statistics
 
 from tests.integration.in_tests.conftest import RunTests
 
-#: How many times the processor time of a plain test a guarded one takes. Milliseconds would depend on what else the machine does.
-AT_MOST = 3.0
+#: Milliseconds of a processor that a guarded test may take more than a plain one: its call, and a queue log that is empty again.
+AT_MOST = 1.0
+
+#: What else the machine does makes some rounds dearer and none cheaper, so the cheapest one tells what a test costs.
+ROUNDS = 10
 
 
 def test_a_guarded_test_costs_little_more_than_a_plain_one(run_tests: RunTests) -> None:
@@ -24,11 +28,12 @@ def test_a_guarded_test_costs_little_more_than_a_plain_one(run_tests: RunTests) 
             # Of this process alone: others run beside it.
             began = time.process_time()
             done = yield
-            TIMES[item.callspec.params["kind"]].append(time.process_time() - began)
+            TIMES[item.callspec.params["kind"]].append(1000 * (time.process_time() - began))
             return done
 
         def pytest_terminal_summary():
-            print("COSTS", json.dumps({kind: 1000 * sum(times) / len(times) for kind, times in TIMES.items()}))
+            more = [guarded - plain for guarded, plain in zip(TIMES["guarded"], TIMES["plain"], strict=True)]
+            print("COSTS", json.dumps(more))
         """,
         test_cost="""
         import pytest
@@ -46,6 +51,8 @@ def test_a_guarded_test_costs_little_more_than_a_plain_one(run_tests: RunTests) 
         """,
     )
     (line,) = (line for line in printed.splitlines() if line.startswith("COSTS"))
-    costs = json.loads(line.removeprefix("COSTS"))
+    more = json.loads(line.removeprefix("COSTS"))
     assert "2000 passed" in printed
-    assert costs["guarded"] <= AT_MOST * costs["plain"], costs
+    length = len(more) // ROUNDS
+    medians = [statistics.median(more[first : first + length]) for first in range(0, len(more), length)]
+    assert min(medians) <= AT_MOST, medians
