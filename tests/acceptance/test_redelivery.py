@@ -15,6 +15,7 @@ import pytest
 
 from tests.conftest import StartWorker
 from tests.support.apps import AppSpec, OpenApp
+from tests.support.brokers import Broker
 from tests.support.deployment import unique
 from tests.support.shared_workers import SharedWorker
 from tests.support.waiting import wait_until
@@ -35,7 +36,6 @@ def impatient(spec: AppSpec, base: Base, *, lease: float = LEASE, **settings: An
         spec,
         base=base,
         tasks=("tests.support.apps.scenarios",),
-        queue=f"{spec.queue}-{base}",
         ledger=f"{spec.ledger}.{base}",
         transport_options={
             **spec.transport_options,
@@ -57,12 +57,13 @@ def times_ignored(shared_worker: SharedWorker, task_id: str) -> int:
 
 @on_redis
 def test_visibility_timeout_2_s_a_6_s_task_acks_late_one_delay(
-    spec: AppSpec, open_app: OpenApp, start_worker: StartWorker, tmp_path: Path
+    spec: AppSpec, broker: Broker, open_app: OpenApp, start_worker: StartWorker, tmp_path: Path
 ) -> None:
     key, gate = unique(), tmp_path / "gate"
+    beside = replace(spec, queue=broker.other_queue("plain"))
     guarded, plain = (
         SharedWorker(spec, open_app(spec), start_worker(spec, concurrency=2, wait=False))
-        for spec in (impatient(spec, "idempotent"), impatient(spec, "plain"))
+        for spec in (impatient(spec, "idempotent"), impatient(beside, "plain"))
     )
     for shared_worker in (guarded, plain):
         shared_worker.worker.wait_until_ready()

@@ -43,7 +43,7 @@ class Broker:
         self.queues.append(self.queue)
 
     def other_queue(self, name: str) -> str:
-        """Another queue of this test alone; a worker must be told to consume from it."""
+        """Return the name of another queue, or exchange, of this test alone. It is deleted in the end; names made up otherwise stay."""
         self.queues.append(f"{self.queue}-{name}")
         return self.queues[-1]
 
@@ -84,14 +84,18 @@ def rabbitmq_broker(url: str, *, queue_type: str) -> Iterator[Broker]:
             "task_default_exchange_type": "topic" if queue_type == "quorum" else "direct",
         },
     )
-    yield broker
-    with Connection(url) as connection:
-        channel = connection.default_channel
-        for name in broker.queues:
-            channel.queue_delete(name)
-            channel.exchange_delete(name)
-        for name in (f"{queue}-control.pidbox", f"reply.{queue}-control.pidbox", f"{queue}-events"):
-            channel.exchange_delete(name)
+    try:
+        yield broker
+    finally:
+        # Patiently: queues that stay take file handles of the server's, until it answers nobody who connects.
+        with Connection(url, connect_timeout=60) as connection:
+            connection.ensure_connection(max_retries=2)
+            channel = connection.default_channel
+            for name in broker.queues:
+                channel.queue_delete(name)
+                channel.exchange_delete(name)
+            for name in (f"{queue}-control.pidbox", f"reply.{queue}-control.pidbox", f"{queue}-events"):
+                channel.exchange_delete(name)
 
 
 def filesystem_broker(directory: Path) -> Broker:

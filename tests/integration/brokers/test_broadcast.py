@@ -12,6 +12,7 @@ from celery import Celery
 
 from celery_idempotent.core.records import MessageKey, ProcessedStatus, RowFilter, Status
 from tests.support.apps import AppSpec, OpenApp
+from tests.support.brokers import Broker
 from tests.support.ledger import Ledger
 from tests.support.waiting import wait_until
 from tests.support.worker import StartWorker
@@ -29,9 +30,15 @@ SENDS: dict[str, Callable[[Celery, str, str, str], Any]] = {
 
 @pytest.mark.parametrize("how", SENDS)
 def test_each_worker_runs_a_broadcast_once(
-    spec: AppSpec, open_app: OpenApp, start_worker: StartWorker, ledger: Ledger, tmp_path: Path, how: str
+    spec: AppSpec,
+    broker: Broker,
+    open_app: OpenApp,
+    start_worker: StartWorker,
+    ledger: Ledger,
+    tmp_path: Path,
+    how: str,
 ) -> None:
-    news = f"{spec.queue}-news"
+    news = broker.other_queue("news")
     # Recovery looks often, and finds much too old what is a second old.
     settings = {**spec.settings, "idempotent_recovery_interval": 0.5, "idempotent_lost_after": 1}
     tasks = ("tests.support.apps.generic", "tests.support.apps.routing")

@@ -14,6 +14,7 @@ from celery.exceptions import TaskRevokedError
 from celery_idempotent.core.records import Claimed, MessageKey, NewMessage, ProcessedStatus, Row, Status
 from celery_idempotent.maintenance.rescue import Rescue
 from tests.support.apps import AppSpec, OpenApp
+from tests.support.brokers import Broker
 from tests.support.ledger import Ledger
 from tests.support.waiting import TIMEOUT, wait_until
 from tests.support.worker import StartWorker
@@ -26,9 +27,15 @@ pytestmark = pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
 @pytest.mark.parametrize("typed", [True, False], ids=["a route with the exchange's type", "without"])
 @pytest.mark.parametrize("broker", ["rabbitmq-quorum"], indirect=True)
 def test_a_copy_is_held_where_routes_name_no_queue(
-    spec: AppSpec, open_app: OpenApp, start_worker: StartWorker, ledger: Ledger, tmp_path: Path, typed: bool
+    spec: AppSpec,
+    broker: Broker,
+    open_app: OpenApp,
+    start_worker: StartWorker,
+    ledger: Ledger,
+    tmp_path: Path,
+    typed: bool,
 ) -> None:
-    route = {"exchange": f"{spec.queue}-topic", "routing_key": f"{spec.queue}.work.now"}
+    route = {"exchange": broker.other_queue("topic"), "routing_key": f"{spec.queue}.work.now"}
     settings = {
         **spec.settings,
         "task_default_queue_type": "quorum",
@@ -36,7 +43,7 @@ def test_a_copy_is_held_where_routes_name_no_queue(
     }
     told = replace(spec, settings=settings, tasks=TASKS)
     app = open_app(told)
-    worker = start_worker(told, pool="threads", concurrency=3, queues=[f"{spec.queue}-work"])
+    worker = start_worker(told, pool="threads", concurrency=3, queues=[broker.other_queue("work")])
     gate = str(tmp_path / "gate")
     key = MessageKey("m-1", "gated")
 
@@ -60,14 +67,13 @@ def test_a_copy_is_held_where_routes_name_no_queue(
 
 @pytest.mark.parametrize("broker", ["rabbitmq-classic", "rabbitmq-quorum"], indirect=True)
 def test_a_rejected_message_that_comes_back_runs_again(
-    spec: AppSpec, open_app: OpenApp, start_worker: StartWorker, ledger: Ledger
+    spec: AppSpec, broker: Broker, open_app: OpenApp, start_worker: StartWorker, ledger: Ledger
 ) -> None:
-    kind = "quorum" if "quorum" in spec.queue else "classic"
-    told = replace(spec, settings={**spec.settings, "task_default_queue_type": kind}, tasks=TASKS)
+    told = replace(spec, tasks=TASKS)
     app = open_app(told)
-    rejects = f"{spec.queue}-rejects"
+    rejects, later = broker.other_queue("rejects"), broker.other_queue("later")
     with app.connection_for_write() as connection, connection.channel() as channel:
-        app.amqp.queues[f"{spec.queue}-later"](channel).declare()
+        app.amqp.queues[later](channel).declare()
     start_worker(told, queues=[rejects])
 
     result = app.tasks["rejects"].apply_async((2,), queue=rejects, message_id="m-1")
