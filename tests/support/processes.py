@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 from collections.abc import Iterable
+from typing import Protocol
 
 import psutil
 
 from tests.support.waiting import wait_until
 
-__all__ = ["kill_tree", "process_tree", "signal_all"]
+__all__ = ["Process", "kill_tree", "process_tree", "signal_all"]
+
+
+class Process(Protocol):
+    """A process that we started: one of :class:`subprocess.Popen`, or a :class:`tests.support.forked.ForkedProcess`."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
 
 
 def process_tree(pid: int) -> list[psutil.Process]:
@@ -32,13 +43,15 @@ def signal_all(processes: Iterable[psutil.Process], signum: signal.Signals) -> N
             continue
 
 
-def kill_tree(process: subprocess.Popen[bytes], *, timeout: float = 15.0) -> None:
+def kill_tree(process: Process, *, timeout: float = 15.0) -> None:
     """``SIGKILL`` a child of ours, all its descendants and all of its session, and wait until they are gone.
 
     They are stopped first, from the root down, so that no parent replaces or outlives a child while the rest is being
     killed: to whoever looks on, all of them die at once, as when a machine loses power. The session is looked through for
     what has lost its parent before.
     """
+    if process.poll() is not None and psutil.pid_exists(process.pid):
+        return  # its number was given to another process, which is not done while anything of its session is left
     seen: dict[int, psutil.Process] = {}
     while fresh := [found for found in _family(process.pid) if found.pid not in seen]:
         signal_all(fresh, signal.SIGSTOP)
