@@ -13,7 +13,7 @@ COMPILE = $(DEV)/uv pip compile pyproject.toml --universal --python-version 3.11
 	--no-emit-index-url --no-emit-find-links --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-django unit format check docs test coverage test-versions test-django celery-suite chaos chaos-peers bench bench-scale screenshots lock release clean
+.PHONY: help demo demo-django unit format check docs test coverage test-kills test-versions test-django celery-suite chaos chaos-peers bench bench-scale screenshots lock release clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## *\(.*\)/  make \1\t\2/p' Makefile | expand -t 24
@@ -65,6 +65,11 @@ coverage: .venv/installed  ## what unit tests, the contract and a part of tests/
 	@$(COVERAGE) combine --quiet
 	@$(COVERAGE) html --quiet
 	@$(COVERAGE) report
+
+# Not more of them at once: see KILL_PLACES in tests/support/kill_points.py.
+test-kills: .venv/installed  ## kill at every step on every store with every broker, of which `make test` has a part; ten minutes
+	@CELERY_IDEMPOTENT_TEST_KILLS=all $(DEV)/python -m tests.support.servers $(DEV)/python -m pytest -n 3 \
+		tests/integration/worker/atomic/test_kills.py tests/integration/producer/outbox/test_kills.py $(ARGS)
 
 # CELERY is oldest, 5.5, 5.6 or 5.7, and ON a Python; one of them, both or none. ARGS as for `make test`.
 test-versions: .venv/installed  ## the tests on other versions, in environments of their own; CELERY=5.6 ON=3.12 ARGS=; hours

@@ -12,14 +12,23 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from multiprocessing import get_context
-from multiprocessing.process import BaseProcess
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tests.support.forked import ForkedProcess
 from tests.support.waiting import wait_until
 
-__all__ = ["KillPoints", "Victim"]
+__all__ = ["KILL_PLACES", "KillPoints", "Victim"]
+
+#: Where processes are killed at every step, as ``(store_url, broker)``: `make test` has each store and each broker, and `make test-kills`
+#: all pairs. Only one of them has quorum queues in `make test`, a queue for each step: RabbitMQ sets three of its file handles aside for
+#: each such queue, and answers nobody who connects once it has none left.
+KILL_PLACES = (
+    [(store, broker) for store in ("sqlite", "postgresql", "mariadb") for broker in ("redis", "rabbitmq-quorum")]
+    if os.environ.get("CELERY_IDEMPOTENT_TEST_KILLS") == "all"
+    else [("sqlite", "rabbitmq-quorum"), ("postgresql", "redis"), ("mariadb", "redis")]
+)
 
 #: What the AMQP methods of a producer and a consumer are called.
 _AMQP = {(60, 40): "publish", (60, 80): "ack", (60, 90): "reject"}
@@ -27,42 +36,20 @@ _AMQP = {(60, 40): "publish", (60, 80): "ack", (60, 90): "reject"}
 #: Takes the quotes from a statement of Django's.
 _UNQUOTED = str.maketrans("", "", '`"')
 
-#: Imported once, by the process that the victims are forked from: each needs some tens of milliseconds then, not seconds.
-_PRELOADED = (
-    *(
-        "celery.bin.celery",
-        "celery.bin.worker",
-        "celery.apps.worker",
-        "celery.concurrency.solo",
-        "celery.backends.redis",
-    ),
-    *("celery.worker.consumer.consumer", "kombu.transport.redis", "kombu.transport.pyamqp", "redis", "amqp"),
-    *("psycopg", "pymysql", "sqlite3", "sqlalchemy.orm", "sqlalchemy.dialects.postgresql.psycopg"),
-    *("sqlalchemy.dialects.mysql.pymysql", "sqlalchemy.dialects.sqlite.pysqlite", "celery_idempotent.stores.sql"),
-    *(
-        "celery_idempotent.maintenance.recovery",
-        "celery_idempotent.producer.publisher",
-        "tests.support.apps.atomic",
-        "tests.support.kill_points",
-    ),
-)
-
-_CONTEXT = get_context("forkserver")
-_CONTEXT.set_forkserver_preload(list(_PRELOADED))
-
 
 class KillPoints:
     """Counts the steps of this process's main thread, and kills it at one of them.
 
     Args:
         last: The number of the step at which it dies, from 1.
-        path: A file that is told which that was, or that it was never reached.
+        path: A file that is told which that was, or that it was never reached. All that were reached are in the file of this name with
+            ``.reached`` after it.
     """
 
     def __init__(self, last: int, path: Path) -> None:
         self._last = last
         self._path = path
-        self._counted = 0
+        self._reached: list[str] = []
         self._counting = False
         _instrument(self)
 
@@ -80,12 +67,13 @@ class KillPoints:
         """Reach a step."""
         if not self._counting or threading.current_thread() is not threading.main_thread():
             return
-        self._counted += 1
-        if self._counted == self._last:
+        self._reached.append(what)
+        if len(self._reached) == self._last:
             self._note(what)
             os.kill(os.getpid(), signal.SIGKILL)
 
     def _note(self, what: str) -> None:
+        Path(f"{self._path}.reached").write_text("\n".join(" ".join(step.split()) for step in self._reached))
         with self._path.open("a") as file:
             file.write(f"{self._last} {what}\n")
 
@@ -152,25 +140,29 @@ class Victim:
     ) -> None:
         self._log = log
         self._last, self._path = last, path
-        self._process: BaseProcess = _CONTEXT.Process(
-            target=_run, args=(target, arguments, last, path, log, dict(environment or {})), daemon=True
+        self._start = partial(
+            ForkedProcess,
+            *(_run, target, arguments, last, path),
+            log=log,
+            directory=log.parent,
+            environment={**os.environ, **(environment or {})},
         )
 
     def survives(self, *, timeout: float) -> bool:
         """Start it, wait until it has died or ended, and make sure that none of its processes is left."""
-        self._process.start()
+        process = self._start()
         try:
-            wait_until(lambda: self._ended() or self._survived(), timeout=timeout, describe=self._tail)
+            wait_until(
+                lambda: process.poll() is not None or self._survived(),
+                timeout=timeout,
+                describe=self._tail,
+                interval=0.01,
+            )
             survived = self._survived()
-            assert survived or self._process.exitcode == -signal.SIGKILL, self._tail()
+            assert survived or process.poll() == -signal.SIGKILL, self._tail()
             return survived
         finally:
-            self._process.kill()
-            self._process.join()
-            self._process.close()
-
-    def _ended(self) -> bool:
-        return not self._process.is_alive()
+            process.kill()
 
     def _survived(self) -> bool:
         return self._path.exists() and f"{self._last} survived" in self._path.read_text().splitlines()
@@ -179,20 +171,8 @@ class Victim:
         return "\n".join(self._log.read_text(errors="replace").splitlines()[-40:]) if self._log.exists() else "no log"
 
 
-def _run(
-    target: Callable[..., None],
-    arguments: Sequence[Any],
-    last: int,
-    path: Path,
-    log: Path,
-    environment: Mapping[str, str],
-) -> None:
+def _run(target: Callable[..., None], arguments: Sequence[Any], last: int, path: Path) -> None:
     """Do what a victim does."""
-    os.environ.update(environment)
-    os.chdir(log.parent)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    for standard in (1, 2):
-        os.dup2(descriptor, standard)
     target(KillPoints(last, path), *arguments)
 
 
