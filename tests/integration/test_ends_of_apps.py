@@ -20,7 +20,7 @@ from celery_idempotent import IdempotentTask, QueueLog, SQLStore
 from tests.support.waiting import wait_until
 
 #: Apps, one after the other.
-APPS = 5
+APPS = 3
 
 
 @pytest.fixture
@@ -65,7 +65,10 @@ def use(app: Celery, store_url: str, *, work: bool) -> None:
     """Send a message and run it, here or in a worker in a thread; an atomic one too."""
     unique = uuid4().hex[:8]
     app.conf.update(
-        idempotent_store=store_of(store_url), task_always_eager=not work, task_default_queue=f"ends-{unique}"
+        idempotent_store=store_of(store_url),
+        task_always_eager=not work,
+        task_default_queue=f"ends-{unique}",
+        broker_transport_options={"polling_interval": 0.05},
     )
     QueueLog.of(app).init()
 
@@ -83,7 +86,7 @@ def use(app: Celery, store_url: str, *, work: bool) -> None:
     level = root.level
     try:
         with start_worker(app, perform_ping_check=False, shutdown_timeout=60.0):
-            assert [task.delay(2).get(timeout=30) for task in tasks] == [4, 4]
+            assert [task.delay(2).get(timeout=30, interval=0.05) for task in tasks] == [4, 4]
     finally:
         root.setLevel(level)  # a worker sets its own
 
@@ -116,7 +119,9 @@ def test_an_unreferenced_app_closes_its_connections(
     ends = [one() for _ in range(APPS)]
     wait_until(
         lambda: is_gone(ends, threads, count_connections),
-        timeout=30.0,
+        # Less than a thread without work would stay, were it not told of the end.
+        timeout=15.0,
+        interval=0.2,
         describe=lambda: f"{[end() for end in ends]}, {threads()}, {count_connections()} connections",
     )
 
@@ -130,7 +135,7 @@ def test_an_app_that_is_closed_has_neither_threads_nor_connections(
         use(app, store_url, work=False)
         app.close()
         apps.append(app)
-    wait_until(lambda: not threads() and count_connections() == 0, timeout=30.0)
+    wait_until(lambda: not threads() and count_connections() == 0, timeout=15.0)
 
     use(apps[0], store_url, work=False)  # and it may be used again
     apps[0].close()

@@ -95,7 +95,8 @@ class Opened:
         return not isinstance(self._target, Engine) or engine.pool is not self._target.pool
 
     def close(self) -> None:
-        """Close the store's own connections."""
+        """Close the store's own connections, and end the thread that watches them."""
+        self.watch.rest()
         for engine in (self._for_statements, self._for_transactions):
             if engine is not None and self.is_ours(engine):
                 close(engine)

@@ -56,7 +56,7 @@ class Watched:
 
 
 class Watch:
-    """Watches running statements, in one thread per process, which ends when there is nothing to watch.
+    """Watches running statements, in one thread per process. It ends some time after the last statement, or when :meth:`rest` is called.
 
     Args:
         patience: Seconds; > 0.
@@ -67,6 +67,9 @@ class Watch:
         self._lock = threading.Lock()
         self._watched: set[Watched] = set()
         self._thread: threading.Thread | None = None
+        # The thread waits until it is released. No event, whose lock a finalizer that rests could find taken by its own thread.
+        self._resting = threading.Lock()
+        self._resting.acquire()
 
     def over(self, descriptor: int, cancel: Callable[[], object] | None = None) -> Watched:
         """Shut down the socket unless the block ends within the patience.
@@ -79,6 +82,11 @@ class Watch:
             OSError: This process has no descriptor left.
         """
         return Watched(self, os.dup(descriptor), time.monotonic() + self.patience, cancel)
+
+    def rest(self) -> None:
+        """End the thread at once if no statement runs; the next statement starts another one."""
+        with contextlib.suppress(RuntimeError):  # it was released already
+            self._resting.release()
 
     def _begin(self, watched: Watched) -> None:
         with self._lock:
@@ -113,7 +121,7 @@ class Watch:
                     self._thread = None
                     return
                 pause = min(watched.next for watched in self._watched) - now
-            time.sleep(max(0.0, pause))  # a statement that comes meanwhile is due later than these
+            self._resting.acquire(timeout=max(0.0, pause))  # a statement that comes meanwhile is due later than these
 
     def _forget(self, watched: Watched) -> None:
         # By the block or the thread, whichever is first; only by the thread if a signal (a soft time limit) interrupted `over`.

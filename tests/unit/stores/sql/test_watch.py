@@ -101,3 +101,18 @@ def test_everything_is_cleaned_up(ends: tuple[socket.socket, socket.socket]) -> 
         assert not thread.is_alive()
 
     assert descriptors_of(client) == 1
+
+
+def test_the_thread_ends_when_it_is_told_to_rest(ends: tuple[socket.socket, socket.socket]) -> None:
+    client, _ = ends
+    watch = Watch(3600.0)
+    for _ in range(2):  # and another statement is watched again
+        with watch.over(client.fileno()) as watched:
+            watch.rest()
+            thread = watch._thread
+            assert thread is not None
+            thread.join(timeout=0.2)
+            assert thread.is_alive(), "the statement is still watched"
+        watch.rest()
+        wait_until(lambda: watch._thread is None, timeout=10.0, describe="the end of the watch")
+        assert not watched.cut
