@@ -53,8 +53,8 @@ def test_a_part_passes_on_older_versions(cell: Cell) -> None:
         missing(f"Python {cell.python}", str(error))
 
     without = [argument for plugin in WITHOUT for argument in ("-p", f"no:{plugin}")]
-    # All can be imported, and a part of them passes.
-    for arguments in (["--collect-only"], PART):
+    # A part of them passes; on what is oldest, all can be imported too.
+    for arguments in ([["--collect-only"]] if cell.celery == "oldest" else []) + [[*PART]]:
         done = subprocess.run(
             [python, "-m", "pytest", "--quiet", *without, *arguments],
             cwd=ROOT,

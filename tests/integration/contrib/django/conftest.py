@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import uuid4
@@ -60,6 +60,25 @@ class Project:
         )
         assert (done.returncode != 0) is fails, done.stdout[-6000:]
         return done.stdout
+
+    def manage_each(self, *commands: Sequence[str]) -> list[str]:
+        """Run commands of ``manage.py`` one after the other in one process, which starts Django once; what each printed."""
+        separator = "-- and next --"
+        printed = self.shell(
+            f"""
+import sys
+from django.core.management import execute_from_command_line
+for command in {[*map(tuple, commands)]}:
+    print({separator!r}, flush=True)
+    try:
+        execute_from_command_line(["manage.py", *command])
+    except SystemExit as status:
+        if status.code:
+            raise
+    sys.stdout.flush()
+"""
+        )
+        return printed.split(f"{separator}\n")[1:]
 
     def shell(self, code: str, *arguments: str, killed: bool = False) -> str:
         """Run code in a process of the project's; what it printed. ``killed``: it kills itself."""

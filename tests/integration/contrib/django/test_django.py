@@ -22,7 +22,6 @@ pytestmark = pytest.mark.timeout(600)
 
 
 def test_the_examples_tests_pass_the_second_time_as_the_first(project: Project) -> None:
-    assert "No changes detected" in project.manage("makemigrations", "--check", "--dry-run")
     for _ in range(2):
         assert "OK" in project.manage("test", "--keepdb", "shop")
     # In several processes, each with a database of its own; dropped at the end, that which was kept as well.
@@ -73,15 +72,23 @@ def test_queue_log_in_djangos_test_cases(project: Project, tmp_path: Path) -> No
 
 
 def test_the_migration_makes_the_table_that_init_would_make(project: Project) -> None:
-    project.manage("migrate", "-v", "0")
-    assert "has this version already" in project.manage("idempotent", "init", "--dry-run")
-    project.manage("check", "--database", "default")
-    assert "no rows" in project.manage("idempotent", "stats")
-    project.manage("migrate", "-v", "0", "celery_idempotent", "zero")
-    assert "CREATE TABLE" in project.manage("sqlmigrate", "celery_idempotent", "0001")
-    project.manage("idempotent", "init")
-    project.manage("migrate", "-v", "0", "celery_idempotent")  # which leaves what is there
-    assert "no rows" in project.manage("idempotent", "stats")
+    printed = project.manage_each(
+        ("makemigrations", "--check", "--dry-run"),
+        ("migrate", "-v", "0"),
+        ("idempotent", "init", "--dry-run"),
+        ("check", "--database", "default"),
+        ("idempotent", "stats"),
+        ("migrate", "-v", "0", "celery_idempotent", "zero"),
+        ("sqlmigrate", "celery_idempotent", "0001"),
+        ("idempotent", "init"),
+        ("migrate", "-v", "0", "celery_idempotent"),  # which leaves what is there
+        ("idempotent", "stats"),
+    )
+    assert "No changes detected" in printed[0]
+    assert "has this version already" in printed[2]
+    assert "no rows" in printed[4]
+    assert "CREATE TABLE" in printed[6]
+    assert "no rows" in printed[9]
 
 
 def test_a_process_killed_behind_its_commit_leaves_the_message_to_the_relay(project: Project) -> None:
