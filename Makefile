@@ -3,8 +3,9 @@
 # The first interpreter that is new enough; `make test PYTHON=python3.13` names one.
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
-# What `make test` hands to pytest: `make test ARGS="tests/unit -k claim"`. Tests wait for processes more than they compute.
-WORKERS ?= 4
+# What `make test` hands to pytest: `make test ARGS="tests/unit -k claim"`. Tests wait for processes more than they compute:
+# six keep two processors busy.
+WORKERS ?= 6
 ARGS ?=
 
 DEV := .venv/bin
