@@ -14,7 +14,7 @@ COMPILE = $(DEV)/uv pip compile pyproject.toml --universal --python-version 3.11
 	--no-emit-index-url --no-emit-find-links --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-django unit format check docs test coverage test-kills test-versions test-django celery-suite chaos chaos-peers bench bench-scale screenshots lock release clean
+.PHONY: help demo demo-django unit format check docs test coverage test-kills test-versions test-django test-beat celery-suite chaos chaos-peers bench bench-scale screenshots lock release clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## *\(.*\)/  make \1\t\2/p' Makefile | expand -t 24
@@ -79,6 +79,11 @@ test-versions: .venv/installed  ## the tests on other versions, in environments 
 test-django: .venv/installed  ## the Django app on Django 4.2 to 6.1, with each driver, in environments of their own; DJANGO=6.0 ARGS=
 	@$(DEV)/python -m tests.support.django_matrix $(if $(DJANGO),--django $(DJANGO)) -n 2 tests/integration/contrib/django $(ARGS)
 	@DJANGO_PYTHON=$(DEV)/python $(DEV)/python -m tests.support.servers $(DEV)/python -m pytest -n 2 tests/integration/worker/atomic/test_kills.py -k djangos_orm
+
+BEAT_SECONDS ?= 600
+
+test-beat: .venv/installed  ## two real beats on each scheduler, one of them killed again and again; BEAT_SECONDS=; ten minutes
+	@BEAT_SECONDS=$(BEAT_SECONDS) $(DEV)/python -m tests.support.servers $(DEV)/python -m pytest -n 3 tests/integration/beat $(ARGS)
 
 # The runs whose figures docs/explanation/chaos.md has; SEED, TASKS and KILLS are for each of them.
 CHAOS = $(if $(SEED),--seed $(SEED)) $(if $(TASKS),--tasks $(TASKS)) $(if $(KILLS),--kills $(KILLS))

@@ -10,7 +10,7 @@ globals().update({name: value for name, value in vars(_example).items() if name.
 
 INSTALLED_APPS = list(_example.INSTALLED_APPS)
 INSTALLED_APPS += ["django_celery_beat", "django_celery_results"]
-CELERY_BEAT_SCHEDULER = "django_celery_beat.schedulers:DatabaseScheduler"
+CELERY_BEAT_SCHEDULER = "celery_idempotent.contrib.django.beat:DatabaseScheduler"
 CELERY_BEAT_MAX_LOOP_INTERVAL = 1
 CELERY_RESULT_BACKEND = "django-db"
 CELERY_RESULT_EXTENDED = True
