@@ -77,6 +77,16 @@ def check_app(facts: Facts) -> Iterator[Finding]:
             f"results are kept for {app.result_expires:g} s, and rows for {app.retention:g} s",
             f"result_expires = {app.retention:g}; or a shorter idempotent_retention; or ignore this finding, if no caller waits that long",
         )
+    for entry in app.fixed_entries:
+        if entry.stays_taken:
+            left = "until it is purged" if entry.unique_for is None else f"for {entry.unique_for:g} s"
+            yield Finding(
+                "beat-fixed-id",
+                f"beat's entry {entry.name!r} has the message id {entry.message_id!r} at each tick, and that stays taken {left} after a run",
+                "leave the message_id out and use a scheduler of this library, such as celery_idempotent.beat:PersistentScheduler; or give "
+                "the task a unique_for that is shorter than the interval",
+                (entry.task,),
+            )
     if app.recovery_interval == 0 and app.tasks:
         early = facts.names(lambda task: not task.acks_late)
         yield Finding(

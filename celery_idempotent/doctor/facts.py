@@ -8,7 +8,7 @@ from datetime import datetime
 
 from celery_idempotent.core.records import LogHealth
 
-__all__ = ["AppFacts", "BrokerFacts", "Facts", "QueueFacts", "StoreFacts", "TaskFacts"]
+__all__ = ["AppFacts", "BrokerFacts", "EntryFacts", "Facts", "QueueFacts", "StoreFacts", "TaskFacts"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,30 @@ class TaskFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class EntryFacts:
+    """An entry of ``beat_schedule`` whose ticks all have one message id. Durations are seconds.
+
+    Attributes:
+        name: The entry's name.
+        task: Its task's name.
+        message_id: The id.
+        interval: The time between its next two ticks; ``None`` if it is not known.
+        unique_for: The time after its end for which its task's ids stay taken; ``None`` until they are purged.
+    """
+
+    name: str
+    task: str
+    message_id: str
+    interval: float | None = None
+    unique_for: float | None = None
+
+    @property
+    def stays_taken(self) -> bool:
+        """Whether the id is still taken at the next tick."""
+        return self.unique_for is None or (self.interval is not None and self.unique_for >= self.interval)
+
+
+@dataclass(frozen=True, slots=True)
 class AppFacts:
     """An app.
 
@@ -63,6 +87,7 @@ class AppFacts:
         atomic_refused: Why its store cannot run its atomic tasks, if it has some.
         isolation_level: The isolation level of atomic tasks, if the app names one.
         eager: Whether calls run in place, and are recorded in a store that outlives the process.
+        fixed_entries: The entries of its beat schedule that have one message id for all ticks.
     """
 
     wrong: tuple[str, ...] = ()
@@ -78,6 +103,7 @@ class AppFacts:
     atomic_refused: str | None = None
     isolation_level: str | None = None
     eager: bool = False
+    fixed_entries: tuple[EntryFacts, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,6 +82,10 @@ CODES: dict[str, tuple[Severity, str]] = {
         _W,
         "A copy whose acknowledgement was lost may come after its row was purged, and then run again.",
     ),
+    "beat-fixed-id": (
+        _E,
+        "Each later tick of the entry is a duplicate of the first, and is not sent until the id is free again.",
+    ),
     "unique-for-short": (
         _W,
         "A copy whose acknowledgement was lost may come when its id is free again, and then run again.",

@@ -16,6 +16,7 @@ from celery.utils.quorum_queues import detect_quorum_queues
 
 from celery_idempotent.core.records import RowFilter, Status
 from celery_idempotent.core.transactions import transactional
+from celery_idempotent.doctor.beat_entries import read_fixed_entries
 from celery_idempotent.doctor.facts import AppFacts, BrokerFacts, Facts, QueueFacts, StoreFacts, TaskFacts
 from celery_idempotent.errors import ConfigurationError, SchemaError, StoreError, StoreUnavailableError
 from celery_idempotent.message.canvas_ids import is_guarded
@@ -112,6 +113,7 @@ def _read_app(queue_log: QueueLog) -> AppFacts:
             name for name, task in sorted(app.tasks.items()) if not is_guarded(task) and _has_options(task)
         ),
         isolation_level=queue_log.isolation_level,
+        fixed_entries=tuple(read_fixed_entries(app)),
     )
 
 

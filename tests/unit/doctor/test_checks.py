@@ -12,7 +12,7 @@ import pytest
 
 from celery_idempotent.core.records import LogHealth
 from celery_idempotent.doctor import CODES, Facts, Severity, findings
-from celery_idempotent.doctor.facts import AppFacts, BrokerFacts, QueueFacts, StoreFacts, TaskFacts
+from celery_idempotent.doctor.facts import AppFacts, BrokerFacts, EntryFacts, QueueFacts, StoreFacts, TaskFacts
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 PAGE = Path(__file__).parents[3] / "docs" / "how-to" / "doctor.md"
@@ -53,6 +53,10 @@ SQLITE = {"journal_mode": "wal", "synchronous": "2", "file": "/var/log.db"}
 
 def app(**changes: Any) -> Facts:
     return replace(HEALTHY, app=replace(HEALTHY.app, **changes))
+
+
+def fixed(**changes: Any) -> Facts:
+    return app(fixed_entries=(EntryFacts("nightly", "late", "m", **changes),))
 
 
 def waiting(*names: str, unguarded: tuple[str, ...]) -> Facts:
@@ -152,6 +156,9 @@ SICK = [
     Provoked("no-result-backend", app(result_backend=False), "no result backend", ("late", "early")),
     Provoked("track-started", task(track_started=True), "track_started", ("late",)),
     Provoked("result-expires", app(result_expires=86400.0), "86400 s"),
+    Provoked("beat-fixed-id", fixed(interval=60.0), "'nightly' has the message id 'm' at each tick", ("late",)),
+    Provoked("beat-fixed-id", fixed(interval=60.0, unique_for=60.0), "stays taken for 60 s", ("late",)),
+    Provoked("beat-fixed-id", fixed(), "until it is purged", ("late",)),
     Provoked("recovery-off", app(recovery_interval=0.0), "early acknowledgement", ("early",)),
     Provoked("recovery-off", app(recovery_interval=0.0, tasks=TASKS[:1]), "is 0, so workers do not recover"),
     Provoked("retention-short", app(retention=3600.0), "3600 s"),
