@@ -27,11 +27,12 @@ from celery_idempotent.producer.unrecorded import is_unrecorded, warn_once
 from celery_idempotent.queue_log import QueueLog
 from celery_idempotent.settings import PREFIX
 from celery_idempotent.worker.binding import REQUEST, guard
-from celery_idempotent.worker.celery_versions import dated, id_of_step
+from celery_idempotent.worker.celery_versions import NESTING, dated, id_of_step, replacements
 from celery_idempotent.worker.chords import add_part
 from celery_idempotent.worker.handlers import guard_handlers
 from celery_idempotent.worker.run import Passage, Run
 from celery_idempotent.worker.signals import install
+from celery_idempotent.worker.step_calls import StepCalls
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -83,7 +84,7 @@ class _InTheBody(Generic[T]):
         )
 
 
-class IdempotentTask(AwaitedCalls, Task):  # type: ignore[misc]
+class IdempotentTask(AwaitedCalls, StepCalls, Task):  # type: ignore[misc]
     """A Celery task that takes effect once per message.
 
     Use it as ``base=IdempotentTask``, or subclass it. The options below are class attributes or arguments of the decorator. Each
@@ -270,9 +271,10 @@ class IdempotentTask(AwaitedCalls, Task):  # type: ignore[misc]
                 answer = answer_of(self, key, fingerprint, task_id, options)
                 if answer is not None:
                     return answer
-        result = super().apply(
-            args, kwargs, task_id=task_id, **{**options, "headers": header.write(options.get("headers"))}
-        )
+        headers = header.write(options.get("headers"))
+        if NESTING in options:
+            headers[NESTING] = options[NESTING]
+        result = super().apply(args, kwargs, task_id=task_id, **{**options, "headers": headers})
         if not hasattr(result, "duplicate"):  # a retry's result already has it
             result.duplicate = False
         return result
@@ -330,6 +332,7 @@ class IdempotentTask(AwaitedCalls, Task):  # type: ignore[misc]
         if run is None:
             return super().replace(sig)
         run.replacing = True
+        self.request.replaced_task_nesting = replacements(self.request)  # to which Celery adds one
         try:
             return super().replace(sig)
         except Ignore:

@@ -107,13 +107,15 @@ def _shortened(error: str | None) -> str | None:
 @click.command(cls=CeleryCommand)
 @click.argument("message_id")
 @click.option("--task", "task_name", help="Only this task's message, if several tasks use the id.")
-@click.option("--arguments", is_flag=True, help="Show the arguments and the result too; they may contain secrets.")
+@click.option(
+    "--arguments", is_flag=True, help="Show the arguments, the result and the steps too; they may contain secrets."
+)
 @as_json
 @click.pass_context
 def show(ctx: click.Context, message_id: str, task_name: str | None, arguments: bool, json_: bool) -> None:
     """Show the message MESSAGE_ID.
 
-    Arguments and results are shown only on demand, because output ends up in terminals, tickets and logs. Values that idempotent_redact names
+    Arguments, results and steps are shown only on demand, because output ends up in terminals, tickets and logs. Values that idempotent_redact names
     are masked even then. A call's argsrepr and kwargsrepr, which Celery's own logs show, are always shown.
     """
     with opened(ctx) as queue_log:
@@ -148,14 +150,14 @@ def _tasks_of(queue_log: QueueLog, message_id: str) -> list[str]:
 
 
 def record_of(row: Row) -> dict[str, Any]:
-    """Return a row as plain data, without its encoded message and result."""
+    """Return a row as plain data, without its encoded message, result and steps."""
     flat = {"message_id": row.key.message_id, "task_name": row.key.task_name}
-    kept = (field.name for field in fields(Row) if field.name not in ("key", "message", "result", "read_at"))
+    kept = (field.name for field in fields(Row) if field.name not in ("key", "message", "result", "steps", "read_at"))
     return {**flat, **{name: getattr(row, name) for name in kept}}
 
 
 def _redacted(contents: dict[str, Any], *, json_: bool) -> dict[str, Any]:
     """Return the contents without values; for people, with a note that there are some."""
-    secret = [name for name in ("args", "kwargs", "result") if name in contents]
+    secret = [name for name in ("args", "kwargs", "result", "steps") if name in contents]
     kept = {name: value for name, value in contents.items() if name not in secret}
     return kept if json_ else {**kept, **dict.fromkeys(secret, "see --arguments")}

@@ -177,6 +177,7 @@ class Row:
     takeovers: int = 0
     #: The Celery id of the last delivery that claimed, whose callbacks and result Celery sends; ``task_id`` is the first sent.
     ran_task_id: str | None = None
+    steps: bytes | None = None
 
     @property
     def expired(self) -> bool:

@@ -48,7 +48,7 @@ _WRITES = {
         "expire",
         "abandon",
     ),
-    *("cancel", "forbid", "republish", "not_published", "relayed", "withdraw", "resubmit"),
+    *("keep_steps", "cancel", "forbid", "republish", "not_published", "relayed", "withdraw", "resubmit"),
 }
 
 

@@ -1,10 +1,11 @@
-"""What a row holds of a call, for people: its arguments and its result."""
+"""What a row holds of a call, for people: its arguments, its result and its steps."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from celery_idempotent.message.kept_steps import unpack_steps
 from celery_idempotent.message.redaction import Redaction
 from celery_idempotent.message.serialization import UndecodableError, decode_message, decode_result
 
@@ -20,16 +21,16 @@ _REPRS = ("argsrepr", "kwargsrepr")
 
 
 def contents_of(app: Celery, row: Row, redact: Sequence[str]) -> dict[str, Any]:
-    """Return the arguments and the result of a message, as far as the app can read them.
+    """Return the arguments, the result and the steps of a message, as far as the app can read them.
 
     Args:
         app: The app that reads them.
-        row: The row, with its message and its result.
+        row: The row, with its message, its result and its steps.
         redact: Names of parameters and keys whose values are masked, as in the setting ``idempotent_redact``.
 
     Returns:
-        ``args``, ``kwargs`` and ``result``, with the ``argsrepr`` and ``kwargsrepr`` that the caller gave;
-        ``undecodable_message`` and ``undecodable_result`` say why one cannot be read.
+        ``args``, ``kwargs`` and ``result``, with the ``argsrepr`` and ``kwargsrepr`` that the caller gave; ``steps`` by their names, each with
+        its ``key`` and its ``result``. ``undecodable_message``, ``undecodable_result`` and ``undecodable_steps`` say why one cannot be read.
     """
     redaction = Redaction(redact, app.tasks) if redact else None
     contents: dict[str, Any] = {}
@@ -49,4 +50,17 @@ def contents_of(app: Celery, row: Row, redact: Sequence[str]) -> dict[str, Any]:
             contents["undecodable_result"] = str(error)
         else:
             contents["result"] = result if redaction is None else redaction.result(result)
+    if row.steps is not None:
+        try:
+            kept = [(step, step.value(app)) for step in unpack_steps(row.steps)]
+        except UndecodableError as error:
+            contents["undecodable_steps"] = str(error)
+        else:
+            contents["steps"] = {
+                step.name: {
+                    "key": step.key,
+                    "result": value if redaction is None else redaction.result(value, name=step.name),
+                }
+                for step, value in kept
+            }
     return contents

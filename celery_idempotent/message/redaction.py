@@ -47,12 +47,13 @@ class Redaction:
             logger.warning("the arguments of %s cannot be redacted: %s", task_name, type(error).__name__)
             return MASK, MASK
 
-    def result(self, value: Any) -> Any:
-        """Return a result, masked; its name is ``result``."""
+    def result(self, value: Any, *, name: str = "result") -> Any:
+        """Return a result, masked; its name is ``result``, and that of a step's is the step's, too."""
         if not self._patterns:
             return value
         try:
-            return self._named("result", value)
+            shown = self._named("result", value)
+            return shown if name == "result" or shown == MASK else self._named(name, value)
         except Exception as error:  # noqa: BLE001 - as above
             logger.warning("a result cannot be redacted: %s", type(error).__name__)
             return MASK

@@ -26,6 +26,7 @@ __all__ = [
     "dumped",
     "encode_message",
     "encode_result",
+    "pack_result",
     "serializer_of",
     "trace_of",
     "without_local",
@@ -158,12 +159,21 @@ def encode_result(app: Celery, value: Any, *, trace: str | None = None) -> bytes
     row's message, so ``trace`` is kept with the result; see :func:`trace_of`.
     """
     try:
-        return _pack(value, app.conf.result_serializer, trace)
+        return pack_result(app, value, trace=trace)
     except EncodeError as error:
         logger.warning(
             "result not kept for replay: the serializer %s cannot encode it: %s", app.conf.result_serializer, error
         )
         return None
+
+
+def pack_result(app: Celery, value: Any, *, trace: str | None = None) -> bytes:
+    """Encode a value as :func:`encode_result` does.
+
+    Raises:
+        kombu.exceptions.EncodeError: The app's result serializer cannot take it.
+    """
+    return _pack(value, app.conf.result_serializer, trace)
 
 
 def decode_result(app: Celery, data: bytes) -> Any:

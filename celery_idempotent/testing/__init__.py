@@ -24,6 +24,7 @@ from celery_idempotent.testing.admin import AdminContract  # noqa: E402 - see ab
 from celery_idempotent.testing.claiming import ClaimContract  # noqa: E402
 from celery_idempotent.testing.ending import EndingContract  # noqa: E402
 from celery_idempotent.testing.handing_on import HandingOnContract  # noqa: E402
+from celery_idempotent.testing.keeping_steps import StepsContract  # noqa: E402
 from celery_idempotent.testing.life import LifeContract  # noqa: E402
 from celery_idempotent.testing.publishing import PublishContract  # noqa: E402
 from celery_idempotent.testing.purging import PurgeContract  # noqa: E402
@@ -44,6 +45,7 @@ class StoreContract(
     TakeOverContract,
     EndingContract,
     HandingOnContract,
+    StepsContract,
     RescueContract,
     RelayContract,
     PurgeContract,

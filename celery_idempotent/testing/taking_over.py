@@ -122,6 +122,7 @@ class TakeOverContract(StoreFixtures):
         assert take(store, row) is not None
         before = read(store)
 
+        assert not store.keep_steps(old, steps=b"late")
         assert not store.checkpoint(old, result=b"late")
         assert not store.complete(old, result=b"late")
         assert not store.fail(old, error="late")

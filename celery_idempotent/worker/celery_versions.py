@@ -15,7 +15,18 @@ if TYPE_CHECKING:
     from celery import Task
     from celery.app.task import Context
 
-__all__ = ["acknowledges_timeouts", "dated", "id_of_step", "ignores_result", "retries_lost_workers"]
+__all__ = [
+    "NESTING",
+    "acknowledges_timeouts",
+    "dated",
+    "id_of_step",
+    "ignores_result",
+    "replacements",
+    "retries_lost_workers",
+]
+
+#: How often a task was replaced: an option of ``apply_async``. ``apply`` drops it, so ours puts it into the headers.
+NESTING = "replaced_task_nesting"
 
 
 def retries_lost_workers(task: Task) -> bool:
@@ -38,6 +49,13 @@ def ignores_result(task: Task, request: Context) -> bool:
     except ImportError:  # before Celery 5.6, a call could not ask for a result that its task ignores
         return bool(task.ignore_result or request.ignore_result)
     return bool(get_actual_ignore_result(task, request))
+
+
+def replacements(request: Context) -> int:
+    """Return how often the task of a request was replaced."""
+    headers = request.headers if isinstance(request.headers, Mapping) else {}
+    count = request.replaced_task_nesting or headers.get(NESTING)
+    return count if isinstance(count, int) else 0
 
 
 def dated(task: Task, options: Mapping[str, Any]) -> Mapping[str, Any]:

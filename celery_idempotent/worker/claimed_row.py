@@ -23,6 +23,7 @@ from celery_idempotent.producer.guarded import RUN, Guarded
 from celery_idempotent.worker.delivery import worker_label
 from celery_idempotent.worker.lease_renewal import LeaseRenewer
 from celery_idempotent.worker.run_state import Checkpointed, Claimed, Lost, RunState, Unguarded, check_transition
+from celery_idempotent.worker.time_limits import TimeLimits
 from celery_idempotent.worker.transaction_watch import Setback, given_up_error
 from celery_idempotent.worker.unit_of_work import NotCommittedError, UnitOfWork
 from celery_idempotent.worker.unstorable import Keeping
@@ -32,14 +33,14 @@ if TYPE_CHECKING:
 
     from celery_idempotent.core.store import Store
 
-__all__ = ["ClaimedRow"]
+__all__ = ["AWAY", "ClaimedRow"]
 
 logger = logging.getLogger("celery_idempotent")
 
 T = TypeVar("T")
 
 #: Errors during which a body's outcome waits for the store. A missing table may be back after a restore or an ``init``.
-_AWAY = (StoreUnavailableError, SchemaError)
+AWAY = (StoreUnavailableError, SchemaError)
 
 
 class ClaimedRow:
@@ -50,6 +51,7 @@ class ClaimedRow:
         self.queue_log = task.queue_log
         self.request = request
         self.message = message
+        self.limits = TimeLimits(task, request)
         self._state: RunState = Unguarded()
         #: The transaction of an atomic body, while the body runs.
         self.unit: UnitOfWork | None = None
@@ -180,14 +182,14 @@ class ClaimedRow:
             self.unit.roll_back()
 
         def write() -> T:
-            return ask_until_answered(ask, f"{what} for", self, silences=_AWAY) if self.waits else ask()
+            return ask_until_answered(ask, f"{what} for", self, silences=AWAY) if self.waits else ask()
 
         try:
             return write()
         except SoftTimeLimitExceeded:
             # The signal interrupted the write of a finished body's outcome. The write can be repeated.
             return write()
-        except _AWAY as error:
+        except AWAY as error:
             if self.on_store_error == "run":
                 logger.error("could not %s for %s, so a copy of it may run again: %s", what, self, error)
                 return cast("T", True)

@@ -135,7 +135,8 @@ def _before_another_run(run: Run, unrenewed: float) -> None:
     if lost:
         run.lose()
     run.passage, run.replacing = Passage.CALLED, False
-    run.__dict__.pop("calls", None)  # count anew, since it makes the same calls
+    for name in ("calls", "steps"):
+        run.__dict__.pop(name, None)  # count anew, since it makes the same calls
 
 
 def _perform(run: Run, body: Callable[[], T]) -> T:

@@ -29,7 +29,7 @@ from celery_idempotent.worker.body_end import BodyEnd, Completed, Failed, Ignore
 from celery_idempotent.worker.claimed_row import ClaimedRow
 from celery_idempotent.worker.delivery import describe, waited_on, worker_label
 from celery_idempotent.worker.run_state import Checkpointed, Claimed, Finished, HandedOn, Lost, Unguarded
-from celery_idempotent.worker.time_limits import TimeLimits
+from celery_idempotent.worker.steps import RowSteps
 from celery_idempotent.worker.unstorable import refused_by_backend
 
 if TYPE_CHECKING:
@@ -64,7 +64,6 @@ class Run(ClaimedRow):
         #: Whether the body is replacing itself by another task under the same task id.
         self.replacing = False
         self.passage = Passage.OUTSIDE
-        self.limits = TimeLimits(task, request)
 
     @classmethod
     def of(cls, request: Context | None) -> Run | None:
@@ -90,6 +89,11 @@ class Run(ClaimedRow):
     def calls(self) -> Calls:
         """The calls that the body makes."""
         return Calls(self.key, self.header.original_id, self.message.attempt - self.header.worker_lost_retries)
+
+    @cached_property
+    def steps(self) -> RowSteps:
+        """The steps that the body takes."""
+        return RowSteps(self, self.header)
 
     @property
     def given_id(self) -> str | None:

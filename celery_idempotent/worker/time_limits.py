@@ -96,6 +96,18 @@ class TimeLimits:
         finally:
             _process.put_off = None
 
+    def put_off(self, do: Callable[[], T]) -> T:
+        """Call ``do`` in the body with the soft limit put off until it has returned.
+
+        Raises:
+            SoftTimeLimitExceeded: The limit struck meanwhile.
+        """
+        before = self.struck
+        answer = self.without(do)
+        if self.struck and not before:
+            raise SoftTimeLimitExceeded
+        return answer
+
     def within(self, body: Callable[[], T]) -> T:
         """Run the body with the soft limit, inside :meth:`without`.
 

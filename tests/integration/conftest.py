@@ -20,6 +20,7 @@ TASKS = (
     "tests.support.apps.modelled",
     "tests.support.apps.identified",
     "tests.support.apps.outcomes",
+    "tests.support.apps.stepping",
     "tests.support.apps.subclasses",
 )
 

@@ -18,7 +18,7 @@ class Operator(Protocol):
         ...
 
     def rows(self, where: RowFilter) -> Iterator[Row]:
-        """Return the rows that match, newest first. ``message`` and ``result`` are left out (``None``): they can be large.
+        """Return the rows that match, newest first. ``message``, ``result`` and ``steps`` are left out (``None``): they can be large.
 
         A filter by ``processed_status`` never returns a forgotten row.
         """
@@ -31,7 +31,7 @@ class Operator(Protocol):
     def forget(self, row: Row) -> bool:
         """Empty a row of any status and free its id: the next message under it is new.
 
-        Its contents (message, result, fingerprint, error) are deleted. The row stays until it is purged, as ``done``/``failure`` with
+        Its contents (message, result, steps, fingerprint, error) are deleted. The row stays until it is purged, as ``done``/``failure`` with
         the error ``forgotten``, to keep its token: a run of the old message that still lives stays fenced, and learns at its end
         that its claim is lost. Counts leave the row out.
 

@@ -59,7 +59,7 @@ class Recorder(Protocol):
         ...
 
     def resubmit(self, row: Row, message: NewMessage) -> bool:
-        """Make a failed message pending again, to be published once more.
+        """Make a failed message pending again, to be published once more. Its ``steps`` stay.
 
         Args:
             row: The ``done``/``failure`` row as it was read.

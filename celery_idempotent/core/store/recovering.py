@@ -14,7 +14,7 @@ __all__ = ["Recoverer"]
 class Recoverer(Protocol):
     """The verbs that list what is due for recovery, and note what was done about it."""
 
-    # Rows come without results, and with messages of at most :data:`LARGE_MESSAGE` bytes: `find` reads a larger one.
+    # Rows come without results and steps, and with messages of at most :data:`LARGE_MESSAGE` bytes: `find` reads a larger one.
 
     def lapsed(
         self, *, again_after: float, limit: int, tasks: Collection[str] | None = None, doubted: bool = True
@@ -143,7 +143,7 @@ class Recoverer(Protocol):
         ...
 
     def newest(self, *, limit: int) -> list[Row]:
-        """Return rows that were claimed, newest first: those that run, and those that ended last; without ``message`` and ``result``.
+        """Return rows that were claimed, newest first: those that run, and those that ended last; without ``message``, ``result`` and ``steps``.
 
         Args:
             limit: The most rows of either kind; > 0. The cost does not grow with the log.
@@ -151,7 +151,7 @@ class Recoverer(Protocol):
         ...
 
     def find_all(self, keys: Collection[MessageKey]) -> list[Row]:
-        """Return the existing rows of some messages, in any order, without ``message`` and ``result``.
+        """Return the existing rows of some messages, in any order, without ``message``, ``result`` and ``steps``.
 
         Atomicity: one statement for some hundreds of rows.
         """

@@ -27,10 +27,26 @@ class Ender(Protocol):
         """
         ...
 
+    def keep_steps(self, claim: Claim, *, steps: bytes) -> bool:
+        """Keep what the steps of a running body returned, in place of what was kept before.
+
+        They stay with the row through takeovers, retries, failures and :meth:`resubmit`, until the message succeeds or is forgotten.
+
+        Args:
+            claim: The run whose body took the steps.
+            steps: All of them, encoded.
+
+        Returns:
+            Whether the claim still held; repeating what was written answers ``True``.
+
+        Atomicity: one statement.
+        """
+        ...
+
     def complete(
         self, claim: Claim, *, result: bytes | None, note: NoResultReason | None = None, unique_for: float | None = None
     ) -> bool:
-        """End a message as ``done``/``success`` and empty its ``message``.
+        """End a message as ``done``/``success`` and empty its ``message`` and its ``steps``.
 
         Args:
             claim: The run that ends.

@@ -4,7 +4,7 @@ A log is spread over :data:`SHARDS` hash tags, and a message belongs to one of t
 Redis Cluster, so that a script may touch a row and every index it is in. A single server has the same layout::
 
     {queue_log:6.43}:row:11:shop.charge:order:1  hash: the columns, null ones left out, moments in microseconds since 1970
-    {queue_log:6.43}:big:11:shop.charge:order:1  hash: message and result, apart so that the row stays small and compact
+    {queue_log:6.43}:big:11:shop.charge:order:1  hash: message, result and steps, apart so that the row stays small and compact
     {queue_log:6.43}:unsent                      sorted set: pending, never handed to the broker, by when it was recorded
     {queue_log:6.43}:waiting:celery              sorted set: pending and published, by when it was published or is due; per queue
     {queue_log:6.43}:queues                      set: the queues of which there is such an index

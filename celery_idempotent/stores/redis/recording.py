@@ -52,6 +52,7 @@ else
   columns.lease_expires_at = nil
   move(ident, row, columns)
   write_big(ident, 'message', false)
+  write_big(ident, 'steps', false)
 end
 return 1
 """)
@@ -70,8 +71,8 @@ columns.worker = false
 columns.expires_at = false
 columns.error = false
 move(ident, row, columns)
-redis.call('UNLINK', tag .. ':big:' .. ident)
-if message then write_big(ident, 'message', message) end
+write_big(ident, 'result', false)
+write_big(ident, 'message', message)
 return 1
 """)
 

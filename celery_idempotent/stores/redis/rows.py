@@ -111,6 +111,7 @@ def row_of(key: MessageKey, answer: Sequence[Any]) -> Row:
             read_at=_datetime(now),
             takeovers=int(read.get(b"takeovers", 0)),
             ran_task_id=_text(read, b"ran_task_id"),
+            steps=read.get(b"steps"),
         )
     except (KeyError, ValueError) as error:
         raise StoreError(

@@ -1,4 +1,4 @@
-"""The verbs that end or hand on a run: checkpoint, complete, fail, retry, release, expire, abandon, cancel, forbid.
+"""The verbs of a run and its end: keep steps, checkpoint, complete, fail, retry, release, expire, abandon, cancel, forbid.
 
 Each is a single script, fenced by the holder. It answers 1; or, if it wrote nothing, with the row as it stands, so that an ending that was
 already written can be told from one that came too late.
@@ -27,6 +27,13 @@ write_big(ident, 'result', optional(ARGV[4]))
 return 1
 """)
 
+_KEEP_STEPS = Script("""
+local ident, row = ARGV[1], read(ARGV[1])
+if not held(row, 2) then return 0 end
+write_big(ident, 'steps', ARGV[4])
+return 1
+""")
+
 _COMPLETE = Script("""
 local ident, row = ARGV[1], read(ARGV[1])
 if not held(row, 2) then
@@ -35,7 +42,7 @@ if not held(row, 2) then
 end
 move(ident, row, ended('success', optional(ARGV[5]), ARGV[6]))
 local result = optional(ARGV[4])
-write_big(ident, 'message', false)
+redis.call('HDEL', tag .. ':big:' .. ident, 'message', 'steps')
 if result then write_big(ident, 'result', result) end
 return 1
 """)
@@ -63,8 +70,8 @@ move(ident, row, {
   available_at = next.available_at,
   published_at = next.published_at,
 })
-redis.call('UNLINK', tag .. ':big:' .. ident)
-if message then write_big(ident, 'message', message) end
+write_big(ident, 'result', false)
+write_big(ident, 'message', message)
 return 1
 """)
 
@@ -118,6 +125,10 @@ class Transitions(Verbs):
     @verb
     def checkpoint(self, on: ScriptSession, claim: Claim, *, result: bytes | None, lease: float | None = None) -> bool:
         return wrote(ask(on, _CHECKPOINT, claim.key, *fence(claim), optional(result), duration(lease)))
+
+    @verb
+    def keep_steps(self, on: ScriptSession, claim: Claim, *, steps: bytes) -> bool:
+        return wrote(ask(on, _KEEP_STEPS, claim.key, *fence(claim), steps))
 
     @verb
     def complete(

@@ -112,6 +112,7 @@ class _Statements:
                 fingerprint=null(),
                 message=null(),
                 result=null(),
+                steps=null(),
                 error=literal_column(f"'{FORGOTTEN}'"),
             )
         )

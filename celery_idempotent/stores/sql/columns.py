@@ -171,6 +171,7 @@ def initial_values(table: Table) -> dict[str, Any]:
         "takeovers": literal_column("0"),
         "ran_task_id": null(),
         "result": null(),
+        "steps": null(),
         "error": null(),
     }
 
@@ -260,4 +261,5 @@ def row_of(read: RowMapping) -> Row:
         read_at=read["read_at"],
         takeovers=read["takeovers"],
         ran_task_id=read["ran_task_id"],
+        steps=read.get("steps"),
     )

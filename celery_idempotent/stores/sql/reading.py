@@ -20,7 +20,7 @@ from celery_idempotent.stores.sql.verbs import Verbs, verb
 __all__ = ["Reading"]
 
 #: Columns that listings leave out: they can be large, and people read listings.
-_LARGE = {"message", "result"}
+_LARGE = {"message", "result", "steps"}
 
 
 class Reading(Verbs):

@@ -166,6 +166,7 @@ class _Statements:
                 expires_at=Now(),
                 error=literal_column("'withdrawn: the message could not be published'"),
                 message=null(),
+                steps=null(),
             )
         )
         self.resubmit = (

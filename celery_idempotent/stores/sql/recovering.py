@@ -189,7 +189,7 @@ def _rows(on: Attempt, statement: Executable, ago: float) -> list[Row]:
 def _listed(table: Table) -> list[ColumnElement[Any]]:
     """Return the columns of listed rows: no results, and no large messages."""
     message = case((func.length(table.c.message) <= literal_column(str(LARGE_MESSAGE)), table.c.message), else_=null())
-    small = [column for column in table.c if column.name not in ("message", "result")]
+    small = [column for column in table.c if column.name not in ("message", "result", "steps")]
     return [*small, message.label("message")]
 
 

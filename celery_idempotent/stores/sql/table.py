@@ -170,6 +170,8 @@ def _first_columns() -> Sequence[Column[Any]]:
         Column("ran_task_id", ExactText(255)),
         Column("message", blob),
         Column("result", blob),
+        # Null unless the body took steps.
+        Column("steps", blob),
         Column("error", ErrorText()),
     )
 

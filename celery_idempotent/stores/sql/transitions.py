@@ -1,4 +1,4 @@
-"""The verbs that end or hand on a run: checkpoint, complete, fail, retry, release, expire, abandon, cancel, forbid.
+"""The verbs of a run and its end: keep steps, checkpoint, complete, fail, retry, release, expire, abandon, cancel, forbid.
 
 Each is a single ``UPDATE``, fenced by the holder. Only if that changed no row is the row read, to tell an ending that was already written
 from one that came too late.
@@ -49,6 +49,10 @@ class Transitions(Verbs):
     def checkpoint(self, on: Attempt, claim: Claim, *, result: bytes | None, lease: float | None = None) -> bool:
         parameters = {**holder_parameters(claim), "p_result": result, "p_lease": lease}
         return wrote(on, self._transitions.checkpoint, parameters)
+
+    @verb
+    def keep_steps(self, on: Attempt, claim: Claim, *, steps: bytes) -> bool:
+        return wrote(on, self._transitions.keep_steps, {**holder_parameters(claim), "p_steps": steps})
 
     @verb
     def complete(
@@ -178,8 +182,13 @@ class _Statements:
         result = bindparam("p_result", type_=table.c.result.type)
         lease = func.coalesce(FromNow(seconds("p_lease")), table.c.lease_expires_at)
         self.checkpoint = fenced(processed_status=SUCCESS, result=result, lease_expires_at=lease).by_token
+        self.keep_steps = fenced(steps=parameter(table, "steps")).by_token
         self.complete = fenced(
-            **ended, processed_status=SUCCESS, message=null(), result=func.coalesce(result, table.c.result)
+            **ended,
+            processed_status=SUCCESS,
+            message=null(),
+            steps=null(),
+            result=func.coalesce(result, table.c.result),
         ).by_token
         failed = {**ended, "processed_status": FAILURE, "result": null()}
         self.fail = fenced(**failed)

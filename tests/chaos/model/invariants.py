@@ -35,7 +35,7 @@ _LEAVES = {
     "retry": (Status.PENDING, None),
     "release": (Status.PENDING, None),
 }
-_FENCED = {*_LEAVES, "expire", "renew"}
+_FENCED = {*_LEAVES, "keep_steps", "expire", "renew"}
 
 
 class BrokenInvariantError(AssertionError):
@@ -199,6 +199,8 @@ def _leaves_processing(act: VerbCall, before: Row, after: Row, law: Any) -> None
         law("a recovery point is not forbidden", not point)
         law("who forbids is told so", act.answer is True)
         law("a note changes nothing else", same(replace(before, error=act.given["error"]), after))
+    elif act.verb == "keep_steps":
+        law("steps change nothing else", same(replace(before, steps=act.given["steps"]), after))
     elif act.verb in ("republish", "not_published"):
         law("a publication changes nothing else", same(replace(before, published_at=after.published_at), after))
     else:

@@ -15,6 +15,7 @@ from celery import Celery
 
 from celery_idempotent import QueueLog, SQLStore
 from celery_idempotent.core.records import Claimed, MessageKey, NewMessage
+from celery_idempotent.message.kept_steps import KeptStep, pack_steps
 from celery_idempotent.message.serialization import encode_message, encode_result
 from tests.support.cli import RunCelery
 
@@ -235,6 +236,28 @@ def test_redacted_arguments_are_masked_even_then(celery: RunCelery, project: Pat
     (waiting,), (ended,) = (json.loads(run.stdout) for run in for_programs)
     assert (waiting["args"], waiting["kwargs"]) == (["***", 5], {"meta": {"Card": "***", "of": 3}})
     assert ended["result"] == {"card": "***", "paid": 5}
+
+
+def test_steps_are_shown_on_demand_and_masked(celery: RunCelery, project: Path) -> None:
+    app = Celery("filler", set_as_current=False)
+    with closing(SQLStore(f"sqlite:///{project / 'steps.db'}")) as store:
+        answer = store.claim(NewMessage(MessageKey("m", "shop.charge"), "m"), worker="w:1", lease=60.0, grace=0.0)
+        assert isinstance(answer, Claimed)
+        taken = {"charge": {"card": "4111", "id": "ch_1"}, "token": "secret"}
+        steps = [KeptStep.of(app, name, f"key of {name}", value) for name, value in taken.items()]
+        assert store.keep_steps(answer.claim, steps=pack_steps(steps))
+
+    options = {"store": "sqlite:///steps.db", "SETTINGS": repr({"idempotent_redact": ["card", "token"]})}
+    plain, shown = (
+        celery("idempotent", "show", "m", *arguments, **options) for arguments in ((), ("--arguments", "--json"))
+    )
+    assert "see --arguments" in plain.stdout
+    assert "ch_1" not in plain.stdout
+    (row,) = json.loads(shown.stdout)
+    assert row["steps"] == {
+        "charge": {"key": "key of charge", "result": {"card": "***", "id": "ch_1"}},
+        "token": {"key": "key of token", "result": "***"},
+    }
 
 
 def test_show_what_cannot_be_read(filled: Celery, capsys: pytest.CaptureFixture[str]) -> None:

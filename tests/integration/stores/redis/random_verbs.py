@@ -20,6 +20,7 @@ VERBS = (
         "claim",
         "take_over",
         "renew",
+        "keep_steps",
         "checkpoint",
         "complete",
         "complete",
@@ -65,6 +66,8 @@ def call_random_verb(store: Store, chance: random.Random, claims: dict[MessageKe
             return taken
         case "renew":
             return store.renew([holder], lease=LEASE)
+        case "keep_steps":
+            return store.keep_steps(claim, steps=b"s")
         case "checkpoint":
             return store.checkpoint(claim, result=chance.choice([None, b"1"]), lease=chance.choice([None, LEASE]))
         case "complete":

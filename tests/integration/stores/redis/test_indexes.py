@@ -23,6 +23,7 @@ VERBS = (
         "claim",
         "take_over",
         "renew",
+        "keep_steps",
         "checkpoint",
         "complete",
         "complete",

@@ -44,6 +44,10 @@ def checkpoint(store: Store) -> Callable[[], object]:
     return partial(store.checkpoint, processing(store), result=b"1")
 
 
+def keep_steps(store: Store) -> Callable[[], object]:
+    return partial(store.keep_steps, processing(store), steps=b"1")
+
+
 def complete(store: Store) -> Callable[[], object]:
     return partial(store.complete, processing(store), result=b"1", unique_for=60.0)
 
@@ -136,7 +140,8 @@ def forget(store: Store) -> Callable[[], object]:
 
 
 VERBS: list[Measured] = [
-    *(record, claim_pending, renew, checkpoint, complete, fail, fail_by_worker, retry, release, expire, take_over),
+    *(record, claim_pending, renew, keep_steps, checkpoint, complete, fail, fail_by_worker, retry),
+    *(release, expire, take_over),
     *(abandon, cancel, forbid, withdraw, resubmit, republish, count_duplicate, find),
     *(record_all, relay, relayed, doubt, forget),
 ]

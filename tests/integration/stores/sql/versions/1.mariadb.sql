@@ -20,6 +20,7 @@ CREATE TABLE queue_log (
     ran_task_id VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin,
     message LONGBLOB,
     result LONGBLOB,
+    steps LONGBLOB,
     error LONGTEXT CHARACTER SET utf8mb4,
     PRIMARY KEY (message_id, task_name)
 )ENGINE=InnoDB CHARSET=utf8mb4 ROW_FORMAT=DYNAMIC;

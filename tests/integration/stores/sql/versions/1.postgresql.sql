@@ -20,6 +20,7 @@ CREATE TABLE queue_log (
     ran_task_id VARCHAR(255),
     message BYTEA,
     result BYTEA,
+    steps BYTEA,
     error VARCHAR,
     PRIMARY KEY (message_id, task_name)
 );

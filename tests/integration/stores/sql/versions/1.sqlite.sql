@@ -20,6 +20,7 @@ CREATE TABLE queue_log (
     ran_task_id VARCHAR(255),
     message BLOB,
     result BLOB,
+    steps BLOB,
     error TEXT,
     PRIMARY KEY (message_id, task_name)
 );
