@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from celery_idempotent.core.abandoned import Done
 from celery_idempotent.errors import (
     AlreadyFailedError,
     AlreadyProcessingError,
@@ -37,6 +38,7 @@ __all__ = [
     "AlreadyProcessingError",
     "ConfigurationError",
     "CurrentMessage",
+    "Done",
     "DuplicateMessageError",
     "EagerStoreWarning",
     "IdempotentError",

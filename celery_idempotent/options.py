@@ -21,6 +21,8 @@ from celery_idempotent.settings import OPTION_NAMES, PREFIX, Settings, one_of, s
 if TYPE_CHECKING:
     from celery import Task
 
+    from celery_idempotent.core.records import Row
+
 __all__ = ["Options", "refuse_misspelt", "refuse_misspelt_call", "refuse_unknown_arguments"]
 
 
@@ -34,6 +36,7 @@ class Options:
         signature: Binds a call's arguments to the names of the body's parameters; without those that do not count.
         call: The options for the producer's decision.
         delivery: The options for the consumer's decision.
+        ask_abandoned: Says what becomes of a message whose owner's lease ran out, if ``delivery.on_abandoned`` is ``ask``.
         lease: Seconds for which a claim lives without renewal.
         unique_for: Seconds after completion for which the id stays taken; ``None`` until it is purged.
         fingerprint: Whether calls under one id are compared; with ``None``, only if an id is set, by the option or for one call.
@@ -46,6 +49,7 @@ class Options:
     signature: CallSignature
     call: CallPolicy
     delivery: DeliveryPolicy
+    ask_abandoned: Callable[[Row], object] | None
     lease: float
     unique_for: float | None
     fingerprint: bool | None
@@ -86,9 +90,10 @@ class Options:
         if isinstance(message_id, ByArguments):
             signature = message_id.among(signature)  # what does not count is not compared either
         idempotent = getattr(type(task), "idempotent", None)
+        asks, default = callable(given("on_abandoned")), "rerun" if task.acks_late else "fail"
         return cls(
             idempotent=(idempotent is None or yes_or_no("idempotent", idempotent)) and settings.enabled,
-            message_id=message_id_source(_message_id_of(task, message_id, signature), signature),
+            message_id=message_id_source(_bound(task, "message_id", message_id, signature), signature),
             signature=signature,
             call=CallPolicy(
                 on_duplicate=chosen("on_duplicate", "skip", "skip", "raise"),
@@ -97,8 +102,9 @@ class Options:
             ),
             delivery=DeliveryPolicy(
                 on_processing=chosen("on_processing", "hold", "hold", "skip", "raise"),
-                on_abandoned=chosen("on_abandoned", "rerun" if task.acks_late else "fail", "rerun", "fail"),
+                on_abandoned="ask" if asks else chosen("on_abandoned", default, "rerun", "fail"),
             ),
+            ask_abandoned=_bound(task, "on_abandoned", given("on_abandoned"), signature) if asks else None,
             lease=60.0 if lease is None else seconds("lease", lease, positive=True),
             unique_for=None if unique_for is None else seconds("unique_for", unique_for, positive=True),
             fingerprint=flag("fingerprint", None),
@@ -127,14 +133,14 @@ def refuse_unknown_arguments(cls: type[Task]) -> None:
             raise ConfigurationError(f"task {cls.name}: {error}") from error
 
 
-def _message_id_of(task: Task, option: Any, signature: CallSignature) -> Any:
-    """Return the option ``message_id``; if it is a method, bound to the task."""
-    stored = inspect.getattr_static(type(task), "message_id", None)
+def _bound(task: Task, name: str, option: Any, signature: CallSignature) -> Any:
+    """Return an option that may be a callable; if it is a method, bound to the task."""
+    stored = inspect.getattr_static(type(task), name, None)
     if isinstance(stored, partialmethod):
         return stored.__get__(task, type(task))
     if isinstance(stored, staticmethod) and stored.__func__ is option:
         return option
-    return MethodType(option, task) if signature.wants_task(option, type(task)) else option
+    return MethodType(option, task) if signature.wants_task(option, type(task), name) else option
 
 
 def refuse_misspelt_call(task_name: str, options: Mapping[str, Any]) -> None:

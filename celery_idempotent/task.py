@@ -12,6 +12,7 @@ from celery.exceptions import Ignore
 from celery.result import EagerResult
 from celery.utils import uuid
 
+from celery_idempotent.core.abandoned import Done
 from celery_idempotent.core.records import NewMessage
 from celery_idempotent.errors import ConfigurationError, IdempotentError
 from celery_idempotent.message.header import Header
@@ -120,9 +121,10 @@ class IdempotentTask(AwaitedCalls, StepCalls, Task):  # type: ignore[misc]
     #: broker's last one. Without recovery, ``"skip"`` and ``"raise"`` lose the message if the owner then dies.
     on_processing: ClassVar[Literal["hold", "skip", "raise"] | None] = None
 
-    #: What to do with a message whose owner's lease ran out: run it again, or fail it. Default: ``"rerun"`` with ``acks_late``,
-    #: else ``"fail"``.
-    on_abandoned: ClassVar[Literal["rerun", "fail"] | None] = None
+    #: What to do with a message whose owner's lease ran out: run it again, or fail it. Or a callable that is given the ``Row`` and returns
+    #: ``"rerun"``, ``"fail"`` or ``Done(result)``, as a method or with ``self`` first; if it raises, it is asked again later. It may be asked
+    #: more than once. Default: ``"rerun"`` with ``acks_late``, else ``"fail"``.
+    on_abandoned: ClassVar[Literal["rerun", "fail"] | Callable[..., Literal["rerun", "fail"] | Done] | None] = None
 
     #: Whether a message that ended in failure may be sent again under its id. Default: ``False``.
     resubmit_failed: ClassVar[bool | None] = None

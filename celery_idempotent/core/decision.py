@@ -138,6 +138,7 @@ class DeliveryAction(StrEnum):
     CLAIM = "claim"  # claim, run
     HOLD = "hold"  # publish a delayed copy, then ack
     TAKE_OVER = "take_over"  # token + 1, run
+    ASK = "ask"  # the task says whether to run it, to fail it, or with which result it was done
     ABANDON = "abandon"  # done/failure, reason `abandoned`
     CANCEL = "cancel"  # done/failure, since it was revoked or has expired
     FORBID = "forbid"  # the row notes that it is not to run again
@@ -188,13 +189,13 @@ class DeliveryPolicy:
 
     Attributes:
         on_processing: What happens to a copy while its owner lives.
-        on_abandoned: What happens to a message whose owner's lease ran out.
+        on_abandoned: What happens to a message whose owner's lease ran out; ``ask`` if the task decides.
         grace: See :data:`AVAILABLE_GRACE`.
         max_takeovers: See :data:`MAX_TAKEOVERS`.
     """
 
     on_processing: Literal["hold", "skip", "raise"] = "hold"
-    on_abandoned: Literal["rerun", "fail"] = "rerun"
+    on_abandoned: Literal["rerun", "fail", "ask"] = "rerun"
     grace: float = AVAILABLE_GRACE
     max_takeovers: int = MAX_TAKEOVERS
 
@@ -282,6 +283,9 @@ def _decide_processing(row: Row, delivery: Delivery, policy: DeliveryPolicy) -> 
     # processing, lease expired, `on_abandoned="rerun"`
     if policy.on_abandoned == "rerun":
         return DeliveryDecision(DeliveryAction.TAKE_OVER)
+    # processing, lease expired, `on_abandoned` is a callable
+    if policy.on_abandoned == "ask":
+        return DeliveryDecision(DeliveryAction.ASK)
     # processing, lease expired, `"fail"`
     return DeliveryDecision(DeliveryAction.ABANDON)
 

@@ -131,7 +131,7 @@ def _is_on(task: IdempotentTask) -> bool:
 def _read_task(name: str, task: IdempotentTask) -> TaskFacts:
     _ = task.Request  # raises if it cannot be imported or combined with ours
     options, conf = task.idempotency, task.app.conf
-    reruns = options.delivery.on_abandoned == "rerun"
+    reruns = options.delivery.on_abandoned != "fail"
     limits = [task.time_limit or conf.task_time_limit, task.soft_time_limit or conf.task_soft_time_limit]
     retries = bool(getattr(task, "autoretry_for", ())) or task.default_retry_delay != Task.default_retry_delay
     backs_off = bool(getattr(task, "retry_backoff", False))

@@ -264,12 +264,13 @@ class CallSignature:
                 hints = parts_of_body(self._body) if hints is None else hints
                 refuse_unknown_part(path, hints.get(path.steps[0], Any), option)
 
-    def wants_task(self, option: Callable[..., object], owner: type | None = None) -> bool:
-        """Return whether a ``message_id`` function takes the task before the arguments, as a method does.
+    def wants_task(self, option: Callable[..., object], owner: type | None = None, name: str = "message_id") -> bool:
+        """Return whether the function of an option takes the task before its arguments, as a method does.
 
         Args:
             option: The option, from the task's class or the decorator.
             owner: The task's class.
+            name: The option's.
         """
         if inspect.isclass(option) or isinstance(option, MethodType) or not hasattr(type(option), "__get__"):
             return False  # Python would not bind it to an object
@@ -282,7 +283,7 @@ class CallSignature:
         if first.name in self._signature.parameters:
             return False
         # A function defined in the class is a method, whatever its first parameter is called. For others, the name `self` decides.
-        methods = {f"{cls.__qualname__}.message_id" for cls in getattr(owner, "__mro__", ())}
+        methods = {f"{cls.__qualname__}.{name}" for cls in getattr(owner, "__mro__", ())}
         return first.name == "self" or getattr(option, "__qualname__", None) in methods
 
     def _misfit(self, error: TypeError, args: Args, kwargs: Kwargs) -> TypeError:

@@ -8,11 +8,13 @@ from typing import assert_never
 
 from celery.backends.base import DisabledBackend
 
+from celery_idempotent.core.abandoned import Done
 from celery_idempotent.core.decision import Delivery, DeliveryAction, decide_delivery
 from celery_idempotent.core.records import ABANDONED, ProcessedStatus, Row, Status
 from celery_idempotent.errors import AlreadyProcessingError, MessageMismatchError
 from celery_idempotent.hooks import OutcomeKind, reason_of
 from celery_idempotent.message.canvas_ids import unsent_errbacks
+from celery_idempotent.worker.ask_task import ask_task
 from celery_idempotent.worker.celery_versions import ignores_result
 from celery_idempotent.worker.chords import claimed_for
 from celery_idempotent.worker.delivered_message import DeliveredMessage
@@ -21,7 +23,7 @@ from celery_idempotent.worker.events import DuplicateIgnored
 from celery_idempotent.worker.hold import hold, hold_while_it_runs
 from celery_idempotent.worker.replay import replay, replay_claimed, replay_error, result_is_ready
 from celery_idempotent.worker.run import Run
-from celery_idempotent.worker.take_over import abandon, take_over
+from celery_idempotent.worker.take_over import abandon, settle, take_over
 
 __all__ = ["apply_decision"]
 
@@ -50,6 +52,8 @@ def apply_decision(delivered: DeliveredMessage, row: Row) -> Run | None:
             raise hold_while_it_runs(delivered, row, decision.delay)
         case DeliveryAction.TAKE_OVER:
             return take_over(delivered, row)
+        case DeliveryAction.ASK:
+            return _do_as_the_task_says(delivered, row)
         case DeliveryAction.TAKE_OVER_AND_REPLAY:
             _wait_for_the_chord(delivered)
             return None if take_over(delivered, row) is None else replay_claimed(delivered, row)
@@ -83,6 +87,19 @@ def apply_decision(delivered: DeliveredMessage, row: Row) -> Run | None:
         case _:  # pragma: no cover - the type checker proves it away
             assert_never(decision.action)
     return None
+
+
+def _do_as_the_task_says(delivered: DeliveredMessage, row: Row) -> Run | None:
+    """Carry out what the task answers about a message whose owner's lease ran out; return ``None`` as above."""
+    match ask_task(delivered, row):
+        case "rerun":
+            return take_over(delivered, row)
+        case "fail":
+            abandon(delivered, row)
+            return None
+        case Done() as done:
+            _wait_for_the_chord(delivered)
+            return settle(delivered, row, done)
 
 
 def _wait_for_the_chord(delivered: DeliveredMessage) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from celery_idempotent.core.abandoned import Done
 from celery_idempotent.core.records import MessageKey, NewMessage, Row
 from celery_idempotent.message.canvas_ids import fix_callbacks
 from celery_idempotent.message.header import Header, rejections
@@ -47,6 +48,8 @@ class DeliveredMessage:
         )
         key = MessageKey(identity.message_id, task.name)
         header = Header.delivered(key, request.id, request.headers)
+        #: What the task said of it, if its owner had died when it was done: see ``ask_task``.
+        self.done: Done | None = None
         #: Whether the message says which Celery id was first sent under its message id.
         self.knows_first = header is not None
         if header is None:

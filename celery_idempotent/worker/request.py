@@ -187,7 +187,7 @@ class IdempotentRequest(Request):  # type: ignore[misc]
         task = self.task
         # Celery's own rule for sending the next attempt from this process, which then moves the row to that attempt.
         retried = retries_lost_workers(task) and (task.max_retries is None or self._context.retries < task.max_retries)
-        if retried or task.idempotency.delivery.on_abandoned == "rerun":
+        if retried or task.idempotency.delivery.on_abandoned != "fail":
             ended = self._end("expire", self.task.queue_log.store.expire)
         else:
             ended = self._fail(ABANDONED, OutcomeKind.ABANDONED)

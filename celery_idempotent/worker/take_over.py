@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
+from celery_idempotent.core.abandoned import Done
 from celery_idempotent.core.records import ABANDONED, Claim, Claimed, ProcessedStatus, Row
 from celery_idempotent.errors import AlreadyFailedError
 from celery_idempotent.hooks import OutcomeKind
+from celery_idempotent.message.serialization import encode_result
 from celery_idempotent.worker import run_state
 from celery_idempotent.worker.delivered_message import DeliveredMessage
 from celery_idempotent.worker.delivery import worker_label
@@ -15,7 +17,7 @@ from celery_idempotent.worker.record_original import note_original, record_origi
 from celery_idempotent.worker.replay import replay_claimed
 from celery_idempotent.worker.run import Run
 
-__all__ = ["abandon", "resume_own_claim", "start", "take_over"]
+__all__ = ["abandon", "resume_own_claim", "settle", "start", "take_over"]
 
 logger = logging.getLogger("celery_idempotent")
 
@@ -48,7 +50,7 @@ def resume_own_claim(delivered: DeliveredMessage, row: Row) -> Run | None:
         claimed = take_over(delivered, row)
     if claimed is not None and row.processed_status is ProcessedStatus.SUCCESS:
         return replay_claimed(delivered, row)
-    return claimed
+    return claimed if claimed is None or delivered.done is None else _as_done(claimed, delivered.done)
 
 
 def take_over(delivered: DeliveredMessage, row: Row) -> Run | None:
@@ -66,6 +68,29 @@ def take_over(delivered: DeliveredMessage, row: Row) -> Run | None:
     logger.warning("%s is taken over from %s, whose lease ran out", delivered, row.worker)
     run = start(delivered, claimed, row)
     run.emit(OutcomeKind.TAKEN_OVER, row)
+    return run
+
+
+def settle(delivered: DeliveredMessage, row: Row, done: Done) -> Run | None:
+    """Take over a message that was done, to send what waits on its result; return ``None`` if its row changed meanwhile.
+
+    The result becomes its recovery point, so that it is replayed if this worker dies, too.
+    """
+    delivered.done = done  # also if the answer to the takeover is lost: then this delivery resumes its own claim
+    claimed = take_over(delivered, row)
+    return None if claimed is None else _as_done(claimed, done)
+
+
+def _as_done(run: Run, done: Done) -> Run:
+    held = run.commit(
+        "note a recovery point",
+        encode_result(run.task.app, done.value, trace=run.header.trace),
+        lambda store, kept: store.checkpoint(run.held_claim, result=kept),
+        run.has_succeeded,
+    )
+    if not held:
+        run.lose()
+    run.move_to(run_state.Checkpointed(run.held_claim, done.value))
     return run
 
 

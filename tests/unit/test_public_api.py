@@ -23,6 +23,7 @@ PUBLIC = {
     "AlreadyProcessingError",
     "ConfigurationError",
     "CurrentMessage",
+    "Done",
     "DuplicateMessageError",
     "EagerStoreWarning",
     "IdempotentError",

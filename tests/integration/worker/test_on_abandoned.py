@@ -7,24 +7,30 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from celery import chord
 
 from celery_idempotent import AlreadyFailedError
 from celery_idempotent.core.records import Claim, Claimed, MessageKey, NewMessage, Owner, ProcessedStatus, Status
-from celery_idempotent.message.serialization import encode_message, encode_result
+from celery_idempotent.message.canvas_ids import derived
+from celery_idempotent.message.serialization import decode_result, encode_message, encode_result
+from celery_idempotent.producer.recorded import republish
 from tests.support.deployment import unique
+from tests.support.provider import Provider
 from tests.support.shared_workers import SharedWorker
-from tests.support.waiting import TIMEOUT
+from tests.support.waiting import TIMEOUT, wait_until
 
 SUCCESS, FAILURE = ProcessedStatus.SUCCESS, ProcessedStatus.FAILURE
 
 
-def leave_behind(shared_worker: SharedWorker, task: str, message_id: str, *args: Any) -> tuple[str, Claim]:
+def leave_behind(
+    shared_worker: SharedWorker, task: str, message_id: str, *args: Any, **options: Any
+) -> tuple[str, Claim]:
     """Leave a message as a worker that died does: claimed, its lease over. Return its task id and the claim."""
     task_id = str(uuid4())
     message = NewMessage(
         key=MessageKey(message_id, task),
         task_id=task_id,
-        message=encode_message(args, {}, {"task_id": task_id}, serializer="json"),
+        message=encode_message(args, {}, {**options, "task_id": task_id}, serializer="json"),
     )
     claimed = shared_worker.app.queue_log.store.claim(message, worker="gone@test:1", lease=0.01, grace=0.0)
     assert isinstance(claimed, Claimed)
@@ -158,3 +164,120 @@ def test_an_owner_that_lost_its_claim_does_not_retry(shared_worker: SharedWorker
     assert (row.status, row.attempt, row.token) == (Status.PROCESSING, 0, 2)
     assert store.fail(taken.claim, error="the end of the test")
     assert len(shared_worker.starts("gated_retry", m)) == 1
+
+
+# -- a task that is asked ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def directory(shared_worker: SharedWorker) -> Path:
+    """Return the books of the provider that the task asks."""
+    directory = Path(shared_worker.path("provider"))
+    Provider(directory)
+    return directory
+
+
+def asked(directory: Path) -> list[str]:
+    """Return the messages that the task was asked about."""
+    path = directory / "asked"
+    return path.read_text().split("\n")[:-1] if path.exists() else []
+
+
+@pytest.mark.parametrize("by", ["message", "recovery"])
+@pytest.mark.parametrize("task", ["asked.late", "asked.early"])
+def test_a_task_is_asked_and_it_was_done(shared_worker: SharedWorker, directory: Path, task: str, by: str) -> None:
+    """Its chain goes on with the result that the task found, whoever brings the message back."""
+    m, heard = unique(), unique("heard")
+    (directory / "answer").write_text("done")
+    link = shared_worker.task("told").s().set(message_id=heard)
+    task_id, claim = leave_behind(shared_worker, task, m, str(directory), link=[link])
+    key = derived("step", task, m, task_id, 0, "charge")
+    charge = Provider(directory).charge("asked", key)
+    run_out(shared_worker, task, m)
+
+    if by == "message":
+        result = shared_worker.deliver(task, (str(directory),), message_id=m, task_id=task_id, link=link)
+    else:
+        assert republish(shared_worker.app.queue_log, shared_worker.row(task, m))
+        result = shared_worker.task(task).AsyncResult(task_id)
+
+    assert result.get(timeout=TIMEOUT) == charge
+    row = shared_worker.wait_until_done(task, m)
+    assert (row.processed_status, row.token) == (SUCCESS, claim.token + 1)
+    assert row.result is not None
+    assert decode_result(shared_worker.app, row.result) == charge
+    assert shared_worker.wait_until_done("told", heard).processed_status is SUCCESS
+    assert (asked(directory), shared_worker.starts(task, m)) == ([f"{m} gone@test:1"], [])
+
+
+def test_a_task_is_asked_and_its_chord_goes_on(shared_worker: SharedWorker, directory: Path) -> None:
+    (directory / "answer").write_text("done")
+    told = shared_worker.task("told")
+    m = unique()
+    member = shared_worker.task("asked.late").s(str(directory)).set(message_id=m)
+    leave_behind(shared_worker, "asked.late", m, str(directory))
+    run_out(shared_worker, "asked.late", m)
+    result = chord([member, told.s("other")], told.s(), app=shared_worker.app).delay()
+    assert result.get(timeout=TIMEOUT) is not None
+    assert shared_worker.wait_until_done("asked.late", m).processed_status is SUCCESS
+
+
+def test_a_task_is_asked_and_says_rerun(shared_worker: SharedWorker, directory: Path) -> None:
+    m = unique()
+    (directory / "answer").write_text("rerun")
+    task_id, _ = leave_behind(shared_worker, "asked.early", m, str(directory))
+    run_out(shared_worker, "asked.early", m)
+    result = shared_worker.deliver("asked.early", (str(directory),), message_id=m, task_id=task_id)
+    assert result.get(timeout=TIMEOUT)["what"] == "asked"
+    assert len(shared_worker.starts("asked.early", m)) == 1
+
+
+def test_a_task_is_asked_and_says_fail(shared_worker: SharedWorker, directory: Path) -> None:
+    m = unique()
+    (directory / "answer").write_text("fail")
+    task_id, _ = leave_behind(shared_worker, "asked.late", m, str(directory))
+    run_out(shared_worker, "asked.late", m)
+    result = shared_worker.deliver("asked.late", (str(directory),), message_id=m, task_id=task_id)
+    with pytest.raises(AlreadyFailedError, match="abandoned"):
+        result.get(timeout=TIMEOUT)
+    assert shared_worker.row("asked.late", m).processed_status is FAILURE
+
+
+@pytest.mark.parametrize("answer", ["nonsense", None], ids=["nonsense", "an error"])
+def test_a_task_that_gives_no_answer_is_asked_again(
+    shared_worker: SharedWorker, directory: Path, answer: str | None
+) -> None:
+    """Nothing is lost, and the log says why it waits."""
+    m = unique()
+    if answer is not None:
+        (directory / "answer").write_text(answer)
+    task_id, _ = leave_behind(shared_worker, "asked.late", m, str(directory))
+    run_out(shared_worker, "asked.late", m)
+    result = shared_worker.deliver("asked.late", (str(directory),), message_id=m, task_id=task_id)
+
+    shared_worker.worker.wait_for_log(f"asked.late[{m}] is left as it is, since on_abandoned gave no answer")
+    row = shared_worker.row("asked.late", m)
+    assert (row.status, row.token, row.worker) == (Status.PROCESSING, 1, "gone@test:1")
+
+    (directory / "answer").write_text("rerun")
+    assert result.get(timeout=TIMEOUT)["what"] == "asked"
+    assert len(asked(directory)) == 2
+    assert len(shared_worker.starts("asked.late", m)) == 1
+
+
+def test_a_task_is_asked_about_a_child_that_was_killed(shared_worker: SharedWorker, directory: Path) -> None:
+    """It charged and died: the provider knows, and it is not run again, although the broker has no copy of it."""
+    m = unique()
+    (directory / "answer").write_text("done")
+    result = shared_worker.task("asked.dying").apply_async((str(directory),), message_id=m)
+    shared_worker.wait_for_row(
+        "asked.dying", m, lambda row: row.status is Status.PROCESSING and row.lease_left <= 0, timeout=TIMEOUT
+    )
+    assert republish(shared_worker.app.queue_log, shared_worker.row("asked.dying", m))
+    row = shared_worker.wait_until_done("asked.dying", m)
+    assert row.processed_status is SUCCESS
+    wait_until(
+        lambda: shared_worker.task("asked.dying").AsyncResult(result.id).state == "SUCCESS", describe="the result"
+    )
+    assert len(shared_worker.starts("asked.dying", m)) == 1
+    assert Provider(directory).charged() == ["asked"]

@@ -1,4 +1,4 @@
-"""Tasks that take steps, and die between and inside of them."""
+"""Tasks that take steps, and die between and inside of them; and tasks that are asked what became of a message."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 
 from celery import Celery, Task
 
+from celery_idempotent import Done
+from celery_idempotent.core.records import Row
 from tests.support.ledger import Ledger
 from tests.support.provider import Provider
 from tests.support.waiting import wait_until
@@ -21,8 +23,9 @@ POINTS = ("before", "inside", "after")
 
 
 def register(app: Celery, *, base: type[Task], ledger: Ledger) -> None:
-    """Register the tasks ``steps.*``."""
+    """Register the tasks ``steps.*`` and ``asked.*``."""
     _that_step(app, base, ledger)
+    _that_are_asked(app, base, ledger)
 
 
 def _that_step(app: Celery, base: type[Task], ledger: Ledger) -> None:
@@ -107,3 +110,29 @@ def _death(directory: str, dies: str) -> Callable[[str], None]:
         os.kill(os.getpid(), signal.SIGKILL)
 
     return die
+
+
+def _that_are_asked(app: Celery, base: type[Task], ledger: Ledger) -> None:
+    def ask(self: Any, row: Row) -> Any:
+        """Answer what the file says, which the message names."""
+        directory = Path(self.request.args[0])
+        with (directory / "asked").open("a") as asked:
+            asked.write(f"{row.key.message_id} {row.worker}\n")
+        answer = (directory / "answer").read_text()
+        found = Provider(directory).find(self.step_key("charge"))
+        return Done(found) if answer == "done" else answer
+
+    def charge(self: Any, directory: str) -> Any:
+        with ledger.run(self):
+            return self.step("charge", Provider(directory).charge, "asked", self.step_key("charge"))
+
+    options = {"base": base, "bind": True, "on_abandoned": ask}
+    app.task(**options, name="asked.late", acks_late=True)(charge)
+    app.task(**options, name="asked.early", acks_late=False)(charge)
+
+    @app.task(**options, name="asked.dying")
+    def dying(self: Any, directory: str) -> Any:
+        """Charge, and die before that is kept."""
+        with ledger.run(self):
+            Provider(directory).charge("asked", self.step_key("charge"))
+            os.kill(os.getpid(), signal.SIGKILL)

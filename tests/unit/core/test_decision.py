@@ -276,6 +276,7 @@ IGNORED = replace(SAME, awaited=False)
 DEFAULT = DeliveryPolicy()
 RERUN = DeliveryPolicy(on_abandoned="rerun")
 FAIL = DeliveryPolicy(on_abandoned="fail")
+ASK = DeliveryPolicy(on_abandoned="ask")
 
 REFUSE = DeliveryDecision(DeliveryAction.REFUSE)
 CLAIM = DeliveryDecision(DeliveryAction.CLAIM)
@@ -334,7 +335,7 @@ DELIVERIES: dict[str, list[DeliveryCase]] = {
             (there, delivery, DeliveryPolicy(on_abandoned=on_abandoned), hold(40))
             for there in (processing(), recovery_point())
             for delivery in (SAME, COPY, IGNORED, replace(COPY, canvas=True), replace(SAME, retries=9))
-            for on_abandoned in ("rerun", "fail")
+            for on_abandoned in ("rerun", "fail", "ask")
         ),
         (processing(lease_expires_at=ahead(0.001)), SAME, DEFAULT, hold(0.001)),
         (processing(), SAME, DeliveryPolicy(on_processing="skip"), SKIP),
@@ -354,6 +355,9 @@ DELIVERIES: dict[str, list[DeliveryCase]] = {
         (processing(**EXPIRED), SAME, DeliveryPolicy(on_processing="skip"), TAKE_OVER),
         (processing(**EXPIRED), SAME, DeliveryPolicy(on_processing="raise"), TAKE_OVER),
     ],
+    "processing, lease expired, `on_abandoned` is a callable": [
+        (processing(**EXPIRED), there, ASK, DeliveryDecision(DeliveryAction.ASK)) for there in (SAME, COPY, IGNORED)
+    ],
     'processing, lease expired, `"fail"`': [
         (processing(**EXPIRED), SAME, FAIL, ABANDON),
         (processing(**EXPIRED), COPY, FAIL, ABANDON),
@@ -364,6 +368,7 @@ DELIVERIES: dict[str, list[DeliveryCase]] = {
         (recovery_point(**EXPIRED), COPY, RERUN, TAKE_OVER_AND_REPLAY),
         # The body ran: there is nothing to fail.
         (recovery_point(**EXPIRED), SAME, FAIL, TAKE_OVER_AND_REPLAY),
+        (recovery_point(**EXPIRED), SAME, ASK, TAKE_OVER_AND_REPLAY),
         # Branch on the status: a result of None is one.
         (recovery_point(**EXPIRED, result=None), SAME, FAIL, TAKE_OVER_AND_REPLAY),
     ],
@@ -549,7 +554,7 @@ moments = st.none() | offsets.map(ahead)
 fingerprints = st.sampled_from([None, ONE, TWO])
 on_duplicate: st.SearchStrategy[Literal["skip", "raise"]] = st.sampled_from(["skip", "raise"])
 on_processing: st.SearchStrategy[Literal["hold", "skip", "raise"]] = st.sampled_from(["hold", "skip", "raise"])
-on_abandoned: st.SearchStrategy[Literal["rerun", "fail"]] = st.sampled_from(["rerun", "fail"])
+on_abandoned: st.SearchStrategy[Literal["rerun", "fail", "ask"]] = st.sampled_from(["rerun", "fail", "ask"])
 
 rows = st.builds(
     row,
@@ -654,6 +659,12 @@ def test_every_delivery_is_decided(there: Row | None, delivery: Delivery, policy
             poison = there.takeovers >= policy.max_takeovers
             assert poison or there.processed_status is not ProcessedStatus.SUCCESS
             assert (decided.action is DeliveryAction.TAKE_OVER) == (policy.on_abandoned == "rerun" and not poison)
+            assert poison or policy.on_abandoned != "ask"
+        case DeliveryAction.ASK:
+            assert there.status is Status.PROCESSING
+            assert there.processed_status is not ProcessedStatus.SUCCESS
+            assert not live
+            assert policy.on_abandoned == "ask"
         case DeliveryAction.TAKE_OVER_AND_REPLAY:
             assert state == (Status.PROCESSING, ProcessedStatus.SUCCESS)
             assert not live
@@ -746,6 +757,7 @@ def test_a_hold_has_a_longest_time(
         DeliveryAction.CLAIM,
         DeliveryAction.TAKE_OVER,
         DeliveryAction.TAKE_OVER_AND_REPLAY,
+        DeliveryAction.ASK,
         DeliveryAction.ABANDON,
         DeliveryAction.CANCEL,
     }
