@@ -18,14 +18,16 @@ from celery_idempotent.errors import (
     IdempotentError,
     LeaseLostError,
     MessageMismatchError,
+    RefusedError,
     SchemaError,
     StoreError,
     StoreUnavailableError,
 )
 from celery_idempotent.hooks import Outcome, OutcomeKind
+from celery_idempotent.maintenance.operations import LogOperations
 from celery_idempotent.message.ids import by_arguments
 from celery_idempotent.producer.outbox import outbox
-from celery_idempotent.queue_log import QueueLog
+from celery_idempotent.queue_log import QueueLog, of_each_app
 from celery_idempotent.task import IdempotentTask
 from celery_idempotent.worker.context import CurrentMessage, current_message
 
@@ -49,6 +51,7 @@ __all__ = [
     "OutcomeKind",
     "QueueLog",
     "RedisStore",
+    "RefusedError",
     "SQLStore",
     "SchemaError",
     "StoreError",
@@ -60,6 +63,9 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+QueueLog.operations = LogOperations()
+of_each_app()
 
 
 if not TYPE_CHECKING:  # otherwise a type checker would accept any name

@@ -9,6 +9,7 @@
     ├── AlreadyProcessingError(message_id, retry_after)       on_processing="raise"
     ├── AlreadyFailedError(message_id, error)                 the first run failed
     ├── LeaseLostError(message_id, token)
+    ├── RefusedError(message_id, task_name, reason)           not requeued or forgotten
     └── StoreError
         ├── StoreUnavailableError                             transient
         └── SchemaError                                       run `idempotent init`
@@ -31,6 +32,7 @@ __all__ = [
     "IdempotentError",
     "LeaseLostError",
     "MessageMismatchError",
+    "RefusedError",
     "SchemaError",
     "StoreError",
     "StoreUnavailableError",
@@ -147,6 +149,25 @@ class LeaseLostError(IdempotentError):
             f"the claim on message {self.message_id!r} (token {self.token}) was lost: "
             f"its lease ran out before the body ended, and another delivery owns the message"
         )
+
+
+class RefusedError(IdempotentError):
+    """A message was not requeued, or not forgotten, and stays as it is.
+
+    Args:
+        message_id: The message.
+        task_name: Its task.
+        reason: Why, and what to do instead; for people.
+    """
+
+    def __init__(self, message_id: str, task_name: str | None = None, reason: str | None = None) -> None:
+        super().__init__(message_id, task_name, reason)
+        self.message_id = message_id
+        self.task_name = task_name
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"message {self.message_id!r} of task {self.task_name} stays as it is: {self.reason}"
 
 
 class StoreError(IdempotentError):

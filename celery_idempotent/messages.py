@@ -31,8 +31,8 @@ class Operations(Protocol):
     def requeue(self, queue_log: Any, row: Row, *, publish: bool) -> Requeued:
         """Make a message wait again; see :meth:`Messages.requeue`."""
 
-    def forget(self, queue_log: Any, row: Row, *, force: bool) -> None:
-        """Empty a row; see :meth:`Messages.forget`."""
+    def forget(self, queue_log: Any, row: Row, *, force: bool) -> bool:
+        """Empty a row; return whether there was one. See :meth:`Messages.forget`."""
 
 
 class Messages:
@@ -144,10 +144,10 @@ class Messages:
             raise ConfigurationError(f"limit must be a whole number of messages, 1 or more, not {limit!r}")
         where = RowFilter(
             **texts,
-            status=None if status is None else Status(one_of("status", status, *Status)),
+            status=None if status is None else Status(one_of("status", status, *map(str, Status))),
             processed_status=None
             if processed_status is None
-            else ProcessedStatus(one_of("processed_status", processed_status, *ProcessedStatus)),
+            else ProcessedStatus(one_of("processed_status", processed_status, *map(str, ProcessedStatus))),
             older_than=None if older_than is None else seconds("older_than", older_than, positive=False),
             newer_than=None if newer_than is None else seconds("newer_than", newer_than, positive=False),
             limit=limit,
@@ -186,14 +186,13 @@ class Messages:
 
         Atomicity: one statement (compare and set on status, token and Celery id): of N concurrent callers one requeues.
         """
-        row = self._current(message, message_id)
+        key = _key_of(message, message_id)
+        row = self.find_id(key.task_name, key.message_id)  # also if there is a row: those of `rows` lack their message
         if row is None:
-            key = _key_of(message, message_id)
-            raise RefusedError(
-                key.message_id,
-                key.task_name,
-                "there is no such message, or its row was purged; send it again by a call",
-            )
+            reason = "there is no such message, or its row was purged; send it again by a call"
+            raise RefusedError(key.message_id, key.task_name, reason)
+        if isinstance(message, Row) and _state(row) != _state(message):
+            raise RefusedError(key.message_id, key.task_name, CHANGED)
         return self.operations.requeue(self, row, publish=publish)
 
     @overload
@@ -225,19 +224,11 @@ class Messages:
 
         Atomicity: one statement (compare and set on status, token and Celery id).
         """
-        row = self._current(message, message_id)
+        key = _key_of(message, message_id)
+        row = message if isinstance(message, Row) else self.find_id(key.task_name, key.message_id)
         if row is None or row.error == FORGOTTEN:
             return False
-        self.operations.forget(self, row, force=force)
-        return True
-
-    def _current(self, message: Row | Task[Any, Any] | str, message_id: str | None) -> Row | None:
-        """Return the latest message of an id, whole; refuse a row that no longer stands as it was read."""
-        key = _key_of(message, message_id)
-        found = self.find_id(key.task_name, key.message_id)
-        if isinstance(message, Row) and found is not None and _state(found) != _state(message):
-            raise RefusedError(key.message_id, key.task_name, CHANGED)
-        return found
+        return self.operations.forget(self, row, force=force)
 
 
 def _state(row: Row) -> tuple[object, ...]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar, cast, runtime_che
 from celery_idempotent.core import log_lines, settings_mask  # noqa: F401
 from celery_idempotent.errors import ConfigurationError, EagerStoreWarning
 from celery_idempotent.hooks import Hooks
+from celery_idempotent.messages import Messages
 from celery_idempotent.settings import Settings
 from celery_idempotent.stores import open_store
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from celery_idempotent.core.store import Store
     from celery_idempotent.core.transactions import SessionFactory
 
-__all__ = ["QueueLog"]
+__all__ = ["QueueLog", "of_each_app"]
 
 logger = logging.getLogger("celery_idempotent")
 
@@ -40,10 +41,10 @@ class _Resting(Protocol):
     def rest(self) -> None: ...
 
 
-class QueueLog:
+class QueueLog(Messages):
     """The queue log of an app.
 
-    Tasks with ``base=IdempotentTask`` make one for their app when they are bound. Its store is opened at the first call or the
+    It is the app's attribute ``queue_log``: ``app.queue_log``, or ``QueueLog.of(app)`` for type checkers. Its store is opened at the first call or the
     first delivery, in the process that needs it. To use your own store, make one yourself before the first call::
 
         QueueLog(app, store=SQLStore(engine), session_factory=sessionmaker(expire_on_commit=False))
@@ -202,6 +203,21 @@ class QueueLog:
 
     def __repr__(self) -> str:
         return f"<QueueLog of {self.app.main or 'app'}>"
+
+
+class _OfApp:
+    """The attribute ``queue_log`` of an app that has none yet: the first reading makes it. The app's own attribute goes before it."""
+
+    def __get__(self, app: Celery | None, owner: type[Celery]) -> QueueLog | _OfApp:
+        return self if app is None else QueueLog.of(app)
+
+
+def of_each_app() -> None:
+    """Give each app the attribute ``queue_log``, also before its tasks are bound, as in a shell. An attribute of that name that is there stays."""
+    from celery import Celery
+
+    if not hasattr(Celery, _ATTRIBUTE):
+        setattr(Celery, _ATTRIBUTE, _OfApp())
 
 
 def _level_of_caller() -> int:

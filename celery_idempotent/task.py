@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeVar
 
 from celery import Task
 from celery.exceptions import Ignore
-from celery.result import EagerResult
 from celery.utils import uuid
 
 from celery_idempotent.core.abandoned import Done
@@ -23,6 +22,7 @@ from celery_idempotent.producer.answers import answer_of
 from celery_idempotent.producer.awaited import AwaitedCalls
 from celery_idempotent.producer.call_options import expiring_in_workers
 from celery_idempotent.producer.identify import identify
+from celery_idempotent.producer.marked import marked
 from celery_idempotent.producer.send import send
 from celery_idempotent.producer.unrecorded import is_unrecorded, warn_once
 from celery_idempotent.queue_log import QueueLog
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
     from sqlalchemy.orm import Session
 
-    from celery_idempotent.result import IdempotentResult
+    from celery_idempotent.result import IdempotentEagerResult, IdempotentResult
     from celery_idempotent.worker.unit_of_work import UnitOfWork
 
 __all__ = ["IdempotentTask"]
@@ -223,7 +223,8 @@ class IdempotentTask(AwaitedCalls, StepCalls, Task):  # type: ignore[misc]
             message_id: The id of this one message, instead of the one from the option ``message_id``; at most 255 bytes of UTF-8.
 
         Returns:
-            The message's AsyncResult. Its attribute ``duplicate`` is true when the message was sent before.
+            The message's AsyncResult. Its attribute ``duplicate`` is true when the message was sent before, and ``message_id`` is the
+            message's id. They belong to this object: pickled, or made anew by its id, a result has neither.
 
         Raises:
             ConfigurationError: The message id is not valid, a keyword is misspelt, or an argument has no canonical form. Nothing
@@ -246,7 +247,7 @@ class IdempotentTask(AwaitedCalls, StepCalls, Task):  # type: ignore[misc]
         """Send the task with these arguments; see :meth:`apply_async`."""
         return self.apply_async(args, kwargs)
 
-    def apply(self, args: Any = None, kwargs: Any = None, **options: Any) -> EagerResult[Any]:
+    def apply(self, args: Any = None, kwargs: Any = None, **options: Any) -> IdempotentEagerResult:
         """Run the task in this process, guarded by its message id as in a worker; see Celery's ``apply``."""
         refuse_misspelt_call(self.name, options)
         given = options.pop("task_id", None)
@@ -254,9 +255,8 @@ class IdempotentTask(AwaitedCalls, StepCalls, Task):  # type: ignore[misc]
         message_id = options.pop("message_id", None)
         if is_unrecorded(self):
             warn_once(self.queue_log)
-            result = super().apply(args, kwargs, task_id=task_id, **options)
-            result.duplicate = False
-            return result
+            result: IdempotentEagerResult = super().apply(args, kwargs, task_id=task_id, **options)
+            return marked(result, message_id or task_id, duplicate=False)
         self.queue_log.warn_of_eager_call()
         header = Header.read(options.get("headers"))
         if header is None or not header.belongs_to(self.name, task_id):
@@ -270,16 +270,15 @@ class IdempotentTask(AwaitedCalls, StepCalls, Task):  # type: ignore[misc]
                     NewMessage(key=key, task_id=task_id, fingerprint=fingerprint)
                 )  # replaced by itself, eagerly
             else:
-                answer = answer_of(self, key, fingerprint, task_id, options)
+                answer: IdempotentEagerResult | None = answer_of(self, key, fingerprint, task_id, options)
                 if answer is not None:
                     return answer
         headers = header.write(options.get("headers"))
         if NESTING in options:
             headers[NESTING] = options[NESTING]
         result = super().apply(args, kwargs, task_id=task_id, **{**options, "headers": headers})
-        if not hasattr(result, "duplicate"):  # a retry's result already has it
-            result.duplicate = False
-        return result
+        # A retry's result already says it.
+        return result if hasattr(result, "duplicate") else marked(result, header.message_id, duplicate=False)
 
     def publish(self, args: Any, kwargs: Any, **options: Any) -> AsyncResult[Any]:
         """Publish a message that has a row: Celery's own ``apply_async``, without the guard."""

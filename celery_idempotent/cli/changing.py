@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,10 +17,11 @@ from celery_idempotent.cli.options import Chosen, as_json, choose, confirmed, dr
 from celery_idempotent.cli.printing import print_, printable, table
 from celery_idempotent.cli.viewing import listing, not_there, record_of, rows_of
 from celery_idempotent.core.records import FORGOTTEN, MessageKey, ProcessedStatus, Row, Status
+from celery_idempotent.errors import RefusedError
+from celery_idempotent.maintenance.operations import unfinished
 from celery_idempotent.maintenance.purge import purge as purge_rows
 from celery_idempotent.maintenance.purge import purgeable
-from celery_idempotent.maintenance.requeue import NotRequeued, obstacle
-from celery_idempotent.maintenance.requeue import requeue as requeue_row
+from celery_idempotent.maintenance.requeue import obstacle
 from celery_idempotent.producer.relay import relay
 from celery_idempotent.queue_log import QueueLog
 
@@ -65,12 +66,12 @@ def requeue(
             queue_log,
             message_ids,
             chosen,
-            lambda: chosen.rows(
-                status=Status.DONE, processed_status=ProcessedStatus.FAILURE, limit=limit, oldest_first=True
-            ),
+            status=Status.DONE,
+            processed_status=ProcessedStatus.FAILURE,
+            limit=limit,
         )
         refused = [(row.key, reason) for row in rows if (reason := obstacle(row))]
-        rows = [row for row in rows if not obstacle(row) and row.error != FORGOTTEN]
+        rows = [row for row in rows if not obstacle(row)]
         renamed: dict[MessageKey, str] = {}
         if rows and not dry_run:
             confirmed(_question("requeue", rows), yes=yes)
@@ -88,14 +89,14 @@ def requeue(
 def _requeue(
     queue_log: QueueLog, rows: list[Row], refused: list[tuple[MessageKey, str]], renamed: dict[MessageKey, str]
 ) -> list[Row]:
-    """Requeue rows that were read without their messages; return those that wait again."""
+    """Requeue rows; return those that wait again."""
     again: list[Row] = []
     with _progress("requeueing", rows) as each:
         for row in each:
-            whole = queue_log.store.find(row.key)
-            done = NotRequeued(row.key, "it is gone") if whole is None else requeue_row(queue_log, whole)
-            if isinstance(done, NotRequeued):
-                refused.append((row.key, done.reason))
+            try:
+                done = queue_log.requeue(row, publish=False)  # all of them together, afterwards
+            except RefusedError as error:
+                refused.append((row.key, str(error.reason)))
                 continue
             again.append(row)
             if done.renamed:
@@ -139,33 +140,30 @@ def forget(
     """
     chosen = Chosen(**choice)
     if status is not None:
-        chosen["status"] = Status(status)
+        chosen["status"] = status
     with opened(ctx) as queue_log:
-        rows, missing = _named_or_chosen(
-            queue_log, message_ids, chosen, lambda: chosen.rows(limit=limit, oldest_first=True)
-        )
+        rows, missing = _named_or_chosen(queue_log, message_ids, chosen, limit=limit)
         rows = [row for row in rows if row.error != FORGOTTEN]
-        refused = [] if force else [(row.key, why) for row in rows if (why := _why_not_forgotten(row))]
-        rows = [row for row in rows if force or not _why_not_forgotten(row)]
+        refused = [] if force else [(row.key, f"{why}; see --force") for row in rows if (why := unfinished(row))]
+        rows = [row for row in rows if force or not unfinished(row)]
         if rows and not dry_run:
             confirmed(_question("forget", rows), yes=yes)
-            with _progress("forgetting", rows) as each:
-                kept = {row.key for row in each if not queue_log.store.forget(row)}
-            refused += [(row.key, "it has changed in the meantime") for row in rows if row.key in kept]
-            rows = [row for row in rows if row.key not in kept]
+            rows = _forget(queue_log, rows, refused, force=force)
     _report("forget", "forgotten", [record_of(row) for row in rows], refused, missing, dry_run=dry_run, json_=json_)
     _end(refused, missing, full=len(rows) >= limit and not message_ids, limit=limit, json_=json_)
 
 
-def _why_not_forgotten(row: Row) -> str | None:
-    """Return why a message is not forgotten without --force; ``None`` if it is."""
-    match row.status:
-        case Status.PENDING:
-            return "it waits to run; see --force"
-        case Status.PROCESSING if row.lease_left > 0:
-            return "it runs; see --force"
-        case _:
-            return None
+def _forget(queue_log: QueueLog, rows: list[Row], refused: list[tuple[MessageKey, str]], *, force: bool) -> list[Row]:
+    """Forget rows; return those that were forgotten."""
+    forgotten: list[Row] = []
+    with _progress("forgetting", rows) as each:
+        for row in each:
+            try:
+                if queue_log.forget(row, force=force):
+                    forgotten.append(row)
+            except RefusedError as error:
+                refused.append((row.key, str(error.reason)))
+    return forgotten
 
 
 @click.command(cls=CeleryCommand)
@@ -238,10 +236,10 @@ def _purge(queue_log: QueueLog, chosen: dict[str, Any]) -> int:
 
 
 def _named_or_chosen(
-    queue_log: QueueLog, message_ids: Sequence[str], chosen: Chosen, where: Callable[[], Any]
+    queue_log: QueueLog, message_ids: Sequence[str], chosen: Chosen, **conditions: Any
 ) -> tuple[list[Row], list[str]]:
     """Return the rows that a command applies to, and the given ids that have no row."""
-    others = set(chosen) - {"task_name"}
+    others = set(chosen) - {"task"}
     if message_ids and others:
         raise click.UsageError(
             f"give message ids or filters, not both: leave out --{min(others).replace('_', '-')}, or the ids"
@@ -249,8 +247,8 @@ def _named_or_chosen(
     if not message_ids and not chosen:
         raise click.UsageError("no messages given: name their ids, or choose them, e.g. by --task '*'")
     if not message_ids:
-        return list(queue_log.store.rows(where())), []
-    task_name = chosen.get("task_name")
+        return queue_log.rows(**{**chosen, **conditions}, oldest_first=True), []
+    task_name = chosen.get("task")
     if task_name is not None and set("*?") & set(task_name):
         raise click.UsageError("with a message id, --task must be the name of a task, without wildcards")
     found = {message_id: rows_of(queue_log, message_id, task_name) for message_id in dict.fromkeys(message_ids)}

@@ -10,8 +10,6 @@ from typing import Any, TypeVar
 
 import click
 
-from celery_idempotent.core.records import RowFilter
-
 __all__ = ["Chosen", "as_json", "choose", "confirmed", "dry_run", "duration", "limit", "yes"]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -46,7 +44,7 @@ def limit(default: int, help_: str) -> Callable[[Command], Command]:
 
 
 _CHOICE = (
-    click.option("--task", "task_name", help="Only this task; * and ? are wildcards."),
+    click.option("--task", help="Only this task; * and ? are wildcards."),
     click.option("--message-id", help="Only this message id; * and ? are wildcards."),
     click.option("--queue", help="Only messages routed to this queue; * and ? are wildcards."),
     click.option("--error", help="Only messages that ended with this error: its type and text; * and ? are wildcards."),
@@ -68,14 +66,10 @@ def choose(command: Command) -> Command:
 
 
 class Chosen(dict[str, Any]):
-    """The options of :func:`choose` that were given."""
+    """The options of :func:`choose` that were given, by the names that ``queue_log.rows`` has for them."""
 
     def __init__(self, **given: Any) -> None:
         super().__init__({name: value for name, value in given.items() if value is not None})
-
-    def rows(self, **conditions: Any) -> RowFilter:
-        """Return these options as a filter, together with the command's own conditions."""
-        return RowFilter(**self, **conditions)
 
 
 def confirmed(question: str, *, yes: bool) -> None:

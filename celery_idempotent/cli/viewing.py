@@ -11,7 +11,7 @@ from celery.bin.base import CeleryCommand
 from celery_idempotent.cli.opening import opened
 from celery_idempotent.cli.options import Chosen, as_json, choose, limit
 from celery_idempotent.cli.printing import print_, sheets, table
-from celery_idempotent.core.records import MessageKey, ProcessedStatus, Row, RowFilter, Status
+from celery_idempotent.core.records import ProcessedStatus, Row, Status
 from celery_idempotent.message.contents import contents_of
 from celery_idempotent.queue_log import QueueLog
 
@@ -78,14 +78,9 @@ def list_(
     **choice: Any,
 ) -> None:
     """List messages, newest first. Their arguments and results are not read."""
-    where = Chosen(**choice).rows(
-        status=None if status is None else Status(status),
-        processed_status=None if processed_status is None else ProcessedStatus(processed_status),
-        limit=limit,
-        oldest_first=oldest,
-    )
+    where = Chosen(**choice, status=status, processed_status=processed_status)
     with opened(ctx) as queue_log:
-        records = [record_of(row) for row in queue_log.store.rows(where)]
+        records = [record_of(row) for row in queue_log.rows(**where, limit=limit, oldest_first=oldest)]
     print_(json_, records, lambda: table(*listing(records)))
     if len(records) == limit and not json_:
         which = "oldest" if oldest else "newest"
@@ -139,14 +134,14 @@ def not_there(message_id: str, task_name: str | None) -> str:
 def rows_of(queue_log: QueueLog, message_id: str, task_name: str | None) -> list[Row]:
     """Return the rows of a message id, of one task or of all that use it, with their messages."""
     names = [task_name] if task_name else _tasks_of(queue_log, message_id)
-    return [row for name in names if (row := queue_log.store.find(MessageKey(message_id, name))) is not None]
+    return [row for name in names if (row := queue_log.find_id(name, message_id)) is not None]
 
 
 def _tasks_of(queue_log: QueueLog, message_id: str) -> list[str]:
     """Return the tasks that use a message id."""
     if "*" in message_id or "?" in message_id:  # a filter would read these as wildcards
         return sorted({count.task_name for count in queue_log.store.counts()})
-    return sorted(row.key.task_name for row in queue_log.store.rows(RowFilter(message_id=message_id, limit=1000)))
+    return sorted({row.key.task_name for row in queue_log.rows(message_id=message_id, limit=1000)})
 
 
 def record_of(row: Row) -> dict[str, Any]:

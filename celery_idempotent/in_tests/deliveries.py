@@ -19,6 +19,7 @@ from celery_idempotent.core.records import Row, Status
 from celery_idempotent.message.canvas_ids import is_guarded
 from celery_idempotent.message.header import Header
 from celery_idempotent.producer.answers import eager_result
+from celery_idempotent.producer.marked import marked
 from celery_idempotent.worker.run import Run
 
 if TYPE_CHECKING:
@@ -121,17 +122,16 @@ class Deliveries:
         store, key = task.queue_log.store, header.key
         before, count = store.find(key), len(self._ran.get(task_id, ()))
         published.repeat(app)
-        result = task.AsyncResult(task_id)
-        result.duplicate = not self._wait(task_id, count, lambda: _has_run(before, store.find(key)), timeout)
-        return result
+        ran = self._wait(task_id, count, lambda: _has_run(before, store.find(key)), timeout)
+        return marked(task.AsyncResult(task_id), header.message_id, duplicate=not ran)
 
     def again(self, delivery: Delivery) -> EagerResult[Any]:
         """Deliver a message in this process, and note in its result whether the body ran."""
         task_id = delivery.header.task_id
         count = len(self._ran.get(task_id, ()))
         result = deliver(delivery, redelivered=True)
-        result.duplicate = not any(self._ran.get(task_id, [])[count:])
-        return result
+        ran = any(self._ran.get(task_id, [])[count:])
+        return marked(result, delivery.header.message_id, duplicate=not ran)
 
     def _wait(self, task_id: str, count: int, look: Any, timeout: float) -> bool:
         """Wait until a delivery has ended, here or in another process; return whether the body ran."""

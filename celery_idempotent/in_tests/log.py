@@ -11,8 +11,6 @@ from celery.result import AsyncResult
 from celery_idempotent.core.records import Owner, Row, Status
 from celery_idempotent.errors import ConfigurationError
 from celery_idempotent.in_tests.crashes import Crash, Crashes
-from celery_idempotent.message.serialization import dumped
-from celery_idempotent.producer.identify import identify
 from celery_idempotent.queue_log import QueueLog
 
 if TYPE_CHECKING:
@@ -59,9 +57,7 @@ class LogInTest:
                 f"task {task.name} has no message_id, so its messages are known by their Celery ids: "
                 f"give the result of the call, queue_log.message(result)"
             )
-        args, kwargs = dumped(task, args, kwargs, {})
-        key, _ = identify(task.idempotency, args, kwargs, message_id=None, task_id="", task_name=task.name)
-        return task.queue_log.store.find(key)
+        return task.queue_log.find(task, *args, **kwargs)
 
     def messages(self) -> list[Row]:
         """Return the rows of the messages that this test has sent, in all its apps, first recorded first.

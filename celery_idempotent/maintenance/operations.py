@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kombu.exceptions import OperationalError
 
-from celery_idempotent.core.records import MessageKey, Row, Status
+from celery_idempotent.core.records import FORGOTTEN, MessageKey, Row, Status
 from celery_idempotent.core.requeued import Requeued
 from celery_idempotent.errors import ConfigurationError, RefusedError, StoreError
 from celery_idempotent.maintenance.requeue import NotRequeued, requeue
@@ -56,11 +56,12 @@ class LogOperations:
                 logger.warning("%s was requeued and is not published yet; a worker will do it: %s", row.key, error)
                 return done
             after = queue_log.store.find(row.key)
-            if after is not None and after.published_at is not None:
+            # A worker may have taken it before the relay noted its publication.
+            if after is None or after.status is not Status.PENDING or after.published_at is not None:
                 return done.handed_over()
         return done
 
-    def forget(self, queue_log: QueueLog, row: Row, *, force: bool) -> None:
+    def forget(self, queue_log: QueueLog, row: Row, *, force: bool) -> bool:
         """Empty a row; see :meth:`Messages.forget`."""
         key, reason = row.key, None if force else unfinished(row)
         if reason is not None:
@@ -69,8 +70,12 @@ class LogOperations:
                 key.task_name,
                 f"{reason}, and a copy of it would run as a new message; pass force=True if that does no harm",
             )
-        if not queue_log.store.forget(row):
-            raise RefusedError(key.message_id, key.task_name, CHANGED)
+        if queue_log.store.forget(row):
+            return True
+        now = queue_log.find_id(key.task_name, key.message_id)
+        if now is None or now.error == FORGOTTEN:
+            return False
+        raise RefusedError(key.message_id, key.task_name, CHANGED)
 
 
 def unfinished(row: Row) -> str | None:

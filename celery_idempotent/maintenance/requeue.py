@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from celery.utils import uuid
 
-from celery_idempotent.core.records import DISCARDED, MessageKey, NewMessage, ProcessedStatus, Row, Status
+from celery_idempotent.core.records import DISCARDED, FORGOTTEN, MessageKey, NewMessage, ProcessedStatus, Row, Status
+from celery_idempotent.core.requeued import Requeued
 from celery_idempotent.message.canvas_ids import is_guarded
 from celery_idempotent.message.header import HEADER, Header
 from celery_idempotent.message.identity import FANOUT
@@ -39,21 +40,6 @@ _OWNERLESS = "abandoned: its worker had died, and it was requeued"
 
 
 @dataclass(frozen=True, slots=True)
-class Requeued:
-    """A message that waits again.
-
-    Attributes:
-        key: The message.
-        task_id: The Celery id that it is published under.
-        renamed: Whether that id is new. A message that was revoked or had expired needs a new one, since workers remember the old one.
-    """
-
-    key: MessageKey
-    task_id: str
-    renamed: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class NotRequeued:
     """A message that stays as it is.
 
@@ -69,6 +55,8 @@ class NotRequeued:
 def obstacle(row: Row) -> str | None:
     """Return why a message in this status cannot be requeued, and what to do instead; ``None`` if it can be."""
     match row.status:
+        case Status.DONE if row.error == FORGOTTEN:
+            return "it was forgotten, and its arguments are gone; send it again by a call"
         case Status.PENDING:
             return "it already waits; if the broker has lost it, see `recover --lost-after`"
         case Status.PROCESSING if row.lease_left > 0:

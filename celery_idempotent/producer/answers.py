@@ -15,6 +15,7 @@ from celery_idempotent.errors import AlreadyFailedError, ConfigurationError, Dup
 from celery_idempotent.hooks import OutcomeKind
 from celery_idempotent.message.serialization import UndecodableError, decode_message, decode_result
 from celery_idempotent.producer.call_options import is_waited_on
+from celery_idempotent.producer.marked import marked
 
 if TYPE_CHECKING:
     from celery_idempotent.producer.guarded import Guarded
@@ -88,8 +89,7 @@ def eager_result(task: Guarded, row: Row) -> EagerResult[Any]:
     else:
         # The body has not ended yet: the call comes from inside it, or from another thread.
         result = EagerResult(row.task_id, None, states.PENDING, name=task.name)
-    result.duplicate = True
-    return result
+    return marked(result, row.key.message_id, duplicate=True)
 
 
 def _stored_value(task: Guarded, row: Row) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from contextvars import ContextVar
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from celery_idempotent.producer.broadcast import end_broadcast
 from celery_idempotent.producer.call_options import delay_of
 from celery_idempotent.producer.guarded import current_run
 from celery_idempotent.producer.identify import identify
+from celery_idempotent.producer.marked import marked
 from celery_idempotent.producer.unrecorded import is_unrecorded, warn_once
 from celery_idempotent.queue_log import QueueLog
 
@@ -95,6 +96,7 @@ class _PublishHook:
             if not is_marked_unrecorded(headers) and _publishes(self.app, declare):
                 warn_once(self._queue_log)
                 headers.update(mark_unrecorded(None))
+                _note_sent(properties.get("message_id") or headers.get("id"), duplicate=False)
             return
         # The first protocol has in the body what the second one has in the headers.
         first_protocol = isinstance(body, Mapping)
@@ -110,6 +112,7 @@ class _PublishHook:
             task.idempotency, args, kwargs, message_id=message_id, task_id=task_id, task_name=sender
         )
         properties["message_id"] = key.message_id
+        _note_sent(key.message_id, duplicate=False)
         trace = task.queue_log.hooks.traceparent()
         header = Header.new(key, task_id, fingerprint, trace=trace)
         destination = _destination(self.app, declare, exchange, routing_key)
@@ -142,6 +145,7 @@ class _PublishHook:
         except StoreError as error:
             logger.error("%s is sent without a row; its consumer will insert one: %s", key, error)
             return
+        _note_sent(key.message_id, duplicate=isinstance(found, Duplicate))
         queue_log.hooks.emit(
             OutcomeKind.DUPLICATE if isinstance(found, Duplicate) else OutcomeKind.RECORDED,
             key,
@@ -220,11 +224,31 @@ def _destination(app: Celery, declare: Any, exchange: Any, routing_key: str | No
 _given: ContextVar[Mapping[str, Any]] = ContextVar("given", default=MappingProxyType({}))
 
 
+@dataclass(slots=True)
+class _Sent:
+    """What Celery's ``send_task`` is sending, as the signal's receiver has found out; nothing for a task without the guard."""
+
+    message_id: str | None = None
+    duplicate: bool = False
+
+
+_sent: ContextVar[_Sent | None] = ContextVar("sent", default=None)
+
+
+def _note_sent(message_id: str | None, *, duplicate: bool) -> None:
+    sent = _sent.get()
+    if sent is not None:
+        sent.message_id, sent.duplicate = message_id, duplicate
+
+
 def _send_task(app: Celery, *args: Any, **options: Any) -> AsyncResult[Any]:
-    """Call Celery's ``send_task``, and keep the serializer and compression, which Celery's signal does not report."""
+    """Call Celery's ``send_task``; keep the serializer and compression, which Celery's signal does not report, and mark the result."""
     shown = {name: options[name] for name in ("serializer", "compression", "delivery_mode") if options.get(name)}
-    token = _given.set(shown)
+    sent = _Sent()
+    token, other = _given.set(shown), _sent.set(sent)
     try:
-        return type(app).send_task(app, *args, **options)
+        result: AsyncResult[Any] = type(app).send_task(app, *args, **options)
     finally:
         _given.reset(token)
+        _sent.reset(other)
+    return result if sent.message_id is None else marked(result, sent.message_id, duplicate=sent.duplicate)

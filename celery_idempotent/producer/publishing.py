@@ -14,6 +14,7 @@ from celery_idempotent.message.serialization import without_local
 from celery_idempotent.producer.box import Outbox
 from celery_idempotent.producer.broadcast import end_broadcast
 from celery_idempotent.producer.call_options import expiring_in_workers, moment
+from celery_idempotent.producer.marked import marked
 from celery_idempotent.producer.prepared import PreparedCall
 from celery_idempotent.producer.publisher import Outgoing
 from celery_idempotent.producer.store_request import StoreRequest
@@ -98,10 +99,9 @@ class Publishing:
         if self.prepared.call.own:
             options = expiring_in_workers(self.task.app, options)
         result = self.task.publish(self.prepared.args, self.prepared.kwargs, task_id=header.task_id, **options)
-        result.duplicate = duplicate
         if emit is not None:
             emit()
-        return result
+        return marked(result, header.message_id, duplicate=duplicate)
 
     def publish_or(
         self, take_back: Callable[[], object], emit: Callable[[], None], copy: Header | None = None
@@ -123,11 +123,9 @@ class Publishing:
             end_broadcast(self.task, self.message)
         return result
 
-    def result(self, task_id: str, *, duplicate: bool) -> AsyncResult[Any]:
+    def result(self, task_id: str, *, duplicate: bool | None) -> AsyncResult[Any]:
         """Return the result of a Celery id."""
-        result = self.task.AsyncResult(task_id)
-        result.duplicate = duplicate
-        return result
+        return marked(self.task.AsyncResult(task_id), self.prepared.header.message_id, duplicate=duplicate)
 
     def in_trail(self, result: AsyncResult[Any]) -> AsyncResult[Any]:
         """Add the result to the calling task's trail, and return it."""

@@ -125,9 +125,7 @@ class Sending(Publishing):
 
     def promised(self) -> AsyncResult[Any]:
         """Return the result of a call that is recorded later; ``duplicate`` is ``None``, because it is not known yet."""
-        result = self.in_trail(self.result(self.message.task_id, duplicate=False))
-        result.duplicate = None
-        return result
+        return self.in_trail(self.result(self.message.task_id, duplicate=None))
 
     def record_together(self, calls: Sequence[Sending]) -> list[Inserted | Duplicate]:
         """Record these calls of one app, in as few statements as possible.

@@ -21,6 +21,7 @@ from celery_idempotent.message.serialization import dumped, encode_message, seri
 from celery_idempotent.producer.call_options import for_later, kept
 from celery_idempotent.producer.current_outbox import current_outbox
 from celery_idempotent.producer.guarded import Guarded, current_run
+from celery_idempotent.producer.marked import marked
 
 if TYPE_CHECKING:
     from celery.result import AsyncResult
@@ -51,7 +52,7 @@ def send_unrecorded(
         options: The other arguments of ``apply_async``.
 
     Returns:
-        The call's AsyncResult; ``duplicate`` is false.
+        The call's AsyncResult; ``duplicate`` is false, and ``message_id`` the id that was given, or the Celery id.
 
     Raises:
         ConfigurationError: The message id is not valid.
@@ -76,8 +77,7 @@ def send_unrecorded(
     box = None if own else _outbox(task.queue_log)
     if box is None:
         result = task.publish(args, kwargs, task_id=task_id, **options)
-        result.duplicate = False
-        return result
+        return marked(result, options.get("message_id") or result.id, duplicate=False)
     # Raise here what would be too late after the commit.
     args, kwargs = dumped(task, args, kwargs, options)
     if task.typing:
@@ -85,9 +85,7 @@ def send_unrecorded(
     encode_message(args, kwargs, {}, serializer=serializer_of(task, options))
     call = _UnrecordedCall(task, kept(args), kept(kwargs), task_id or uuid(), for_later(task.app, options))
     box.send_later(task.queue_log, call)
-    result = task.AsyncResult(call.task_id)
-    result.duplicate = False
-    return result
+    return marked(task.AsyncResult(call.task_id), options.get("message_id") or call.task_id, duplicate=False)
 
 
 def _outbox(queue_log: QueueLog) -> Outbox | None:

@@ -20,11 +20,13 @@ from celery_idempotent import (
     Outcome,
     OutcomeKind,
     QueueLog,
+    RefusedError,
     StoreUnavailableError,
     by_arguments,
     current_message,
     outbox,
 )
+from celery_idempotent.records import ProcessedStatus, Requeued, Row, Status
 
 app = Celery("shop", broker="redis://localhost", backend="redis://localhost")
 app.conf.idempotent_store = "postgresql+psycopg://localhost/shop"
@@ -52,7 +54,7 @@ def charge(order_id: str, amount: int) -> None: ...
     base=IdempotentTask,
     bind=True,
     acks_late=True,
-    message_id=by_arguments("order_id"),
+    message_id=by_arguments("order_id", exclude=("note?",)),
     on_duplicate="skip",
     on_processing="hold",
     on_abandoned="rerun",
@@ -140,8 +142,31 @@ def by_hand(task: Remind) -> AsyncResult[Any]:
     """Where the task's class is known, so is what its methods take and return."""
     result = task.apply_async((7,), message_id="reminder-7")
     assert_type(result.id, str)
+    assert_type(result.message_id, str)
+    assert_type(result.duplicate, bool)
     assert_type(task.queue_log, QueueLog)
     return result
+
+
+def operate(task: Remind) -> list[str]:
+    """Finds messages, and gives those that failed another chance."""
+    log = QueueLog.of(app)
+    row = log.find(task, 7, text="hello") or log.find(charge, "o-1", 500) or log.find_id("shop.charge", "order:o-1")
+    assert_type(row, Row | None)
+    if row is not None and row.status is Status.DONE and row.processed_status is ProcessedStatus.FAILURE:
+        assert_type(log.requeue(row), Requeued)
+    again: list[str] = []
+    for each in log.rows(
+        task=charge, status="done", processed_status="failure", newer_than=timedelta(hours=2), limit=10
+    ):
+        try:
+            again.append(log.requeue(each, publish=False).task_id)
+        except RefusedError as error:
+            assert_type(error.reason, str | None)
+    assert_type(log.requeue(charge, "order:o-1").published, bool)
+    assert_type(log.forget("shop.charge", "order:o-1", force=True), bool)
+    assert_type(task.apply((7,)).message_id, str)
+    return again
 
 
 def order(session: Session, order_id: str) -> bool:

@@ -34,6 +34,7 @@ PUBLIC = {
     "OutcomeKind",
     "QueueLog",
     "RedisStore",
+    "RefusedError",
     "SQLStore",
     "SchemaError",
     "StoreError",

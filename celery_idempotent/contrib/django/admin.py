@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pprint import pformat
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 from django.contrib import admin, messages
 from django.contrib.admin.views.main import ChangeList
 
 from celery_idempotent.contrib.django.models import Message
 from celery_idempotent.contrib.django.project import alias_of_log, queue_log
-from celery_idempotent.core.records import MessageKey, Row
-from celery_idempotent.errors import IdempotentError
-from celery_idempotent.maintenance.requeue import NotRequeued
-from celery_idempotent.maintenance.requeue import requeue as requeue_row
+from celery_idempotent.core.records import Row
+from celery_idempotent.errors import IdempotentError, RefusedError
+from celery_idempotent.maintenance.operations import unfinished
 from celery_idempotent.message.contents import contents_of
 from celery_idempotent.producer.relay import relay
 
@@ -110,37 +109,37 @@ class MessageAdmin(admin.ModelAdmin):
     @admin.action(description="Requeue failed and abandoned messages", permissions=["requeue"])
     def requeue(self, request: Any, messages_: Any) -> None:
         """Make failed messages pending again, and publish them."""
-
-        def requeue(row: Row) -> str | None:
-            answer = requeue_row(queue_log(), row)
-            return answer.reason if isinstance(answer, NotRequeued) else None
-
-        if self._each(request, messages_, requeue, "requeued"):
+        if self._each(request, messages_, lambda row: queue_log().requeue(row, publish=False), "requeued"):
             relay(queue_log(), at_most=math.inf)
 
     @admin.action(description="Forget finished messages, so that their ids are free", permissions=["forget"])
     def forget(self, request: Any, messages_: Any) -> None:
         """Empty the rows of finished messages."""
 
-        def forget(row: Row) -> str | None:
-            if row.status != "done":
-                return "it waits or runs; see `manage.py idempotent forget --force`"
-            return None if queue_log().store.forget(row) else "somebody else has changed it meanwhile"
+        def forget(row: Row) -> None:
+            if (reason := unfinished(row)) is not None:
+                raise RefusedError(
+                    row.key.message_id,
+                    row.key.task_name,
+                    f"{reason}; see `manage.py idempotent forget --force`",
+                )
+            queue_log().forget(row)
 
         self._each(request, messages_, forget, "forgotten")
 
-    def _each(self, request: Any, chosen: Any, change: Callable[[Row], str | None], done: str) -> int:
+    def _each(self, request: Any, chosen: Any, change: Callable[[Row], object], done: str) -> int:
         """Change each message and inform the user; return how many changed."""
         count = 0
         try:
             for message in chosen:
-                row = queue_log().store.find(_key_of(message))
-                reason = "it is gone" if row is None else change(row)
-                if reason is None:
-                    count += 1
-                    self.log_change(request, message, [{"changed": {"name": done, "object": str(message)}}])
-                else:
-                    self.message_user(request, f"{message} was not {done}: {reason}.", messages.WARNING)
+                row = _row_of(message)
+                try:
+                    change(row or _gone(message))
+                except RefusedError as error:
+                    self.message_user(request, f"{message} was not {done}: {error.reason}.", messages.WARNING)
+                    continue
+                count += 1
+                self.log_change(request, message, [{"changed": {"name": done, "object": str(message)}}])
         except IdempotentError as error:
             self.message_user(request, str(error), messages.ERROR)
         if count:
@@ -148,11 +147,14 @@ class MessageAdmin(admin.ModelAdmin):
         return count
 
 
-def _key_of(message: Message) -> MessageKey:
-    return MessageKey(message.message_id, message.task_name)
+def _row_of(message: Message) -> Row | None:
+    return queue_log().find_id(message.task_name, message.message_id)
+
+
+def _gone(message: Message) -> NoReturn:
+    raise RefusedError(message.message_id, message.task_name, "it is gone")
 
 
 def _contents(message: Message) -> dict[str, Any]:
-    log = queue_log()
-    row = log.store.find(_key_of(message))
+    log, row = queue_log(), _row_of(message)
     return {} if row is None else contents_of(log.app, row, log.settings.redact)

@@ -27,7 +27,6 @@ from celery_idempotent.core.records import (
     Status,
     TaskCount,
 )
-from celery_idempotent.core.storable import is_text
 from celery_idempotent.errors import IdempotentError, StoreError, StoreUnavailableError
 from celery_idempotent.queue_log import QueueLog
 
@@ -196,10 +195,7 @@ class Snapshot:
         """
 
         def search() -> list[Row]:
-            store = self.store()
-            if store is None or not is_text(pattern):  # the store cannot have kept such an id
-                return []
-            return legible(store.rows(RowFilter(message_id=pattern, limit=limit)))
+            return [] if self.store() is None else legible(self.queue_log.rows(message_id=pattern, limit=limit))
 
         found = self._found.pop(pattern, None) or _Kept(lambda: self._searches.ask(search, within=None), _good_for)
         self._found[pattern] = found

@@ -14,7 +14,6 @@ from celery.utils.log import get_logger
 from flower.api import BaseApiHandler
 from flower.utils import strtobool
 from flower.views import BaseHandler, monitor
-from kombu.exceptions import OperationalError
 from prometheus_client import generate_latest
 from tornado.web import authenticated
 
@@ -23,12 +22,10 @@ from celery_idempotent.contrib.flower.duplicates import latest_duplicates
 from celery_idempotent.contrib.flower.metrics import Series
 from celery_idempotent.contrib.flower.snapshot import LISTED, Snapshot, legible
 from celery_idempotent.contrib.flower.times import ago, span
-from celery_idempotent.core.records import FORGOTTEN, MessageKey, ProcessedStatus, Row, Status
-from celery_idempotent.core.storable import is_text
-from celery_idempotent.errors import IdempotentError
-from celery_idempotent.maintenance.requeue import NotRequeued, obstacle, requeue
+from celery_idempotent.core.records import MessageKey, ProcessedStatus, Row, Status
+from celery_idempotent.errors import IdempotentError, RefusedError
+from celery_idempotent.maintenance.requeue import obstacle
 from celery_idempotent.message.canvas_ids import is_guarded
-from celery_idempotent.producer.relay import relay
 
 __all__ = ["MessageView", "Metrics", "QueueLogView", "Requeue"]
 
@@ -100,7 +97,7 @@ class _Page(BaseHandler):  # type: ignore[misc]
         return str(self.reverse_url("task", task_id))
 
     def _requeueable(self, row: Row) -> bool:
-        return obstacle(row) is None and row.error != FORGOTTEN
+        return obstacle(row) is None
 
 
 class QueueLogView(_Page):
@@ -185,14 +182,16 @@ class Requeue(BaseApiHandler):  # type: ignore[misc]
         key = MessageKey(self._given("message_id"), self._given("task_name"))
         try:
             answer = await self.snapshot.ask(lambda: _requeue(self.snapshot, key), within=_REQUEUE_WITHIN)
+        except RefusedError as error:
+            self.snapshot.changed(key)
+            self._refuse(HTTPStatus.CONFLICT, f"Not requeued: {error.reason}")
+            return
         except IdempotentError as error:
             self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, f"{error}; check whether it was requeued")
             return
         self.snapshot.changed(key)
         if answer is None:
             self._refuse(HTTPStatus.NOT_FOUND, f"No message {key.message_id!r} of task {key.task_name}")
-        elif isinstance(answer, NotRequeued):
-            self._refuse(HTTPStatus.CONFLICT, f"Not requeued: {answer.reason}")
         else:
             logger.info("%s was requeued from Flower by %s", key, self._who())
             self.write(answer)
@@ -239,40 +238,34 @@ def _search(snapshot: Snapshot, wanted: str) -> list[Row]:
 
 
 def _find(snapshot: Snapshot, key: MessageKey) -> Row | None:
-    store = snapshot.store()
-    if store is None or not (
-        is_text(key.message_id) and is_text(key.task_name)
-    ):  # the store cannot have kept such an id
-        return None
-    row = store.find(key)
+    row = _found(snapshot, key)
     return None if row is None else legible([row])[0]
+
+
+def _found(snapshot: Snapshot, key: MessageKey) -> Row | None:
+    return None if snapshot.store() is None else snapshot.queue_log.find_id(key.task_name, key.message_id)
 
 
 def _is_pattern(wanted: str) -> bool:
     return "*" in wanted or "?" in wanted
 
 
-def _requeue(snapshot: Snapshot, key: MessageKey) -> dict[str, Any] | NotRequeued | None:
-    """Requeue a message; return a JSON object if it waits again, the reason if not, and ``None`` if there is no such message."""
-    queue_log, row = snapshot.queue_log, _find(snapshot, key)
+def _requeue(snapshot: Snapshot, key: MessageKey) -> dict[str, Any] | None:
+    """Requeue a message; return a JSON object, or ``None`` if there is no such message.
+
+    Raises:
+        RefusedError: It cannot be requeued.
+    """
+    row = _found(snapshot, key)
     if row is None:
         return None
-    if row.error == FORGOTTEN and obstacle(row) is None:
-        return NotRequeued(key, "it was forgotten")
-    done = requeue(queue_log, row)
-    if isinstance(done, NotRequeued):
-        return done
-    said = {"message_id": key.message_id, "task_name": key.task_name, "task_id": done.task_id}
-    try:
-        relay(queue_log)
-    except (IdempotentError, OperationalError):
-        return {**said, "message": "It waits again. The broker does not have it yet; a worker will publish it."}
-    renamed = (
-        f" Its task id is now {done.task_id}, because workers remember the old one as discarded."
-        if done.renamed
-        else ""
-    )
-    return {**said, "message": f"It waits again.{renamed}"}
+    done = snapshot.queue_log.requeue(row)
+    text = "It waits again."
+    if not done.published:
+        text += " The broker does not have it yet; a worker will publish it."
+    elif done.renamed:
+        text += f" Its task id is now {done.task_id}, because workers remember the old one as discarded."
+    return {"message_id": key.message_id, "task_name": key.task_name, "task_id": done.task_id, "message": text}
 
 
 # -- what is shown -------------------------------------------------------------------------------------------------------

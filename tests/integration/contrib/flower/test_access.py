@@ -79,7 +79,8 @@ def test_a_refused_requeue_changes_nothing_and_says_why(flower: FlowerProcess, s
 
     assert succeeded.status == 409
     assert succeeded.text.startswith("Not requeued: it succeeded;")
-    assert requeue(flower, forgotten, credentials=OPERATOR) == (409, "Not requeued: it was forgotten")
+    said = "Not requeued: it was forgotten, and its arguments are gone; send it again by a call"
+    assert requeue(flower, forgotten, credentials=OPERATOR) == (409, said)
     assert requeue(flower, "nobody's", credentials=OPERATOR) == (404, 'No message "nobody\'s" of task fail')
     assert requeue(flower, "", task="", credentials=OPERATOR).status == 404
 
