@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -16,7 +15,7 @@ from celery.bin.celery import celery as celery_command
 from celery_idempotent import QueueLog, SQLStore
 from celery_idempotent.core.records import Claimed, MessageKey, NewMessage
 from celery_idempotent.message.serialization import encode_message, encode_result
-from tests.support.cli import IMPORTED, PROJECT, Run, RunCelery, popen_arguments
+from tests.support.cli import IMPORTED, PROJECT, Run, RunCelery, run_celery_once
 from tests.support.shared_workers import SharedWorker
 
 __all__ = ["Command"]
@@ -81,14 +80,7 @@ def celery(project: Path) -> RunCelery:
     """Run ``celery -A proj ...``."""
 
     def run(*arguments: str, app: str | None = "proj", store: str = "sqlite:///filled.db", **environment: str) -> Run:
-        return subprocess.run(
-            **popen_arguments(project, *arguments, app=app, store=store, **environment),
-            capture_output=True,
-            text=True,
-            encoding="utf-8",
-            timeout=100,
-            check=False,
-        )
+        return run_celery_once(project, *arguments, app=app, store=store, **environment)
 
     return run
 

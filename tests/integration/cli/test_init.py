@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from celery_idempotent import SQLStore
 from tests.integration.cli.test_asking import at_a_terminal
 from tests.support.apps.newer import CHANGES, newer
-from tests.support.cli import PROJECT, popen_arguments
+from tests.support.cli import PROJECT, run_celery_once
 from tests.support.worker import ROOT
 
 WRITTEN = Path(__file__).parents[1] / "stores" / "sql" / "versions"
@@ -64,8 +64,7 @@ def init(project: Path) -> Init:
     """Run ``init`` without a terminal."""
 
     def init(*arguments: str, store: str = "sqlite:///log.db") -> subprocess.CompletedProcess[str]:
-        given = popen_arguments(project, "idempotent", "init", *arguments, app="proj", store=store)
-        return subprocess.run(**given, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        return run_celery_once(project, "idempotent", "init", *arguments, app="proj", store=store)
 
     return init
 
