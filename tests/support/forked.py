@@ -15,7 +15,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ForkedProcess"]
+__all__ = ["ForkedProcess", "environment_is_as_at_first"]
 
 #: What workers and producers of the tests import. One that is missing costs its time in each process, and nothing else.
 _PRELOADED = (
@@ -35,8 +35,22 @@ _PRELOADED = (
     "tests.support.kill_points",
 )
 
+
+def _environment() -> dict[str, str]:
+    # Nothing is imported otherwise because of these.
+    return {name: value for name, value in os.environ.items() if not name.startswith(("CELERY_", "PYTEST_"))}
+
+
+#: The environment in which everything is imported.
+_AT_FIRST = _environment()
+
 _CONTEXT = get_context("forkserver")
 _CONTEXT.set_forkserver_preload(list(_PRELOADED))
+
+
+def environment_is_as_at_first() -> bool:
+    """Return whether a program would import the same now: prometheus_client, for one, looks into the environment as it is imported."""
+    return _environment() == _AT_FIRST
 
 
 class ForkedProcess:

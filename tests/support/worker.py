@@ -14,7 +14,7 @@ from uuid import uuid4
 import psutil
 
 from tests.support.apps.spec import AppSpec
-from tests.support.forked import ForkedProcess
+from tests.support.forked import ForkedProcess, environment_is_as_at_first
 from tests.support.processes import Process, kill_tree, process_tree, signal_all
 from tests.support.waiting import TIMEOUT, wait_until
 
@@ -76,7 +76,10 @@ class WorkerProcess:
             **environment,
         }
         self._is_forked = (
-            app == APP and set(environment) == {AppSpec.VARIABLE} and pool in ("prefork", "threads", "solo")
+            app == APP
+            and set(environment) == {AppSpec.VARIABLE}
+            and environment_is_as_at_first()
+            and pool in ("prefork", "threads", "solo")
         )
         self._command = [
             *("celery", "-A", app, "worker"),
