@@ -8,6 +8,7 @@ Use :class:`PersistentScheduler` in place of Celery's own::
 ``celery_idempotent.contrib.django.beat.DatabaseScheduler`` and ``celery_idempotent.contrib.redbeat.RedBeatScheduler``.
 """
 
+from celery_idempotent.beat.due import CalendarTick, Tick
 from celery_idempotent.beat.scheduler import IdempotentScheduler, PersistentScheduler
 
-__all__ = ["IdempotentScheduler", "PersistentScheduler"]
+__all__ = ["CalendarTick", "IdempotentScheduler", "PersistentScheduler", "Tick"]

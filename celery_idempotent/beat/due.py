@@ -26,6 +26,9 @@ __all__ = ["CalendarTick", "IntervalTick", "Last", "SolarTick", "Tick", "latest_
 #: The part of an interval that must lie between two ticks. The rest is for clocks and timers that are not exact.
 _TOLERATED = 0.9
 
+#: Seconds for which a tick that comes too early waits at most, and the part of its interval.
+_LONGEST_WAIT, _WORTH_WAITING = 1.0, 0.2
+
 #: The least time between two solar events of one kind.
 _HALF_A_DAY = timedelta(hours=12)
 
@@ -74,6 +77,10 @@ class Tick(ABC):
     def is_new(self, last: Last) -> bool:
         """Return whether this is another tick than the last one of its name."""
 
+    def new_in(self, last: Last) -> float | None:  # noqa: ARG002 - for intervals
+        """Return the seconds after which it is, if that is so soon that it is worth waiting for; ``None`` if not."""
+        return None
+
 
 @dataclass(frozen=True, slots=True)
 class CalendarTick(Tick):
@@ -103,6 +110,12 @@ class IntervalTick(Tick):
         # The entry may have got a shorter interval, or the clock may have been set back.
         passed = (last.now - last.sent).total_seconds()
         return self.keep is None or passed >= self.keep or passed < 0
+
+    def new_in(self, last: Last) -> float | None:
+        # A beat counts from before its last publication, and the log from after it. If that took more than a tenth of the interval, every
+        # other tick would come too early.
+        left = (self.keep or 0.0) - (last.now - last.sent).total_seconds()
+        return left if left <= min(_WORTH_WAITING * (self.keep or 0.0), _LONGEST_WAIT) else None
 
 
 @dataclass(frozen=True, slots=True)

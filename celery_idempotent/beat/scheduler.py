@@ -33,6 +33,9 @@ logger = logging.getLogger("celery_idempotent")
 #: Seconds after which a beat asks again a store that does not answer, or tries again to send a tick.
 _SOON = 1.0
 
+#: Seconds that are added to a wait, as Celery takes 0.01 off.
+_A_LITTLE = 0.02
+
 #: Seconds between two lines in the log about the same outage.
 _COMPLAIN_EVERY = 30.0
 
@@ -117,10 +120,13 @@ class IdempotentScheduler(Scheduler):  # type: ignore[misc]
         if not state[0] or not self._is_guarded(entry):
             return state
         try:
-            self._asked[entry.name] = self._take(entry)
+            answer = self._take(entry)
         except (StoreError, SchedulingError) as error:
             self._complain("beat's entry %r is due and waits: %s", entry.name, error)
             return schedstate(is_due=False, next=_SOON)
+        if isinstance(answer, SentBefore) and answer.new_in is not None:
+            return schedstate(is_due=False, next=answer.new_in + _A_LITTLE)
+        self._asked[entry.name] = answer
         return state
 
     def apply_async(

@@ -98,9 +98,15 @@ class TakenTick:
 
 @dataclass(frozen=True, slots=True)
 class SentBefore:
-    """The tick was sent before, or another beat is sending it."""
+    """The tick was sent before, or another beat is sending it.
+
+    Attributes:
+        row: The row of that tick.
+        new_in: Seconds after which it is another tick, if that is soon: the message before took long to publish.
+    """
 
     row: Row
+    new_in: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +157,10 @@ class TickLog:
             row = answer.row
             if row.status is not Status.DONE:
                 return Lapsed(row) if row.lease_left <= 0 else self._counted(row)
-            if not tick.is_new(self._last(row)):
-                return self._counted(row)
+            last = self._last(row)
+            if not tick.is_new(last):
+                new_in = tick.new_in(last)
+                return self._counted(row) if new_in is None else SentBefore(row, new_in)
             self._store.forget(row)  # if another beat was first, the next round finds what it made
         raise StoreUnavailableError(f"{key} could not be taken: its row kept changing")
 

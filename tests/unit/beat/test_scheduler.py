@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -269,6 +270,16 @@ def test_a_shorter_interval_counts_at_once(world: World) -> None:
     assert len(sent(world)) == 1
     run(world, start(world, {"schedule": 10.0}), seconds=45)
     assert len(sent(world)) == 5
+
+
+def test_a_slow_broker_does_not_halve_the_ticks(world: World) -> None:
+    """Beat counts from before a publication: the next tick comes less than nine tenths of the interval after it."""
+    world.after = lambda: world.advance(0.3)
+    run(world, start(world, {"schedule": 2.0}), seconds=40)
+    moments = world.sent("entry")
+    gaps = [(later - earlier).total_seconds() for earlier, later in pairwise(moments)]
+    assert len(moments) >= 16
+    assert min(gaps) >= 1.8
 
 
 def test_an_entry_that_is_gone_sends_no_more(world: World) -> None:
