@@ -183,17 +183,18 @@ class RowSteps(Steps):
             return run.queue_log.store.keep_steps(run.held_claim, steps=packed)
 
         packed = pack_steps(steps.values())
-        run.limits.put_off(lambda: self._written(lambda: keeping.write(packed, write)))
-        if keeping.refused:
-            logger.error(
-                "%s: step %r is not kept, and would be called again by a rerun: let it return less", run, step.name
-            )
-        else:
-            self._known = steps
 
-    def _written(self, write: Callable[[], bool]) -> None:
-        if not self._run.write_end("keep a step of", write):
-            self._lose()
+        def keep() -> None:
+            if not run.write_end("keep a step of", lambda: keeping.write(packed, write)):
+                self._lose()
+            if keeping.refused:
+                logger.error(
+                    "%s: step %r is not kept, and would be called again by a rerun: let it return less", run, step.name
+                )
+            else:
+                self._known = steps
+
+        run.limits.put_off(keep)
 
     # -- the row -------------------------------------------------------------------------------------------------------
 

@@ -64,7 +64,7 @@ add_module_names = False
 # Other people's names, and our own that are told in words: the site is built without a network, so nobody else's index is there.
 nitpick_ignore_regex = [
     (r"py:.*", r"(?!celery_idempotent).*"),
-    (r"py:class", r"celery_idempotent\.(message\.ids\.ByArguments|settings\.Settings)"),
+    (r"py:class", r"celery_idempotent\.(message\.ids\.ByArguments|settings\.Settings|worker\.step_calls\.[PT])"),
 ]
 
 # -- looks ---------------------------------------------------------------------------------------------------------------

@@ -147,6 +147,16 @@ def with_the_messages_key(self: Any, order_id: str) -> None:
     bank(known_as())
 
 
+@task()
+def a_step_without_a_key(self: Any, order_id: str) -> None:
+    self.step("charge", bank)
+
+
+@task()
+def a_step_with_its_key(self: Any, order_id: str) -> None:
+    self.step("charge", bank, self.step_key("charge"))
+
+
 @app.task(base=IdempotentTask, shared=False)
 def notify(order_id: str) -> None:
     bank(known_as())
@@ -232,6 +242,7 @@ PAIRS = [
     (two_commits, one_commit),
     (without_a_key, with_a_key),
     (with_a_random_key, with_the_messages_key),
+    (a_step_without_a_key, a_step_with_its_key),
     (calls_under_a_random_id, calls_under_the_same_id),
     (reads_then_writes, reads_and_writes),
     (appends, replaces),

@@ -41,7 +41,7 @@ def test_it_finds_tasks_that_are_broken_and_passes_their_mended_twins(
             assert wrong(queue_log, task) == []
         """,
     )
-    assert "22 passed" in printed
+    assert "24 passed" in printed
 
 
 def test_the_points_and_what_follows(run_tests: RunTests) -> None:

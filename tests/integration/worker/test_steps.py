@@ -9,8 +9,10 @@ from celery_idempotent.core.records import Claim, ProcessedStatus, Status
 from tests.support.apps.stepping import POINTS
 from tests.support.deployment import unique
 from tests.support.provider import Provider
-from tests.support.shared_workers import SharedWorker
+from tests.support.servers import skip_if_not_installed
+from tests.support.shared_workers import SharedWorker, open_shared_worker
 from tests.support.waiting import TIMEOUT, wait_until
+from tests.support.worker import Pool
 
 LINES = [f"line {number}" for number in range(5)]
 DEATHS = [f"{point} {number}" for number in range(5) for point in POINTS]
@@ -91,3 +93,18 @@ def test_an_owner_that_lost_its_claim_takes_no_other_step(shared_worker: SharedW
 def test_a_soft_limit_strikes_in_a_step(shared_worker: SharedWorker) -> None:
     directory = shared_worker.path("provider")
     assert shared_worker.send("steps.limited", directory, message_id=unique()).get(timeout=TIMEOUT) == "limited"
+
+
+@pytest.mark.parametrize("pool", ["threads", "gevent"])
+def test_steps_in_other_pools(tmp_path_factory: pytest.TempPathFactory, pool: Pool) -> None:
+    """Bodies that run at once, in threads or greenlets of one process, take steps of their own."""
+    tasks = ("tests.support.apps.generic", "tests.support.apps.stepping")
+    directory = tmp_path_factory.mktemp(pool)
+    with skip_if_not_installed(), open_shared_worker(directory, tasks, pool=pool) as worker:
+        directories = [worker.path("provider") for _ in range(6)]
+        results = [worker.send("steps.five", path, "never", message_id=unique()) for path in directories]
+        results += [worker.send("steps.retried", path, message_id=unique()) for path in directories]
+        for path, five, retried in zip(directories, results, results[6:], strict=False):
+            charges = [*five.get(timeout=TIMEOUT), retried.get(timeout=TIMEOUT)]
+            assert charges == Provider(path).charges()
+            assert sorted(Provider(path).requests()) == [*LINES, "retried"]

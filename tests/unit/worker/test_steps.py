@@ -11,6 +11,7 @@ from uuid import UUID, uuid4
 
 import pytest
 from celery import Celery
+from celery.exceptions import SoftTimeLimitExceeded
 from kombu.exceptions import EncodeError
 
 from celery_idempotent import (
@@ -24,7 +25,10 @@ from celery_idempotent import (
 from celery_idempotent.core.records import Claim, MessageKey, ProcessedStatus, Row, Status
 from celery_idempotent.errors import StoreError
 from celery_idempotent.maintenance.requeue import Requeued, requeue
+from celery_idempotent.message.kept_steps import unpack_steps
 from celery_idempotent.worker.lease_renewal import LeaseRenewer
+from celery_idempotent.worker.run import Run
+from celery_idempotent.worker.time_limits import TimeLimits
 from tests.support.apps import close_app
 
 NAME = "shop.charge"
@@ -653,6 +657,29 @@ def test_a_step_that_the_store_refuses_is_left_out(
     assert "step 'large' is not kept" in caplog.text
 
 
+def test_a_step_after_which_the_soft_limit_strikes_is_kept(
+    app: Celery, provider: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The body may catch the limit and go on: the next step keeps both, and the same one once more is given back."""
+
+    def put_off(_: TimeLimits, do: Callable[[], Any]) -> Any:
+        do()
+        raise SoftTimeLimitExceeded
+
+    def body(self: IdempotentTask) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(TimeLimits, "put_off", put_off)
+            with pytest.raises(SoftTimeLimitExceeded):
+                self.step("a", provider.charge)
+        assert self.step("a", provider.charge) == {"charge": 1}
+        self.step("b", provider.charge)
+        raise ValueError("wrong")
+
+    task(app, body).apply(message_id="m")
+    assert [step.name for step in unpack_steps(row(app).steps)] == ["a", "b"]
+    assert len(provider.asked) == 2
+
+
 def test_a_row_that_the_store_forgot_is_recorded_again_with_all_steps(app: Celery, provider: Provider) -> None:
     def body(self: IdempotentTask) -> Any:
         self.step("a", provider.charge)
@@ -692,6 +719,27 @@ def test_a_content_type_that_is_not_accepted_is_an_error(app: Celery, provider: 
     assert len(provider.asked) == 1
 
 
+def test_a_worker_waits_for_the_store(app: Celery, provider: Provider, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading and writing, and what was called is called once. An eager run does not wait, so let this one be none."""
+    monkeypatch.setattr(Run, "waits", True)
+    store = QueueLog.of(app).store
+
+    def body(self: IdempotentTask) -> Any:
+        away = [StoreUnavailableError("away")] * 2
+        for verb in ("find", "keep_steps"):
+            failing[verb] = Failing(getattr(store, verb), list(away))
+            monkeypatch.setattr(store, verb, failing[verb])
+        self.step("a", provider.charge)
+        self.step("b", provider.charge)
+        if not self.request.retries:
+            raise self.retry(countdown=0)
+
+    failing: dict[str, Failing] = {}
+    run(task(app, body)).get()
+    assert failing["find"].errors == []
+    assert len(provider.asked) == 2
+
+
 # -- atomic bodies -----------------------------------------------------------------------------------------------------------
 
 
@@ -702,6 +750,18 @@ def test_in_an_atomic_body_nothing_is_written_for_a_step(app: Celery, provider: 
     charge = task(app, body, atomic=True)
     assert charge.apply(message_id="m").get() == {"charge": 1}
     assert "keep_steps" not in asked
+
+
+def test_a_step_of_an_atomic_body_calls_nothing_after_its_claim_is_lost(app: Celery, provider: Provider) -> None:
+    """As far as its renewal knows: while its transaction is open, it does not ask."""
+
+    def body(self: IdempotentTask) -> None:
+        LeaseRenewer.of(app.queue_log).let_go(Claim(row(app).key, 1))
+        self.step("charge", provider.charge)
+
+    task(app, body, atomic=True).apply(message_id="m")
+    assert provider.asked == []
+    assert row(app).status is Status.PROCESSING
 
 
 def test_a_step_of_an_atomic_body_is_undone_with_its_transaction(app: Celery, provider: Provider) -> None:

@@ -54,6 +54,22 @@ class TestInAChild:
         limit = given()
         assert limit.without(lambda: (limit.within(lambda: "body"), strike())) == ("body", "not struck")
 
+    def test_it_waits_for_what_the_body_puts_it_off_for(self) -> None:
+        limit, done = given(), []
+
+        def body() -> None:
+            with pytest.raises(SoftTimeLimitExceeded):
+                limit.put_off(lambda: done.append(strike()))
+            limit.put_off(lambda: done.append("not struck again"))
+
+        limit.without(lambda: limit.within(body))
+        assert done == ["not struck", "not struck again"]
+
+    def test_it_strikes_the_body_after_what_it_was_put_off_for(self) -> None:
+        limit = given()
+        with pytest.raises(SoftTimeLimitExceeded):
+            limit.without(lambda: limit.within(lambda: (limit.put_off(lambda: "kept"), strike())))
+
     def test_another_run_of_the_body_is_struck_by_what_was_put_off(self) -> None:
         limit = given()
         with pytest.raises(SoftTimeLimitExceeded):
