@@ -67,7 +67,7 @@ coverage: .venv/installed  ## what unit tests, the contract and a part of tests/
 	@$(COVERAGE) html --quiet
 	@$(COVERAGE) report
 
-# Not more of them at once: see KILL_PLACES in tests/support/kill_points.py.
+# No more than three at once: see KILL_PLACES in tests/support/kill_points.py.
 test-kills: .venv/installed  ## kill at every step on every store with every broker, of which `make test` has a part; ten minutes
 	@CELERY_IDEMPOTENT_TEST_KILLS=all $(DEV)/python -m tests.support.servers $(DEV)/python -m pytest -n 3 \
 		tests/integration/worker/atomic/test_kills.py tests/integration/producer/outbox/test_kills.py $(ARGS)

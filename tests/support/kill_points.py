@@ -1,13 +1,14 @@
 """The steps of a process, and its death at one of them.
 
 A step is whatever the main thread says to a database or a broker, once before and once after: a statement, a commit, a Redis command, an
-AMQP method; and an acknowledgement. They are found by instrumentation, so that none is forgotten: a test has a process killed at the
-first, another one at the second, and so on, until one comes to its end.
+AMQP method; and an acknowledgement. Greetings, which change nothing, are none. Steps are found by instrumentation, so that none is
+forgotten: a test has a process killed at the first, another one at the second, and so on, until one comes to its end.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -32,6 +33,11 @@ KILL_PLACES = (
 
 #: What the AMQP methods of a producer and a consumer are called.
 _AMQP = {(60, 40): "publish", (60, 80): "ack", (60, 90): "reject"}
+
+#: How a connection begins: nothing is changed by it, so who dies there leaves what it leaves before the command that follows. AMQP's classes 10
+#: and 20 open and close connections and channels.
+_GREETINGS = {"HELLO", "CLIENT", "PING", "AUTH", "SELECT"}
+_OF_CONNECTIONS = {10, 20}
 
 #: Takes the quotes from a statement of Django's.
 _UNQUOTED = str.maketrans("", "", '`"')
@@ -78,6 +84,18 @@ class KillPoints:
             file.write(f"{self._last} {what}\n")
 
 
+def _redis_step(command: object) -> str | None:
+    """Return a Redis command's step, by its name or that of the first of several; ``None`` if it is none."""
+    found = re.search(r"\\r\\n([A-Za-z]+)", str(command))
+    name = "command" if found is None else found[1].upper()
+    return None if name in _GREETINGS else f"Redis {name}"
+
+
+def _amqp_step(method: tuple[int, int]) -> str | None:
+    """Return an AMQP method's step; ``None`` if it is none."""
+    return None if method[0] in _OF_CONNECTIONS else f"AMQP {_AMQP.get(method, method)}"
+
+
 def _instrument(step: KillPoints) -> None:
     import sqlalchemy as sa
     from amqp.abstract_channel import AbstractChannel
@@ -93,11 +111,13 @@ def _instrument(step: KillPoints) -> None:
     def after(connection: object, cursor: object, statement: str, *_: object) -> None:
         step(f"after {statement[:60]}")
 
-    def around(owner: Any, name: str, says: Callable[..., str]) -> None:
+    def around(owner: Any, name: str, says: Callable[..., str | None]) -> None:
         plain = getattr(owner, name)
 
         def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
             what = says(*args)
+            if what is None:
+                return plain(self, *args, **kwargs)
             step(f"before {what}")
             answer = plain(self, *args, **kwargs)
             step(f"after {what}")
@@ -112,8 +132,8 @@ def _instrument(step: KillPoints) -> None:
         around(CursorWrapper, "execute", lambda sql, *_: str(sql).translate(_UNQUOTED)[:60])
         around(BaseDatabaseWrapper, "commit", lambda *_: "COMMIT")
     around(DefaultDialect, "do_commit", lambda *_: "COMMIT")
-    around(AbstractConnection, "send_packed_command", lambda command, *_: f"Redis {str(command)[:60]}")
-    around(AbstractChannel, "send_method", lambda method, *_: f"AMQP {_AMQP.get(method, method)}")
+    around(AbstractConnection, "send_packed_command", lambda command, *_: _redis_step(command))
+    around(AbstractChannel, "send_method", lambda method, *_: _amqp_step(method))
     around(Message, "ack", lambda *_: "the acknowledgement")
 
 
