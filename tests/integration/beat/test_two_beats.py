@@ -60,8 +60,12 @@ class Beat:
 
     def __init__(self, spec: BeatSpec, file: Path) -> None:
         self.file, self.log = file, file.with_suffix(".log")
-        self.environment = {**os.environ, "PYTHONPATH": str(ROOT), **spec.environment()}
+        self.environment = self.environment_of(spec)
         self.start()
+
+    @staticmethod
+    def environment_of(spec: BeatSpec) -> dict[str, str]:
+        return {**os.environ, "PYTHONPATH": str(ROOT), **spec.environment()}
 
     def start(self) -> None:
         command = [sys.executable, "-m", "celery", "-A", "tests.support.apps.beating", "beat", "--loglevel=INFO"]
@@ -122,7 +126,7 @@ def test_two_beats_send_one_message_for_each_tick(spec: BeatSpec, tmp_path: Path
     files = [tmp_path / "first", tmp_path / "second"]
     subprocess.run(
         [sys.executable, "-m", "tests.support.apps.beating", "1200", *map(str, files)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), **spec.environment()},
+        env=Beat.environment_of(spec),
         check=True,
         timeout=60,
     )

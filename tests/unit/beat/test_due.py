@@ -140,6 +140,12 @@ def test_two_calculations_of_a_sunset_are_one_tick(app: Celery) -> None:
         assert not any(tick.is_new(seen) for tick in ticks)
 
 
+@pytest.mark.parametrize(("apart", "new"), [(0.5, False), (3600, False), (-3600, False), (13 * 3600, True)])
+def test_solar_events_are_told_apart_by_half_a_day(apart: float, new: bool) -> None:
+    tick = SolarTick("nightly", (NOON + timedelta(seconds=apart)).isoformat(), None)
+    assert tick.is_new(Last(sent=NOON + hours(1), now=NOON + hours(14), at=NOON.isoformat())) is new
+
+
 def test_each_sunset_is_a_tick(app: Celery) -> None:
     sunset = solar("sunset", 52.5, 13.4)
     before: Last | None = None
@@ -188,6 +194,19 @@ def test_a_schedule_of_another_class_has_the_same_ticks(app: Celery, ago: float)
     now = NOON + timedelta(minutes=7, seconds=3)
     tick = due(app, Every(timedelta(minutes=5)), now, now - timedelta(minutes=3, seconds=ago))
     assert tick.name == "nightly:2026-11-30T12:05:00+00:00"
+
+
+def test_a_clock_that_goes_on_meanwhile_changes_no_due_time(app: Celery) -> None:
+    """What a schedule says remains is counted from its own clock, at another moment than the beat's."""
+    clock = iter(NOON + timedelta(minutes=7, seconds=0.7 * number) for number in range(1000))
+    entry = ScheduleEntry(
+        name="nightly",
+        task="t",
+        schedule=Every(timedelta(minutes=5), nowfun=lambda: next(clock)),
+        app=app,
+        last_run_at=NOON - hours(3),
+    )
+    assert {tick_of(entry, retention=WEEK).name for _ in range(5)} == {"nightly:2026-11-30T12:05:00+00:00"}
 
 
 def test_the_latest_of_many_is_found_in_few_steps() -> None:

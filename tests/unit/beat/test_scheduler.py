@@ -245,6 +245,14 @@ def test_a_duplicate_is_counted_and_told(world: World, caplog: pytest.LogCapture
     assert "is not sent: celery.beat[beat:shop:entry:2026-11-30T03:00] was taken by" in caplog.text
 
 
+def test_a_monthly_tick_is_kept_until_the_next(world: World) -> None:
+    """Else a beat that starts from an old file would send it again once it is purged, a week later."""
+    run(world, start(world, {"schedule": crontab(minute=0, hour=3, day_of_month=30)}), seconds=35)
+    (row,) = ticks(world)
+    assert row.expires_at is not None
+    assert row.expires_at - world.now > timedelta(days=30)
+
+
 def test_an_id_of_the_entrys_own_is_kept(world: World) -> None:
     entry = {"task": "guarded", "options": {"message_id": "nightly"}}
     run(world, start(world, entry), start(world, entry), seconds=160)
@@ -378,3 +386,17 @@ def test_the_schedule_of_another_library_is_a_calendar(world: World) -> None:
         "02:59:45+00:00",
         "03:00:00+00:00",
     ]
+
+
+def test_a_direct_call_moves_the_entry_on(world: World) -> None:
+    """As RedBeat makes it, for one beat and for the other, which finds the tick taken."""
+    for sends in (True, False):
+        beat = start(world, {})
+        entry = beat.schedule["entry"]
+        assert (beat.apply_async(entry) is not None) is sends
+        assert beat.schedule["entry"].total_run_count == entry.total_run_count + 1
+
+
+def test_beat_wakes_up_to_look_for_ticks_that_were_left(world: World) -> None:
+    beat = start(world, {"schedule": 3600.0})
+    assert 0 < beat.tick() <= beat.look_every
