@@ -117,13 +117,13 @@ class MessageAdmin(admin.ModelAdmin):
         """Empty the rows of finished messages."""
 
         def forget(row: Row) -> None:
-            if (reason := unfinished(row)) is not None:
-                raise RefusedError(
-                    row.key.message_id,
-                    row.key.task_name,
-                    f"{reason}; see `manage.py idempotent forget --force`",
-                )
-            queue_log().forget(row)
+            reason = unfinished(row)
+            if reason is not None:
+                reason += "; see `manage.py idempotent forget --force`"
+            elif not queue_log().forget(row):
+                reason = "it was forgotten before"
+            if reason is not None:
+                raise RefusedError(row.key.message_id, row.key.task_name, reason)
 
         self._each(request, messages_, forget, "forgotten")
 

@@ -133,3 +133,11 @@ class AdminTest(TestCase):
         self.sign_in("forget_message")
         self.assertContains(self.post("forget"), "3 forgotten.")
         self.assertEqual(set(Message.objects.values_list("error", flat=True)), {"forgotten"})
+        self.assertContains(self.post("forget"), "it was forgotten before")
+
+    def test_a_message_that_waits_is_neither_requeued_nor_forgotten(self):
+        self.sign_in("requeue_message", "forget_message")
+        charge.delay("o-2")
+        self.assertContains(self.post("requeue"), "[charge:o-2] was not requeued: it already waits")
+        self.assertContains(self.post("forget"), "[charge:o-2] was not forgotten: it waits to run; see")
+        self.assertEqual(Message.objects.get(message_id="charge:o-2").status, "pending")
