@@ -205,7 +205,12 @@ class CallSignature:
         """
         if only:
             names = self._flat(self._counted(args, kwargs))
-            values = {path.text: self._value_at(path, names, option) for path in only}
+            values = {
+                path.text: names[path.text]
+                if len(path.steps) == 1 and path.text in names
+                else self._value_at(path, names, option)
+                for path in only
+            }
             arguments = {text: value for text, value in values.items() if value is not ABSENT}
         else:
             arguments = self._counted(args, kwargs)

@@ -41,10 +41,16 @@ class Path:
     Attributes:
         steps: The argument's name, then the keys, attributes and indexes that lead to the part.
         optional: Whether a call may lack the part.
+        text: The path without its mark; one text for all ways to write it.
     """
 
     steps: tuple[str, ...]
     optional: bool = False
+    text: str = dataclasses.field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Write the path once, not at each call."""
+        object.__setattr__(self, "text", place(self.steps))
 
     @classmethod
     def parse(cls, text: object) -> Path:
@@ -61,11 +67,6 @@ class Path:
             )
         steps = (dotted or bracketed for dotted, bracketed in _STEP.findall(found["steps"]))
         return cls((found["name"], *steps), bool(found["optional"]))
-
-    @property
-    def text(self) -> str:
-        """The path without its mark; one text for all ways to write it."""
-        return place(self.steps)
 
     def __str__(self) -> str:
         return f"{self.text}?" if self.optional else self.text

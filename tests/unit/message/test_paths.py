@@ -166,6 +166,10 @@ def test_a_path_finds_the_part_in_whatever_holds_it() -> None:
     assert same(by_arguments("order.items"), charge, call({"items": 3}), call({"items": 3, "x": 1}))
 
 
+def test_a_keyword_that_looks_like_a_path_is_none() -> None:
+    assert same(by_arguments("order.id"), keywords, call({"id": 7}, **{"order.id": 8}), call({"id": 7}))
+
+
 def test_a_path_finds_what_is_sent() -> None:
     assert same(by_arguments("order.amount"), charge, call(Money(5)), call({"amount": 5}))
     model = Model(id=UUID(int=7))
