@@ -159,7 +159,6 @@ def _set_up_django(database: str) -> None:
     django.setup()
 
 
-@signals.before_task_publish.connect
 def _note_moment(headers: dict[str, Any], **_: Any) -> None:
     headers["published_at"] = time.time()
 
@@ -184,6 +183,7 @@ def _longitude_of_sunset(moment: datetime) -> float:
 
 
 if BeatSpec.VARIABLE in os.environ:
+    signals.before_task_publish.connect(_note_moment)
     app = BeatSpec(**json.loads(os.environ[BeatSpec.VARIABLE])).build()
     app.set_current()
     app.set_default()
